@@ -1,0 +1,52 @@
+"""kvcapsule: the KV cache of vision-language models, compressed into capsules that attention reads as they are.
+
+    from kvcapsule import Capsule, attach
+    with attach(model, Capsule.from_pretrained("...")):
+        model.generate(**inputs)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import CapsuleCache
+    from .capsule import Capsule, CapsuleConfig, CapsuleError
+    from .geometry import GeometryError, KVGeometry
+    from .inference import attach
+    from .segment import Segment
+    from .spans import VisualSpan, find_spans
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Capsule": "capsule",
+    "CapsuleCache": "cache",
+    "CapsuleConfig": "capsule",
+    "CapsuleError": "capsule",
+    "GeometryError": "geometry",
+    "KVGeometry": "geometry",
+    "Segment": "segment",
+    "VisualSpan": "spans",
+    "attach": "inference",
+    "find_spans": "spans",
+}
+
+__all__ = [
+    "Capsule",
+    "CapsuleCache",
+    "CapsuleConfig",
+    "CapsuleError",
+    "GeometryError",
+    "KVGeometry",
+    "Segment",
+    "VisualSpan",
+    "attach",
+    "find_spans",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when first used, so that `kvcapsule --help` does not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvcapsule' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

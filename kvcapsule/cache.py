@@ -1,0 +1,281 @@
+"""CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from . import attention
+from .kernels.reference import attend
+from .prefill import Compressed, LayerPrefill, Method
+from .segment import Segment, storage_bytes
+from .spans import VisualSpan, find_spans
+
+_TAIL_STEP = 64
+"""Tokens by which a full tail buffer grows."""
+
+
+class CacheBytes(NamedTuple):
+    """What a cache holds, in bytes of storages."""
+
+    visual: int
+    """Segments of the visual spans."""
+    text: int
+    """Segments of the prompt's text."""
+    tail: int
+    """Buffers of the tokens written since, room to grow included."""
+    other: int
+    """The model's own layers (sliding window, linear attention)."""
+    parameters: int
+    """Maps of the codecs that the segments read: stored once, whatever the batch."""
+
+    @property
+    def total(self) -> int:
+        """All but the parameters."""
+        return self.visual + self.text + self.tail + self.other
+
+
+class Turn(NamedTuple):
+    """What one forward brings: set by the hook on the model before its layers run."""
+
+    spans: list[VisualSpan]
+    valid: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    shared: dict[int, Any]
+    """What its layers have in common (see LayerPrefill.shared)."""
+
+
+class CapsuleLayer(CacheLayerMixin):
+    """One layer: visual segments, text segments and the tail."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, index: int, method: Method) -> None:
+        super().__init__()
+        self.index, self.method = index, method
+        self.turn = Turn([], None, None, {})
+        self.visual: list[Segment] = []
+        self.text: list[Segment] = []
+        self.length = 0
+        self.tail_length = 0
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def fresh(self) -> bool:
+        return not self.visual and not self.text and self.tail_length == 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
+        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new tokens' keys and values [B, H, N, D]; what is returned are these alone, for the attention function to know."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = (key_states, value_states)
+        attention.announce(self)
+        return key_states, value_states
+
+    def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+        assert self._new is not None
+        keys, values = self._new
+        new = keys.shape[2]
+        if self.turn.spans:
+            # A new image behind a compressed past: the tail is closed as text, the new tokens are read raw and compressed afterwards.
+            self._close_tail(mask, new)
+            tail = _rows(keys, values)
+        else:
+            self._append(keys, values)
+            self._new = None
+            tail = _rows(self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length])
+        visible = _visible(mask, query.shape[2], tail.tokens, query.device)
+        if visible is not None:
+            visible = visible.expand(query.shape[0], -1, -1)
+        return attend(query, [*self.visual, *self.text, tail], scale, visible)
+
+    def commit(self, query: torch.Tensor, scale: float) -> None:
+        new = query.shape[2]
+        self.length += new
+        if self._new is None:
+            return
+        keys, values = self._new
+        self._new = None
+        valid = self.turn.valid
+        if valid is None:
+            valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
+        turn = self.turn
+        prefill = LayerPrefill(
+            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
+        )
+        compressed: Compressed = self.method.compress(prefill)
+        self.visual += compressed.visual
+        self.text += compressed.text
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The logical length: tokens that the model believes it has seen."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__(self.index, self.method)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens of the tail (a negative number, as transformers passes it).
+
+        Raises:
+            ValueError: if more are to be removed than the tail holds: what is compressed cannot be cut.
+        """
+        count = abs(tokens_to_remove)
+        if count > self.tail_length:
+            raise ValueError(
+                f"cannot remove {count} tokens: only the {self.tail_length} written since prefill are stored raw, the prompt is compressed."
+            )
+        self.tail_length -= count
+        self.length -= count
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.keys.shape[0])[indices.cpu()])
+
+    def offload(self) -> None:
+        raise NotImplementedError("a CapsuleCache does not offload its layers: it is meant to fit on the device.")
+
+    def prefetch(self) -> None:
+        return
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = rows.to(self.keys.device)
+        self.visual = [s.select(rows) for s in self.visual]
+        self.text = [s.select(rows) for s in self.text]
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        needed = self.tail_length + keys.shape[2]
+        if needed > self.keys.shape[2]:
+            room = max(needed, self.keys.shape[2] + max(_TAIL_STEP, self.keys.shape[2] // 2))
+            self.keys, self.values = _grown(self.keys, self.tail_length, room), _grown(self.values, self.tail_length, room)
+        self.keys[:, :, self.tail_length : needed] = keys
+        self.values[:, :, self.tail_length : needed] = values
+        self.tail_length = needed
+
+    def _close_tail(self, mask: torch.Tensor | None, new: int) -> None:
+        """Make the tail a text segment and begin an empty one."""
+        if self.tail_length == 0:
+            return
+        keys, values = self.keys[:, :, : self.tail_length].clone(), self.values[:, :, : self.tail_length].clone()
+        seen = None
+        if mask is not None:
+            # The last query sees every token but padding.
+            seen = mask[:, 0, -1, self.length - self.tail_length : self.length].expand(keys.shape[0], -1)
+            seen = None if bool(seen.all()) else seen.clone()
+        self.text.append(_rows(keys, values, seen))
+        self.tail_length = 0
+        self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+
+
+class CapsuleCache(Cache):
+    """A KV cache that stores what a method makes of the prompt: a capsule's latents, a policy's rows.
+
+    Give it to `model.generate(..., past_key_values=cache)` or to the model's forward, inside `attach(model)`; keep it for the next turn.
+
+    Args:
+        config: the VLM's config.
+        method: what compresses (Capsule or policy).
+    """
+
+    def __init__(self, config: PreTrainedConfig, method: Method) -> None:
+        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        super().__init__(layers=[CapsuleLayer(i, method) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
+        self.config, self.method = config, method
+
+    def begin(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, inputs: Mapping[str, Any]) -> None:
+        """Prepare for a forward over input_ids [B, N] (those not yet cached); called by the hook that `attach` sets.
+
+        Raises:
+            ValueError: if the forward brings embeddings alone, from which visual tokens cannot be told.
+        """
+        attention.forget()
+        turn = Turn([], None, None, {})
+        if input_ids is None:
+            if self.get_seq_length() == 0:
+                raise ValueError("pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not show.")
+        elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
+            valid = None
+            if attention_mask is not None and attention_mask.dim() == 2:
+                valid = attention_mask[:, -input_ids.shape[1] :].bool()
+            turn = Turn(find_spans(self.config, input_ids, inputs), valid, None, {})
+        self._set(turn)
+
+    def set_position_embeddings(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """The rotation of the present forward's positions; called by the hook that `attach` sets."""
+        for layer in self._own():
+            if layer.turn.spans:
+                layer.turn = layer.turn._replace(position_embeddings=(cos, sin))
+
+    def bytes(self) -> CacheBytes:
+        """Measured from storages; a storage that layers share counts once."""
+        own = self._own()
+        visual = [s for layer in own for s in layer.visual]
+        text = [s for layer in own for s in layer.text]
+        tails = [t for layer in own if layer.is_initialized for t in (layer.keys, layer.values)]
+        others = [
+            t
+            for layer in self.layers
+            if not isinstance(layer, CapsuleLayer)
+            for t in vars(layer).values()
+            if isinstance(t, torch.Tensor)
+        ]
+        return CacheBytes(
+            visual=storage_bytes(t for s in visual for t in s.entry_tensors()),
+            text=storage_bytes(t for s in text for t in s.entry_tensors()),
+            tail=storage_bytes(iter(tails)),
+            other=storage_bytes(iter(others)),
+            parameters=storage_bytes(t for s in (*visual, *text) for t in s.parameter_tensors()),
+        )
+
+    def _own(self) -> list[CapsuleLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CapsuleLayer)]
+
+    def _set(self, turn: Turn) -> None:
+        for layer in self._own():
+            layer.turn = turn
+
+
+def _rows(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> Segment:
+    return Segment(keys, values, torch.arange(keys.shape[0], device=keys.device), mask=mask)
+
+
+def _grown(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:
+    grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
+    grown[:, :, :used] = buffer[:, :, :used]
+    return grown
+
+
+def _visible(mask: torch.Tensor | None, queries: int, tail: int, device: torch.device) -> torch.Tensor | None:
+    """Which of the last `tail` logical tokens each query sees: [B or 1, Q, tail] bool, or None for all."""
+    if mask is not None:
+        return mask[:, 0, :, -tail:]
+    if queries == 1:
+        return None
+    return torch.ones(queries, tail, dtype=torch.bool, device=device).tril(tail - queries)[None]

@@ -1,0 +1,131 @@
+"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with them."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .codec import FAMILIES, CodecConfig, LayerCodec
+from .geometry import KVGeometry
+from .prefill import Compressed, LayerPrefill, cut_tiles, keep, tiled
+from .segment import Segment
+
+FORMAT_VERSION = 1
+"""Raised whenever a file that this code writes could not be read by the code before it."""
+
+
+class CapsuleError(ValueError):
+    """A capsule's files are missing, damaged, or of a kind that this version does not know."""
+
+
+@dataclass(frozen=True)
+class CapsuleConfig:
+    """All that inference needs to know of a capsule, readable without its weights."""
+
+    family: str
+    """A key of kvcapsule.codec.FAMILIES."""
+    codec: CodecConfig
+    """Sizes of the codecs."""
+    geometry: KVGeometry
+    """The KV geometry that the capsule fits."""
+    base_model: str
+    """Hub id or name of the model that it was trained on."""
+    base_revision: str | None = None
+    """Revision of that model."""
+    format_version: int = FORMAT_VERSION
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Free facts for the reader; inference does not use them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": self.format_version,
+            "family": self.family,
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "geometry": self.geometry.to_dict(),
+            "codec": asdict(self.codec),
+            "metadata": self.metadata,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CapsuleConfig":
+        """Raises CapsuleError for another format version, an unknown family, or missing and unknown keys."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CapsuleError(
+                f"capsule format version {version!r}; this version of kvcapsule reads version {FORMAT_VERSION}. "
+                "Upgrade kvcapsule, or train the capsule again."
+            )
+        family = values.get("family")
+        if family not in FAMILIES:
+            raise CapsuleError(f"unknown codec family {family!r}; this version of kvcapsule knows {', '.join(FAMILIES)}.")
+        try:
+            return cls(
+                family=family,
+                codec=FAMILIES[family].from_dict(values["codec"]),
+                geometry=KVGeometry.from_dict(values["geometry"]),
+                base_model=values["base_model"],
+                base_revision=values.get("base_revision"),
+                metadata=values.get("metadata", {}),
+            )
+        except KeyError as error:
+            raise CapsuleError(f"capsule config lacks {error.args[0]!r}: the file is damaged or was written by hand.") from error
+        except (TypeError, ValueError) as error:
+            raise CapsuleError(f"capsule config cannot be used: {error}") from error
+
+
+class Capsule(nn.Module):
+    """Codecs for every layer of a model. Give it to `attach` or `CapsuleCache`."""
+
+    def __init__(self, config: CapsuleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in range(config.geometry.layers))
+
+    def require_geometry(self, geometry: KVGeometry) -> None:
+        """Raises GeometryError, with both geometries, unless the capsule fits."""
+        self.config.geometry.require(geometry)
+
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """Visual tiles to latents; text, and what fills no tile, raw."""
+        config = self.config.codec
+        tiles = cut_tiles(prefill, config.tile)
+        if tiles is None:
+            return Compressed([], keep(prefill, prefill.valid))
+        codec = self.layers[prefill.layer]
+        assert isinstance(codec, LayerCodec)
+        frame = tiles.frame if config.canonical_frame else None
+        if config.canonical_frame and frame is None and self.config.geometry.rotary != "none":
+            raise RuntimeError("no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`.")
+        keys = tiles.keys if frame is None else frame.back(tiles.keys)
+        key_part, value_part = codec.keys.encode(keys), codec.values.encode(tiles.values)
+        segment = Segment(owner=tiles.owner, frame=frame, **key_part._asdict(), **value_part._asdict())
+        visual = prefill.visual()
+        covered = tiled(prefill, config.tile)
+        remainder = keep(prefill, visual & ~covered)
+        return Compressed([segment, *remainder], keep(prefill, prefill.valid & ~visual))
+
+    def save_pretrained(self, directory: str | Path, **files: Any) -> None:
+        """Write the capsule to a directory; see kvcapsule.hub.save for the files."""
+        from . import hub
+
+        hub.save(self, directory, **files)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu"
+    ) -> "Capsule":
+        """Load a capsule from a directory, a shipped name or a repository on the Hub; see kvcapsule.hub.load."""
+        from . import hub
+
+        return hub.load(name, revision=revision, device=device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the capsule; see kvcapsule.hub.push."""
+        from . import hub
+
+        return hub.push(self, repo_id, **options)

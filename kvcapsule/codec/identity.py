@@ -1,0 +1,30 @@
+"""The codec that stores everything: a capsule of it is the full cache in another shape. For tests and as a yardstick."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..geometry import KVGeometry
+from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+
+
+class IdentityKeys(KeyCodec):
+    """Keys as they are."""
+
+    def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
+        return KeyPart(k_EHTD)
+
+
+class IdentityValues(ValueCodec):
+    """Values as they are."""
+
+    def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
+        return ValuePart(v_EHTD)
+
+
+@dataclass(frozen=True)
+class IdentityConfig(CodecConfig):
+    """Nothing but the tile."""
+
+    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+        return LayerCodec(IdentityKeys(), IdentityValues())

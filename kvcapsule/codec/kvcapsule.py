@@ -1,0 +1,161 @@
+"""KVCapsule (arXiv 2605.16439): keys by a learned static subset of tokens, values by PCA along the token axis.
+
+For one layer and one tile of T visual tokens, with M the retained set (|M| = m, learned, the same for all heads, images and prompts):
+
+    keys    stored  K_M                 [m, D]      read   K^ = theta K_M            theta [T, m] per KV head
+    values  stored  C = U (V - 1 mu^T)  [m', D]     read   V^ = U^T C + 1 mu^T       U [m', T] and mu [D] per KV head
+
+A linear theta is absorbed by attention: scores of all T tokens are theta times the scores of the retained ones, and this commutes with
+RoPE. The paper's prose has a two-layer MLP along the token axis in place of theta (its fused kernel uses one matrix, so both are offered).
+The MLP does not commute with anything: at every read it builds the full keys of the tile, costs more traffic than no compression, and is
+here for comparison only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import nn
+
+from ..geometry import KVGeometry
+from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+
+
+def retained(ratio: float, tile: int) -> int:
+    """Tokens that a retention ratio keeps of a tile, m = ceil(r T)."""
+    return max(1, ceil(round(ratio * tile, 6)))
+
+
+def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
+    """Retention ratios that fall linearly from mean (1 + slope) in the first layer to mean (1 - slope) in the last.
+
+    The paper says that earlier layers keep more and gives no numbers; a line is the plainest reading. Where the first layers would pass 1,
+    the slope is reduced so that the mean holds.
+
+    Raises:
+        ValueError: for a mean outside (0, 1] or a slope outside [0, 1).
+    """
+    check_ratio(mean)
+    if not 0 <= slope < 1:
+        raise ValueError(f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps three times as much in the first layer as in the last.")
+    slope = min(slope, 1 / mean - 1)
+    steps = [1 - 2 * i / (layers - 1) if layers > 1 else 0.0 for i in range(layers)]
+    return tuple(mean * (1 + slope * step) for step in steps)
+
+
+def check_ratio(ratio: float, name: str = "retention ratio") -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"{name} {ratio} is outside (0, 1]: it is stored tokens / visual tokens, 1 keeps all.")
+
+
+class RetainedKeys(KeyCodec):
+    """The rows at `kept` [m] and the linear reconstruction `theta` [H, T, m]."""
+
+    kept: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, stored: int) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.arange(stored))
+        self.theta = nn.Parameter(torch.zeros(heads, tile, stored))
+
+    def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
+        return KeyPart(k_EHTD[:, :, self.kept], score_map=self.theta.detach().to(k_EHTD.dtype))
+
+
+class MlpKeys(KeyCodec):
+    """The rows at `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Builds the full keys at every read."""
+
+    kept: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, stored: int, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.arange(stored))
+        self.inner = nn.Parameter(torch.zeros(heads, hidden, stored))
+        self.inner_bias = nn.Parameter(torch.zeros(heads, hidden, 1))
+        self.outer = nn.Parameter(torch.zeros(heads, tile, hidden))
+        self.outer_bias = nn.Parameter(torch.zeros(heads, tile, 1))
+
+    def decode(self, k_EHMD: torch.Tensor) -> torch.Tensor:
+        """[E, H, m, D] to [E, H, T, D]."""
+        inner, inner_bias, outer, outer_bias = (p.to(k_EHMD.dtype) for p in (self.inner, self.inner_bias, self.outer, self.outer_bias))
+        return outer @ nn.functional.gelu(inner @ k_EHMD + inner_bias) + outer_bias
+
+    def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
+        return KeyPart(MlpRows(k_EHTD[:, :, self.kept], self))
+
+
+class MlpRows:
+    """Retained keys that an MLP expands to the whole tile whenever they are read."""
+
+    def __init__(self, rows: torch.Tensor, codec: MlpKeys) -> None:
+        self.rows, self.codec = rows, codec
+
+    @property
+    def shape(self) -> torch.Size:
+        entries, heads, _, dim = self.rows.shape
+        return torch.Size((entries, heads, self.codec.outer.shape[1], dim))
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():
+            return self.codec.decode(self.rows.to(dtype))
+
+    def select(self, index: torch.Tensor) -> "MlpRows":
+        return MlpRows(self.rows[index], self.codec)
+
+    def to(self, device: torch.device | str) -> "MlpRows":
+        return MlpRows(self.rows.to(device), self.codec)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.rows,)
+
+
+class PcaValues(ValueCodec):
+    """PCA along the token axis: basis U [H, m, T] with orthonormal rows, mean mu [H, D] over samples and tokens."""
+
+    basis: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, stored: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("basis", torch.zeros(heads, stored, tile))
+        self.register_buffer("mean", torch.zeros(heads, dim))
+
+    def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
+        basis, mean = self.basis.to(v_EHTD.dtype), self.mean.to(v_EHTD.dtype)
+        return ValuePart(basis @ (v_EHTD - mean[:, None]), value_map=basis.transpose(-1, -2), value_mean=mean)
+
+
+@dataclass(frozen=True)
+class KVCapsuleConfig(CodecConfig):
+    """Sizes of a KVCapsule."""
+
+    key_ratios: Sequence[float] = ()
+    """Retention ratio of the keys, layer by layer."""
+    value_ratios: Sequence[float] = ()
+    """Retention ratio of the values, layer by layer."""
+    key_decoder: str = "linear"
+    """"linear" (absorbed by attention) or "mlp" (the paper's two layers; builds the full keys at every read)."""
+    hidden: int = 256
+    """Width of the MLP's inner layer, along tokens."""
+
+    def __post_init__(self) -> None:
+        if self.tile < 1:
+            raise ValueError(f"tile {self.tile} must be at least 1 token.")
+        if self.key_decoder not in ("linear", "mlp"):
+            raise ValueError(f"key_decoder {self.key_decoder!r} is neither 'linear' nor 'mlp'.")
+        if self.key_decoder == "mlp" and not self.canonical_frame:
+            raise ValueError("the MLP key decoder does not commute with RoPE: it needs canonical_frame=True.")
+        for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
+            for ratio in ratios:
+                check_ratio(ratio, f"{name} retention ratio")
+
+    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+        heads = geometry.kv_heads
+        n_keys, n_values = (retained(r[layer], self.tile) for r in (self.key_ratios, self.value_ratios))
+        keys: KeyCodec
+        if self.key_decoder == "mlp":
+            keys = MlpKeys(heads, self.tile, n_keys, self.hidden)
+        else:
+            keys = RetainedKeys(heads, self.tile, n_keys)
+        return LayerCodec(keys, PcaValues(heads, self.tile, n_values, geometry.head_dim))

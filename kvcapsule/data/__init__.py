@@ -1,0 +1,1 @@
+"""Image/prompt/answer data: the synthetic pages task and any source with the same three columns."""

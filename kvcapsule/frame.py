@@ -1,0 +1,51 @@
+"""Canonical frames: keys as they would be if their tile began at position 0.
+
+RoPE rotates a key by an angle linear in its position, so turning a whole tile back by the rotation of its first position is exact and
+orthogonal, and keys then depend on places within the tile alone. The rotation is taken as the model made it (its cos and sin), which
+covers 1-D RoPE, its scaled variants, and M-RoPE section by section.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The rotation of the first position of each of E tiles: cos and sin, each [E, R], R <= D the rotated channels (the first R)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def at(cls, cos_BND: torch.Tensor, sin_BND: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> "Frame":
+        """Pick tiles' first positions (rows [E], positions [E]) from the model's position embeddings [B or 1, N, R]."""
+        if cos_BND.shape[0] == 1:
+            rows = torch.zeros_like(rows)
+        cos, sin = cos_BND[rows, positions].float(), sin_BND[rows, positions].float()
+        # Some scaled variants (YaRN) multiply cos and sin by an attention factor; a frame is a pure rotation.
+        norm = (cos.square() + sin.square()).sqrt()
+        return cls(cos / norm, sin / norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate x [E, ..., D] by the frame."""
+        return self._turn(x, 1.0)
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate x [E, ..., D] back by the frame."""
+        return self._turn(x, -1.0)
+
+    def select(self, index: torch.Tensor) -> "Frame":
+        return Frame(self.cos[index], self.sin[index])
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.cos, self.sin)
+
+    def _turn(self, x: torch.Tensor, sign: float) -> torch.Tensor:
+        width = self.cos.shape[-1]
+        shape = (-1,) + (1,) * (x.dim() - 2) + (width,)
+        cos, sin = self.cos.to(x.dtype).view(shape), self.sin.to(x.dtype).view(shape) * sign
+        part, rest = x[..., :width], x[..., width:]
+        first, second = part.chunk(2, dim=-1)
+        turned = part * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

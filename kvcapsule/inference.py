@@ -1,0 +1,85 @@
+"""Attach a capsule or a policy to a model, for as long as a `with` block lasts."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import IMPLEMENTATION, forget
+from .cache import CapsuleCache
+from .geometry import KVGeometry
+from .prefill import Method
+
+
+@contextmanager
+def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[PreTrainedModel]:
+    """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is passed.
+
+        with attach(model, Capsule.from_pretrained("...")):
+            model.generate(**inputs)
+
+    Inside the block prefill runs the model's sdpa attention; on leaving it, the model is as it was.
+
+    Args:
+        model: a decoder-only VLM of transformers.
+        method: a Capsule or a policy. None: caches are passed by hand (`past_key_values=CapsuleCache(model.config, method)`).
+
+    Raises:
+        GeometryError: if the method was made for another KV geometry.
+        RuntimeError: if the model is attached already.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    before = text_config._attn_implementation
+    if before == IMPLEMENTATION:
+        raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")
+    geometry = KVGeometry.from_config(model.config)
+    check = getattr(method, "require_geometry", None)
+    if check is not None:
+        check(geometry)
+    with ExitStack() as stack:
+        stack.callback(forget)
+        _set_text_attention(model, IMPLEMENTATION)
+        stack.callback(_set_text_attention, model, before)
+        active: list[CapsuleCache] = []
+        for handle in _hooks(model, active):
+            stack.callback(handle.remove)
+        if method is not None:
+            generate = model.generate
+
+            def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
+                if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+                    kwargs["past_key_values"] = CapsuleCache(model.config, method)
+                return generate(*args, **kwargs)
+
+            model.generate = generate_with_capsule  # type: ignore[method-assign]
+            stack.callback(model.__dict__.pop, "generate", None)
+        yield model
+
+
+def _hooks(model: PreTrainedModel, active: list[CapsuleCache]) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is made."""
+
+    def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        active.clear()
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CapsuleCache):
+            input_ids = kwargs.get("input_ids", args[0] if args else None)
+            cache.begin(input_ids, kwargs.get("attention_mask"), kwargs)
+            active.append(cache)
+
+    def rotation(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if active and isinstance(output, tuple) and len(output) == 2:
+            active[0].set_position_embeddings(*output)
+
+    yield model.register_forward_pre_hook(begin, with_kwargs=True)
+    for name, module in model.get_decoder().named_modules():
+        if name.rpartition(".")[2] == "rotary_emb":
+            yield module.register_forward_hook(rotation)
+
+
+def _set_text_attention(model: PreTrainedModel, implementation: str) -> None:
+    text_config = model.config.get_text_config(decoder=True)
+    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text_config), "")
+    model.set_attn_implementation({key: implementation})

@@ -1,0 +1,1 @@
+"""Attention over segments: the reference that every faster path is tested against."""

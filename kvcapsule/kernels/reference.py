@@ -1,0 +1,94 @@
+"""Attention over a list of segments in plain PyTorch: the ground truth. Scores, softmax and merge are in fp32 (fp64 for fp64 queries).
+
+Nothing here expands keys or values along the token axis: only scores and probabilities (one number a token and query) have the logical
+length, but for packed rows, whose `read` says itself what it builds.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..segment import Segment, read
+
+
+class Partial(NamedTuple):
+    """Attention over one segment's entries alone: their outputs and the log of their softmax mass."""
+
+    out: torch.Tensor
+    """[E, H, G, Q, D]."""
+    lse: torch.Tensor
+    """[E, H, G, Q]; -inf where an entry has no visible token."""
+    owner: torch.Tensor
+    """[E]."""
+
+
+def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """Softmax attention of queries over all tokens of their row's segments jointly.
+
+    Args:
+        query: [B, H * G, Q, D], rotated as the model does.
+        segments: at least one token must be visible to every query.
+        scale: factor of the scores.
+        visible: [E, Q, N] bool of the LAST segment (the tail): which of its tokens each query sees. None: all.
+
+    Returns: [B, H * G, Q, D] in the query's dtype.
+    """
+    if not segments:
+        raise ValueError("attention needs at least one segment.")
+    heads = segments[0].keys.shape[1]
+    batch, query_heads, n_queries, dim = query.shape
+    if query_heads % heads:
+        raise ValueError(f"{query_heads} query heads cannot share {heads} KV heads evenly.")
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q_BHGQD = query.to(work).view(batch, heads, query_heads // heads, n_queries, dim)
+    last = len(segments) - 1
+    partials = [segment_partial(q_BHGQD, s, scale, visible if i == last else None) for i, s in enumerate(segments)]
+    return merge(partials, batch).view(batch, query_heads, n_queries, dim).to(query.dtype)
+
+
+def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None) -> Partial:
+    """Attention over one segment, normalised within each entry."""
+    work = q_BHGQD.dtype
+    groups, n_queries = q_BHGQD.shape[2], q_BHGQD.shape[3]
+    q = q_BHGQD[segment.owner].flatten(2, 3)  # [E, H, G * Q, D]
+    if segment.frame is not None:
+        q = segment.frame.back(q)
+    if segment.q_map is not None:
+        q = q @ segment.q_map.to(work)
+    scores = (q * scale) @ read(segment.keys, work).transpose(-1, -2)
+    if segment.score_map is not None:
+        scores = scores @ segment.score_map.to(work).transpose(-1, -2)
+    if segment.bias is not None:
+        scores = scores + segment.bias.to(work)[:, :, None]
+    scores = scores.unflatten(2, (groups, n_queries))
+    if segment.mask is not None:
+        scores = scores.masked_fill(~segment.mask[:, None, None, None], -torch.inf)
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    top = scores.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(work).min)
+    weights = (scores - top).exp()
+    mass = weights.sum(dim=-1)
+    probabilities = (weights / mass.clamp_min(torch.finfo(work).tiny)[..., None]).flatten(2, 3)
+    total = probabilities.sum(dim=-1, keepdim=True)
+    if segment.value_map is not None:
+        probabilities = probabilities @ segment.value_map.to(work)
+    out = probabilities @ read(segment.values, work)
+    if segment.value_mean is not None:
+        out = out + total * segment.value_mean.to(work)[:, None]
+    if segment.out_map is not None:
+        out = out @ segment.out_map.to(work)
+    return Partial(out.unflatten(2, (groups, n_queries)), mass.log() + top[..., 0], segment.owner)
+
+
+def merge(partials: Sequence[Partial], batch: int) -> torch.Tensor:
+    """Join partial attentions by log-sum-exp into [B, H, G, Q, D]."""
+    out = torch.cat([p.out for p in partials])
+    lse = torch.cat([p.lse for p in partials])
+    owner = torch.cat([p.owner for p in partials])
+    index = owner.view(-1, 1, 1, 1).expand_as(lse)
+    top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
+    share = (lse - top[owner]).exp()
+    mass = torch.zeros_like(top).index_add(0, owner, share)
+    joined = out.new_zeros((batch, *out.shape[1:])).index_add(0, owner, out * share[..., None])
+    return joined / mass[..., None]

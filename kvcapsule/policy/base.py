@@ -1,0 +1,47 @@
+"""What a policy is: a training-free rule for a layer's visual tokens."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from ..codec.kvcapsule import check_ratio
+from ..prefill import Compressed, LayerPrefill, keep
+from ..segment import Segment
+
+
+class VisualPolicy(ABC):
+    """A policy that acts on visual tokens and keeps all text raw."""
+
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        visual = prefill.visual()
+        text = keep(prefill, prefill.valid & ~visual)
+        if not prefill.spans:
+            return Compressed([], text)
+        return self.compress_visual(prefill, text)
+
+    @abstractmethod
+    def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
+        """Segments of a prefill that has at least one visual span."""
+
+
+class TokenPruning(VisualPolicy):
+    """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
+
+    def __init__(self, ratio: float) -> None:
+        """ratio: kept visual tokens / visual tokens, in (0, 1]."""
+        check_ratio(ratio)
+        self.ratio = ratio
+
+    def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
+        scores = self.scores(prefill)
+        kept = torch.zeros_like(prefill.valid)
+        for span in prefill.spans:
+            run = slice(span.start, span.start + span.length)
+            best = scores[span.row, run].topk(max(1, round(self.ratio * span.length))).indices
+            kept[span.row, span.start + best] = True
+        return Compressed(keep(prefill, kept), text)
+
+    @abstractmethod
+    def scores(self, prefill: LayerPrefill) -> torch.Tensor:
+        """[B, N]: what each token is worth; only visual tokens are looked at."""

@@ -1,0 +1,12 @@
+"""Keep everything: the full cache, held as segments."""
+
+from ..prefill import Compressed, LayerPrefill, keep
+from ..segment import Segment
+from .base import VisualPolicy
+
+
+class Full(VisualPolicy):
+    """All visual tokens raw."""
+
+    def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
+        return Compressed(keep(prefill, prefill.visual()), text)

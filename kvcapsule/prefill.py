@@ -1,0 +1,137 @@
+"""What a method sees of one layer when its prefill ends, and what it gives back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .frame import Frame
+from .segment import Segment
+from .spans import VisualSpan
+
+
+@dataclass(frozen=True)
+class LayerPrefill:
+    """One layer's keys, values and queries of the tokens of one forward, rotated as the model does.
+
+    Shapes: B rows, N tokens (left padding included), H KV heads, D head dim.
+    """
+
+    layer: int
+    query: torch.Tensor
+    """[B, H * G, N, D]."""
+    keys: torch.Tensor
+    """[B, H, N, D]."""
+    values: torch.Tensor
+    """[B, H, N, D]."""
+    spans: Sequence[VisualSpan]
+    """Visual spans, positions counted within these N tokens."""
+    valid: torch.Tensor
+    """[B, N] bool: False at padding."""
+    scale: float
+    """Factor of the attention scores."""
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The model's rotary cos and sin, each [B or 1, N, R]; None for models without RoPE."""
+    shared: dict[int, "_Cut"] = field(default_factory=dict)
+    """What the layers of one forward have in common, so that it is computed and stored once."""
+
+    def visual(self) -> torch.Tensor:
+        """[B, N] bool: True at visual tokens."""
+        marked = torch.zeros_like(self.valid)
+        for span in self.spans:
+            marked[span.row, span.start : span.start + span.length] = True
+        return marked
+
+
+class Compressed(NamedTuple):
+    """A layer's prefill as segments, visual and text apart so that their bytes can be told apart."""
+
+    visual: list[Segment]
+    text: list[Segment]
+
+
+class Method(Protocol):
+    """Anything that turns a layer's prefill into segments: a capsule or a policy."""
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """Called once for each layer as its prefill ends, in the order of the layers."""
+
+
+_SLACK = 1.25
+"""Padded rows may hold this many times the tokens that they keep; past it, rows of each length get a segment of their own."""
+
+
+def keep(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
+    """The tokens that `kept` [B, N] (every head alike) marks, as raw rows; none at all gives no segment.
+
+    Rows that keep fewer than the fullest are padded to its length where that is little, and the padding counts as stored bytes.
+    """
+    counts = kept.sum(dim=1)
+    rows = counts.nonzero()[:, 0]
+    if rows.numel() == 0:
+        return []
+    if bool(kept.all()):
+        return [Segment(prefill.keys.contiguous(), prefill.values.contiguous(), rows)]
+    present = counts[rows]
+    if int(present.max()) * len(rows) <= _SLACK * int(present.sum()):
+        return [_gather(prefill, kept, rows)]
+    return [_gather(prefill, kept, rows[present == count]) for count in present.unique()]
+
+
+def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Segment:
+    counts = kept[rows].sum(dim=1)
+    longest = int(counts.max())
+    order = torch.sort((~kept[rows]).to(torch.int8), dim=1, stable=True).indices[:, :longest]
+    mask = None if bool((counts == longest).all()) else torch.arange(longest, device=kept.device) < counts[:, None]
+
+    def take(x_BHND: torch.Tensor) -> torch.Tensor:
+        return x_BHND.transpose(1, 2)[rows[:, None], order].transpose(1, 2).contiguous()
+
+    return Segment(take(prefill.keys), take(prefill.values), rows, mask=mask)
+
+
+class Tiles(NamedTuple):
+    """The full tiles of all visual spans of one forward, of T tokens each."""
+
+    keys: torch.Tensor
+    """[E, H, T, D]."""
+    values: torch.Tensor
+    """[E, H, T, D]."""
+    owner: torch.Tensor
+    """[E] batch row."""
+    frame: Frame | None
+    """The rotation of each tile's first position."""
+
+
+class _Cut(NamedTuple):
+    rows: torch.Tensor
+    index: torch.Tensor
+    frame: Frame | None
+
+
+def cut_tiles(prefill: LayerPrefill, tile: int) -> Tiles | None:
+    """Cut every span into tiles of `tile` tokens; what is left at a span's end is in no tile. None where nothing fills a tile."""
+    cut = prefill.shared.get(tile)
+    if cut is None:
+        starts = [(s.row, s.start + i * tile) for s in prefill.spans for i in range(s.length // tile)]
+        if not starts:
+            return None
+        device = prefill.keys.device
+        rows, firsts = (t.contiguous() for t in torch.tensor(starts, device=device).unbind(1))
+        frame = None
+        if prefill.position_embeddings is not None:
+            frame = Frame.at(*prefill.position_embeddings, rows, firsts)
+        cut = _Cut(rows, firsts[:, None] + torch.arange(tile, device=device), frame)
+        prefill.shared[tile] = cut
+    keys = prefill.keys.transpose(1, 2)[cut.rows[:, None], cut.index].transpose(1, 2)
+    values = prefill.values.transpose(1, 2)[cut.rows[:, None], cut.index].transpose(1, 2)
+    return Tiles(keys, values, cut.rows, cut.frame)
+
+
+def tiled(prefill: LayerPrefill, tile: int) -> torch.Tensor:
+    """[B, N] bool: True at the tokens that `cut_tiles` takes."""
+    marked = torch.zeros_like(prefill.valid)
+    for span in prefill.spans:
+        marked[span.row, span.start : span.start + span.length // tile * tile] = True
+    return marked

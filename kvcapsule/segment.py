@@ -1,0 +1,153 @@
+"""Segment: one stored piece of a layer's KV, in the one form that attention can read (docs/architecture.md).
+
+Shapes, here and wherever the suffixes appear: B batch rows, E entries (pieces of equal form, each owned by a row), H KV heads, G query
+heads per KV head, Q queries, N logical tokens of an entry, M stored rows, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from .frame import Frame
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """Rows that are stored in another form than they are read in."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[E, H, M, D] of the rows as read."""
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """The rows, [E, H, M, D]."""
+
+    def select(self, index: torch.Tensor) -> "Packed":
+        """The entries `index`."""
+
+    def to(self, device: torch.device | str) -> "Packed": ...
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What is stored."""
+
+
+Rows = torch.Tensor | Packed
+
+
+def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """Rows as a tensor [E, H, M, D]."""
+    return rows.to(dtype) if isinstance(rows, torch.Tensor) else rows.read(dtype)
+
+
+def stored(rows: Rows) -> tuple[torch.Tensor, ...]:
+    return (rows,) if isinstance(rows, torch.Tensor) else rows.tensors()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """E entries of N logical tokens each, for the KV heads of one layer.
+
+    For a query q of the entry's owner:
+
+        q'  = rotate(q, -frame);  z = (q' q_map) keys^T * scale;  s = z score_map^T + bias
+        p   = softmax of s over all segments of the row
+        out = ((p value_map) values + sum(p) value_mean) out_map
+    """
+
+    keys: Rows
+    """[E, H, M, Dk]."""
+    values: Rows
+    """[E, H, M', Dv]."""
+    owner: torch.Tensor
+    """[E] int64: the batch row that each entry belongs to."""
+    score_map: torch.Tensor | None = None
+    """[H, N, M]: scores of the N tokens from those of the M stored rows; a parameter, shared by all entries. None: N = M."""
+    value_map: torch.Tensor | None = None
+    """[H, N, M']: probabilities of N tokens to weights of M' stored rows; shared. None: N = M'."""
+    value_mean: torch.Tensor | None = None
+    """[H, Dv]: what every token's value has in common; shared."""
+    q_map: torch.Tensor | None = None
+    """[H, D, Dk]: shared."""
+    out_map: torch.Tensor | None = None
+    """[H, Dv, D]: shared."""
+    bias: torch.Tensor | None = None
+    """[E, H, N] added to the scores (the log of the mass that a row stands for)."""
+    mask: torch.Tensor | None = None
+    """[E, N] bool: False where an entry has no token (entries of uneven length). None: all are there."""
+    frame: Frame | None = None
+    """The tiles' frames, where the keys are stored in the canonical one."""
+
+    def __post_init__(self) -> None:
+        entries, heads = self.keys.shape[:2]
+        n_keys = self.keys.shape[2] if self.score_map is None else self.score_map.shape[1]
+        n_values = self.values.shape[2] if self.value_map is None else self.value_map.shape[1]
+        if self.values.shape[:2] != self.keys.shape[:2] or n_keys != n_values or self.owner.shape != (entries,):
+            raise ValueError(
+                f"segment of keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} with maps to {n_keys} and {n_values} "
+                f"tokens and {tuple(self.owner.shape)} owners: entries, KV heads and logical tokens must agree."
+            )
+        for name, map_, rows in (("score_map", self.score_map, self.keys), ("value_map", self.value_map, self.values)):
+            if map_ is not None and (map_.shape[0] != heads or map_.shape[2] != rows.shape[2]):
+                raise ValueError(f"{name} {tuple(map_.shape)} does not map {heads} heads of {rows.shape[2]} stored rows.")
+
+    @property
+    def tokens(self) -> int:
+        """N: logical tokens of an entry, absent ones included."""
+        return int(self.keys.shape[2] if self.score_map is None else self.score_map.shape[1])
+
+    def select(self, rows: torch.Tensor) -> "Segment":
+        """The segment of the batch whose row i is the present row rows[i] (beam search, repeated or chosen rows)."""
+        rows = rows.to(self.owner.device)
+        match = self.owner[None, :] == rows[:, None]
+        owner, index = match.nonzero(as_tuple=True)
+        take = {
+            "keys": self.keys[index] if isinstance(self.keys, torch.Tensor) else self.keys.select(index),
+            "values": self.values[index] if isinstance(self.values, torch.Tensor) else self.values.select(index),
+            "bias": None if self.bias is None else self.bias[index],
+            "mask": None if self.mask is None else self.mask[index],
+            "frame": None if self.frame is None else self.frame.select(index),
+        }
+        return replace(self, owner=owner, **take)
+
+    def entry_tensors(self) -> Iterator[torch.Tensor]:
+        """What is stored for the sequences themselves."""
+        yield from (*stored(self.keys), *stored(self.values), self.owner)
+        yield from (t for t in (self.bias, self.mask) if t is not None)
+        if self.frame is not None:
+            yield from self.frame.tensors()
+
+    def parameter_tensors(self) -> Iterator[torch.Tensor]:
+        """What all sequences share: the codec's maps."""
+        for field in fields(self):
+            if field.name in ("score_map", "value_map", "value_mean", "q_map", "out_map"):
+                tensor = getattr(self, field.name)
+                if tensor is not None:
+                    yield tensor
+
+    def materialize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """The full keys and values, [E, H, N, D] each, as ordinary attention would read them: for training, debugging and tests only."""
+        keys, values = read(self.keys, dtype), read(self.values, dtype)
+        if self.score_map is not None:
+            keys = self.score_map.to(dtype) @ keys
+        if self.q_map is not None:
+            keys = keys @ self.q_map.to(dtype).transpose(-1, -2)
+        if self.frame is not None:
+            keys = self.frame.forward(keys)
+        if self.value_map is not None:
+            values = self.value_map.to(dtype) @ values
+        if self.value_mean is not None:
+            values = values + self.value_mean.to(dtype)[:, None]
+        if self.out_map is not None:
+            values = values @ self.out_map.to(dtype)
+        return keys, values
+
+
+def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors: what memory they really hold, views counted once and whole."""
+    seen = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return sum(seen.values())

@@ -1,0 +1,171 @@
+"""The wheel holds what it should and nothing else, imports run one way, and the lists that exist in two places agree."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAPPED = {package: ROOT / folder for package, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
+DATA_FOLDERS = {"kvcapsule/training/recipes": "*.yaml", "kvcapsule/eval/suites": "*.yaml", "kvcapsule/checkpoints": "*/**/*"}
+BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE")
+
+
+def module_name(path: Path) -> str:
+    """Name under which a source file is imported once installed."""
+    package, root = max(((p, r) for p, r in MAPPED.items() if path.is_relative_to(r)), key=lambda pair: len(pair[1].parts))
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Every absolute name that the source of `module` imports, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                drop = node.level - 1 if is_package else node.level
+                parents = module.split(".")
+                base = ".".join([*parents[: len(parents) - drop], *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def reaches(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def sources() -> list[Path]:
+    return sorted({path for root in MAPPED.values() for path in root.rglob("*.py")})
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy, so that no earlier build's leftovers get in and none stay in the tree."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in BUILD_INPUTS:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree)
+    for root in MAPPED.values():
+        shutil.copytree(root, tree / root.name)
+    # What must stay out is there to be left out.
+    for trap in ("eval/results/trap.json", "training/NOTES.md", "checkpoints/__pycache__/trap.cpython-311.pyc"):
+        (tree / trap).parent.mkdir(exist_ok=True)
+        (tree / trap).touch()
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, tree]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+def test_wheel_adds_one_name_to_site_packages(names: set[str]) -> None:
+    assert {name.split("/")[0] for name in names} == {"kvcapsule", f"kvcapsule-{PYPROJECT['project']['version']}.dist-info"}
+
+
+def test_wheel_holds_every_module_once(names: set[str]) -> None:
+    expected = set()
+    for path in sources():
+        stem = module_name(path).replace(".", "/")
+        expected.add(f"{stem}/__init__.py" if path.name == "__init__.py" else f"{stem}.py")
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {"kvcapsule/training/__init__.py", "kvcapsule/eval/__init__.py"} <= names
+
+
+def test_wheel_holds_the_data_files(names: set[str]) -> None:
+    expected = set()
+    for target, pattern in DATA_FOLDERS.items():
+        package = target.replace("/", ".")
+        owner = max((p for p in MAPPED if reaches(package, p)), key=len)
+        folder = MAPPED[owner].joinpath(*package.removeprefix(owner).split(".")[1:])
+        files = (path for path in folder.glob(pattern) if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts)
+        expected |= {f"{target}/{path.relative_to(folder).as_posix()}" for path in files}
+    assert {n for n in names if n.startswith("kvcapsule/") and not n.endswith(".py")} == expected | {"kvcapsule/py.typed"}
+
+
+def test_wheel_metadata(wheel: Path, names: set[str]) -> None:
+    info = f"kvcapsule-{PYPROJECT['project']['version']}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    assert "kvcapsule = kvcapsule.cli:main" in entry_points.splitlines()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_wheel_imports_without_the_tree(wheel: Path, tmp_path: Path) -> None:
+    code = "import kvcapsule.training, kvcapsule.eval, kvcapsule.checkpoints; print(kvcapsule.training.__file__, kvcapsule.eval.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(wheel)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(Path(file).is_relative_to(wheel) for file in done.stdout.split())
+
+
+def test_packages_are_the_folders_with_an_init() -> None:
+    found = {module_name(path) for path in sources() if path.name == "__init__.py"}
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "is_package", "source", "expected"),
+    [
+        ("kvcapsule.a", False, "def f():\n    import kvcapsule.training", "kvcapsule.training"),
+        ("kvcapsule.a", False, "from kvcapsule import training", "kvcapsule.training"),
+        ("kvcapsule.a", False, "from .eval import runner", "kvcapsule.eval.runner"),
+        ("kvcapsule.cli", True, "from ..training.fit import main", "kvcapsule.training.fit.main"),
+        ("kvcapsule.cli.train", False, "from .. import training", "kvcapsule.training"),
+        ("kvcapsule.eval.suites", True, "from ...training import losses", "kvcapsule.training.losses"),
+    ],
+)
+def test_import_finder(module: str, is_package: bool, source: str, expected: str) -> None:
+    assert expected in set(imported_names(source, module, is_package))
+
+
+def test_imports_run_one_way() -> None:
+    library = {"kvcapsule.training", "kvcapsule.eval"}
+    wrong = []
+    for path in sources():
+        module = module_name(path)
+        # training and eval each see the library and themselves; the library sees neither. Nobody may rely on the tree's top level.
+        forbidden = {p for p in library if not reaches(module, p)} | {"training", "eval", "checkpoints", "tests"}
+        for name in imported_names(path.read_text(), module, path.name == "__init__.py"):
+            if any(reaches(name, package) for package in forbidden):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_constraints_pin_what_pyproject_names() -> None:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pins = {canonicalize_name(r.name): r for r in map(Requirement, filter(None, lines))}
+    project = PYPROJECT["project"]
+    for named in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        pin = pins.get(canonicalize_name(named.name))
+        assert pin is not None, f"constraints.txt does not pin {named.name}."
+        (exact,) = pin.specifier
+        assert exact.operator == "==", f"constraints.txt gives a range: {pin}."
+        assert named.specifier.contains(exact.version), f"constraints.txt pins {pin}, which pyproject.toml's {named} excludes."
+    assert "torchvision" not in pins
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert "make test" in script.read_text().splitlines()
+    assert os.access(script, os.X_OK)

@@ -1,0 +1,90 @@
+"""Train pages-vlm: `python -m kvcapsule.training.demo_vlm.run`; started again, it goes on where it stopped."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from .data import PatchCollator, TurnCollator, loader
+from .model import build_model, build_processor
+from .stages import PatchStage, ReaderStage, Stage
+
+EPOCH = 100
+"""Steps between checkpoints; a restart continues at the last of them."""
+
+
+@dataclass
+class DemoVlmConfig:
+    """How pages-vlm is trained."""
+
+    output: str = "checkpoints/pages-vlm"
+    """Where the finished model and processor go."""
+    work: str = "runs/pages-vlm"
+    """Where Lightning's checkpoints and logs go."""
+    patch_steps: int = 1500
+    """Steps of stage 1 (what each patch shows)."""
+    reader_steps: int = 3000
+    """Steps of stage 2 (the questions)."""
+    batch: int = 32
+    """Pages a step."""
+    threads: int = 2
+    """CPU threads."""
+    seed: int = 0
+
+
+class _Data(L.LightningDataModule):
+    """Pages numbered on from the current epoch, so that a resumed run sees the pages that it would have seen."""
+
+    def __init__(self, collate: PatchCollator | TurnCollator, first: int, batch: int) -> None:
+        super().__init__()
+        self.collate, self.first, self.batch = collate, first, batch
+
+    def train_dataloader(self) -> object:
+        assert self.trainer is not None
+        return loader(self.collate, self.first + self.trainer.current_epoch * EPOCH * self.batch, EPOCH, self.batch)
+
+
+def main(config: DemoVlmConfig) -> None:
+    """Train pages-vlm from nothing and save it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch.set_num_threads(config.threads)
+    L.seed_everything(config.seed)
+    processor = build_processor()
+    vlm = build_model(processor.tokenizer, config.seed)
+    work = Path(config.work)
+    _fit(PatchStage(vlm, config.patch_steps), PatchCollator(processor), 0, work / "patches", config)
+    first = config.patch_steps * config.batch
+    _fit(ReaderStage(vlm, config.reader_steps), TurnCollator(processor), first, work / "reader", config)
+    save(vlm, processor, Path(config.output))
+
+
+def _fit(stage: Stage, collate: PatchCollator | TurnCollator, first: int, work: Path, config: DemoVlmConfig) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=stage.steps,
+        default_root_dir=work,
+        logger=CSVLogger(work, name="log", version=""),
+        callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
+        gradient_clip_val=1.0,
+        log_every_n_steps=20,
+        reload_dataloaders_every_n_epochs=1,
+        enable_model_summary=False,
+    )
+    last = work / "last.ckpt"
+    trainer.fit(stage, datamodule=_Data(collate, first, config.batch), ckpt_path=last if last.exists() else None)
+
+
+def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    vlm.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main(auto_cli(DemoVlmConfig, as_positional=False))
