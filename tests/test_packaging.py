@@ -169,3 +169,15 @@ def test_ci_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     assert "make test" in script.read_text().splitlines()
     assert os.access(script, os.X_OK)
+
+
+def test_version_is_the_same_in_both_places() -> None:
+    tree = ast.parse((ROOT / "kvcapsule" / "__init__.py").read_text())
+    assigned = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert ast.literal_eval(assigned["__version__"]) == PYPROJECT["project"]["version"]

@@ -204,9 +204,7 @@ def _stamp(ink: NDArray[np.float32], mask: NDArray[np.float32], x: float, y: flo
 
 def _paint(rng: np.random.Generator, ink: NDArray[np.float32]) -> Image.Image:
     """Colour the ink and the paper, with a slope of brightness across the page and some grain."""
-    paper, pen = rng.uniform(170, 255, 3), rng.uniform(0, 80, 3)
-    if rng.random() < 0.3:
-        paper, pen = 255 - paper, 255 - pen
+    paper, pen = rng.uniform(170, 240) + rng.uniform(-15, 15, 3), rng.uniform(0, 60) + rng.uniform(0, 40, 3)
     slope = np.linspace(-0.5, 0.5, SIDE)
     shade = slope[:, None] * rng.uniform(-40, 40) + slope[None, :] * rng.uniform(-40, 40)
     colours = ink[..., None] * pen + (1 - ink[..., None]) * (paper + shade[..., None])

@@ -27,9 +27,9 @@ class DemoVlmConfig:
     """Where the finished model and processor go."""
     work: str = "runs/pages-vlm"
     """Where Lightning's checkpoints and logs go."""
-    patch_steps: int = 1500
+    patch_steps: int = 2500
     """Steps of stage 1 (what each patch shows)."""
-    reader_steps: int = 3000
+    reader_steps: int = 2800
     """Steps of stage 2 (the questions)."""
     batch: int = 32
     """Pages a step."""

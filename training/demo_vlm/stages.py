@@ -40,7 +40,7 @@ class Stage(L.LightningModule):
 class PatchStage(Stage):
     """Stage 1: every patch names its symbol, line, column and the word of its line, through linear heads that are thrown away."""
 
-    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 1.5e-3) -> None:
+    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 2e-3) -> None:
         super().__init__(vlm, steps, lr)
         width = vlm.config.vision_config.hidden_size
         self.norm = nn.LayerNorm(width)
@@ -66,7 +66,7 @@ class PatchStage(Stage):
 class ReaderStage(Stage):
     """Stage 2: the whole model answers packed questions; the vision tower learns at a fraction of the rate."""
 
-    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 2e-3, vision_lr: float = 0.15) -> None:
+    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 2e-3, vision_lr: float = 0.25) -> None:
         super().__init__(vlm, steps, lr)
         self.vision_lr = vision_lr
         vlm.requires_grad_(True)

@@ -1,0 +1,42 @@
+"""Questions as a model's inputs, through its own processor and chat template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+
+def conversation(images: Sequence[Image.Image], prompt: str, answer: str | None = None) -> list[dict[str, Any]]:
+    """One question (and its answer) in transformers' chat form, the images before the text."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    turns = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return turns
+
+
+def encode(
+    processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None
+) -> BatchFeature:
+    """A left-padded batch of the model's inputs; a conversation that ends with the user's turn is opened for the assistant.
+
+    Raises:
+        ValueError: if the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set processor.chat_template.")
+    processor.tokenizer.padding_side = "left"
+    opened = conversations[0][-1]["role"] == "user"
+    batch = processor.apply_chat_template(
+        list(conversations),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=opened,
+        processor_kwargs={"padding": True},
+    )
+    if dtype is not None:
+        batch = BatchFeature({k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()})
+    return batch

@@ -1,0 +1,125 @@
+"""Any source of image, prompt and answer: the built-in pages task, or whatever `datasets` can load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from . import pages
+
+PAGES = "pages"
+"""The name of the built-in source."""
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class DataError(ValueError):
+    """A data source cannot be loaded, or lacks what it must have."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where questions come from."""
+
+    source: str = PAGES
+    """"pages" (built in), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, or a data set on the Hub."""
+    split: str = "train"
+    """Split of the source; pages has train, validation and test."""
+    size: int = 10_000
+    """Questions that are taken, at most."""
+    seed: int = 0
+    """Which pages are drawn; for other sources, how rows are shuffled."""
+    image: str = "image"
+    """Column with the image, or with a list of images."""
+    prompt: str = "prompt"
+    """Column with the question."""
+    answer: str = "answer"
+    """Column with the right answer."""
+    task: str = "task"
+    """Column that names the kind of question; where the source has none, all are of one kind."""
+
+
+def load(config: SourceConfig) -> datasets.Dataset:
+    """A data set with the columns image, prompt, answer and task, at most `size` rows.
+
+    Raises:
+        DataError: if the source is not found, has not the split, or lacks a column; the message names what there is.
+    """
+    if config.size < 1:
+        raise DataError(f"data size {config.size}: at least one question is needed.")
+    if config.source == PAGES:
+        if config.split not in pages.SPLITS:
+            raise DataError(f"pages has no split {config.split!r}; it has {', '.join(pages.SPLITS)}.")
+        return pages.pages(config.split, config.size, config.seed)
+    found = _open(config)
+    wanted = {config.image: "image", config.prompt: "prompt", config.answer: "answer"}
+    missing = [column for column in wanted if column not in found.column_names]
+    if missing:
+        raise DataError(
+            f"{config.source} has no column {', '.join(map(repr, missing))}; it has {', '.join(found.column_names)}. "
+            "Name the right ones with --data.image, --data.prompt and --data.answer."
+        )
+    if config.task in found.column_names:
+        wanted[config.task] = "task"
+    else:
+        found = found.add_column("task", [Path(config.source).stem] * len(found))
+        wanted["task"] = "task"
+    found = found.select_columns(list(wanted)).rename_columns({old: new for old, new in wanted.items() if old != new})
+    found = found.shuffle(seed=config.seed).select(range(min(config.size, len(found))))
+    if isinstance(found.features["image"], datasets.Value):
+        found = found.cast_column("image", datasets.Image())
+    return found
+
+
+def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
+    """The images of a row as RGB.
+
+    Raises:
+        DataError: naming the row, if an image cannot be read.
+    """
+    held = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    images = []
+    for image in held:
+        if isinstance(image, (str, Path)):
+            image = open_image(image)
+        if not isinstance(image, Image.Image):
+            raise DataError(f"row {index}: the image column holds {type(image).__name__}, expected an image (or a list of them).")
+        images.append(image.convert("RGB"))
+    return images
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file.
+
+    Raises:
+        DataError: if there is no such file or it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {path}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP, ... that is whole.") from error
+
+
+def _open(config: SourceConfig) -> datasets.Dataset:
+    path = Path(config.source)
+    try:
+        if path.is_file():
+            builder = _BUILDERS.get(path.suffix)
+            if builder is None:
+                raise DataError(f"{path}: data files end in {', '.join(_BUILDERS)}; for a folder of images, name the folder.")
+            return datasets.load_dataset(builder, data_files=str(path), split="train")
+        if (path / "dataset_info.json").is_file():
+            return datasets.load_from_disk(str(path))
+        if (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))[config.split]
+        if path.is_dir():
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
+        return datasets.load_dataset(config.source, split=config.split)
+    except DataError:
+        raise
+    except (FileNotFoundError, ConnectionError, KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot load data from {config.source!r} (split {config.split!r}): {error}") from error

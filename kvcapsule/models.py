@@ -1,0 +1,45 @@
+"""Loading a VLM and its processor by name."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from .checkpoints import shipped
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded, or is no VLM."""
+
+
+def load_vlm(
+    name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A frozen VLM in eval mode, and its processor.
+
+    Args:
+        name: a folder, the name of a shipped model ("pages-vlm") or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        dtype: "auto" (as saved), "float32", "float16" or "bfloat16".
+        device: e.g. "cpu" or "cuda"; None takes CUDA where there is one. "auto" spreads the model by accelerate's device_map.
+
+    Raises:
+        ModelError: if it is not found or is no image-text-to-text model of transformers.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}.")
+    place = str(shipped(name) or name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        processor = AutoProcessor.from_pretrained(place, revision=revision)
+        model = AutoModelForImageTextToText.from_pretrained(
+            place, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
+        )
+    except (OSError, ValueError, KeyError) as error:
+        kind = "folder" if Path(place).exists() else "model"
+        raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ModelError(f"{name!r} has no image processor beside its tokenizer: it is a language model, not a vision-language model.")
+    return model.eval().requires_grad_(False), processor
