@@ -20,8 +20,9 @@ IMPLEMENTATION = "kvcapsule"
 class PendingLayer(Protocol):
     """A cache layer between its update and its attention."""
 
-    fresh: bool
-    """Whether all that the layer holds are the keys and values of this very call."""
+    @property
+    def fresh(self) -> bool:
+        """Whether all that the layer holds are the keys and values of this very call."""
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention over what the layer holds and the new tokens: [B, H * G, Q, D]."""

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import attention
+from .geometry import GeometryError
 from .kernels.reference import attend
 from .prefill import Compressed, LayerPrefill, Method
 from .segment import Segment, storage_bytes
@@ -43,7 +44,7 @@ class Turn(NamedTuple):
     spans: list[VisualSpan]
     valid: torch.Tensor | None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    shared: dict[int, Any]
+    shared: dict[tuple[int, bool], Any]
     """What its layers have in common (see LayerPrefill.shared)."""
 
 
@@ -52,9 +53,13 @@ class CapsuleLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    keys: torch.Tensor
+    """[B, H, room, D]: the tail's buffer, of which tail_length tokens are written."""
+    values: torch.Tensor
+    """As keys."""
 
     def __init__(self, index: int, method: Method) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.method = index, method
         self.turn = Turn([], None, None, {})
         self.visual: list[Segment] = []
@@ -73,9 +78,7 @@ class CapsuleLayer(CacheLayerMixin):
         self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the new tokens' keys and values [B, H, N, D]; what is returned are these alone, for the attention function to know."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -111,9 +114,7 @@ class CapsuleLayer(CacheLayerMixin):
         if valid is None:
             valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
         turn = self.turn
-        prefill = LayerPrefill(
-            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
-        )
+        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared)
         compressed: Compressed = self.method.compress(prefill)
         self.visual += compressed.visual
         self.text += compressed.text
@@ -135,9 +136,12 @@ class CapsuleLayer(CacheLayerMixin):
         """Take back the last tokens of the tail (a negative number, as transformers passes it).
 
         Raises:
-            ValueError: if more are to be removed than the tail holds: what is compressed cannot be cut.
+            ValueError: for a positive number (an absolute length, in older versions of transformers), or if more are to be removed than
+                the tail holds: what is compressed cannot be cut.
         """
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the count of tokens to take back.")
+        count = -tokens_to_remove
         if count > self.tail_length:
             raise ValueError(
                 f"cannot remove {count} tokens: only the {self.tail_length} written since prefill are stored raw, the prompt is compressed."
@@ -202,10 +206,19 @@ class CapsuleCache(Cache):
     Args:
         config: the VLM's config.
         method: what compresses (Capsule or policy).
+
+    Raises:
+        GeometryError: for models whose layers share keys and values.
     """
 
     def __init__(self, config: PreTrainedConfig, method: Method) -> None:
-        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        text = config.get_text_config(decoder=True)
+        if getattr(text, "num_kv_shared_layers", 0):
+            raise GeometryError(
+                f"{config.model_type}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones past the cache, "
+                "which a CapsuleCache cannot serve. Use a model whose layers each hold their own."
+            )
+        layers = DynamicCache(config=text).layers
         super().__init__(layers=[CapsuleLayer(i, method) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
         self.config, self.method = config, method
 
@@ -219,7 +232,9 @@ class CapsuleCache(Cache):
         turn = Turn([], None, None, {})
         if input_ids is None:
             if self.get_seq_length() == 0:
-                raise ValueError("pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not show.")
+                raise ValueError(
+                    "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not show."
+                )
         elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
             valid = None
             if attention_mask is not None and attention_mask.dim() == 2:
@@ -240,11 +255,7 @@ class CapsuleCache(Cache):
         text = [s for layer in own for s in layer.text]
         tails = [t for layer in own if layer.is_initialized for t in (layer.keys, layer.values)]
         others = [
-            t
-            for layer in self.layers
-            if not isinstance(layer, CapsuleLayer)
-            for t in vars(layer).values()
-            if isinstance(t, torch.Tensor)
+            t for layer in self.layers if not isinstance(layer, CapsuleLayer) for t in vars(layer).values() if isinstance(t, torch.Tensor)
         ]
         return CacheBytes(
             visual=storage_bytes(t for s in visual for t in s.entry_tensors()),

@@ -1,8 +1,8 @@
 """Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with them."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,39 +93,68 @@ class Capsule(nn.Module):
     def compress(self, prefill: LayerPrefill) -> Compressed:
         """Visual tiles to latents; text, and what fills no tile, raw."""
         config = self.config.codec
-        tiles = cut_tiles(prefill, config.tile)
+        tiles = cut_tiles(prefill, config.tile, config.canonical_frame)
+        visual = prefill.visual()
+        text = keep(prefill, prefill.valid & ~visual)
         if tiles is None:
-            return Compressed([], keep(prefill, prefill.valid))
+            return Compressed(keep(prefill, visual), text)
         codec = self.layers[prefill.layer]
         assert isinstance(codec, LayerCodec)
-        frame = tiles.frame if config.canonical_frame else None
+        frame = tiles.frame
         if config.canonical_frame and frame is None and self.config.geometry.rotary != "none":
-            raise RuntimeError("no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`.")
+            raise RuntimeError(
+                "no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`."
+            )
         keys = tiles.keys if frame is None else frame.back(tiles.keys)
         key_part, value_part = codec.keys.encode(keys), codec.values.encode(tiles.values)
         segment = Segment(owner=tiles.owner, frame=frame, **key_part._asdict(), **value_part._asdict())
-        visual = prefill.visual()
-        covered = tiled(prefill, config.tile)
-        remainder = keep(prefill, visual & ~covered)
-        return Compressed([segment, *remainder], keep(prefill, prefill.valid & ~visual))
+        remainder = keep(prefill, visual & ~tiled(prefill, config.tile))
+        return Compressed([segment, *remainder], text)
 
-    def save_pretrained(self, directory: str | Path, **files: Any) -> None:
-        """Write the capsule to a directory; see kvcapsule.hub.save for the files."""
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        card_name: str | None = None,
+    ) -> None:
+        """Write the capsule to a directory; see kvcapsule.hub.save."""
         from . import hub
 
-        hub.save(self, directory, **files)
+        hub.save(self, directory, recipe=recipe, metrics=metrics, card_name=card_name)
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu"
-    ) -> "Capsule":
+    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu") -> "Capsule":
         """Load a capsule from a directory, a shipped name or a repository on the Hub; see kvcapsule.hub.load."""
         from . import hub
 
         return hub.load(name, revision=revision, device=device)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the capsule; see kvcapsule.hub.push."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload capsule",
+        recipe: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload the capsule and return its address; see kvcapsule.hub.push.
+
+        A capsule does not remember the recipe and metrics that it was saved with: give them here, or push its directory.
+        """
         from . import hub
 
-        return hub.push(self, repo_id, **options)
+        return hub.push(
+            self,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+            recipe=recipe,
+            metrics=metrics,
+        )

@@ -19,11 +19,23 @@ class Frame:
 
     @classmethod
     def at(cls, cos_BND: torch.Tensor, sin_BND: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> "Frame":
-        """Pick tiles' first positions (rows [E], positions [E]) from the model's position embeddings [B or 1, N, R]."""
+        """Pick tiles' first positions (rows [E], positions [E]) from the model's position embeddings [B or 1, N, R].
+
+        Raises:
+            ValueError: for a rotation of another form than that of channel i with channel i + R / 2.
+        """
+        if cos_BND.dim() != 3:
+            raise ValueError(f"position embeddings {tuple(cos_BND.shape)}: canonical frames need one rotation a token, [B, N, R].")
         if cos_BND.shape[0] == 1:
             rows = torch.zeros_like(rows)
         cos, sin = cos_BND[rows, positions].float(), sin_BND[rows, positions].float()
         # Some scaled variants (YaRN) multiply cos and sin by an attention factor; a frame is a pure rotation.
+        first, second = cos.chunk(2, dim=-1)
+        if not torch.equal(first, second):
+            raise ValueError(
+                "this model rotates neighbouring channels together, canonical frames those that lie half a head apart: "
+                "use a capsule with canonical_frame=False."
+            )
         norm = (cos.square() + sin.square()).sqrt()
         return cls(cos / norm, sin / norm)
 
@@ -42,10 +54,12 @@ class Frame:
         return (self.cos, self.sin)
 
     def _turn(self, x: torch.Tensor, sign: float) -> torch.Tensor:
+        # Half precision would round cos and sin, and what is rounded is no rotation.
+        work = torch.promote_types(x.dtype, torch.float32)
         width = self.cos.shape[-1]
         shape = (-1,) + (1,) * (x.dim() - 2) + (width,)
-        cos, sin = self.cos.to(x.dtype).view(shape), self.sin.to(x.dtype).view(shape) * sign
-        part, rest = x[..., :width], x[..., width:]
+        cos, sin = self.cos.to(work).view(shape), self.sin.to(work).view(shape) * sign
+        part, rest = x[..., :width].to(work), x[..., width:]
         first, second = part.chunk(2, dim=-1)
-        turned = part * cos + torch.cat([-second, first], dim=-1) * sin
+        turned = (part * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

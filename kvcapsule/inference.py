@@ -1,6 +1,6 @@
 """Attach a capsule or a policy to a model, for as long as a `with` block lasts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ from .attention import IMPLEMENTATION, forget
 from .cache import CapsuleCache
 from .geometry import KVGeometry
 from .prefill import Method
+
+_FULL_ATTENTION = "full_attention"
+"""transformers' name of the layers whose cache a CapsuleCache replaces."""
 
 
 @contextmanager
@@ -31,7 +34,7 @@ def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[Pre
         RuntimeError: if the model is attached already.
     """
     text_config = model.config.get_text_config(decoder=True)
-    before = text_config._attn_implementation
+    before = str(text_config._attn_implementation)
     if before == IMPLEMENTATION:
         raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")
     geometry = KVGeometry.from_config(model.config)
@@ -45,16 +48,22 @@ def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[Pre
         active: list[CapsuleCache] = []
         for handle in _hooks(model, active):
             stack.callback(handle.remove)
+        if text_config._attn_implementation != IMPLEMENTATION:
+            raise RuntimeError(f"{type(model).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache.")
         if method is not None:
-            generate = model.generate
+            generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+            own = model.__dict__.get("generate")
 
             def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
                 if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
                     kwargs["past_key_values"] = CapsuleCache(model.config, method)
                 return generate(*args, **kwargs)
 
-            model.generate = generate_with_capsule  # type: ignore[method-assign]
-            stack.callback(model.__dict__.pop, "generate", None)
+            model.__dict__["generate"] = generate_with_capsule
+            if own is None:
+                stack.callback(model.__dict__.pop, "generate", None)
+            else:
+                stack.callback(model.__dict__.__setitem__, "generate", own)
         yield model
 
 
@@ -63,20 +72,23 @@ def _hooks(model: PreTrainedModel, active: list[CapsuleCache]) -> Iterator[torch
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         active.clear()
+        forget()
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CapsuleCache):
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             cache.begin(input_ids, kwargs.get("attention_mask"), kwargs)
             active.append(cache)
 
-    def rotation(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if active and isinstance(output, tuple) and len(output) == 2:
+    def rotation(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Models with several kinds of layers make one rotation for each kind; capsules are of full-attention layers.
+        kind = kwargs.get("layer_type", next((a for a in args if isinstance(a, str)), _FULL_ATTENTION))
+        if active and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
             active[0].set_position_embeddings(*output)
 
     yield model.register_forward_pre_hook(begin, with_kwargs=True)
     for name, module in model.get_decoder().named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
-            yield module.register_forward_hook(rotation)
+            yield module.register_forward_hook(rotation, with_kwargs=True)
 
 
 def _set_text_attention(model: PreTrainedModel, implementation: str) -> None:

@@ -33,7 +33,7 @@ class LayerPrefill:
     """Factor of the attention scores."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     """The model's rotary cos and sin, each [B or 1, N, R]; None for models without RoPE."""
-    shared: dict[int, "_Cut"] = field(default_factory=dict)
+    shared: dict[tuple[int, bool], "_Cut"] = field(default_factory=dict)
     """What the layers of one forward have in common, so that it is computed and stored once."""
 
     def visual(self) -> torch.Tensor:
@@ -83,7 +83,11 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
     counts = kept[rows].sum(dim=1)
     longest = int(counts.max())
     order = torch.sort((~kept[rows]).to(torch.int8), dim=1, stable=True).indices[:, :longest]
-    mask = None if bool((counts == longest).all()) else torch.arange(longest, device=kept.device) < counts[:, None]
+    mask = None
+    if bool((counts < longest).any()):
+        mask = torch.arange(longest, device=kept.device) < counts[:, None]
+        # The padding repeats a token of the row's own: what is measured over a row (a range, a mean) then sees no stranger.
+        order = torch.where(mask, order, order[:, :1])
 
     def take(x_BHND: torch.Tensor) -> torch.Tensor:
         return x_BHND.transpose(1, 2)[rows[:, None], order].transpose(1, 2).contiguous()
@@ -101,18 +105,18 @@ class Tiles(NamedTuple):
     owner: torch.Tensor
     """[E] batch row."""
     frame: Frame | None
-    """The rotation of each tile's first position."""
+    """The rotation of each tile's first position; None where it was not asked for or the model has none."""
 
 
 class _Cut(NamedTuple):
     rows: torch.Tensor
-    index: torch.Tensor
+    positions: torch.Tensor
     frame: Frame | None
 
 
-def cut_tiles(prefill: LayerPrefill, tile: int) -> Tiles | None:
+def cut_tiles(prefill: LayerPrefill, tile: int, frames: bool = True) -> Tiles | None:
     """Cut every span into tiles of `tile` tokens; what is left at a span's end is in no tile. None where nothing fills a tile."""
-    cut = prefill.shared.get(tile)
+    cut = prefill.shared.get((tile, frames))
     if cut is None:
         starts = [(s.row, s.start + i * tile) for s in prefill.spans for i in range(s.length // tile)]
         if not starts:
@@ -120,12 +124,12 @@ def cut_tiles(prefill: LayerPrefill, tile: int) -> Tiles | None:
         device = prefill.keys.device
         rows, firsts = (t.contiguous() for t in torch.tensor(starts, device=device).unbind(1))
         frame = None
-        if prefill.position_embeddings is not None:
+        if frames and prefill.position_embeddings is not None:
             frame = Frame.at(*prefill.position_embeddings, rows, firsts)
         cut = _Cut(rows, firsts[:, None] + torch.arange(tile, device=device), frame)
-        prefill.shared[tile] = cut
-    keys = prefill.keys.transpose(1, 2)[cut.rows[:, None], cut.index].transpose(1, 2)
-    values = prefill.values.transpose(1, 2)[cut.rows[:, None], cut.index].transpose(1, 2)
+        prefill.shared[tile, frames] = cut
+    keys = prefill.keys.transpose(1, 2)[cut.rows[:, None], cut.positions].transpose(1, 2)
+    values = prefill.values.transpose(1, 2)[cut.rows[:, None], cut.positions].transpose(1, 2)
     return Tiles(keys, values, cut.rows, cut.frame)
 
 

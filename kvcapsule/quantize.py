@@ -33,7 +33,8 @@ class QuantizedRows:
         low, high = x_EHMD.amin(2, keepdim=True), x_EHMD.amax(2, keepdim=True)
         levels = 2**bits - 1
         step = ((high.float() - low.float()) / levels).clamp_min(1e-8).to(x_EHMD.dtype)
-        codes = ((x_EHMD - low).float() / step.float()).round().clamp(0, levels).to(torch.uint8)
+        # In half precision a small step is stored as 0, and nothing may be divided by it.
+        codes = ((x_EHMD - low).float() / step.float().clamp_min(1e-8)).round().clamp(0, levels).to(torch.uint8)
         per_byte = 8 // bits
         tokens = codes.shape[2]
         padded = torch.nn.functional.pad(codes, (0, 0, 0, -tokens % per_byte))
@@ -51,7 +52,8 @@ class QuantizedRows:
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         shifts = torch.arange(0, 8, self.bits, device=self.codes.device, dtype=torch.uint8)
         lanes = (self.codes[:, :, :, None] >> shifts[:, None]) & (2**self.bits - 1)
-        return lanes.flatten(2, 3)[:, :, : self.tokens].to(dtype) * self.step.to(dtype) + self.zero.to(dtype)
+        codes: torch.Tensor = lanes.flatten(2, 3)[:, :, : self.tokens].to(dtype)
+        return codes * self.step.to(dtype) + self.zero.to(dtype)
 
     def select(self, index: torch.Tensor) -> "QuantizedRows":
         return QuantizedRows(self.codes[index], self.step[index], self.zero[index], self.bits, self.tokens)

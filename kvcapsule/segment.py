@@ -91,6 +91,19 @@ class Segment:
         for name, map_, rows in (("score_map", self.score_map, self.keys), ("value_map", self.value_map, self.values)):
             if map_ is not None and (map_.shape[0] != heads or map_.shape[2] != rows.shape[2]):
                 raise ValueError(f"{name} {tuple(map_.shape)} does not map {heads} heads of {rows.shape[2]} stored rows.")
+        cos = None if self.frame is None else self.frame.cos
+        for name, tensor, leading in (
+            ("value_mean", self.value_mean, (heads, self.values.shape[3])),
+            ("q_map", self.q_map, (heads,)),
+            ("out_map", self.out_map, (heads, self.values.shape[3])),
+            ("bias", self.bias, (entries, heads, n_keys)),
+            ("mask", self.mask, (entries, n_keys)),
+            ("frame", cos, (entries,)),
+        ):
+            if tensor is not None and tensor.shape[: len(leading)] != leading:
+                raise ValueError(f"{name} {tuple(tensor.shape)} does not fit a segment that asks for {leading} in its first dimensions.")
+        if self.q_map is not None and self.q_map.shape[2] != self.keys.shape[3]:
+            raise ValueError(f"q_map {tuple(self.q_map.shape)} does not map queries to keys of {self.keys.shape[3]} channels.")
 
     @property
     def tokens(self) -> int:
@@ -102,14 +115,15 @@ class Segment:
         rows = rows.to(self.owner.device)
         match = self.owner[None, :] == rows[:, None]
         owner, index = match.nonzero(as_tuple=True)
-        take = {
-            "keys": self.keys[index] if isinstance(self.keys, torch.Tensor) else self.keys.select(index),
-            "values": self.values[index] if isinstance(self.values, torch.Tensor) else self.values.select(index),
-            "bias": None if self.bias is None else self.bias[index],
-            "mask": None if self.mask is None else self.mask[index],
-            "frame": None if self.frame is None else self.frame.select(index),
-        }
-        return replace(self, owner=owner, **take)
+        return replace(
+            self,
+            owner=owner,
+            keys=self.keys[index] if isinstance(self.keys, torch.Tensor) else self.keys.select(index),
+            values=self.values[index] if isinstance(self.values, torch.Tensor) else self.values.select(index),
+            bias=None if self.bias is None else self.bias[index],
+            mask=None if self.mask is None else self.mask[index],
+            frame=None if self.frame is None else self.frame.select(index),
+        )
 
     def entry_tensors(self) -> Iterator[torch.Tensor]:
         """What is stored for the sequences themselves."""

@@ -82,7 +82,9 @@ def _split(runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]] |
             spans.append(VisualSpan(row, start + length - left, size, grid))
             left -= size
     if next(waiting, None) is not None:
-        raise ValueError(f"the inputs describe {len(grids)} {kind}s, but the prompt has placeholders for {len(spans)}: check the processor's output.")
+        raise ValueError(
+            f"the inputs describe {len(grids)} {kind}s, but the prompt has placeholders for {len(spans)}: check the processor's output."
+        )
     return spans
 
 

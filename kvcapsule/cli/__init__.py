@@ -1,0 +1,83 @@
+"""The `kvcapsule` command. A command is registered here, by its target and its line of help."""
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from .. import __version__
+from .errors import INTERRUPTED, WRONG_INPUT, complain
+
+COMMANDS = {
+    "train": "kvcapsule.training.main:main",
+    "eval": "kvcapsule.eval.main:main",
+    "generate": "kvcapsule.cli.generate:main",
+    "push": "kvcapsule.cli.push:main",
+}
+"""Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when it is chosen."""
+HELP = {
+    "train": "train a capsule on the KV activations of a frozen VLM",
+    "eval": "compare capsules and policies with the full cache: answers, bytes, time",
+    "generate": "answer a prompt about images, and say how large the cache was",
+    "push": "upload a capsule to the Hub",
+}
+_OPTIONS = {"-h, --help": "show this message and exit", "--version": "show the version and exit"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command and its arguments; None takes those of the process.
+
+    Returns:
+        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given:
+        print(usage(), file=sys.stderr)
+        return WRONG_INPUT
+    name, *arguments = given
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"kvcapsule {__version__}")
+        return 0
+    if name not in COMMANDS:
+        return complain("kvcapsule", _unknown(name))
+    try:
+        return _load(COMMANDS[name])(arguments)
+    except KeyboardInterrupt:
+        # A terminal has just written ^C into the present line.
+        print("\n" if sys.stderr.isatty() else "", f"kvcapsule {name}: interrupted.", sep="", file=sys.stderr)
+        return INTERRUPTED
+
+
+def usage() -> str:
+    """What `kvcapsule --help` prints."""
+    width = max(map(len, [*COMMANDS, *_OPTIONS]))
+
+    def rows(entries: dict[str, str]) -> str:
+        return "\n".join(f"  {name:<{width}}  {text}" for name, text in entries.items())
+
+    return (
+        "usage: kvcapsule COMMAND [OPTIONS]\n\n"
+        "The KV cache of vision-language models, compressed into capsules that attention reads as they are.\n\n"
+        f"commands:\n{rows(HELP)}\n\n"
+        f"options:\n{rows(_OPTIONS)}\n\n"
+        "`kvcapsule COMMAND --help` shows the options of a command."
+    )
+
+
+def _unknown(name: str) -> str:
+    kind = "option" if name.startswith("-") else "command"
+    near = get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
+    advice = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}."
+    return f"there is no {kind} {name!r}; {advice}"
+
+
+def _load(target: str) -> Callable[[list[str]], int]:
+    module, _, function = target.partition(":")
+    loaded: Callable[[list[str]], int] = getattr(import_module(module), function)
+    return loaded

@@ -61,6 +61,10 @@ class CodecConfig(ABC):
     canonical_frame: bool = True
     """Encode keys as if their tile began at position 0."""
 
+    def __post_init__(self) -> None:
+        if self.tile < 1:
+            raise ValueError(f"tile {self.tile} must be at least 1 token.")
+
     @abstractmethod
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
         """Untrained codecs of one layer."""

@@ -38,7 +38,9 @@ def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
     """
     check_ratio(mean)
     if not 0 <= slope < 1:
-        raise ValueError(f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps three times as much in the first layer as in the last.")
+        raise ValueError(
+            f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps thrice as much in the first layer as in the last."
+        )
     slope = min(slope, 1 / mean - 1)
     steps = [1 - 2 * i / (layers - 1) if layers > 1 else 0.0 for i in range(layers)]
     return tuple(mean * (1 + slope * step) for step in steps)
@@ -60,7 +62,7 @@ class RetainedKeys(KeyCodec):
         self.theta = nn.Parameter(torch.zeros(heads, tile, stored))
 
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
-        return KeyPart(k_EHTD[:, :, self.kept], score_map=self.theta.detach().to(k_EHTD.dtype))
+        return KeyPart(k_EHTD[:, :, self.kept], score_map=self.theta.to(k_EHTD.dtype))
 
 
 class MlpKeys(KeyCodec):
@@ -97,8 +99,7 @@ class MlpRows:
         return torch.Size((entries, heads, self.codec.outer.shape[1], dim))
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        with torch.no_grad():
-            return self.codec.decode(self.rows.to(dtype))
+        return self.codec.decode(self.rows.to(dtype))
 
     def select(self, index: torch.Tensor) -> "MlpRows":
         return MlpRows(self.rows[index], self.codec)
@@ -140,8 +141,7 @@ class KVCapsuleConfig(CodecConfig):
     """Width of the MLP's inner layer, along tokens."""
 
     def __post_init__(self) -> None:
-        if self.tile < 1:
-            raise ValueError(f"tile {self.tile} must be at least 1 token.")
+        super().__post_init__()
         if self.key_decoder not in ("linear", "mlp"):
             raise ValueError(f"key_decoder {self.key_decoder!r} is neither 'linear' nor 'mlp'.")
         if self.key_decoder == "mlp" and not self.canonical_frame:
@@ -152,10 +152,10 @@ class KVCapsuleConfig(CodecConfig):
 
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
         heads = geometry.kv_heads
+        for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
+            if len(ratios) != geometry.layers:
+                raise ValueError(f"{len(ratios)} {name} retention ratios for {geometry.layers} layers: give one for each layer.")
         n_keys, n_values = (retained(r[layer], self.tile) for r in (self.key_ratios, self.value_ratios))
-        keys: KeyCodec
-        if self.key_decoder == "mlp":
-            keys = MlpKeys(heads, self.tile, n_keys, self.hidden)
-        else:
-            keys = RetainedKeys(heads, self.tile, n_keys)
+        mlp = self.key_decoder == "mlp"
+        keys = MlpKeys(heads, self.tile, n_keys, self.hidden) if mlp else RetainedKeys(heads, self.tile, n_keys)
         return LayerCodec(keys, PcaValues(heads, self.tile, n_values, geometry.head_dim))

@@ -1,4 +1,4 @@
-"""Scanned handwritten digits (the UCI set in scikit-learn: 1,797 greyscale scans of 8x8), split so that no test digit is ever trained on."""
+"""Scanned handwritten digits (the UCI set in scikit-learn: 1,797 greyscale scans of 8x8), split so that no test digit is trained on."""
 
 from functools import cache
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SIDE = 112
 """Height and width of a page in pixels."""
 WORDS = tuple(
-    "ant ape asp auk bat bee boa cat cod cow dab dog eel elk emu ewe fly fox gnu hen jay kid koi owl pig pug ram rat sow tit hog yak".split()
+    "ant ape asp auk bat bee boa cat cod cow dab dog eel elk emu ewe "
+    "fly fox gnu hen jay kid koi owl pig pug ram rat sow tit hog yak".split()
 )
 TASKS = ("transcribe", "line", "value", "count")
 MAX_LINES = 6
@@ -133,15 +134,13 @@ def _ask_count(of: Page, rng: np.random.Generator) -> Question:
 _ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "value": _ask_value, "count": _ask_count}
 
 
-def _layout(
-    rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], turn: float
-) -> tuple[NDArray[np.float32], list[Mark]]:
+def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], turn: float) -> tuple[NDArray[np.float32], list[Mark]]:
     """Ink coverage [SIDE, SIDE] in 0..1 of the laid out lines, digits turned by up to `turn` degrees, and where each symbol went."""
     room = SIDE - 2 * _MARGIN
     height = rng.uniform(10.5, 13.5)
     pitch = rng.uniform(height + 2, min(height + 8, room / len(lines)))
     font = _FONTS[int(rng.integers(len(_FONTS)))]
-    size = int(round(height * rng.uniform(0.95, 1.15)))
+    size = round(height * rng.uniform(0.95, 1.15))
     masks = [_word_mask(font, size, word) for word, _ in lines]
     widest, longest = max(m.shape[1] for m in masks), max(len(number) for _, number in lines)
     advance = rng.uniform(max(8.6, height * 0.8), height + 1.5)
@@ -181,14 +180,12 @@ def _word_mask(font: str, size: int, word: str) -> NDArray[np.float32]:
     left, _, right, _ = face.getbbox(word)
     canvas = Image.new("L", (int(right - left) + 1, int(size * 1.3)), 0)
     ImageDraw.Draw(canvas).text((-left, canvas.height * 0.78), word, fill=255, font=face, anchor="ls")
-    return np.asarray(canvas, np.float32) / 255
+    return np.asarray(canvas, np.float32) / np.float32(255)
 
 
 def _digit_mask(scan: NDArray[np.float32], height: float, degrees: float) -> NDArray[np.float32]:
-    image = Image.fromarray((scan * 255).astype(np.uint8)).resize(
-        (max(6, round(height * 0.9)), round(height)), Image.Resampling.BICUBIC
-    )
-    return np.asarray(image.rotate(degrees, Image.Resampling.BICUBIC), np.float32) / 255
+    image = Image.fromarray((scan * 255).astype(np.uint8)).resize((max(6, round(height * 0.9)), round(height)), Image.Resampling.BICUBIC)
+    return np.asarray(image.rotate(degrees, Image.Resampling.BICUBIC), np.float32) / np.float32(255)
 
 
 def _stamp(ink: NDArray[np.float32], mask: NDArray[np.float32], x: float, y: float) -> None:

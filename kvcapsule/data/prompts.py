@@ -17,19 +17,20 @@ def conversation(images: Sequence[Image.Image], prompt: str, answer: str | None 
     return turns
 
 
-def encode(
-    processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None
-) -> BatchFeature:
+def encode(processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None) -> BatchFeature:
     """A left-padded batch of the model's inputs; a conversation that ends with the user's turn is opened for the assistant.
 
     Raises:
         ValueError: if the processor has no chat template.
     """
     if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set processor.chat_template.")
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set processor.chat_template."
+        )
     processor.tokenizer.padding_side = "left"
     opened = conversations[0][-1]["role"] == "user"
-    batch = processor.apply_chat_template(
+    chat: Any = processor.apply_chat_template
+    batch: BatchFeature = chat(
         list(conversations),
         tokenize=True,
         return_dict=True,

@@ -8,6 +8,7 @@ import datasets
 from PIL import Image
 
 from . import pages
+from .digits import SPLITS
 
 PAGES = "pages"
 """The name of the built-in source."""
@@ -23,7 +24,7 @@ class SourceConfig:
     """Where questions come from."""
 
     source: str = PAGES
-    """"pages" (built in), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, or a data set on the Hub."""
+    """"pages" (built in), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, one on the Hub."""
     split: str = "train"
     """Split of the source; pages has train, validation and test."""
     size: int = 10_000
@@ -49,8 +50,8 @@ def load(config: SourceConfig) -> datasets.Dataset:
     if config.size < 1:
         raise DataError(f"data size {config.size}: at least one question is needed.")
     if config.source == PAGES:
-        if config.split not in pages.SPLITS:
-            raise DataError(f"pages has no split {config.split!r}; it has {', '.join(pages.SPLITS)}.")
+        if config.split not in SPLITS:
+            raise DataError(f"pages has no split {config.split!r}; it has {', '.join(SPLITS)}.")
         return pages.pages(config.split, config.size, config.seed)
     found = _open(config)
     wanted = {config.image: "image", config.prompt: "prompt", config.answer: "answer"}

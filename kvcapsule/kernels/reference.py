@@ -73,12 +73,24 @@ def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visib
     total = probabilities.sum(dim=-1, keepdim=True)
     if segment.value_map is not None:
         probabilities = probabilities @ segment.value_map.to(work)
-    out = probabilities @ read(segment.values, work)
+    out = probabilities @ _seen_values(segment, visible, work)
     if segment.value_mean is not None:
         out = out + total * segment.value_mean.to(work)[:, None]
     if segment.out_map is not None:
         out = out @ segment.out_map.to(work)
     return Partial(out.unflatten(2, (groups, n_queries)), mass.log() + top[..., 0], segment.owner)
+
+
+def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dtype) -> torch.Tensor:
+    """The stored values, zero where no query sees the token: a probability of 0 would not silence what is not a number there."""
+    values = read(segment.values, work)
+    if segment.value_map is not None:
+        return values
+    if segment.mask is not None:
+        values = values.masked_fill(~segment.mask[:, None, :, None], 0.0)
+    if visible is not None:
+        values = values.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
+    return values
 
 
 def merge(partials: Sequence[Partial], batch: int) -> torch.Tensor:
@@ -90,5 +102,6 @@ def merge(partials: Sequence[Partial], batch: int) -> torch.Tensor:
     top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
     share = (lse - top[owner]).exp()
     mass = torch.zeros_like(top).index_add(0, owner, share)
-    joined = out.new_zeros((batch, *out.shape[1:])).index_add(0, owner, out * share[..., None])
+    weighted = (out * share[..., None]).masked_fill((share == 0)[..., None], 0.0)
+    joined = out.new_zeros((batch, *out.shape[1:])).index_add(0, owner, weighted)
     return joined / mass[..., None]

@@ -13,7 +13,7 @@ class PostVisionAttention(TokenPruning):
     """
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
-        batch, heads, tokens, dim = prefill.keys.shape
+        batch, heads, tokens, _ = prefill.keys.shape
         after = torch.zeros_like(prefill.valid)
         for row in range(batch):
             ends = [s.start + s.length for s in prefill.spans if s.row == row]
@@ -24,4 +24,5 @@ class PostVisionAttention(TokenPruning):
         logits = (query @ prefill.keys.float().transpose(-1, -2)[:, :, None]) * prefill.scale
         seen = prefill.valid[:, None, :] & (positions <= positions[first:, None])
         attention = logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(dim=-1)
-        return (attention * after[:, None, None, first:, None]).sum(dim=(1, 2, 3))
+        received: torch.Tensor = (attention * after[:, None, None, first:, None]).sum(dim=(1, 2, 3))
+        return received

@@ -1,0 +1,87 @@
+"""Harvest: the keys and values that a frozen VLM writes for its visual tokens, and the queries that read them.
+
+The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in place of compressing
+sees what a capsule would see at inference, layer by layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import BatchFeature, PreTrainedModel
+
+from kvcapsule.cache import CapsuleCache
+from kvcapsule.frame import Frame
+from kvcapsule.inference import attach
+from kvcapsule.prefill import Compressed, LayerPrefill, cut_tiles, tiled
+from kvcapsule.segment import Segment
+
+
+@dataclass(frozen=True)
+class LayerHarvest:
+    """One layer's visual tiles and their readers. E tiles of T tokens, B rows, Q queries, R other tokens."""
+
+    keys: torch.Tensor
+    """[E, H, T, D], in the tiles' canonical frames where `frame` is given."""
+    values: torch.Tensor
+    """[E, H, T, D]."""
+    owner: torch.Tensor
+    """[E] row of each tile."""
+    frame: Frame | None
+    query: torch.Tensor
+    """[B, H * G, Q, D]: the tokens after the last image, prompt and answer."""
+    reads: torch.Tensor
+    """[B, Q] bool: False where a row has no such token."""
+    rest: Segment
+    """All other tokens, raw: text, and visual tokens that fill no tile."""
+    visible: torch.Tensor
+    """[B, Q, R]: which of them each query sees."""
+    scale: float
+
+
+class Recorder:
+    """A method that keeps what it is shown."""
+
+    def __init__(self, tile: int, canonical: bool = True) -> None:
+        self.tile, self.canonical = tile, canonical
+        self.layers: list[LayerHarvest] = []
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        tiles = cut_tiles(prefill, self.tile)
+        if tiles is None:
+            raise ValueError(
+                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
+                "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
+            )
+        frame = tiles.frame if self.canonical else None
+        keys = tiles.keys if frame is None else frame.back(tiles.keys)
+        ends = [max((s.start + s.length for s in prefill.spans if s.row == row), default=0) for row in range(prefill.valid.shape[0])]
+        first = min(ends)
+        positions = torch.arange(prefill.valid.shape[1], device=prefill.valid.device)
+        reads = prefill.valid[:, first:] & (positions[first:] >= torch.tensor(ends, device=positions.device)[:, None])
+        rest, order = _rest(prefill, prefill.valid & ~tiled(prefill, self.tile))
+        visible = order[:, None, :] <= positions[first:, None]
+        self.layers.append(
+            LayerHarvest(keys, tiles.values, tiles.owner, frame, prefill.query[:, :, first:], reads, rest, visible, prefill.scale)
+        )
+        return Compressed([], [])
+
+
+def _rest(prefill: LayerPrefill, kept: torch.Tensor) -> tuple[Segment, torch.Tensor]:
+    """The kept tokens as one padded segment, and their positions [B, R]."""
+    counts = kept.sum(dim=1)
+    order = torch.sort((~kept).to(torch.int8), dim=1, stable=True).indices[:, : int(counts.max())]
+    rows = torch.arange(kept.shape[0], device=kept.device)
+    keys = prefill.keys.transpose(1, 2)[rows[:, None], order].transpose(1, 2)
+    values = prefill.values.transpose(1, 2)[rows[:, None], order].transpose(1, 2)
+    mask = torch.arange(order.shape[1], device=kept.device) < counts[:, None]
+    return Segment(keys, values, rows, mask=mask), order
+
+
+@torch.no_grad()
+def harvest(model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool = True) -> list[LayerHarvest]:
+    """Run the frozen model over a batch and record every layer."""
+    recorder = Recorder(tile, canonical)
+    with attach(model):
+        cache = CapsuleCache(model.config, recorder)
+        model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=1)
+    return recorder.layers
