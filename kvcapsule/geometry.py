@@ -34,14 +34,14 @@ class KVGeometry:
         """Read the geometry from any VLM config of transformers.
 
         Raises:
-            GeometryError: for encoder-decoder models and for configs without attention heads.
+            GeometryError: for models that read images by cross-attention and for configs without attention heads.
         """
-        if getattr(config, "is_encoder_decoder", False):
+        text = config.get_text_config(decoder=True)
+        if getattr(config, "is_encoder_decoder", False) or getattr(text, "cross_attention_layers", None):
             raise GeometryError(
-                f"{config.model_type} is an encoder-decoder model: its visual tokens live in cross-attention, which capsules do not cover. "
+                f"{config.model_type} is no decoder-only model: its visual tokens live in cross-attention, which capsules do not cover. "
                 "Use a decoder-only VLM (LLaVA, Qwen-VL, InternVL, ...)."
             )
-        text = config.get_text_config(decoder=True)
         heads = getattr(text, "num_attention_heads", None)
         if heads is None:
             raise GeometryError(f"{config.model_type}: its text config names no num_attention_heads, so it has no KV cache to compress.")

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -444,7 +444,7 @@ def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
         raise CapsuleError(f"{folder} is a file: name the capsule's directory, which holds {', '.join(FILES)}.")
     # Imported by name: an installation maps the folder checkpoints/ into the package, which type checkers cannot see.
     checkpoints = import_module("kvcapsule.checkpoints")
-    found: Path | None = folder if folder.is_dir() else checkpoints.shipped(text)
+    found: Path | None = folder if text and folder.is_dir() else checkpoints.shipped(text)
     if found is not None:
         if revision is not None:
             raise CapsuleError(
@@ -468,7 +468,7 @@ def _require_files(folder: Path, files: Iterable[str], repository: str | None = 
             f"{folder} is not a capsule directory: it lacks {', '.join(missing)}. "
             "Name a directory that `kvcapsule train` or Capsule.save_pretrained wrote."
         )
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise CapsuleError(
             f"{repository} is only in part in this machine's cache ({folder} lacks {', '.join(missing)}), and offline mode is on: "
             "unset HF_HUB_OFFLINE and load it once with a connection."
@@ -562,14 +562,15 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise CapsuleError(
             f"no capsule {name!r}: there is no such directory here, no shipped capsule of that name, and no such repository on the Hub "
-            f"({constants.ENDPOINT}) that you can see. Check the name; for a private repository log in with `hf auth login` or set HF_TOKEN."
+            f"({constants.ENDPOINT}) that you can see. Check the name; if it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
     except RevisionNotFoundError as error:
         raise CapsuleError(f"the repository {name} on the Hub has no revision {revision!r}: give a branch, tag or commit of it.") from error
     except LocalEntryNotFoundError as error:
-        reason = "offline mode is on (HF_HUB_OFFLINE)" if is_offline_mode() else f"the Hub ({constants.ENDPOINT}) does not answer"
+        cause = f"the Hub ({constants.ENDPOINT}) gave no usable answer ({_one_line(error.__cause__ or error)})"
+        reason = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else cause
         raise CapsuleError(
-            f"no capsule {name!r}{at}: there is no such directory here, {reason}, and it is not in this machine's cache. "
+            f"no capsule {name!r}{at}: there is no such directory here, it is not wholly in this machine's cache, and {reason}. "
             "Load it once with a connection, or name a directory."
         ) from error
     except EntryNotFoundError as error:
@@ -597,5 +598,5 @@ def _push_errors(repo_id: str) -> Iterator[None]:
         raise CapsuleError(f"cannot push to {repo_id} on the Hub ({constants.ENDPOINT}): {_one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

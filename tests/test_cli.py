@@ -86,6 +86,12 @@ def test_unknown_command(given: str, advice: str, capsys: pytest.CaptureFixture[
     assert not out
 
 
+def test_exit_code_of_the_process() -> None:
+    done = subprocess.run([sys.executable, "-m", "kvcapsule", "trian"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert not done.stdout and done.stderr.startswith("kvcapsule: ") and done.stderr.count("\n") == 1
+
+
 def test_no_command_shows_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     out, err = capsys.readouterr()

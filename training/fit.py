@@ -1,9 +1,12 @@
 """One training run, from recipe to capsule."""
 
+import logging
 import shutil
 import time
+import warnings
 from dataclasses import asdict
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         ValueError, ModelError, DataError, GeometryError, CapsuleError: before anything is trained, wherever that can be known.
     """
     console = console or Console(stderr=True)
+    _quiet()
     output = Path(recipe.output)
     _check_output(recipe, output)
     if recipe.threads:
@@ -104,15 +108,16 @@ def _closed_form(
 def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> None:
     steps = recipe.optim.soft_steps + recipe.optim.hard_steps
     trainer = L.Trainer(
-        accelerator="auto" if recipe.device is None else ("cpu" if recipe.device == "cpu" else "auto"),
+        accelerator=_accelerator(recipe),
         devices=1,
         max_steps=steps,
+        max_epochs=ceil(steps / len(data.train_dataloader())),
         logger=[CSVLogger(recipe.work, name="", version="csv"), TensorBoardLogger(recipe.work, name="", version="tensorboard")],
         callbacks=[
             ModelCheckpoint(recipe.work, filename="{step}", save_last=True, every_n_train_steps=min(_CHECKPOINT_EVERY, max(1, steps))),
-            RichProgressBar(),
+            _Progress(),
         ],
-        log_every_n_steps=10,
+        log_every_n_steps=5,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -121,6 +126,26 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> None:
     trainer.fit(fit, datamodule=data, ckpt_path=recipe.work / "last.ckpt" if recipe.resume else None)
     if not fit.hardened:
         fit.harden()
+
+
+class _Progress(RichProgressBar):
+    """The bar without the loggers' version numbers."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
+def _accelerator(recipe: Recipe) -> str:
+    return "cpu" if recipe.device == "cpu" else "auto"
+
+
+def _quiet() -> None:
+    """Keep Lightning's advertisements and notes on its own internals from the user's screen."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*number of training batches.*")
 
 
 def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry, model: PreTrainedModel) -> Capsule:
@@ -136,7 +161,9 @@ def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry, model: PreTr
 
 def _measure(recipe: Recipe, fit: CapsuleFit, data: Questions, seconds: float) -> dict[str, Any]:
     """Reconstruction and attention-output error on the held-out questions."""
-    trainer = L.Trainer(accelerator="cpu" if recipe.device == "cpu" else "auto", devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False)
+    trainer = L.Trainer(
+        accelerator=_accelerator(recipe), devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False
+    )
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
     found: dict[str, Any] = {name.removeprefix("validation/"): value for name, value in measured.items()}
     return {**found, "seconds": seconds, "questions": len(data.held_out)}

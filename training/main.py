@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser()
         values = parser.parse_args(["--recipe", str(find_recipe(recipe)), *words])
         values.pop("recipe", None)
-        train(Recipe(**vars(parser.instantiate_classes(values))))
+        train(Recipe(**vars(parser.instantiate(values))))
     except (CapsuleError, DataError, GeometryError, ModelError, ValueError) as error:
         print(f"kvcapsule train: {error}", file=sys.stderr)
         return 2

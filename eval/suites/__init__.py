@@ -1,0 +1,1 @@
+"""Suites: options of `kvcapsule eval` kept as YAML files."""

@@ -1,6 +1,7 @@
 """Any source of image, prompt and answer: the built-in pages task, or whatever `datasets` can load."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,11 @@ def load(config: SourceConfig) -> datasets.Dataset:
         wanted["task"] = "task"
     found = found.select_columns(list(wanted)).rename_columns({old: new for old, new in wanted.items() if old != new})
     found = found.shuffle(seed=config.seed).select(range(min(config.size, len(found))))
-    if isinstance(found.features["image"], datasets.Value):
-        found = found.cast_column("image", datasets.Image())
-    return found
+    # Undecoded, so that an image that cannot be read is met where its row can be named.
+    one = datasets.Image(decode=False)
+    feature = found.features["image"]
+    several = isinstance(feature, (datasets.List, datasets.LargeList))
+    return found.cast_column("image", datasets.List(one) if several else one)
 
 
 def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
@@ -82,8 +85,8 @@ def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
     held = row["image"] if isinstance(row["image"], list) else [row["image"]]
     images = []
     for image in held:
-        if isinstance(image, (str, Path)):
-            image = open_image(image)
+        if isinstance(image, dict):
+            image = _decode(image, index)
         if not isinstance(image, Image.Image):
             raise DataError(f"row {index}: the image column holds {type(image).__name__}, expected an image (or a list of them).")
         images.append(image.convert("RGB"))
@@ -103,6 +106,18 @@ def open_image(path: str | Path) -> Image.Image:
         raise DataError(f"there is no image {path}.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP, ... that is whole.") from error
+
+
+def _decode(image: dict[str, Any], index: int) -> Image.Image:
+    """An undecoded image of `datasets`: bytes, or the path of a file."""
+    try:
+        if image.get("bytes") is None:
+            return open_image(image["path"])
+        return Image.open(BytesIO(image["bytes"]))
+    except DataError as error:
+        raise DataError(f"row {index}: {error}") from error
+    except OSError as error:
+        raise DataError(f"row {index}: {image.get('path') or 'the image'} cannot be read as an image ({error}).") from error
 
 
 def _open(config: SourceConfig) -> datasets.Dataset:

@@ -1,0 +1,130 @@
+"""The timing run: prefill and decode of every method on the same batches, one method after the other, again and again.
+
+The full cache is timed as a user of transformers has it: DynamicCache, the model's own attention, `generate`. Every method is timed through
+`generate` too, so its fixed costs are in all times; on small models they hide part of a difference. Batches are made of one prompt with
+different images: prompts of different lengths would need padding, and a padding mask slows the full cache's attention alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple, cast
+
+import datasets
+import torch
+from rich.progress import Progress
+from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+
+from kvcapsule.inference import attach
+
+from .generation import GREEDY, new_cache
+from .methods import FULL, Entry
+from .questions import Batch, make_batch, read
+
+BATCHES = 2
+"""Different batches that are timed."""
+ROUNDS = 5
+"""How often every method is timed on each, after one run to warm up."""
+STEPS = 24
+"""Decode steps of a run."""
+
+
+class Seconds(NamedTuple):
+    """One run of one method on one batch."""
+
+    prefill: float
+    """Until the first logits, compression included."""
+    step: float
+    """Mean of the decode steps."""
+
+
+class Timing(NamedTuple):
+    """Medians, over batches and rounds, of what a method takes relative to the full cache in the same round."""
+
+    prefill_ratio: float
+    """Time of the method / time of the full cache: below 1 is faster."""
+    tokens_per_s_ratio: float
+    """Tokens a second of the method / those of the full cache: above 1 is faster."""
+
+
+def time_entries(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset,
+    entries: Sequence[Entry],
+    size: int,
+    progress: Progress,
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+) -> dict[str, Timing]:
+    """Time every entry; the arguments are those of `runner.evaluate`.
+
+    Returns:
+        By name of the entry. The full cache's ratios are 1 by definition.
+    """
+    timed = _one_prompt_batches(rows, model, processor, size)
+    task = progress.add_task("timing", total=len(timed) * (rounds + 1) * len(entries))
+    ratios: dict[str, list[Timing]] = defaultdict(list)
+    for batch in timed:
+        for turn in range(rounds + 1):
+            # The order turns, so that no method always runs in the wake of the same other.
+            order = [*entries[turn % len(entries) :], *entries[: turn % len(entries)]]
+            took = {}
+            for entry in order:
+                with nullcontext() if entry.method is None else attach(model):
+                    took[entry.name] = _run(model, batch.inputs, entry, steps)
+                progress.advance(task)
+            if turn == 0:
+                continue
+            full = took[FULL]
+            for name, seconds in took.items():
+                ratios[name].append(Timing(seconds.prefill / full.prefill, full.step / seconds.step))
+    return {name: Timing(*(median(column) for column in zip(*values, strict=True))) for name, values in ratios.items()}
+
+
+def _one_prompt_batches(rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int) -> list[Batch]:
+    made = []
+    for start in range(0, min(len(rows), BATCHES * size), size):
+        asked = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
+        made.append(make_batch([q._replace(prompt=asked[0].prompt) for q in asked], model, processor))
+    return made
+
+
+def _run(model: PreTrainedModel, inputs: BatchFeature, entry: Entry, steps: int) -> Seconds:
+    clock = _Clock(model.device, steps)
+    cache = new_cache(model, entry.method)
+    started = clock.now()
+    cast("Any", model).generate(
+        **inputs,
+        past_key_values=cache,
+        # A fixed length: a method whose answers end early would otherwise be timed on other steps.
+        min_new_tokens=steps + 1,
+        max_new_tokens=steps + 1,
+        logits_processor=LogitsProcessorList([clock]),
+        **GREEDY,
+    )
+    return Seconds(clock.first - started, (clock.last - clock.first) / steps)
+
+
+class _Clock(LogitsProcessor):
+    """Reads the time when the first and the last logits arrive."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.device, self.steps = device, steps
+        self.seen = 0
+        self.first = self.last = 0.0
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.seen == 0:
+            self.first = self.now()
+        elif self.seen == self.steps:
+            self.last = self.now()
+        self.seen += 1
+        return scores

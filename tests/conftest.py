@@ -1,0 +1,159 @@
+"""A tiny LLaVA built from nothing, batches of pages for it, and random segments: what most tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
+
+from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.identity import IdentityConfig
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, MlpRows
+from kvcapsule.data.pages import page
+from kvcapsule.frame import Frame
+from kvcapsule.geometry import KVGeometry
+from kvcapsule.quantize import QuantizedRows
+from kvcapsule.segment import Segment
+from kvcapsule.training.demo_vlm.model import build_model, build_processor
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+GAIN = 2.5
+"""Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could tell."""
+
+
+@pytest.fixture(scope="session")
+def processor() -> LlavaProcessor:
+    built = build_processor()
+    built.tokenizer.padding_side = "left"
+    return built
+
+
+@pytest.fixture(scope="session")
+def model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """Four layers, 4 query and 2 KV heads of 32, 196 visual tokens an image; float32, eval mode."""
+    built = build_model(processor.tokenizer).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(GAIN)
+    return built.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    return [page("test", index).image for index in range(6)]
+
+
+@pytest.fixture(scope="session")
+def make_batch(processor: LlavaProcessor, images: list[Image.Image]) -> Callable[..., BatchFeature]:
+    """make_batch((1, "one image"), (2, "two"), (0, "none")): a left-padded batch of prompts with that many pages each."""
+
+    def build(*prompts: tuple[int, str]) -> BatchFeature:
+        count = sum(n for n, _ in prompts)
+        text = [f"<|user|>{'<image>' * n}{words}<|assistant|>" for n, words in prompts]
+        return processor(images=images[:count] or None, text=text, padding=True, return_tensors="pt")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def greedy(processor: LlavaProcessor) -> dict[str, Any]:
+    """Options of generate for eight tokens that neither end early nor look like an image."""
+    banned = processor.tokenizer.convert_tokens_to_ids("<image>")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "suppress_tokens": [banned], "do_sample": False}
+    return {**options, "output_logits": True, "return_dict_in_generate": True}
+
+
+@pytest.fixture(scope="session")
+def geometry(model: LlavaForConditionalGeneration) -> KVGeometry:
+    return KVGeometry.from_config(model.config)
+
+
+@pytest.fixture(scope="session")
+def identity(geometry: KVGeometry) -> Callable[..., Capsule]:
+    """identity(tile): a capsule that stores everything."""
+
+    def build(tile: int, canonical_frame: bool = True) -> Capsule:
+        return Capsule(CapsuleConfig("identity", IdentityConfig(tile, canonical_frame), geometry, "tiny"))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
+    """random_capsule(key_ratio, value_ratio, tile): a KVCapsule whose maps are drawn at random; the values' basis is orthonormal."""
+
+    def build(key_ratio: float = 0.25, value_ratio: float = 0.25, tile: int = 49, **options: Any) -> Capsule:
+        ratios = [(ratio,) * geometry.layers for ratio in (key_ratio, value_ratio)]
+        capsule = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, True, *ratios, **options), geometry, "tiny"))
+        generator = torch.Generator().manual_seed(0)
+        for codec in capsule.layers:
+            stored = len(codec.keys.kept)
+            codec.keys.kept.copy_(torch.randperm(tile, generator=generator)[:stored].sort().values)
+            for parameter in codec.keys.parameters():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+            basis = torch.linalg.qr(torch.randn(codec.values.basis.transpose(1, 2).shape, generator=generator)).Q
+            codec.values.basis.copy_(basis.transpose(1, 2))
+            codec.values.mean.copy_(torch.randn(codec.values.mean.shape, generator=generator))
+        return capsule.requires_grad_(False)
+
+    return build
+
+
+SEGMENTS = ("raw", "score_map", "value_map", "maps", "channels", "bias", "mask", "frame", "quantized", "mlp", "everything")
+
+
+@pytest.fixture(params=SEGMENTS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def random_segment() -> Callable[..., Segment]:
+    """random_segment(kind, owner, seed): a segment with the parts that `kind` (one of SEGMENTS) names; 2 KV heads of 8."""
+
+    def build(kind: str, owner: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Segment:
+        heads, dim, tokens, stored = 2, 8, 7, 3
+        entries = len(owner)
+        generator = torch.Generator().manual_seed(seed)
+
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        whole = kind == "everything"
+        score_map = rand(heads, tokens, stored) if kind in ("score_map", "maps") or whole else None
+        value_map = rand(heads, tokens, stored + 1) if kind in ("value_map", "maps") or whole else None
+        channels = dim // 2 if kind == "channels" or whole else dim
+        angle = 3 * rand(entries, dim // 2).repeat(1, 2)
+        there = torch.arange(tokens) < torch.randint(0, tokens + 1, (entries, 1), generator=generator)
+        keys: Any = rand(entries, heads, tokens if score_map is None else stored, channels)
+        values: Any = rand(entries, heads, tokens if value_map is None else stored + 1, channels)
+        if kind == "quantized":
+            keys, values = QuantizedRows.pack(keys, 2), QuantizedRows.pack(values, 8)
+        if kind == "mlp":
+            codec = MlpKeys(heads, tokens, stored, hidden=5)
+            for parameter in codec.parameters():
+                parameter.data.copy_(rand(*parameter.shape))
+            keys = MlpRows(rand(entries, heads, stored, dim), codec)
+        return Segment(
+            keys,
+            values,
+            torch.tensor(owner, dtype=torch.int64),
+            score_map=score_map,
+            value_map=value_map,
+            value_mean=rand(heads, channels) if kind == "value_map" or whole else None,
+            q_map=rand(heads, dim, channels) if kind == "channels" or whole else None,
+            out_map=rand(heads, channels, dim) if kind == "channels" or whole else None,
+            bias=rand(entries, heads, tokens) if kind == "bias" or whole else None,
+            mask=there if kind == "mask" or whole else None,
+            frame=Frame(angle.cos(), angle.sin()) if kind == "frame" or whole else None,
+        )
+
+    return build

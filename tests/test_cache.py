@@ -1,0 +1,608 @@
+"""What a model does with a CapsuleCache is what it does with its own cache, as far as a method promises."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import BatchFeature, DynamicCache, Gemma3nConfig, LlavaForConditionalGeneration
+
+from kvcapsule import attention
+from kvcapsule.attention import IMPLEMENTATION
+from kvcapsule.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.capsule import Capsule
+from kvcapsule.geometry import GeometryError, KVGeometry
+from kvcapsule.inference import attach
+from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention, Quantized
+from kvcapsule.prefill import Compressed, LayerPrefill, Method
+from kvcapsule.segment import Segment
+
+Batch = Callable[..., BatchFeature]
+Model = LlavaForConditionalGeneration
+
+EXACT = 5e-5
+"""What float32 makes of logits of several units behind four layers, where nothing is lost."""
+MIXED = ((1, "Read line 2."), (2, "Transcribe the page."), (0, "What is the number beside the owl?"))
+"""One image, several, none; with left padding."""
+EVERYTHING_KEPT = {
+    "full": lambda identity: Full(),
+    "tile 49": lambda identity: identity(49),
+    "tile 50, the last one incomplete": lambda identity: identity(50),
+    "tile 196": lambda identity: identity(196),
+    "tile 300, larger than the image": lambda identity: identity(300),
+    "tile 49, no frames": lambda identity: identity(49, canonical_frame=False),
+    "all tokens, ranked": lambda identity: PostVisionAttention(1.0),
+    "all tokens, spaced": lambda identity: EvenlySpaced(1.0),
+}
+
+
+@pytest.fixture(params=EVERYTHING_KEPT)
+def keeper(request: pytest.FixtureRequest, identity: Callable[..., Capsule]) -> Method:
+    """A method that loses nothing."""
+    return EVERYTHING_KEPT[request.param](identity)
+
+
+@pytest.fixture(scope="module")
+def mixed(make_batch: Batch) -> BatchFeature:
+    return make_batch(*MIXED)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> Any:
+    """The model's own greedy answer to the mixed batch."""
+    return model.generate(**mixed, **greedy)
+
+
+def run(model: Model, method: Method, batch: BatchFeature, **options: Any) -> Any:
+    with attach(model, method):
+        return model.generate(**batch, **options)
+
+
+def assert_same(out: Any, expected: Any, atol: float = EXACT) -> None:
+    assert torch.equal(out.sequences, expected.sequences)
+    assert len(out.logits) == len(expected.logits)
+    for ours, theirs in zip(out.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def prefill(model: Model, batch: BatchFeature, cache: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch, past_key_values=cache).logits
+
+
+def step(model: Model, cache: Any, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits [B, Q, V] of `tokens` [B, Q] behind what the cache holds; `mask` [B, N] covers both."""
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
+
+def longer(mask: torch.Tensor, by: int) -> torch.Tensor:
+    return torch.cat([mask, mask.new_ones(mask.shape[0], by)], dim=1)
+
+
+class TestEverythingKept:
+    """Methods that lose nothing give the full cache's tokens and logits."""
+
+    def test_the_answers_tell_something(self, expected: Any, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+        """The rows differ, and so would the answer without the image's KV: the tests below could fail."""
+        assert len({tuple(row.tolist()) for row in expected.sequences[:, -8:]}) == 3
+        one = make_batch((1, MIXED[0][1]))
+        with pytest.raises(AssertionError):
+            assert_same(run(model, PostVisionAttention(0.01), one, **greedy), model.generate(**one, **greedy), atol=1e-2)
+
+    def test_greedy_batch(self, keeper: Method, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+        assert_same(run(model, keeper, mixed, **greedy), expected)
+
+    def test_cache_given_by_hand(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+        with attach(model):
+            cache = CapsuleCache(model.config, Full())
+            out = model.generate(**mixed, past_key_values=cache, **greedy)
+        assert_same(out, expected)
+        assert out.past_key_values is cache
+        assert cache.get_seq_length() == expected.sequences.shape[1] - 1
+        assert all(isinstance(layer, CapsuleLayer) and layer.tail_length == 7 for layer in cache.layers)
+
+    def test_prompt_without_image(self, keeper: Method, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+        batch = make_batch((0, "Hello."), (0, "What is the number beside the owl?"))
+        out = run(model, keeper, batch, **greedy)
+        assert_same(out, model.generate(**batch, **greedy))
+        assert out.past_key_values.bytes().visual == 0
+
+    def test_sampling(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], identity: Callable[..., Capsule]) -> None:
+        options = {**greedy, "do_sample": True, "temperature": 0.9, "top_k": 40}
+        torch.manual_seed(3)
+        expected = model.generate(**mixed, **options)
+        torch.manual_seed(3)
+        assert_same(run(model, identity(50), mixed, **options), expected)
+        torch.manual_seed(4)
+        assert not torch.equal(model.generate(**mixed, **options).sequences, expected.sequences)
+
+    @pytest.mark.parametrize("returned", [1, 3])
+    def test_beams(
+        self, returned: int, model: Model, make_batch: Batch, greedy: dict[str, Any], identity: Callable[..., Capsule]
+    ) -> None:
+        batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
+        options = {**greedy, "num_beams": 3, "num_return_sequences": returned, "output_scores": True}
+        expected = model.generate(**batch, **options)
+        assert expected.beam_indices.unique().numel() > 3
+        out = run(model, identity(50), batch, **options)
+        assert_same(out, expected)
+        torch.testing.assert_close(out.sequences_scores, expected.sequences_scores)
+
+    def test_several_sequences_of_one_prompt(self, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+        batch = make_batch((1, "Read line 2."), (0, "Hello."))
+        options = {**greedy, "do_sample": True, "num_return_sequences": 2}
+        torch.manual_seed(5)
+        expected = model.generate(**batch, **options)
+        torch.manual_seed(5)
+        assert_same(run(model, Full(), batch, **options), expected)
+
+    def test_candidate_tokens_that_are_taken_back(self, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+        """Prompt lookup feeds several tokens at once and crops those that were wrong."""
+        batch = make_batch((1, "Transcribe the page. Transcribe the page."))
+        options = {**greedy, "prompt_lookup_num_tokens": 3, "max_new_tokens": 20, "min_new_tokens": 20}
+        out = run(model, Full(), batch, **options)
+        assert torch.equal(out.sequences, model.generate(**batch, **options).sequences)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, dtype: torch.dtype, model: Model, mixed: BatchFeature, identity: Callable[..., Capsule]) -> None:
+        half = copy.deepcopy(model).to(dtype)
+        batch = BatchFeature({**mixed, "pixel_values": mixed["pixel_values"].to(dtype)})
+        token, mask = torch.full((3, 1), 50), longer(mixed["attention_mask"], 1)
+        own = DynamicCache(config=half.config)
+        prefill(half, batch, own)
+        expected = step(half, own, token, mask)
+        with attach(half):
+            cache = CapsuleCache(half.config, identity(50))
+            prefill(half, batch, cache)
+            logits = step(half, cache, token, mask)
+        assert logits.dtype == dtype
+        assert all(segment.keys.dtype == dtype for layer in cache.layers for segment in layer.visual)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.15 if dtype == torch.bfloat16 else 0.02)
+
+
+class TestTurns:
+    """A second turn over a compressed first."""
+
+    @staticmethod
+    def converse(model: Model, first: BatchFeature, second: list[str], cache: Any, greedy: dict[str, Any], processor: Any, pixels: Any) -> Any:
+        """Both turns' outputs; the second is given the whole conversation, as a chat would."""
+        out = model.generate(**first, past_key_values=cache, **greedy)
+        asked = processor.tokenizer(second, padding=True, return_tensors="pt")
+        ids = torch.cat([out.sequences, asked["input_ids"]], dim=1)
+        mask = torch.cat([longer(first["attention_mask"], greedy["max_new_tokens"]), asked["attention_mask"]], dim=1)
+        images = {} if pixels is None else {"pixel_values": pixels}
+        return out, model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **images, **greedy)
+
+    PLACEHOLDERS = "<image>" * 196
+    SECOND = {
+        "text": ["<|user|>And line 3?<|assistant|>", "<|user|>How many 7 are there in it?<|assistant|>"],
+        "image in each": [f"<|user|>{PLACEHOLDERS}And here?<|assistant|>", f"<|user|>And in this one {PLACEHOLDERS}<|assistant|>"],
+        "image in one": [f"<|user|>{PLACEHOLDERS}And here?<|assistant|>", "<|user|>Line 3?<|assistant|>"],
+    }
+
+    @pytest.mark.parametrize("turn", SECOND)
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_second_turn(
+        self, turn: str, rows: int, keeper: Method, model: Model, make_batch: Batch, greedy: dict[str, Any], processor: Any
+    ) -> None:
+        first = make_batch(*((1, "Read line 2."), (1, "What stands beside owl?"))[:rows])
+        second = self.SECOND[turn][:rows]
+        new = sum(text.count(self.PLACEHOLDERS) for text in second)
+        pixels = make_batch((4, ""))["pixel_values"][-new:] if new else None
+        own = self.converse(model, first, second, DynamicCache(config=model.config), greedy, processor, pixels)
+        with attach(model):
+            cache = CapsuleCache(model.config, keeper)
+            ours = self.converse(model, first, second, cache, greedy, processor, pixels)
+        for out, expected in zip(ours, own, strict=True):
+            assert_same(out, expected)
+        assert cache.get_seq_length() == own[1].sequences.shape[1] - 1
+        assert not torch.equal(own[0].sequences[:, -8:], own[1].sequences[:, -8:])
+
+    def test_a_new_image_is_compressed(self, model: Model, make_batch: Batch, greedy: dict[str, Any], processor: Any) -> None:
+        first, pixels = make_batch((1, "Read line 2.")), make_batch((2, ""))["pixel_values"][1:]
+        with attach(model):
+            cache = CapsuleCache(model.config, EvenlySpaced(0.25))
+            prefill(model, first, cache)
+            before = cache.bytes()
+            cache.reset()
+            self.converse(model, first, self.SECOND["image in each"][:1], cache, greedy, processor, pixels)
+        assert cache.bytes().visual == 2 * before.visual
+        assert [len(layer.visual) for layer in cache.layers] == [2] * 4
+
+    def test_three_turns_of_images(self, model: Model, make_batch: Batch, identity: Callable[..., Capsule]) -> None:
+        """By direct forwards: what a turn with an image closes as text is read as before."""
+        batches = [make_batch((1, words)) for words in ("Read line 2.", "And here?", "And here again?")]
+        own, logits = DynamicCache(config=model.config), []
+        with attach(model):
+            cache = CapsuleCache(model.config, identity(50))
+            for past in (own, cache):
+                mask = torch.ones(1, 0, dtype=torch.int64)
+                for batch in batches:
+                    length = batch["input_ids"].shape[1]
+                    mask = longer(mask, length)
+                    positions = torch.arange(mask.shape[1])[None, -length:]
+                    call = {**batch, "attention_mask": mask, "position_ids": positions}
+                    logits.append(prefill(model, BatchFeature(call), past))
+                    mask = longer(mask, 2)
+                    logits.append(step(model, past, torch.tensor([[40, 41]]), mask))
+        for ours, theirs in zip(logits[6:], logits[:6], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=EXACT)
+
+
+class TestCacheInterface:
+    """What transformers, or a user, asks of a cache."""
+
+    @pytest.fixture
+    def attached(self, model: Model) -> Iterator[Model]:
+        with attach(model):
+            yield model
+
+    def test_direct_forward(self, attached: Model, mixed: BatchFeature, keeper: Method) -> None:
+        own, cache = DynamicCache(config=attached.config), CapsuleCache(attached.config, keeper)
+        torch.testing.assert_close(prefill(attached, mixed, cache), prefill(attached, mixed, own), rtol=0, atol=0)
+        mask = mixed["attention_mask"]
+        for tokens in (torch.tensor([[40], [41], [42]]), torch.tensor([[43, 44, 45]] * 3), torch.tensor([[46]] * 3)):
+            mask = longer(mask, tokens.shape[1])
+            torch.testing.assert_close(step(attached, cache, tokens, mask), step(attached, own, tokens, mask), rtol=0, atol=EXACT)
+
+    def test_one_token_prompt(self, attached: Model) -> None:
+        own, cache = DynamicCache(config=attached.config), CapsuleCache(attached.config, Full())
+        for i in range(3):
+            tokens, mask = torch.tensor([[40 + i]]), torch.ones(1, i + 1, dtype=torch.int64)
+            torch.testing.assert_close(step(attached, cache, tokens, mask), step(attached, own, tokens, mask), rtol=0, atol=EXACT)
+
+    @pytest.mark.parametrize("method", [PostVisionAttention(0.1), Quantized(2), Full()], ids=lambda m: type(m).__name__)
+    def test_length_is_logical(self, method: Method, attached: Model, mixed: BatchFeature) -> None:
+        cache, length = CapsuleCache(attached.config, method), mixed["input_ids"].shape[1]
+        assert cache.get_seq_length() == 0
+        prefill(attached, mixed, cache)
+        assert cache.get_seq_length() == length
+        step(attached, cache, torch.full((3, 2), 50), longer(mixed["attention_mask"], 2))
+        assert [cache.get_seq_length(i) for i in range(4)] == [length + 2] * 4
+        assert cache.get_mask_sizes(5, 0) == (length + 7, 0)
+        assert cache.get_max_length() == -1
+
+    def test_tail_grows_past_its_first_buffer(self, attached: Model, make_batch: Batch) -> None:
+        batch = make_batch((1, "Read line 2."))
+        own, cache = DynamicCache(config=attached.config), CapsuleCache(attached.config, Full())
+        tokens = torch.randint(20, 60, (1, 150), generator=torch.Generator().manual_seed(0))
+        logits = []
+        for past in (own, cache):
+            prefill(attached, batch, past)
+            mask = batch["attention_mask"]
+            for part in tokens.split([1, 62, 1, 1, 80, 5], dim=1):
+                mask = longer(mask, part.shape[1])
+                last = step(attached, past, part, mask)
+            logits.append(last)
+        torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=EXACT)
+        assert cache.bytes().tail < 4 * 2 * 2 * 32 * 4 * 2 * 150
+
+    def test_crop_within_the_tail(self, attached: Model, mixed: BatchFeature) -> None:
+        cache, mask = CapsuleCache(attached.config, Full()), mixed["attention_mask"]
+        prefill(attached, mixed, cache)
+        tokens = torch.randint(20, 60, (3, 5), generator=torch.Generator().manual_seed(0))
+        expected = step(attached, cache, tokens, longer(mask, 5))
+        cache.crop(-3)
+        assert cache.get_seq_length() == mask.shape[1] + 2
+        step(attached, cache, tokens[:, :1] + 1, longer(mask, 3))
+        cache.crop(-1)
+        again = step(attached, cache, tokens[:, 2:], longer(mask, 5))
+        torch.testing.assert_close(again, expected[:, 2:], rtol=0, atol=EXACT)
+        cache.crop(0)
+        assert cache.get_seq_length() == mask.shape[1] + 5
+
+    def test_crop_into_the_prompt_is_refused(self, attached: Model, mixed: BatchFeature) -> None:
+        cache, mask = CapsuleCache(attached.config, Full()), mixed["attention_mask"]
+        prefill(attached, mixed, cache)
+        step(attached, cache, torch.full((3, 2), 50), longer(mask, 2))
+        with pytest.raises(ValueError, match="cannot remove 3 tokens: only the 2 written since"):
+            cache.crop(-3)
+        with pytest.raises(ValueError, match="negative"):
+            cache.crop(10)
+        assert [cache.get_seq_length(i) for i in range(4)] == [mask.shape[1] + 2] * 4
+
+    def test_reset(self, attached: Model, mixed: BatchFeature, make_batch: Batch, greedy: dict[str, Any], expected: Any) -> None:
+        cache = CapsuleCache(attached.config, Full())
+        attached.generate(**make_batch((1, "Hello.")), past_key_values=cache, **greedy)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert cache.bytes().total == 0
+        assert_same(attached.generate(**mixed, past_key_values=cache, **greedy), expected)
+
+    @pytest.mark.parametrize("method", ["full", "kvcapsule", "quantized"])
+    def test_rows_repeated_and_chosen(
+        self, method: str, attached: Model, mixed: BatchFeature, random_capsule: Callable[..., Capsule]
+    ) -> None:
+        cache = CapsuleCache(attached.config, {"full": Full(), "kvcapsule": random_capsule(), "quantized": Quantized(4)}[method])
+        prefill(attached, mixed, cache)
+        mask = longer(mixed["attention_mask"], 1)
+        plain = step(attached, cache, torch.tensor([[40], [41], [42]]), mask)
+        cache.crop(-1)
+        cache.batch_repeat_interleave(2)
+        rows = [0, 0, 1, 1, 2, 2]
+        repeated = step(attached, cache, torch.tensor([[40], [40], [41], [41], [42], [42]]), mask[rows])
+        torch.testing.assert_close(repeated, plain[rows], rtol=0, atol=EXACT)
+        cache.crop(-1)
+        cache.batch_select_indices(torch.tensor([5, 2]))
+        torch.testing.assert_close(step(attached, cache, torch.tensor([[42], [41]]), mask[[2, 1]]), plain[[2, 1]], rtol=0, atol=EXACT)
+        cache.crop(-1)
+        cache.batch_select_indices(torch.tensor([False, True]))
+        torch.testing.assert_close(step(attached, cache, torch.tensor([[41]]), mask[[1]]), plain[[1]], rtol=0, atol=EXACT)
+
+    def test_reordering_before_anything_is_stored(self, attached: Model) -> None:
+        cache = CapsuleCache(attached.config, Full())
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0]))
+        assert cache.get_seq_length() == 0
+
+    def test_embeddings_alone_are_refused(self, attached: Model) -> None:
+        with pytest.raises(ValueError, match="pass input_ids"):
+            attached(inputs_embeds=torch.zeros(1, 4, 128), past_key_values=CapsuleCache(attached.config, Full()))
+
+    def test_offloading_is_refused(self, attached: Model) -> None:
+        with pytest.raises(NotImplementedError, match="does not offload"):
+            CapsuleCache(attached.config, Full()).layers[0].offload()
+
+    def test_layers_that_share_keys_are_refused(self) -> None:
+        with pytest.raises(GeometryError, match="gemma3n: its last 15 layers"):
+            CapsuleCache(Gemma3nConfig(), Full())
+
+
+class TestAttach:
+    """A context manager that leaves nothing behind."""
+
+    @staticmethod
+    def traces(model: Model) -> Any:
+        hooks = [
+            (name, list(getattr(module, kind)))
+            for name, module in model.named_modules()
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+        ]
+        configs = (model.config, model.config.text_config, model.config.vision_config)
+        own = {name: id(value) for name, value in vars(model).items()}
+        return own, hooks, [c._attn_implementation for c in configs], [c.to_dict() for c in configs], model.generate
+
+    @pytest.mark.parametrize("before", ["sdpa", "eager"])
+    @pytest.mark.parametrize("method", [Full(), None], ids=["method", "no method"])
+    def test_leaves_nothing_behind(
+        self, before: str, method: Method | None, model: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
+        batch = make_batch((1, "Read line 2."))
+        model.set_attn_implementation(before)
+        try:
+            traces = self.traces(model)
+            with attach(model, method) as inside:
+                assert inside is model
+                assert model.config.text_config._attn_implementation == IMPLEMENTATION
+                assert model.config.vision_config._attn_implementation == before
+                model.generate(**batch, **greedy)
+            assert self.traces(model) == traces
+            with pytest.raises(KeyError), attach(model, method):
+                raise KeyError
+            assert self.traces(model) == traces
+            out = model.generate(**batch, **greedy)
+            assert type(out.past_key_values) is DynamicCache
+        finally:
+            model.set_attn_implementation("sdpa")
+
+    def test_a_generate_of_the_users_own_comes_back(self, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+        calls = []
+        plain = model.generate
+
+        def own(*args: Any, **kwargs: Any) -> Any:
+            calls.append(kwargs)
+            return plain(*args, **kwargs)
+
+        model.__dict__["generate"] = own
+        try:
+            with attach(model, Full()):
+                model.generate(**make_batch((0, "Hello.")), **greedy)
+            assert model.generate is own
+            assert isinstance(calls[0]["past_key_values"], CapsuleCache)
+        finally:
+            del model.__dict__["generate"]
+
+    def test_other_caches_work_inside(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+        with attach(model, PostVisionAttention(0.1)):
+            assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
+            without = model.generate(**mixed, use_cache=False, **greedy)
+        assert torch.equal(without.sequences, expected.sequences)
+        assert without.past_key_values is None
+
+    def test_a_cache_outside_is_refused(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+        with pytest.raises(RuntimeError, match=r"never read it.*with kvcapsule\.attach\(model"):
+            model.generate(**mixed, past_key_values=CapsuleCache(model.config, Full()), **greedy)
+        assert_same(model.generate(**mixed, **greedy), expected, atol=0)
+        assert_same(run(model, Full(), mixed, **greedy), expected)
+
+    def test_nested(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+        with attach(model, Full()):
+            with pytest.raises(RuntimeError, match="attached already"), attach(model, Full()):
+                pass
+            assert_same(model.generate(**mixed, **greedy), expected)
+        assert model.config.text_config._attn_implementation == "sdpa"
+
+    def test_another_geometry_is_refused(self, model: Model, identity: Callable[..., Capsule]) -> None:
+        capsule = identity(49)
+        other = copy.deepcopy(model.config)
+        other.text_config.num_key_value_heads = 4
+        traces = self.traces(model)
+        with pytest.raises(GeometryError, match="kv_heads: 4 != 2"), attach(model, _Made(capsule, KVGeometry.from_config(other))):
+            pass
+        assert self.traces(model) == traces
+
+    @pytest.mark.parametrize("layer", [0, 2])
+    @pytest.mark.parametrize("part", ["self_attn", "mlp"])
+    def test_an_aborted_forward_does_not_poison_the_next(
+        self, layer: int, part: str, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
+    ) -> None:
+        def fail(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        with attach(model, Full()):
+            handle = getattr(model.get_decoder().layers[layer], part).register_forward_hook(fail)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(**mixed, **greedy)
+            handle.remove()
+            assert_same(model.generate(**mixed, **greedy), expected)
+
+    def test_a_pending_call_does_not_reach_another_cache(
+        self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
+    ) -> None:
+        """A forward that stopped between update and attention, then the model's own cache."""
+        with attach(model):
+            cache = CapsuleCache(model.config, Full())
+            cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
+            assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
+            cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
+        with attach(model):
+            assert attention._pending.get() is None
+
+    def test_forward_without_cache(self, model: Model, mixed: BatchFeature) -> None:
+        with torch.no_grad():
+            plain = model(**mixed, use_cache=False).logits
+            with attach(model, PostVisionAttention(0.1)):
+                torch.testing.assert_close(model(**mixed, use_cache=False).logits, plain, rtol=0, atol=0)
+
+
+class _Made:
+    """A method made for some geometry."""
+
+    def __init__(self, method: Method, geometry: KVGeometry) -> None:
+        self.compress, self.geometry = method.compress, geometry
+
+    def require_geometry(self, geometry: KVGeometry) -> None:
+        self.geometry.require(geometry)
+
+
+L, H, D, T, FLOAT, INT = 4, 2, 32, 196, 4, 8
+"""Layers, KV heads, head dim, visual tokens of an image; bytes of an element and of an owner."""
+
+
+def row_bytes(rows: float, entries: int) -> int:
+    """Raw keys and values of `rows` rows in all layers, each layer with its owners."""
+    return int(L * (2 * H * D * FLOAT * rows + INT * entries))
+
+
+def code_bytes(bits: int) -> int:
+    """The three images of the mixed batch lie in two entries, of one and of two."""
+    packed = sum(-(-tokens * bits // 8) for tokens in (T, 2 * T))
+    return L * (2 * H * D * (packed + 2 * 2 * FLOAT) + 2 * INT)
+
+
+def capsule_bytes(keys: int, values: int, tile: int, images: int = 3) -> int:
+    """Rows of keys and values for each tile; tiles' frames and owners are common to all layers; what fills no tile is raw."""
+    tiles, rest = divmod(T, tile)
+    raw = row_bytes(images * rest, 2) if rest else 0
+    return images * tiles * (L * H * D * FLOAT * (keys + values) + 2 * D * FLOAT + INT) + raw
+
+
+COMPRESSING: dict[str, tuple[Callable[[Any], Method], int]] = {
+    "post-vision-attention 0.4": (lambda capsule: PostVisionAttention(0.4), row_bytes(3 * 78, 2)),
+    "evenly-spaced 0.4": (lambda capsule: EvenlySpaced(0.4), row_bytes(3 * 78, 2)),
+    "quantized 2": (lambda capsule: Quantized(2), code_bytes(2)),
+    "quantized 4": (lambda capsule: Quantized(4), code_bytes(4)),
+    "quantized 8": (lambda capsule: Quantized(8), code_bytes(8)),
+    "kvcapsule 0.25": (lambda capsule: capsule(0.25, 0.25, 49), capsule_bytes(13, 13, 49)),
+    "kvcapsule 0.1 and 0.4, tile 50": (lambda capsule: capsule(0.1, 0.4, 50), capsule_bytes(5, 20, 50)),
+    "kvcapsule with mlp": (lambda capsule: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8), capsule_bytes(13, 13, 49)),
+}
+
+
+@pytest.fixture(scope="module", params=COMPRESSING)
+def compressed(
+    request: pytest.FixtureRequest, random_capsule: Callable[..., Capsule], model: Model, mixed: BatchFeature, greedy: dict[str, Any]
+) -> tuple[Method, int, Any]:
+    """A method, the bytes that it promises for the mixed batch, and its answer."""
+    build, promised = COMPRESSING[request.param]
+    method = build(random_capsule)
+    return method, promised, run(model, method, mixed, **greedy)
+
+
+class TestCompressing:
+    """Every method that loses something, through every property."""
+
+    def test_first_token_is_exact(self, compressed: tuple[Method, int, Any], expected: Any) -> None:
+        torch.testing.assert_close(compressed[2].logits[0], expected.logits[0], rtol=0, atol=0)
+
+    def test_later_tokens_read_what_is_stored(self, compressed: tuple[Method, int, Any], expected: Any) -> None:
+        """Row 2 has no image and loses nothing; the others do."""
+        ours, theirs = compressed[2].logits[1], expected.logits[1]
+        torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=EXACT)
+        assert ((ours - theirs)[:2].abs().amax(dim=1) > 1e-4).all()
+
+    def test_bytes_are_as_promised(self, compressed: tuple[Method, int, Any], mixed: BatchFeature, model: Model) -> None:
+        _, promised, out = compressed
+        held = out.past_key_values.bytes()
+        assert held.visual == promised
+        assert held.other == 0
+        assert held.tail == L * 2 * H * D * FLOAT * 64 * 3
+        text = int(mixed["attention_mask"].sum()) - 3 * T
+        assert row_bytes(text, 3) <= held.text <= 1.25 * row_bytes(text, 3)
+        assert held.total == held.visual + held.text + held.tail
+
+    def test_batch_is_one_by_one(
+        self, compressed: tuple[Method, int, Any], model: Model, processor: Any, images: Any, greedy: dict[str, Any]
+    ) -> None:
+        method, _, out = compressed
+        first = 0
+        for row, (count, words) in enumerate(MIXED):
+            text = f"<|user|>{'<image>' * count}{words}<|assistant|>"
+            alone = processor(images=images[first : first + count] or None, text=text, return_tensors="pt")
+            first += count
+            one = run(model, method, alone, **greedy)
+            assert torch.equal(one.sequences[0, -8:], out.sequences[row, -8:])
+            for ours, theirs in zip(one.logits, out.logits, strict=True):
+                torch.testing.assert_close(ours[0], theirs[row], rtol=0, atol=1e-4)
+
+    def test_deterministic(self, compressed: tuple[Method, int, Any], model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
+        assert_same(run(model, compressed[0], mixed, **greedy), compressed[2], atol=0)
+
+    def test_attention_reads_what_the_segments_stand_for(
+        self, compressed: tuple[Method, int, Any], model: Model, mixed: BatchFeature, greedy: dict[str, Any]
+    ) -> None:
+        """The same answer from the keys and values written out in full."""
+        assert_same(run(model, _WrittenOut(compressed[0]), mixed, **greedy), compressed[2], atol=2e-5)
+
+    def test_beams_are_reordered(
+        self, compressed: tuple[Method, int, Any], model: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
+        batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
+        options = {**greedy, "num_beams": 3}
+        assert_same(run(model, compressed[0], batch, **options), run(model, _WrittenOut(compressed[0]), batch, **options), atol=2e-5)
+
+
+class _WrittenOut:
+    """A method whose visual segments are stored as the full keys and values that they stand for."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        visual, text = self.method.compress(prefill)
+        return Compressed([Segment(*s.materialize(), s.owner, bias=s.bias, mask=s.mask) for s in visual], text)
+
+
+def test_eight_bits_are_close_to_all(model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+    assert_same(run(model, Quantized(8), mixed, **greedy), expected, atol=0.05)
+    errors = [
+        max(float((a - b)[:2].abs().max()) for a, b in zip(run(model, Quantized(bits), mixed, **greedy).logits[1:2], expected.logits[1:2], strict=True))
+        for bits in (8, 4, 2)
+    ]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_bytes_of_a_shared_storage_count_once(model: Model, mixed: BatchFeature, random_capsule: Callable[..., Capsule]) -> None:
+    """Parameters are those of the capsule: no more after a second image, no more for a larger batch."""
+    capsule = random_capsule()
+    own = sum(p.numel() * p.element_size() for codec in capsule.layers for p in (codec.keys.theta, codec.values.basis, codec.values.mean))
+    with attach(model):
+        cache = CapsuleCache(model.config, capsule)
+        prefill(model, mixed, cache)
+        assert cache.bytes().parameters == own
+        cache.batch_repeat_interleave(3)
+        assert cache.bytes().parameters == own

@@ -1,0 +1,467 @@
+"""Evaluation: methods that must come out as they are known to, bytes that match, pictures that can be read, input that is refused."""
+
+import json
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from rich.progress import Progress
+
+from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.identity import IdentityConfig
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig
+from kvcapsule.data import pages
+from kvcapsule.eval import main as command
+from kvcapsule.eval.generation import generate, held_bytes, new_cache
+from kvcapsule.eval.main import main
+from kvcapsule.eval.matching import TOLERANCE, Layout, layer_bytes, match_ratios
+from kvcapsule.eval.methods import FULL, RIVALS, Entry, PerLayer, chosen, entries, open_capsules, shown_path
+from kvcapsule.eval.plot import draw, picture
+from kvcapsule.eval.questions import Batch, batches
+from kvcapsule.eval.report import write_json
+from kvcapsule.eval.runner import Tally, answered, evaluate, survey
+from kvcapsule.eval.timing import time_entries
+from kvcapsule.geometry import KVGeometry, full_attention_layers
+from kvcapsule.inference import attach
+from kvcapsule.policy import Full
+from kvcapsule.spans import VisualSpan
+
+LAYERS, TOKENS = 4, 196
+TOKEN_BYTES = 2 * 2 * 32 * 4
+"""Of one token in one layer: keys and values, 2 KV heads of 32, float32."""
+
+
+@pytest.fixture(scope="module")
+def rows() -> datasets.Dataset:
+    return pages.pages("test", 4)
+
+
+@pytest.fixture(scope="module")
+def geometry(model) -> KVGeometry:
+    return KVGeometry.from_config(model.config)
+
+
+@pytest.fixture(scope="module")
+def batch(rows, model, processor) -> Batch:
+    (made,) = batches(rows, model, processor, size=4)
+    return made
+
+
+@pytest.fixture(scope="module")
+def make_capsule(geometry) -> Callable[..., Capsule]:
+    """make_capsule(0.2): a capsule of this ratio whose maps are noise, so that it destroys what it stores."""
+
+    def build(ratio: float, family: str = "kvcapsule", tile: int = TOKENS) -> Capsule:
+        codec = IdentityConfig(tile) if family == "identity" else KVCapsuleConfig(tile, True, (ratio,) * LAYERS, (ratio,) * LAYERS)
+        capsule = Capsule(CapsuleConfig(family, codec, geometry, "tiny")).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for tensor in capsule.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+        return capsule
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory, model, processor) -> str:
+    folder = tmp_path_factory.mktemp("vlm")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def capsule_folder(tmp_path_factory, make_capsule) -> Path:
+    folder = tmp_path_factory.mktemp("capsules") / "fifth"
+    make_capsule(0.2).save_pretrained(folder, metrics={"train": {"loss": 0.5}})
+    return folder
+
+
+# Quality
+
+
+@pytest.fixture(scope="module")
+def tallies(model, processor, rows, make_capsule) -> dict[str, Tally]:
+    compared = [
+        Entry(FULL, None),
+        Entry("segments", Full()),
+        Entry("identity", make_capsule(1, "identity", tile=50)),
+        Entry("noise", make_capsule(0.2)),
+    ]
+    return evaluate(model, processor, rows, compared, size=2, max_new_tokens=6, progress=Progress(disable=True))
+
+
+def test_full_cache_is_its_own_yardstick(tallies) -> None:
+    full = tallies[FULL]
+    assert full.count == full.same == 4
+    assert full.divergence == 0
+    assert full.positions > 0
+
+
+@pytest.mark.parametrize("name", ["segments", "identity"])
+def test_what_keeps_everything_changes_nothing(tallies, name: str) -> None:
+    assert tallies[name].same == 4
+    assert tallies[name].divergence / tallies[name].positions < 1e-9
+    assert tallies[name].scores == tallies[FULL].scores
+    assert tallies[name].positions == tallies[FULL].positions
+
+
+def test_what_destroys_the_image_shows(tallies) -> None:
+    assert tallies["noise"].same < 4
+    assert tallies["noise"].divergence / tallies["noise"].positions > 0.01
+
+
+def test_bytes_by_hand(tallies) -> None:
+    full, noise = tallies[FULL], tallies["noise"]
+    assert full.visual == 4 * LAYERS * TOKENS * TOKEN_BYTES
+    assert full.parameters == 0 and full.total > full.visual
+    # 40 of 196 rows of keys and of values; a rotation and an owner for each tile, the rotation once for all layers of a batch.
+    assert noise.visual == 4 * (LAYERS * 40 * TOKEN_BYTES + 2 * 32 * 4) + 2 * _owners(rows=2)
+    # theta and the basis, and mu: of one capsule, however many batches read it.
+    assert noise.parameters == LAYERS * 2 * 4 * (TOKENS * 40 * 2 + 32)
+
+
+def _owners(rows: int) -> int:
+    """Bytes of the owners of a batch's tiles, which all layers share."""
+    return rows * 8
+
+
+def test_full_cache_counts_visual_positions_and_nothing_else(model, batch) -> None:
+    cache = new_cache(model, None)
+    with torch.no_grad():
+        model(**batch.inputs, past_key_values=cache)
+    held = held_bytes(cache, batch.layout)
+    marked = int((batch.inputs["input_ids"] == model.config.image_token_id).sum())
+    assert held.visual == LAYERS * marked * TOKEN_BYTES
+    assert held.total == LAYERS * batch.inputs["input_ids"].numel() * TOKEN_BYTES
+
+
+def test_teacher_forcing_reads_the_compressed_cache(model, batch, make_capsule) -> None:
+    """The first logits are the exact prefill's; those behind it are not, and they are those of the forced tokens."""
+    full = generate(model, batch.inputs, new_cache(model, None), batch.layout, max_new_tokens=4)
+    destroyer = make_capsule(0.2)
+    with attach(model):
+        forced = generate(model, batch.inputs, new_cache(model, destroyer), batch.layout, 4, forced=full.tokens)
+        exact = generate(model, batch.inputs, new_cache(model, Full()), batch.layout, 4, forced=full.tokens)
+    assert torch.equal(forced.tokens, full.tokens)
+    torch.testing.assert_close(forced.logits[0], full.logits[0])
+    assert (forced.logits[1] - full.logits[1]).abs().max() > 0.1
+    for own, theirs in zip(exact.logits, full.logits, strict=True):
+        torch.testing.assert_close(own, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_answers_end_with_their_first_end_token() -> None:
+    tokens = torch.tensor([[5, 9, 0, 0], [9, 9, 5, 5], [5, 5, 5, 5]])
+    expected = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    assert torch.equal(answered(tokens, 9), expected)
+    assert torch.equal(answered(tokens, [9, 7]), expected)
+    assert answered(tokens, None).all()
+
+
+def test_full_cache_must_come_first(model, processor, rows) -> None:
+    with pytest.raises(ValueError, match="first entry"):
+        evaluate(model, processor, rows, [Entry("segments", Full())], 2, 2, Progress(disable=True))
+
+
+# Equal bytes
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.41, 0.2, 0.1, 0.05])
+def test_rivals_get_the_bytes_of_the_capsule(model, processor, rows, geometry, make_capsule, ratio: float) -> None:
+    measured = survey(model, processor, rows, make_capsule(ratio), 3, Progress(disable=True))
+    ratios = match_ratios(measured.visual, measured.layouts, geometry, full_attention_layers(model.config), model.dtype)
+    for rule in RIVALS.values():
+        rival = survey(model, processor, rows, PerLayer([rule(r) for r in ratios]), 3, Progress(disable=True))
+        assert abs(rival.visual / measured.visual - 1) <= TOLERANCE
+
+
+def _layout(*lengths: int, tokens: int = 60) -> Layout:
+    spans = [VisualSpan(row, 3, length, (1, 1, length)) for row, length in enumerate(lengths)]
+    return Layout(spans, torch.ones(len(lengths), tokens, dtype=torch.bool))
+
+
+def test_layer_bytes_by_hand(geometry) -> None:
+    # A fifth of 10 and of 40 tokens, in two segments as the rows are too uneven for one, each with an owner.
+    assert layer_bytes(0.2, _layout(10, 40), geometry, torch.float32) == (2 + 8) * TOKEN_BYTES + 2 * 8
+    assert layer_bytes(0.2, _layout(10, 40), geometry, torch.bfloat16) == (2 + 8) * TOKEN_BYTES // 2 + 2 * 8
+
+
+def test_first_layers_take_what_whole_tokens_leave(geometry) -> None:
+    """Room for 2.5 tokens a layer: two layers keep 3, two keep 2, and the ratios are those of the tokens that are kept."""
+    target = 10 * TOKEN_BYTES + LAYERS * 8
+    ratios = match_ratios(target, [_layout(20)], geometry, range(LAYERS), torch.float32)
+    assert [round(20 * r) for r in ratios] == [3, 3, 2, 2]
+    assert ratios == pytest.approx((0.15, 0.15, 0.1, 0.1), abs=1e-3)
+
+
+def test_where_bytes_cannot_be_equal_a_rival_gets_more(geometry) -> None:
+    """4.2 tokens over four layers: 4 would be within 5 %, but short."""
+    ratios = match_ratios(int(4.2 * TOKEN_BYTES) + LAYERS * 8, [_layout(20)], geometry, range(LAYERS), torch.float32)
+    assert sum(round(20 * r) for r in ratios) == 5
+
+
+def test_rivals_keep_one_token_at_least_and_all_at_most(geometry) -> None:
+    assert all(round(20 * r) <= 1 for r in match_ratios(1, [_layout(20)], geometry, range(LAYERS), torch.float32))
+    assert all(round(20 * r) == 20 for r in match_ratios(10**9, [_layout(20)], geometry, range(LAYERS), torch.float32))
+
+
+# Methods
+
+
+def test_rows_are_named_after_the_family_unless_that_is_ambiguous(tmp_path, make_capsule) -> None:
+    for name in ("a", "b"):
+        make_capsule(0.2).save_pretrained(tmp_path / name)
+    make_capsule(1, "identity").save_pretrained(tmp_path / "c")
+    assert list(open_capsules([str(tmp_path / "a"), str(tmp_path / "c")])) == ["kvcapsule", "identity"]
+    assert list(open_capsules([str(tmp_path / "a"), str(tmp_path / "b")])) == ["kvcapsule:a", "kvcapsule:b"]
+
+
+def test_chosen_methods() -> None:
+    assert chosen([], ["kvcapsule"]) == ["kvcapsule", "post-vision-attention", "evenly-spaced", "int4"]
+    assert chosen(["int4", "full", "kvcapsule"], ["kvcapsule"]) == ["kvcapsule", "int4"]
+
+
+def test_settings_of_the_entries(make_capsule) -> None:
+    named = {"kvcapsule": ("some/capsule", make_capsule(0.2))}
+    made = {e.name: e.settings for e in entries(["kvcapsule", "evenly-spaced", "int4"], named, (0.2, 0.2, 0.1, 0.1), "kvcapsule")}
+    assert made[FULL] == {}
+    assert made["kvcapsule"]["capsule"] == "some/capsule" and made["kvcapsule"]["key_ratios"] == 0.2
+    assert made["evenly-spaced"] == {"ratio": [0.2, 0.2, 0.1, 0.1], "matched_to": "kvcapsule"}
+    assert made["int4"] == {"bits": 4}
+
+
+def test_reports_show_no_places(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(str(tmp_path / "runs" / "demo")) == "runs/demo"
+    assert shown_path("/home/somebody/demo") == "demo"
+    assert shown_path("org/name") == "org/name"
+    shown = command._command(["--capsule", "/home/somebody/demo", "--json=/home/somebody/x.json", "--data.size", "3"])
+    assert shown == "kvcapsule eval --capsule demo --json=x.json --data.size 3"
+
+
+# Timing, picture, files
+
+
+def test_timing_is_relative_to_the_full_cache(model, processor, rows) -> None:
+    compared = [Entry(FULL, None), Entry("segments", Full())]
+    timed = time_entries(model, processor, rows, compared, 2, Progress(disable=True), rounds=1, steps=2)
+    assert timed[FULL] == (1.0, 1.0)
+    assert all(0 < ratio < 100 for ratio in timed["segments"])
+
+
+def test_a_slow_method_is_timed_as_slow(model, processor, rows, monkeypatch) -> None:
+    """A clock that every prefill of the method turns on by ten seconds stands in for one that takes long."""
+    offset = 0.0
+
+    class Slow(Full):
+        def compress(self, prefill):
+            nonlocal offset
+            offset += 10.0
+            return super().compress(prefill)
+
+    from kvcapsule.eval import timing
+
+    real = timing.perf_counter
+    monkeypatch.setattr(timing, "perf_counter", lambda: real() + offset)
+    timed = time_entries(model, processor, rows, [Entry(FULL, None), Entry("slow", Slow())], 2, Progress(disable=True), rounds=1, steps=2)
+    assert timed["slow"].prefill_ratio > 2
+    assert 0.01 < timed["slow"].tokens_per_s_ratio < 100
+
+
+def _row(method: str, size: int, score: float) -> dict[str, Any]:
+    return {"method": method, "visual_kv_bytes": size, "accuracy": {"a": score, "b": score}, "compression": 400_000 / size}
+
+
+CROWDED = [
+    _row("full", 400_000, 0.9),
+    _row("kvcapsule:ten", 40_000, 0.9),
+    _row("kvcapsule:five", 80_000, 0.9),
+    _row("post-vision-attention", 40_100, 0.9),
+    _row("evenly-spaced", 40_100, 0.9),
+    _row("int4", 54_000, 0.9),
+]
+
+
+def test_labels_cover_neither_each_other_nor_a_dot() -> None:
+    figure = picture(CROWDED, "crowded")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    labels = [text for text in axes.texts if text.get_text()]
+    assert {label.get_text().split(" (")[0] for label in labels} == {row["method"] for row in CROWDED}
+    for label in labels:
+        # The line to the dot is part of an annotation's extent; only its words are looked at.
+        label.arrow_patch = None
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    dots = [axes.transData.transform((row["visual_kv_bytes"], 0.9)) for row in CROWDED]
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+    assert all(figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) for box in boxes)
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_picture_in_the_format_of_its_name(tmp_path, suffix: str, begins: bytes) -> None:
+    draw(CROWDED, tmp_path / "new" / f"picture{suffix}", "title")
+    assert (tmp_path / "new" / f"picture{suffix}").read_bytes().startswith(begins)
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# The command
+
+QUICK = ("--data.size", "4", "--batch", "4", "--max-new-tokens", "4", "--timing", "false")
+
+
+def test_command_writes_what_it_was_asked_for(vlm, capsule_folder, tmp_path, capsys) -> None:
+    files = ["--json", str(tmp_path / "out" / "eval.json"), "--plot", str(tmp_path / "out" / "eval.png"), "--save-metrics", "true"]
+    assert main(["--model", vlm, "--capsule", str(capsule_folder), *QUICK, *files]) == 0
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    by_name = {row["method"]: row for row in result["rows"]}
+    assert list(by_name) == ["full", "kvcapsule", "post-vision-attention", "evenly-spaced", "int4"]
+    assert list(by_name["full"]["accuracy"]) == list(pages.TASKS)
+    for rival in RIVALS:
+        assert by_name[rival]["visual_kv_bytes"] == pytest.approx(by_name["kvcapsule"]["visual_kv_bytes"], rel=TOLERANCE)
+    assert 4 < by_name["kvcapsule"]["compression"] < 5 and 7 < by_name["int4"]["compression"] < 8
+    with Image.open(tmp_path / "out" / "eval.png") as drawn:
+        assert drawn.size[0] > 1000
+    metrics = json.loads((capsule_folder / "metrics.json").read_text())
+    assert metrics == {"train": {"loss": 0.5}, "eval": result}
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in by_name)
+    assert "answers" in printed.err
+
+
+def test_command_without_a_capsule(vlm, tmp_path) -> None:
+    arguments = ["--ratio", "0.5", "--methods", "evenly-spaced", "--json", str(tmp_path / "eval.json")]
+    assert main(["--model", vlm, *QUICK, *arguments]) == 0
+    full, spaced = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert (full["method"], spaced["method"]) == ("full", "evenly-spaced")
+    assert spaced["settings"] == {"ratio": 0.5}
+    assert spaced["compression"] == pytest.approx(2.0, rel=0.01)
+
+
+def test_command_takes_several_capsules(vlm, capsule_folder, tmp_path, make_capsule) -> None:
+    make_capsule(0.1).save_pretrained(tmp_path / "tenth")
+    arguments = ["--capsule", str(tmp_path / "tenth"), "--capsule", str(capsule_folder), "--json", str(tmp_path / "eval.json")]
+    assert main(["--model", vlm, *QUICK, *arguments]) == 0
+    by_name = {row["method"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
+    assert by_name["kvcapsule:tenth"]["compression"] > 1.8 * by_name["kvcapsule:fifth"]["compression"]
+    assert by_name["evenly-spaced"]["settings"]["matched_to"] == "kvcapsule:tenth"
+    assert by_name["evenly-spaced"]["visual_kv_bytes"] == pytest.approx(by_name["kvcapsule:tenth"]["visual_kv_bytes"], rel=TOLERANCE)
+
+
+@pytest.fixture
+def questions_file(tmp_path, images) -> Callable[..., str]:
+    """questions_file(answer="x"): a .jsonl of two questions about one page, with these columns beside image and prompt."""
+
+    def build(image: str | None = None, **columns: Any) -> str:
+        images[0].save(tmp_path / "page.png")
+        row = {"image": image or str(tmp_path / "page.png"), "prompt": "What?", **columns}
+        (tmp_path / "own.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+        return str(tmp_path / "own.jsonl")
+
+    return build
+
+
+def test_own_data_without_tasks(vlm, questions_file, tmp_path) -> None:
+    source = questions_file(answer="x")
+    arguments = ["--data.source", source, "--ratio", "0.5", "--methods", "int4", "--json", str(tmp_path / "eval.json")]
+    assert main(["--model", vlm, *QUICK, *arguments]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert [(row["accuracy"], row["n"]) for row in result["rows"]] == [({"own": 0.0}, 2)] * 2
+    assert str(tmp_path) not in json.dumps(result)
+
+
+def _refused(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    complaint = printed.err.strip().splitlines()[-1]
+    assert complaint.startswith("kvcapsule eval: ") and "Traceback" not in printed.err
+    assert printed.out == ""
+    return complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--ratio", "0"), "outside (0, 1]"),
+        (("--ratio", "10"), "outside (0, 1]"),
+        (("--ratio", "0.5", "--capsule", "x"), "--ratio is for runs without a capsule"),
+        (("--ratio", "0.5", "--methods", "inf4"), "there is no method 'inf4'; this run has full, post-vision-attention"),
+        ((), "give a --capsule"),
+        (("--capsule", "/no/such/capsule"), "/no/such/capsule"),
+        (("--ratio", "0.5", "--model", "/no/such/model"), "cannot load"),
+        (("--ratio", "0.5", "--max-new-tokens", "1"), "at least 2"),
+        (("--ratio", "0.5", "--batch", "0"), "--batch 0"),
+        (("--ratio", "0.5", "--batch", "many"), "many"),
+        (("--ratio", "0.5", "--plot", "x.bmp"), ".png, .svg, .pdf"),
+        (("--ratio", "0.5", "--json", "/dev/null/x.json"), "cannot be written"),
+        (("--ratio", "0.5", "--device", "abacus"), "--device abacus"),
+        (("--ratio", "0.5", "--save-metrics", "true"), "exactly one --capsule"),
+        (("--rato", "0.5"), "rato"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments: tuple[str, ...], complaint: str) -> None:
+    assert complaint in _refused(capsys, *arguments)
+
+
+def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
+    run = ("--model", vlm, "--ratio", "0.5")
+    assert "at least one question" in _refused(capsys, *run, "--data.size", "0")
+    assert "no split 'exam'" in _refused(capsys, *run, "--data.split", "exam")
+    assert "no column 'answer'" in _refused(capsys, *run, "--data.source", questions_file(label="x"))
+    assert "answer" in _refused(capsys, *run, "--data.source", questions_file(answer=["x", "y"]))
+    (tmp_path / "broken.png").write_text("this is no image")
+    assert "row 0" in _refused(capsys, *run, "--data.source", questions_file(str(tmp_path / "broken.png"), answer="x"))
+    assert "row 0" in _refused(capsys, *run, "--data.source", questions_file(str(tmp_path / "lost.png"), answer="x"))
+    empty = datasets.Dataset.from_dict({"image": [], "prompt": [], "answer": []}).cast_column("image", datasets.Image())
+    empty.save_to_disk(str(tmp_path / "empty"))
+    assert "no questions" in _refused(capsys, *run, "--data.source", str(tmp_path / "empty"))
+
+
+def test_capsule_of_another_model(vlm, tmp_path, geometry, capsys) -> None:
+    other = KVGeometry.from_dict({**geometry.to_dict(), "kv_heads": 4})
+    Capsule(CapsuleConfig("identity", IdentityConfig(14), other, "other")).save_pretrained(tmp_path / "other")
+    assert "kv_heads: 4 != 2" in _refused(capsys, "--model", vlm, "--capsule", str(tmp_path / "other"))
+
+
+def test_damaged_metrics_are_not_replaced(vlm, tmp_path, make_capsule, capsys) -> None:
+    make_capsule(0.2).save_pretrained(tmp_path / "capsule")
+    metrics = tmp_path / "capsule" / "metrics.json"
+    metrics.write_text("{")
+    assert main(["--model", vlm, "--capsule", str(tmp_path / "capsule"), "--methods", "full", *QUICK, "--save-metrics", "true"]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert metrics.read_text() == "{"
+
+
+def test_a_defect_is_not_taken_for_wrong_input(monkeypatch) -> None:
+    monkeypatch.setattr(command, "run", lambda *_: torch.empty(2).view(3))
+    with pytest.raises(RuntimeError):
+        main(["--ratio", "0.5"])
+    monkeypatch.setattr(command, "run", lambda *_: json.loads("{"))
+    with pytest.raises(ValueError, match="Expecting"):
+        main(["--ratio", "0.5"])
+
+
+def test_help_explains_every_option(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in command.EvalConfig.__dataclass_fields__:
+        assert f"--{name}" in printed
+    assert "Most tokens of an answer, the end token included." in printed

@@ -1,0 +1,198 @@
+"""Attention over segments equals ordinary attention over all tokens that they stand for."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvcapsule.codec.kvcapsule import MlpRows
+from kvcapsule.kernels.reference import Partial, attend, merge, segment_partial
+from kvcapsule.quantize import QuantizedRows
+from kvcapsule.segment import Segment
+
+HEADS, DIM, SCALE = 2, 8, 0.3
+OWNERS = ([0, 1, 1, 2], [2, 0], [1, 1, 0, 0, 2, 2])
+"""Batch rows of three segments' entries: several for one row, none for another."""
+
+
+def stored_rows(rows: object, entry: int, head: int) -> torch.Tensor:
+    """[M, D] as read, worked out one number at a time."""
+    if isinstance(rows, torch.Tensor):
+        return rows[entry, head]
+    if isinstance(rows, MlpRows):
+        codec, x = rows.codec, rows.rows[entry, head]
+        inner = codec.inner[head].double() @ x + codec.inner_bias[head]
+        return codec.outer[head].double() @ (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) + codec.outer_bias[head]
+    assert isinstance(rows, QuantizedRows)
+    out = torch.empty(rows.tokens, rows.codes.shape[3], dtype=torch.float64)
+    for token in range(rows.tokens):
+        place, lane = divmod(token * rows.bits, 8)
+        for channel in range(out.shape[1]):
+            code = (int(rows.codes[entry, head, place, channel]) >> lane) % 2**rows.bits
+            out[token, channel] = code * rows.step[entry, head, 0, channel] + rows.zero[entry, head, 0, channel]
+    return out
+
+
+def expand(segment: Segment, entry: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One entry's tokens as ordinary attention has them: keys [n, D], values [n, D] and what is added to their scores [n]."""
+    keys, values = stored_rows(segment.keys, entry, head), stored_rows(segment.values, entry, head)
+    if segment.score_map is not None:
+        keys = segment.score_map[head] @ keys
+    if segment.q_map is not None:
+        keys = keys @ segment.q_map[head].T
+    if segment.frame is not None:
+        half = keys.shape[1] // 2
+        turned = torch.complex(keys[:, :half], keys[:, half:])
+        turned = turned * torch.complex(segment.frame.cos[entry, :half], segment.frame.sin[entry, :half])
+        keys = torch.cat([turned.real, turned.imag], dim=1)
+    if segment.value_map is not None:
+        values = segment.value_map[head] @ values
+    if segment.value_mean is not None:
+        values = values + segment.value_mean[head]
+    if segment.out_map is not None:
+        values = values @ segment.out_map[head]
+    bias = torch.zeros(len(keys), dtype=keys.dtype) if segment.bias is None else segment.bias[entry, head]
+    there = torch.ones(len(keys), dtype=torch.bool) if segment.mask is None else segment.mask[entry]
+    return keys[there], values[there], bias[there]
+
+
+def ordinary(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None) -> torch.Tensor:
+    """Softmax attention, one row, head and query at a time."""
+    out = torch.full_like(query, torch.nan)
+    group = query.shape[1] // HEADS
+    for row in range(query.shape[0]):
+        for head in range(HEADS):
+            parts = [(*expand(s, e, head), s, e) for s in segments for e in (s.owner == row).nonzero()[:, 0].tolist()]
+            for q in range(query.shape[2]):
+                seen = []
+                for keys, values, bias, segment, entry in parts:
+                    cut = slice(None) if visible is None or segment is not segments[-1] else visible[entry, q]
+                    seen.append((keys[cut], values[cut], bias[cut]))
+                keys, values, bias = (torch.cat(x) for x in zip(*seen, strict=True))
+                for q_head in range(head * group, (head + 1) * group):
+                    out[row, q_head, q] = torch.softmax(keys @ query[row, q_head, q] * SCALE + bias, dim=0) @ values
+    return out
+
+
+def query_of(group: int, queries: int, seed: int = 9) -> torch.Tensor:
+    return torch.randn(3, HEADS * group, queries, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_each_kind_beside_a_tail(kind: str, group: int, queries: int, random_segment: Callable[..., Segment]) -> None:
+    segments = [random_segment(kind, owner, seed) for seed, owner in enumerate(OWNERS)]
+    segments.append(random_segment("raw", [0, 1, 2], 7))
+    query = query_of(group, queries)
+    torch.testing.assert_close(attend(query, segments, SCALE), ordinary(query, segments), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mixed_segments_and_a_causal_tail(seed: int, random_segment: Callable[..., Segment]) -> None:
+    kinds = ("raw", "everything", "quantized", "mask", "frame", "bias", "maps")
+    generator = torch.Generator().manual_seed(seed)
+    segments = []
+    for i, which in enumerate(torch.randperm(len(kinds), generator=generator)[:4].tolist()):
+        owner = torch.randint(0, 3, (int(torch.randint(1, 5, (1,), generator=generator)),), generator=generator).tolist()
+        segments.append(random_segment(kinds[which], owner, 10 * seed + i))
+    tail = random_segment("raw", [0, 1, 2], seed + 100)
+    visible = torch.ones(3, 3, tail.tokens, dtype=torch.bool).tril(tail.tokens - 3)
+    visible[1, :, :2] = False
+    query = query_of(2, 3, seed)
+    expected = ordinary(query, [*segments, tail], visible)
+    torch.testing.assert_close(attend(query, [*segments, tail], SCALE, visible), expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(attend(query, [*segments, tail], SCALE), expected)
+
+
+def test_materialize_is_what_attention_reads(kind: str, random_segment: Callable[..., Segment]) -> None:
+    segment = random_segment(kind, [0, 0, 1])
+    keys, values = segment.materialize(torch.float64)
+    for entry in range(3):
+        for head in range(HEADS):
+            k, v, _ = expand(segment, entry, head)
+            there = slice(None) if segment.mask is None else segment.mask[entry]
+            torch.testing.assert_close(keys[entry, head][there], k, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(values[entry, head][there], v, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_no_query_sees_may_hold_nan(dtype: torch.dtype, random_segment: Callable[..., Segment]) -> None:
+    masked = random_segment("mask", [0, 1, 1, 2], 3, dtype)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1] * 7, [0] * 7, [0, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    tail = random_segment("raw", [0, 1, 2], 4, dtype)
+    visible = torch.ones(3, 2, tail.tokens, dtype=torch.bool).tril(tail.tokens - 2)
+    visible[0, :, :3] = False
+    absent = random_segment("everything", [0, 1, 2], 5, dtype)
+    absent_mask = torch.zeros(3, absent.tokens, dtype=torch.bool)
+    absent_mask[0] = True
+    query = query_of(2, 2).to(dtype)
+
+    def build(poison: float) -> list[Segment]:
+        hidden, unseen = ~mask[:, None, :, None], ~visible.any(dim=1)[:, None, :, None]
+        gone = ~absent_mask.any(dim=1)[:, None, None, None]
+        return [
+            Segment(masked.keys.masked_fill(hidden, poison), masked.values.masked_fill(hidden, poison), masked.owner, mask=mask),
+            Segment(
+                absent.keys.masked_fill(gone, poison),
+                absent.values.masked_fill(gone, poison),
+                absent.owner,
+                score_map=absent.score_map,
+                value_map=absent.value_map,
+                q_map=absent.q_map,
+                out_map=absent.out_map,
+                mask=absent_mask,
+            ),
+            Segment(tail.keys.masked_fill(unseen, poison), tail.values.masked_fill(unseen, poison), tail.owner),
+        ]
+
+    out = attend(query, build(torch.nan), SCALE, visible)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, attend(query, build(0.0), SCALE, visible), rtol=0, atol=0)
+
+
+def test_nan_that_a_query_sees_is_not_hidden(random_segment: Callable[..., Segment]) -> None:
+    raw = random_segment("raw", [0, 1, 2])
+    for part in ("keys", "values"):
+        broken = getattr(raw, part).clone()
+        broken[1, 0, 3] = torch.nan
+        segment = Segment(**{"keys": raw.keys, "values": raw.values, "owner": raw.owner, part: broken})
+        out = attend(query_of(1, 1), [segment], SCALE)
+        assert out[1, 0].isnan().all()
+        assert out[[0, 2]].isfinite().all()
+
+
+def test_an_entry_without_a_visible_token_weighs_nothing(random_segment: Callable[..., Segment]) -> None:
+    empty = random_segment("raw", [0, 1])
+    empty = Segment(empty.keys, empty.values, empty.owner, mask=torch.tensor([[False] * 7, [True] + [False] * 6]))
+    query = query_of(1, 1)
+    partial = segment_partial(query.view(3, HEADS, 1, 1, DIM), empty, SCALE)
+    assert (partial.lse[0] == -torch.inf).all()
+    assert partial.lse[1].isfinite().all()
+    assert partial.out.isfinite().all()
+    raw = random_segment("raw", [0, 1, 2], 1)
+    torch.testing.assert_close(attend(query, [empty, raw], SCALE)[[0, 2]], attend(query, [raw], SCALE)[[0, 2]], rtol=0, atol=1e-15)
+
+
+def test_scores_of_thousands_neither_overflow_nor_vanish(random_segment: Callable[..., Segment]) -> None:
+    raw, biased = random_segment("raw", [0, 1, 2], 1), random_segment("bias", [0, 1, 2], 2)
+    query = 1e4 * query_of(2, 1)
+    out = attend(query, [raw, biased], SCALE)
+    torch.testing.assert_close(out, ordinary(query, [raw, biased]), rtol=1e-10, atol=1e-10)
+    half = attend(query.bfloat16(), [random_segment("raw", [0, 1, 2], 1, torch.bfloat16)], SCALE)
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+
+
+def test_merge_is_the_joint_softmax() -> None:
+    """Two entries with the masses 1 and 3 weigh 1/4 and 3/4."""
+    out = torch.tensor([8.0, 4.0]).view(2, 1, 1, 1, 1)
+    partial = Partial(out, torch.tensor([1.0, 3.0]).log().view(2, 1, 1, 1), torch.tensor([0, 0]))
+    torch.testing.assert_close(merge([partial], 1), torch.full((1, 1, 1, 1, 1), 5.0))
+
+
+def test_errors(random_segment: Callable[..., Segment]) -> None:
+    with pytest.raises(ValueError, match="at least one segment"):
+        attend(query_of(1, 1), [], SCALE)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
+        attend(torch.zeros(3, 3, 1, DIM), [random_segment("raw", [0, 1, 2])], SCALE)
