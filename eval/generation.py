@@ -92,7 +92,7 @@ def held_bytes(cache: Cache, layout: Layout) -> Held:
     visual = sum(span.length for span in layout.spans)
     total = storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
     growing = [layer for layer in cache.layers if type(layer) is DynamicLayer]
-    whole = storage_bytes(t for layer in growing for t in (layer.keys, layer.values))
+    whole = storage_bytes(t for layer in growing for t in (layer.keys, layer.values) if t is not None)
     return Held(whole * visual // layout.valid.numel(), total, 0)
 
 

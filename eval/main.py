@@ -103,14 +103,14 @@ def main(argv: list[str] | None = None) -> int:
         values.pop("config", None)
         config = EvalConfig(**vars(parser.instantiate(values)))
         found = run(config, Console(stderr=True), _command(words))
+        # A file has no edge to wrap at.
+        console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+        console.print(*tables(found["rows"], _title(found)), sep="\n")
         _write(found, config)
     except (ArgumentError, ValueError) as error:
         if not _on_purpose(error):
             raise
         return complain(PROG, error)
-    # A file has no edge to wrap at.
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
-    console.print(*tables(found["rows"], _title(found)), sep="\n")
     return 0
 
 

@@ -28,7 +28,8 @@ class Frame:
             raise ValueError(f"position embeddings {tuple(cos_BND.shape)}: canonical frames need one rotation a token, [B, N, R].")
         if cos_BND.shape[0] == 1:
             rows = torch.zeros_like(rows)
-        cos, sin = cos_BND[rows, positions].float(), sin_BND[rows, positions].float()
+        work = torch.promote_types(cos_BND.dtype, torch.float32)
+        cos, sin = cos_BND[rows, positions].to(work), sin_BND[rows, positions].to(work)
         # Some scaled variants (YaRN) multiply cos and sin by an attention factor; a frame is a pure rotation.
         first, second = cos.chunk(2, dim=-1)
         if not torch.equal(first, second):

@@ -53,7 +53,9 @@ LIBRARY = "kvcapsule"
 MAIN_BRANCH = "main"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-CARD_LOADS = re.compile(r'Capsule\.from_pretrained\("[^"\n]*"\)')
+CARD_LOADS = re.compile(r'Capsule\.from_pretrained\("(?P<name>[^"\n]*)"\)')
+MEASURED_TITLE = "## Measured"
+CARD_MEASURED = re.compile(rf"^{MEASURED_TITLE}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 LFS_POINTER = b"version https://git-lfs"
 NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file grew past the allowed size"}
 
@@ -92,6 +94,43 @@ def save(
         _replace(target, contents)
     except OSError as error:
         raise CapsuleError(_write_failure(target, sum(map(len, contents.values())), error)) from error
+
+
+def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
+    """Put measurements into a saved capsule: into metrics.json, key by key, and into the card's section "Measured".
+
+    Args:
+        directory: a capsule directory.
+        metrics: see `save`; a key that it lacks ("train", "eval") stays as it is.
+
+    Raises:
+        CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
+        TypeError: if metrics holds objects that no text file can.
+    """
+    folder, plain = Path(directory).expanduser().resolve(), _plain(metrics, "metrics")
+    _require_files(folder, FILES)
+    path = folder / METRICS_FILE
+    try:
+        merged = {**json.loads(path.read_bytes()), **plain}
+    except (TypeError, ValueError) as error:
+        raise CapsuleError(f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}.") from error
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    loads = CARD_LOADS.search(card)
+    section = f"{MEASURED_TITLE}\n\n{_measured(merged, loads['name'] if loads else folder.name)}\n\n"
+    contents = {METRICS_FILE: _json(merged), CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode()}
+    unique = _unique(folder)
+    partials = {name: folder.with_name(f"{unique}.{name}.partial") for name in contents}
+    try:
+        try:
+            for name, content in contents.items():
+                _write(partials[name], content)
+            for name, partial in partials.items():
+                partial.replace(folder / name)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise CapsuleError(_write_failure(folder, sum(map(len, contents.values())), error)) from error
 
 
 def read_config(name: str | os.PathLike[str], revision: str | None = None) -> CapsuleConfig:
@@ -254,7 +293,7 @@ with attach(model, Capsule.from_pretrained("{name}")):
 
 Visual tokens are coded in tiles of {config.codec.tile}; what is left at an image's end is stored raw.
 
-## Measured
+{MEASURED_TITLE}
 
 {_measured(metrics or {}, name)}
 
@@ -276,12 +315,15 @@ ROW_COLUMNS = {
     "n": "n",
 }
 """Keys of an evaluation's row, after its method, settings and accuracies, and their titles in the model card."""
+ROW_NOTE = (
+    "Bytes are sums of storages; compression is that of the visual KV; ratios are relative to the full cache of the same run, "
+    "prefill below 1 and tokens/s above 1 being faster."
+)
 
 
 def _measured(metrics: Mapping[str, Any], name: str) -> str:
-    rows = (metrics.get("eval") or {}).get("rows") or []
-    scalars = metrics.get("train") or {}
-    command = f"`kvcapsule eval --capsule {name}`"
+    evaluation, scalars = metrics.get("eval") or {}, metrics.get("train") or {}
+    rows, command = evaluation.get("rows") or [], f"`kvcapsule eval --capsule {name}`"
     if rows:
         tasks = list(dict.fromkeys(task for row in rows for task in row.get("accuracy") or {}))
         keys = [key for key in ROW_COLUMNS if any(row.get(key) is not None for row in rows)]
@@ -290,7 +332,8 @@ def _measured(metrics: Mapping[str, Any], name: str) -> str:
             [row.get("method"), row.get("settings"), *((row.get("accuracy") or {}).get(t) for t in tasks), *(row.get(k) for k in keys)]
             for row in rows
         )
-        text = f"{_table(head, body)}\n\nPrinted by {command}. Bytes are sums of storages; ratios are relative to the full cache."
+        printed_by = f"`{evaluation['command']}`" if evaluation.get("command") else command
+        text = f"{_table(head, body)}\n\nPrinted by {printed_by}. {ROW_NOTE}"
     else:
         text = f"Not measured yet: run {command}."
     return f"{text}\n\nAt the end of training:\n\n{_table(['metric', 'value'], scalars.items())}" if scalars else text
@@ -306,6 +349,8 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={_cell(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return "/".join(map(_cell, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -381,7 +426,7 @@ def _holds_capsule(folder: Path) -> bool:
 
 def _replace(target: Path, contents: Mapping[str, bytes]) -> None:
     """Write the files beside `target`, then put them in its place by renaming; on failure `target` is what it was."""
-    unique = f".{target.name[:80]}.{uuid4().hex[:12]}"
+    unique = _unique(target)
     partial, aside = target.with_name(f"{unique}.partial"), target.with_name(f"{unique}.old")
     try:
         partial.mkdir()
@@ -405,6 +450,11 @@ def _replace(target: Path, contents: Mapping[str, bytes]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if aside.exists():
         warnings.warn(f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4)
+
+
+def _unique(target: Path) -> str:
+    """A hidden name for what lies beside `target` for a moment."""
+    return f".{target.name[:80]}.{uuid4().hex[:12]}"
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -26,8 +26,9 @@ def find_spans(config: PreTrainedConfig, input_ids: torch.Tensor, inputs: Mappin
     Args:
         config: the VLM's config; its image and video token ids mark the spans.
         input_ids: [B, N] token ids after the processor has put one placeholder for each visual token.
-        inputs: the model's other inputs; image_grid_thw and video_grid_thw (or, where all images give equally many tokens, the number
-            of images in pixel_values) tell images apart that follow each other without text between them.
+        inputs: the model's other inputs; image_grid_thw and video_grid_thw (or the features in mm_encoder_outputs, which is all that
+            generate leaves of an image, or, where all images give equally many tokens, the number of images in pixel_values) tell
+            images apart that follow each other without text between them.
 
     Raises:
         ValueError: if the placeholders do not agree with the grids.
@@ -59,10 +60,20 @@ def _grids(config: PreTrainedConfig, kind: str, inputs: Mapping[str, Any], total
     if thw is not None:
         merge = int(getattr(config.vision_config, "spatial_merge_size", 1))
         return [(int(t), int(h) // merge, int(w) // merge) for t, h, w in thw.tolist()]
+    lengths = _feature_lengths((inputs.get("mm_encoder_outputs") or {}).get(kind))
+    if lengths and sum(lengths) == total:
+        return [_square(length) for length in lengths]
     pixels = inputs.get("pixel_values")
     if kind == "image" and isinstance(pixels, torch.Tensor) and pixels.dim() == 4 and total and total % pixels.shape[0] == 0:
         return [_square(total // pixels.shape[0])] * pixels.shape[0]
     return None
+
+
+def _feature_lengths(encoded: Any) -> list[int]:
+    """Tokens of each image or video that was encoded before; none where they lie in one row."""
+    features: Any = getattr(encoded, "pooler_output", None)
+    apart = isinstance(features, (list, tuple)) or (isinstance(features, torch.Tensor) and features.dim() == 3)
+    return [len(one) for one in features] if apart else []
 
 
 def _split(runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]] | None, kind: str) -> list[VisualSpan]:

@@ -1,5 +1,6 @@
 """A tiny LLaVA built from nothing, batches of pages for it, and random segments: what most tests share."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvcapsule.training.demo_vlm.model import build_model, build_processor
 from PIL import Image
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -20,7 +22,6 @@ from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Segment
-from kvcapsule.training.demo_vlm.model import build_model, build_processor
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -44,6 +45,12 @@ def model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
             if parameter.dim() > 1:
                 parameter.mul_(GAIN)
     return built.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def model64(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same in float64, where rounding cannot hide an error nor make one."""
+    return copy.deepcopy(model).double()
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli import main
@@ -271,6 +272,13 @@ def test_wrong_input(name: str, saved: Saved, capsys: pytest.CaptureFixture[str]
     assert line.startswith("kvcapsule generate: ")
     assert re.search(message, line)
     assert not out
+
+
+def test_encoder_decoder_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = SimpleNamespace(config=PreTrainedConfig(is_encoder_decoder=True))
+    monkeypatch.setattr("kvcapsule.models.load_vlm", lambda *_, **__: (model, None))
+    assert main(saved.arguments()) == 2
+    assert "Use a decoder-only VLM" in capsys.readouterr().err
 
 
 def test_the_prompt_is_required(capsys: pytest.CaptureFixture[str]) -> None:

@@ -427,6 +427,41 @@ def test_card(saved: Path) -> None:
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == RECIPE
 
 
+def test_measurements_reach_the_file_and_the_card(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    fixed_capsule().save_pretrained(folder, recipe=RECIPE, metrics={"train": {"loss": 0.5}}, card_name="org/tiny")
+    before = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(before + "\nWritten by hand.\n")
+    layered = {**ROW, "settings": {"key_ratios": [0.5, 0.25]}}
+    hub.update_metrics(folder, {"eval": {"command": "kvcapsule eval --capsule tiny --seed 1", "rows": [layered]}})
+    card = (folder / "README.md").read_text()
+    assert "| capsule | key_ratios=0.5/0.25 | 0.9375 |" in card and "Printed by `kvcapsule eval --capsule tiny --seed 1`." in card
+    assert "Not measured yet" in before and "Not measured" not in card
+    assert card.startswith(before.split("## Measured")[0]) and card.endswith(
+        "## Recipe" + before.split("## Recipe")[1] + "\nWritten by hand.\n"
+    )
+    saved = json.loads((folder / "metrics.json").read_text())
+    assert saved["train"] == {"loss": 0.5} and saved["eval"]["rows"] == [layered]
+    hub.update_metrics(folder, {"eval": None})
+    assert (folder / "README.md").read_text() == before + "\nWritten by hand.\n"
+    assert os.listdir(tmp_path) == ["tiny"] and set(os.listdir(folder)) == FILES
+
+
+def test_measurements_that_cannot_be_put_in(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with monkeypatch.context() as patch:
+        limit_of_file_size(patch)
+        with pytest.raises(CapsuleError, match=r"cannot save .*untouched"):
+            hub.update_metrics(saved, {"train": {"loss": "x" * 2000}})
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before and os.listdir(tmp_path) == ["tiny"]
+    for damaged in ("{", "[]"):
+        (saved / "metrics.json").write_text(damaged)
+        with pytest.raises(CapsuleError, match=r"metrics\.json is damaged"):
+            hub.update_metrics(saved, {})
+    with pytest.raises(CapsuleError, match="is not a capsule directory"):
+        hub.update_metrics(tmp_path, {})
+
+
 def test_card_without_measurements_says_so(tmp_path: Path) -> None:
     for metrics in (None, {}, {"train": {"loss": 1.0}}, {"eval": {"rows": []}}):
         card = hub.model_card(configure(), None, metrics, "org/tiny")
@@ -692,7 +727,8 @@ def test_push_command_reads_its_arguments(capsys: pytest.CaptureFixture[str]) ->
     for arguments in ([], ["a"], ["a", "b", "--public"]):
         with pytest.raises(SystemExit, match="2"):
             push_command.main(arguments)
-        assert "kvcapsule push: error: " in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith("kvcapsule push: ") and error.count("\n") == 1
 
 
 def test_without_the_hub(visit: Visit, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import BatchFeature, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from kvcapsule.spans import VisualSpan, find_spans
 
@@ -49,6 +50,20 @@ def test_images_that_touch_are_told_apart_by_their_number() -> None:
     spans = find_spans(LLAVA, tokens, {"pixel_values": torch.zeros(4, 3, 8, 8)})
     assert spans == [VisualSpan(row, start, 4, (1, 2, 2)) for row, start in ((0, 1), (0, 5), (0, 9), (1, 9))]
     assert [s.length for s in find_spans(LLAVA, tokens)] == [12, 4]
+
+
+def test_images_that_touch_are_told_apart_by_their_features() -> None:
+    """generate encodes images first, and the forward then has neither pixels nor grids."""
+    tokens = ids([TEXT, *[IMAGE] * 10, TEXT], [*[IMAGE] * 4, TEXT])
+    uneven = {"image": BaseModelOutputWithPooling(pooler_output=[torch.zeros(n, 8) for n in (4, 6, 4)])}
+    spans = find_spans(QWEN, tokens, {"mm_encoder_outputs": uneven})
+    assert [(s.row, s.start, s.length) for s in spans] == [(0, 1, 4), (0, 5, 6), (1, 7, 4)]
+    even = {"image": BaseModelOutputWithPooling(pooler_output=torch.zeros(7, 2, 8))}
+    assert [s.length for s in find_spans(LLAVA, tokens, {"mm_encoder_outputs": even})] == [2] * 7
+    for unknown in (torch.zeros(14, 8), torch.zeros(3, 2, 8), None):
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=unknown)}
+        assert [s.length for s in find_spans(LLAVA, tokens, {"mm_encoder_outputs": encoded})] == [10, 4]
+    assert [s.length for s in find_spans(LLAVA, tokens, {"mm_encoder_outputs": {}})] == [10, 4]
 
 
 def test_processor_of_a_llava(make_batch: Callable[..., BatchFeature], model: LlavaForConditionalGeneration) -> None:

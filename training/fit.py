@@ -6,7 +6,6 @@ import time
 import warnings
 from dataclasses import asdict
 from itertools import islice
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +110,12 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> None:
         accelerator=_accelerator(recipe),
         devices=1,
         max_steps=steps,
-        max_epochs=ceil(steps / len(data.train_dataloader())),
+        max_epochs=-1,
         logger=[CSVLogger(recipe.work, name="", version="csv"), TensorBoardLogger(recipe.work, name="", version="tensorboard")],
         callbacks=[
-            ModelCheckpoint(recipe.work, filename="{step}", save_last=True, every_n_train_steps=min(_CHECKPOINT_EVERY, max(1, steps))),
+            ModelCheckpoint(
+                recipe.work, save_last=True, save_top_k=0, every_n_train_steps=min(_CHECKPOINT_EVERY, steps), enable_version_counter=False
+            ),
             _Progress(),
         ],
         log_every_n_steps=5,
@@ -129,7 +130,11 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> None:
 
 
 class _Progress(RichProgressBar):
-    """The bar without the loggers' version numbers."""
+    """One bar over all steps, without the loggers' version numbers."""
+
+    @property
+    def total_train_batches(self) -> int:
+        return int(self.trainer.max_steps)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}

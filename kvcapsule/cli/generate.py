@@ -90,9 +90,9 @@ def run(options: Options) -> None:
     images = [open_image(path) for path in options.image]
     capsule = Capsule.from_pretrained(options.capsule) if options.capsule else None
     model, processor = load_vlm(options.model, dtype=options.dtype, device=options.device)
-    geometry = KVGeometry.from_config(model.config)
+    # Refused without a capsule too: an encoder-decoder's cache is of another kind, and could not be measured as this one is.
+    KVGeometry.from_config(model.config)
     if capsule is not None:
-        capsule.require_geometry(geometry)
         capsule.to(model.device)
     try:
         inputs = encode(processor, [conversation(images, options.prompt)], model.dtype).to(model.device)
@@ -181,7 +181,11 @@ def _answer(
     capsule: "Capsule | None",
     stream: bool,
 ) -> Answer:
-    """Generate with a capsule's cache, or without one with the cache that the model takes by itself."""
+    """Generate with a capsule's cache, or without one with the cache that the model takes by itself.
+
+    Raises:
+        GeometryError: if the capsule does not fit the model.
+    """
     import torch
     from transformers import TextStreamer
 

@@ -1,30 +1,42 @@
-"""kvcapsule push: upload a capsule to the Hugging Face Hub."""
+"""`kvcapsule push`: upload a capsule to the Hugging Face Hub.
+
+The Hub's client is imported inside `main`: `--help` and a mistyped option do not wait for it.
+"""
 
 import argparse
-import sys
 
-PROGRAM = "kvcapsule push"
+from .errors import Parser, complain
+
+PROG = "kvcapsule push"
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Upload a capsule to the Hugging Face Hub in one commit.")
-    parser.add_argument("capsule", metavar="CAPSULE_DIR", help="a directory that `kvcapsule train` wrote, or the name of a shipped capsule")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="organisation/name or user/name; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="create the repository as private; a public one is refused")
-    parser.add_argument("--revision", metavar="R", help="branch to push to, created if it does not exist (default: main)")
-    return parser
+class Options(argparse.Namespace):
+    """The parsed command line; help texts are in `_parser`."""
+
+    capsule: str
+    repo_id: str
+    private: bool
+    revision: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the address of what was pushed. Exit code 2 if it was not, with one line that says why."""
-    arguments = parser().parse_args(argv)
+    """Print the address of what was pushed and return 0; if nothing was, say why in one line on stderr and return 2."""
+    options = _parser().parse_args(argv, namespace=Options())
     from ..capsule import CapsuleError
     from ..hub import push
 
     try:
-        url = push(arguments.capsule, arguments.repo_id, private=arguments.private, revision=arguments.revision)
+        url = push(options.capsule, options.repo_id, private=options.private, revision=options.revision)
     except CapsuleError as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(PROG, error)
     print(url)
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=PROG, description="Upload a capsule to the Hugging Face Hub in one commit.")
+    parser.add_argument("capsule", metavar="CAPSULE_DIR", help="folder that `kvcapsule train` wrote, or the name of a shipped capsule")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="organisation/name or user/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create the repository as private; one that is public already is refused")
+    parser.add_argument("--revision", metavar="R", help="branch to push to, created if it does not exist (default: main)")
+    return parser

@@ -26,7 +26,8 @@ WORDS = tuple(
     "fly fox gnu hen jay kid koi owl pig pug ram rat sow tit hog yak".split()
 )
 TASKS = ("transcribe", "line", "value", "count")
-MAX_LINES = 6
+LINES = (3, 6)
+"""Least and most lines of a page."""
 MAX_DIGITS = 4
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmss10")
 _MARGIN = 3
@@ -65,14 +66,14 @@ class Question:
     answer: str
 
 
-def page(split: str, index: int, seed: int = 0) -> Page:
-    """The page number `index` of a split; the same arguments always give the same page."""
+def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES) -> Page:
+    """The page number `index` of a split, with `lines` (least, most) lines; the same arguments always give the same page."""
     rng = _generator(split, index, seed)
     scans = digit_scans(split)
-    words = rng.choice(len(WORDS), size=int(rng.integers(3, MAX_LINES + 1)), replace=False)
-    lines = [(WORDS[w], "".join(map(str, rng.integers(0, 10, size=int(rng.integers(2, MAX_DIGITS + 1)))))) for w in words]
-    ink, marks = _layout(rng, scans, lines, turn=14.0 if split == "train" else 7.0)
-    return Page(_paint(rng, ink), tuple(lines), tuple(marks))
+    words = rng.choice(len(WORDS), size=int(rng.integers(lines[0], lines[1] + 1)), replace=False)
+    text = [(WORDS[w], "".join(map(str, rng.integers(0, 10, size=int(rng.integers(2, MAX_DIGITS + 1)))))) for w in words]
+    ink, marks = _layout(rng, scans, text, turn=14.0 if split == "train" else 7.0)
+    return Page(_paint(rng, ink), tuple(text), tuple(marks))
 
 
 def questions(of: Page, rng: np.random.Generator, tasks: tuple[str, ...] = TASKS) -> list[Question]:

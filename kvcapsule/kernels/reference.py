@@ -55,10 +55,10 @@ def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visib
     if segment.frame is not None:
         q = segment.frame.back(q)
     if segment.q_map is not None:
-        q = q @ segment.q_map.to(work)
+        q = _mapped(q, segment.q_map)
     scores = (q * scale) @ read(segment.keys, work).transpose(-1, -2)
     if segment.score_map is not None:
-        scores = scores @ segment.score_map.to(work).transpose(-1, -2)
+        scores = _mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
         scores = scores + segment.bias.to(work)[:, :, None]
     scores = scores.unflatten(2, (groups, n_queries))
@@ -72,13 +72,18 @@ def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visib
     probabilities = (weights / mass.clamp_min(torch.finfo(work).tiny)[..., None]).flatten(2, 3)
     total = probabilities.sum(dim=-1, keepdim=True)
     if segment.value_map is not None:
-        probabilities = probabilities @ segment.value_map.to(work)
+        probabilities = _mapped(probabilities, segment.value_map)
     out = probabilities @ _seen_values(segment, visible, work)
     if segment.value_mean is not None:
         out = out + total * segment.value_mean.to(work)[:, None]
     if segment.out_map is not None:
-        out = out @ segment.out_map.to(work)
+        out = _mapped(out, segment.out_map)
     return Partial(out.unflatten(2, (groups, n_queries)), mass.log() + top[..., 0], segment.owner)
+
+
+def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
+    """x map, where all entries share the map: a broadcast matrix product would copy it for every entry."""
+    return torch.einsum("ehrm,hmn->ehrn", x_EHRM, map_HMN.to(x_EHRM.dtype))
 
 
 def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dtype) -> torch.Tensor:

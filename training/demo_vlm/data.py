@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
-from kvcapsule.data.pages import TASKS, WORDS, Page, page, questions
+from kvcapsule.data.pages import LINES, TASKS, WORDS, Page, page, questions
 
 from .model import GRID, PATCH, SPECIALS
 
@@ -39,6 +39,8 @@ class TurnBatch(NamedTuple):
     attention_mask: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    names: torch.Tensor
+    """[B, T]: the token of the symbol whose centre a visual token holds, or IGNORE."""
 
 
 class Indices(Dataset[int]):
@@ -82,15 +84,16 @@ def patch_labels(of: Page) -> torch.Tensor:
 class TurnCollator:
     """Page numbers to a TurnBatch: one image, then several questions, each seeing the image and itself (or, chained, what went before)."""
 
-    def __init__(self, processor: LlavaProcessor) -> None:
-        self.processor = processor
+    def __init__(self, processor: LlavaProcessor, lines: tuple[int, int] = LINES) -> None:
+        """lines: least and most lines of the pages."""
+        self.processor, self.lines = processor, lines
         tokenizer = processor.tokenizer
         ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIALS.items()}
         self.ids = ids
         self.prefix = [ids["user"]] + [ids["image"]] * (GRID * GRID)
 
     def __call__(self, indices: list[int]) -> TurnBatch:
-        drawn = [page("train", i) for i in indices]
+        drawn = [page("train", i, lines=self.lines) for i in indices]
         rows = [self._row(p, np.random.default_rng([i, 7])) for p, i in zip(drawn, indices, strict=True)]
         length = max(len(ids) for ids, *_ in rows)
         batch, n_prefix = len(rows), len(self.prefix)
@@ -106,7 +109,11 @@ class TurnCollator:
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         prefix = torch.arange(length) < n_prefix
         mask = causal & (prefix[None, None, :] | (turn[:, :, None] == turn[:, None, :]))
-        return TurnBatch(_pixels(self.processor, drawn), input_ids, position_ids, mask[:, None], labels, weights)
+        names = torch.full((batch, GRID * GRID), IGNORE)
+        for i, of in enumerate(drawn):
+            for mark in of.marks:
+                names[i, int(mark.y // PATCH) * GRID + int(mark.x // PATCH)] = self.processor.tokenizer.convert_tokens_to_ids(mark.text)
+        return TurnBatch(_pixels(self.processor, drawn), input_ids, position_ids, mask[:, None], labels, weights, names)
 
     def _row(self, of: Page, rng: np.random.Generator) -> tuple[list[int], list[int], list[int], list[float], list[int]]:
         chained = rng.random() < _CHAINED

@@ -1,6 +1,7 @@
 """Train pages-vlm: `python -m kvcapsule.training.demo_vlm.run`; started again, it goes on where it stopped."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from .stages import PatchStage, ReaderStage, Stage
 
 EPOCH = 100
 """Steps between checkpoints; a restart continues at the last of them."""
+EASY_LINES = (1, 3)
+"""Lines of the pages that reading begins with."""
 
 
 @dataclass
@@ -27,12 +30,16 @@ class DemoVlmConfig:
     """Where the finished model and processor go."""
     work: str = "runs/pages-vlm"
     """Where Lightning's checkpoints and logs go."""
-    patch_steps: int = 2500
+    patch_steps: int = 1700
     """Steps of stage 1 (what each patch shows)."""
-    reader_steps: int = 2800
+    reader_steps: int = 3000
     """Steps of stage 2 (the questions)."""
-    batch: int = 32
-    """Pages a step."""
+    easy_steps: int = 600
+    """Of these, how many on pages of few lines."""
+    patch_batch: int = 32
+    """Pages a step of stage 1."""
+    batch: int = 16
+    """Pages a step of stage 2, with nine questions each."""
     threads: int = 2
     """CPU threads."""
     seed: int = 0
@@ -41,13 +48,15 @@ class DemoVlmConfig:
 class _Data(L.LightningDataModule):
     """Pages numbered on from the current epoch, so that a resumed run sees the pages that it would have seen."""
 
-    def __init__(self, collate: PatchCollator | TurnCollator, first: int, batch: int) -> None:
+    def __init__(self, collate: Callable[[int], PatchCollator | TurnCollator], first: int, batch: int) -> None:
+        """collate: step to collator."""
         super().__init__()
         self.collate, self.first, self.batch = collate, first, batch
 
     def train_dataloader(self) -> object:
         assert self.trainer is not None
-        return loader(self.collate, self.first + self.trainer.current_epoch * EPOCH * self.batch, EPOCH, self.batch)
+        step = self.trainer.current_epoch * EPOCH
+        return loader(self.collate(step), self.first + step * self.batch, EPOCH, self.batch)
 
 
 def main(config: DemoVlmConfig) -> None:
@@ -58,13 +67,15 @@ def main(config: DemoVlmConfig) -> None:
     processor = build_processor()
     vlm = build_model(processor.tokenizer, config.seed)
     work = Path(config.work)
-    _fit(PatchStage(vlm, config.patch_steps), PatchCollator(processor), 0, work / "patches", config)
-    first = config.patch_steps * config.batch
-    _fit(ReaderStage(vlm, config.reader_steps), TurnCollator(processor), first, work / "reader", config)
+    patches, easy, turns = PatchCollator(processor), TurnCollator(processor, EASY_LINES), TurnCollator(processor)
+    _fit(PatchStage(vlm, config.patch_steps), _Data(lambda _: patches, 0, config.patch_batch), work / "patches")
+    first = config.patch_steps * config.patch_batch
+    data = _Data(lambda step: easy if step < config.easy_steps else turns, first, config.batch)
+    _fit(ReaderStage(vlm, config.reader_steps), data, work / "reader")
     save(vlm, processor, Path(config.output))
 
 
-def _fit(stage: Stage, collate: PatchCollator | TurnCollator, first: int, work: Path, config: DemoVlmConfig) -> None:
+def _fit(stage: Stage, data: _Data, work: Path) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=stage.steps,
@@ -77,7 +88,7 @@ def _fit(stage: Stage, collate: PatchCollator | TurnCollator, first: int, work: 
         enable_model_summary=False,
     )
     last = work / "last.ckpt"
-    trainer.fit(stage, datamodule=_Data(collate, first, config.batch), ckpt_path=last if last.exists() else None)
+    trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None)
 
 
 def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
