@@ -59,11 +59,7 @@ def make_batch(asked: list[Question], model: PreTrainedModel, processor: Process
 
 def read(rows: datasets.Dataset, index: int) -> Question:
     """One row; see `batches` for what it raises."""
-    try:
-        row = rows[index]
-    except OSError as error:
-        # `datasets` decodes an image column while it hands out the row.
-        raise DataError(f"row {index}: its image cannot be read ({error}).") from error
+    row = rows[index]
     for column in ("prompt", "answer"):
         if not isinstance(row[column], (str, int, float)):
             raise DataError(f"row {index}: the {column} is of type {type(row[column]).__name__}, expected text.")

@@ -215,7 +215,7 @@ class CapsuleCache(Cache):
         text = config.get_text_config(decoder=True)
         if getattr(text, "num_kv_shared_layers", 0):
             raise GeometryError(
-                f"{config.model_type}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones past the cache, "
+                f"{config.model_type}: its last {text.num_kv_shared_layers} layers read keys and values of earlier ones past the cache, "
                 "which a CapsuleCache cannot serve. Use a model whose layers each hold their own."
             )
         layers = DynamicCache(config=text).layers

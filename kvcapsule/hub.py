@@ -3,23 +3,17 @@
 All five files are made in memory before the first byte is written, so their size is known and a bad recipe or metric costs nothing.
 """
 
-import errno
 import json
-import math
 import os
 import re
-import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
-import yaml  # type: ignore[import-untyped]
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -33,8 +27,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from . import __version__
+from . import __version__, files
 from .capsule import FORMAT_VERSION, Capsule, CapsuleConfig, CapsuleError
+from .card import CARD_LOADS, CARD_MEASURED, LIBRARY, MEASURED_TITLE, measured_section, model_card
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -44,22 +39,11 @@ METRICS_FILE = "metrics.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, RECIPE_FILE, METRICS_FILE)
 """What a capsule directory holds, and all that it holds."""
 NEEDED_TO_LOAD = (CONFIG_FILE, WEIGHTS_FILE)
-
 WEIGHTS_METADATA = {"format": "kvcapsule", "format_version": str(FORMAT_VERSION)}
 """The metadata of model.safetensors."""
-CARD_TAGS = ["kv-cache", "compression", "vision-language"]
-LICENSE = "apache-2.0"
-LIBRARY = "kvcapsule"
 MAIN_BRANCH = "main"
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-CARD_LOADS = re.compile(r'Capsule\.from_pretrained\("(?P<name>[^"\n]*)"\)')
-MEASURED_TITLE = "## Measured"
-CARD_MEASURED = re.compile(rf"^{MEASURED_TITLE}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 LFS_POINTER = b"version https://git-lfs"
-NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file grew past the allowed size"}
-
-# The HTTP library's own error is httpx's in huggingface_hub 1 and httpx2's in 2; it is a base of HfHubHTTPError in both, beside OSError.
 DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (HFValidationError, *(e for e in HfHubHTTPError.__bases__ if issubclass(e, Exception)))
 UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, ValueError, *DOWNLOAD_ERRORS)
 
@@ -91,9 +75,9 @@ def save(
     try:
         _require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, contents)
+        files.replace_folder(target, contents)
     except OSError as error:
-        raise CapsuleError(_write_failure(target, sum(map(len, contents.values())), error)) from error
+        raise CapsuleError(files.write_failure(target, sum(map(len, contents.values())), error)) from error
 
 
 def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
@@ -107,7 +91,7 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
         TypeError: if metrics holds objects that no text file can.
     """
-    folder, plain = Path(directory).expanduser().resolve(), _plain(metrics, "metrics")
+    folder, plain = Path(directory).expanduser().resolve(), files.plain(metrics, "metrics")
     _require_files(folder, FILES)
     path = folder / METRICS_FILE
     try:
@@ -116,21 +100,21 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         raise CapsuleError(f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}.") from error
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
     loads = CARD_LOADS.search(card)
-    section = f"{MEASURED_TITLE}\n\n{_measured(merged, loads['name'] if loads else folder.name)}\n\n"
-    contents = {METRICS_FILE: _json(merged), CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode()}
-    unique = _unique(folder)
+    section = f"{MEASURED_TITLE}\n\n{measured_section(merged, loads['name'] if loads else folder.name)}\n\n"
+    contents = {METRICS_FILE: files.to_json(merged), CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode()}
+    unique = files.unique_name(folder)
     partials = {name: folder.with_name(f"{unique}.{name}.partial") for name in contents}
     try:
         try:
             for name, content in contents.items():
-                _write(partials[name], content)
+                files.write(partials[name], content)
             for name, partial in partials.items():
                 partial.replace(folder / name)
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        raise CapsuleError(_write_failure(folder, sum(map(len, contents.values())), error)) from error
+        raise CapsuleError(files.write_failure(folder, sum(map(len, contents.values())), error)) from error
 
 
 def read_config(name: str | os.PathLike[str], revision: str | None = None) -> CapsuleConfig:
@@ -222,9 +206,9 @@ def push(
     """
     if not HUB_ID.fullmatch(repo_id):
         raise CapsuleError(f"{repo_id!r} is no name of a repository on the Hub: write organisation/name or user/name.")
-    files: dict[str, bytes | Path] = {}
+    uploads: dict[str, bytes | Path] = {}
     if isinstance(capsule_or_directory, Capsule):
-        files.update(_contents(capsule_or_directory, recipe, metrics, repo_id))
+        uploads.update(_contents(capsule_or_directory, recipe, metrics, repo_id))
     else:
         if recipe is not None or metrics is not None:
             raise CapsuleError("recipe and metrics go with a Capsule; a directory has its own recipe.yaml and metrics.json.")
@@ -233,9 +217,9 @@ def push(
             raise CapsuleError(f"there is no directory {os.fspath(capsule_or_directory)!r} to push: train or save a capsule first.")
         _require_files(folder, FILES)
         load(folder)  # What cannot be loaded is not uploaded.
-        files.update({name: folder / name for name in FILES})
+        uploads.update({name: folder / name for name in FILES})
         card = (folder / CARD_FILE).read_text(encoding="utf-8")
-        files[CARD_FILE] = CARD_LOADS.sub(lambda _: f'Capsule.from_pretrained("{repo_id}")', card).encode()
+        uploads[CARD_FILE] = CARD_LOADS.sub(lambda _: f'Capsule.from_pretrained("{repo_id}")', card).encode()
     with _push_errors(repo_id):
         api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -246,158 +230,22 @@ def push(
             )
         if revision is not None and revision != MAIN_BRANCH and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations = [CommitOperationAdd(name, content) for name, content in uploads.items()]
         api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
     return f"{url}/tree/{revision}" if revision else str(url)
 
 
-def model_card(config: CapsuleConfig, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str | None = None) -> str:
-    """README.md of a capsule: front matter for the Hub, how to use it, what was measured, how it was trained.
-
-    Args:
-        config: the capsule's config.
-        recipe: see `save`.
-        metrics: see `save`. Without rows of an evaluation the card says that nothing was measured.
-        name: what to give to `from_pretrained`; by default made of the base model's and the family's names.
-    """
-    name = name or f"{config.base_model.rpartition('/')[2]}-{config.family}"
-    data = ModelCardData(
-        # The Hub refuses a card whose base_model is no id, e.g. the path of a folder; the text below names it in any case.
-        base_model=config.base_model if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", config.base_model) else None,
-        library_name=LIBRARY,
-        license=LICENSE,
-        tags=CARD_TAGS,
-    )
-    at = f" at revision `{config.base_revision}`" if config.base_revision else ""
-    recipe_text = f"```yaml\n{_yaml(recipe)}```" if recipe else "No recipe was saved with this capsule."
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-A capsule for `{config.base_model}`{at}: codecs of the family `{config.family}` that store the visual part of its KV cache as latents, which
-attention reads as they are.
-
-## Use
-
-```python
-from kvcapsule import Capsule, attach
-with attach(model, Capsule.from_pretrained("{name}")):
-    output = model.generate(**inputs)
-```
-
-`model` is `{config.base_model}`. A model of another KV geometry is refused; this one:
-
-{_table(["KV geometry", ""], config.geometry.to_dict().items())}
-
-Visual tokens are coded in tiles of {config.codec.tile}; what is left at an image's end is stored raw.
-
-{MEASURED_TITLE}
-
-{_measured(metrics or {}, name)}
-
-## Recipe
-
-{recipe_text}
-"""
-
-
-ROW_COLUMNS = {
-    "agreement": "agreement",
-    "kl": "KL",
-    "visual_kv_bytes": "visual KV bytes",
-    "kv_bytes": "KV bytes",
-    "parameter_bytes": "parameter bytes",
-    "compression": "compression",
-    "prefill_ratio": "prefill, ratio",
-    "tokens_per_s_ratio": "tokens/s, ratio",
-    "n": "n",
-}
-"""Keys of an evaluation's row, after its method, settings and accuracies, and their titles in the model card."""
-ROW_NOTE = (
-    "Bytes are sums of storages; compression is that of the visual KV; ratios are relative to the full cache of the same run, "
-    "prefill below 1 and tokens/s above 1 being faster."
-)
-
-
-def _measured(metrics: Mapping[str, Any], name: str) -> str:
-    evaluation, scalars = metrics.get("eval") or {}, metrics.get("train") or {}
-    rows, command = evaluation.get("rows") or [], f"`kvcapsule eval --capsule {name}`"
-    if rows:
-        tasks = list(dict.fromkeys(task for row in rows for task in row.get("accuracy") or {}))
-        keys = [key for key in ROW_COLUMNS if any(row.get(key) is not None for row in rows)]
-        head = ["method", "settings", *(f"accuracy, {task}" for task in tasks), *(ROW_COLUMNS[key] for key in keys)]
-        body = (
-            [row.get("method"), row.get("settings"), *((row.get("accuracy") or {}).get(t) for t in tasks), *(row.get(k) for k in keys)]
-            for row in rows
-        )
-        printed_by = f"`{evaluation['command']}`" if evaluation.get("command") else command
-        text = f"{_table(head, body)}\n\nPrinted by {printed_by}. {ROW_NOTE}"
-    else:
-        text = f"Not measured yet: run {command}."
-    return f"{text}\n\nAt the end of training:\n\n{_table(['metric', 'value'], scalars.items())}" if scalars else text
-
-
-def _table(head: list[str], body: Iterable[Iterable[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in body)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}={_cell(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return "/".join(map(_cell, value))
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
-
-
 def _contents(capsule: Capsule, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str) -> dict[str, bytes]:
     """The five files."""
-    plain_recipe, plain_metrics = _plain(recipe or {}, "recipe"), _plain(metrics or {}, "metrics")
+    plain_recipe, plain_metrics = files.plain(recipe or {}, "recipe"), files.plain(metrics or {}, "metrics")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in capsule.state_dict().items()}
     return {
-        CONFIG_FILE: _json(_plain(capsule.config.to_dict(), "config")),
+        CONFIG_FILE: files.to_json(files.plain(capsule.config.to_dict(), "config")),
         WEIGHTS_FILE: safetensors_bytes(tensors, WEIGHTS_METADATA),
         CARD_FILE: model_card(capsule.config, plain_recipe, plain_metrics, name).encode(),
-        RECIPE_FILE: _yaml(plain_recipe).encode(),
-        METRICS_FILE: _json(plain_metrics),
+        RECIPE_FILE: files.to_yaml(plain_recipe).encode(),
+        METRICS_FILE: files.to_json(plain_metrics),
     }
-
-
-def _json(values: Any) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def _plain(value: Any, where: str) -> Any:
-    """The value in JSON's types: tuples become lists, paths strings, array scalars numbers; NaN and infinities, which JSON lacks, None."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return _plain(value.item(), where)
-    raise TypeError(f"{where} is a {type(value).__name__}, which a capsule's files cannot hold: give numbers, strings, lists and dicts.")
 
 
 def _require_replaceable(target: Path) -> None:
@@ -424,68 +272,6 @@ def _holds_capsule(folder: Path) -> bool:
     return isinstance(values, dict) and {"format_version", "family"} <= values.keys()
 
 
-def _replace(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files beside `target`, then put them in its place by renaming; on failure `target` is what it was."""
-    unique = _unique(target)
-    partial, aside = target.with_name(f"{unique}.partial"), target.with_name(f"{unique}.old")
-    try:
-        partial.mkdir()
-        for name, content in contents.items():
-            _write(partial / name, content)
-        if target.exists():
-            shutil.copymode(target, partial)
-        _sync(partial)
-        try:
-            if target.exists():
-                target.rename(aside)
-            partial.rename(target)
-        except BaseException:
-            if aside.exists() and not target.exists():
-                aside.rename(target)
-            raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-    if aside.exists():
-        warnings.warn(f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4)
-
-
-def _unique(target: Path) -> str:
-    """A hidden name for what lies beside `target` for a moment."""
-    return f".{target.name[:80]}.{uuid4().hex[:12]}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make renames last through a power cut, where the system can: Windows and some network disks cannot sync a folder."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_failure(target: Path, needed: int, error: OSError) -> str:
-    kept = "Nothing half written is left" + (", and what was there is untouched." if target.exists() else ".")
-    if error.errno not in NO_SPACE:
-        return f"cannot save the capsule to {target}: {error.strerror or error}. {kept} Mend this or choose another directory."
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    return (
-        f"cannot save the capsule to {target}: {NO_SPACE[error.errno]}. It needs {needed:,} bytes, beside a capsule that it replaces, and "
-        f"{free:,} are free there. {kept} Free some space or choose another directory."
-    )
-
-
 def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
     """The directory that `name` means, by its path or as a shipped name; None if it can only be a Hub id."""
     text = os.fspath(name)
@@ -509,8 +295,8 @@ def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
     )
 
 
-def _require_files(folder: Path, files: Iterable[str], repository: str | None = None) -> None:
-    missing = [name for name in files if not (folder / name).is_file()]
+def _require_files(folder: Path, names: Iterable[str], repository: str | None = None) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return
     if repository is None:

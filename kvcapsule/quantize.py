@@ -8,6 +8,11 @@ BITS = (2, 4, 8)
 """Widths that divide a byte."""
 
 
+def check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"{bits} bits cannot be packed: choose one of {', '.join(map(str, BITS))}.")
+
+
 @dataclass(frozen=True)
 class QuantizedRows:
     """Rows [E, H, M, D] as codes of `bits` bits: x = step * code + zero, step and zero per channel over the M tokens.
@@ -28,8 +33,7 @@ class QuantizedRows:
     @classmethod
     def pack(cls, x_EHMD: torch.Tensor, bits: int) -> "QuantizedRows":
         """Quantise to the nearest of 2^bits levels between each channel's least and greatest value."""
-        if bits not in BITS:
-            raise ValueError(f"{bits} bits cannot be packed: choose one of {', '.join(map(str, BITS))}.")
+        check_bits(bits)
         low, high = x_EHMD.amin(2, keepdim=True), x_EHMD.amax(2, keepdim=True)
         levels = 2**bits - 1
         step = ((high.float() - low.float()) / levels).clamp_min(1e-8).to(x_EHMD.dtype)

@@ -60,7 +60,9 @@ def batch(make_batch: Callable[..., BatchFeature]) -> BatchFeature:
 
 
 @contextmanager
-def decoding(model: LlavaForConditionalGeneration, capsule: Capsule, batch: BatchFeature) -> Iterator[tuple[CapsuleCache, Callable[[], Any]]]:
+def decoding(
+    model: LlavaForConditionalGeneration, capsule: Capsule, batch: BatchFeature
+) -> Iterator[tuple[CapsuleCache, Callable[[], Any]]]:
     """A cache after prefill and the call of one decode step on it."""
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
     positions = mask.sum(dim=1, keepdim=True) - 1

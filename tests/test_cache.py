@@ -247,23 +247,28 @@ class TestTurns:
         assert cache.bytes().visual == 2 * before.visual
         assert [len(layer.visual) for layer in cache.layers] == [2] * 4
 
-    def test_three_turns_of_images(self, model: Model, make_batch: Batch, identity: Callable[..., Capsule]) -> None:
-        """By direct forwards: what a turn with an image closes as text is read as before."""
-        batches = [make_batch((1, words)) for words in ("Read line 2.", "And here?", "And here again?")]
+    def test_four_turns_with_padding_in_each(self, model: Model, make_batch: Batch, identity: Callable[..., Capsule]) -> None:
+        """By direct forwards: what a turn with an image closes as text, padding in it, is read as before."""
+        batches = [
+            make_batch((1, "Read line 2."), (1, "What is the number beside the owl?")),
+            make_batch((0, "Hello."), (0, "What is the number beside the cat?")),
+            make_batch((1, "And in this one?"), (0, "Hello.")),
+            make_batch((2, "Which of the two?"), (1, "Read line 2.")),
+        ]
         own, logits = DynamicCache(config=model.config), []
         with attach(model):
             cache = CapsuleCache(model.config, identity(50))
             for past in (own, cache):
-                mask = torch.ones(1, 0, dtype=torch.int64)
+                mask = torch.ones(2, 0, dtype=torch.int64)
                 for batch in batches:
                     length = batch["input_ids"].shape[1]
-                    mask = longer(mask, length)
-                    positions = torch.arange(mask.shape[1])[None, -length:]
+                    mask = torch.cat([mask, batch["attention_mask"]], dim=1)
+                    positions = (mask.cumsum(1) - 1)[:, -length:]
                     call = {**batch, "attention_mask": mask, "position_ids": positions}
-                    logits.append(prefill(model, BatchFeature(call), past))
+                    logits.append(prefill(model, BatchFeature(call), past)[batch["attention_mask"].bool()])
                     mask = longer(mask, 2)
-                    logits.append(step(model, past, torch.tensor([[40, 41]]), mask))
-        for ours, theirs in zip(logits[6:], logits[:6], strict=True):
+                    logits.append(step(model, past, torch.tensor([[40, 41], [42, 43]]), mask))
+        for ours, theirs in zip(logits[8:], logits[:8], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=EXACT)
 
 
@@ -592,6 +597,7 @@ class TestAttach:
         """A forward that stopped between update and attention, then the model's own cache."""
         with attach(model):
             cache = CapsuleCache(model.config, Full())
+            prefill(model, mixed, cache)
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
             assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))

@@ -11,16 +11,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from matplotlib.text import Text
-from PIL import Image
-from rich.progress import Progress
-
-from kvcapsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig
-from kvcapsule.data import pages
+from kvcapsule.eval import compare, timing
 from kvcapsule.eval import main as command
-from kvcapsule.eval import timing
 from kvcapsule.eval.generation import generate, held_bytes, new_cache
 from kvcapsule.eval.main import main
 from kvcapsule.eval.matching import TOLERANCE, Layout, layer_bytes, match_ratios
@@ -31,6 +23,14 @@ from kvcapsule.eval.questions import Batch, batches
 from kvcapsule.eval.report import write_json
 from kvcapsule.eval.runner import Tally, answered, evaluate, survey
 from kvcapsule.eval.timing import time_entries
+from matplotlib.text import Text
+from PIL import Image
+from rich.progress import Progress
+
+from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.identity import IdentityConfig
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig
+from kvcapsule.data import pages
 from kvcapsule.geometry import KVGeometry, full_attention_layers
 from kvcapsule.inference import attach
 from kvcapsule.policy import Full
@@ -232,6 +232,12 @@ def test_first_layers_take_what_whole_tokens_leave(geometry) -> None:
     assert ratios == pytest.approx((0.15, 0.15, 0.1, 0.1), abs=1e-3)
 
 
+def test_nearest_number_of_tokens(geometry) -> None:
+    """Room for 201.4 tokens: 201 and 202 are both within 2 %."""
+    ratios = match_ratios(int(201.4 * TOKEN_BYTES) + LAYERS * 8, [_layout(100, tokens=110)], geometry, range(LAYERS), torch.float32)
+    assert [round(100 * r) for r in ratios] == [51, 50, 50, 50]
+
+
 def test_where_bytes_cannot_be_equal_a_rival_gets_more(geometry) -> None:
     """4.2 tokens over four layers: 4 would be within 5 %, but short."""
     ratios = match_ratios(int(4.2 * TOKEN_BYTES) + LAYERS * 8, [_layout(20)], geometry, range(LAYERS), torch.float32)
@@ -344,6 +350,7 @@ CROWDED = [
     _row("post-vision-attention", 40_100, 0.9),
     _row("evenly-spaced", 40_100, 0.9),
     _row("int4", 54_000, 0.9),
+    _row("kvcapsule:one-with-a-name-that-is-long", 400_000, 0.4),
 ]
 
 
@@ -357,7 +364,7 @@ def test_labels_cover_neither_each_other_nor_a_dot() -> None:
     # Of the words alone: an annotation's own extent holds its line to the dot too.
     boxes = [Text.get_window_extent(label) for label in labels]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    dots = [axes.transData.transform((row["visual_kv_bytes"], 0.9)) for row in CROWDED]
+    dots = [axes.transData.transform((row["visual_kv_bytes"], row["accuracy"]["a"])) for row in CROWDED]
     assert not any(box.contains(*dot) for box in boxes for dot in dots)
     assert all(figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) for box in boxes)
 
@@ -397,6 +404,7 @@ def test_command_writes_what_it_was_asked_for(vlm, capsule_folder, tmp_path, cap
         assert drawn.size[0] > 1000
     metrics = json.loads((capsule_folder / "metrics.json").read_text())
     assert metrics == {"train": {"loss": 0.5}, "eval": result}
+    assert "post-vision-attention" in (capsule_folder / "README.md").read_text()
     printed = capsys.readouterr()
     assert all(name in printed.out for name in by_name)
     assert "answers" in printed.err
@@ -491,7 +499,7 @@ def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
 
 
 def test_no_questions(vlm, rows, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(command.source, "load", lambda _: rows.select([]))
+    monkeypatch.setattr(compare.source, "load", lambda _: rows.select([]))
     assert "holds no questions" in _refused(capsys, "--model", vlm, "--ratio", "0.5")
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from kvcapsule.eval import compare
+from kvcapsule.eval import main as command
 from rich.console import Console
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data.source import SourceConfig
-from kvcapsule.eval import main as command
 from kvcapsule.geometry import KVGeometry
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "eval-json.md"
@@ -73,7 +74,7 @@ def result(tmp_path_factory, model, processor) -> dict[str, Any]:
         max_new_tokens=4,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "time_entries", partial(command.time_entries, rounds=1, steps=2))
+        patch.setattr(compare, "time_entries", partial(compare.time_entries, rounds=1, steps=2))
         found = command.run(config, Console(quiet=True), command._command(["--model", str(folder / "vlm")]))
     return json.loads(json.dumps(found, allow_nan=False))
 
@@ -119,7 +120,7 @@ def test_times_are_null_where_nothing_was_timed(model, processor, tmp_path) -> N
     config = command.EvalConfig(
         model=str(tmp_path), methods=["int4"], data=SourceConfig(split="test", size=1), max_new_tokens=2, timing=False
     )
-    for row in command.run(config, Console(quiet=True))["rows"]:
+    for row in command.run(config, Console(quiet=True), "")["rows"]:
         assert row["prefill_ratio"] is None and row["tokens_per_s_ratio"] is None
 
 

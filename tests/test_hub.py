@@ -21,7 +21,8 @@ from kvcapsule.checkpoints import shipped, shipped_names
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvcapsule import Capsule, CapsuleConfig, CapsuleError, GeometryError, KVGeometry, hub
+from kvcapsule import Capsule, CapsuleConfig, CapsuleError, GeometryError, KVGeometry, files, hub
+from kvcapsule.card import model_card
 from kvcapsule.cli import push as push_command
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
@@ -164,7 +165,7 @@ def test_an_extra_file_beside_a_capsule_is_not_deleted(saved: Path) -> None:
 
 
 def full_disk_in_the_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = hub._write
+    write = files.write
 
     def fail_half_way(path: Path, content: bytes) -> None:
         if path.name == "model.safetensors":
@@ -172,7 +173,7 @@ def full_disk_in_the_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(hub, "_write", fail_half_way)
+    monkeypatch.setattr(files, "write", fail_half_way)
 
 
 def full_disk_at_the_last_sync(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +190,7 @@ def full_disk_at_the_last_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 def limit_of_file_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system itself stops the write, in the middle of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write = hub._write
+    write = files.write
 
     def limited(path: Path, content: bytes) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -198,7 +199,7 @@ def limit_of_file_size(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(hub, "_write", limited)
+    monkeypatch.setattr(files, "write", limited)
 
 
 @pytest.mark.parametrize("fail", [full_disk_in_the_second_file, full_disk_at_the_last_sync, limit_of_file_size])
@@ -464,10 +465,10 @@ def test_measurements_that_cannot_be_put_in(saved: Path, tmp_path: Path, monkeyp
 
 def test_card_without_measurements_says_so(tmp_path: Path) -> None:
     for metrics in (None, {}, {"train": {"loss": 1.0}}, {"eval": {"rows": []}}):
-        card = hub.model_card(configure(), None, metrics, "org/tiny")
+        card = model_card(configure(), None, metrics, "org/tiny")
         assert "Not measured yet: run `kvcapsule eval --capsule org/tiny`." in card
         assert "No recipe was saved" in card
-    local = hub.model_card(configure(base_model=str(tmp_path)), None, None)
+    local = model_card(configure(base_model=str(tmp_path)), None, None)
     assert "base_model" not in front_matter(local) and str(tmp_path) in local
 
 

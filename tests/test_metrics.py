@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from kvcapsule.eval.metrics import accuracy, character_error_rate, divergence, edit_distance
 
 

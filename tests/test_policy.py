@@ -114,26 +114,15 @@ def test_post_vision_attention_is_the_models_own(model: LlavaForConditionalGener
             return taken[-1]
 
     with attach(model, Listening(0.4)):
-        out = model.generate(**batch, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True, do_sample=False)
+        model.generate(**batch, max_new_tokens=1, do_sample=False)
     assert len(taken) == len(weights) == 4
-    for layer, (scores, attention) in enumerate(zip(taken, weights, strict=True)):
+    for scores, attention in zip(taken, weights, strict=True):
         for row, end in enumerate(ends):
             expected = attention[row, :, end:].sum(dim=(0, 1))
-            images = [s for s in spans if s.row == row]
-            for s in images:
+            for s in (s for s in spans if s.row == row):
                 run = slice(s.start, s.start + s.length)
                 torch.testing.assert_close(scores[row, run], expected[run], rtol=1e-4, atol=1e-6)
-            best = sorted(
-                s.start + i for s in images for i in expected[s.start : s.start + s.length].topk(round(0.4 * s.length)).indices.tolist()
-            )
-            kept = stored_of(out.past_key_values.layers[layer].visual, row)
-            assert kept.shape[1] == len(best)
     assert float(weights[2][0, :, ends[0] :].max()) > 0.2, "attention is not uniform"
-
-
-def stored_of(segments: list[Segment], row: int) -> torch.Tensor:
-    (segment,) = [s for s in segments if row in s.owner.tolist()]
-    return segment.keys[segment.owner.tolist().index(row)]
 
 
 def test_post_vision_attention_without_text_behind() -> None:
@@ -174,7 +163,9 @@ def test_padding_of_uneven_rows_does_not_widen_a_range() -> None:
     (both,) = Quantized(2).compress(of).visual
     assert both.mask is not None
     for row, length in ((0, 5), (1, 4)):
-        alone = LayerPrefill(0, of.query[row : row + 1], of.keys[row : row + 1], of.values[row : row + 1], [span(0, 2, length)], valid[:1], 0.5)
+        alone = LayerPrefill(
+            0, of.query[row : row + 1], of.keys[row : row + 1], of.values[row : row + 1], [span(0, 2, length)], valid[:1], 0.5
+        )
         (one,) = Quantized(2).compress(alone).visual
         for ours, theirs in zip(both.materialize(), one.materialize(), strict=True):
             torch.testing.assert_close(ours[row, :, :length], theirs[0], rtol=0, atol=0)

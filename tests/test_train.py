@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
-
-from kvcapsule.capsule import Capsule
-from kvcapsule.data import pages
-from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.segment import Segment
 from kvcapsule.training.harvest import harvest
 from kvcapsule.training.losses import full_output, output_error, unexplained
 from kvcapsule.training.main import build_parser, find_recipe, main, shipped_recipes
 from kvcapsule.training.moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 from kvcapsule.training.recipe import CodecRecipe, Recipe
 from kvcapsule.training.relaxed import SoftLinear
+from transformers import DynamicCache
+
+from kvcapsule.capsule import Capsule
+from kvcapsule.data import pages
+from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.segment import Segment
 
 QUICK = ["--data.size", "40", "--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu"]
 
@@ -46,7 +46,8 @@ def test_harvest_is_what_the_full_cache_holds(model, batch) -> None:
         for row in range(3):
             start = int((batch["input_ids"][row] == model.config.image_token_id).nonzero()[0])
             mine = layer.owner == row
-            torch.testing.assert_close(keys[mine].transpose(0, 1).flatten(1, 2), own.keys[row, :, start : start + 196], atol=1e-5, rtol=1e-5)
+            mine_keys = keys[mine].transpose(0, 1).flatten(1, 2)
+            torch.testing.assert_close(mine_keys, own.keys[row, :, start : start + 196], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(layer.values[mine].transpose(0, 1).flatten(1, 2), own.values[row, :, start : start + 196])
 
 
@@ -162,7 +163,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("The frozen VLM", "Mean retention ratio over keys", "Share of the stored tokens", "Column with the question", "Temperature of the mask"):
+    for words in ("The frozen VLM", "Mean retention ratio over keys", "Share of the stored tokens", "Column with the question"):
         assert words in text
 
 

@@ -88,7 +88,7 @@ def _whole_image(model: PreTrainedModel, data: Questions) -> int:
     lengths = sorted({span.length for span in find_spans(model.config, batch["input_ids"], batch)})
     if len(lengths) != 1:
         found = f"images of {', '.join(map(str, lengths))} visual tokens" if lengths else "no image"
-        raise ValueError(f"a whole-image capsule needs images of one size, but a batch has {found}: give --codec.tile, e.g. --codec.tile 64.")
+        raise ValueError(f"a whole-image capsule needs images of one size, but a batch has {found}: give a tile, as in --codec.tile 64.")
     return lengths[0]
 
 

@@ -135,6 +135,9 @@ class CapsuleFit(L.LightningModule):
     def _harvest(self, batch: BatchFeature) -> list[LayerHarvest]:
         return harvest(self._frozen[0], batch, self.config.tile, self.config.canonical_frame)
 
+    def _log_errors(self, under: str, errors: torch.Tensor, batch: int) -> None:
+        self.log_dict({f"{under}/{name}": error for name, error in zip(_ERRORS, errors, strict=True)}, batch_size=batch, sync_dist=True)
+
     def _soft_loss(self, batch: BatchFeature) -> torch.Tensor:
         temperature = self.temperature()
         lost = mask = ratio = torch.zeros((), device=self.device)
@@ -163,12 +166,13 @@ class CapsuleFit(L.LightningModule):
             )
             totals = totals + errors
             if stage == "validation":
-                names = (f"layer{index}/keys_unexplained", f"layer{index}/values_unexplained", f"layer{index}/output_error")
-                self.log_dict({f"validation/{n}": e for n, e in zip(names, errors, strict=True)}, batch_size=len(layer.query), sync_dist=True)
+                self._log_errors(f"validation/layer{index}", errors, len(batch["input_ids"]))
         totals = totals / len(self.layers)
-        names = ("keys_unexplained", "values_unexplained", "output_error")
-        self.log_dict({f"{stage}/{n}": e for n, e in zip(names, totals, strict=True)}, batch_size=len(batch["input_ids"]), sync_dist=True)
+        self._log_errors(stage, totals, len(batch["input_ids"]))
         return totals[0] + self.optim.output_weight * totals[2]
+
+
+_ERRORS = ("keys_unexplained", "values_unexplained", "output_error")
 
 
 def _maps(segment: Segment) -> dict[str, Any]:

@@ -16,8 +16,8 @@ _CONFIDENCE = 2.0
 class SoftKeys(nn.Module, ABC):
     """Mask logits over T tokens and a reconstruction that reads all T of them, masked.
 
-    mask = sigmoid(logits / temperature), one for all heads; while the temperature falls the mask hardens. Rows are masked by multiplication,
-    as in the paper's pseudo-code.
+    mask = sigmoid(logits / temperature), one for all heads; while the temperature falls the mask hardens. Rows are masked by
+    multiplication, as in the paper's pseudo-code.
     """
 
     def __init__(self, tile: int, stored: int, initial: torch.Tensor) -> None:

@@ -120,16 +120,13 @@ def _ask_line(of: Page, rng: np.random.Generator) -> Question:
 
 def _ask_value(of: Page, rng: np.random.Generator) -> Question:
     word, number = of.lines[int(rng.integers(len(of.lines)))]
-    return Question("value", f"What stands beside {word}?", number)
+    return Question("value", f"What stands beside {word}?", f"{word} {number}")
 
 
 def _ask_count(of: Page, rng: np.random.Generator) -> Question:
-    """Every count that occurs on the page is asked for equally often, so that guessing the usual one does not pay."""
-    text = "".join(number for _, number in of.lines)
-    counts = [text.count(str(digit)) for digit in range(10)]
-    wanted = int(rng.choice(sorted(set(counts))))
-    digit = int(rng.choice([d for d in range(10) if counts[d] == wanted]))
-    return Question("count", f"How many {digit} are there?", str(wanted))
+    """The count comes behind what is counted: an answer of one token would come out of the prefill and never read the cache."""
+    words = [word for word, _ in of.lines]
+    return Question("count", "Count the words.", f"{' '.join(words)} {len(words)}")
 
 
 _ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "value": _ask_value, "count": _ask_count}

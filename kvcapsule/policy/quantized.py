@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..prefill import Compressed, LayerPrefill, keep
-from ..quantize import QuantizedRows
+from ..quantize import QuantizedRows, check_bits
 from ..segment import Segment
 from .base import VisualPolicy
 
@@ -14,6 +14,7 @@ class Quantized(VisualPolicy):
     """Keys and values of visual tokens in 2, 4 or 8 bits per channel (KIVI's way for keys, arXiv 2402.02750, for both here)."""
 
     def __init__(self, bits: int) -> None:
+        check_bits(bits)
         self.bits = bits
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:

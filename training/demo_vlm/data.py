@@ -13,8 +13,8 @@ from .model import GRID, PATCH, SPECIALS
 
 IGNORE = -100
 SYMBOLS = ("",) + tuple("0123456789") + WORDS
-_TURNS = ("transcribe", "line", "value", "count", "line", "value", "count", "value", "count")
-_TASK_WEIGHT = {"transcribe": 1.0, "line": 1.0, "value": 2.0, "count": 3.0}
+_TURNS = ("transcribe", "line", "value", "count", "line", "value", "line", "value")
+_TASK_WEIGHT = {"transcribe": 1.0, "line": 1.0, "value": 2.0, "count": 1.5}
 _CHAINED = 0.25
 """Share of pages whose questions follow one another as turns of a chat; on the others each question sees the image alone."""
 

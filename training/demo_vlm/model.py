@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
     LlamaConfig,
@@ -28,14 +28,16 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the task's own text: any text can be written, words of the task are single tokens, digits stay apart."""
+    """A byte-level BPE trained on the task's own text: any text can be written, words of the task are single tokens, digits stay apart.
+
+    Spaces stay apart too: a word must be the same token in a question, behind a space, as in an answer, behind a line break.
+    """
     rng = np.random.default_rng(0)
     corpus = [text for i in range(400) for q in questions(page("train", i), rng) for text in (q.prompt, q.answer)]
     corpus += [word for word in WORDS for _ in range(50)]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    words = pre_tokenizers.Split(Regex(r"[A-Za-z]+|[^A-Za-z]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -67,7 +69,10 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA of about 1.4 M parameters: a SegFormer tower (convolutions learn to read from few steps) with 196 visual tokens, 4 layers, 4 query and 2 KV heads of 32."""
+    """A LLaVA of about 1.6 M parameters: 196 visual tokens, 4 layers, 4 query and 2 KV heads of 32.
+
+    The vision tower is a SegFormer: its convolutions learn to read in few steps (training/NOTES.md). The initializer ranges suit the width.
+    """
     vision = SegformerConfig(
         num_encoder_blocks=2,
         depths=[1, 3],

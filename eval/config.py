@@ -1,0 +1,63 @@
+"""What `kvcapsule eval` can be told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvcapsule.cli.errors import InputError
+from kvcapsule.codec.kvcapsule import check_ratio
+from kvcapsule.data.source import SourceConfig
+
+from . import plot
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is compared, on what, and where the result goes."""
+
+    model: str = "pages-vlm"
+    """The VLM: a shipped name, a folder or an id on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+    dtype: str = "auto"
+    """Precision of the model: auto (as saved), float32, float16 or bfloat16."""
+    device: str | None = None
+    """Where it runs, such as cpu or cuda:1; by default CUDA where there is one."""
+    capsule: list[str] = field(default_factory=list)
+    """A capsule: a folder, a shipped name or an id on the Hub. May be repeated; the bytes of the first are those that pruning is given."""
+    ratio: float | None = None
+    """Without a capsule: share of the visual tokens that pruning keeps, in (0, 1]. With one it is chosen so that bytes are equal."""
+    methods: list[str] = field(default_factory=list)
+    """Compare only these rows with the full cache, e.g. evenly-spaced; may be repeated. By default all."""
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(split="test", size=200))
+    """Where the questions come from."""
+    batch: int = 16
+    """Questions that are answered together."""
+    max_new_tokens: int = 64
+    """Most tokens of an answer, the end token included."""
+    timing: bool = True
+    """Whether prefill and decode are timed."""
+    json: str | None = None
+    """File for the result as JSON (docs/eval-json.md says what is in it)."""
+    plot: str | None = None
+    """File for a picture, accuracy against bytes: .png, .svg or .pdf."""
+    save_metrics: bool = False
+    """Also put the result into metrics.json and the model card of the capsule, which must be one and a folder."""
+    threads: int | None = None
+    """CPU threads; by default PyTorch's choice."""
+    seed: int = 0
+    """Seed of PyTorch. Answers are greedy and do not depend on it; which pages are drawn is --data.seed."""
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None:
+            check_ratio(self.ratio, "--ratio")
+            if self.capsule:
+                raise InputError("--ratio is for runs without a capsule: beside one, pruning is given as many bytes as the capsule stores.")
+        if self.max_new_tokens < 2:
+            raise InputError(f"--max_new_tokens {self.max_new_tokens}: the first token is read off the prefill, so at least 2 are needed.")
+        for name, count in (("batch", self.batch), ("threads", self.threads)):
+            if count is not None and count < 1:
+                raise InputError(f"--{name} {count}: at least 1 is needed.")
+        if self.plot is not None and Path(self.plot).suffix not in plot.SUFFIXES:
+            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
+        if self.save_metrics and (len(self.capsule) != 1 or not Path(self.capsule[0]).is_dir()):
+            raise InputError("--save_metrics needs exactly one --capsule, and that a folder.")
