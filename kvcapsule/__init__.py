@@ -1,8 +1,8 @@
 """kvcapsule: the KV cache of vision-language models, compressed into capsules that attention reads as they are.
 
-    from kvcapsule import Capsule, attach
-    with attach(model, Capsule.from_pretrained("...")):
-        model.generate(**inputs)
+from kvcapsule import Capsule, attach
+with attach(model, Capsule.from_pretrained("...")):
+    model.generate(**inputs)
 """
 
 from importlib import import_module

@@ -60,8 +60,11 @@ class CapsuleConfig:
                 "Upgrade kvcapsule, or train the capsule again."
             )
         family = values.get("family")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise CapsuleError(f"unknown codec family {family!r}; this version of kvcapsule knows {', '.join(FAMILIES)}.")
+        known = {"format_version", "family", "base_model", "base_revision", "geometry", "codec", "metadata"}
+        if unknown := sorted(set(values) - known):
+            raise CapsuleError(f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}.")
         try:
             return cls(
                 family=family,

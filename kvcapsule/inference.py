@@ -55,7 +55,7 @@ def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[Pre
             own = model.__dict__.get("generate")
 
             def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
-                if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+                if kwargs.get("past_key_values") is None and _wants_cache(model, args, kwargs):
                     kwargs["past_key_values"] = CapsuleCache(model.config, method)
                 return generate(*args, **kwargs)
 
@@ -89,6 +89,13 @@ def _hooks(model: PreTrainedModel, active: list[CapsuleCache]) -> Iterator[torch
     for name, module in model.get_decoder().named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
             yield module.register_forward_hook(rotation, with_kwargs=True)
+
+
+def _wants_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of generate uses a cache: its own option, then that of its generation config, then that of the model's."""
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    options = (kwargs.get("use_cache"), getattr(given, "use_cache", None), getattr(model.generation_config, "use_cache", None))
+    return next((bool(option) for option in options if option is not None), True)
 
 
 def _set_text_attention(model: PreTrainedModel, implementation: str) -> None:

@@ -67,3 +67,6 @@ class QuantizedRows:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.codes, self.step, self.zero)
+
+    def shared(self) -> tuple[torch.Tensor, ...]:
+        return ()

@@ -32,6 +32,9 @@ class Packed(Protocol):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What is stored."""
 
+    def shared(self) -> tuple[torch.Tensor, ...]:
+        """Parameters that reading needs, the same for all sequences."""
+
 
 Rows = torch.Tensor | Packed
 
@@ -133,7 +136,10 @@ class Segment:
             yield from self.frame.tensors()
 
     def parameter_tensors(self) -> Iterator[torch.Tensor]:
-        """What all sequences share: the codec's maps."""
+        """What all sequences share: the codec's maps, and what packed rows are read with."""
+        for rows in (self.keys, self.values):
+            if not isinstance(rows, torch.Tensor):
+                yield from rows.shared()
         for field in fields(self):
             if field.name in ("score_map", "value_map", "value_mean", "q_map", "out_map"):
                 tensor = getattr(self, field.name)

@@ -12,9 +12,11 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3nConfig,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    pipeline,
 )
 
 from kvcapsule import attention
@@ -551,8 +553,16 @@ class TestAttach:
         with attach(model, PostVisionAttention(0.1)):
             assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
             without = model.generate(**mixed, use_cache=False, **greedy)
-        assert torch.equal(without.sequences, expected.sequences)
-        assert without.past_key_values is None
+            config = GenerationConfig(**{**greedy, "use_cache": False, "eos_token_id": 3, "pad_token_id": 0})
+            by_config = [model.generate(**mixed, generation_config=config), model.generate(None, config, **mixed)]
+            before, model.generation_config.use_cache = model.generation_config.use_cache, False
+            try:
+                by_config.append(model.generate(**mixed, **greedy))
+            finally:
+                model.generation_config.use_cache = before
+        for out in (without, *by_config):
+            assert torch.equal(out.sequences, expected.sequences)
+            assert out.past_key_values is None
 
     def test_a_cache_outside_is_refused(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
         with pytest.raises(RuntimeError, match=r"never read it.*with kvcapsule\.attach\(model"):
@@ -603,6 +613,17 @@ class TestAttach:
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
         with attach(model):
             assert attention._pending.get() is None
+
+    def test_pipeline(self, model: Model, processor: Any, images: Any) -> None:
+        pipe = pipeline("image-text-to-text", model=model, processor=processor)
+        turns = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Read line 2."}]}]
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        written = [pipe(text=turns, generate_kwargs=options)[0]["generated_text"][-1]["content"]]
+        for method in (Full(), PostVisionAttention(0.01)):
+            with attach(model, method):
+                written.append(pipe(text=turns, generate_kwargs=options)[0]["generated_text"][-1]["content"])
+        assert written[1] == written[0]
+        assert written[2] != written[0]
 
     def test_forward_without_cache(self, model: Model, mixed: BatchFeature) -> None:
         with torch.no_grad():
@@ -738,13 +759,17 @@ def test_eight_bits_are_close_to_all(model: Model, mixed: BatchFeature, greedy: 
     assert errors[0] < errors[1] < errors[2]
 
 
-def test_bytes_of_a_shared_storage_count_once(model: Model, mixed: BatchFeature, random_capsule: Callable[..., Capsule]) -> None:
+def test_parameters_are_stored_once(model: Model, mixed: BatchFeature, random_capsule: Callable[..., Capsule]) -> None:
     """Parameters are those of the capsule: no more after a second image, no more for a larger batch."""
     capsule = random_capsule()
     own = sum(p.numel() * p.element_size() for codec in capsule.layers for p in (codec.keys.theta, codec.values.basis, codec.values.mean))
     with attach(model):
         cache = CapsuleCache(model.config, capsule)
         prefill(model, mixed, cache)
+        assert cache.bytes().parameters == own
+        mask = torch.cat([mixed["attention_mask"]] * 2, dim=1)
+        call = {**mixed, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, mixed["input_ids"].shape[1] :]}
+        prefill(model, BatchFeature(call), cache)
         assert cache.bytes().parameters == own
         cache.batch_repeat_interleave(3)
         assert cache.bytes().parameters == own

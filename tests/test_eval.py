@@ -11,6 +11,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from matplotlib.text import Text
+from PIL import Image
+from rich.progress import Progress
+
+from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.identity import IdentityConfig
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig
+from kvcapsule.data import pages
 from kvcapsule.eval import compare, timing
 from kvcapsule.eval import main as command
 from kvcapsule.eval.generation import generate, held_bytes, new_cache
@@ -23,14 +31,6 @@ from kvcapsule.eval.questions import Batch, batches
 from kvcapsule.eval.report import write_json
 from kvcapsule.eval.runner import Tally, answered, evaluate, survey
 from kvcapsule.eval.timing import time_entries
-from matplotlib.text import Text
-from PIL import Image
-from rich.progress import Progress
-
-from kvcapsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig
-from kvcapsule.data import pages
 from kvcapsule.geometry import KVGeometry, full_attention_layers
 from kvcapsule.inference import attach
 from kvcapsule.policy import Full

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from kvcapsule.eval.metrics import accuracy, character_error_rate, divergence, edit_distance
 
 

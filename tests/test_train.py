@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvcapsule.training.harvest import harvest
-from kvcapsule.training.losses import full_output, output_error, unexplained
-from kvcapsule.training.main import build_parser, find_recipe, main, shipped_recipes
-from kvcapsule.training.moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
-from kvcapsule.training.recipe import CodecRecipe, Recipe
-from kvcapsule.training.relaxed import SoftLinear
 from transformers import DynamicCache
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.data import pages
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.segment import Segment
+from kvcapsule.training.harvest import harvest
+from kvcapsule.training.losses import full_output, output_error, unexplained
+from kvcapsule.training.main import build_parser, find_recipe, main, shipped_recipes
+from kvcapsule.training.moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
+from kvcapsule.training.recipe import CodecRecipe, Recipe
+from kvcapsule.training.relaxed import SoftLinear
 
 QUICK = ["--data.size", "40", "--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu"]
 

@@ -27,9 +27,7 @@ class Questions(L.LightningDataModule):
 
     def collate(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Left-padded inputs over prompt and answer."""
-        return encode(
-            self.processor, [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows]
-        )
+        return encode(self.processor, [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows])
 
     def _loader(self, rows: datasets.Dataset, shuffle: bool) -> DataLoader[Any]:
         indexed = _Indexed(rows)

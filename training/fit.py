@@ -154,9 +154,7 @@ def _quiet() -> None:
 
 
 def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry, model: PreTrainedModel) -> Capsule:
-    config = CapsuleConfig(
-        family="kvcapsule", codec=fit.config, geometry=geometry, base_model=recipe.model, base_revision=recipe.revision
-    )
+    config = CapsuleConfig(family="kvcapsule", codec=fit.config, geometry=geometry, base_model=recipe.model, base_revision=recipe.revision)
     capsule = Capsule(config)
     for own, trained in zip(capsule.layers, fit.layers, strict=True):
         assert isinstance(trained, LayerFit)
@@ -166,9 +164,7 @@ def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry, model: PreTr
 
 def _measure(recipe: Recipe, fit: CapsuleFit, data: Questions, seconds: float) -> dict[str, Any]:
     """Reconstruction and attention-output error on the held-out questions."""
-    trainer = L.Trainer(
-        accelerator=_accelerator(recipe), devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False
-    )
+    trainer = L.Trainer(accelerator=_accelerator(recipe), devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False)
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
     found: dict[str, Any] = {name.removeprefix("validation/"): value for name, value in measured.items()}
     return {**found, "seconds": seconds, "questions": len(data.held_out)}

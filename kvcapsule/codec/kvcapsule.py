@@ -110,6 +110,9 @@ class MlpRows:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.rows,)
 
+    def shared(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self.codec.parameters())
+
 
 class PcaValues(ValueCodec):
     """PCA along the token axis: basis U [H, m, T] with orthonormal rows, mean mu [H, D] over samples and tokens."""

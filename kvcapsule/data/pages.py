@@ -25,7 +25,7 @@ WORDS = tuple(
     "ant ape asp auk bat bee boa cat cod cow dab dog eel elk emu ewe "
     "fly fox gnu hen jay kid koi owl pig pug ram rat sow tit hog yak".split()
 )
-TASKS = ("transcribe", "line", "value", "count")
+TASKS = ("transcribe", "line", "last", "count")
 LINES = (3, 6)
 """Least and most lines of a page."""
 MAX_DIGITS = 4
@@ -118,9 +118,8 @@ def _ask_line(of: Page, rng: np.random.Generator) -> Question:
     return Question("line", f"Read line {k + 1}.", " ".join(of.lines[k]))
 
 
-def _ask_value(of: Page, rng: np.random.Generator) -> Question:
-    word, number = of.lines[int(rng.integers(len(of.lines)))]
-    return Question("value", f"What stands beside {word}?", f"{word} {number}")
+def _ask_last(of: Page, rng: np.random.Generator) -> Question:
+    return Question("last", "Read the last line.", " ".join(of.lines[-1]))
 
 
 def _ask_count(of: Page, rng: np.random.Generator) -> Question:
@@ -129,7 +128,7 @@ def _ask_count(of: Page, rng: np.random.Generator) -> Question:
     return Question("count", "Count the words.", f"{' '.join(words)} {len(words)}")
 
 
-_ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "value": _ask_value, "count": _ask_count}
+_ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "last": _ask_last, "count": _ask_count}
 
 
 def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], turn: float) -> tuple[NDArray[np.float32], list[Mark]]:

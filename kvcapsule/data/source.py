@@ -137,5 +137,5 @@ def _open(config: SourceConfig) -> datasets.Dataset:
         return datasets.load_dataset(config.source, split=config.split)
     except DataError:
         raise
-    except (FileNotFoundError, ConnectionError, KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (FileNotFoundError, ConnectionError, LookupError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot load data from {config.source!r} (split {config.split!r}): {error}") from error

@@ -13,8 +13,8 @@ from .model import GRID, PATCH, SPECIALS
 
 IGNORE = -100
 SYMBOLS = ("",) + tuple("0123456789") + WORDS
-_TURNS = ("transcribe", "line", "value", "count", "line", "value", "line", "value")
-_TASK_WEIGHT = {"transcribe": 1.0, "line": 1.0, "value": 2.0, "count": 1.5}
+_TURNS = ("transcribe", "line", "last", "count", "line", "last", "line")
+_TASK_WEIGHT = {"transcribe": 1.0, "line": 1.0, "last": 2.0, "count": 1.5}
 _CHAINED = 0.25
 """Share of pages whose questions follow one another as turns of a chat; on the others each question sees the image alone."""
 
@@ -138,4 +138,3 @@ class TurnCollator:
 def _pixels(processor: LlavaProcessor, drawn: list[Page]) -> torch.Tensor:
     pixels: torch.Tensor = processor.image_processor([p.image for p in drawn], return_tensors="pt")["pixel_values"]
     return pixels
-

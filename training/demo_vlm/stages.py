@@ -103,6 +103,6 @@ class ReaderStage(Stage):
         right = (logits.argmax(-1) == targets[asked]).float()
         self.log("loss", loss, prog_bar=True)
         self.log("naming", naming, prog_bar=True)
-        for name, weight in (("transcribe+line", 1.0), ("value", 2.0), ("count", 1.5)):
+        for name, weight in (("transcribe+line", 1.0), ("last", 2.0), ("count", 1.5)):
             self.log(name, right[weights == weight].mean(), prog_bar=True)
         return loss + self.naming * naming
