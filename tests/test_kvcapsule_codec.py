@@ -258,6 +258,8 @@ def test_config_refuses_what_it_does_not_know() -> None:
         CapsuleConfig.from_dict({**values, "family": "wavelet"})
     with pytest.raises(CapsuleError, match="format version 99"):
         CapsuleConfig.from_dict({**values, "format_version": 99})
+    with pytest.raises(CapsuleError, match="unknown keys colour, size"):
+        CapsuleConfig.from_dict({**values, "size": 1, "colour": 2})
     with pytest.raises(CapsuleError, match="lacks 'geometry'"):
         CapsuleConfig.from_dict({k: v for k, v in values.items() if k != "geometry"})
     with pytest.raises(CapsuleError, match="heads_of_state"):

@@ -82,6 +82,8 @@ def test_bytes_of_entries_and_of_parameters(random_segment: Callable[..., Segmen
     assert storage_bytes(packed.entry_tensors()) == codes + steps_and_zeros + owner
     mlp = random_segment("mlp", [0, 0, 1])
     assert storage_bytes(mlp.entry_tensors()) == 3 * 2 * 8 * 8 * (3 + 7) + owner
+    assert storage_bytes(mlp.parameter_tensors()) == 4 * 2 * (5 * 3 + 5 + 7 * 5 + 7)
+    assert list(packed.parameter_tensors()) == list(random_segment("raw", [0]).parameter_tensors()) == []
 
 
 @pytest.mark.parametrize(
