@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(READY) ## run the tests (offline, CPU)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 style: $(READY) ## check lint, format and types
 	$(BIN)/python -m ruff check $(SOURCES)
@@ -47,7 +47,7 @@ format: $(READY) ## mend lint and format where a tool can
 
 demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule train --output $(DEMO) $(TRAIN_FLAGS)
-	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --capsule $(DEMO) $(EVAL_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --capsule $(DEMO) --json $(DEMO).json --plot $(DEMO).png $(EVAL_FLAGS)
 
 demo-vlm: $(READY) ## train the demo VLM itself; started again, it goes on where it stopped
 	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output checkpoints/pages-vlm $(VLM_FLAGS)

@@ -9,7 +9,7 @@ import torch
 from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted
 from kvcapsule.frame import Frame
 from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.kernels.reference import attend
@@ -291,3 +291,16 @@ def test_random_capsule_is_as_its_config_says(random_capsule: Callable[..., Caps
         assert layer.keys.kept.diff().min() > 0
         gram = layer.values.basis @ layer.values.basis.transpose(1, 2)
         torch.testing.assert_close(gram, torch.eye(13).expand(2, -1, -1), rtol=0, atol=1e-5)
+
+
+def test_weighted_ratios_keep_their_mean_and_stay_within_one() -> None:
+    assert weighted(0.4, [1, 1, 2]) == pytest.approx((0.3, 0.3, 0.6))
+    # 0.8 * (0.5, 0.5, 2) would pass 1 in the last layer: what it cannot use goes to the others.
+    assert weighted(0.8, [0.5, 0.5, 2]) == pytest.approx((0.7, 0.7, 1.0))
+    assert weighted(1.0, [1, 5]) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize(("mean", "weights"), [(1.2, [1.0]), (0.4, []), (0.4, [1.0, 0.0])])
+def test_weights_that_cannot_work_are_refused(mean: float, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"outside \(0, 1\]|one positive number"):
+        weighted(mean, weights)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, check_ratio, pyramid
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, check_ratio, pyramid, weighted
 from kvcapsule.data.source import SourceConfig
 
 from .module import OptimConfig
@@ -21,6 +21,8 @@ class CodecRecipe:
     """Mean retention ratio of the values, likewise."""
     pyramid: float = 0.0
     """How much more the first layer keeps than the mean, as a fraction of it (and the last layer less): 0 is uniform."""
+    layer_weights: list[float] | None = None
+    """How much each layer keeps relative to the others, in place of a pyramid; the mean stays what --ratio says."""
     tile: int = 0
     """Visual tokens that one map covers; 0 takes the whole image, as the paper does, which ties the capsule to one image size."""
     key_decoder: str = "linear"
@@ -92,14 +94,24 @@ class Recipe:
             values if self.codec.value_ratio is None else self.codec.value_ratio,
         )
 
+    def _by_layer(self, mean: float, layers: int) -> tuple[float, ...]:
+        weights = self.codec.layer_weights
+        if weights is None:
+            return pyramid(mean, layers, self.codec.pyramid)
+        if self.codec.pyramid:
+            raise ValueError("--codec.pyramid and --codec.layer_weights both say what layers keep: give one.")
+        if len(weights) != layers:
+            raise ValueError(f"--codec.layer_weights has {len(weights)} numbers, but the model has {layers} layers: give one for each.")
+        return weighted(mean, weights)
+
     def codec_config(self, layers: int, tile: int) -> KVCapsuleConfig:
         """The sizes of the codecs of a model with so many layers, for tiles of so many tokens."""
         keys, values = self.mean_ratios()
         return KVCapsuleConfig(
             tile=tile,
             canonical_frame=self.codec.canonical_frame,
-            key_ratios=pyramid(keys, layers, self.codec.pyramid),
-            value_ratios=pyramid(values, layers, self.codec.pyramid),
+            key_ratios=self._by_layer(keys, layers),
+            value_ratios=self._by_layer(values, layers),
             key_decoder=self.codec.key_decoder,
             hidden=self.codec.hidden,
         )

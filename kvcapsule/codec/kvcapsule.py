@@ -46,6 +46,28 @@ def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
     return tuple(mean * (1 + slope * step) for step in steps)
 
 
+def weighted(mean: float, weights: Sequence[float]) -> tuple[float, ...]:
+    """Retention ratios in proportion to one weight a layer, with the given mean; what a layer cannot use (past 1) goes to the others.
+
+    Raises:
+        ValueError: for a mean outside (0, 1] or weights that are not all positive.
+    """
+    check_ratio(mean)
+    if not weights or min(weights) <= 0:
+        raise ValueError(f"layer weights {list(weights)}: one positive number for each layer is needed.")
+    ratios = [0.0] * len(weights)
+    open_layers = set(range(len(weights)))
+    left = mean * len(weights)
+    while open_layers:
+        scale = left / sum(weights[i] for i in open_layers)
+        full = {i for i in open_layers if scale * weights[i] >= 1}
+        for i in full or open_layers:
+            ratios[i] = 1.0 if full else scale * weights[i]
+        left -= len(full)
+        open_layers = open_layers - full if full else set()
+    return tuple(ratios)
+
+
 def check_ratio(ratio: float, name: str = "retention ratio") -> None:
     if not 0 < ratio <= 1:
         raise ValueError(f"{name} {ratio} is outside (0, 1]: it is stored tokens / visual tokens, 1 keeps all.")
