@@ -1,5 +1,6 @@
 """KVCapsule training as a LightningModule: soft mask, then hard mask. The frozen VLM is no part of its state."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,8 @@ class OptimConfig:
     """Weight of the retention-ratio loss."""
     output_weight: float = 1.0
     """Weight of the attention-output error in the hard phase; 0 trains on reconstruction alone, as the paper does."""
+    train_values: bool = False
+    """Also move the value basis in the hard phase, away from the PCA of the paper, towards a small attention-output error."""
     ridge: float = 1e-4
     """Ridge of the closed-form reconstruction, relative to the mean token energy."""
     mask_init: str = "greedy"
@@ -68,7 +71,8 @@ class LayerFit(nn.Module):
         self.soft: SoftKeys = soft_keys(config, geometry, layer, initial, theta)
         values = self.codec.values
         assert isinstance(values, PcaValues)
-        values.basis.copy_(principal_basis(moments.centred_value_gram(), values.basis.shape[1]))
+        values.basis.requires_grad_(optim.train_values)
+        values.basis.data.copy_(principal_basis(moments.centred_value_gram(), values.basis.shape[1]))
         values.mean.copy_(moments.value_mean())
 
     def harden(self) -> None:
@@ -127,10 +131,17 @@ class CapsuleFit(L.LightningModule):
         if self.hardened:
             self._hard_loss(batch, "validation")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> dict[str, Any]:
         masks = [p for name, p in self.named_parameters() if name.endswith("soft.logits")]
         rest = [p for name, p in self.named_parameters() if not name.endswith("soft.logits")]
-        return torch.optim.Adam([{"params": rest, "lr": self.optim.lr}, {"params": masks, "lr": self.optim.mask_lr}])
+        optimizer = torch.optim.Adam([{"params": rest, "lr": self.optim.lr}, {"params": masks, "lr": self.optim.mask_lr}])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Constant while the mask is soft, then a cosine to zero."""
+        done = (step - self.optim.soft_steps) / max(1, self.optim.hard_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
 
     def _harvest(self, batch: BatchFeature) -> list[LayerHarvest]:
         return harvest(self._frozen[0], batch, self.config.tile, self.config.canonical_frame)

@@ -139,12 +139,11 @@ class MlpRows:
 class PcaValues(ValueCodec):
     """PCA along the token axis: basis U [H, m, T] with orthonormal rows, mean mu [H, D] over samples and tokens."""
 
-    basis: torch.Tensor
     mean: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("basis", torch.zeros(heads, stored, tile))
+        self.basis = nn.Parameter(torch.zeros(heads, stored, tile))
         self.register_buffer("mean", torch.zeros(heads, dim))
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
