@@ -102,9 +102,8 @@ def test_the_shipped_model_and_capsule_read(shipped_vlm) -> None:
 def test_a_language_model_is_no_vlm(tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
-        tmp_path
-    )
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"vision-language model"):
         load_vlm(str(tmp_path))
     with pytest.raises(ModelError, match="unknown dtype"):

@@ -143,7 +143,8 @@ class PcaValues(ValueCodec):
 
     def __init__(self, heads: int, tile: int, stored: int, dim: int) -> None:
         super().__init__()
-        self.basis = nn.Parameter(torch.zeros(heads, stored, tile))
+        # Solved in closed form; only a training run that moves it asks for its gradient.
+        self.basis = nn.Parameter(torch.zeros(heads, stored, tile), requires_grad=False)
         self.register_buffer("mean", torch.zeros(heads, dim))
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
