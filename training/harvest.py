@@ -46,7 +46,7 @@ class Recorder:
         self.layers: list[LayerHarvest] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        tiles = cut_tiles(prefill, self.tile)
+        tiles = cut_tiles(prefill, self.tile, frames=self.canonical)
         if tiles is None:
             raise ValueError(
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "

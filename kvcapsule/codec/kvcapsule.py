@@ -137,7 +137,10 @@ class MlpRows:
 
 
 class PcaValues(ValueCodec):
-    """PCA along the token axis: basis U [H, m, T] with orthonormal rows, mean mu [H, D] over samples and tokens."""
+    """PCA along the token axis: basis U [H, m, T], mean mu [H, D] over samples and tokens.
+
+    The rows of U are orthonormal as solved (the paper's values); a run with train_values moves them, which is no longer PCA.
+    """
 
     mean: torch.Tensor
 
