@@ -34,6 +34,21 @@ _MARGIN = 3
 
 
 @dataclass(frozen=True)
+class Hand:
+    """How far a digit may differ from its scan: turn in degrees, slant in widths per height, stretch and press as log factors."""
+
+    turn: float
+    slant: float = 0.0
+    stretch: float = 0.0
+    press: float = 0.0
+
+
+_HAND = Hand(turn=7.0)
+_TRAIN_HAND = Hand(turn=14.0, slant=0.25, stretch=0.15, press=0.5)
+"""Training pages vary more than the held-out ones: 1,258 scans are few."""
+
+
+@dataclass(frozen=True)
 class Mark:
     """One symbol on a page: its centre in pixels, its text, its line and its column (0 the word, 1.. the digits), both from 0."""
 
@@ -72,7 +87,7 @@ def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES) 
     scans = digit_scans(split)
     words = rng.choice(len(WORDS), size=int(rng.integers(lines[0], lines[1] + 1)), replace=False)
     text = [(WORDS[w], "".join(map(str, rng.integers(0, 10, size=int(rng.integers(2, MAX_DIGITS + 1)))))) for w in words]
-    ink, marks = _layout(rng, scans, text, turn=14.0 if split == "train" else 7.0)
+    ink, marks = _layout(rng, scans, text, _TRAIN_HAND if split == "train" else _HAND)
     return Page(_paint(rng, ink), tuple(text), tuple(marks))
 
 
@@ -131,8 +146,8 @@ def _ask_count(of: Page, rng: np.random.Generator) -> Question:
 _ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "last": _ask_last, "count": _ask_count}
 
 
-def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], turn: float) -> tuple[NDArray[np.float32], list[Mark]]:
-    """Ink coverage [SIDE, SIDE] in 0..1 of the laid out lines, digits turned by up to `turn` degrees, and where each symbol went."""
+def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], hand: Hand) -> tuple[NDArray[np.float32], list[Mark]]:
+    """Ink coverage [SIDE, SIDE] in 0..1 of the laid out lines, and where each symbol went."""
     room = SIDE - 2 * _MARGIN
     height = rng.uniform(10.5, 13.5)
     pitch = rng.uniform(height + 2, min(height + 8, room / len(lines)))
@@ -161,7 +176,7 @@ def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], 
             choices = scans[int(digit)]
             scan = choices[int(rng.integers(len(choices)))]
             y = centre + rng.uniform(-1, 1)
-            drawn = _digit_mask(scan, height * rng.uniform(0.95, 1.08), rng.uniform(-turn, turn))
+            drawn = _digit_mask(rng, scan, height * rng.uniform(0.95, 1.08), hand)
             _stamp(ink, drawn, x + advance / 2 - drawn.shape[1] / 2, y - drawn.shape[0] / 2)
             marks.append(Mark(x + advance / 2, y, digit, i, j + 1))
             x += advance
@@ -180,8 +195,18 @@ def _word_mask(font: str, size: int, word: str) -> NDArray[np.float32]:
     return np.asarray(canvas, np.float32) / np.float32(255)
 
 
-def _digit_mask(scan: NDArray[np.float32], height: float, degrees: float) -> NDArray[np.float32]:
-    image = Image.fromarray((scan * 255).astype(np.uint8)).resize((max(6, round(height * 0.9)), round(height)), Image.Resampling.BICUBIC)
+def _digit_mask(rng: np.random.Generator, scan: NDArray[np.float32], height: float, hand: Hand) -> NDArray[np.float32]:
+    """Coverage of one digit, turned; slanted, stretched and pressed harder or softer where the hand varies in that."""
+    degrees = rng.uniform(-hand.turn, hand.turn)
+    width = height * 0.9
+    if hand.stretch:
+        width *= np.exp(rng.uniform(-hand.stretch, hand.stretch))
+        scan = scan ** np.exp(rng.uniform(-hand.press, hand.press))
+    image = Image.fromarray((scan * 255).astype(np.uint8)).resize((max(6, round(width)), round(height)), Image.Resampling.BICUBIC)
+    if hand.slant:
+        slant = rng.uniform(-hand.slant, hand.slant)
+        shear = (1, slant, -slant * image.height / 2, 0, 1, 0)
+        image = image.transform(image.size, Image.Transform.AFFINE, shear, Image.Resampling.BICUBIC)
     return np.asarray(image.rotate(degrees, Image.Resampling.BICUBIC), np.float32) / np.float32(255)
 
 
