@@ -18,11 +18,12 @@ DEMO ?= runs/demo
 TRAIN_FLAGS ?= --force true
 EVAL_FLAGS ?=
 VLM_FLAGS ?=
+SUITE_FLAGS ?=
 
-.PHONY: help venv test style format demo demo-vlm wheel clean
+.PHONY: help venv test style format demo demo-vlm rate-distortion wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## create .venv with the pinned versions and the project, editable
 
@@ -51,6 +52,10 @@ demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 
 demo-vlm: $(READY) ## train the demo VLM itself; started again, it goes on where it stopped
 	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output checkpoints/pages-vlm $(VLM_FLAGS)
+
+rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the capsules that are missing in runs/
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \
+		--plot eval/results/rate-distortion.png --report docs/results.md $(SUITE_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

@@ -1,9 +1,10 @@
 """One run: from what was asked for to the object that docs/eval-json.md describes."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -19,13 +20,30 @@ from kvcapsule.data.source import DataError
 from kvcapsule.geometry import KVGeometry, full_attention_layers
 from kvcapsule.models import load_vlm
 
+from . import results
 from .config import EvalConfig
 from .machine import machine, versions
 from .matching import TOLERANCE, match_ratios
-from .methods import FULL, RIVALS, chosen, entries, open_capsules, shown_path
+from .methods import FULL, RIVALS, Entry, chosen, entries, full_entry, open_capsules, shown_path
 from .report import answer_tokens, rows
 from .runner import evaluate, survey
+from .suite import load
 from .timing import time_entries
+from .trained import open_trained
+
+RUNS = Path("runs")
+"""The folder of a suite's folder of capsules."""
+
+
+class Field(NamedTuple):
+    """What takes part in a run."""
+
+    capsules: list[Capsule]
+    """All that are loaded."""
+    entries: Callable[[PreTrainedModel, ProcessorMixin, datasets.Dataset, Progress], list[Entry]]
+    """Makes the methods, once the capsules are on the model's device; the full cache is the first."""
+    matched: str | None = None
+    """The row whose bytes pruning is given."""
 
 
 def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
@@ -46,14 +64,11 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     _require_device(config.device)
-    _require_writable([path for path in (config.json, config.plot) if path is not None])
-    capsules = open_capsules(config.capsule)
-    names = chosen(config.methods, capsules)
-    if config.ratio is None and not capsules and any(name in RIVALS for name in names):
-        raise InputError("give a --capsule whose bytes pruning is to match, or a --ratio; or name --methods that need neither.")
+    _require_writable([path for path in (config.json, config.plot, config.report) if path is not None])
+    field = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device)
-        for _, capsule in capsules.values():
+        for capsule in field.capsules:
             capsule.require_geometry(KVGeometry.from_config(model.config))
             capsule.to(model.device)
         questions = source.load(config.data)
@@ -61,15 +76,11 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        first = next(iter(capsules), None)
-        ratios: tuple[float, ...] = ()
-        if any(name in RIVALS for name in names):
-            ratios = _ratios(config, model, processor, questions, None if first is None else capsules[first][1], progress)
-        taking_part = entries(names, capsules, ratios, first)
+        taking_part = field.entries(model, processor, questions, progress)
         tallies = evaluate(model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress)
         timings = time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
-    found = rows(taking_part, tallies, timings)
-    _warn_unequal(found, first, console)
+    found = rows(taking_part, tallies, timings, model.dtype)
+    _warn_unequal(found, field.matched, console)
     return {
         "model": shown_path(config.model),
         "data": {**asdict(config.data), "source": shown_path(config.data.source)},
@@ -85,6 +96,35 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "answer_tokens": answer_tokens(tallies[FULL]),
     }
+
+
+def _named(config: EvalConfig) -> Field:
+    """The capsules and the policies that the options name."""
+    capsules = open_capsules(config.capsule)
+    names = chosen(config.methods, capsules)
+    if config.ratio is None and not capsules and any(name in RIVALS for name in names):
+        raise InputError("give a --capsule whose bytes pruning is to match, or a --ratio; or name --methods that need neither.")
+    first = next(iter(capsules), None)
+
+    def make(model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress) -> list[Entry]:
+        ratios: tuple[float, ...] = ()
+        if any(name in RIVALS for name in names):
+            ratios = _ratios(config, model, processor, questions, None if first is None else capsules[first][1], progress)
+        return entries(names, capsules, ratios, first)
+
+    return Field([capsule for _, capsule in capsules.values()], make, first)
+
+
+def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
+    """The entries of a suite; capsules that are missing are trained now."""
+    suite = load(name)
+    specs = suite.chosen(config.methods)
+    if config.report is not None:
+        results.require_place(Path(config.report), suite.name)
+    folder = RUNS / suite.name if config.suite_capsules is None else Path(config.suite_capsules)
+    capsules = open_trained(suite.capsules(specs), folder, config, console)
+    made = [full_entry(), *(spec.entry(capsules) for spec in specs)]
+    return Field([capsule for _, capsule in capsules.values()], lambda *_: made)
 
 
 def _ratios(

@@ -27,7 +27,15 @@ class EvalConfig:
     ratio: float | None = None
     """Without a capsule: share of the visual tokens that pruning keeps, in (0, 1]. With one it is chosen so that bytes are equal."""
     methods: list[str] = field(default_factory=list)
-    """Compare only these rows with the full cache, e.g. evenly-spaced; may be repeated. By default all."""
+    """Compare only these rows with the full cache, e.g. evenly-spaced or int3; may be repeated. By default the capsules, pruning and int4,
+    or all rows of the suite."""
+    suite: str | None = None
+    """A suite, in place of --capsule and --ratio: the name of a shipped one or a YAML file, with methods and options that others here
+    override."""
+    suite_capsules: str | None = None
+    """Folder of the suite's capsules; by default runs/ and the suite's name."""
+    train: bool = True
+    """Whether capsules of the suite that are not there are trained. If not, they are refused, with the commands that train them."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(split="test", size=200))
     """Where the questions come from."""
     batch: int = 16
@@ -40,6 +48,8 @@ class EvalConfig:
     """File for the result as JSON (docs/eval-json.md says what is in it)."""
     plot: str | None = None
     """File for a picture, accuracy against bytes: .png, .svg or .pdf."""
+    report: str | None = None
+    """Markdown file whose table of the suite is brought up to date."""
     save_metrics: bool = False
     """Also put the result into metrics.json and the model card of the capsule, which must be one and a folder."""
     threads: int | None = None
@@ -52,6 +62,10 @@ class EvalConfig:
             check_ratio(self.ratio, "--ratio")
             if self.capsule:
                 raise InputError("--ratio is for runs without a capsule: beside one, pruning is given as many bytes as the capsule stores.")
+        if self.suite is not None and (self.capsule or self.ratio is not None):
+            raise InputError("--suite says which methods are compared: leave out --capsule and --ratio, or the suite.")
+        if self.suite is None and self.report is not None:
+            raise InputError("--report takes the table of a suite: give a --suite too.")
         if self.max_new_tokens < 2:
             raise InputError(f"--max_new_tokens {self.max_new_tokens}: the first token is read off the prefill, so at least 2 are needed.")
         for name, count in (("batch", self.batch), ("threads", self.threads)):

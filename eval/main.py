@@ -12,11 +12,12 @@ from rich.console import Console
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.hub import update_metrics
 
-from . import plot
+from . import curves, plot, results
 from .compare import run
 from .config import EvalConfig
 from .methods import shown_path
 from .report import tables, write_json
+from .suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
 _LISTS = ("--capsule", "--methods")
@@ -29,10 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2, and one line on stderr, for input that cannot be used."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = build_parser()
-        values = parser.parse_args(_normal(words))
-        values.pop("config", None)
-        config = EvalConfig(**vars(parser.instantiate(values)))
+        config = _parse(_normal(words))
         found = run(config, Console(stderr=True), _command(words))
         # A file has no edge to wrap at.
         console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
@@ -50,13 +48,33 @@ def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=PROG,
-        usage=f"{PROG} [--capsule ID]... [--model ID] [--json FILE] [--plot FILE] [options]",
-        description="Compare capsules, pruning at equal bytes and int4 with the full cache, on the same questions, in one run.",
+        usage=f"{PROG} [--capsule ID]... [--suite NAME] [--model ID] [--json FILE] [--plot FILE] [options]",
+        description="Compare capsules, pruning at equal bytes and int4 with the full cache, on the same questions, in one run. "
+        f"A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression ratios.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_class_arguments(EvalConfig, None)
     return parser
+
+
+def _parse(words: list[str]) -> EvalConfig:
+    """The options: those of the command line, then those of a suite, then defaults.
+
+    Raises:
+        InputError, ArgumentError: for options that there are not, or that have not such a value.
+    """
+    parser = build_parser()
+    values = parser.parse_args(words)
+    if values.suite is not None:
+        try:
+            options = parser.parse_object(load(values.suite).options, defaults=False)
+        except ArgumentError as error:
+            raise InputError(f"the suite {values.suite} cannot be used: options: {error}") from error
+        parser.set_defaults(dict(options.items()))
+        values = parser.parse_args(words)
+    values.pop("config", None)
+    return EvalConfig(**vars(parser.instantiate(values)))
 
 
 def _normal(words: list[str]) -> list[str]:
@@ -90,7 +108,10 @@ def _write(found: dict[str, Any], config: EvalConfig) -> None:
         if config.json is not None:
             write_json(Path(config.json), found)
         if config.plot is not None:
-            plot.draw(found["rows"], Path(config.plot), _title(found))
+            picture = plot.picture if config.suite is None else curves.picture
+            plot.draw(picture(found["rows"], _title(found)), Path(config.plot))
+        if config.suite is not None and config.report is not None:
+            results.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error
     if config.save_metrics:

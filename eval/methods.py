@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ RIVALS: dict[str, Callable[[float], VisualPolicy]] = {
 }
 """Policies with a retention ratio, which is chosen so that they store as many visual bytes as the first capsule."""
 FIXED: dict[str, tuple[dict[str, Any], Callable[[], VisualPolicy]]] = {
-    "int4": ({"bits": 4}, lambda: Quantized(4)),
+    f"int{bits}": ({"bits": bits}, partial(Quantized, bits)) for bits in (8, 4, 3, 2)
 }
 """Policies that store what they store, with their settings."""
+BY_DEFAULT = (*RIVALS, "int4")
+"""The training-free rows of a run that asks for none in particular."""
+PRUNING, QUANTISATION = "token-pruning", "quantisation"
+"""Families of RIVALS and of FIXED; a capsule's is that of its codec."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Entry:
     """Of its row."""
     method: Method | None
     """None: the model's own cache and attention."""
+    family: str
+    """What kind of method it is; the rows of a kind are points of one curve."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What tells this setting of the method from another."""
 
@@ -68,16 +75,17 @@ def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
 
 
 def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
-    """The rows of a run besides the full cache's, in their order; all of them where nothing is wanted in particular.
+    """The rows of a run besides the full cache's, in their order; the capsules and BY_DEFAULT where nothing is wanted in particular.
 
     Raises:
         InputError: for a method that there is not.
     """
+    capsule_rows = list(capsule_rows)
     available = [*capsule_rows, *RIVALS, *FIXED]
     for name in wanted:
         if name not in (FULL, *available):
             raise InputError(f"there is no method {name!r}; this run has {', '.join([FULL, *available])}.")
-    return [name for name in available if not wanted or name in wanted]
+    return [name for name in available if name in (wanted or (*capsule_rows, *BY_DEFAULT))]
 
 
 def entries(
@@ -91,21 +99,30 @@ def entries(
         ratios: retention ratio of the rivals, layer by layer (not read if no rival takes part).
         matched_to: the row of the capsule whose bytes the ratios match; None if the ratio was given by hand.
     """
-    found = [Entry(FULL, None)]
+    found = [full_entry()]
     for row in rows:
         if row in capsules:
             name, capsule = capsules[row]
-            settings = {"capsule": shown_path(name), **{k: _short(v) for k, v in asdict(capsule.config.codec).items()}}
-            found.append(Entry(row, capsule, settings))
+            found.append(Entry(row, capsule, capsule.config.family, capsule_settings(name, capsule)))
         elif row in RIVALS:
             settings = {"ratio": _short([round(r, 4) for r in ratios])}
             if matched_to is not None:
                 settings["matched_to"] = matched_to
-            found.append(Entry(row, PerLayer([RIVALS[row](ratio) for ratio in ratios]), settings))
+            found.append(Entry(row, PerLayer([RIVALS[row](ratio) for ratio in ratios]), PRUNING, settings))
         else:
             settings, policy = FIXED[row]
-            found.append(Entry(row, policy(), dict(settings)))
+            found.append(Entry(row, policy(), QUANTISATION, dict(settings)))
     return found
+
+
+def full_entry() -> Entry:
+    """The full cache."""
+    return Entry(FULL, None, FULL)
+
+
+def capsule_settings(name: str, capsule: Capsule) -> dict[str, Any]:
+    """A capsule's name and the sizes of its codec."""
+    return {"capsule": shown_path(name), **{k: _short(v) for k, v in asdict(capsule.config.codec).items()}}
 
 
 def shown_path(name: str) -> str:

@@ -1,11 +1,11 @@
-"""Accuracy against visual bytes, a picture of a run."""
+"""Accuracy against visual bytes, a picture of a run: one dot a method."""
 
 import os
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from matplotlib.axes import Axes
@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from matplotlib.transforms import Bbox
+
+from .methods import FIXED
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _DOT = 9
@@ -24,7 +26,7 @@ _LOOKS = {
     "full": ("o", _DOT, "#444444"),
     "post-vision-attention": ("^", _DOT + 4, "#d55e00"),
     "evenly-spaced": ("s", _DOT, "#cc79a7"),
-    "int4": ("o", _DOT, "#0072b2"),
+    **{name: ("o", _DOT, "#0072b2") for name in FIXED},
 }
 """Marker, its size and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of the training-free methods.
 
@@ -33,9 +35,17 @@ Equal bytes make equal x, and answers may be equally good: shapes of different o
 _CAPSULE = ("d", _DOT - 1, "#009e73")
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Write the picture of a run's rows; the suffix of `path` says in what format."""
-    figure = picture(rows, title)
+class Label(NamedTuple):
+    """Words that belong to points."""
+
+    text: str
+    points: Sequence[tuple[float, float]]
+    """In data coordinates; it may stand beside any of them."""
+    colour: str
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Write a picture; the suffix of `path` says in what format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid4().hex[:8]}{path.suffix}")
     try:
@@ -55,14 +65,17 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         marker, size, colour = _look(row)
         # The smaller ones lie on top.
         axes.plot(x, y, marker, markersize=size, color=colour, markeredgecolor="white", markeredgewidth=0.6, zorder=3 + 1 / size)
-    _axes(axes, [x for x, _ in points], title)
+    dress(axes, [x for x, _ in points], title)
+    texts = [f"{row['method']} ({row['compression']:.3g}x)" for row in rows]
+    labels = [Label(text, [point], _look(row)[2]) for text, point, row in zip(texts, points, rows, strict=True)]
     # Labels are placed in pixels, so the axes must have their final place.
     figure.draw_without_rendering()
-    _label(axes, rows, points)
+    place(axes, labels, [around(axes, point) for point in points])
     return figure
 
 
-def _axes(axes: Axes, xs: Sequence[float], title: str) -> None:
+def dress(axes: Axes, xs: Sequence[float], title: str) -> None:
+    """Scales, ticks and titles of a picture of accuracy against bytes."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(xs) / 1.7, max(xs) * 2)
@@ -76,49 +89,54 @@ def _axes(axes: Axes, xs: Sequence[float], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], points: Sequence[tuple[float, float]]) -> None:
-    """Put each label beside its dot, or as near as there is room, with a line to the dot."""
-    taken = [_around(axes.transData.transform(point)) for point in points]
+def place(axes: Axes, labels: Sequence[Label], taken: list[Bbox]) -> None:
+    """Put each label beside one of its points, or as near as there is room, with a line to the point.
+
+    Args:
+        axes: at their final place, which they have once the figure was drawn.
+        labels: the first ones have the choice.
+        taken: what labels must not cover, in pixels.
+    """
     frame = axes.get_window_extent()
-    for row, point in zip(rows, points, strict=True):
-        for dx, dy in _OFFSETS:
-            label = _annotation(axes, row, point, dx, dy)
+    taken = list(taken)
+    for label in labels:
+        for (dx, dy), point in product(_OFFSETS, label.points):
+            words = _annotation(axes, label, point, dx, dy)
             # Measured without its line, which belongs to an annotation's extent too and always touches the dot.
-            box = label.get_window_extent()
+            box = words.get_window_extent()
             if frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 and not box.count_overlaps(taken):
                 break
-            label.remove()
+            words.remove()
         else:
             # A picture so full that no place is left: beside the dot, whatever is there.
-            dx, dy = _OFFSETS[0]
-            label = _annotation(axes, row, point, dx, dy)
-            box = label.get_window_extent()
+            (dx, dy), point = _OFFSETS[0], label.points[0]
+            words = _annotation(axes, label, point, dx, dy)
+            box = words.get_window_extent()
         taken.append(box)
         if abs(dy) > _DOT:
-            label.remove()
+            words.remove()
             line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.8, "shrinkB": _DOT / 2, "relpos": (float(dx < 0), 0.5)}
-            _annotation(axes, row, point, dx, dy, line)
+            _annotation(axes, label, point, dx, dy, line)
 
 
-def _annotation(
-    axes: Axes, row: Mapping[str, Any], point: tuple[float, float], dx: int, dy: int, line: dict[str, Any] | None = None
-) -> Annotation:
+def around(axes: Axes, point: tuple[float, float]) -> Bbox:
+    """The pixels that a dot covers."""
+    x, y = axes.transData.transform(point)
+    return Bbox.from_extents(x - _DOT, y - _DOT, x + _DOT, y + _DOT)
+
+
+def _annotation(axes: Axes, label: Label, point: tuple[float, float], dx: int, dy: int, line: dict[str, Any] | None = None) -> Annotation:
     return axes.annotate(
-        f"{row['method']} ({row['compression']:.3g}x)",
+        label.text,
         point,
         xytext=(dx, dy),
         textcoords="offset points",
         ha="left" if dx > 0 else "right",
         va="center",
         fontsize=9,
-        color=_look(row)[2],
+        color=label.colour,
         arrowprops=line,
     )
-
-
-def _around(centre: Any) -> Bbox:
-    x, y = centre
-    return Bbox.from_extents(x - _DOT, y - _DOT, x + _DOT, y + _DOT)
 
 
 def _look(row: Mapping[str, Any]) -> tuple[str, int, str]:

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 from uuid import uuid4
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -24,6 +25,7 @@ QUALITY = {
 COST = {
     "visual_kv_bytes": ("visual KV", "{:,}"),
     "compression": ("compr.", "{:.2f}x"),
+    "compression16": ("of 16-bit", "{:.2f}x"),
     "kv_bytes": ("all KV", "{:,}"),
     "parameter_bytes": ("params", "{:,}"),
     "prefill_ratio": ("prefill", "{:.2f}"),
@@ -33,8 +35,15 @@ COST = {
 _UNITS = "bytes a question (params: in all); prefill time, tokens/s: full cache = 1"
 
 
-def rows(entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
-    """The rows of the object. Times are None for entries that were not timed."""
+def rows(entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mapping[str, Timing], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The rows of the object.
+
+    Args:
+        entries: the full cache among them.
+        tallies: by name of the entry.
+        timings: likewise; times are None for entries that were not timed.
+        dtype: of the full cache's keys and values.
+    """
     full = tallies[FULL]
     found = []
     for entry in entries:
@@ -42,6 +51,7 @@ def rows(entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mappin
         found.append(
             {
                 "method": entry.name,
+                "family": entry.family,
                 "settings": entry.settings,
                 "accuracy": {task: mean(scores) for task, scores in tally.scores.items()},
                 "agreement": tally.same / tally.count,
@@ -51,6 +61,7 @@ def rows(entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mappin
                 "kv_bytes": round(tally.total / tally.count),
                 "parameter_bytes": tally.parameters,
                 "compression": full.visual / tally.visual,
+                "compression16": full.visual * 2 / dtype.itemsize / tally.visual,
                 "prefill_ratio": timing and timing.prefill_ratio,
                 "tokens_per_s_ratio": timing and timing.tokens_per_s_ratio,
                 "n": tally.count,
@@ -67,12 +78,19 @@ def answer_tokens(tally: Tally) -> dict[str, float]:
 def tables(found: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
     """The rows as a person reads them: what the methods are good for, and what they cost."""
     tasks = list(found[0]["accuracy"])
-    quality, cost = _table(title, [*tasks, *(name for name, _ in QUALITY.values())]), _table(_UNITS, [name for name, _ in COST.values()])
+    # In a run at 16 bits the two compressions are the same number.
+    costs = {key: column for key, column in COST.items() if key != "compression16" or is_wide(found)}
+    quality, cost = _table(title, [*tasks, *(name for name, _ in QUALITY.values())]), _table(_UNITS, [name for name, _ in costs.values()])
     for row in found:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
         quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in QUALITY.items()))
-        cost.add_row(row["method"], *(_cell(row[key], form) for key, (_, form) in COST.items()))
+        cost.add_row(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
     return [quality, cost]
+
+
+def is_wide(found: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the full cache of a run has elements of more than 16 bits, so that `compression` alone would flatter few-bit rows."""
+    return any(row["compression16"] != row["compression"] for row in found)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -84,11 +102,16 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a whole file or none: under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,10 +11,9 @@ from torch import nn
 from .codec import FAMILIES, CodecConfig, LayerCodec
 from .geometry import KVGeometry
 from .prefill import Compressed, LayerPrefill, cut_tiles, keep, tiled
-from .segment import Segment
 
 FORMAT_VERSION = 1
-"""Raised whenever a file that this code writes could not be read by the code before it."""
+"""Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not raise it."""
 
 
 class CapsuleError(ValueError):
@@ -109,8 +108,10 @@ class Capsule(nn.Module):
                 "no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`."
             )
         keys = tiles.keys if frame is None else frame.back(tiles.keys)
-        key_part, value_part = codec.keys.encode(keys), codec.values.encode(tiles.values)
-        segment = Segment(owner=tiles.owner, frame=frame, **key_part._asdict(), **value_part._asdict())
+        encoded = codec.encode(keys, tiles.values)
+        if config.latent_bits:
+            encoded = encoded.quantised(config.latent_bits)
+        segment = encoded.segment(tiles.owner, frame)
         remainder = keep(prefill, visual & ~tiled(prefill, config.tile))
         return Compressed([segment, *remainder], text)
 

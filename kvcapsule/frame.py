@@ -12,7 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class Frame:
-    """The rotation of the first position of each of E tiles: cos and sin, each [E, R], R <= D the rotated channels (the first R)."""
+    """The rotation of the first position of each of E tiles: cos and sin, each [E, R / 2], R <= D the rotated channels (the first R).
+
+    Channel i turns together with channel i + R / 2, by one angle.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -37,8 +40,8 @@ class Frame:
                 "this model rotates neighbouring channels together, canonical frames those that lie half a head apart: "
                 "use a capsule with canonical_frame=False."
             )
-        norm = (cos.square() + sin.square()).sqrt()
-        return cls(cos / norm, sin / norm)
+        norm = (first.square() + sin.chunk(2, dim=-1)[0].square()).sqrt()
+        return cls(first / norm, sin.chunk(2, dim=-1)[0] / norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x [E, ..., D] by the frame."""
@@ -57,10 +60,9 @@ class Frame:
     def _turn(self, x: torch.Tensor, sign: float) -> torch.Tensor:
         # Half precision would round cos and sin, and what is rounded is no rotation.
         work = torch.promote_types(x.dtype, torch.float32)
-        width = self.cos.shape[-1]
-        shape = (-1,) + (1,) * (x.dim() - 2) + (width,)
+        half = self.cos.shape[-1]
+        shape = (-1,) + (1,) * (x.dim() - 2) + (half,)
         cos, sin = self.cos.to(work).view(shape), self.sin.to(work).view(shape) * sign
-        part, rest = x[..., :width].to(work), x[..., width:]
-        first, second = part.chunk(2, dim=-1)
-        turned = (part * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+        first, second, rest = x[..., :half].to(work), x[..., half : 2 * half].to(work), x[..., 2 * half :]
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

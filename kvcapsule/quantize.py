@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-BITS = (2, 4, 8)
-"""Widths that divide a byte."""
+from .packing import GROUP, WIDTHS, pack, unpack
+
+BITS = WIDTHS
 
 
 def check_bits(bits: int) -> None:
@@ -22,7 +24,7 @@ class QuantizedRows:
     """
 
     codes: torch.Tensor
-    """[E, H, bytes, D] uint8: 8 / bits consecutive tokens of a channel share a byte, the first in the lowest bits."""
+    """[E, H, D, bytes] uint8: of each channel, every eight consecutive tokens fill `bits` bytes (kvcapsule.packing)."""
     step: torch.Tensor
     """[E, H, 1, D]."""
     zero: torch.Tensor
@@ -39,25 +41,18 @@ class QuantizedRows:
         step = ((high.float() - low.float()) / levels).clamp_min(1e-8).to(x_EHMD.dtype)
         # In half precision a small step is stored as 0, and nothing may be divided by it.
         codes = ((x_EHMD - low).float() / step.float().clamp_min(1e-8)).round().clamp(0, levels).to(torch.uint8)
-        per_byte = 8 // bits
         tokens = codes.shape[2]
-        padded = torch.nn.functional.pad(codes, (0, 0, 0, -tokens % per_byte))
-        lanes = padded.unflatten(2, (-1, per_byte))
-        packed = torch.zeros_like(lanes[:, :, :, 0])
-        for lane in range(per_byte):
-            packed |= lanes[:, :, :, lane] << (lane * bits)
-        return cls(packed, step, low.contiguous(), bits, tokens)
+        padded = F.pad(codes.transpose(2, 3), (0, -tokens % GROUP))
+        return cls(pack(padded.unflatten(3, (-1, GROUP)), bits).flatten(3), step, low.contiguous(), bits, tokens)
 
     @property
     def shape(self) -> torch.Size:
-        entries, heads, _, dim = self.codes.shape
+        entries, heads, dim, _ = self.codes.shape
         return torch.Size((entries, heads, self.tokens, dim))
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        shifts = torch.arange(0, 8, self.bits, device=self.codes.device, dtype=torch.uint8)
-        lanes = (self.codes[:, :, :, None] >> shifts[:, None]) & (2**self.bits - 1)
-        codes: torch.Tensor = lanes.flatten(2, 3)[:, :, : self.tokens].to(dtype)
-        return codes * self.step.to(dtype) + self.zero.to(dtype)
+        codes = unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3)[..., : self.tokens]
+        return codes.transpose(2, 3).to(dtype) * self.step.to(dtype) + self.zero.to(dtype)
 
     def select(self, index: torch.Tensor) -> "QuantizedRows":
         return QuantizedRows(self.codes[index], self.step[index], self.zero[index], self.bits, self.tokens)

@@ -66,9 +66,12 @@ class Segment:
     owner: torch.Tensor
     """[E] int64: the batch row that each entry belongs to."""
     score_map: torch.Tensor | None = None
-    """[H, N, M]: scores of the N tokens from those of the M stored rows; a parameter, shared by all entries. None: N = M."""
+    """[H, N, M]: scores of the N tokens from those of the M stored rows; a parameter, shared by all entries. None: N = M.
+
+    A map with S < H heads (S divides H) serves H / S neighbouring heads with each of its own.
+    """
     value_map: torch.Tensor | None = None
-    """[H, N, M']: probabilities of N tokens to weights of M' stored rows; shared. None: N = M'."""
+    """[H or S, N, M']: probabilities of N tokens to weights of M' stored rows; shared. None: N = M'."""
     value_mean: torch.Tensor | None = None
     """[H, Dv]: what every token's value has in common; shared."""
     q_map: torch.Tensor | None = None
@@ -92,7 +95,7 @@ class Segment:
                 f"tokens and {tuple(self.owner.shape)} owners: entries, KV heads and logical tokens must agree."
             )
         for name, map_, rows in (("score_map", self.score_map, self.keys), ("value_map", self.value_map, self.values)):
-            if map_ is not None and (map_.shape[0] != heads or map_.shape[2] != rows.shape[2]):
+            if map_ is not None and (heads % map_.shape[0] or map_.shape[2] != rows.shape[2]):
                 raise ValueError(f"{name} {tuple(map_.shape)} does not map {heads} heads of {rows.shape[2]} stored rows.")
         cos = None if self.frame is None else self.frame.cos
         for name, tensor, leading in (
@@ -117,7 +120,7 @@ class Segment:
         """The segment of the batch whose row i is the present row rows[i] (beam search, repeated or chosen rows)."""
         rows = rows.to(self.owner.device)
         match = self.owner[None, :] == rows[:, None]
-        owner, index = match.nonzero(as_tuple=True)
+        owner, index = (t.contiguous() for t in match.nonzero(as_tuple=True))
         return replace(
             self,
             owner=owner,
@@ -150,18 +153,23 @@ class Segment:
         """The full keys and values, [E, H, N, D] each, as ordinary attention would read them: for training, debugging and tests only."""
         keys, values = read(self.keys, dtype), read(self.values, dtype)
         if self.score_map is not None:
-            keys = self.score_map.to(dtype) @ keys
+            keys = _spread(self.score_map, keys.shape[1]).to(dtype) @ keys
         if self.q_map is not None:
             keys = keys @ self.q_map.to(dtype).transpose(-1, -2)
         if self.frame is not None:
             keys = self.frame.forward(keys)
         if self.value_map is not None:
-            values = self.value_map.to(dtype) @ values
+            values = _spread(self.value_map, values.shape[1]).to(dtype) @ values
         if self.value_mean is not None:
             values = values + self.value_mean.to(dtype)[:, None]
         if self.out_map is not None:
             values = values @ self.out_map.to(dtype)
         return keys, values
+
+
+def _spread(map_: torch.Tensor, heads: int) -> torch.Tensor:
+    """A map of sets of heads for each head."""
+    return map_.repeat_interleave(heads // map_.shape[0], dim=0)
 
 
 def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:

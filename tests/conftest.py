@@ -1,6 +1,7 @@
 """A tiny LLaVA built from nothing, batches of pages for it, and random segments: what most tests share."""
 
 import copy
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from builders import random_widths, transform_capsule
 from PIL import Image
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, MlpRows
 from kvcapsule.data.pages import page
@@ -114,7 +117,13 @@ def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
     return build
 
 
-SEGMENTS = ("raw", "score_map", "value_map", "maps", "channels", "bias", "mask", "frame", "quantized", "mlp", "everything")
+@pytest.fixture(scope="session")
+def random_transform(geometry: KVGeometry) -> Callable[..., Capsule]:
+    """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows, channels)."""
+    return functools.partial(transform_capsule, geometry)
+
+
+SEGMENTS = "raw score_map value_map maps channels bias mask frame quantized mlp coded joint everything".split()
 
 
 @pytest.fixture(params=SEGMENTS)
@@ -134,11 +143,17 @@ def random_segment() -> Callable[..., Segment]:
         def rand(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
+        def coded(sets: int, groups: int) -> CodedRows:
+            widths = random_widths((sets, groups, channels), generator)
+            step = 4 * rand(sets, groups, channels).abs() / 2.0**widths
+            coding = Coding(widths, step, rand(sets, 8 * groups, channels), heads // sets)
+            return CodedRows.encode(rand(entries, sets, 8 * groups, channels), coding)
+
         whole = kind == "everything"
         score_map = rand(heads, tokens, stored) if kind in ("score_map", "maps") or whole else None
         value_map = rand(heads, tokens, stored + 1) if kind in ("value_map", "maps") or whole else None
         channels = dim // 2 if kind == "channels" or whole else dim
-        angle = 3 * rand(entries, dim // 2).repeat(1, 2)
+        angle = 3 * rand(entries, dim // 2)
         there = torch.arange(tokens) < torch.randint(0, tokens + 1, (entries, 1), generator=generator)
         keys: Any = rand(entries, heads, tokens if score_map is None else stored, channels)
         values: Any = rand(entries, heads, tokens if value_map is None else stored + 1, channels)
@@ -149,6 +164,10 @@ def random_segment() -> Callable[..., Segment]:
             for parameter in codec.parameters():
                 parameter.data.copy_(rand(*parameter.shape))
             keys = MlpRows(rand(entries, heads, stored, dim), codec)
+        if kind in ("coded", "joint"):
+            sets, channels = (1 if kind == "joint" else heads), 3
+            score_map, value_map = rand(sets, tokens, 8), rand(sets, tokens, 16)
+            keys, values = coded(sets, 1), coded(sets, 2)
         return Segment(
             keys,
             values,
@@ -156,8 +175,8 @@ def random_segment() -> Callable[..., Segment]:
             score_map=score_map,
             value_map=value_map,
             value_mean=rand(heads, channels) if kind == "value_map" or whole else None,
-            q_map=rand(heads, dim, channels) if kind == "channels" or whole else None,
-            out_map=rand(heads, channels, dim) if kind == "channels" or whole else None,
+            q_map=rand(heads, dim, channels) if kind in ("channels", "coded", "joint") or whole else None,
+            out_map=rand(heads, channels, dim) if kind in ("channels", "coded", "joint") or whole else None,
             bias=rand(entries, heads, tokens) if kind == "bias" or whole else None,
             mask=there if kind == "mask" or whole else None,
             frame=Frame(angle.cos(), angle.sin()) if kind == "frame" or whole else None,

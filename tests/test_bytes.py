@@ -98,6 +98,18 @@ def test_nothing_of_full_length_is_built(
     assert torch.Size((TILES, HEADS, GROUP, 1, TILE)) in shapes, "scores of all tokens: one number a token and query"
 
 
+@pytest.mark.parametrize("joint", [1, 2])
+def test_codes_are_read_without_building_the_tile(
+    joint: int, model: LlavaForConditionalGeneration, random_transform: Callable[..., Capsule], batch: BatchFeature, monkeypatch: Any
+) -> None:
+    """The coefficients are built, 16 by 12 of the keys and 24 by 20 of the values, and no tile of 49 by 32."""
+    witness = watch_step(model, random_transform(TILE, (16, 12), (24, 20), joint_heads=joint), batch, monkeypatch)
+    assert written_out(witness.made) == []
+    shapes = {shape for _, shape in witness.made}
+    assert torch.Size((TILES, HEADS, 16, 12)) in shapes and torch.Size((TILES, HEADS, 24, 20)) in shapes
+    assert torch.Size((TILES, HEADS, GROUP, 1, TILE)) in shapes, "scores of all tokens: one number a token and query"
+
+
 def test_maps_are_not_copied_for_every_tile(
     model: LlavaForConditionalGeneration, random_capsule: Callable[..., Capsule], batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
 ) -> None:

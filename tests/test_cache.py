@@ -455,11 +455,17 @@ class TestCacheInterface:
         assert cache.bytes().total == 0
         assert_same(attached.generate(**mixed, past_key_values=cache, **greedy), expected)
 
-    @pytest.mark.parametrize("method", ["full", "kvcapsule", "quantized"])
+    @pytest.mark.parametrize("method", ["full", "kvcapsule", "quantized", "transform"])
     def test_rows_repeated_and_chosen(
-        self, method: str, attached: Model, mixed: BatchFeature, random_capsule: Callable[..., Capsule]
+        self,
+        method: str,
+        attached: Model,
+        mixed: BatchFeature,
+        random_capsule: Callable[..., Capsule],
+        random_transform: Callable[..., Capsule],
     ) -> None:
-        cache = CapsuleCache(attached.config, {"full": Full(), "kvcapsule": random_capsule(), "quantized": Quantized(4)}[method])
+        methods = {"full": Full(), "kvcapsule": random_capsule(), "quantized": Quantized(4), "transform": random_transform()}
+        cache = CapsuleCache(attached.config, methods[method])
         prefill(attached, mixed, cache)
         mask = longer(mixed["attention_mask"], 1)
         plain = step(attached, cache, torch.tensor([[40], [41], [42]]), mask)
@@ -653,36 +659,64 @@ def row_bytes(rows: float, entries: int) -> int:
 
 def code_bytes(bits: int) -> int:
     """The three images of the mixed batch lie in two entries, of one and of two."""
-    packed = sum(-(-tokens * bits // 8) for tokens in (T, 2 * T))
+    packed = sum(-(-tokens // 8) * bits for tokens in (T, 2 * T))
     return L * (2 * H * D * (packed + 2 * 2 * FLOAT) + 2 * INT)
 
 
-def capsule_bytes(keys: int, values: int, tile: int, images: int = 3) -> int:
-    """Rows of keys and values for each tile; tiles' frames and owners are common to all layers; what fills no tile is raw."""
+def tile_bytes(a_tile: int, tile: int, images: int = 3) -> int:
+    """So many bytes of codes or rows for each tile; tiles' frames and owners are common to all layers; what fills no tile is raw."""
     tiles, rest = divmod(T, tile)
     raw = row_bytes(images * rest, 2) if rest else 0
-    return images * tiles * (L * H * D * FLOAT * (keys + values) + 2 * D * FLOAT + INT) + raw
+    return images * tiles * (L * a_tile + D * FLOAT + INT) + raw
 
 
-COMPRESSING: dict[str, tuple[Callable[[Any], Method], int]] = {
-    "post-vision-attention 0.4": (lambda capsule: PostVisionAttention(0.4), row_bytes(3 * 78, 2)),
-    "evenly-spaced 0.4": (lambda capsule: EvenlySpaced(0.4), row_bytes(3 * 78, 2)),
-    "quantized 2": (lambda capsule: Quantized(2), code_bytes(2)),
-    "quantized 4": (lambda capsule: Quantized(4), code_bytes(4)),
-    "quantized 8": (lambda capsule: Quantized(8), code_bytes(8)),
-    "kvcapsule 0.25": (lambda capsule: capsule(0.25, 0.25, 49), capsule_bytes(13, 13, 49)),
-    "kvcapsule 0.1 and 0.4, tile 50": (lambda capsule: capsule(0.1, 0.4, 50), capsule_bytes(5, 20, 50)),
-    "kvcapsule with mlp": (lambda capsule: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8), capsule_bytes(13, 13, 49)),
+def capsule_bytes(keys: int, values: int, tile: int) -> int:
+    """Rows of keys and values for each tile."""
+    return tile_bytes(H * D * FLOAT * (keys + values), tile)
+
+
+def latent_bytes(rows: int, bits: int, tile: int) -> int:
+    """As many rows of keys as of values, in few bits, with a step and a zero for each channel."""
+    return tile_bytes(2 * H * D * (-(-rows // 8) * bits + 2 * FLOAT), tile)
+
+
+def transform_bytes(keys: tuple[int, int], values: tuple[int, int], tile: int, joint: int = 1) -> int:
+    """Eight rows of a channel of a set of heads are a cell; cells are of 8, 4, 3, 2, 1 and 0 bytes, as many of each."""
+    cells = [H // joint * rows // 8 * channels for rows, channels in (keys, values)]
+    assert not any(n % 6 for n in cells)
+    return tile_bytes(sum(cells) * 18 // 6, tile)
+
+
+COMPRESSING: dict[str, tuple[Callable[[Any, Any], Method], int]] = {
+    "post-vision-attention 0.4": (lambda *_: PostVisionAttention(0.4), row_bytes(3 * 78, 2)),
+    "evenly-spaced 0.4": (lambda *_: EvenlySpaced(0.4), row_bytes(3 * 78, 2)),
+    "quantized 2": (lambda *_: Quantized(2), code_bytes(2)),
+    "quantized 4": (lambda *_: Quantized(4), code_bytes(4)),
+    "quantized 8": (lambda *_: Quantized(8), code_bytes(8)),
+    "kvcapsule 0.25": (lambda capsule, _: capsule(0.25, 0.25, 49), capsule_bytes(13, 13, 49)),
+    "kvcapsule 0.1 and 0.4, tile 50": (lambda capsule, _: capsule(0.1, 0.4, 50), capsule_bytes(5, 20, 50)),
+    "kvcapsule with mlp": (lambda capsule, _: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8), capsule_bytes(13, 13, 49)),
+    "kvcapsule in 3 bits": (lambda capsule, _: capsule(0.25, 0.25, 49, latent_bits=3), latent_bytes(13, 3, 49)),
+    "transform, tile 50": (lambda _, transform: transform(50, (16, 12), (24, 20)), transform_bytes((16, 12), (24, 20), 50)),
+    "transform of all heads": (
+        lambda _, transform: transform(49, (16, 48), (24, 20), joint_heads=2),
+        transform_bytes((16, 48), (24, 20), 49, joint=2),
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=COMPRESSING)
 def compressed(
-    request: pytest.FixtureRequest, random_capsule: Callable[..., Capsule], model: Model, mixed: BatchFeature, greedy: dict[str, Any]
+    request: pytest.FixtureRequest,
+    random_capsule: Callable[..., Capsule],
+    random_transform: Callable[..., Capsule],
+    model: Model,
+    mixed: BatchFeature,
+    greedy: dict[str, Any],
 ) -> tuple[Method, int, Any]:
     """A method, the bytes that it promises for the mixed batch, and its answer."""
     build, promised = COMPRESSING[request.param]
-    method = build(random_capsule)
+    method = build(random_capsule, random_transform)
     return method, promised, run(model, method, mixed, **greedy)
 
 

@@ -24,7 +24,7 @@ from kvcapsule.eval import main as command
 from kvcapsule.eval.generation import generate, held_bytes, new_cache
 from kvcapsule.eval.main import main
 from kvcapsule.eval.matching import TOLERANCE, Layout, layer_bytes, match_ratios
-from kvcapsule.eval.methods import FULL, RIVALS, Entry, PerLayer, chosen, entries, open_capsules, shown_path
+from kvcapsule.eval.methods import FULL, RIVALS, Entry, PerLayer, chosen, entries, full_entry, open_capsules, shown_path
 from kvcapsule.eval.metrics import divergence
 from kvcapsule.eval.plot import draw, picture
 from kvcapsule.eval.questions import Batch, batches
@@ -97,10 +97,10 @@ def capsule_folder(tmp_path_factory, make_capsule) -> Path:
 @pytest.fixture(scope="module")
 def tallies(model, processor, rows, make_capsule) -> dict[str, Tally]:
     compared = [
-        Entry(FULL, None),
-        Entry("segments", Full()),
-        Entry("identity", make_capsule(1, "identity", tile=50)),
-        Entry("noise", make_capsule(0.2)),
+        full_entry(),
+        Entry("segments", Full(), FULL),
+        Entry("identity", make_capsule(1, "identity", tile=50), "identity"),
+        Entry("noise", make_capsule(0.2), "kvcapsule"),
     ]
     return evaluate(model, processor, rows, compared, size=2, max_new_tokens=6, progress=Progress(disable=True))
 
@@ -130,8 +130,9 @@ def test_bytes_by_hand(tallies) -> None:
     full, noise = tallies[FULL], tallies["noise"]
     assert full.visual == 4 * LAYERS * TOKENS * TOKEN_BYTES
     assert full.parameters == 0 and full.total > full.visual
-    # 40 of 196 rows of keys and of values; a rotation and an owner for each tile, the rotation once for all layers of a batch.
-    assert noise.visual == 4 * (LAYERS * 40 * TOKEN_BYTES + 2 * 32 * 4) + 2 * _owners(rows=2)
+    # 40 of 196 rows of keys and of values; a rotation (one angle for two channels) and an owner for each tile, the rotation once for all
+    # layers of a batch.
+    assert noise.visual == 4 * (LAYERS * 40 * TOKEN_BYTES + 2 * 16 * 4) + 2 * _owners(rows=2)
     # theta and the basis, and mu: of one capsule, however many batches read it.
     assert noise.parameters == LAYERS * 2 * 4 * (TOKENS * 40 * 2 + 32)
 
@@ -168,7 +169,7 @@ def test_teacher_forcing_reads_the_compressed_cache(model, batch, make_capsule) 
 def test_divergence_is_that_of_the_answer_of_the_full_cache(model, processor, rows, batch, make_capsule) -> None:
     """Against a loop that feeds this answer to the model by hand, for a method that would have answered otherwise."""
     destroyer = make_capsule(0.2)
-    compared = [Entry(FULL, None), Entry("noise", destroyer)]
+    compared = [full_entry(), Entry("noise", destroyer, "kvcapsule")]
     tally = evaluate(model, processor, rows, compared, size=4, max_new_tokens=5, progress=Progress(disable=True))["noise"]
     assert tally.same < 4
     inputs = dict(batch.inputs)
@@ -198,7 +199,7 @@ def test_answers_end_with_their_first_end_token() -> None:
 
 def test_full_cache_must_come_first(model, processor, rows) -> None:
     with pytest.raises(ValueError, match="first entry"):
-        evaluate(model, processor, rows, [Entry("segments", Full())], 2, 2, Progress(disable=True))
+        evaluate(model, processor, rows, [Entry("segments", Full(), FULL)], 2, 2, Progress(disable=True))
 
 
 # Equal bytes
@@ -263,11 +264,15 @@ def test_rows_are_named_after_the_family_unless_that_is_ambiguous(tmp_path, make
 def test_chosen_methods() -> None:
     assert chosen([], ["kvcapsule"]) == ["kvcapsule", "post-vision-attention", "evenly-spaced", "int4"]
     assert chosen(["int4", "full", "kvcapsule"], ["kvcapsule"]) == ["kvcapsule", "int4"]
+    assert chosen(["int2", "int3", "int8"], ["kvcapsule"]) == ["int8", "int3", "int2"]
+    assert chosen(["full"], ["kvcapsule"]) == []
 
 
 def test_settings_of_the_entries(make_capsule) -> None:
     named = {"kvcapsule": ("some/capsule", make_capsule(0.2))}
-    made = {e.name: e.settings for e in entries(["kvcapsule", "evenly-spaced", "int4"], named, (0.2, 0.2, 0.1, 0.1), "kvcapsule")}
+    found = entries(["kvcapsule", "evenly-spaced", "int4"], named, (0.2, 0.2, 0.1, 0.1), "kvcapsule")
+    assert [entry.family for entry in found] == ["full", "kvcapsule", "token-pruning", "quantisation"]
+    made = {entry.name: entry.settings for entry in found}
     assert made[FULL] == {}
     assert made["kvcapsule"]["capsule"] == "some/capsule" and made["kvcapsule"]["key_ratios"] == 0.2
     assert made["evenly-spaced"] == {"ratio": [0.2, 0.2, 0.1, 0.1], "matched_to": "kvcapsule"}
@@ -287,7 +292,7 @@ def test_reports_show_no_places(tmp_path, monkeypatch) -> None:
 
 
 def test_timing_is_relative_to_the_full_cache(model, processor, rows) -> None:
-    compared = [Entry(FULL, None), Entry("segments", Full())]
+    compared = [full_entry(), Entry("segments", Full(), FULL)]
     timed = time_entries(model, processor, rows, compared, 2, Progress(disable=True), rounds=1, steps=2)
     assert timed[FULL] == (1.0, 1.0)
     assert all(0 < ratio < 100 for ratio in timed["segments"])
@@ -333,7 +338,7 @@ class SlowDecode(Full):
 def test_prefill_and_decode_are_timed_apart(model, processor, rows, monkeypatch, slow) -> None:
     clock = Late()
     monkeypatch.setattr(timing, "perf_counter", clock)
-    compared = [Entry(FULL, None), Entry("slow", slow(clock))]
+    compared = [full_entry(), Entry("slow", slow(clock), FULL)]
     timed = time_entries(model, processor, rows, compared, 2, Progress(disable=True), rounds=1, steps=2)["slow"]
     assert (timed.prefill_ratio > 10) == (slow is SlowPrefill)
     assert (timed.tokens_per_s_ratio < 0.1) == (slow is SlowDecode)
@@ -369,9 +374,15 @@ def test_labels_cover_neither_each_other_nor_a_dot() -> None:
     assert all(figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) for box in boxes)
 
 
+def test_capsules_and_quantisation_look_different() -> None:
+    (axes,) = picture([_row("kvcapsule", 80_000, 0.9), _row("int4", 60_000, 0.9), _row("int3", 50_000, 0.9)], "title").axes
+    capsule, int4, int3 = (line.get_color() for line in axes.lines)
+    assert int4 == int3 != capsule
+
+
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_picture_in_the_format_of_its_name(tmp_path, suffix: str, begins: bytes) -> None:
-    draw(CROWDED, tmp_path / "new" / f"picture{suffix}", "title")
+    draw(picture(CROWDED, "title"), tmp_path / "new" / f"picture{suffix}")
     assert (tmp_path / "new" / f"picture{suffix}").read_bytes().startswith(begins)
     assert len(list((tmp_path / "new").iterdir())) == 1
 
@@ -408,6 +419,17 @@ def test_command_writes_what_it_was_asked_for(vlm, capsule_folder, tmp_path, cap
     printed = capsys.readouterr()
     assert all(name in printed.out for name in by_name)
     assert "answers" in printed.err
+    # The model has float32: the other compression is shown beside it.
+    assert "of 16-bit" in printed.out
+
+
+def test_command_takes_the_widths_that_are_not_there_by_default(vlm, tmp_path) -> None:
+    arguments = ["--methods", "int8", "--methods", "int3", "--methods", "int2", "--json", str(tmp_path / "eval.json")]
+    assert main(["--model", vlm, *QUICK, *arguments]) == 0
+    _, int8, int3, int2 = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert [row["settings"] for row in (int8, int3, int2)] == [{"bits": 8}, {"bits": 3}, {"bits": 2}]
+    assert int8["visual_kv_bytes"] > int3["visual_kv_bytes"] > int2["visual_kv_bytes"]
+    assert int8["kl"] < int3["kl"] < int2["kl"]
 
 
 def test_command_without_a_capsule_by_a_file_of_options(vlm, tmp_path) -> None:

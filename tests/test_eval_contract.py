@@ -37,6 +37,7 @@ TOP = {
 }
 ROW = {
     "method": str,
+    "family": str,
     "settings": dict,
     "accuracy": dict,
     "agreement": NUMBER,
@@ -45,6 +46,7 @@ ROW = {
     "kv_bytes": int,
     "parameter_bytes": int,
     "compression": NUMBER,
+    "compression16": NUMBER,
     "prefill_ratio": NUMBER,
     "tokens_per_s_ratio": NUMBER,
     "n": int,
@@ -112,6 +114,25 @@ def test_full_row_is_the_yardstick(result) -> None:
         assert row["compression"] == pytest.approx(full["visual_kv_bytes"] / row["visual_kv_bytes"], rel=1e-3)
         assert row["compression"] > 1 and row["kl"] > 0
     assert others[0]["parameter_bytes"] > 0
+
+
+def test_families(result) -> None:
+    assert [row["family"] for row in result["rows"]] == ["full", "kvcapsule", "token-pruning", "token-pruning", "quantisation"]
+
+
+def test_compression_at_16_bits(result, model, processor, tmp_path) -> None:
+    """In float32 half of what the same precision on both sides gives; in bfloat16 the same."""
+    assert result["dtype"] == "float32"
+    for row in result["rows"]:
+        assert row["compression16"] == pytest.approx(row["compression"] / 2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    data = SourceConfig(split="test", size=1)
+    config = command.EvalConfig(model=str(tmp_path), methods=["int4"], data=data, max_new_tokens=2, timing=False, dtype="bfloat16")
+    narrow = command.run(config, Console(quiet=True), "")
+    assert narrow["dtype"] == "bfloat16"
+    for row in narrow["rows"]:
+        assert row["compression16"] == row["compression"]
 
 
 def test_times_are_null_where_nothing_was_timed(model, processor, tmp_path) -> None:

@@ -55,7 +55,7 @@ def test_yarn_has_a_factor_that_the_frame_leaves_out() -> None:
     assert rope.attention_scaling > 1.05
     cos, sin = rope(keys, torch.arange(50)[None])
     frame = Frame.at(cos, sin, torch.zeros(1, dtype=torch.int64), torch.tensor([40]))
-    torch.testing.assert_close(frame.cos.square() + frame.sin.square(), torch.ones(1, DIM))
+    torch.testing.assert_close(frame.cos.square() + frame.sin.square(), torch.ones(1, DIM // 2))
 
 
 def test_one_row_of_positions_serves_all_rows() -> None:

@@ -5,24 +5,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 
 from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted
 from kvcapsule.frame import Frame
-from kvcapsule.geometry import GeometryError, KVGeometry
+from kvcapsule.geometry import GeometryError
 from kvcapsule.kernels.reference import attend
-from kvcapsule.prefill import LayerPrefill
-from kvcapsule.segment import Segment
-from kvcapsule.spans import VisualSpan
-
-GEOMETRY = KVGeometry("llava", 2, 4, 2, 8, "1d")
-HEADS, TILE, DIM = 2, 10, 8
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from kvcapsule.quantize import BITS, QuantizedRows
+from kvcapsule.segment import Segment, storage_bytes
 
 
 def orthonormal(stored: int, tile: int = TILE) -> torch.Tensor:
@@ -41,15 +34,6 @@ def capsule(key_ratio: float = 0.3, value_ratio: float = 0.4, tile: int = TILE, 
         layer.values.basis.copy_(orthonormal(layer.values.basis.shape[1], tile))
         layer.values.mean.copy_(rand(HEADS, DIM, seed=seed + 20))
     return built
-
-
-def prefill(layer: int = 0, spans: tuple[tuple[int, int, int], ...] = ((0, 3, 24), (1, 5, 10)), rotary: bool = True) -> LayerPrefill:
-    """Two rows of 30 tokens."""
-    keys, values, query = rand(2, HEADS, 30, DIM, seed=1), rand(2, HEADS, 30, DIM, seed=2), rand(2, 4, 30, DIM, seed=3)
-    angles = torch.arange(30.0, dtype=torch.float64)[None, :, None] / 3 ** torch.arange(4.0)
-    rotation = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()) if rotary else None
-    visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    return LayerPrefill(layer, query, keys, values, visual, torch.ones(2, 30, dtype=torch.bool), DIM**-0.5, rotation)
 
 
 def test_retained() -> None:
@@ -95,7 +79,7 @@ def test_attention_over_latents_is_attention_over_the_reconstruction(options: di
     for row, start in starts:
         k, v = of.keys[row][:, start : start + TILE], of.values[row][:, start : start + TILE]
         cos, sin = (x[:, start] for x in of.position_embeddings)
-        frame = Frame(cos, sin)
+        frame = Frame(*(x.chunk(2, dim=-1)[0] for x in (cos, sin)))
         if built.config.codec.canonical_frame:
             k = frame.back(k[None])[0]
         kept = k[:, codec.keys.kept]
@@ -212,6 +196,7 @@ def test_pyramid_errors() -> None:
         ({"tile": 0}, "tile 0 must be at least 1"),
         ({"key_decoder": "rnn"}, "'rnn' is neither 'linear' nor 'mlp'"),
         ({"key_decoder": "mlp", "canonical_frame": False}, "needs canonical_frame=True"),
+        ({"latent_bits": 5}, "5 bits cannot be packed: choose one of 1, 2, 3, 4, 8"),
         ({"key_ratios": (0.5, 0.0)}, r"key retention ratio 0\.0 is outside"),
         ({"value_ratios": (1.5, 0.5)}, r"value retention ratio 1\.5 is outside"),
     ],
@@ -248,13 +233,20 @@ def test_config_as_dict_and_back() -> None:
     assert CapsuleConfig.from_dict(lists) == config
 
 
+def test_a_config_from_before_latent_bits_means_none() -> None:
+    values = capsule().config.to_dict()
+    assert values["codec"].pop("latent_bits") == 0
+    assert CapsuleConfig.from_dict(values) == capsule().config
+    assert CapsuleConfig.from_dict(capsule(latent_bits=3).config.to_dict()).codec.latent_bits == 3
+
+
 def test_config_refuses_what_it_does_not_know() -> None:
     values = capsule().config.to_dict()
-    with pytest.raises(ValueError, match=r"KVCapsuleConfig has no field bits, codebook; it has tile, canonical_frame, key_ratios"):
+    with pytest.raises(ValueError, match=r"KVCapsuleConfig has no field bits, codebook; it has tile, .*latent_bits, key_ratios"):
         KVCapsuleConfig.from_dict({**values["codec"], "bits": 3, "codebook": 1})
     with pytest.raises(CapsuleError, match="no field bits"):
         CapsuleConfig.from_dict({**values, "codec": {**values["codec"], "bits": 3}})
-    with pytest.raises(CapsuleError, match=r"unknown codec family 'wavelet'.*identity, kvcapsule"):
+    with pytest.raises(CapsuleError, match=r"unknown codec family 'wavelet'.*identity, kvcapsule, transform"):
         CapsuleConfig.from_dict({**values, "family": "wavelet"})
     with pytest.raises(CapsuleError, match="format version 99"):
         CapsuleConfig.from_dict({**values, "format_version": 99})
@@ -278,6 +270,50 @@ def test_encoding_takes_the_dtype_of_the_model() -> None:
     half = dataclasses.replace(of, keys=of.keys.bfloat16(), values=of.values.bfloat16(), query=of.query.bfloat16())
     segment = built.compress(half).visual[0]
     assert {t.dtype for t in (segment.keys, segment.values, *segment.parameter_tensors())} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_latents_in_few_bits_are_the_quantised_latents(bits: int) -> None:
+    """Three rows of keys and four of values a tile, each channel with a step and a zero; the remainder stays raw."""
+    of = prefill()
+    plain, rest = capsule().compress(of).visual
+    packed, same = capsule(latent_bits=bits).compress(of).visual
+    for ours, latents in ((packed.keys, plain.keys), (packed.values, plain.values)):
+        assert isinstance(ours, QuantizedRows)
+        assert ours.bits == bits
+        assert torch.equal(ours.read(torch.float64), QuantizedRows.pack(latents, bits).read(torch.float64))
+    assert torch.equal(same.keys, rest.keys)
+    frames_and_owners = 3 * (2 * 4 * 8 + 8)
+    assert storage_bytes(plain.entry_tensors()) == 3 * HEADS * DIM * 8 * (3 + 4) + frames_and_owners
+    assert storage_bytes(packed.entry_tensors()) == 3 * 2 * HEADS * DIM * (bits + 2 * 8) + frames_and_owners
+
+
+def test_attention_is_near_in_eight_bits_and_farther_in_fewer() -> None:
+    of, query = prefill(), rand(2, 4, 3, DIM, seed=7)
+
+    def attended(bits: int) -> torch.Tensor:
+        visual, text = capsule(0.8, 0.8, latent_bits=bits).compress(of)
+        return attend(query, [*visual, *text], of.scale)
+
+    exact = attended(0)
+    errors = [float((attended(bits) - exact).norm() / exact.norm()) for bits in (8, 4, 3, 2, 1)]
+    assert 1e-6 < errors[0] < 0.01
+    assert errors == sorted(errors)
+    assert errors[-1] > 0.1
+
+
+def test_an_identity_in_few_bits_keeps_every_token_in_them() -> None:
+    built = Capsule(CapsuleConfig("identity", IdentityConfig(TILE, canonical_frame=False, latent_bits=8), GEOMETRY, "tiny"))
+    of = prefill()
+    segment = built.compress(of).visual[0]
+    tiles = torch.stack([of.keys[0][:, 3:13], of.keys[0][:, 13:23], of.keys[1][:, 5:15]])
+    assert torch.equal(segment.materialize(torch.float64)[0], QuantizedRows.pack(tiles, 8).read(torch.float64))
+
+
+def test_an_mlp_takes_no_latent_bits() -> None:
+    """What it stores is read by its network, not as it lies."""
+    with pytest.raises(ValueError, match="latent_bits"):
+        capsule(key_decoder="mlp", hidden=6, latent_bits=4).compress(prefill())
 
 
 def test_the_registry() -> None:

@@ -207,8 +207,8 @@ def test_ratios_outside_are_refused(policy: type[TokenPruning], ratio: float) ->
 
 
 def test_bits_that_do_not_pack_are_refused_before_the_prompt() -> None:
-    with pytest.raises(ValueError, match="3 bits cannot be packed"):
-        Quantized(3)
+    with pytest.raises(ValueError, match="5 bits cannot be packed"):
+        Quantized(5)
 
 
 def test_the_registry_names_every_policy() -> None:

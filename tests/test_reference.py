@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable
 
 import pytest
+import slow_decode
 import torch
 
+from kvcapsule.codec.cells import CodedRows
 from kvcapsule.codec.kvcapsule import MlpRows
 from kvcapsule.kernels.reference import Partial, attend, merge, segment_partial
 from kvcapsule.quantize import QuantizedRows
@@ -24,30 +26,26 @@ def stored_rows(rows: object, entry: int, head: int) -> torch.Tensor:
         codec, x = rows.codec, rows.rows[entry, head]
         inner = codec.inner[head].double() @ x + codec.inner_bias[head]
         return codec.outer[head].double() @ (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) + codec.outer_bias[head]
+    if isinstance(rows, CodedRows):
+        return slow_decode.coded(rows, entry, head)
     assert isinstance(rows, QuantizedRows)
-    out = torch.empty(rows.tokens, rows.codes.shape[3], dtype=torch.float64)
-    for token in range(rows.tokens):
-        place, lane = divmod(token * rows.bits, 8)
-        for channel in range(out.shape[1]):
-            code = (int(rows.codes[entry, head, place, channel]) >> lane) % 2**rows.bits
-            out[token, channel] = code * rows.step[entry, head, 0, channel] + rows.zero[entry, head, 0, channel]
-    return out
+    return slow_decode.quantized(rows, entry, head)
 
 
 def expand(segment: Segment, entry: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One entry's tokens as ordinary attention has them: keys [n, D], values [n, D] and what is added to their scores [n]."""
     keys, values = stored_rows(segment.keys, entry, head), stored_rows(segment.values, entry, head)
     if segment.score_map is not None:
-        keys = segment.score_map[head] @ keys
+        keys = segment.score_map[head * len(segment.score_map) // HEADS] @ keys
     if segment.q_map is not None:
         keys = keys @ segment.q_map[head].T
     if segment.frame is not None:
         half = keys.shape[1] // 2
         turned = torch.complex(keys[:, :half], keys[:, half:])
-        turned = turned * torch.complex(segment.frame.cos[entry, :half], segment.frame.sin[entry, :half])
+        turned = turned * torch.complex(segment.frame.cos[entry], segment.frame.sin[entry])
         keys = torch.cat([turned.real, turned.imag], dim=1)
     if segment.value_map is not None:
-        values = segment.value_map[head] @ values
+        values = segment.value_map[head * len(segment.value_map) // HEADS] @ values
     if segment.value_mean is not None:
         values = values + segment.value_mean[head]
     if segment.out_map is not None:
@@ -90,7 +88,7 @@ def test_each_kind_beside_a_tail(kind: str, group: int, queries: int, random_seg
 
 @pytest.mark.parametrize("seed", range(6))
 def test_mixed_segments_and_a_causal_tail(seed: int, random_segment: Callable[..., Segment]) -> None:
-    kinds = ("raw", "everything", "quantized", "mask", "frame", "bias", "maps")
+    kinds = ("raw", "everything", "quantized", "mask", "frame", "bias", "maps", "coded", "joint")
     generator = torch.Generator().manual_seed(seed)
     segments = []
     for i, which in enumerate(torch.randperm(len(kinds), generator=generator)[:4].tolist()):

@@ -144,6 +144,7 @@ def test_the_soft_mask_learns_the_tokens_that_matter() -> None:
     ("recipe", "wanted"),
     [
         (Recipe(ratio=0.4), (0.4, 0.4)),
+        (Recipe(ratio=20), (0.05, 0.05)),
         (Recipe(ratio=0.41, codec=CodecRecipe(key_share=0.2)), (0.164, 0.656)),
         (Recipe(ratio=0.8, codec=CodecRecipe(key_share=0.2)), (0.6, 1.0)),
         (Recipe(ratio=0.4, codec=CodecRecipe(key_ratio=0.1)), (0.1, 0.4)),
@@ -163,7 +164,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("The frozen VLM", "Mean retention ratio over keys", "Share of the stored tokens", "Column with the question"):
+    for words in ("The frozen VLM", "from 2 on how many times less", "Share of the stored tokens", "Column with the question"):
         assert words in text
 
 
@@ -198,8 +199,8 @@ def test_training_moves_the_attention_error_down(vlm: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--ratio", "1.5"], "outside (0, 1]"),
-        (["--ratio", "0"], "outside (0, 1]"),
+        (["--ratio", "1.5"], "--ratio 1.5: give the retention ratio in (0, 1]"),
+        (["--ratio", "0"], "--ratio 0.0: give the retention ratio in (0, 1]"),
         (["--codec.tile", "300"], "nothing fills a tile"),
         (["--model", "no/such-model"], "cannot load the model"),
         (["--data.split", "dev"], "train, validation, test"),

@@ -1,37 +1,93 @@
 """Batches of questions with their answers, as a frozen VLM's inputs."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import datasets
 import lightning as L
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Sampler
 from transformers import BatchFeature, ProcessorMixin
 
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.data.source import images_of
 
 
-class Questions(L.LightningDataModule):
-    """Training and held-out rows of one source, each an image, a prompt and the right answer."""
+class Batch(NamedTuple):
+    """Left-padded inputs over prompt and answer."""
 
-    def __init__(self, rows: datasets.Dataset, held_out: datasets.Dataset, processor: ProcessorMixin, batch: int, workers: int = 0) -> None:
+    inputs: BatchFeature
+    answers: torch.Tensor
+    """[B]: how many tokens the answer has, at the end of each row, what closes the turn included."""
+
+
+class Questions(L.LightningDataModule):
+    """Training and held-out rows of one source, each an image, a prompt and the right answer.
+
+    A step of `batch` rows is shared out among the ranks, so that a run on several sees the rows that a run on one sees.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, held_out: datasets.Dataset, processor: ProcessorMixin, batch: int, workers: int = 0, seed: int = 0
+    ) -> None:
         super().__init__()
         self.rows, self.held_out, self.processor = rows, held_out, processor
-        self.batch, self.workers = batch, workers
+        self.batch, self.workers, self.seed = batch, workers, seed
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.rows, shuffle=True)
+        """This rank's share of every step, shuffled anew in each epoch."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self._loader(self.rows, Shares(len(self.rows), self.batch, self.seed, rank, world))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.held_out, shuffle=False)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self._loader(self.held_out, Shares(len(self.held_out), self.batch, None, rank, world))
 
-    def collate(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        """Left-padded inputs over prompt and answer."""
-        return encode(self.processor, [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows])
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        turns = [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows]
+        inputs = encode(self.processor, turns)
+        asked = encode(self.processor, [turn[:-1] for turn in turns])
+        return Batch(inputs, inputs["attention_mask"].sum(1) - asked["attention_mask"].sum(1))
 
-    def _loader(self, rows: datasets.Dataset, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
         indexed = _Indexed(rows)
-        return DataLoader(indexed, self.batch, shuffle=shuffle, collate_fn=self.collate, num_workers=self.workers)  # type: ignore[arg-type]
+        return DataLoader(indexed, batch_sampler=shares, collate_fn=self.collate, num_workers=self.workers)  # type: ignore[arg-type]
+
+
+class Shares(Sampler[list[int]]):
+    """One rank's rows of every step: of each `batch` rows in order, every world-th.
+
+    Whole steps only where the order is shuffled, so that all ranks take as many steps; the last step of a fixed order may be short.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        """seed: of the shuffle; None keeps the order."""
+        if batch % world:
+            raise ValueError(f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}.")
+        self.length, self.batch, self.seed, self.rank, self.world = length, batch, seed, rank, world
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "Shares":
+        """Where Lightning looks for set_epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning as an epoch begins, a resumed one too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        steps = self.length // self.batch if self.seed is not None else -(-self.length // self.batch)
+        return max(1, steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.arange(self.length)
+        if self.seed is not None:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        for step in range(len(self)):
+            share = order[step * self.batch : (step + 1) * self.batch][self.rank :: self.world].tolist()
+            # A rank that the last rows do not reach measures one of them again, so that no rank waits for another.
+            yield share or [int(order[-1])]
 
 
 class _Indexed:

@@ -77,11 +77,18 @@ def _rest(prefill: LayerPrefill, kept: torch.Tensor) -> tuple[Segment, torch.Ten
     return Segment(keys, values, rows, mask=mask), order
 
 
-@torch.no_grad()
 def harvest(model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool = True) -> list[LayerHarvest]:
     """Run the frozen model over a batch and record every layer."""
+    return harvest_with_logits(model, inputs, tile, canonical, 1)[0]
+
+
+@torch.no_grad()
+def harvest_with_logits(
+    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, last: int
+) -> tuple[list[LayerHarvest], torch.Tensor]:
+    """The same, and the logits [B, last, vocabulary] of the last tokens."""
     recorder = Recorder(tile, canonical)
     with attach(model):
         cache = CapsuleCache(model.config, recorder)
-        model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=1)
-    return recorder.layers
+        out = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last)
+    return recorder.layers, out.logits

@@ -23,6 +23,32 @@ def full_output(layer: LayerHarvest) -> torch.Tensor:
 
 def output_error(layer: LayerHarvest, visual: Segment, truth: torch.Tensor) -> torch.Tensor:
     """Squared error of attention's output under the queries that really read it, relative to the output's own energy."""
+    errors, energy = error_and_energy(layer, visual, truth, 1)
+    return errors.sum() / energy.clamp_min(1e-12)
+
+
+def error_and_energy(layer: LayerHarvest, visual: Segment, truth: torch.Tensor, sets: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the queries that really read: squared error of attention's output, and the output's own energy.
+
+    Args:
+        layer: the harvest.
+        visual: its tiles, as they would be read.
+        truth: `full_output` of it.
+        sets: sets of neighbouring heads whose parts of the error are wanted apart.
+
+    Returns: [sets] and a scalar.
+    """
     reads = layer.reads[:, None, :, None]
     error = (attend(layer.query, [visual, layer.rest], layer.scale, layer.visible) - truth).float()
-    return (error * reads).square().sum() / (truth.float() * reads).square().sum().clamp_min(1e-12)
+    squares = (error * reads).square().unflatten(1, (sets, -1)).sum((0, 2, 3, 4))
+    return squares, (truth.float() * reads).square().sum()
+
+
+def require_finite(layer: LayerHarvest, index: int) -> None:
+    """Raises ValueError that names the layer and what in it is not a number."""
+    for name in ("keys", "values", "query"):
+        if not bool(torch.isfinite(getattr(layer, name)).all()):
+            raise ValueError(
+                f"layer {index}: its {name} hold NaN or infinite numbers. Run the model in another precision (--dtype float32 or bfloat16) "
+                "or look for broken images in the data."
+            )

@@ -3,15 +3,91 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, check_ratio, pyramid, weighted
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, pyramid, weighted
 from kvcapsule.data.source import SourceConfig
 
-from .module import OptimConfig
+FAMILIES = ("transform", "kvcapsule", "compact")
+"""Families that can be trained."""
+REFERENCE_BITS = 16
+"""Bits of an element of the cache that compression is counted against, whatever precision the model runs in."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How a KVCapsule learns."""
+
+    soft_steps: int = 120
+    """Steps with the soft mask, its temperature falling."""
+    hard_steps: int = 120
+    """Steps with the hard mask, on reconstruction and attention output."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam, for reconstructions."""
+    mask_lr: float = 2e-2
+    """Learning rate of the mask logits."""
+    temperature_start: float = 1.0
+    """Temperature of the mask at the first step."""
+    temperature_end: float = 0.1
+    """Temperature at the last soft step; it falls geometrically."""
+    mask_weight: float = 0.01
+    """Weight of the mask's binary cross-entropy."""
+    ratio_weight: float = 1.0
+    """Weight of the retention-ratio loss."""
+    output_weight: float = 1.0
+    """Weight of the attention-output error in the hard phase; 0 trains on reconstruction alone, as the paper does."""
+    train_values: bool = False
+    """Also move the value basis in the hard phase, away from the PCA of the paper, towards a small attention-output error."""
+    ridge: float = 1e-4
+    """Ridge of the closed-form reconstruction, relative to the mean token energy."""
+    mask_init: str = "greedy"
+    """Where the mask begins: "greedy" (pivoted Cholesky on the key moments), "even" or "random"."""
+    refit: bool = True
+    """Solve a linear reconstruction in closed form when the mask hardens."""
+
+    def __post_init__(self) -> None:
+        if self.soft_steps < 0 or self.hard_steps < 0:
+            raise ValueError("soft_steps and hard_steps count steps: 0 or more.")
+        if self.mask_init not in ("greedy", "even", "random"):
+            raise ValueError(f"mask_init {self.mask_init!r} is neither greedy, even nor random.")
+
+
+@dataclass(frozen=True)
+class TransformRecipe:
+    """How a transform code is shaped and learns."""
+
+    joint_heads: int = 0
+    """KV heads that are coded together; 0 takes the greatest number up to 4 that divides them."""
+    allocation: str = "output"
+    """How layers share the bits: "output" (by what each bit saves in attention's output), "pyramid" (see --codec.pyramid) or "uniform"."""
+    key_bits: float | None = None
+    """Mean bits of an element of the keys, in place of what the allocation would give them."""
+    value_bits: float | None = None
+    """Mean bits of an element of the values, likewise; give both or neither."""
+    query_metric: bool = True
+    """Weigh the channels of keys by the queries that read them; False weighs all alike."""
+    probe_batches: int = 2
+    """Batches on which the allocation measures what each layer's keys and values cost."""
+    steps: int = 300
+    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form."""
+    lr: float = 3e-4
+    """Peak learning rate of Adam."""
+    output_weight: float = 1.0
+    """Weight of the attention-output error."""
+    kl_weight: float = 5.0
+    """Weight of the KL of the answers' logits, through the frozen VLM; 0 leaves it out and is about twice as fast."""
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ("output", "pyramid", "uniform"):
+            raise ValueError(f"--transform.allocation {self.allocation!r} is neither output, pyramid nor uniform.")
+        if (self.key_bits is None) != (self.value_bits is None):
+            raise ValueError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
+        for name in ("joint_heads", "steps", "lr", "output_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
 
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    """How a KVCapsule is shaped."""
+    """How a capsule is shaped: tile and canonical_frame for all families, pyramid also for a transform code, the rest for a KVCapsule."""
 
     key_share: float = 0.5
     """Share of the stored tokens that keys get: 0.5 treats keys and values alike, as the paper does; less gives values more."""
@@ -34,6 +110,18 @@ class CodecRecipe:
 
 
 @dataclass(frozen=True)
+class TrainerRecipe:
+    """Where Lightning runs the training."""
+
+    devices: int = 1
+    """Processes (or GPUs) of each node."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """Lightning's strategy: auto or ddp."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run of `kvcapsule train`."""
 
@@ -45,14 +133,22 @@ class Recipe:
     """Precision of the frozen VLM: auto, float32, float16 or bfloat16."""
     device: str | None = None
     """Where it runs; None takes a GPU where there is one."""
+    family: str = "transform"
+    """The family of codecs: transform, kvcapsule or compact."""
     ratio: float = 0.4
-    """Mean retention ratio over keys, values and layers, in (0, 1]: stored tokens / visual tokens. 0.4 stores 2.5 times less."""
+    """How much is stored: in (0, 1] the share of what there was; from 2 on how many times less. 0.05 and 20 are the same."""
+    bits: float | None = None
+    """Of a transform code, in place of --ratio: mean bits of an element of the keys and values, 16 / ratio."""
     codec: CodecRecipe = field(default_factory=CodecRecipe)
     """Shape of the codecs."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How they learn."""
+    """How a KVCapsule learns."""
+    transform: TransformRecipe = field(default_factory=TransformRecipe)
+    """Shape and learning of a transform code."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(size=2048))
     """Where questions and answers come from."""
+    trainer: TrainerRecipe = field(default_factory=TrainerRecipe)
+    """Devices and processes."""
     held_out: int = 64
     """Questions kept apart to measure reconstruction on (the last of the source, never trained on)."""
     batch: int = 16
@@ -73,12 +169,30 @@ class Recipe:
     """Go on from the last checkpoint of an interrupted run with the same output."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio, "--ratio")
+        if self.family not in FAMILIES:
+            raise ValueError(f"--family {self.family!r} cannot be trained: choose one of {', '.join(FAMILIES)}.")
+        if not (0 < self.ratio <= 1 or self.ratio >= 2):
+            raise ValueError(
+                f"--ratio {self.ratio}: give the retention ratio in (0, 1] (0.05 stores a twentieth), or from 2 on how many times less is "
+                "stored (20 is the same)."
+            )
+        if self.bits is not None and (self.family != "transform" or not 0 < self.bits <= 8):
+            raise ValueError(f"--bits {self.bits}: mean bits of an element of a transform code, above 0 and at most 8; else give --ratio.")
         if not 0 < self.codec.key_share < 1:
             raise ValueError(f"--codec.key_share {self.codec.key_share} is outside (0, 1).")
         for name, count in (("batch", self.batch), ("moment_batches", self.moment_batches), ("held_out", self.held_out)):
             if count < 1:
                 raise ValueError(f"--{name} {count}: at least 1 is needed.")
+
+    @property
+    def retention(self) -> float:
+        """What is stored / what there was, in (0, 1]."""
+        return self.ratio if self.ratio <= 1 else 1 / self.ratio
+
+    @property
+    def element_bits(self) -> float:
+        """Mean bits that an element of the keys and values may take."""
+        return self.retention * REFERENCE_BITS if self.bits is None else self.bits
 
     @property
     def work(self) -> Path:
@@ -87,7 +201,7 @@ class Recipe:
 
     def mean_ratios(self) -> tuple[float, float]:
         """Mean retention ratios of keys and values: what --ratio gives, split by key_share; what one cannot use goes to the other."""
-        keys, values = 2 * self.ratio * self.codec.key_share, 2 * self.ratio * (1 - self.codec.key_share)
+        keys, values = 2 * self.retention * self.codec.key_share, 2 * self.retention * (1 - self.codec.key_share)
         keys, values = min(1.0, keys + max(0.0, values - 1.0)), min(1.0, values + max(0.0, keys - 1.0))
         return (
             keys if self.codec.key_ratio is None else self.codec.key_ratio,
@@ -104,8 +218,8 @@ class Recipe:
             raise ValueError(f"--codec.layer_weights has {len(weights)} numbers, but the model has {layers} layers: give one for each.")
         return weighted(mean, weights)
 
-    def codec_config(self, layers: int, tile: int) -> KVCapsuleConfig:
-        """The sizes of the codecs of a model with so many layers, for tiles of so many tokens."""
+    def kvcapsule_config(self, layers: int, tile: int) -> KVCapsuleConfig:
+        """The sizes of a KVCapsule for a model with so many layers and tiles of so many tokens."""
         keys, values = self.mean_ratios()
         return KVCapsuleConfig(
             tile=tile,

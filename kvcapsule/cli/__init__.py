@@ -9,6 +9,7 @@ from .. import __version__
 from .errors import INTERRUPTED, WRONG_INPUT, complain
 
 COMMANDS = {
+    "analyze": "kvcapsule.training.analysis.main:main",
     "train": "kvcapsule.training.main:main",
     "eval": "kvcapsule.eval.main:main",
     "generate": "kvcapsule.cli.generate:main",
@@ -16,6 +17,7 @@ COMMANDS = {
 }
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when it is chosen."""
 HELP = {
+    "analyze": "study a VLM's visual keys and values on some data, and what compression to expect",
     "train": "train a capsule on the KV activations of a frozen VLM",
     "eval": "compare capsules and policies with the full cache: answers, bytes, time",
     "generate": "answer a prompt about images, and say how large the cache was",

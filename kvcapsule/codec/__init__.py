@@ -1,12 +1,16 @@
 """Trained codecs. FAMILIES is the one place where a family is registered."""
 
-from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .base import CodecConfig, Encoded, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .compact import CompactConfig
 from .identity import IdentityConfig
 from .kvcapsule import KVCapsuleConfig
+from .transform import TransformConfig
 
 FAMILIES: dict[str, type[CodecConfig]] = {
     "identity": IdentityConfig,
     "kvcapsule": KVCapsuleConfig,
+    "transform": TransformConfig,
+    "compact": CompactConfig,
 }
 
-__all__ = ["FAMILIES", "CodecConfig", "KeyCodec", "KeyPart", "LayerCodec", "ValueCodec", "ValuePart"]
+__all__ = ["FAMILIES", "CodecConfig", "Encoded", "KeyCodec", "KeyPart", "LayerCodec", "ValueCodec", "ValuePart"]

@@ -1,14 +1,16 @@
 """What a codec is: an encoder and a linear decoder for the keys or the values of one layer's tiles."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
+from ..frame import Frame
 from ..geometry import KVGeometry
-from ..segment import Rows
+from ..quantize import QuantizedRows, check_bits
+from ..segment import Rows, Segment
 
 
 class KeyPart(NamedTuple):
@@ -44,12 +46,41 @@ class ValueCodec(nn.Module, ABC):
         """Encode tiles of values."""
 
 
+class Encoded(NamedTuple):
+    """The encoded tiles of one layer."""
+
+    keys: KeyPart
+    values: ValuePart
+    bias: torch.Tensor | None = None
+    """[E, H, N] added to the scores (see Segment)."""
+
+    def segment(self, owner: torch.Tensor, frame: Frame | None) -> Segment:
+        """The tiles as attention reads them."""
+        return Segment(owner=owner, frame=frame, bias=self.bias, **self.keys._asdict(), **self.values._asdict())
+
+    def quantised(self, bits: int) -> "Encoded":
+        """The same with latents of `bits` bits, a step and a zero for each channel of an entry."""
+
+        def pack(rows: Rows) -> Rows:
+            if not isinstance(rows, torch.Tensor):
+                raise ValueError(f"latents of type {type(rows).__name__} are packed already and take no latent_bits.")
+            return QuantizedRows.pack(rows, bits)
+
+        return self._replace(
+            keys=self.keys._replace(keys=pack(self.keys.keys)), values=self.values._replace(values=pack(self.values.values))
+        )
+
+
 class LayerCodec(nn.Module):
-    """The codecs of one layer."""
+    """The codecs of one layer. A family that encodes keys and values together overrides `encode`."""
 
     def __init__(self, keys: KeyCodec, values: ValueCodec) -> None:
         super().__init__()
         self.keys, self.values = keys, values
+
+    def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
+        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values."""
+        return Encoded(self.keys.encode(k_EHTD), self.values.encode(v_EHTD))
 
 
 @dataclass(frozen=True)
@@ -60,10 +91,14 @@ class CodecConfig(ABC):
     """Visual tokens that one map covers; what is left at an image's end is stored raw."""
     canonical_frame: bool = True
     """Encode keys as if their tile began at position 0."""
+    latent_bits: int = field(default=0, kw_only=True)
+    """Bits of each stored latent, 1, 2, 3, 4 or 8; 0 stores latents in the cache's own precision."""
 
     def __post_init__(self) -> None:
         if self.tile < 1:
             raise ValueError(f"tile {self.tile} must be at least 1 token.")
+        if self.latent_bits:
+            check_bits(self.latent_bits)
 
     @abstractmethod
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:

@@ -174,6 +174,8 @@ class KVCapsuleConfig(CodecConfig):
             raise ValueError(f"key_decoder {self.key_decoder!r} is neither 'linear' nor 'mlp'.")
         if self.key_decoder == "mlp" and not self.canonical_frame:
             raise ValueError("the MLP key decoder does not commute with RoPE: it needs canonical_frame=True.")
+        if self.key_decoder == "mlp" and self.latent_bits:
+            raise ValueError("latent_bits: the MLP key decoder reads its rows as they are; use key_decoder 'linear', or leave it 0.")
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
             for ratio in ratios:
                 check_ratio(ratio, f"{name} retention ratio")

@@ -82,8 +82,9 @@ def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visib
 
 
 def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
-    """x map, where all entries share the map: a broadcast matrix product would copy it for every entry."""
-    return torch.einsum("ehrm,hmn->ehrn", x_EHRM, map_HMN.to(x_EHRM.dtype))
+    """x map, where all entries share the map (and neighbouring heads, where it has fewer): a broadcast product would copy it for each."""
+    x_ESGRM = x_EHRM.unflatten(1, (map_HMN.shape[0], -1))
+    return torch.einsum("esgrm,smn->esgrn", x_ESGRM, map_HMN.to(x_EHRM.dtype)).flatten(1, 2)
 
 
 def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,126 @@
+"""Accuracy against visual bytes, a picture of a suite: one line a kind of method, through all its compression ratios."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from .methods import FULL
+from .plot import Label, around, dress, place
+
+_DOT = 7
+"""Size of a marker, in points."""
+_LOOKS = {
+    "transform": ("o", "#000000"),
+    "kvcapsule": ("d", "#009e73"),
+    "compact": ("v", "#56b4e9"),
+    "quantisation": ("p", "#0072b2"),
+    "post-vision-attention": ("^", "#d55e00"),
+    "evenly-spaced": ("s", "#cc79a7"),
+}
+"""Marker and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of each line."""
+_OTHERS = ("X", "#b8860b")
+_FULL_COLOUR = "#555555"
+_RATIOS = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+"""Marks of the upper axis."""
+
+
+class Curve(NamedTuple):
+    """A line of the picture."""
+
+    label: str
+    points: list[tuple[float, float]]
+    """Visual bytes and mean accuracy, the fewest bytes first."""
+    marker: str
+    colour: str
+    combined: bool
+    """Whether two kinds of methods are combined, which is shown by empty markers."""
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """The rows but the full cache's, by family; of policies of one family, each has a line of its own."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["method"] != FULL:
+            found.setdefault(row["settings"].get("policy", row["family"]), []).append(row)
+    made = []
+    for name, members in found.items():
+        base, _, more = name.partition("+")
+        marker, colour = _LOOKS.get(base, _OTHERS)
+        label = name if len(members) > 1 else members[0]["method"]
+        made.append(Curve(label, sorted(map(_point, members)), marker, colour, bool(more)))
+    return made
+
+
+def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """One line and one label a kind of method; labels cover neither each other nor a line."""
+    figure = Figure(figsize=(8.5, 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = curves(rows)
+    full = next(row for row in rows if row["method"] == FULL)
+    points = [_point(full), *(point for curve in drawn for point in curve.points)]
+    for curve in drawn:
+        axes.plot(
+            *zip(*curve.points, strict=True),
+            marker=curve.marker,
+            markersize=_DOT,
+            color=curve.colour,
+            linewidth=1.6,
+            markerfacecolor="white" if curve.combined else curve.colour,
+            markeredgecolor=curve.colour if curve.combined else "white",
+            markeredgewidth=1.4 if curve.combined else 0.6,
+            zorder=3,
+        )
+    axes.plot(*points[0], "o", markersize=_DOT, color=_FULL_COLOUR, zorder=3)
+    axes.axhline(points[0][1], color=_FULL_COLOUR, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+    upper = _compression_axis(axes, full)
+    dress(axes, [x for x, _ in points], title)
+    # Labels are placed in pixels, so the axes must have their final place.
+    figure.draw_without_rendering()
+    _mark(upper)
+    low, high = axes.get_xlim()
+    level = [(low, points[0][1]), (high, points[0][1])]
+    taken = [around(axes, point) for point in points]
+    taken += [box for line in (level, *(curve.points for curve in drawn)) for box in _along(axes, line)]
+    labels = [Label("full cache", points[:1], _FULL_COLOUR), *(Label(curve.label, curve.points, curve.colour) for curve in drawn)]
+    place(axes, labels, taken)
+    return figure
+
+
+def _point(row: Mapping[str, Any]) -> tuple[float, float]:
+    return float(row["visual_kv_bytes"]), mean(row["accuracy"].values())
+
+
+def _compression_axis(axes: Axes, full: Mapping[str, Any]) -> XAxis:
+    """Above: how many times smaller than the full cache at 16 bits an element."""
+    whole = full["visual_kv_bytes"] * full["compression16"]
+    upper = axes.secondary_xaxis("top", functions=(lambda x: whole / np.maximum(x, 1e-9), lambda c: whole / np.maximum(c, 1e-9)))
+    upper.set_xlabel("compression, against the full cache at 16 bits an element")
+    return upper.xaxis
+
+
+def _mark(upper: XAxis) -> None:
+    """Put round ratios on the upper axis. It takes its scale, and marks of its own, when it is first drawn: call this after that."""
+    upper.set_major_locator(FixedLocator(_RATIOS))
+    upper.set_minor_locator(NullLocator())
+    upper.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))
+
+
+def _along(axes: Axes, line: Sequence[tuple[float, float]], reach: float = 3.0) -> list[Bbox]:
+    """The pixels that a line covers, as boxes."""
+    corners = [axes.transData.transform(point) for point in line]
+    boxes = []
+    for start, end in pairwise(corners):
+        steps = int(np.hypot(*(end - start)) / reach) + 1
+        for x, y in np.linspace(start, end, steps + 1):
+            boxes.append(Bbox.from_extents(x - reach, y - reach, x + reach, y + reach))
+    return boxes

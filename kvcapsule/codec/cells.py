@@ -1,0 +1,132 @@
+"""Coded rows: a matrix of coefficients whose cells have few bits each, packed into one run of bytes for each entry.
+
+A cell is eight consecutive rows (token components) of one channel of one set of KV heads that are coded together. All eight coefficients
+have the cell's width, one of 0, 1, 2, 3, 4 or 8 bits, and its step; a cell of width w takes w bytes (kvcapsule.packing). The widths are
+the capsule's, so every entry has the same layout and an address is a constant:
+
+    bytes of an entry = [cells of width 8 | of 4 | of 3 | of 2 | of 1], within a width by heads, group of rows, channel
+
+Whole classes of equal cells are what a kernel can walk without a branch; a cell's product with one query channel gives eight neighbouring
+scores.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..packing import GROUP, WIDTHS, pack, unpack
+
+
+class CellClass:
+    """The cells of one width: where they are in the matrix, and where their bytes begin."""
+
+    def __init__(self, width: int, start: int, cells: torch.Tensor) -> None:
+        """cells [n]: flat numbers over sets of heads, groups and channels."""
+        self.width, self.start, self.cells = width, start, cells
+
+    @property
+    def run(self) -> slice:
+        """Its bytes in an entry."""
+        return slice(self.start, self.start + self.width * len(self.cells))
+
+
+class CellLayout:
+    """The layout that widths [S, G, C] fix, for S sets of heads, G groups of eight rows and C channels."""
+
+    def __init__(self, widths: torch.Tensor) -> None:
+        self.shape = widths.shape
+        flat = widths.flatten()
+        if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
+            raise ValueError(f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits.")
+        self.classes: list[CellClass] = []
+        self.size = 0
+        for width in sorted(WIDTHS, reverse=True):
+            cells = (flat == width).nonzero()[:, 0]
+            if len(cells):
+                self.classes.append(CellClass(width, self.size, cells))
+                self.size += width * len(cells)
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [E, S, 8 G, C] uint8 to bytes [E, size]."""
+        cells = codes.unflatten(2, (-1, GROUP)).transpose(3, 4).flatten(1, 3)  # [E, S * G * C, 8]
+        runs = [pack(cells[:, c.cells], c.width).flatten(1) for c in self.classes]
+        return torch.cat(runs, dim=1) if runs else codes.new_empty(len(codes), 0)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What coded rows are read with, the same for all entries."""
+
+    widths: torch.Tensor
+    """[S, G, C] uint8."""
+    step: torch.Tensor
+    """[S, G, C]."""
+    offset: torch.Tensor
+    """[S, 8 G, C]: what is added to every entry's coefficients; the mean."""
+    heads: int = 1
+    """KV heads of a set: all of them read the same rows."""
+
+    @cached_property
+    def layout(self) -> CellLayout:
+        return CellLayout(self.widths)
+
+    def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has none."""
+        width = self._rows(self.widths)
+        half = (2.0 ** (width - 1)).to(coefficients.dtype)
+        centred = (coefficients - self.offset.to(coefficients.dtype)) / self._rows(self.step).to(coefficients.dtype)
+        levels = (2.0**width - 1).to(coefficients.dtype)
+        return torch.minimum((centred + half).floor().clamp_min(0), levels).to(torch.uint8)
+
+    def _rows(self, cells: torch.Tensor) -> torch.Tensor:
+        """[S, G, C] to [S, 8 G, C]."""
+        return cells.repeat_interleave(GROUP, dim=1)
+
+
+class CodedRows:
+    """Rows [E, H, 8 G, C] as packed cells: coefficient = (code - (2^width - 1) / 2) step + offset, the same for all heads of a set.
+
+    `read` builds the coefficients of all coded cells in the working precision (8 G by C, not the T by D of the tile's keys): this saves
+    memory; time is saved by kernels that read the cells themselves.
+    """
+
+    def __init__(self, packed: torch.Tensor, coding: Coding) -> None:
+        """packed [E, size] uint8."""
+        self.packed, self.coding = packed, coding
+
+    @classmethod
+    def encode(cls, coefficients: torch.Tensor, coding: Coding) -> "CodedRows":
+        """Coefficients [E, S, 8 G, C] to the nearest codes."""
+        return cls(coding.layout.pack(coding.codes(coefficients)), coding)
+
+    @property
+    def shape(self) -> torch.Size:
+        sets, groups, channels = self.coding.widths.shape
+        return torch.Size((self.packed.shape[0], sets * self.coding.heads, groups * GROUP, channels))
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        coding = self.coding
+        sets, groups, channels = coding.widths.shape
+        step = coding.step.flatten().to(dtype)
+        cells = torch.zeros(self.packed.shape[0], sets * groups * channels, GROUP, dtype=dtype, device=self.packed.device)
+        for kind in coding.layout.classes:
+            codes = unpack(self.packed[:, kind.run].unflatten(1, (-1, kind.width)), kind.width).to(dtype)
+            cells[:, kind.cells] = (codes - (2**kind.width - 1) / 2) * step[kind.cells, None]
+        rows = cells.view(-1, sets, groups, channels, GROUP).transpose(3, 4).flatten(2, 3) + coding.offset.to(dtype)
+        return rows[:, :, None].expand(-1, -1, coding.heads, -1, -1).flatten(1, 2)
+
+    def select(self, index: torch.Tensor) -> "CodedRows":
+        return CodedRows(self.packed[index], self.coding)
+
+    def to(self, device: torch.device | str) -> "CodedRows":
+        coding = self.coding
+        if torch.device(device) != coding.widths.device:
+            coding = Coding(coding.widths.to(device), coding.step.to(device), coding.offset.to(device), coding.heads)
+        return CodedRows(self.packed.to(device), coding)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.packed,)
+
+    def shared(self) -> tuple[torch.Tensor, ...]:
+        return (self.coding.widths, self.coding.step, self.coding.offset)

@@ -1,0 +1,156 @@
+"""Transform code: a separable linear transform of each tile, then few-bit coefficients (rate-distortion coding that attention can read).
+
+For one layer, one set of KV heads and one tile X [T, D] of keys (in the tile's canonical frame) or of values, the set's heads side by side
+(D channels in all):
+
+    stored  codes of   C = A X P           A [M, T] along tokens, P [D, C] along channels      encoder
+    read               X^ = A' C^ P'^T     A' [T, M], P' [D, C]                                decoder
+
+Decoders are linear along both axes, so attention reads C^ itself: A' is the score map (or value map), each head's part of P' the map of
+its query (or of its output). Heads of one layer see the same tokens, and what they have in common is stored once. The widths of the
+coefficients follow reverse water-filling of what each adds to the error of attention's output (kvcapsule.training.allocation); cells and
+bytes are laid out as kvcapsule.codec.cells says.
+
+Transform coding with reverse water-filling is the textbook's (Goyal, IEEE Signal Processing Magazine, 2001); KVTC (arXiv 2511.01815) and
+SVDq (arXiv 2502.15304) code the channels of text KV with it. The token axis, reading without expansion and allocation by the attention's
+output are this project's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..geometry import KVGeometry
+from ..packing import GROUP
+from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .cells import CodedRows, Coding
+
+
+class Transform(nn.Module):
+    """Encoder, decoder and coding of the keys or of the values of one layer.
+
+    S sets of `heads` KV heads each; M rows (a multiple of 8) and C channels are those with at least one coded cell. The encoder and the
+    decoder begin as each other's inverses and are trained apart.
+    """
+
+    widths: torch.Tensor
+
+    def __init__(self, sets: int, heads: int, tile: int, dim: int, rows: int, channels: int) -> None:
+        super().__init__()
+        groups = rows // GROUP
+        self.heads = heads
+        self.tokens_in = nn.Parameter(torch.zeros(sets, rows, tile))
+        self.channels_in = nn.Parameter(torch.zeros(sets, heads * dim, channels))
+        self.tokens_out = nn.Parameter(torch.zeros(sets, tile, rows))
+        self.channels_out = nn.Parameter(torch.zeros(sets, heads * dim, channels))
+        self.offset = nn.Parameter(torch.zeros(sets, rows, channels))
+        self.step = nn.Parameter(torch.ones(sets, groups, channels))
+        self.register_buffer("widths", torch.zeros(sets, groups, channels, dtype=torch.uint8))
+        self._coding: Coding | None = None
+        self._coded_widths = 0
+
+    def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
+        """[E, S, M, C], in fp32 or better."""
+        work = torch.promote_types(x_EHTD.dtype, torch.float32)
+        rows: torch.Tensor = self.tokens_in.to(work) @ side_by_side(x_EHTD.to(work), self.heads) @ self.channels_in.to(work)
+        return rows
+
+    def head_maps(self) -> torch.Tensor:
+        """channels_out of each KV head, [H, D, C]."""
+        by_head: torch.Tensor = self.channels_out.unflatten(1, (self.heads, -1))
+        return by_head.flatten(0, 1)
+
+    def coding(self) -> Coding:
+        """Made once, so that its layout is, too; anew where the parameters are others (loaded, moved, cast) or the widths written to."""
+        known, version = self._coding, 0 if self.widths.is_inference() else self.widths._version
+        same = known is not None and known.widths is self.widths and known.step is self.step and known.offset is self.offset
+        if known is None or not same or version != self._coded_widths:
+            known = Coding(self.widths, self.step, self.offset, self.heads)
+            self._coding, self._coded_widths = known, version
+        return known
+
+    def encode(self, x_EHTD: torch.Tensor) -> CodedRows:
+        return CodedRows.encode(self.coefficients(x_EHTD), self.coding())
+
+
+def side_by_side(x_EHTD: torch.Tensor, heads: int) -> torch.Tensor:
+    """Sets of KV heads as one head of many channels: [E, H, T, D] to [E, H / heads, T, heads * D]."""
+    sets: torch.Tensor = x_EHTD.unflatten(1, (-1, heads)).transpose(2, 3)
+    return sets.flatten(3)
+
+
+class TransformKeys(KeyCodec):
+    """Transform-coded keys."""
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
+        return self.part(self.transform.encode(k_EHTD))
+
+    def part(self, rows: CodedRows | torch.Tensor) -> KeyPart:
+        """Rows of coefficients with the maps that read them."""
+        return KeyPart(rows, score_map=self.transform.tokens_out, q_map=self.transform.head_maps())
+
+
+class TransformValues(ValueCodec):
+    """Transform-coded values."""
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
+        return self.part(self.transform.encode(v_EHTD))
+
+    def part(self, rows: CodedRows | torch.Tensor) -> ValuePart:
+        """Rows of coefficients with the maps that read them."""
+        return ValuePart(rows, value_map=self.transform.tokens_out, out_map=self.transform.head_maps().transpose(-1, -2))
+
+
+@dataclass(frozen=True)
+class TransformConfig(CodecConfig):
+    """Sizes of a transform code."""
+
+    key_rows: Sequence[int] = ()
+    """Token components of the keys, layer by layer; multiples of 8."""
+    key_channels: Sequence[int] = ()
+    """Channels of the keys' coefficients, layer by layer."""
+    value_rows: Sequence[int] = ()
+    """Token components of the values, layer by layer; multiples of 8."""
+    value_channels: Sequence[int] = ()
+    """Channels of the values' coefficients, layer by layer."""
+    joint_heads: int = 1
+    """KV heads that are coded together as a set; divides their number."""
+    bits: float = 0.0
+    """Mean bits of codes for one element of the keys and values: for the reader; the widths are among the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent_bits:
+            raise ValueError(f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave it 0.")
+        for name, channels in (("key_channels", self.key_channels), ("value_channels", self.value_channels)):
+            if wrong := [c for c in channels if c < 1]:
+                raise ValueError(f"{name} {wrong}: at least 1 channel is needed.")
+        for name, rows in (("key_rows", self.key_rows), ("value_rows", self.value_rows)):
+            if wrong := [r for r in rows if r < 1 or r % GROUP]:
+                raise ValueError(f"{name} {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
+
+    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+        for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
+            if len(getattr(self, name)) != geometry.layers:
+                raise ValueError(f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer.")
+
+        if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
+            raise ValueError(f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into sets.")
+        sets = geometry.kv_heads // self.joint_heads
+
+        def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:
+            return Transform(sets, self.joint_heads, self.tile, geometry.head_dim, rows[layer], channels[layer])
+
+        return LayerCodec(
+            TransformKeys(transform(self.key_rows, self.key_channels)), TransformValues(transform(self.value_rows, self.value_channels))
+        )

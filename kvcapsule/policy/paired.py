@@ -1,0 +1,111 @@
+"""A method for the visual tokens and another for the text: a capsule beside a policy."""
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from ..codec.kvcapsule import check_ratio, retained
+from ..geometry import KVGeometry
+from ..prefill import Compressed, LayerPrefill, Method, keep
+from ..quantize import QuantizedRows, check_bits
+from ..segment import Segment
+
+OBSERVED = 16
+"""The prompt's last queries that rank its text."""
+
+
+class TextPolicy(Protocol):
+    """A training-free rule for a layer's text tokens."""
+
+    def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
+        """Segments of the tokens that are valid and in no visual span; none where there is no such token."""
+
+
+class Paired:
+    """Visual tokens by any method, text by a policy; bytes of both are told apart as always.
+
+    The method's own text segments are built and dropped again.
+    """
+
+    def __init__(self, visual: Method, text: TextPolicy) -> None:
+        self.visual, self.text = visual, text
+
+    def require_geometry(self, geometry: KVGeometry) -> None:
+        """Raises GeometryError if the visual method was made for another KV geometry."""
+        check = getattr(self.visual, "require_geometry", None)
+        if check is not None:
+            check(geometry)
+
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        return Compressed(self.visual.compress(prefill).visual, self.text.compress_text(prefill))
+
+
+class TextPruning:
+    """Keeps a row's first text tokens, its last ones, and of those between the ones that the prompt's last queries attend to most.
+
+    The score is SnapKV's (arXiv 2404.14469): attention from an observation window, summed over its queries and over query heads; its
+    pooling over neighbours is not part of this, and all heads keep the same tokens. In a later turn the attention is that among the
+    turn's own tokens, and the first tokens are those of the turn.
+    """
+
+    def __init__(self, ratio: float, sinks: int = 4, recent: int = 16) -> None:
+        """Raises ValueError for a ratio outside (0, 1] or negative counts.
+
+        Args:
+            ratio: kept text tokens / text tokens of a row, the first and the last ones included; these are kept whatever it says.
+            sinks: first text tokens that are always kept.
+            recent: last text tokens that are always kept.
+        """
+        check_ratio(ratio, "text retention ratio")
+        if sinks < 0 or recent < 0:
+            raise ValueError(f"sinks {sinks} and recent {recent} count tokens: 0 or more.")
+        self.ratio, self.sinks, self.recent = ratio, sinks, recent
+
+    def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
+        text = prefill.valid & ~prefill.visual()
+        counts = text.sum(dim=1)
+        if self.ratio == 1:
+            return keep(prefill, text)
+        place = text.cumsum(dim=1)
+        always = text & ((place <= self.sinks) | (place > (counts - self.recent)[:, None]))
+        scores = last_attention(prefill).masked_fill(~text, -1.0).masked_fill(always, torch.inf)
+        wanted = torch.tensor([retained(self.ratio, n) if n else 0 for n in counts.tolist()], device=text.device)
+        wanted = torch.maximum(wanted, always.sum(dim=1))
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+        return keep(prefill, text & (rank < wanted[:, None]))
+
+
+def last_attention(prefill: LayerPrefill) -> torch.Tensor:
+    """[B, N]: attention that each token gets from the last OBSERVED tokens of its row, summed over them and over heads.
+
+    Rows are left-padded, so that all of them end together; only these queries' scores are computed.
+    """
+    heads, tokens = prefill.keys.shape[1:3]
+    first = max(0, tokens - OBSERVED)
+    positions = torch.arange(tokens, device=prefill.keys.device)
+    query = prefill.query[:, :, first:].unflatten(1, (heads, -1)).float()
+    logits = (query @ prefill.keys.float().transpose(-1, -2)[:, :, None]) * prefill.scale
+    seen = prefill.valid[:, None, :] & (positions <= positions[first:, None])
+    attention = logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(dim=-1)
+    received: torch.Tensor = (attention * prefill.valid[:, None, None, first:, None]).sum(dim=(1, 2, 3))
+    return received
+
+
+class QuantizedText:
+    """All text tokens in few bits, a step and a zero for each channel of a row of the batch (see QuantizedRows).
+
+    Step and zero take as much as two raw tokens, so text of a few tokens saves little or nothing.
+    """
+
+    def __init__(self, bits: int) -> None:
+        check_bits(bits)
+        self.bits = bits
+
+    def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
+        return [self._pack(segment) for segment in keep(prefill, prefill.valid & ~prefill.visual())]
+
+    def _pack(self, segment: Segment) -> Segment:
+        assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
+        return replace(segment, keys=QuantizedRows.pack(segment.keys, self.bits), values=QuantizedRows.pack(segment.values, self.bits))

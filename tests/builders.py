@@ -1,0 +1,72 @@
+"""Prefills and capsules drawn at random for a small geometry, where a test needs no model."""
+
+from typing import Any
+
+import torch
+
+from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.transform import Transform, TransformConfig
+from kvcapsule.geometry import KVGeometry
+from kvcapsule.prefill import LayerPrefill
+from kvcapsule.spans import VisualSpan
+
+GEOMETRY = KVGeometry("llava", 2, 4, 2, 8, "1d")
+HEADS, TILE, DIM = 2, 10, 8
+
+Size = tuple[int, int]
+"""Rows and channels of the coefficients."""
+LADDER = (8, 4, 3, 2, 1, 0)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def prefill(layer: int = 0, spans: tuple[tuple[int, int, int], ...] = ((0, 3, 24), (1, 5, 10)), rotary: bool = True) -> LayerPrefill:
+    """Two rows of 30 tokens."""
+    keys, values, query = rand(2, HEADS, 30, DIM, seed=1), rand(2, HEADS, 30, DIM, seed=2), rand(2, 4, 30, DIM, seed=3)
+    angles = torch.arange(30.0, dtype=torch.float64)[None, :, None] / 3 ** torch.arange(4.0)
+    rotation = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()) if rotary else None
+    visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
+    return LayerPrefill(layer, query, keys, values, visual, torch.ones(2, 30, dtype=torch.bool), DIM**-0.5, rotation)
+
+
+def random_widths(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Every width equally often, as far as the number of cells allows: six cells take 18 bytes."""
+    cells = torch.Size(shape).numel()
+    widths = torch.tensor(LADDER, dtype=torch.uint8).repeat(-(-cells // len(LADDER)))[:cells]
+    return widths[torch.randperm(cells, generator=generator)].view(shape)
+
+
+def randomise(transform: Transform, generator: torch.Generator) -> None:
+    """Orthonormal axes, decoders that are nearly their transposes, and steps whose range covers coefficients of about one."""
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sets, rows, tile = transform.tokens_in.shape
+    dim, channels = transform.channels_in.shape[1:]
+    tokens = torch.linalg.qr(rand(sets, max(rows, tile), max(rows, tile))).Q[:, :rows, :tile]
+    axes = torch.linalg.qr(rand(sets, max(dim, channels), max(dim, channels))).Q[:, :dim, :channels]
+    transform.widths.copy_(random_widths(tuple(transform.widths.shape), generator))
+    transform.tokens_in.data.copy_(tokens)
+    transform.tokens_out.data.copy_(tokens.transpose(-1, -2) + 0.02 * rand(sets, tile, rows))
+    transform.channels_in.data.copy_(axes)
+    transform.channels_out.data.copy_(axes + 0.02 * rand(sets, dim, channels))
+    transform.offset.data.copy_(0.3 * rand(*transform.offset.shape))
+    spread = 0.5 + torch.rand(transform.step.shape, generator=generator)
+    transform.step.data.copy_(6 * spread / 2.0 ** transform.widths.float())
+
+
+def transform_capsule(
+    geometry: KVGeometry = GEOMETRY, tile: int = TILE, keys: Size = (8, 6), values: Size = (16, 5), **options: Any
+) -> Capsule:
+    """A capsule of the family "transform" whose parameters and widths are drawn at random; the same sizes in every layer."""
+    sizes = {"key_rows": keys[0], "key_channels": keys[1], "value_rows": values[0], "value_channels": values[1]}
+    config = TransformConfig(tile, **{name: (size,) * geometry.layers for name, size in sizes.items()}, **options)
+    capsule = Capsule(CapsuleConfig("transform", config, geometry, "tiny"))
+    generator = torch.Generator().manual_seed(0)
+    for layer in capsule.layers:
+        randomise(layer.keys.transform, generator)
+        randomise(layer.values.transform, generator)
+    return capsule.requires_grad_(False)

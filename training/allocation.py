@@ -1,0 +1,58 @@
+"""Reverse water-filling: which cells of a transform code get how many bits (Cover and Thomas, chapter 10; greedy over real widths)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from kvcapsule.packing import GROUP, WIDTHS
+
+DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0000877}
+"""Squared error of the best uniform quantiser of so many bits, as a share of a Gaussian's variance (Max, 1960; 8 bits: Jayant and Noll)."""
+STEP = {0: 1.0, 1: 1.5956, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
+"""Its step, in standard deviations."""
+
+
+def cell_variance(variance_HTD: torch.Tensor) -> torch.Tensor:
+    """Sum of the variances in each cell of eight token components: [H, ceil(T / 8), D]."""
+    padded = torch.nn.functional.pad(variance_HTD, (0, 0, 0, -variance_HTD.shape[1] % GROUP))
+    return padded.unflatten(1, (-1, GROUP)).sum(2)
+
+
+def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
+    """Widths of cells that make the whole cost least for the bytes spent.
+
+    Args:
+        costs: of each unit [H, G, D], the cost of leaving each cell out; a cell of width w keeps DISTORTION[w] of it and takes w bytes.
+        budget: bytes of all cells of all units for one tile.
+
+    Returns: uint8 widths of each unit, [H, G, D].
+    """
+    flat = torch.cat([c.flatten() for c in costs]).double()
+    ladder = (0, *WIDTHS)
+    steps = [b - a for a, b in pairwise(ladder)]
+    gains = torch.stack([flat * (DISTORTION[a] - DISTORTION[b]) / (b - a) for a, b in pairwise(ladder)])
+    # DISTORTION falls ever more slowly, so a cell's steps are bought in their order.
+    order = gains.flatten().argsort(descending=True, stable=True)
+    price = torch.tensor(steps)[:, None].expand_as(gains).flatten()[order]
+    bought = order[price.cumsum(0) <= budget]
+    taken = torch.zeros(gains.numel(), dtype=torch.uint8)
+    taken[bought.cpu()] = 1
+    widths = (taken.view(len(steps), -1) * torch.tensor(steps, dtype=torch.uint8)[:, None]).sum(0, dtype=torch.uint8)
+    return [w.view(c.shape) for w, c in zip(widths.split([c.numel() for c in costs]), costs, strict=True)]
+
+
+def distortion(widths: torch.Tensor) -> torch.Tensor:
+    """DISTORTION of each width, elementwise."""
+    table = torch.zeros(9, dtype=torch.float64)
+    for width, share in DISTORTION.items():
+        table[width] = share
+    return table[widths.long().cpu()]
+
+
+def step_size(widths: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Steps of cells of given widths and standard deviations."""
+    table = torch.zeros(9, dtype=deviation.dtype)
+    for width, step in STEP.items():
+        table[width] = step
+    return table.to(deviation.device)[widths.long()] * deviation

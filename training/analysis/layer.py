@@ -1,0 +1,166 @@
+"""All that is gathered of one layer: a first pass for moments, raw similarity and drift, a second about the means and in the bases."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from kvcapsule.cli.errors import InputError
+from kvcapsule.prefill import LayerPrefill, cut_tiles
+
+from ..harvest import LayerHarvest
+from ..spectra import Bases, CoefficientMoments
+from .distortion import BITS, FULL_BITS, fixed_share, predict
+from .drift import Drift, attention_on
+from .similarity import Similarity
+from .spectrum import ChannelMoments, Spectrum, TileMoments, spectrum
+
+NAMES = ("keys", "values")
+
+
+class Solved(NamedTuple):
+    """What the first pass gave for the keys or the values, and what the second gathers with it."""
+
+    bases: Bases
+    centred: Similarity
+    coefficients: CoefficientMoments
+
+
+class LayerStudy:
+    """One layer. Tokens are those of all visual spans where nothing else is said; tiles leave out what is left at a span's end."""
+
+    def __init__(self, prefill: LayerPrefill) -> None:
+        """prefill: any of the layer's; it tells heads, head dim and device."""
+        _, heads, _, self.dim = prefill.keys.shape
+        device = prefill.keys.device
+        self.layer = prefill.layer
+        self.raw = {name: Similarity() for name in NAMES}
+        self.tokens = {name: ChannelMoments(heads, self.dim, device) for name in NAMES}
+        self.unrotated = ChannelMoments(heads, self.dim, device)
+        self.tiles: dict[str, TileMoments] = {}
+        self.drift = Drift()
+        self.framed = False
+        self._solved: dict[str, Solved] = {}
+
+    @property
+    def count(self) -> int:
+        """Tiles seen so far."""
+        return self.tiles["keys"].tiles if self.tiles else 0
+
+    def first(self, prefill: LayerPrefill, tiles: LayerHarvest | None, answers: Sequence[range]) -> None:
+        """Add a batch to the first pass.
+
+        Raises:
+            InputError: naming layer and tensor, if one holds what is not a number.
+        """
+        _require_finite(prefill)
+        for name, x_HND, width in _images(prefill):
+            self.raw[name].add(x_HND, width)
+            self.tokens[name].add(x_HND)
+        if tiles is not None:
+            for name, x_EHTD in (("keys", tiles.keys), ("values", tiles.values)):
+                if name not in self.tiles:
+                    _, heads, tile, dim = x_EHTD.shape
+                    self.tiles[name] = TileMoments(heads, tile, dim, x_EHTD.device)
+                self.tiles[name].add(x_EHTD)
+            if tiles.frame is not None:
+                self.framed = True
+                self._add_unrotated(prefill)
+        for row, answer in enumerate(answers):
+            self._add_drift(prefill, row, answer)
+
+    def second(self, prefill: LayerPrefill, tiles: LayerHarvest | None) -> None:
+        """Add the same batch to the second pass."""
+        solved = {name: self._solve(name) for name in NAMES}
+        for name, x_HND, width in _images(prefill):
+            solved[name].centred.add(x_HND, width)
+        if tiles is not None:
+            for name, x_EHTD in (("keys", tiles.keys), ("values", tiles.values)):
+                solved[name].coefficients.add(solved[name].bases.coefficients(x_EHTD.double()))
+
+    def result(self) -> dict[str, Any]:
+        """The layer's entry of the JSON object (docs/analyze.md)."""
+        return {
+            "layer": self.layer,
+            "similarity": {name: self._similarity(name) for name in NAMES},
+            "spectra": {"keys": self._key_spectra(), "values": self._tile_spectra("values")},
+            "fixed_share": {name: fixed_share(self.tiles[name], self._variances(name)) for name in NAMES},
+        }
+
+    def predicted(self) -> list[dict[str, Any]]:
+        """The layer's entries under "predicted"."""
+        of = {name: (self.tiles[name], self._variances(name)) for name in NAMES}
+        found = []
+        for bits in BITS:
+            each = {name: predict(*of[name], bits)._asdict() for name in NAMES}
+            found.append({"layer": self.layer, "bits": bits, "compression": FULL_BITS / bits, **each})
+        return found
+
+    def _solve(self, name: str) -> Solved:
+        if name not in self._solved:
+            moments = self.tiles[name].moments
+            fresh = CoefficientMoments(*moments.total.shape).to(moments.total.device)
+            self._solved[name] = Solved(moments.bases(), Similarity(self.tokens[name].mean()), fresh)
+        return self._solved[name]
+
+    def _variances(self, name: str) -> torch.Tensor:
+        """[H, T, D], without the bias of a mean that was measured on the same tiles."""
+        return self._solved[name].coefficients.variance() * (self.count / (self.count - 1))
+
+    def _similarity(self, name: str) -> dict[str, list[float]]:
+        raw, centred = self.raw[name].means(), self._solved[name].centred.means()
+        found = {**raw._asdict(), **{f"{key}_centred": value for key, value in centred._asdict().items()}}
+        return {key: value.tolist() for key, value in found.items()}
+
+    def _tile_spectra(self, name: str) -> dict[str, Any]:
+        return {"tokens": _plain(spectrum(self.tiles[name].tokens())), "channels": _plain(spectrum(self.tiles[name].channels()))}
+
+    def _key_spectra(self) -> dict[str, Any]:
+        unrotated = _plain(spectrum(self.unrotated.covariance())) if self.framed else None
+        rotated = _plain(spectrum(self.tokens["keys"].covariance()))
+        return {**self._tile_spectra("keys"), "channels_rotated": rotated, "channels_unrotated": unrotated}
+
+    def _add_unrotated(self, prefill: LayerPrefill) -> None:
+        """Each token is a tile of its own, and its frame all of its rotation."""
+        alone = cut_tiles(prefill, 1)
+        assert alone is not None and alone.frame is not None
+        self.unrotated.add(alone.frame.back(alone.keys)[:, :, 0].transpose(0, 1))
+
+    def _add_drift(self, prefill: LayerPrefill, row: int, answer: range) -> None:
+        spans = [span for span in prefill.spans if span.row == row]
+        behind = max((span.start + span.length for span in spans), default=answer.start)
+        if not spans or answer.start <= behind:
+            return
+        places = range(behind, answer.stop)
+        query, keys = prefill.query[row][:, behind : answer.stop], prefill.keys[row]
+        attention = attention_on(query, keys, places, prefill.valid[row], prefill.scale)
+        visual = attention[:, prefill.visual()[row]]
+        prompt = answer.start - behind
+        self.drift.add(visual[prompt - 1 :], visual[:prompt].sum(0))
+
+
+def _images(prefill: LayerPrefill) -> list[tuple[str, torch.Tensor, int]]:
+    """Name, tokens [H, N, D] as the model rotated them and width of the token grid, of every visual span."""
+    return [
+        (name, tensor[span.row, :, span.start : span.start + span.length], span.grid[2])
+        for span in prefill.spans
+        for name, tensor in (("keys", prefill.keys), ("values", prefill.values))
+    ]
+
+
+def _require_finite(prefill: LayerPrefill) -> None:
+    read = prefill.visual()
+    places = torch.arange(read.shape[1], device=read.device)
+    last = torch.where(read, places, -1).amax(1, keepdim=True)
+    asks = prefill.valid & (places > last) & (last >= 0)
+    for name, tensor, where in (("keys", prefill.keys, read), ("values", prefill.values, read), ("queries", prefill.query, asks)):
+        if not bool(tensor.transpose(1, 2)[where].isfinite().all()):
+            whose = "queries behind the image" if name == "queries" else f"{name} of visual tokens"
+            raise InputError(
+                f"layer {prefill.layer}: the {whose} hold NaN or infinity in {str(tensor.dtype).removeprefix('torch.')}. "
+                "Try another --dtype; if float32 has them too, the model's weights are broken."
+            )
+
+
+def _plain(of: Spectrum) -> dict[str, Any]:
+    return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in of._asdict().items()}

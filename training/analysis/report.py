@@ -1,0 +1,144 @@
+"""A study as a person reads it: a table for each question, one row for each layer."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from statistics import fmean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+_OF = ("keys", "values")
+_STEPS = (1, 4, 16, 64)
+"""Decode steps that the table shows; the JSON object has all."""
+_LEAST_SHARE = 0.1
+"""A step counts in tables and pictures while this share of the answers is so long."""
+
+
+def heading(found: Mapping[str, Any]) -> str:
+    """What was studied, in one line."""
+    geometry, data = found["geometry"], found["data"]
+    return (
+        f"{found['model']} ({geometry['model_type']}, {geometry['layers']} layers, {geometry['kv_heads']} KV heads of "
+        f"{geometry['head_dim']}, rotary {geometry['rotary']}) on {data['source']}, split {data['split']}:\n"
+        f"{found['questions']} questions, {found['tiles']} tiles of {found['tile']} visual tokens"
+    )
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    return [_similarity(found), _spectra(found), _drift(found), _predicted(found)]
+
+
+def followed(drift: Mapping[str, Any]) -> int:
+    """Steps, step 0 included, that enough of the answers have."""
+    return sum(count >= _LEAST_SHARE * drift["questions"][0] for count in drift["questions"])
+
+
+def over_steps(drift: Mapping[str, Any], curve: Sequence[float]) -> float | None:
+    """Mean of a curve over the decode steps of all questions, step 0 (the prompt's own last token) left out."""
+    weights = drift["questions"][1:]
+    return sum(w * x for w, x in zip(weights, curve[1:], strict=True)) / sum(weights) if weights else None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Over heads or layers; None, where there is nothing, is left out."""
+    there = [value for value in values if value is not None]
+    return fmean(there) if there else None
+
+
+def _similarity(found: Mapping[str, Any]) -> Table:
+    names = {"neighbours": "beside", "pairs": "any two", "neighbours_centred": "beside,\ncentred", "pairs_centred": "any two,\ncentred"}
+    columns = [f"{of}\n{title}" for of in _OF for title in names.values()]
+    table = _table("How alike are the visual tokens of an image? Mean cosine", columns)
+    for layer in found["layers"]:
+        cells = [mean(layer["similarity"][of][name]) for of in _OF for name in names]
+        table.add_row(str(layer["layer"]), *(_cell(cell, ".2f") for cell in cells))
+    table.caption = "beside: with the next in its row of the token grid; centred: the head's mean token taken off. Mean over KV heads."
+    return table
+
+
+def _spectra(found: Mapping[str, Any]) -> Table:
+    keys = found["layers"][0]["spectra"]["keys"]
+    sizes = {axis: keys[axis]["ranks"][-1] for axis in ("tokens", "channels")}
+    columns = [f"{of}, {size} {axis}\nrank (90 %, 99 %)" for of in _OF for axis, size in sizes.items()]
+    table = _table(
+        f"How many components hold the energy? RoPE: {found['geometry']['rotary']}",
+        [*columns, "key channels,\nrotated: rank", "key channels,\nunrotated: rank"],
+    )
+    for layer in found["layers"]:
+        spectra = layer["spectra"]
+        cells = [_components(spectra[of][axis]) for of in _OF for axis in sizes]
+        others = (spectra["keys"]["channels_rotated"], spectra["keys"]["channels_unrotated"])
+        cells += ["–" if other is None else _cell(mean(other["effective_rank"]), ".1f") for other in others]
+        table.add_row(str(layer["layer"]), *cells)
+    table.caption = (
+        "Effective rank, and components for 90 and 99 % of the energy; mean over KV heads. Keys are in their tile's frame; rotated: as "
+        "the model rotated them; unrotated: each token turned back by its own position. From unrotated to rotated is what RoPE costs."
+    )
+    return table
+
+
+def _components(spectrum: Mapping[str, Any]) -> str:
+    rank, most, all_but_one = (mean(spectrum[name]) for name in ("effective_rank", "components_90", "components_99"))
+    return f"{_cell(rank, '.1f')} ({_cell(most, '.0f')}, {_cell(all_but_one, '.0f')})"
+
+
+def _drift(found: Mapping[str, Any]) -> Table:
+    drift = found["drift"]
+    steps = [step for step in _STEPS if step < followed(drift)]
+    kept = " / ".join(f"{share:.0%}" for share in drift["kept"])
+    columns = [
+        f"overlap at step\n{' / '.join(map(str, steps)) or '–'}",
+        f"held by the prefill's\n{kept}",
+        f"by the last prompt token's\n{kept}",
+        f"by the step's own\n{kept}",
+        "attention\non the image",
+    ]
+    table = _table("Does the answer read what the prompt attended to?", columns)
+    for layer in drift["layers"]:
+        overlap = [layer["overlap"]["last_prompt_token"][step] for step in steps]
+        held = [[over_steps(drift, curve) for curve in layer["held"][by]] for by in ("post_vision", "last_prompt_token", "best")]
+        cells = [" / ".join(_cell(value, ".2f") for value in values) or "–" for values in (overlap, *held)]
+        table.add_row(str(layer["layer"]), *cells, _cell(over_steps(drift, layer["visual_mass"]), ".2f"))
+    table.caption = (
+        f"overlap: Jaccard of the {drift['top']:.0%} of visual tokens with most attention, at the step and under the last prompt token "
+        f"(chance {drift['top'] / (2 - drift['top']):.2f}). held: share of a step's attention to the image that lies on the tokens ranked "
+        "first by the prompt behind the image (prefill), by its last token, or by the step itself; mean over decode steps."
+    )
+    return table
+
+
+def _predicted(found: Mapping[str, Any]) -> Table:
+    entries = found["predicted"]
+    settings = sorted({(entry["bits"], entry["compression"]) for entry in entries})
+    by = {(entry["layer"], entry["bits"]): entry for entry in entries}
+    layers = [layer["layer"] for layer in found["layers"]]
+    table = _table(
+        "What is lost at given bits for each element? Predicted unexplained variance, transform code",
+        [f"{of}\n{title}" for of in _OF for title in ("fixed", *(f"{bits:g} ({compression:.0f}x)" for bits, compression in settings))],
+    )
+    for layer in found["layers"]:
+        cells = [[layer["fixed_share"][of], *(by[layer["layer"], bits][of]["transform"] for bits, _ in settings)] for of in _OF]
+        table.add_row(str(layer["layer"]), *(_cell(cell, ".3f") for cell in chain(*cells)))
+    table.add_section()
+    for method, title in (("transform", "mean"), ("per_channel", "per channel"), ("token_pca", "token PCA")):
+        means = [[None, *(fmean(by[layer, bits][of][method] for layer in layers) for bits, _ in settings)] for of in _OF]
+        table.add_row(title, *("" if cell is None else _cell(cell, ".3f") for cell in chain(*means)))
+    table.caption = (
+        "Rate-distortion bounds; scales and maps are not counted. fixed: share of the variance that is the same in every tile, and costs "
+        "no bits. Below the line, means over layers: of the transform code, of plain per-channel quantisation at the same bits, and of "
+        "16-bit rows by PCA along the tokens alone."
+    )
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,22 @@
+"""Quantisation with gradients: codes are rounded forward, and backward what lies in range passes straight through (Bengio et al., 2013).
+
+The step learns as in LSQ (arXiv 1902.08153): inside the range from the rounding error, outside it from the range's end.
+"""
+
+import torch
+
+from kvcapsule.codec.transform import Transform
+from kvcapsule.packing import GROUP
+
+
+def coded(transform: Transform, x_EHTD: torch.Tensor) -> torch.Tensor:
+    """The rows [E, H, M, C] that reading the encoded tiles would give, differentiable in all of the transform's parameters."""
+    width = transform.widths.repeat_interleave(GROUP, dim=1)
+    step = transform.step.repeat_interleave(GROUP, dim=1)
+    half = (2.0 ** (width.float() - 1)).to(x_EHTD.dtype)
+    scaled = (transform.coefficients(x_EHTD) - transform.offset) / step
+    inside = torch.maximum(torch.minimum(scaled, half - 0.5), 0.5 - half)
+    rounded = torch.maximum(torch.minimum(scaled.floor(), half - 1), -half) + 0.5
+    passed = inside + (rounded - inside).detach()
+    rows = torch.where(width > 0, passed * step, 0.0) + transform.offset
+    return rows[:, :, None].expand(-1, -1, transform.heads, -1, -1).flatten(1, 2)

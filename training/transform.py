@@ -1,0 +1,284 @@
+"""Training of the transform family: bases and widths in closed form, then gradient descent through the quantiser."""
+
+import math
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from kvcapsule.codec import LayerCodec
+from kvcapsule.codec.base import KeyPart, ValuePart
+from kvcapsule.codec.kvcapsule import pyramid
+from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues, side_by_side
+from kvcapsule.packing import GROUP
+from kvcapsule.segment import Segment
+
+from .allocation import allocate, cell_variance, distortion, step_size
+from .datamodule import Batch
+from .harvest import LayerHarvest, harvest_with_logits
+from .losses import error_and_energy, full_output, output_error, require_finite
+from .module import CapsuleFit, Task, scheduled
+from .spectra import Bases, CoefficientMoments, Moments, QueryMoments
+from .straight_through import coded
+from .through import divergence, logits_through
+
+_JOINT = 4
+"""Most KV heads that are coded together unless asked otherwise."""
+_WARMUP = 10
+"""Steps over which the learning rate rises."""
+_PROBE = 2.0
+"""Most bits an element at which the allocation probes: with more, a layer's error is lost among rounding errors."""
+
+
+class Unit(nn.Module):
+    """The keys or the values of one layer: what the closed form knows of them."""
+
+    def __init__(self, bases: Bases, moments: CoefficientMoments) -> None:
+        super().__init__()
+        self.bases, self.mean, self.variance = bases, moments.mean(), moments.variance()
+        self.cells = cell_variance(self.variance)
+
+    def transform(self, widths: torch.Tensor, heads: int, dim: int) -> Transform:
+        """The transform code of given widths [S, G, D], cut to the rows and channels that have any."""
+        used = (widths > 0).any(0)
+        groups = int(used.any(1).nonzero().amax()) + 1 if used.any() else 1
+        channels = int(used.any(0).nonzero().amax()) + 1 if used.any() else 1
+        tile = self.variance.shape[1]
+        built = Transform(len(widths), heads, tile, dim, groups * GROUP, channels).to(self.variance.device)
+        rows = min(groups * GROUP, tile)
+        kept = widths[:, :groups, :channels].to(self.variance.device)
+        with torch.no_grad():
+            built.tokens_in[:, :rows] = self.bases.tokens[:, :rows].float()
+            built.tokens_out[:, :, :rows] = self.bases.tokens[:, :rows].transpose(-1, -2).float()
+            built.channels_in.copy_(self.bases.channels_in[:, :, :channels])
+            built.channels_out.copy_(self.bases.channels_out[:, :, :channels])
+            built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
+            built.step.copy_(step_size(kept, (self.cells[:, :groups, :channels] / GROUP).sqrt()).clamp_min(1e-6))
+            built.widths.copy_(kept)
+        return built
+
+
+class TransformFit(CapsuleFit):
+    """Closed form from two passes over the same batches, allocation, then Adam on all that is continuous."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.recipe = task.recipe.transform
+        heads = task.geometry.kv_heads
+        self.heads = self.recipe.joint_heads or next(n for n in range(min(_JOINT, heads), 0, -1) if heads % n == 0)
+        if heads % self.heads:
+            raise ValueError(f"--transform.joint_heads {self.heads} does not divide the model's {heads} KV heads: choose a divisor.")
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps
+
+    def prepare(self) -> None:
+        recipe = self.task.recipe
+        units = self._units(recipe.moment_batches)
+        widths = self._widths(units)
+        dim = self.task.geometry.head_dim
+        transforms = [unit.transform(w, self.heads, dim) for unit, w in zip(units, widths, strict=True)]
+        self.layers = nn.ModuleList(
+            LayerCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
+        )
+
+    def codec_config(self) -> TransformConfig:
+        task, transforms = self.task, [self._transforms(i) for i in range(len(self.layers))]
+        rows = [[t.tokens_in.shape[1] for t in pair] for pair in transforms]
+        channels = [[t.channels_in.shape[2] for t in pair] for pair in transforms]
+        return TransformConfig(
+            tile=task.tile,
+            canonical_frame=task.recipe.codec.canonical_frame,
+            key_rows=tuple(k for k, _ in rows),
+            key_channels=tuple(k for k, _ in channels),
+            value_rows=tuple(v for _, v in rows),
+            value_channels=tuple(v for _, v in channels),
+            joint_heads=self.heads,
+            bits=round(sum(_bytes(t) for pair in transforms for t in pair) * 8 / self._elements(2 * len(transforms)), 4),
+        )
+
+    def codec(self, layer: int) -> LayerCodec:
+        codec = self.layers[layer]
+        assert isinstance(codec, LayerCodec)
+        return codec
+
+    def segment(self, index: int, layer: LayerHarvest) -> Segment:
+        return self._read(index, layer, True, True)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        task, recipe = self.task, self.recipe
+        last = int(batch.answers.max()) + 1
+        layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, last)
+        loss = torch.zeros((), device=self.device)
+        if recipe.output_weight:
+            segments = [self.segment(i, layer) for i, layer in enumerate(layers)]
+            error = torch.stack([output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]).mean()
+            self.log("train/output_error", error, prog_bar=True)
+            loss = loss + recipe.output_weight * error * len(layers)
+        if recipe.kl_weight:
+            through = logits_through(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, self.segment, last)
+            kl = divergence(logits, through, batch.answers)
+            self.log("train/kl", kl, prog_bar=True)
+            loss = loss + recipe.kl_weight * kl
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        task, last = self.task, int(batch.answers.max()) + 1
+        canonical = task.recipe.codec.canonical_frame
+        _, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last)
+        through = logits_through(task.model, batch.inputs, task.tile, canonical, self.segment, last)
+        self.log("validation/kl", divergence(logits, through, batch.answers), batch_size=len(batch.answers), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return scheduled(self.layers.parameters(), self.recipe.lr, self._rate, betas=(0.9, 0.98))
+
+    def derived(self) -> Table:
+        task = self.task
+        table = Table(title=f"{task.recipe.model}: tiles of {task.tile} visual tokens, {self.codec_config().bits:.3f} bit an element")
+        for column in ("layer", "key bits", "value bits", "key rows x channels", "value rows x channels"):
+            table.add_column(column, justify="right")
+        for i in range(len(self.layers)):
+            pair = self._transforms(i)
+            bits = (f"{_bytes(t) * 8 / self._elements(1):.2f}" for t in pair)
+            table.add_row(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
+        return table
+
+    def _rate(self, step: int) -> float:
+        """A short rise, then a cosine to zero."""
+        return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
+
+    def _transforms(self, layer: int) -> tuple[Transform, Transform]:
+        codec = self.codec(layer)
+        assert isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
+        return codec.keys.transform, codec.values.transform
+
+    def _read(self, index: int, layer: LayerHarvest, keys: bool, values: bool) -> Segment:
+        """A layer's tiles with its keys or values coded, or both, as reading the codes would give them."""
+        codec = self.codec(index)
+        assert isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
+        key_part, value_part = KeyPart(layer.keys), ValuePart(layer.values)
+        if keys:
+            key_part = codec.keys.part(coded(codec.keys.transform, layer.keys.float()))
+        if values:
+            value_part = codec.values.part(coded(codec.values.transform, layer.values.float()))
+        return Segment(owner=layer.owner, frame=layer.frame, **key_part._asdict(), **value_part._asdict())
+
+    def _elements(self, units: int) -> int:
+        """Elements of one tile in so many units (the keys or the values of a layer)."""
+        return units * self.task.tile * self.task.geometry.kv_heads * self.task.geometry.head_dim
+
+    def _units(self, batches: int) -> list[Unit]:
+        """Keys and values of every layer in turn: bases from one pass, the variances of their coefficients from a second."""
+        geometry, tile, device = self.task.geometry, self.task.tile, self.task.model.device
+        sets, width = geometry.kv_heads // self.heads, geometry.head_dim * self.heads
+        moments = [Moments(sets, tile, width).to(device) for _ in range(2 * geometry.layers)]
+        queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
+        for batch in self.batches(batches, "moments of keys and values"):
+            for i, layer in enumerate(self.harvest(batch)):
+                require_finite(layer, i)
+                moments[2 * i].add(side_by_side(layer.keys, self.heads))
+                moments[2 * i + 1].add(side_by_side(layer.values, self.heads))
+                queries[i].add(layer)
+        for sums in (*moments, *queries):
+            self.reduce(sums)
+        self._require_samples(moments[0])
+        bases = []
+        for i, query in enumerate(queries):
+            metric = query.metric().unflatten(0, (sets, self.heads)) if self.recipe.query_metric else None
+            by_set = None if metric is None else torch.stack([torch.block_diag(*heads) for heads in metric])
+            bases += [moments[2 * i].bases(by_set), moments[2 * i + 1].bases()]
+        coefficients = [CoefficientMoments(sets, tile, width).to(device) for _ in bases]
+        for batch in self.batches(batches, "variances of their coefficients"):
+            for i, layer in enumerate(self.harvest(batch)):
+                for unit, x in ((2 * i, layer.keys), (2 * i + 1, layer.values)):
+                    coefficients[unit].add(bases[unit].coefficients(side_by_side(x.double(), self.heads)))
+        for sums in coefficients:
+            self.reduce(sums)
+        return [Unit(b, c) for b, c in zip(bases, coefficients, strict=True)]
+
+    def _require_samples(self, moments: Moments) -> None:
+        """Raises ValueError where the tiles are too few for the bases to be more than these tiles' own."""
+        tiles, needed = int(moments.count), -(-2 * self.task.tile // (self.task.geometry.head_dim * self.heads)) * 8
+        if tiles < needed:
+            raise ValueError(
+                f"{tiles} tiles are too few for stable bases of {self.task.tile} tokens: at least {needed} are needed. Give more questions "
+                "(--data.size), look at more of them (--moment_batches), or choose a smaller --codec.tile."
+            )
+
+    def _widths(self, units: list[Unit]) -> list[torch.Tensor]:
+        """Bits of every cell of every unit."""
+        recipe, n = self.task.recipe, len(units)
+        cells = [unit.cells for unit in units]
+        if self.recipe.key_bits is not None and self.recipe.value_bits is not None:
+            costs = self._costs(units)
+            keys = allocate(costs[::2], int(self.recipe.key_bits * self._elements(n // 2) / 8))
+            values = allocate(costs[1::2], int(self.recipe.value_bits * self._elements(n // 2) / 8))
+            return [w for pair in zip(keys, values, strict=True) for w in pair]
+        overhead = self._overhead()
+        budget = recipe.element_bits * self._elements(n) / 8 - overhead
+        if budget < n:
+            raise ValueError(
+                f"{recipe.element_bits:.3g} bit an element are {recipe.element_bits * self._elements(n) / 8:.0f} bytes a tile, of which "
+                f"{overhead:.0f} are its address and frame: choose a lower --ratio or a larger --codec.tile."
+            )
+        if self.recipe.allocation == "output":
+            return allocate(self._costs(units), int(budget))
+        slope = recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0
+        shares = pyramid(1 / n, n // 2, slope)
+        pairs = [allocate(cells[2 * i : 2 * i + 2], int(budget * 2 * share)) for i, share in enumerate(shares)]
+        return [w for pair in pairs for w in pair]
+
+    def _overhead(self) -> float:
+        """Bytes of a tile besides its codes: its owner and, where it has one, its frame; stored once for all layers."""
+        rotary = self.task.geometry.rotary != "none" and self.task.recipe.codec.canonical_frame
+        return 8 + (self.task.geometry.head_dim * 4 if rotary else 0)
+
+    def _costs(self, units: list[Unit]) -> list[torch.Tensor]:
+        """What leaving out each cell adds to the error of its layer's attention output, relative to the output's energy.
+
+        Measured unit by unit: coded alone, at the budget's mean rate, under the queries that really read it; a cell's part is in proportion
+        to its variance.
+        """
+        dim, sets = self.task.geometry.head_dim, len(units[0].cells)
+        budget = int(min(self.task.recipe.element_bits, _PROBE) * self._elements(1) / 8)
+        probes = [allocate([unit.cells], budget)[0] for unit in units]
+        transforms = [unit.transform(w, self.heads, dim) for unit, w in zip(units, probes, strict=True)]
+        self.layers = nn.ModuleList(
+            LayerCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
+        )
+        sums = _Sums(len(units), sets).to(self.task.model.device)
+        with torch.no_grad():
+            for batch in self.batches(self.recipe.probe_batches, "what each layer costs"):
+                for i, layer in enumerate(self.harvest(batch)):
+                    truth = full_output(layer)
+                    for unit, keys in ((2 * i, True), (2 * i + 1, False)):
+                        errors, energy = error_and_energy(layer, self._read(i, layer, keys, not keys), truth, sets)
+                        sums.errors[unit] += errors
+                        sums.energy[unit] += energy
+        self.reduce(sums)
+        costs = []
+        for known, probe, error in zip(units, probes, sums.errors / sums.energy[:, None], strict=True):
+            left = (known.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12)
+            costs.append(known.cells.cpu() * (error.cpu() / left)[:, None, None])
+        return costs
+
+
+class _Sums(nn.Module):
+    """Errors of units' outputs by set of heads, and the outputs' energies, over batches."""
+
+    errors: torch.Tensor
+    energy: torch.Tensor
+
+    def __init__(self, units: int, sets: int) -> None:
+        super().__init__()
+        self.register_buffer("errors", torch.zeros(units, sets, dtype=torch.float64))
+        self.register_buffer("energy", torch.zeros(units, dtype=torch.float64))
+
+
+def _bytes(transform: Transform) -> int:
+    """Bytes of one tile's codes."""
+    return int(transform.widths.long().sum())
