@@ -558,6 +558,7 @@ def test_pages_vlm_reads_on_while_prefill_stays(tmp_path: Path) -> None:
         (["--questions", "7"], "at least 8"),
         (["--data.size", "5"], "5 questions (of pages, split 'train'): a study needs at least 8"),
         (["--batch", "0"], "--batch 0"),
+        (["--device", "nowhere"], "--device nowhere cannot be used here"),
         (["--data.split", "dev"], "train, validation, test"),
         (["--data.colour", "red"], "data.colour"),
         (["--model", "no/such-model"], "cannot load the model"),

@@ -18,9 +18,9 @@ from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segment import Segment, storage_bytes
-from kvcapsule.training.compact import QueryBank, chosen_by_teacher, fit_selector, greedy_choice
 from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
+from kvcapsule.training.matching import QueryBank, chosen_by_teacher, fit_selector, greedy_choice
 
 LONG = 24
 """Tokens of the tiles whose fit is measured."""

@@ -1,200 +1,104 @@
-"""What a compact capsule is trained with: the bank of queries that it matches, and a selector that imitates a slower choice of tokens."""
+"""Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of tokens."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
+from rich.table import Table
+from torch import nn
 
-from kvcapsule.codec.compact import CompactLayer, Reading, Selector, targets
-from kvcapsule.kernels.reference import segment_partial
+from kvcapsule.codec.compact import CompactConfig, CompactLayer
+from kvcapsule.codec.kvcapsule import pyramid, retained
 from kvcapsule.segment import Segment
 
+from .datamodule import Batch
 from .harvest import LayerHarvest
-
-_CHUNK = 32
-"""Tiles whose choice is made at once."""
-_LEAST_SHARE = 1e-4
-"""Share of attention below which queries read a tile equally little."""
+from .losses import require_finite
+from .matching import QueryBank, begin, chosen_by_teacher, imitation_loss
+from .module import CapsuleFit, Task, scheduled
 
 
-class QueryBank:
-    """A weighted sample, without repetition, of the queries that read one layer's tiles, in the tiles' frames; its size is fixed.
+class CompactFit(CapsuleFit):
+    """Nothing but the bank is needed where tokens are ranked by attention; a learned selector is trained by gradient descent."""
 
-    A query is drawn with the square of the share of its attention that goes to the tile, for that is what an error in the tile adds to
-    its output's squared error. Every KV head has its own sample, from all query heads that share it. Weighted reservoir sampling
-    (Efraimidis and Spirakis, 2006): what is kept are the greatest of random priorities, so samples of several ranks can be merged.
-    """
-
-    def __init__(self, size: int, seed: int = 0) -> None:
-        """seed: another one for every layer and rank."""
-        self.size, self.seen = size, 0
-        self.queries: torch.Tensor | None = None
-        """[H, Q, D], Q <= size."""
-        self.priority: torch.Tensor | None = None
-        """[H, Q]."""
-        self._random = torch.Generator().manual_seed(seed)
-
-    def add(self, layer: LayerHarvest) -> None:
-        """Offer the queries that read a layer's tiles; each tile is offered those of its own row."""
-        heads = layer.keys.shape[1]
-        reads = layer.reads[layer.owner][:, None].expand(-1, layer.query.shape[1] // heads, -1)  # [E, G, Q]
-        query = layer.query.float()[layer.owner]
-        query = query if layer.frame is None else layer.frame.back(query)
-        query = query.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4)[reads].transpose(0, 1)  # [H, n, D]
-        share = _shares(layer).permute(0, 2, 3, 1)[reads].transpose(0, 1)
-        # In fp64 and by its log: with shares this uneven, powers of a random number would all round to 0.
-        drawn = torch.rand(query.shape[1], generator=self._random, dtype=torch.float64).to(share.device)
-        self.merge(query, drawn.log() / share.double().clamp_min(_LEAST_SHARE).square())
-        self.seen += query.shape[1]
-
-    def merge(self, queries: torch.Tensor, priority: torch.Tensor) -> None:
-        """Take in queries [H, n, D] with their priorities [H, n], those of another rank's bank for one."""
-        if self.queries is not None and self.priority is not None:
-            queries, priority = torch.cat([self.queries, queries], dim=1), torch.cat([self.priority, priority], dim=1)
-        best = priority.argsort(dim=1, descending=True, stable=True)[:, : self.size]
-        self.queries = queries.gather(1, best[..., None].expand(-1, -1, queries.shape[2]))
-        self.priority = priority.gather(1, best)
-
-    def bank(self) -> torch.Tensor:
-        """[H, size, D].
-
-        Raises:
-            ValueError: if fewer queries were offered.
-        """
-        found = 0 if self.queries is None else self.queries.shape[1]
-        if self.queries is None or found < self.size:
-            raise ValueError(
-                f"a bank of {self.size} queries cannot be filled from the {found} that read the tiles: "
-                "collect from more batches, or ask for a smaller bank."
-            )
-        return self.queries
-
-
-def _shares(layer: LayerHarvest) -> torch.Tensor:
-    """[E, H, G, Q]: the share of each query's attention that goes to each tile."""
-    batch, query_heads, n_queries, dim = layer.query.shape
-    heads = layer.keys.shape[1]
-    query = layer.query.float().view(batch, heads, query_heads // heads, n_queries, dim)
-    tiles = segment_partial(query, Segment(layer.keys, layer.values, layer.owner, frame=layer.frame), layer.scale).lse
-    rest = segment_partial(query, layer.rest, layer.scale, layer.visible)
-    lse, owner = torch.cat([tiles, rest.lse]), torch.cat([layer.owner, rest.owner])
-    index = owner.view(-1, 1, 1, 1).expand_as(lse)
-    top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
-    whole = torch.zeros_like(top).index_add(0, owner, (lse - top[owner]).exp())
-    return (tiles - top[layer.owner]).exp() / whole[layer.owner]
-
-
-def greedy_choice(reading: Reading, v_EHTD: torch.Tensor, count: int) -> torch.Tensor:
-    """The teacher: one token after the other, always the one that adds most to what is explained of the tile's output and mass.
-
-    Orthogonal matching pursuit with the paper's mass and the output as targets; one step for each token kept, on all tiles and heads at
-    once, T (D + M) multiplications a step. Returns [E, H, count] in rising order.
-    """
-    gram, target = targets(reading, v_EHTD)
-    left = gram.diagonal(dim1=-2, dim2=-1)
-    floor = 1e-6 * left.amax(-1, keepdim=True)
-    free = torch.ones_like(left, dtype=torch.bool)
-    columns = gram.new_zeros(*left.shape, 0)
-    picks: list[torch.Tensor] = []
-    for _ in range(count):
-        gain = (target.square().sum(-1) / left.clamp_min(floor)).masked_fill(~free, -1.0)
-        pick = gain.argmax(-1)[..., None]
-        picks.append(pick)
-        free = free.scatter(-1, pick, False)
-        before = columns.gather(2, pick[..., None].expand(-1, -1, -1, columns.shape[-1]))
-        column = gram.gather(3, pick[:, :, None].expand(-1, -1, gram.shape[2], -1))[..., 0] - (columns * before).sum(-1)
-        column = column / left.gather(-1, pick).clamp_min(floor).sqrt()
-        explained = (
-            target.gather(2, pick[..., None].expand(-1, -1, -1, target.shape[-1]))
-            / left.gather(-1, pick).clamp_min(floor).sqrt()[..., None]
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.recipe = task.recipe.compact
+        self.config = CompactConfig(
+            tile=task.tile,
+            canonical_frame=task.recipe.codec.canonical_frame,
+            ratios=pyramid(task.recipe.retention, task.geometry.layers, task.recipe.codec.pyramid),
+            bank=self.recipe.bank,
+            ridge=self.recipe.ridge,
+            selector=self.recipe.selector,
+            passes=self.recipe.passes,
+            hidden=self.recipe.hidden,
         )
-        target = target - column[..., None] * explained
-        left = (left - column.square()).clamp_min(0.0)
-        columns = torch.cat([columns, column[..., None]], dim=-1)
-    return torch.cat(picks, dim=-1).sort(-1).values
 
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps if self.recipe.selector == "learned" else 0
 
-def chosen_by_teacher(codec: CompactLayer, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
-    """[E, H, T] bool: the tokens that the greedy choice keeps."""
-    kept = [greedy_choice(codec.read(k), v, codec.stored) for k, v in zip(k_EHTD.split(_CHUNK), v_EHTD.split(_CHUNK), strict=True)]
-    marked = torch.zeros(k_EHTD.shape[:3], dtype=torch.bool, device=k_EHTD.device)
-    return marked.scatter(-1, torch.cat(kept), True)
+    def prepare(self) -> None:
+        geometry, seed = self.task.geometry, self.task.recipe.seed
+        banks = [QueryBank(self.recipe.bank, seed + 1000 * self.global_rank + i) for i in range(geometry.layers)]
+        first: list[LayerHarvest] = []
+        for batch in self.batches(self.task.recipe.moment_batches, "queries that read the tiles"):
+            layers = self.harvest(batch)
+            first = first or layers
+            for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
+                require_finite(layer, i)
+                bank.add(layer)
+        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
+        for index, (bank, layer) in enumerate(zip(banks, first, strict=True)):
+            codec = self.codec(index)
+            self._merge(bank)
+            codec.bank.copy_(bank.bank())
+            if codec.selector is not None:
+                begin(codec.selector, layer.keys, layer.values, seed)
 
+    def codec_config(self) -> CompactConfig:
+        return self.config
 
-def imitation_loss(selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, chosen_EHT: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of the selector's scores to the teacher's choice."""
-    scores = selector(k_EHTD, v_EHTD)
-    return F.binary_cross_entropy_with_logits(scores, chosen_EHT.to(scores.dtype))
+    def codec(self, layer: int) -> CompactLayer:
+        codec = self.layers[layer]
+        assert isinstance(codec, CompactLayer)
+        return codec
 
+    def segment(self, index: int, layer: LayerHarvest) -> Segment:
+        return self.codec(index).encode(layer.keys.float(), layer.values.float()).segment(layer.owner, layer.frame)
 
-def begin(selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, seed: int = 0) -> None:
-    """Begin anew: take the selector's mean and spread from tiles, and draw its weights."""
-    random = torch.Generator().manual_seed(seed)
-    tokens = torch.cat([k_EHTD, v_EHTD], dim=-1).float()
-    with torch.no_grad():
-        selector.mean.copy_(tokens.mean((0, 2)))
-        selector.spread.copy_(tokens.std((0, 2)).clamp_min(1e-6))
-        for weights in (selector.inner, selector.outer):
-            weights.copy_(torch.randn(weights.shape, generator=random) * weights.shape[1] ** -0.5)
-        for weights in (selector.place, selector.place_bias):
-            weights.zero_()
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        losses = []
+        for index, layer in enumerate(self.harvest(batch)):
+            codec, keys, values = self.codec(index), layer.keys.float(), layer.values.float()
+            assert codec.selector is not None
+            losses.append(imitation_loss(codec.selector, keys, values, chosen_by_teacher(codec, keys, values)))
+        loss = torch.stack(losses).mean()
+        self.log("train/imitation", loss, prog_bar=True)
+        return loss
 
+    def configure_optimizers(self) -> dict[str, Any] | None:
+        if not self.steps:
+            return None
+        return scheduled(self.layers.parameters(), self.recipe.lr, lambda step: max(0.0, 1 - step / self.steps))
 
-class SelectorFit(NamedTuple):
-    """How well a selector imitates its teacher, on the tiles that it was trained on."""
+    def derived(self) -> Table:
+        config, tile = self.config, self.task.tile
+        table = Table(title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries")
+        for column in ("layer", "rows", "of"):
+            table.add_column(column, justify="right")
+        for layer, ratio in enumerate(config.ratios):
+            table.add_row(str(layer), str(retained(ratio, tile)), str(tile))
+        return table
 
-    loss: float
-    """Mean of the imitation loss over the last tenth of the steps."""
-    agreement: float
-    """Share of the teacher's tokens that are among the highest ranked, as many as it keeps."""
-
-
-def fit_selector(
-    codec: CompactLayer,
-    k_EHTD: torch.Tensor,
-    v_EHTD: torch.Tensor,
-    steps: int = 400,
-    batch: int = 32,
-    lr: float = 3e-3,
-    seed: int = 0,
-    console: Console | None = None,
-) -> SelectorFit:
-    """Train a layer's selector on tiles of keys (in the bank's frame) and values; the codec's bank must be filled.
-
-    Args:
-        codec: of a config with selector "learned".
-        batch: tiles a step, drawn at random.
-        lr: of Adam; it falls to 0 in a line.
-        console: where to show progress; None shows none.
-    """
-    selector = codec.selector
-    if selector is None:
-        raise ValueError('this codec ranks tokens by attention and has nothing to train: configure it with selector="learned".')
-    keys, values = k_EHTD.detach().float(), v_EHTD.detach().float()
-    with torch.no_grad():
-        chosen = chosen_by_teacher(codec, keys, values)
-    begin(selector, keys, values, seed)
-    optimizer = torch.optim.Adam(selector.parameters(), lr=lr)
-    losses = []
-    for step, tiles in enumerate(
-        track(_draws(len(keys), steps, batch, seed), "selector", total=steps, console=console, disable=not console)
-    ):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        loss = imitation_loss(selector, keys[tiles], values[tiles], chosen[tiles])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    with torch.no_grad():
-        own = selector(keys, values).topk(codec.stored).indices
-    last = losses[-max(1, steps // 10) :]
-    return SelectorFit(sum(last) / max(1, len(last)), float(chosen.gather(-1, own).float().mean()))
-
-
-def _draws(tiles: int, steps: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        yield torch.randint(tiles, (min(batch, tiles),), generator=random)
+    def _merge(self, bank: QueryBank) -> None:
+        """Join the samples of all ranks."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+            return
+        assert bank.queries is not None and bank.priority is not None
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (bank.queries.cpu(), bank.priority.cpu()))
+        device = bank.queries.device
+        for rank, (queries, priority) in enumerate(found):
+            if rank != torch.distributed.get_rank():
+                bank.merge(queries.to(device), priority.to(device))

@@ -22,13 +22,14 @@ from kvcapsule.geometry import KVGeometry
 from kvcapsule.models import load_vlm
 from kvcapsule.spans import find_spans
 
+from .compact import CompactFit
 from .datamodule import Questions
 from .kvcapsule import KVCapsuleFit
 from .module import CapsuleFit, FitOf, Task
 from .recipe import Recipe
 from .transform import TransformFit
 
-FITS: dict[str, FitOf] = {"transform": TransformFit, "kvcapsule": KVCapsuleFit}
+FITS: dict[str, FitOf] = {"transform": TransformFit, "kvcapsule": KVCapsuleFit, "compact": CompactFit}
 """How each family is trained: the one place where a family's training is registered."""
 _NEVER = 10**9
 _CHECKPOINT_EVERY = 50
@@ -170,7 +171,6 @@ def _summary(metrics: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     names = ("keys_unexplained", "values_unexplained", "output_error")
     layers = sorted({int(k.split("/")[0].removeprefix("layer")) for k in metrics if k.startswith("layer")})
-    for layer in layers:
-        table.add_row(str(layer), *(f"{metrics[f'layer{layer}/{n}']:.4f}" for n in names))
-    table.add_row("mean", *(f"{metrics[n]:.4f}" for n in names))
+    for title, under in (*((str(i), f"layer{i}/") for i in layers), ("mean", "")):
+        table.add_row(title, *(f"{metrics[under + n]:.4f}" if under + n in metrics else "–" for n in names))
     return table

@@ -15,7 +15,7 @@ from kvcapsule.segment import Segment
 from .datamodule import Batch
 from .harvest import LayerHarvest
 from .losses import unexplained
-from .module import CapsuleFit, Task, scheduled
+from .module import CapsuleFit, Task, mean, scheduled
 from .moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 from .recipe import OptimConfig
 from .relaxed import SoftKeys, soft_keys
@@ -145,12 +145,9 @@ class KVCapsuleFit(CapsuleFit):
         return (lost + self.optim.mask_weight * mask + self.optim.ratio_weight * ratio) / n
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
-        totals = torch.zeros(3, device=self.device)
-        for index, layer in enumerate(self.harvest(batch)):
-            totals = totals + self.errors(self.segment(index, layer), layer)
-        totals = totals / len(self.layers)
-        self.log_errors("train", totals, len(batch.answers))
-        return totals[0] + self.optim.output_weight * totals[2]
+        errors = mean([self.errors(self.segment(index, layer), layer) for index, layer in enumerate(self.harvest(batch))])
+        self.log_errors("train", errors, len(batch.answers))
+        return errors["keys_unexplained"] + self.optim.output_weight * errors["output_error"]
 
 
 def _initial(how: str, gram: torch.Tensor, stored: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What the training of every family has in common: a LightningModule over the harvest of a frozen VLM, which is no part of its state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -36,6 +36,10 @@ class Task:
     tile: int
     """Visual tokens of a tile."""
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+
+Errors = dict[str, torch.Tensor]
+"""Losses of a layer by name."""
 
 
 class CapsuleFit(L.LightningModule, ABC):
@@ -115,27 +119,30 @@ class CapsuleFit(L.LightningModule, ABC):
                 torch.distributed.all_reduce(buffer)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        totals = torch.zeros(3, device=self.device)
+        found = []
         for index, layer in enumerate(self.harvest(batch)):
-            errors = self.errors(self.segment(index, layer), layer)
-            totals = totals + errors
-            self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
-        self.log_errors("validation", totals / len(self.layers), len(batch.answers))
+            found.append(self.errors(self.segment(index, layer), layer))
+            self.log_errors(f"validation/layer{index}", found[-1], len(batch.answers))
+        self.log_errors("validation", mean(found), len(batch.answers))
 
-    def errors(self, segment: Segment, layer: LayerHarvest) -> torch.Tensor:
-        """Keys unexplained, values unexplained and attention-output error of one layer, [3]."""
+    def errors(self, segment: Segment, layer: LayerHarvest) -> Errors:
+        """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of attention's output."""
         maps = {name: getattr(segment, name) for name in ("score_map", "value_map", "value_mean", "q_map", "out_map")}
         # Without the frame: tiles in their canonical frames, as they were harvested.
         keys, values = Segment(segment.keys, segment.values, segment.owner, **maps).materialize()
-        return torch.stack(
-            [unexplained(keys, layer.keys), unexplained(values, layer.values), output_error(layer, segment, full_output(layer))]
-        )
+        found = {"output_error": output_error(layer, segment, full_output(layer))}
+        if keys.shape == layer.keys.shape:
+            found |= {"keys_unexplained": unexplained(keys, layer.keys), "values_unexplained": unexplained(values, layer.values)}
+        return found
 
-    def log_errors(self, under: str, errors: torch.Tensor, batch: int) -> None:
-        self.log_dict({f"{under}/{name}": error for name, error in zip(ERRORS, errors, strict=True)}, batch_size=batch, sync_dist=True)
+    def log_errors(self, under: str, errors: Errors, batch: int) -> None:
+        self.log_dict({f"{under}/{name}": error for name, error in errors.items()}, batch_size=batch, sync_dist=True)
 
 
-ERRORS = ("keys_unexplained", "values_unexplained", "output_error")
+def mean(errors: Sequence[Errors]) -> Errors:
+    """Over the layers."""
+    return {name: torch.stack([found[name] for found in errors]).mean() for name in errors[0]}
+
 
 FitOf = Callable[[Task], CapsuleFit]
 

@@ -110,6 +110,26 @@ class CodecRecipe:
 
 
 @dataclass(frozen=True)
+class CompactRecipe:
+    """How a compact capsule is shaped and learns."""
+
+    bank: int = 512
+    """Training queries of each KV head that attention is matched for."""
+    ridge: float = 1e-3
+    """Pull of the refit values towards plain means."""
+    selector: str = "attention"
+    """How tokens are ranked: "attention" (of the bank) or "learned" (a network that imitates the greedy choice)."""
+    passes: int = 2
+    """Times that the ranking is reordered by what each token adds to those above it."""
+    hidden: int = 64
+    """Width of the learned selector."""
+    steps: int = 200
+    """Steps of its training."""
+    lr: float = 3e-3
+    """Peak learning rate of Adam; it falls in a line."""
+
+
+@dataclass(frozen=True)
 class TrainerRecipe:
     """Where Lightning runs the training."""
 
@@ -147,6 +167,8 @@ class Recipe:
     """Shape and learning of a transform code."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(size=2048))
     """Where questions and answers come from."""
+    compact: CompactRecipe = field(default_factory=CompactRecipe)
+    """Shape and learning of a compact capsule."""
     trainer: TrainerRecipe = field(default_factory=TrainerRecipe)
     """Devices and processes."""
     held_out: int = 64

@@ -119,7 +119,7 @@ def fit_masses(rows_EHQM: torch.Tensor, target_EHQ1: torch.Tensor, start_EHM: to
 class Selector(nn.Module):
     """Ranks a tile's tokens in one pass: two layers over a token's key and value, with an embedding of its place, for each KV head.
 
-    All zero until it is trained (kvcapsule.training.compact).
+    All zero until it is trained (kvcapsule.training.matching).
     """
 
     mean: torch.Tensor
@@ -171,7 +171,7 @@ class CompactLayer(LayerCodec):
         if not bool(self.bank.any()):
             raise RuntimeError(
                 "this compact codec's bank of queries is empty, so there is nothing to match: train the capsule, or fill `bank` with "
-                "kvcapsule.training.compact.QueryBank."
+                "kvcapsule.training.matching.QueryBank."
             )
         return read_by(self.bank, k_EHTD, self.scale)
 
@@ -188,7 +188,7 @@ class CompactLayer(LayerCodec):
         """Biases and values for kept tokens, fitted to the keys as they will be read: quantised where latent_bits says so."""
         work, tile = reading.attention.dtype, k_EHTD.shape[2]
         keys = k_EHTD.gather(2, kept_EHM[..., None].expand(-1, -1, -1, k_EHTD.shape[3]))
-        as_read = keys.to(work)
+        as_read = QuantizedRows.pack(keys, self.bits).read(work) if self.bits else keys.to(work)
         scores = reading.queries @ as_read.transpose(-1, -2)
         # Coarsely quantised keys may outweigh the whole tile.
         top = torch.maximum(reading.log_mass, scores.logsumexp(-1, keepdim=True))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from kvcapsule.cli.errors import InputError
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
 from kvcapsule.geometry import KVGeometry
@@ -41,6 +42,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    _require_device(config.device)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device)
         geometry = KVGeometry.from_config(model.config)
@@ -69,6 +71,16 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         "dtype": str(model.dtype).removeprefix("torch."),
         "command": command,
     }
+
+
+def _require_device(device: str | None) -> None:
+    if device in (None, "auto"):
+        return
+    try:
+        torch.empty(0, device=device)
+    # A build of torch without CUDA answers with an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def shown(name: str) -> str:
