@@ -22,7 +22,7 @@ from kvcapsule.models import load_vlm
 
 from . import results
 from .config import EvalConfig
-from .machine import machine, versions
+from kvcapsule.machine import machine, versions
 from .matching import TOLERANCE, match_ratios
 from .methods import FULL, RIVALS, Entry, chosen, entries, full_entry, open_capsules, shown_path
 from .report import answer_tokens, rows

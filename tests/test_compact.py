@@ -13,7 +13,7 @@ from kvcapsule import attach
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import FAMILIES, Encoded
 from kvcapsule.codec.base import KeyPart, ValuePart
-from kvcapsule.codec.compact import CompactConfig, CompactLayer, added, targets
+from kvcapsule.codec.compact import CompactConfig, CompactLayer, added, fit_masses, targets
 from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.kernels.reference import attend
@@ -145,6 +145,25 @@ def test_kept_keys_carry_the_mass_of_the_tile() -> None:
     scores = grouped @ encoded.keys.keys.transpose(-1, -2)
     assert float(((scores + encoded.bias[:, :, None]).logsumexp(-1) - whole).abs().mean()) < 0.25
     assert float((scores.logsumexp(-1) - whole).abs().mean()) > 0.9
+
+
+def test_masses_are_a_least_squares_fit_pulled_to_their_start() -> None:
+    """Against the solution written out; where a bound holds a weight, the others are the best beside it."""
+    rows, start = rand(1, 1, 30, 4, seed=1).abs(), rand(1, 1, 4, seed=2).abs()
+    gram = (rows.transpose(-1, -2) @ rows)[0, 0]
+    pull = gram.diagonal().mean()
+    for wanted in (torch.ones(1, 1, 30, 1, dtype=torch.float64), rows[..., :1] + 0.5):
+        right = (rows.transpose(-1, -2) @ wanted)[0, 0, :, 0] + pull * start[0, 0].clamp(0.1, 10)
+        expected = torch.linalg.solve(gram + pull * torch.eye(4), right)
+        found = fit_masses(rows, wanted, start, tile=10)[0, 0]
+        if float(expected.min()) < 0.1:
+            low = expected < 0.1
+            free = ~low
+            right = right - 0.1 * gram[:, low].sum(1)
+            expected[low] = 0.1
+            expected[free] = torch.linalg.solve((gram + pull * torch.eye(4))[free][:, free], right[free])
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        assert float((found - start[0, 0].clamp(0.1, 10)).abs().max()) > 0.1
 
 
 def test_attention_ranks_by_root_mean_square() -> None:

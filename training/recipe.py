@@ -55,7 +55,7 @@ class TransformRecipe:
     """How a transform code is shaped and learns."""
 
     joint_heads: int = 0
-    """KV heads that are coded together; 0 takes the greatest number up to 4 that divides them."""
+    """KV heads that are coded together; 0 takes as many as have 128 channels in all."""
     allocation: str = "output"
     """How layers share the bits: "output" (by what each bit saves in attention's output), "pyramid" (see --codec.pyramid) or "uniform"."""
     key_bits: float | None = None
@@ -66,7 +66,7 @@ class TransformRecipe:
     """Weigh the channels of keys by the queries that read them; False weighs all alike."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
-    steps: int = 300
+    steps: int = 200
     """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form."""
     lr: float = 3e-4
     """Peak learning rate of Adam."""

@@ -23,8 +23,8 @@ from .spectra import Bases, CoefficientMoments, Moments, QueryMoments
 from .straight_through import coded
 from .through import divergence, logits_through
 
-_JOINT = 4
-"""Most KV heads that are coded together unless asked otherwise."""
+_JOINT = 128
+"""Most channels that are coded together unless asked otherwise: their map grows with the square."""
 _WARMUP = 10
 """Steps over which the learning rate rises."""
 _PROBE = 2.0
@@ -66,7 +66,9 @@ class TransformFit(CapsuleFit):
         super().__init__(task)
         self.recipe = task.recipe.transform
         heads = task.geometry.kv_heads
-        self.heads = self.recipe.joint_heads or next(n for n in range(min(_JOINT, heads), 0, -1) if heads % n == 0)
+        self.heads = self.recipe.joint_heads or next(
+            n for n in range(heads, 0, -1) if heads % n == 0 and (n == 1 or n * task.geometry.head_dim <= _JOINT)
+        )
         if heads % self.heads:
             raise ValueError(f"--transform.joint_heads {self.heads} does not divide the model's {heads} KV heads: choose a divisor.")
 
