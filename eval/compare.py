@@ -18,11 +18,11 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
 from kvcapsule.geometry import KVGeometry, full_attention_layers
+from kvcapsule.machine import machine, versions
 from kvcapsule.models import load_vlm
 
 from . import results
 from .config import EvalConfig
-from kvcapsule.machine import machine, versions
 from .matching import TOLERANCE, match_ratios
 from .methods import FULL, RIVALS, Entry, chosen, entries, full_entry, open_capsules, shown_path
 from .report import answer_tokens, rows

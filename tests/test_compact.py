@@ -1,5 +1,6 @@
 """Compact capsules: what is kept, what it stands for, how near attention stays, and the bank and selector behind it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.segment import Segment, storage_bytes
 from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
-from kvcapsule.training.matching import QueryBank, chosen_by_teacher, fit_selector, greedy_choice
+from kvcapsule.training.main import main as train
+from kvcapsule.training.matching import QueryBank, begin, chosen_by_teacher, greedy_choice, imitation_loss
 
 LONG = 24
 """Tokens of the tiles whose fit is measured."""
@@ -432,22 +434,36 @@ def test_a_selector_learns_its_teachers_choice() -> None:
     codec = layer(0.25, tile=LONG, selector="learned", passes=0).float()
     chosen = chosen_by_teacher(codec, keys.float(), values.float())
     assert (chosen.sum(-1) == codec.stored).all()
-    fits = []
-    for steps in (1, 150):
-        codec.requires_grad_(True)
-        fits.append(fit_selector(codec, keys, values, steps=steps, batch=16))
-    assert fits[1].loss < 0.75 * fits[0].loss
-    assert fits[1].agreement > fits[0].agreement + 0.2
-    own = codec.choose(codec.read(keys.float()), keys.float(), values.float())
-    assert float(chosen.gather(-1, own).float().mean()) == pytest.approx(fits[1].agreement)
-    again = layer(0.25, tile=LONG, selector="learned", passes=0).float().requires_grad_(True)
-    assert fit_selector(again, keys, values, steps=150, batch=16) == fits[1]
+    assert codec.selector is not None
+    begin(codec.selector, keys, values)
+
+    def agreement() -> float:
+        own = codec.choose(codec.read(keys.float()), keys.float(), values.float())
+        return float(chosen.gather(-1, own).float().mean())
+
+    before = agreement()
+    optimizer = torch.optim.Adam(codec.selector.requires_grad_(True).parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        loss = imitation_loss(codec.selector, keys.float(), values.float(), chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.75 * losses[0]
+    assert agreement() > before + 0.2
 
 
-def test_a_codec_without_a_selector_has_nothing_to_train() -> None:
-    keys, values, _ = low_rank()
-    with pytest.raises(ValueError, match='selector="learned"'):
-        fit_selector(layer(0.25, tile=LONG), keys, values)
+@pytest.mark.parametrize("selector", ["attention", "learned"])
+def test_the_command_trains_a_compact_capsule(selector: str, tmp_path: Path) -> None:
+    quick = ["--data.size", "48", "--held_out", "16", "--batch", "8", "--moment_batches", "2", "--codec.tile", "28", "--threads", "1"]
+    output = tmp_path / "compact"
+    wanted = ["--compact.selector", selector, "--compact.steps", "3", "--compact.bank", "64", "--ratio", "5"]
+    assert train(["compact", *quick, *wanted, "--output", str(output)]) == 0
+    capsule = Capsule.from_pretrained(output)
+    assert isinstance(capsule.config.codec, CompactConfig)
+    assert capsule.config.codec.ratios == (0.2,) * 4
+    assert json.loads((output / "metrics.json").read_text())["train"]["output_error"] < 0.2
 
 
 def test_prefills_of_generate(model: Any, make_batch: Callable[..., Any], greedy: dict[str, Any], geometry: KVGeometry) -> None:

@@ -1,5 +1,6 @@
 """Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of tokens."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ class CompactFit(CapsuleFit):
             for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
                 require_finite(layer, i)
                 bank.add(layer)
+        scale, usual = first[0].scale, geometry.head_dim**-0.5
+        if abs(scale - usual) > 1e-6 * usual:
+            self.config = replace(self.config, scale=scale)
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
         for index, (bank, layer) in enumerate(zip(banks, first, strict=True)):
             codec = self.codec(index)

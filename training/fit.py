@@ -153,6 +153,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*number of training batches.*")
+    # A family in closed form has nothing to optimise.
+    warnings.filterwarnings("ignore", message=r".*configure_optimizers.*returned `None`.*")
 
 
 def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry) -> Capsule:

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec import LayerCodec
+from kvcapsule.codec import PairCodec
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, retained
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.segment import Segment
@@ -26,7 +26,7 @@ class LayerFit(nn.Module):
 
     def __init__(self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimConfig) -> None:
         super().__init__()
-        self.codec: LayerCodec = config.build(geometry, layer)
+        self.codec = config.build(geometry, layer)
         self.moments, self.ridge, self.refit = moments, optim.ridge, optim.refit
         stored = retained(config.key_ratios[layer], config.tile)
         initial = _initial(optim.mask_init, moments.key_gram, stored)
@@ -76,7 +76,7 @@ class KVCapsuleFit(CapsuleFit):
     def codec_config(self) -> KVCapsuleConfig:
         return self.config
 
-    def codec(self, layer: int) -> LayerCodec:
+    def codec(self, layer: int) -> PairCodec:
         return self._layer(layer).codec
 
     def segment(self, index: int, layer: LayerHarvest) -> Segment:

@@ -1,12 +1,7 @@
 """What a compact capsule is trained with: the bank of queries that it matches, and a selector that imitates a slower choice of tokens."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 
 from kvcapsule.codec.compact import CompactLayer, Reading, Selector, targets
 from kvcapsule.kernels.reference import segment_partial
@@ -141,60 +136,3 @@ def begin(selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, seed: 
             weights.copy_(torch.randn(weights.shape, generator=random) * weights.shape[1] ** -0.5)
         for weights in (selector.place, selector.place_bias):
             weights.zero_()
-
-
-class SelectorFit(NamedTuple):
-    """How well a selector imitates its teacher, on the tiles that it was trained on."""
-
-    loss: float
-    """Mean of the imitation loss over the last tenth of the steps."""
-    agreement: float
-    """Share of the teacher's tokens that are among the highest ranked, as many as it keeps."""
-
-
-def fit_selector(
-    codec: CompactLayer,
-    k_EHTD: torch.Tensor,
-    v_EHTD: torch.Tensor,
-    steps: int = 400,
-    batch: int = 32,
-    lr: float = 3e-3,
-    seed: int = 0,
-    console: Console | None = None,
-) -> SelectorFit:
-    """Train a layer's selector on tiles of keys (in the bank's frame) and values; the codec's bank must be filled.
-
-    Args:
-        codec: of a config with selector "learned".
-        batch: tiles a step, drawn at random.
-        lr: of Adam; it falls to 0 in a line.
-        console: where to show progress; None shows none.
-    """
-    selector = codec.selector
-    if selector is None:
-        raise ValueError('this codec ranks tokens by attention and has nothing to train: configure it with selector="learned".')
-    keys, values = k_EHTD.detach().float(), v_EHTD.detach().float()
-    with torch.no_grad():
-        chosen = chosen_by_teacher(codec, keys, values)
-    begin(selector, keys, values, seed)
-    optimizer = torch.optim.Adam(selector.parameters(), lr=lr)
-    losses = []
-    for step, tiles in enumerate(
-        track(_draws(len(keys), steps, batch, seed), "selector", total=steps, console=console, disable=not console)
-    ):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        loss = imitation_loss(selector, keys[tiles], values[tiles], chosen[tiles])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    with torch.no_grad():
-        own = selector(keys, values).topk(codec.stored).indices
-    last = losses[-max(1, steps // 10) :]
-    return SelectorFit(sum(last) / max(1, len(last)), float(chosen.gather(-1, own).float().mean()))
-
-
-def _draws(tiles: int, steps: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        yield torch.randint(tiles, (min(batch, tiles),), generator=random)

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec import LayerCodec
+from kvcapsule.codec import PairCodec
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.kvcapsule import pyramid
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues, side_by_side
@@ -83,7 +83,7 @@ class TransformFit(CapsuleFit):
         dim = self.task.geometry.head_dim
         transforms = [unit.transform(w, self.heads, dim) for unit, w in zip(units, widths, strict=True)]
         self.layers = nn.ModuleList(
-            LayerCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
+            PairCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
         )
 
     def codec_config(self) -> TransformConfig:
@@ -101,9 +101,9 @@ class TransformFit(CapsuleFit):
             bits=round(sum(_bytes(t) for pair in transforms for t in pair) * 8 / self._elements(2 * len(transforms)), 4),
         )
 
-    def codec(self, layer: int) -> LayerCodec:
+    def codec(self, layer: int) -> PairCodec:
         codec = self.layers[layer]
-        assert isinstance(codec, LayerCodec)
+        assert isinstance(codec, PairCodec)
         return codec
 
     def segment(self, index: int, layer: LayerHarvest) -> Segment:
@@ -250,7 +250,7 @@ class TransformFit(CapsuleFit):
         probes = [allocate([unit.cells], budget)[0] for unit in units]
         transforms = [unit.transform(w, self.heads, dim) for unit, w in zip(units, probes, strict=True)]
         self.layers = nn.ModuleList(
-            LayerCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
+            PairCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
         )
         sums = _Sums(len(units), sets).to(self.task.model.device)
         with torch.no_grad():

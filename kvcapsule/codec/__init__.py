@@ -1,6 +1,6 @@
 """Trained codecs. FAMILIES is the one place where a family is registered."""
 
-from .base import CodecConfig, Encoded, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .base import CodecConfig, Encoded, KeyCodec, KeyPart, LayerCodec, PairCodec, ValueCodec, ValuePart
 from .compact import CompactConfig
 from .identity import IdentityConfig
 from .kvcapsule import KVCapsuleConfig
@@ -13,4 +13,4 @@ FAMILIES: dict[str, type[CodecConfig]] = {
     "compact": CompactConfig,
 }
 
-__all__ = ["FAMILIES", "CodecConfig", "Encoded", "KeyCodec", "KeyPart", "LayerCodec", "ValueCodec", "ValuePart"]
+__all__ = ["FAMILIES", "CodecConfig", "Encoded", "KeyCodec", "KeyPart", "LayerCodec", "PairCodec", "ValueCodec", "ValuePart"]

@@ -71,15 +71,22 @@ class Encoded(NamedTuple):
         )
 
 
-class LayerCodec(nn.Module):
-    """The codecs of one layer. A family that encodes keys and values together overrides `encode`."""
+class LayerCodec(nn.Module, ABC):
+    """What encodes the tiles of one layer."""
+
+    @abstractmethod
+    def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
+        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values."""
+
+
+class PairCodec(LayerCodec):
+    """A codec of the keys beside one of the values, neither of which needs the other."""
 
     def __init__(self, keys: KeyCodec, values: ValueCodec) -> None:
         super().__init__()
         self.keys, self.values = keys, values
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values."""
         return Encoded(self.keys.encode(k_EHTD), self.values.encode(v_EHTD))
 
 

@@ -150,8 +150,7 @@ class CompactLayer(LayerCodec):
     bank: torch.Tensor
 
     def __init__(self, heads: int, dim: int, stored: int, config: "CompactConfig") -> None:
-        # Not LayerCodec's: it holds a codec of the keys and one of the values, and here neither is encoded without the other.
-        nn.Module.__init__(self)
+        super().__init__()
         self.stored, self.ridge, self.passes, self.bits = stored, config.ridge, config.passes, config.latent_bits
         self.scale = config.scale or dim**-0.5
         self.register_buffer("bank", torch.zeros(heads, config.bank, dim))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..geometry import KVGeometry
-from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 
 class IdentityKeys(KeyCodec):
@@ -26,5 +26,5 @@ class IdentityValues(ValueCodec):
 class IdentityConfig(CodecConfig):
     """Nothing but the tile."""
 
-    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
-        return LayerCodec(IdentityKeys(), IdentityValues())
+    def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
+        return PairCodec(IdentityKeys(), IdentityValues())

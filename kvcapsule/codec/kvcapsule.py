@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..geometry import KVGeometry
-from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 
 def retained(ratio: float, tile: int) -> int:
@@ -180,7 +180,7 @@ class KVCapsuleConfig(CodecConfig):
             for ratio in ratios:
                 check_ratio(ratio, f"{name} retention ratio")
 
-    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+    def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
         heads = geometry.kv_heads
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
             if len(ratios) != geometry.layers:
@@ -188,4 +188,4 @@ class KVCapsuleConfig(CodecConfig):
         n_keys, n_values = (retained(r[layer], self.tile) for r in (self.key_ratios, self.value_ratios))
         mlp = self.key_decoder == "mlp"
         keys = MlpKeys(heads, self.tile, n_keys, self.hidden) if mlp else RetainedKeys(heads, self.tile, n_keys)
-        return LayerCodec(keys, PcaValues(heads, self.tile, n_values, geometry.head_dim))
+        return PairCodec(keys, PcaValues(heads, self.tile, n_values, geometry.head_dim))

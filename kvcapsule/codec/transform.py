@@ -24,7 +24,7 @@ from torch import nn
 
 from ..geometry import KVGeometry
 from ..packing import GROUP
-from .base import CodecConfig, KeyCodec, KeyPart, LayerCodec, ValueCodec, ValuePart
+from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 from .cells import CodedRows, Coding
 
 
@@ -139,7 +139,7 @@ class TransformConfig(CodecConfig):
             if wrong := [r for r in rows if r < 1 or r % GROUP]:
                 raise ValueError(f"{name} {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
 
-    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+    def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
             if len(getattr(self, name)) != geometry.layers:
                 raise ValueError(f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer.")
@@ -151,6 +151,6 @@ class TransformConfig(CodecConfig):
         def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:
             return Transform(sets, self.joint_heads, self.tile, geometry.head_dim, rows[layer], channels[layer])
 
-        return LayerCodec(
+        return PairCodec(
             TransformKeys(transform(self.key_rows, self.key_channels)), TransformValues(transform(self.value_rows, self.value_channels))
         )
