@@ -410,3 +410,13 @@ def test_sets_that_do_not_divide_the_heads_are_refused(heads: int) -> None:
     config = TransformConfig(TILE, **SIZES, joint_heads=heads)
     with pytest.raises(ValueError, match=f"joint_heads {heads} does not divide 2 KV heads"):
         Capsule(CapsuleConfig("transform", config, GEOMETRY, "tiny"))
+
+
+def test_the_maps_of_a_7b_class_model_are_small_and_pay_off_with_the_first_image() -> None:
+    """32 layers of 8 KV heads of 128 in bfloat16, tiles of 64, every row and channel coded: the most that such maps can take."""
+    layers, heads, dim, tile, visual = 32, 8, 128, 64, 576
+    transform = Transform(heads, 1, tile, dim, tile, dim).to(torch.bfloat16)
+    maps = 2 * layers * transform.decoder_bytes()
+    assert maps <= 32e6
+    full = 2 * layers * heads * dim * visual * 2
+    assert full / 20 + maps < full

@@ -69,7 +69,7 @@ class TransformRecipe:
     steps: int = 200
     """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form."""
     lr: float = 3e-4
-    """Peak learning rate of Adam."""
+    """Peak learning rate of Adam up to 0.8 bit an element; half of it for each bit more."""
     output_weight: float = 1.0
     """Weight of the attention-output error."""
     kl_weight: float = 5.0

@@ -25,6 +25,8 @@ from .through import divergence, logits_through
 
 _JOINT = 128
 """Most channels that are coded together unless asked otherwise: their map grows with the square."""
+_COARSE = 0.8
+"""Bits an element up to which the learning rate is the recipe's."""
 _WARMUP = 10
 """Steps over which the learning rate rises."""
 _PROBE = 2.0
@@ -136,17 +138,23 @@ class TransformFit(CapsuleFit):
         self.log("validation/kl", divergence(logits, through, batch.answers), batch_size=len(batch.answers), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return scheduled(self.layers.parameters(), self.recipe.lr, self._rate, betas=(0.9, 0.98))
+        # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code worse.
+        lr = self.recipe.lr * min(1.0, 2.0 ** (_COARSE - self.task.recipe.element_bits))
+        return scheduled(self.layers.parameters(), lr, self._rate, betas=(0.9, 0.98))
 
     def derived(self) -> Table:
         task = self.task
-        table = Table(title=f"{task.recipe.model}: tiles of {task.tile} visual tokens, {self.codec_config().bits:.3f} bit an element")
+        maps = sum(t.decoder_bytes() for i in range(len(self.layers)) for t in self._transforms(i)) / 2**20
+        bits = self.codec_config().bits
+        table = Table(
+            title=f"{task.recipe.model}: tiles of {task.tile} visual tokens, {bits:.3f} bit an element, {maps:.1f} MiB of maps stored once"
+        )
         for column in ("layer", "key bits", "value bits", "key rows x channels", "value rows x channels"):
             table.add_column(column, justify="right")
         for i in range(len(self.layers)):
             pair = self._transforms(i)
-            bits = (f"{_bytes(t) * 8 / self._elements(1):.2f}" for t in pair)
-            table.add_row(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
+            each = (f"{_bytes(t) * 8 / self._elements(1):.2f}" for t in pair)
+            table.add_row(str(i), *each, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
         return table
 
     def _rate(self, step: int) -> float:

@@ -62,6 +62,10 @@ class Transform(nn.Module):
         by_head: torch.Tensor = self.channels_out.unflatten(1, (self.heads, -1))
         return by_head.flatten(0, 1)
 
+    def decoder_bytes(self) -> int:
+        """Bytes of all that reading needs, in the present precision."""
+        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
+
     def coding(self) -> Coding:
         """Made once, so that its layout is, too; anew where the parameters are others (loaded, moved, cast) or the widths written to."""
         known, version = self._coding, 0 if self.widths.is_inference() else self.widths._version
