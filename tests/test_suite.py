@@ -73,7 +73,7 @@ def test_rate_distortion() -> None:
     assert {"kvcapsule-2.4x+int4", "compact-5x+int4", "int3", "post-vision-attention-2.4x", "evenly-spaced-10x"} < set(names)
     by_name = {spec.name: spec for spec in load("rate-distortion").specs}
     assert by_name["transform-20x"].arguments == ("transform", "--ratio", "20")
-    assert by_name["kvcapsule-2.4x"].arguments == ("kvcapsule", "--ratio", "2.4")
+    assert by_name["kvcapsule-2.4x"].arguments == ("kvcapsule",)
     config = command._parse(["--suite", "rate-distortion"])
     assert (config.model, config.dtype, config.batch, config.data.size, config.data.split) == ("pages-vlm", "float32", 16, 400, "test")
 
