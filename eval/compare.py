@@ -77,6 +77,10 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         taking_part = field.entries(model, processor, questions, progress)
+        for entry in taking_part:
+            # A policy may have to know the number of layers.
+            if (learn := getattr(entry.method, "require_geometry", None)) is not None:
+                learn(KVGeometry.from_config(model.config))
         tallies = evaluate(model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress)
         timings = time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
     found = rows(taking_part, tallies, timings, model.dtype)
@@ -123,8 +127,8 @@ def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
         results.require_place(Path(config.report), suite.name)
     folder = RUNS / suite.name if config.suite_capsules is None else Path(config.suite_capsules)
     capsules = open_trained(suite.capsules(specs), folder, config, console)
-    made = [full_entry(), *(spec.entry(capsules) for spec in specs)]
-    return Field([capsule for _, capsule in capsules.values()], lambda *_: made)
+    # Entries are made once the capsules are on the model's device, where a requantised one shares their parameters.
+    return Field([capsule for _, capsule in capsules.values()], lambda *_: [full_entry(), *(spec.entry(capsules) for spec in specs)])
 
 
 def _ratios(

@@ -5,11 +5,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
-from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized, VisualPolicy
+from kvcapsule.policy import (
+    H2O,
+    EvenlySpaced,
+    Kivi,
+    PostVisionAttention,
+    PyramidKV,
+    Quantized,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    VisualPolicy,
+)
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
 
 FULL = "full"
@@ -17,13 +29,19 @@ FULL = "full"
 RIVALS: dict[str, Callable[[float], VisualPolicy]] = {
     "post-vision-attention": PostVisionAttention,
     "evenly-spaced": EvenlySpaced,
+    "random": Random,
+    "streaming-llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "pyramidkv": PyramidKV,
 }
 """Policies with a retention ratio, which is chosen so that they store as many visual bytes as the first capsule."""
 FIXED: dict[str, tuple[dict[str, Any], Callable[[], VisualPolicy]]] = {
-    f"int{bits}": ({"bits": bits}, partial(Quantized, bits)) for bits in (8, 4, 3, 2)
+    **{f"int{bits}": ({"bits": bits}, partial(Quantized, bits)) for bits in (8, 4, 3, 2)},
+    **{f"kivi{bits}": ({"policy": "kivi", "bits": bits}, partial(Kivi, bits)) for bits in (4, 2)},
 }
 """Policies that store what they store, with their settings."""
-BY_DEFAULT = (*RIVALS, "int4")
+BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
 """The training-free rows of a run that asks for none in particular."""
 PRUNING, QUANTISATION = "token-pruning", "quantisation"
 """Families of RIVALS and of FIXED; a capsule's is that of its codec."""
@@ -51,6 +69,13 @@ class PerLayer:
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
         return self.policies[prefill.layer].compress(prefill)
+
+
+def rival(name: str, ratios: Sequence[float]) -> Method:
+    """A policy of RIVALS whose layers keep these ratios; one that spreads its budget over the layers itself keeps their mean."""
+    if RIVALS[name] is PyramidKV:
+        return PyramidKV(fmean(ratios), layers=len(ratios))
+    return PerLayer([RIVALS[name](ratio) for ratio in ratios])
 
 
 def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
@@ -108,7 +133,7 @@ def entries(
             settings = {"ratio": _short([round(r, 4) for r in ratios])}
             if matched_to is not None:
                 settings["matched_to"] = matched_to
-            found.append(Entry(row, PerLayer([RIVALS[row](ratio) for ratio in ratios]), PRUNING, settings))
+            found.append(Entry(row, rival(row, ratios), PRUNING, settings))
         else:
             settings, policy = FIXED[row]
             found.append(Entry(row, policy(), QUANTISATION, dict(settings)))

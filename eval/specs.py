@@ -1,6 +1,5 @@
 """The entries of a suite (kvcapsule.eval.suite shows one of each): what the file says of a row, and the method that it stands for."""
 
-import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -84,9 +83,10 @@ class Requantised(Spec):
             codec = replace(capsule.config.codec, latent_bits=self.latent_bits)
         except ValueError as error:
             raise InputError(f"the entry {self.name}: {error}") from error
-        # Shallow: both read the parameters of one capsule.
-        twin = copy.copy(capsule)
-        twin.config = replace(capsule.config, codec=codec)
+        # Built anew, as a codec may fit what it stores to the latents as they will be read; both hold the same parameters.
+        twin = Capsule(replace(capsule.config, codec=codec))
+        twin.load_state_dict(capsule.state_dict(), assign=True)
+        twin.eval().requires_grad_(False)
         family = f"{capsule.config.family}+{QUANTISATION}"
         return Entry(self.name, twin, family, {"family": family, **capsule_settings(place, twin)})
 

@@ -73,7 +73,7 @@ def save(
     target = Path(directory).expanduser().resolve()
     contents = _contents(capsule, recipe, metrics, card_name or target.name)
     try:
-        _require_replaceable(target)
+        require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         files.replace_folder(target, contents)
     except OSError as error:
@@ -248,7 +248,7 @@ def _contents(capsule: Capsule, recipe: Mapping[str, Any] | None, metrics: Mappi
     }
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
     """Raises CapsuleError if saving to `target` would delete what no capsule holds."""
     if target.exists() and not target.is_dir():
         raise CapsuleError(f"{target} is a file: name a directory to save the capsule in.")

@@ -24,7 +24,7 @@ def add_command(monkeypatch: pytest.MonkeyPatch, name: str, run: object) -> None
 
 def test_commands() -> None:
     """The command line is public: a command is added or renamed on purpose."""
-    assert list(COMMANDS) == ["analyze", "train", "eval", "generate", "push"]
+    assert list(COMMANDS) == ["analyze", "train", "eval", "generate", "methods", "push"]
     assert HELP.keys() == COMMANDS.keys()
 
 
@@ -75,7 +75,7 @@ def test_sub_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate", "did you mean 'eval'?"),
         ("genrate", "did you mean 'generate'?"),
         ("--verison", "did you mean '--version'?"),
-        ("xyz", "the commands are analyze, train, eval, generate, push."),
+        ("xyz", "the commands are analyze, train, eval, generate, methods, push."),
     ],
 )
 def test_unknown_command(given: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:

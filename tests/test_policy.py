@@ -7,7 +7,21 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.inference import attach
-from kvcapsule.policy import POLICIES, EvenlySpaced, Full, PostVisionAttention, Quantized, TokenPruning, VisualPolicy
+from kvcapsule.policy import (
+    H2O,
+    POLICIES,
+    EvenlySpaced,
+    Full,
+    Kivi,
+    PostVisionAttention,
+    PyramidKV,
+    Quantized,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    TokenPruning,
+    VisualPolicy,
+)
 from kvcapsule.prefill import Compressed, LayerPrefill, cut_tiles, keep, tiled
 from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Segment
@@ -212,5 +226,6 @@ def test_bits_that_do_not_pack_are_refused_before_the_prompt() -> None:
 
 
 def test_the_registry_names_every_policy() -> None:
-    assert set(POLICIES.values()) == {Full, PostVisionAttention, EvenlySpaced, Quantized}
+    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, Kivi}
+    assert set(POLICIES.values()) == {Full, PostVisionAttention, EvenlySpaced, Quantized} | baselines
     assert isinstance(Full().compress(ONE), Compressed)

@@ -68,7 +68,7 @@ def test_the_shipped_suites_are_sound() -> None:
 
 def test_rate_distortion() -> None:
     names = [spec.name for spec in load("rate-distortion").specs]
-    assert len(names) == len(set(names)) == 24
+    assert len(names) == len(set(names)) == 29
     assert {f"transform-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80")} < set(names)
     assert {"kvcapsule-2.4x+int4", "compact-5x+int4", "int3", "post-vision-attention-2.4x", "evenly-spaced-10x"} < set(names)
     by_name = {spec.name: spec for spec in load("rate-distortion").specs}
@@ -133,7 +133,7 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         (["int4"], "entry 1: expected keys and values"),
         ([{"method": "int4"}, {"bits": 4}], "entry 2: it has no kind: exactly one of train, method, capsule"),
         ([{"method": "int4", "capsule": "x"}], "entry 1: it has method and capsule"),
-        ([{"method": "int5"}], "there is no method 'int5'; there are post-vision-attention, evenly-spaced, int8"),
+        ([{"method": "int5"}], "there is no method 'int5'; there are post-vision-attention, evenly-spaced, random, "),
         ([{"method": ["int4"]}], "there is no method"),
         ([{"method": "int4", "ratio": 2}], "unknown key ratio; an entry like this may have name, method"),
         ([{"method": "evenly-spaced", "ration": 2}], "unknown key ration; an entry like this may have name, method, ratio"),
@@ -204,6 +204,19 @@ def put_capsule(tmp_path, random_capsule) -> Callable[..., Path]:
 def _rows(vlm: str, tmp_path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     assert main(["--model", vlm, *QUICK, "--json", str(tmp_path / "eval.json"), *arguments]) == 0
     return {row["method"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
+
+
+def test_a_suite_may_name_the_baselines(vlm, tmp_path, suite_file) -> None:
+    """Also the one that has to know the number of the model's layers."""
+    pruning = ["random", "streaming-llm", "snapkv", "h2o", "pyramidkv"]
+    entries = [*({"method": name, "ratio": 4} for name in pruning), {"method": "kivi4"}, {"method": "kivi2"}]
+    rows = _rows(vlm, tmp_path, "--suite", suite_file(entries))
+    assert list(rows) == ["full", *(f"{name}-4x" for name in pruning), "kivi4", "kivi2"]
+    for name in pruning:
+        assert rows[f"{name}-4x"]["compression"] == pytest.approx(4, rel=0.01), name
+        assert rows[f"{name}-4x"]["settings"] == {"family": "token-pruning", "policy": name, "ratio": 4}
+    assert rows["kivi2"]["settings"] == {"family": "quantisation", "policy": "kivi", "bits": 2}
+    assert rows["kivi2"]["compression"] > rows["kivi4"]["compression"] > 4
 
 
 def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:

@@ -13,12 +13,19 @@ from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.segment import Segment
 from kvcapsule.training.harvest import harvest
 from kvcapsule.training.losses import full_output, output_error, unexplained
-from kvcapsule.training.main import build_parser, find_recipe, main, shipped_recipes
+from kvcapsule.training.main import build_parser, find_recipe, shipped_recipes
+from kvcapsule.training.main import main as command
 from kvcapsule.training.moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 from kvcapsule.training.recipe import CodecRecipe, Recipe
 from kvcapsule.training.relaxed import SoftLinear
 
 QUICK = ["--data.size", "40", "--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu"]
+
+
+def main(words: list[str]) -> int:
+    """The command with the recipe that these tests are about."""
+    return command(words if words == ["--help"] else ["kvcapsule", *words])
+
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +175,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in text
 
 
-def test_a_run_leaves_a_capsule_and_can_be_resumed(vlm: str, tmp_path: Path) -> None:
+def test_a_run_leaves_a_capsule_and_can_be_resumed(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "capsule"
     words = ["--model", vlm, "--output", str(output), *QUICK, "--ratio", "0.3", "--optim.soft_steps", "3"]
     assert main([*words, "--optim.hard_steps", "3"]) == 0
@@ -182,6 +189,8 @@ def test_a_run_leaves_a_capsule_and_can_be_resumed(vlm: str, tmp_path: Path) -> 
     assert not [name for name in checkpoint["state_dict"] if "language_model" in name or "vision" in name]
     assert main([*words, "--optim.hard_steps", "5", "--resume", "true"]) == 0
     assert torch.load(run / "last.ckpt", weights_only=False)["global_step"] == 8
+    assert main([*words, "--optim.hard_steps", "5", "--resume", "true", "--codec.tile", "14"]) == 2
+    assert "had another codec" in capsys.readouterr().err
     ratios = Capsule.from_pretrained(output).config.codec.key_ratios
     assert sum(ratios) / len(ratios) == pytest.approx(0.3 * 2 * 0.6)
 

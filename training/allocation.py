@@ -28,7 +28,7 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
 
     Returns: uint8 widths of each unit, [H, G, D].
     """
-    flat = torch.cat([c.flatten() for c in costs]).double()
+    flat = torch.cat([c.flatten().cpu() for c in costs]).double()
     ladder = (0, *WIDTHS)
     steps = [b - a for a, b in pairwise(ladder)]
     gains = torch.stack([flat * (DISTORTION[a] - DISTORTION[b]) / (b - a) for a, b in pairwise(ladder)])
@@ -37,7 +37,7 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
     price = torch.tensor(steps)[:, None].expand_as(gains).flatten()[order]
     bought = order[price.cumsum(0) <= budget]
     taken = torch.zeros(gains.numel(), dtype=torch.uint8)
-    taken[bought.cpu()] = 1
+    taken[bought] = 1
     widths = (taken.view(len(steps), -1) * torch.tensor(steps, dtype=torch.uint8)[:, None]).sum(0, dtype=torch.uint8)
     return [w.view(c.shape) for w, c in zip(widths.split([c.numel() for c in costs]), costs, strict=True)]
 

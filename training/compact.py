@@ -81,9 +81,7 @@ class CompactFit(CapsuleFit):
         self.log("train/imitation", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any] | None:
-        if not self.steps:
-            return None
+    def configure_optimizers(self) -> dict[str, Any]:
         return scheduled(self.layers.parameters(), self.recipe.lr, lambda step: max(0.0, 1 - step / self.steps))
 
     def derived(self) -> Table:

@@ -28,11 +28,19 @@ class Questions(L.LightningDataModule):
     """
 
     def __init__(
-        self, rows: datasets.Dataset, held_out: datasets.Dataset, processor: ProcessorMixin, batch: int, workers: int = 0, seed: int = 0
+        self,
+        rows: datasets.Dataset,
+        held_out: datasets.Dataset,
+        processor: ProcessorMixin,
+        batch: int,
+        workers: int = 0,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """dtype: of the model, which not every vision tower casts its pixels to."""
         super().__init__()
         self.rows, self.held_out, self.processor = rows, held_out, processor
-        self.batch, self.workers, self.seed = batch, workers, seed
+        self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's share of every step, shuffled anew in each epoch."""
@@ -45,7 +53,7 @@ class Questions(L.LightningDataModule):
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         turns = [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows]
-        inputs = encode(self.processor, turns)
+        inputs = encode(self.processor, turns, self.dtype)
         asked = encode(self.processor, [turn[:-1] for turn in turns])
         return Batch(inputs, inputs["attention_mask"].sum(1) - asked["attention_mask"].sum(1))
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.data import source
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.geometry import GeometryError, KVGeometry, full_attention_layers
+from kvcapsule.hub import require_replaceable
 from kvcapsule.models import load_vlm
 from kvcapsule.spans import find_spans
 
@@ -52,12 +53,18 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     started = time.perf_counter()
     model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, recipe.device)
     geometry = KVGeometry.from_config(model.config)
+    full = full_attention_layers(model.config)
+    if len(full) != geometry.layers:
+        raise GeometryError(
+            f"{geometry.model_type}: {len(full)} of its {geometry.layers} layers have full attention, and training needs all to have it. "
+            "Use a model without sliding-window or linear-attention layers."
+        )
     rows = source.load(recipe.data)
     if len(rows) <= recipe.held_out:
         raise source.DataError(f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data.")
     kept = len(rows) - recipe.held_out
     held_out = rows.select(range(kept, len(rows)))
-    data = Questions(rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed)
+    data = Questions(rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype)
     fit = FITS[recipe.family](Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console))
     trainer = _run(recipe, fit, data)
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
@@ -77,8 +84,8 @@ def _check_output(recipe: Recipe, output: Path) -> None:
     last = recipe.work / "last.ckpt"
     if recipe.resume and not last.is_file():
         raise ValueError(f"nothing to resume: there is no {last}.")
-    if not recipe.resume and recipe.work.exists():
-        shutil.rmtree(recipe.work)
+    if output.exists():
+        require_replaceable(output.resolve())
 
 
 def _whole_image(model: PreTrainedModel, data: Questions) -> int:
@@ -124,15 +131,21 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> L.Trainer:
         enable_model_summary=False,
         gradient_clip_val=1.0,
     )
-    trainer.fit(fit, datamodule=data, ckpt_path=recipe.work / "last.ckpt" if recipe.resume else None)
-    fit.finish()
+    if not recipe.resume and trainer.is_global_zero:
+        shutil.rmtree(recipe.work, ignore_errors=True)
+    # A family in closed form is prepared by `validate`, which needs no gradients and wraps no module.
+    if fit.steps:
+        trainer.fit(fit, datamodule=data, ckpt_path=recipe.work / "last.ckpt" if recipe.resume else None)
+        fit.finish()
     return trainer
 
 
 def _strategy(recipe: Recipe) -> str:
     """A KVCapsule trains its mask and its reconstruction in turn, so that some parameters of a step have no gradient."""
     wanted = recipe.trainer.strategy
-    return "ddp_find_unused_parameters_true" if wanted == "ddp" and recipe.family == "kvcapsule" else wanted
+    several = recipe.trainer.devices * recipe.trainer.num_nodes != 1
+    plain = wanted == "ddp" or (wanted == "auto" and several)
+    return "ddp_find_unused_parameters_true" if plain and recipe.family == "kvcapsule" else wanted
 
 
 class _Progress(RichProgressBar):
@@ -153,8 +166,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*number of training batches.*")
-    # A family in closed form has nothing to optimise.
-    warnings.filterwarnings("ignore", message=r".*configure_optimizers.*returned `None`.*")
 
 
 def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry) -> Capsule:

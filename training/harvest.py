@@ -61,7 +61,7 @@ class Recorder:
         rest, order = _rest(prefill, prefill.valid & ~tiled(prefill, self.tile))
         visible = order[:, None, :] <= positions[first:, None]
         self.layers.append(
-            LayerHarvest(keys, tiles.values, tiles.owner, frame, prefill.query[:, :, first:], reads, rest, visible, prefill.scale)
+            LayerHarvest(keys, tiles.values, tiles.owner, frame, prefill.query[:, :, first:].clone(), reads, rest, visible, prefill.scale)
         )
         return Compressed([], [])
 

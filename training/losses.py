@@ -38,10 +38,11 @@ def error_and_energy(layer: LayerHarvest, visual: Segment, truth: torch.Tensor, 
 
     Returns: [sets] and a scalar.
     """
-    reads = layer.reads[:, None, :, None]
-    error = (attend(layer.query, [visual, layer.rest], layer.scale, layer.visible) - truth).float()
-    squares = (error * reads).square().unflatten(1, (sets, -1)).sum((0, 2, 3, 4))
-    return squares, (truth.float() * reads).square().sum()
+    # Filled, not multiplied: padding that sees nothing has an output that is not a number.
+    unread = ~layer.reads[:, None, :, None]
+    error = (attend(layer.query, [visual, layer.rest], layer.scale, layer.visible) - truth).float().masked_fill(unread, 0.0)
+    squares = error.square().unflatten(1, (sets, -1)).sum((0, 2, 3, 4))
+    return squares, truth.float().masked_fill(unread, 0.0).square().sum()
 
 
 def require_finite(layer: LayerHarvest, index: int) -> None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -40,6 +40,10 @@ class Task:
 
 Errors = dict[str, torch.Tensor]
 """Losses of a layer by name."""
+
+
+_FIXED = ("family", "model", "revision", "ratio", "bits", "codec", "data", "batch", "moment_batches", "seed")
+"""Fields of a recipe that a resumed run may not change."""
 
 
 class CapsuleFit(L.LightningModule, ABC):
@@ -88,6 +92,15 @@ class CapsuleFit(L.LightningModule, ABC):
     def finish(self) -> None:
         """Called once, when no step is left."""
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = asdict(self.task.recipe)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError for a checkpoint of another recipe: its tensors would have other shapes, or another meaning."""
+        then, now = checkpoint.get("recipe", {}), asdict(self.task.recipe)
+        if other := [name for name in _FIXED if then.get(name) != now[name]]:
+            raise ValueError(f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force true.")
+
     def setup(self, stage: str) -> None:
         if self.prepared:
             return
@@ -96,6 +109,8 @@ class CapsuleFit(L.LightningModule, ABC):
             model.to(self.trainer.strategy.root_device)
         self.prepare()
         self.prepared = True
+        if not self.steps:
+            self.finish()
         self.show(self.derived())
 
     def batches(self, count: int, title: str) -> Iterator[Batch]:
@@ -140,8 +155,9 @@ class CapsuleFit(L.LightningModule, ABC):
 
 
 def mean(errors: Sequence[Errors]) -> Errors:
-    """Over the layers."""
-    return {name: torch.stack([found[name] for found in errors]).mean() for name in errors[0]}
+    """Over the layers, of what is known of all."""
+    common = [name for name in errors[0] if all(name in found for found in errors)]
+    return {name: torch.stack([found[name] for found in errors]).mean() for name in common}
 
 
 FitOf = Callable[[Task], CapsuleFit]

@@ -83,6 +83,14 @@ class TransformRecipe:
         for name in ("joint_heads", "steps", "lr", "output_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
+        if self.probe_batches < 1:
+            raise ValueError(f"--transform.probe_batches {self.probe_batches}: at least 1 is needed.")
+        if self.steps and not self.output_weight and not self.kl_weight:
+            raise ValueError("--transform.output_weight and --transform.kl_weight are both 0: give one a weight, or --transform.steps 0.")
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not 0 <= bits <= 8:
+                raise ValueError(f"--transform.{name} {bits} is outside 0 to 8 bits an element.")
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,10 @@ class CompactRecipe:
     """Steps of its training."""
     lr: float = 3e-3
     """Peak learning rate of Adam; it falls in a line."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.lr < 0:
+            raise ValueError(f"--compact.steps {self.steps}, --compact.lr {self.lr}: 0 or more is needed.")
 
 
 @dataclass(frozen=True)

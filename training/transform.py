@@ -27,6 +27,8 @@ _JOINT = 128
 """Most channels that are coded together unless asked otherwise: their map grows with the square."""
 _COARSE = 0.8
 """Bits an element up to which the learning rate is the recipe's."""
+_LEAST_STEP = 1e-6
+"""No step of a quantiser is less, or descent could carry it through 0."""
 _WARMUP = 10
 """Steps over which the learning rate rises."""
 _PROBE = 2.0
@@ -56,7 +58,7 @@ class Unit(nn.Module):
             built.channels_in.copy_(self.bases.channels_in[:, :, :channels])
             built.channels_out.copy_(self.bases.channels_out[:, :, :channels])
             built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
-            built.step.copy_(step_size(kept, (self.cells[:, :groups, :channels] / GROUP).sqrt()).clamp_min(1e-6))
+            built.step.copy_(step_size(kept, (self.cells[:, :groups, :channels] / GROUP).sqrt()).clamp_min(_LEAST_STEP))
             built.widths.copy_(kept)
         return built
 
@@ -141,6 +143,12 @@ class TransformFit(CapsuleFit):
         # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code worse.
         lr = self.recipe.lr * min(1.0, 2.0 ** (_COARSE - self.task.recipe.element_bits))
         return scheduled(self.layers.parameters(), lr, self._rate, betas=(0.9, 0.98))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            for index in range(len(self.layers)):
+                for transform in self._transforms(index):
+                    transform.step.clamp_min_(_LEAST_STEP)
 
     def derived(self) -> Table:
         task = self.task
@@ -233,12 +241,14 @@ class TransformFit(CapsuleFit):
         if budget < n:
             raise ValueError(
                 f"{recipe.element_bits:.3g} bit an element are {recipe.element_bits * self._elements(n) / 8:.0f} bytes a tile, of which "
-                f"{overhead:.0f} are its address and frame: choose a lower --ratio or a larger --codec.tile."
+                f"{overhead:.0f} are its address and frame: store more (--bits, --ratio) or take a larger --codec.tile."
             )
         if self.recipe.allocation == "output":
             return allocate(self._costs(units), int(budget))
         slope = recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0
         shares = pyramid(1 / n, n // 2, slope)
+        # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they compare.
+        cells = [c / c.sum().clamp_min(1e-12) for c in cells]
         pairs = [allocate(cells[2 * i : 2 * i + 2], int(budget * 2 * share)) for i, share in enumerate(shares)]
         return [w for pair in pairs for w in pair]
 

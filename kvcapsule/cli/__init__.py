@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "kvcapsule.training.main:main",
     "eval": "kvcapsule.eval.main:main",
     "generate": "kvcapsule.cli.generate:main",
+    "methods": "kvcapsule.cli.methods:main",
     "push": "kvcapsule.cli.push:main",
 }
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when it is chosen."""
@@ -21,6 +22,7 @@ HELP = {
     "train": "train a capsule on the KV activations of a frozen VLM",
     "eval": "compare capsules and policies with the full cache: answers, bytes, time",
     "generate": "answer a prompt about images, and say how large the cache was",
+    "methods": "list the codec families and policies, with their papers and defaults",
     "push": "upload a capsule to the Hub",
 }
 _OPTIONS = {"-h, --help": "show this message and exit", "--version": "show the version and exit"}

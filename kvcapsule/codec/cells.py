@@ -73,10 +73,10 @@ class Coding:
 
     def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has none."""
-        width = self._rows(self.widths)
-        half = (2.0 ** (width - 1)).to(coefficients.dtype)
+        width = self._rows(self.widths).to(coefficients.dtype)
+        half = 2.0 ** (width - 1)
         centred = (coefficients - self.offset.to(coefficients.dtype)) / self._rows(self.step).to(coefficients.dtype)
-        levels = (2.0**width - 1).to(coefficients.dtype)
+        levels = 2.0**width - 1
         return torch.minimum((centred + half).floor().clamp_min(0), levels).to(torch.uint8)
 
     def _rows(self, cells: torch.Tensor) -> torch.Tensor:

@@ -105,9 +105,10 @@ def merge(partials: Sequence[Partial], batch: int) -> torch.Tensor:
     lse = torch.cat([p.lse for p in partials])
     owner = torch.cat([p.owner for p in partials])
     index = owner.view(-1, 1, 1, 1).expand_as(lse)
-    top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
+    # A query that sees nothing at all (padding) gets 0, not what is not a number.
+    top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax").clamp_min(torch.finfo(lse.dtype).min)
     share = (lse - top[owner]).exp()
     mass = torch.zeros_like(top).index_add(0, owner, share)
     weighted = (out * share[..., None]).masked_fill((share == 0)[..., None], 0.0)
     joined = out.new_zeros((batch, *out.shape[1:])).index_add(0, owner, weighted)
-    return joined / mass[..., None]
+    return joined / mass.clamp_min(torch.finfo(lse.dtype).tiny)[..., None]

@@ -3,14 +3,41 @@
 from .attended import PostVisionAttention
 from .base import TokenPruning, VisualPolicy
 from .full import Full
+from .h2o import H2O
+from .kivi import Kivi
+from .pyramid import PyramidKV
 from .quantized import Quantized
+from .random import Random
+from .snapkv import HeadPruning, SnapKV
 from .spaced import EvenlySpaced
+from .streaming import StreamingLLM
 
 POLICIES: dict[str, type[VisualPolicy]] = {
     "full": Full,
     "post-vision-attention": PostVisionAttention,
     "evenly-spaced": EvenlySpaced,
+    "random": Random,
+    "streaming-llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "pyramidkv": PyramidKV,
     "quantized": Quantized,
+    "kivi": Kivi,
 }
 
-__all__ = ["POLICIES", "EvenlySpaced", "Full", "PostVisionAttention", "Quantized", "TokenPruning", "VisualPolicy"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "EvenlySpaced",
+    "Full",
+    "HeadPruning",
+    "Kivi",
+    "PostVisionAttention",
+    "PyramidKV",
+    "Quantized",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "TokenPruning",
+    "VisualPolicy",
+]
