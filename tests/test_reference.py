@@ -194,3 +194,16 @@ def test_errors(random_segment: Callable[..., Segment]) -> None:
         attend(query_of(1, 1), [], SCALE)
     with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
         attend(torch.zeros(3, 3, 1, DIM), [random_segment("raw", [0, 1, 2])], SCALE)
+
+
+def test_a_query_that_sees_nothing_gets_nothing() -> None:
+    """Padding before the first token: its output is used by no one, but must not spoil a sum with what is not a number."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values, query = (torch.randn(2, 1, n, 4, generator=generator) for n in (3, 3, 2))
+    visible = torch.ones(2, 2, 3, dtype=torch.bool)
+    visible[1, 0] = False
+    out = attend(query, [Segment(keys, values, torch.arange(2))], 0.5, visible)
+    assert bool((out[1, :, 0] == 0).all())
+    seen = attend(query, [Segment(keys, values, torch.arange(2))], 0.5)
+    torch.testing.assert_close(out[0], seen[0])
+    torch.testing.assert_close(out[1, :, 1], seen[1, :, 1])

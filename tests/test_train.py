@@ -27,7 +27,6 @@ def main(words: list[str]) -> int:
     return command(words if words == ["--help"] else ["kvcapsule", *words])
 
 
-
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory: pytest.TempPathFactory, model, processor) -> str:
     folder = tmp_path_factory.mktemp("vlm")

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 from kvcapsule import Capsule
 from kvcapsule.codec.transform import Transform
+from kvcapsule.segment import Segment
 from kvcapsule.training.allocation import DISTORTION, allocate, cell_variance, distortion, step_size
+from kvcapsule.training.harvest import LayerHarvest
+from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main
 from kvcapsule.training.spectra import Moments
 from kvcapsule.training.straight_through import coded
@@ -149,3 +152,18 @@ def test_what_cannot_be_trained_is_refused(options: list[str], message: str, tmp
     assert main(["transform", *QUICK, "--transform.steps", "1", "--output", str(output), *options]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not output.exists()
+
+
+def test_padding_that_sees_nothing_does_not_spoil_the_error() -> None:
+    """A batch in which one row's image ends early: its first readers are padding of the other."""
+    keys, query = rand(2, 2, 4, 6, seed=4).float(), rand(2, 4, 3, 6, seed=5).float()
+    rest = Segment(keys[:, :, :2], keys[:, :, 2:], torch.arange(2))
+    visible = torch.ones(2, 3, 2, dtype=torch.bool)
+    visible[1, 0] = False
+    reads = torch.tensor([[True, True, True], [False, True, True]])
+    tiles = keys[:1]
+    layer = LayerHarvest(tiles, tiles, torch.tensor([0]), None, query, reads, rest, visible, 0.4)
+    true = Segment(tiles, tiles, layer.owner)
+    assert float(output_error(layer, true, full_output(layer))) == 0
+    moved = Segment(tiles, tiles + 1, layer.owner)
+    assert 0 < float(output_error(layer, moved, full_output(layer))) < 10
