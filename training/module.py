@@ -65,9 +65,9 @@ class CapsuleFit(L.LightningModule, ABC):
         return self._frozen[0]
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """Steps of gradient descent."""
-        raise NotImplementedError
 
     @abstractmethod
     def prepare(self) -> None:
