@@ -21,6 +21,7 @@ from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main
 from kvcapsule.training.spectra import Moments
 from kvcapsule.training.straight_through import coded
+from kvcapsule.training.through import divergence
 
 QUICK = ["--data.size", "80", "--held_out", "16", "--batch", "8", "--moment_batches", "8", "--codec.tile", "28", "--threads", "1"]
 
@@ -167,3 +168,15 @@ def test_padding_that_sees_nothing_does_not_spoil_the_error() -> None:
     assert float(output_error(layer, true, full_output(layer))) == 0
     moved = Segment(tiles, tiles + 1, layer.owner)
     assert 0 < float(output_error(layer, moved, full_output(layer))) < 10
+
+
+def test_the_divergence_is_over_what_predicts_the_answers_tokens() -> None:
+    """The last of 5 places predicts nothing; an answer of 2 tokens is predicted at places 2 and 3, one of 1 token at place 3."""
+    true = rand(2, 5, 7, seed=6)
+    answers = torch.tensor([2, 1])
+    for row, place, counts in ((0, 1, False), (0, 2, True), (0, 3, True), (0, 4, False), (1, 2, False), (1, 3, True), (1, 4, False)):
+        moved = true.clone()
+        moved[row, place, 0] += 2
+        p, q = true[row, place].softmax(-1), moved[row, place].softmax(-1)
+        expected = float((p * (p / q).log()).sum()) / 3 if counts else 0.0
+        assert float(divergence(true, moved, answers)) == pytest.approx(expected, abs=1e-6), (row, place)
