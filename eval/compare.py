@@ -67,7 +67,7 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     _require_writable([path for path in (config.json, config.plot, config.report) if path is not None])
     field = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
     with console.status("loading the model and the questions"):
-        model, processor = load_vlm(config.model, config.revision, config.dtype, config.device)
+        model, processor = load_vlm(config.model, config.revision, config.dtype, config.device, config.resize)
         for capsule in field.capsules:
             capsule.require_geometry(KVGeometry.from_config(model.config))
             capsule.to(model.device)

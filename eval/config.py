@@ -38,6 +38,8 @@ class EvalConfig:
     """Whether capsules of the suite that are not there are trained. If not, they are refused, with the commands that train them."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(split="test", size=200))
     """Where the questions come from."""
+    resize: bool = True
+    """Whether images are brought to the size that the model's processor sets; if not, they keep the sizes that they have."""
     batch: int = 16
     """Questions that are answered together."""
     max_new_tokens: int = 64

@@ -6,16 +6,21 @@ import torch
 
 TRANSCRIBE = "transcribe"
 """The task whose answers are long texts, scored by their share of right characters; every other task is right or wrong."""
+ALOUD = ("lookup", "count")
+"""The tasks whose answers may be worked out aloud: their last word is judged."""
 
 
 def accuracy(task: str, answer: str, right: str) -> float:
     """Score of one answer in 0..1; white space around it does not count.
 
-    Task "transcribe": 1 - character error rate, at least 0. Any other task: 1 if the answer is the right one, else 0.
+    Task "transcribe": 1 - character error rate, at least 0. Any other task: 1 if the answer is the right one, else 0; of "lookup" and
+    "count" the last word is the answer, and what comes before it is not judged.
     """
     answer, right = answer.strip(), right.strip()
     if task == TRANSCRIBE:
         return max(0.0, 1.0 - character_error_rate(answer, right))
+    if task in ALOUD:
+        answer, right = (text.rpartition("\n")[2].rpartition(" ")[2] for text in (answer, right))
     return float(answer == right)
 
 

@@ -15,7 +15,7 @@ class ModelError(ValueError):
 
 
 def load_vlm(
-    name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+    name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None, resize: bool = True
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A frozen VLM in eval mode, and its processor.
 
@@ -24,9 +24,10 @@ def load_vlm(
         revision: branch, tag or commit on the Hub.
         dtype: "auto" (as saved), "float32", "float16" or "bfloat16".
         device: e.g. "cpu" or "cuda"; None takes CUDA where there is one. "auto" spreads the model by accelerate's device_map.
+        resize: whether the image processor brings images to its own size; if not, they keep theirs, which the model must be able to take.
 
     Raises:
-        ModelError: if it is not found or is no image-text-to-text model of transformers.
+        ModelError: if it is not found, is no image-text-to-text model of transformers, or its images cannot be left as they are.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}.")
@@ -42,4 +43,8 @@ def load_vlm(
         raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"{name!r} has no image processor beside its tokenizer: it is a language model, not a vision-language model.")
+    if not resize:
+        if not isinstance(getattr(processor.image_processor, "do_resize", None), bool):
+            raise ModelError(f"{type(processor.image_processor).__name__} cannot leave images at their sizes: do not ask for it.")
+        processor.image_processor.do_resize = False
     return model.eval().requires_grad_(False), processor

@@ -33,6 +33,11 @@ def test_character_error_rate_counts_per_character_of_the_right_text() -> None:
         ("value", " 341\n", "341", 1.0),
         ("value", "342", "341", 0.0),
         ("count", "1", "10", 0.0),
+        ("count", "42(1)\n2(2)\n2", "4\n7\n2", 1.0),
+        ("count", "42(1)\n2(2)\n3", "42(1)\n2(2)\n2", 0.0),
+        ("lookup", "ant\nfox 42", "ant\nbee\nfox 42", 1.0),
+        ("lookup", "ant\nfox", "ant\nfox 42", 0.0),
+        ("lookup", "", "42", 0.0),
         ("line", "Ant 12", "ant 12", 0.0),
     ],
 )

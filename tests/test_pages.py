@@ -1,10 +1,12 @@
 """The pages task: deterministic, split without overlap, its questions answered by its pages."""
 
+import re
+
 import numpy as np
 import pytest
 
 from kvcapsule.data.digits import digit_scans
-from kvcapsule.data.pages import LINES, SIDE, TASKS, WORDS, page, pages, questions
+from kvcapsule.data.pages import COUNTS, LINES, SIDE, TASKS, WORDS, page, pages, questions
 
 
 def test_a_page_is_a_function_of_its_arguments() -> None:
@@ -51,17 +53,40 @@ def test_answers_follow_from_the_page() -> None:
     lines = [f"{word} {number}" for word, number in drawn.lines]
     assert tuple(asked) == TASKS
     assert asked["transcribe"].answer == "\n".join(lines)
-    assert asked["last"].answer == lines[-1]
-    assert asked["count"].answer == " ".join([*(word for word, _ in drawn.lines), str(len(lines))])
     assert asked["line"].answer == lines[int(asked["line"].prompt.removeprefix("Read line ").removesuffix(".")) - 1]
 
 
+def test_a_look_up_reads_words_down_to_the_key_and_then_its_number() -> None:
+    for i in range(30):
+        drawn = page("test", i)
+        (asked,) = questions(drawn, np.random.default_rng(i), ("lookup",))
+        words = [word for word, _ in drawn.lines]
+        row = words.index(str(asked.key))
+        assert asked.prompt == f"What stands beside {asked.key}?"
+        assert asked.answer == "\n".join(words[: row + 1]) + " " + drawn.lines[row][1]
+
+
+def test_a_count_is_a_tally_of_a_digit_that_stands_there_two_to_four_times() -> None:
+    found = []
+    for i in range(200):
+        drawn = page("test", i)
+        (asked,) = questions(drawn, np.random.default_rng(i), ("count",))
+        numbers = "\n".join(number for _, number in drawn.lines)
+        tally, right = asked.answer.rsplit("\n", 1)
+        assert asked.prompt == f"How many {asked.key}s?"
+        assert re.sub(r"\(\d\)", "", tally) == numbers
+        assert int(right) == numbers.count(str(asked.key)) > 0
+        assert re.findall(r"(\d)\((\d)\)", tally) == [(asked.key, str(n + 1)) for n in range(int(right))]
+        found.append(int(right))
+    assert sum(n in COUNTS for n in found) >= 190 and set(COUNTS) <= set(found)
+
+
 def test_the_data_set_takes_the_tasks_in_turn() -> None:
-    rows = pages("test", 6, tasks=("line", "last"))
-    assert rows["task"] == ["line", "last"] * 3
+    rows = pages("test", 6, tasks=("line", "lookup"))
+    assert rows["task"] == ["line", "lookup"] * 3
     assert rows.column_names == ["image", "prompt", "answer", "task"]
     assert rows[0]["image"].size == (SIDE, SIDE)
-    assert pages("test", 8, tasks=("line", "last"))["answer"][:6] == rows["answer"]
+    assert pages("test", 8, tasks=("line", "lookup"))["answer"][:6] == rows["answer"]
     with pytest.raises(ValueError, match="unknown tasks"):
         pages("test", 2, tasks=("spell",))
     assert all(word.isalpha() for word in WORDS)

@@ -420,3 +420,22 @@ def test_the_maps_of_a_7b_class_model_are_small_and_pay_off_with_the_first_image
     assert maps <= 32e6
     full = 2 * layers * heads * dim * visual * 2
     assert full / 20 + maps < full
+
+
+def test_encoding_costs_the_multiply_adds_that_it_says() -> None:
+    """Counted by PyTorch on the codecs themselves."""
+    capsule, of = transform_capsule(), prefill()
+    tiles = sum(span.length // TILE for span in of.spans)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        for codec in capsule.layers:
+            for part, x in ((codec.keys, of.keys), (codec.values, of.values)):
+                part.transform.coefficients(torch.cat([x[:1, :, :TILE]] * tiles))
+    assert counter.get_total_flops() == 2 * tiles * capsule.config.codec.encode_macs(capsule.config.geometry)
+
+
+def test_encoding_is_a_small_part_of_a_7b_class_prefill() -> None:
+    """A model of 7 billion weights reads each of them once a token; tiles of 64, every row and channel coded, 32 layers of 8 KV heads of 128."""
+    geometry = dataclasses.replace(GEOMETRY, layers=32, kv_heads=8, query_heads=32, head_dim=128)
+    every = {name: (size,) * 32 for name, size in (("key_rows", 64), ("value_rows", 64), ("key_channels", 128), ("value_channels", 128))}
+    per_token = TransformConfig(tile=64, **every, joint_heads=1).encode_macs(geometry) / 64
+    assert 0.001 * 7e9 < per_token < 0.002 * 7e9

@@ -145,9 +145,19 @@ class KVCapsuleFit(CapsuleFit):
         return (lost + self.optim.mask_weight * mask + self.optim.ratio_weight * ratio) / n
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
-        errors = mean([self.errors(self.segment(index, layer), layer) for index, layer in enumerate(self.harvest(batch))])
+        layers, kl = self.harvest_and_kl(batch) if self.optim.kl_weight else (self.harvest(batch), None)
+        errors = mean([self.errors(self.segment(index, layer), layer) for index, layer in enumerate(layers)])
         self.log_errors("train", errors, len(batch.answers))
-        return errors["keys_unexplained"] + self.optim.output_weight * errors["output_error"]
+        loss = errors["keys_unexplained"] + self.optim.output_weight * errors["output_error"]
+        if kl is not None:
+            self.log("train/kl", kl, prog_bar=True)
+            loss = loss + self.optim.kl_weight * kl
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.optim.kl_weight:
+            self.log("validation/kl", self.harvest_and_kl(batch)[1], batch_size=len(batch.answers), sync_dist=True)
 
 
 def _initial(how: str, gram: torch.Tensor, stored: int) -> torch.Tensor:

@@ -20,9 +20,10 @@ from kvcapsule.geometry import KVGeometry
 from kvcapsule.segment import Segment
 
 from .datamodule import Batch, Questions
-from .harvest import LayerHarvest, harvest
+from .harvest import LayerHarvest, harvest, harvest_with_logits
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe
+from .through import divergence, logits_through
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ class CapsuleFit(L.LightningModule, ABC):
     def harvest(self, batch: Batch) -> list[LayerHarvest]:
         task = self.task
         return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
+
+    def harvest_and_kl(self, batch: Batch) -> tuple[list[LayerHarvest], torch.Tensor]:
+        """A batch's harvest, and the KL divergence of the answers' logits with the codecs' segments in the frozen VLM's attention."""
+        task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
+        layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last)
+        through = logits_through(task.model, batch.inputs, task.tile, canonical, self.segment, last)
+        return layers, divergence(logits, through, batch.answers)
 
     @rank_zero_only
     def show(self, what: object) -> None:

@@ -34,6 +34,8 @@ class OptimConfig:
     """Weight of the retention-ratio loss."""
     output_weight: float = 1.0
     """Weight of the attention-output error in the hard phase; 0 trains on reconstruction alone, as the paper does."""
+    kl_weight: float = 0.0
+    """Weight, in the hard phase, of the KL divergence of the answers' logits through the frozen VLM; the paper has no such loss."""
     train_values: bool = False
     """Also move the value basis in the hard phase, away from the PCA of the paper, towards a small attention-output error."""
     ridge: float = 1e-4
@@ -46,6 +48,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.soft_steps < 0 or self.hard_steps < 0:
             raise ValueError("soft_steps and hard_steps count steps: 0 or more.")
+        if self.output_weight < 0 or self.kl_weight < 0:
+            raise ValueError("output_weight and kl_weight are weights: 0 or more.")
         if self.mask_init not in ("greedy", "even", "random"):
             raise ValueError(f"mask_init {self.mask_init!r} is neither greedy, even nor random.")
 

@@ -16,12 +16,11 @@ from kvcapsule.segment import Segment
 
 from .allocation import allocate, cell_variance, distortion, step_size
 from .datamodule import Batch
-from .harvest import LayerHarvest, harvest_with_logits
+from .harvest import LayerHarvest
 from .losses import error_and_energy, full_output, output_error, require_finite
 from .module import CapsuleFit, Task, scheduled
 from .spectra import Bases, CoefficientMoments, Moments, QueryMoments
 from .straight_through import coded
-from .through import divergence, logits_through
 
 _JOINT = 128
 """Most channels that are coded together unless asked otherwise: their map grows with the square."""
@@ -114,18 +113,14 @@ class TransformFit(CapsuleFit):
         return self._read(index, layer, True, True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        task, recipe = self.task, self.recipe
-        last = int(batch.answers.max()) + 1
-        layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, last)
-        loss = torch.zeros((), device=self.device)
+        recipe, loss = self.recipe, torch.zeros((), device=self.device)
+        layers, kl = self.harvest_and_kl(batch) if recipe.kl_weight else (self.harvest(batch), None)
         if recipe.output_weight:
             segments = [self.segment(i, layer) for i, layer in enumerate(layers)]
             error = torch.stack([output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]).mean()
             self.log("train/output_error", error, prog_bar=True)
             loss = loss + recipe.output_weight * error * len(layers)
-        if recipe.kl_weight:
-            through = logits_through(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, self.segment, last)
-            kl = divergence(logits, through, batch.answers)
+        if kl is not None:
             self.log("train/kl", kl, prog_bar=True)
             loss = loss + recipe.kl_weight * kl
         self.log("train/loss", loss)
@@ -133,11 +128,7 @@ class TransformFit(CapsuleFit):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        task, last = self.task, int(batch.answers.max()) + 1
-        canonical = task.recipe.codec.canonical_frame
-        _, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last)
-        through = logits_through(task.model, batch.inputs, task.tile, canonical, self.segment, last)
-        self.log("validation/kl", divergence(logits, through, batch.answers), batch_size=len(batch.answers), sync_dist=True)
+        self.log("validation/kl", self.harvest_and_kl(batch)[1], batch_size=len(batch.answers), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code worse.

@@ -143,6 +143,12 @@ class TransformConfig(CodecConfig):
             if wrong := [r for r in rows if r < 1 or r % GROUP]:
                 raise ValueError(f"{name} {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
 
+    def encode_macs(self, geometry: KVGeometry) -> int:
+        """Multiply-adds of encoding one full tile in all layers: both products of `Transform.coefficients`, token axis first."""
+        width, sets = geometry.head_dim * self.joint_heads, geometry.kv_heads // self.joint_heads
+        rows, channels = (*self.key_rows, *self.value_rows), (*self.key_channels, *self.value_channels)
+        return sum(sets * r * width * (self.tile + c) for r, c in zip(rows, channels, strict=True))
+
     def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
             if len(getattr(self, name)) != geometry.layers:

@@ -5,8 +5,10 @@ of lines, offset, scale, spacing, alignment, font, colours, background and noise
 (split, seed, index).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +22,19 @@ if TYPE_CHECKING:
     import datasets
 
 SIDE = 112
-"""Height and width of a page in pixels."""
+"""Width of a page in pixels, and its height unless another is asked for."""
+HEIGHTS = {"pages": SIDE, "pages-short": 96, "pages-tall": 128}
+"""Height in pixels by the name of the data set. The demo VLM and its capsules are trained on "pages" alone."""
 WORDS = tuple(
     "ant ape asp auk bat bee boa cat cod cow dab dog eel elk emu ewe "
     "fly fox gnu hen jay kid koi owl pig pug ram rat sow tit hog yak".split()
 )
-TASKS = ("transcribe", "line", "last", "count")
+TASKS = ("transcribe", "line", "lookup", "count")
 LINES = (3, 6)
 """Least and most lines of a page."""
 MAX_DIGITS = 4
+COUNTS = (2, 3, 4)
+"""How often a digit that is counted stands on the page."""
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmss10")
 _MARGIN = 3
 
@@ -79,15 +85,17 @@ class Question:
     task: str
     prompt: str
     answer: str
+    key: str | None = None
+    """What is looked for: the key word of a look-up, the digit of a count."""
 
 
-def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES) -> Page:
+def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES, height: int = SIDE) -> Page:
     """The page number `index` of a split, with `lines` (least, most) lines; the same arguments always give the same page."""
     rng = _generator(split, index, seed)
     scans = digit_scans(split)
     words = rng.choice(len(WORDS), size=int(rng.integers(lines[0], lines[1] + 1)), replace=False)
     text = [(WORDS[w], "".join(map(str, rng.integers(0, 10, size=int(rng.integers(2, MAX_DIGITS + 1)))))) for w in words]
-    ink, marks = _layout(rng, scans, text, _TRAIN_HAND if split == "train" else _HAND)
+    ink, marks = _layout(rng, scans, text, _TRAIN_HAND if split == "train" else _HAND, height)
     return Page(_paint(rng, ink), tuple(text), tuple(marks))
 
 
@@ -96,10 +104,10 @@ def questions(of: Page, rng: np.random.Generator, tasks: tuple[str, ...] = TASKS
     return [_ASK[task](of, rng) for task in tasks]
 
 
-def pages(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> "datasets.Dataset":
+def pages(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS, height: int = SIDE) -> "datasets.Dataset":
     """A data set of `size` questions, each on a page of its own, the tasks in turn.
 
-    Columns: image (112x112 RGB), prompt, answer, task. Deterministic by (split, seed, size is only a cut).
+    Columns: image (112 wide, `height` high, RGB), prompt, answer, task. Deterministic by (split, seed, size is only a cut).
     """
     import datasets
 
@@ -109,7 +117,7 @@ def pages(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) 
 
     rows: dict[str, list[Any]] = {"image": [], "prompt": [], "answer": [], "task": []}
     for index in range(size):
-        drawn = page(split, index, seed)
+        drawn = page(split, index, seed, height=height)
         (asked,) = questions(drawn, _generator(split, index, seed, stream=1), (tasks[index % len(tasks)],))
         for column, value in zip(rows, (drawn.image, asked.prompt, asked.answer, asked.task), strict=True):
             rows[column].append(value)
@@ -133,24 +141,40 @@ def _ask_line(of: Page, rng: np.random.Generator) -> Question:
     return Question("line", f"Read line {k + 1}.", " ".join(of.lines[k]))
 
 
-def _ask_last(of: Page, rng: np.random.Generator) -> Question:
-    return Question("last", "Read the last line.", " ".join(of.lines[-1]))
+def _ask_lookup(of: Page, rng: np.random.Generator) -> Question:
+    """The words down to the key word, then the number beside it: a search aloud, whose last word is the value asked for."""
+    k = int(rng.integers(len(of.lines)))
+    words = [word for word, _ in of.lines[: k + 1]]
+    return Question("lookup", f"What stands beside {words[-1]}?", "\n".join(words) + f" {of.lines[k][1]}", words[-1])
 
 
 def _ask_count(of: Page, rng: np.random.Generator) -> Question:
-    """The count comes behind what is counted: an answer of one token would come out of the prefill and never read the cache."""
-    words = [word for word, _ in of.lines]
-    return Question("count", "Count the words.", f"{' '.join(words)} {len(words)}")
+    """The numbers with a running tally behind each digit asked for, then the count: a count aloud, whose last word is the answer.
+
+    The digit stands on the page 2 to 4 times, each count as likely as the others that the page has; only a page without such a digit is
+    asked for one that stands there more or less often.
+    """
+    numbers = [number for _, number in of.lines]
+    counts = Counter("".join(numbers))
+    some = sorted({n for n in counts.values() if n in COUNTS}) or sorted(set(counts.values()))
+    wanted = some[int(rng.integers(len(some)))]
+    digits = sorted(digit for digit, n in counts.items() if n == wanted)
+    digit = digits[int(rng.integers(len(digits)))]
+    tally = count(1)
+    aloud = ["".join(f"{d}({next(tally)})" if d == digit else d for d in number) for number in numbers]
+    return Question("count", f"How many {digit}s?", "\n".join([*aloud, str(wanted)]), digit)
 
 
-_ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "last": _ask_last, "count": _ask_count}
+_ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "lookup": _ask_lookup, "count": _ask_count}
 
 
-def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], hand: Hand) -> tuple[NDArray[np.float32], list[Mark]]:
-    """Ink coverage [SIDE, SIDE] in 0..1 of the laid out lines, and where each symbol went."""
-    room = SIDE - 2 * _MARGIN
+def _layout(
+    rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], hand: Hand, page_height: int
+) -> tuple[NDArray[np.float32], list[Mark]]:
+    """Ink coverage [page_height, SIDE] in 0..1 of the laid out lines, and where each symbol went."""
+    room, down = SIDE - 2 * _MARGIN, page_height - 2 * _MARGIN
     height = rng.uniform(10.5, 13.5)
-    pitch = rng.uniform(height + 2, min(height + 8, room / len(lines)))
+    pitch = rng.uniform(height + 2, max(height + 2, min(height + 8, down / len(lines))))
     font = _FONTS[int(rng.integers(len(_FONTS)))]
     size = round(height * rng.uniform(0.95, 1.15))
     masks = [_word_mask(font, size, word) for word, _ in lines]
@@ -162,9 +186,9 @@ def _layout(rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], 
         advance, gap = max(8.6, advance + (slack - 1) / longest), 3.0
         slack = max(0.0, room - (widest + gap + longest * advance))
     left = _MARGIN + rng.uniform(0, slack)
-    top = _MARGIN + rng.uniform(0, max(0.0, room - pitch * len(lines)))
+    top = _MARGIN + rng.uniform(0, max(0.0, down - pitch * len(lines)))
     aligned = rng.random() < 0.5
-    ink = np.zeros((SIDE, SIDE), np.float32)
+    ink = np.zeros((page_height, SIDE), np.float32)
     marks = []
     for i, ((word, number), mask) in enumerate(zip(lines, masks, strict=True)):
         centre = top + pitch * (i + 0.5)
@@ -215,7 +239,7 @@ def _stamp(ink: NDArray[np.float32], mask: NDArray[np.float32], x: float, y: flo
     x0, y0 = round(x), round(y)
     height, width = mask.shape
     top, left = max(0, -y0), max(0, -x0)
-    bottom, right = min(height, SIDE - y0), min(width, SIDE - x0)
+    bottom, right = min(height, ink.shape[0] - y0), min(width, ink.shape[1] - x0)
     if bottom > top and right > left:
         target = ink[y0 + top : y0 + bottom, x0 + left : x0 + right]
         np.maximum(target, mask[top:bottom, left:right], out=target)
@@ -224,8 +248,8 @@ def _stamp(ink: NDArray[np.float32], mask: NDArray[np.float32], x: float, y: flo
 def _paint(rng: np.random.Generator, ink: NDArray[np.float32]) -> Image.Image:
     """Colour the ink and the paper, with a slope of brightness across the page and some grain."""
     paper, pen = rng.uniform(170, 240) + rng.uniform(-15, 15, 3), rng.uniform(0, 60) + rng.uniform(0, 40, 3)
-    slope = np.linspace(-0.5, 0.5, SIDE)
-    shade = slope[:, None] * rng.uniform(-40, 40) + slope[None, :] * rng.uniform(-40, 40)
+    down, across = (np.linspace(-0.5, 0.5, n) for n in ink.shape)
+    shade = down[:, None] * rng.uniform(-40, 40) + across[None, :] * rng.uniform(-40, 40)
     colours = ink[..., None] * pen + (1 - ink[..., None]) * (paper + shade[..., None])
-    colours += rng.normal(0, rng.uniform(0, 8), (SIDE, SIDE, 1))
+    colours += rng.normal(0, rng.uniform(0, 8), (*ink.shape, 1))
     return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))

@@ -12,7 +12,7 @@ from . import pages
 from .digits import SPLITS
 
 PAGES = "pages"
-"""The name of the built-in source."""
+"""The name of the built-in source; pages of other heights are called as kvcapsule.data.pages.HEIGHTS has them."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -25,7 +25,7 @@ class SourceConfig:
     """Where questions come from."""
 
     source: str = PAGES
-    """"pages" (built in), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, one on the Hub."""
+    """"pages", "pages-short" or "pages-tall" (built in; other heights), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, one on the Hub."""
     split: str = "train"
     """Split of the source; pages has train, validation and test."""
     size: int = 10_000
@@ -50,10 +50,10 @@ def load(config: SourceConfig) -> datasets.Dataset:
     """
     if config.size < 1:
         raise DataError(f"data size {config.size}: at least one question is needed.")
-    if config.source == PAGES:
+    if config.source in pages.HEIGHTS:
         if config.split not in SPLITS:
-            raise DataError(f"pages has no split {config.split!r}; it has {', '.join(SPLITS)}.")
-        return pages.pages(config.split, config.size, config.seed)
+            raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
+        return pages.pages(config.split, config.size, config.seed, height=pages.HEIGHTS[config.source])
     found = _open(config)
     wanted = {config.image: "image", config.prompt: "prompt", config.answer: "answer"}
     missing = [column for column in wanted if column not in found.column_names]

@@ -13,8 +13,9 @@ from .model import GRID, PATCH, SPECIALS
 
 IGNORE = -100
 SYMBOLS = ("",) + tuple("0123456789") + WORDS
-_TURNS = ("transcribe", "line", "last", "count", "line", "last", "line")
-_TASK_WEIGHT = {"transcribe": 1.0, "line": 1.0, "last": 2.0, "count": 1.5}
+_TURNS = ("transcribe", "line", "lookup", "count", "line", "lookup", "count")
+TASK_WEIGHT = {"transcribe": 1.0, "line": 1.125, "lookup": 2.0, "count": 1.25}
+"""What a token of each task's answers weighs; no two alike, for the log tells tasks by it."""
 _CHAINED = 0.25
 """Share of pages whose questions follow one another as turns of a chat; on the others each question sees the image alone."""
 
@@ -41,6 +42,8 @@ class TurnBatch(NamedTuple):
     weights: torch.Tensor
     names: torch.Tensor
     """[B, T]: the token of the symbol whose centre a visual token holds, or IGNORE."""
+    keys: torch.Tensor
+    """[B, N]: at every token of an answer, the token that its question looks for, or IGNORE where it looks for none."""
 
 
 class Indices(Dataset[int]):
@@ -95,17 +98,19 @@ class TurnCollator:
     def __call__(self, indices: list[int]) -> TurnBatch:
         drawn = [page("train", i, lines=self.lines) for i in indices]
         rows = [self._row(p, np.random.default_rng([i, 7])) for p, i in zip(drawn, indices, strict=True)]
-        length = max(len(ids) for ids, *_ in rows)
+        length = max(len(row.ids) for row in rows)
         batch, n_prefix = len(rows), len(self.prefix)
         input_ids = torch.full((batch, length), self.ids["pad"])
         position_ids = torch.zeros(batch, length, dtype=torch.long)
         labels = torch.full((batch, length), IGNORE)
         weights = torch.zeros(batch, length)
         turn = torch.full((batch, length), -1)
-        for i, (ids, positions, targets, weight, turns) in enumerate(rows):
-            n = len(ids)
-            input_ids[i, :n], position_ids[i, :n] = torch.tensor(ids), torch.tensor(positions)
-            labels[i, :n], weights[i, :n], turn[i, :n] = torch.tensor(targets), torch.tensor(weight), torch.tensor(turns)
+        keys = torch.full((batch, length), IGNORE)
+        for i, row in enumerate(rows):
+            columns = ((input_ids, row.ids), (position_ids, row.positions), (labels, row.labels), (turn, row.turns), (keys, row.keys))
+            for whole, part in columns:
+                whole[i, : len(part)] = torch.tensor(part)
+            weights[i, : len(row.weights)] = torch.tensor(row.weights)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         prefix = torch.arange(length) < n_prefix
         mask = causal & (prefix[None, None, :] | (turn[:, :, None] == turn[:, None, :]))
@@ -113,26 +118,39 @@ class TurnCollator:
         for i, of in enumerate(drawn):
             for mark in of.marks:
                 names[i, int(mark.y // PATCH) * GRID + int(mark.x // PATCH)] = self.processor.tokenizer.convert_tokens_to_ids(mark.text)
-        return TurnBatch(_pixels(self.processor, drawn), input_ids, position_ids, mask[:, None], labels, weights, names)
+        return TurnBatch(_pixels(self.processor, drawn), input_ids, position_ids, mask[:, None], labels, weights, names, keys)
 
-    def _row(self, of: Page, rng: np.random.Generator) -> tuple[list[int], list[int], list[int], list[float], list[int]]:
+    def _row(self, of: Page, rng: np.random.Generator) -> "_Row":
         chained = rng.random() < _CHAINED
         tasks = tuple(rng.permutation(TASKS)) if chained else _TURNS
         n_prefix = len(self.prefix)
-        ids, positions = list(self.prefix), list(range(n_prefix))
-        labels, weights, turns = [IGNORE] * n_prefix, [0.0] * n_prefix, [0] * n_prefix
+        blank = [IGNORE] * n_prefix
+        row = _Row(list(self.prefix), list(range(n_prefix)), list(blank), [0.0] * n_prefix, [0] * n_prefix, list(blank))
         encode = self.processor.tokenizer.encode
         for k, asked in enumerate(questions(of, rng, tasks)):
             opening = [self.ids["user"]] if chained and k else []
             prompt = opening + encode(asked.prompt, add_special_tokens=False) + [self.ids["assistant"]]
             answer = encode(asked.answer, add_special_tokens=False) + [self.ids["end"]]
-            start = positions[-1] + 1 if chained else n_prefix
-            ids += prompt + answer
-            positions += range(start, start + len(prompt) + len(answer))
-            labels += [IGNORE] * len(prompt) + answer
-            weights += [0.0] * len(prompt) + [_TASK_WEIGHT[asked.task]] * len(answer)
-            turns += [0 if chained else k + 1] * (len(prompt) + len(answer))
-        return ids, positions, labels, weights, turns
+            start = row.positions[-1] + 1 if chained else n_prefix
+            key = IGNORE if asked.key is None else self.processor.tokenizer.convert_tokens_to_ids(asked.key)
+            row.ids.extend(prompt + answer)
+            row.positions.extend(range(start, start + len(prompt) + len(answer)))
+            row.labels.extend([IGNORE] * len(prompt) + answer)
+            row.weights.extend([0.0] * len(prompt) + [TASK_WEIGHT[asked.task]] * len(answer))
+            row.turns.extend([0 if chained else k + 1] * (len(prompt) + len(answer)))
+            row.keys.extend([IGNORE] * len(prompt) + [key] * len(answer))
+        return row
+
+
+class _Row(NamedTuple):
+    """One page's packed turns, token by token; see TurnBatch."""
+
+    ids: list[int]
+    positions: list[int]
+    labels: list[int]
+    weights: list[float]
+    turns: list[int]
+    keys: list[int]
 
 
 def _pixels(processor: LlavaProcessor, drawn: list[Page]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from kvcapsule.data.pages import LINES, MAX_DIGITS, WORDS
 
-from .data import IGNORE, SYMBOLS, PatchBatch, TurnBatch
+from .data import IGNORE, SYMBOLS, TASK_WEIGHT, PatchBatch, TurnBatch
 
 
 class Stage(L.LightningModule):
@@ -67,30 +67,42 @@ class ReaderStage(Stage):
     """Stage 2: the whole model answers packed questions; the vision tower learns at a fraction of the rate.
 
     Beside the answers, the language part names the symbol that each visual token shows: attention then finds tokens worth copying, long
-    before the questions alone would have taught it so.
+    before the questions alone would have taught it so. And half way up, through a head that is thrown away, it names at every token of an
+    answer what the question looks for: what has just been read can then be compared with it (training/NOTES.md).
     """
 
     def __init__(
-        self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 1.5e-3, vision_lr: float = 0.25, naming: float = 0.5
+        self,
+        vlm: LlavaForConditionalGeneration,
+        steps: int,
+        lr: float = 1.5e-3,
+        vision_lr: float = 0.25,
+        naming: float = 0.5,
+        keys: float = 0.5,
     ) -> None:
         super().__init__(vlm, steps, lr)
-        self.vision_lr, self.naming = vision_lr, naming
+        self.vision_lr, self.naming, self.keys = vision_lr, naming, keys
+        text = vlm.config.text_config
+        self.halfway = text.num_hidden_layers // 2
+        self.key_head = nn.Sequential(nn.LayerNorm(text.hidden_size), nn.Linear(text.hidden_size, text.vocab_size))
         vlm.requires_grad_(True)
 
     def groups(self) -> list[dict[str, object]]:
         tower = list(self.vlm.model.vision_tower.parameters())
         known = {id(p) for p in tower}
-        rest = [p for p in self.vlm.parameters() if id(p) not in known]
+        rest = [p for p in self.parameters() if id(p) not in known]
         return [{"params": rest}, {"params": tower, "lr": self.lr * self.vision_lr}]
 
     def training_step(self, batch: TurnBatch, _: int) -> torch.Tensor:
-        hidden = self.vlm.model(
+        read = self.vlm.model(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=True,
+        )
+        hidden = read.last_hidden_state
         targets = batch.labels[:, 1:]
         asked = targets != IGNORE
         logits = self.vlm.lm_head(hidden[:, :-1][asked])
@@ -100,9 +112,15 @@ class ReaderStage(Stage):
         shown = batch.names != IGNORE
         named = self.vlm.lm_head(hidden[:, 1 : 1 + shown.shape[1]][shown])
         naming = F.cross_entropy(named, batch.names[shown])
+        sought = batch.keys != IGNORE
+        keyed = self.key_head(read.hidden_states[self.halfway][sought])
+        # Answers of a look-up are shorter than those of a count, and are not to count for less.
+        share = batch.weights[sought] ** 2
+        keys = (F.cross_entropy(keyed, batch.keys[sought], reduction="none") * share).sum() / share.sum()
         right = (logits.argmax(-1) == targets[asked]).float()
         self.log("loss", loss, prog_bar=True)
         self.log("naming", naming, prog_bar=True)
-        for name, weight in (("transcribe+line", 1.0), ("last", 2.0), ("count", 1.5)):
+        self.log("keys", keys, prog_bar=True)
+        for name, weight in TASK_WEIGHT.items():
             self.log(name, right[weights == weight].mean(), prog_bar=True)
-        return loss + self.naming * naming
+        return loss + self.naming * naming + self.keys * keys
