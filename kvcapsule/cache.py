@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from . import attention
 from .geometry import GeometryError
 from .kernels.reference import attend
+from .method import LayerByLayer, Revises, Run, Written, start
 from .prefill import Compressed, LayerPrefill, Method
 from .segment import Segment, storage_bytes
 from .spans import VisualSpan, find_spans
@@ -26,15 +27,17 @@ class CacheBytes(NamedTuple):
     text: int
     """Segments of the prompt's text."""
     tail: int
-    """Buffers of the tokens written since, room to grow included."""
+    """Buffers of the tokens written since, room to grow included, and the latest queries where a method asks for them."""
     other: int
     """The model's own layers (sliding window, linear attention)."""
     parameters: int
     """Maps of the codecs that the segments read: stored once, whatever the batch."""
+    host: int = 0
+    """What methods keep in the host's memory, beside the device's."""
 
     @property
     def total(self) -> int:
-        """All but the parameters."""
+        """All that is on the device, but the parameters."""
         return self.visual + self.text + self.tail + self.other
 
 
@@ -46,6 +49,10 @@ class Turn(NamedTuple):
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     shared: dict[tuple[int, bool], Any]
     """What its layers have in common (see LayerPrefill.shared)."""
+    run: Run
+    """Compresses its layers."""
+    layers: Mapping[int, "CapsuleLayer"]
+    """Where what is compressed goes, by index in the model."""
 
 
 class CapsuleLayer(CacheLayerMixin):
@@ -61,12 +68,16 @@ class CapsuleLayer(CacheLayerMixin):
     def __init__(self, index: int, method: Method) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.method = index, method
-        self.turn = Turn([], None, None, {})
+        self.turn = Turn([], None, None, {}, LayerByLayer(method), {index: self})
         self.visual: list[Segment] = []
         self.text: list[Segment] = []
         self.length = 0
         self.tail_length = 0
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._revises = method if isinstance(method, Revises) else None
+        self._seen: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None
+        """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
 
     @property
     def fresh(self) -> bool:
@@ -101,12 +112,16 @@ class CapsuleLayer(CacheLayerMixin):
         visible = _visible(mask, query.shape[2], tail.tokens, query.device)
         if visible is not None:
             visible = visible.expand(query.shape[0], -1, -1)
+        # The last query sees every token but padding.
+        self._seen = None if visible is None or self._revises is None else visible[:, -1]
         return attend(query, [*self.visual, *self.text, tail], scale, visible)
 
     def commit(self, query: torch.Tensor, scale: float) -> None:
         new = query.shape[2]
         self.length += new
+        self._remember(query)
         if self._new is None:
+            self._revise(scale)
             return
         keys, values = self._new
         self._new = None
@@ -115,9 +130,29 @@ class CapsuleLayer(CacheLayerMixin):
             valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
         turn = self.turn
         prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared)
-        compressed: Compressed = self.method.compress(prefill)
+        for index, compressed in turn.run.add(prefill):
+            turn.layers[index].store(compressed)
+
+    def store(self, compressed: Compressed) -> None:
+        """Take what the method made of a prefill, behind what is there."""
         self.visual += compressed.visual
         self.text += compressed.text
+
+    def _remember(self, query: torch.Tensor) -> None:
+        if self._revises is not None:
+            latest = query if self.queries is None else torch.cat([self.queries, query], dim=2)
+            self.queries = latest[:, :, max(0, latest.shape[2] - self._revises.window) :].clone()
+
+    def _revise(self, scale: float) -> None:
+        """Let the method act again, once the tail is as long as it asks for."""
+        if self._revises is None or self.tail_length < self._revises.every:
+            return
+        assert self.queries is not None
+        keys, values = self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
+        seen = torch.ones(keys.shape[0], self.tail_length, dtype=torch.bool, device=keys.device) if self._seen is None else self._seen
+        written = Written(self.index, self.visual, self.text, keys, values, seen, self.queries, scale)
+        self.visual, self.text = self._revises.revise(written)
+        self.tail_length = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -173,6 +208,8 @@ class CapsuleLayer(CacheLayerMixin):
         self.visual = [s.select(rows) for s in self.visual]
         self.text = [s.select(rows) for s in self.text]
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if self.queries is not None:
+            self.queries = self.queries.index_select(0, rows)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         needed = self.tail_length + keys.shape[2]
@@ -229,7 +266,8 @@ class CapsuleCache(Cache):
             ValueError: if the forward brings embeddings alone, from which visual tokens cannot be told.
         """
         attention.forget()
-        turn = Turn([], None, None, {})
+        layers = {layer.index: layer for layer in self._own()}
+        turn = Turn([], None, None, {}, start(self.method, list(layers)), layers)
         if input_ids is None:
             if self.get_seq_length() == 0:
                 raise ValueError(
@@ -239,7 +277,7 @@ class CapsuleCache(Cache):
             valid = None
             if attention_mask is not None and attention_mask.dim() == 2:
                 valid = attention_mask[:, -input_ids.shape[1] :].bool()
-            turn = Turn(find_spans(self.config, input_ids, inputs), valid, None, {})
+            turn = turn._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
         self._set(turn)
 
     def set_position_embeddings(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -253,7 +291,7 @@ class CapsuleCache(Cache):
         own = self._own()
         visual = [s for layer in own for s in layer.visual]
         text = [s for layer in own for s in layer.text]
-        tails = [t for layer in own if layer.is_initialized for t in (layer.keys, layer.values)]
+        tails = [t for layer in own if layer.is_initialized for t in (layer.keys, layer.values, layer.queries) if t is not None]
         others = [
             t for layer in self.layers if not isinstance(layer, CapsuleLayer) for t in vars(layer).values() if isinstance(t, torch.Tensor)
         ]
@@ -263,6 +301,7 @@ class CapsuleCache(Cache):
             tail=storage_bytes(iter(tails)),
             other=storage_bytes(iter(others)),
             parameters=storage_bytes(t for s in (*visual, *text) for t in s.parameter_tensors()),
+            host=storage_bytes(t for s in (*visual, *text) for t in s.host_tensors()),
         )
 
     def _own(self) -> list[CapsuleLayer]:

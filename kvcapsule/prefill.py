@@ -1,7 +1,7 @@
 """What a method sees of one layer when its prefill ends, and what it gives back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,6 +42,10 @@ class LayerPrefill:
         for span in self.spans:
             marked[span.row, span.start : span.start + span.length] = True
         return marked
+
+    def without_queries(self) -> "LayerPrefill":
+        """The same, for those who hold it longer than they need its queries."""
+        return replace(self, query=self.query[:, :, :0].clone())
 
 
 class Compressed(NamedTuple):
@@ -93,6 +97,50 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
         return x_BHND.transpose(1, 2)[rows[:, None], order].transpose(1, 2).contiguous()
 
     return Segment(take(prefill.keys), take(prefill.values), rows, mask=mask)
+
+
+_UNEVEN = 1.02
+"""As _SLACK, for rows of single heads: budgets that differ from head to head are to be what they say, in bytes."""
+
+
+def keep_heads(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
+    """The tokens that `kept` [B, H, N] marks for each KV head by itself, as raw rows: what a head does not keep is not stored for it.
+
+    Where all heads of every row keep equally many, their rows lie side by side, [E, H, M, D]; otherwise each entry is of one head
+    (Segment.head), entries of like length share a segment, and none is padded by more than 2 %.
+    """
+    counts = kept.sum(dim=2)
+    if not bool(counts.any()):
+        return []
+    if bool((counts == counts[:, :1]).all()):
+        # What a head keeps is moved to the front, where all heads then keep the same places.
+        order = torch.sort((~kept).to(torch.int8), dim=2, stable=True).indices[..., None]
+        moved = [x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (prefill.keys, prefill.values)]
+        front = torch.arange(kept.shape[2], device=kept.device) < counts[:, :1]
+        return keep(replace(prefill, keys=moved[0], values=moved[1]), front)
+    pairs = counts.flatten().nonzero()[:, 0]
+    pairs = pairs[counts.flatten()[pairs].argsort(descending=True, stable=True)]
+    segments, lengths = [], counts.flatten()[pairs].tolist()
+    begin = 0
+    while begin < len(lengths):
+        end = begin + sum(lengths[begin] <= n * _UNEVEN for n in lengths[begin:])
+        segments.append(_gather_heads(prefill, kept, pairs[begin:end].sort().values))
+        begin = end
+    return segments
+
+
+def _gather_heads(prefill: LayerPrefill, kept: torch.Tensor, pairs: torch.Tensor) -> Segment:
+    heads = kept.shape[1]
+    chosen = kept.flatten(0, 1)[pairs]
+    counts = chosen.sum(dim=1)
+    longest = int(counts.max())
+    order = torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices[:, :longest]
+    mask = None
+    if bool((counts < longest).any()):
+        mask = torch.arange(longest, device=kept.device) < counts[:, None]
+        order = torch.where(mask, order, order[:, :1])
+    keys, values = (x.flatten(0, 1)[pairs[:, None], order][:, None].contiguous() for x in (prefill.keys, prefill.values))
+    return Segment(keys, values, pairs // heads, mask=mask, head=pairs % heads)
 
 
 class Tiles(NamedTuple):

@@ -84,6 +84,8 @@ class Segment:
     """[E, N] bool: False where an entry has no token (entries of uneven length). None: all are there."""
     frame: Frame | None = None
     """The tiles' frames, where the keys are stored in the canonical one."""
+    head: torch.Tensor | None = None
+    """[E] int64: the one KV head that each entry is of, where heads store unlike counts; H is then 1. None: entries hold all heads."""
 
     def __post_init__(self) -> None:
         entries, heads = self.keys.shape[:2]
@@ -105,11 +107,19 @@ class Segment:
             ("bias", self.bias, (entries, heads, n_keys)),
             ("mask", self.mask, (entries, n_keys)),
             ("frame", cos, (entries,)),
+            ("head", self.head, (entries,)),
         ):
             if tensor is not None and tensor.shape[: len(leading)] != leading:
                 raise ValueError(f"{name} {tuple(tensor.shape)} does not fit a segment that asks for {leading} in its first dimensions.")
         if self.q_map is not None and self.q_map.shape[2] != self.keys.shape[3]:
             raise ValueError(f"q_map {tuple(self.q_map.shape)} does not map queries to keys of {self.keys.shape[3]} channels.")
+
+        if self.head is not None and (heads != 1 or any(m is not None for m in (self.score_map, self.value_map, self.value_mean))):
+            raise ValueError(f"entries of single KV heads hold 1 head and no maps along the tokens; these hold {heads}.")
+
+    def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> "Segment":
+        """The segment that this query reads: itself, but for those that fetch their rows query by query."""
+        return self
 
     @property
     def tokens(self) -> int:
@@ -129,14 +139,19 @@ class Segment:
             bias=None if self.bias is None else self.bias[index],
             mask=None if self.mask is None else self.mask[index],
             frame=None if self.frame is None else self.frame.select(index),
+            head=None if self.head is None else self.head[index],
         )
 
     def entry_tensors(self) -> Iterator[torch.Tensor]:
         """What is stored for the sequences themselves."""
         yield from (*stored(self.keys), *stored(self.values), self.owner)
-        yield from (t for t in (self.bias, self.mask) if t is not None)
+        yield from (t for t in (self.bias, self.mask, self.head) if t is not None)
         if self.frame is not None:
             yield from self.frame.tensors()
+
+    def host_tensors(self) -> Iterator[torch.Tensor]:
+        """What is kept for the sequences in the host's memory, beside the device's."""
+        yield from ()
 
     def parameter_tensors(self) -> Iterator[torch.Tensor]:
         """What all sequences share: the codec's maps, and what packed rows are read with."""

@@ -186,7 +186,7 @@ def test_merge_is_the_joint_softmax() -> None:
     """Two entries with the masses 1 and 3 weigh 1/4 and 3/4."""
     out = torch.tensor([8.0, 4.0]).view(2, 1, 1, 1, 1)
     partial = Partial(out, torch.tensor([1.0, 3.0]).log().view(2, 1, 1, 1), torch.tensor([0, 0]))
-    torch.testing.assert_close(merge([partial], 1), torch.full((1, 1, 1, 1, 1), 5.0))
+    torch.testing.assert_close(merge([partial], 1, 1), torch.full((1, 1, 1, 1, 1), 5.0))
 
 
 def test_errors(random_segment: Callable[..., Segment]) -> None:

@@ -21,6 +21,8 @@ class Partial(NamedTuple):
     """[E, H, G, Q]; -inf where an entry has no visible token."""
     owner: torch.Tensor
     """[E]."""
+    head: torch.Tensor | None = None
+    """[E]: the KV head of each entry, where H is 1 and the query has more."""
 
 
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,7 +30,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
 
     Args:
         query: [B, H * G, Q, D], rotated as the model does.
-        segments: at least one token must be visible to every query.
+        segments: at least one token must be visible to every query, and one segment must hold all KV heads (the tail does).
         scale: factor of the scores.
         visible: [E, Q, N] bool of the LAST segment (the tail): which of its tokens each query sees. None: all.
 
@@ -36,22 +38,27 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
     """
     if not segments:
         raise ValueError("attention needs at least one segment.")
-    heads = segments[0].keys.shape[1]
+    heads = max(s.keys.shape[1] if s.head is None else 0 for s in segments)
+    if heads == 0:
+        raise ValueError("all segments are of single KV heads: one of all heads (the tail, which may be empty) tells how many there are.")
     batch, query_heads, n_queries, dim = query.shape
     if query_heads % heads:
         raise ValueError(f"{query_heads} query heads cannot share {heads} KV heads evenly.")
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     q_BHGQD = query.to(work).view(batch, heads, query_heads // heads, n_queries, dim)
     last = len(segments) - 1
-    partials = [segment_partial(q_BHGQD, s, scale, visible if i == last else None) for i, s in enumerate(segments)]
-    return merge(partials, batch).view(batch, query_heads, n_queries, dim).to(query.dtype)
+    partials = [
+        segment_partial(q_BHGQD, s.for_query(q_BHGQD, scale), scale, visible if i == last else None) for i, s in enumerate(segments)
+    ]
+    return merge(partials, batch, heads).view(batch, query_heads, n_queries, dim).to(query.dtype)
 
 
 def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None) -> Partial:
     """Attention over one segment, normalised within each entry."""
     work = q_BHGQD.dtype
     groups, n_queries = q_BHGQD.shape[2], q_BHGQD.shape[3]
-    q = q_BHGQD[segment.owner].flatten(2, 3)  # [E, H, G * Q, D]
+    q = q_BHGQD[segment.owner] if segment.head is None else q_BHGQD[segment.owner, segment.head][:, None]
+    q = q.flatten(2, 3)  # [E, H, G * Q, D]
     if segment.frame is not None:
         q = segment.frame.back(q)
     if segment.q_map is not None:
@@ -78,7 +85,7 @@ def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visib
         out = out + total * segment.value_mean.to(work)[:, None]
     if segment.out_map is not None:
         out = _mapped(out, segment.out_map)
-    return Partial(out.unflatten(2, (groups, n_queries)), mass.log() + top[..., 0], segment.owner)
+    return Partial(out.unflatten(2, (groups, n_queries)), mass.log() + top[..., 0], segment.owner, segment.head)
 
 
 def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
@@ -99,16 +106,24 @@ def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dty
     return values
 
 
-def merge(partials: Sequence[Partial], batch: int) -> torch.Tensor:
+def merge(partials: Sequence[Partial], batch: int, heads: int) -> torch.Tensor:
     """Join partial attentions by log-sum-exp into [B, H, G, Q, D]."""
-    out = torch.cat([p.out for p in partials])
-    lse = torch.cat([p.lse for p in partials])
-    owner = torch.cat([p.owner for p in partials])
-    index = owner.view(-1, 1, 1, 1).expand_as(lse)
+    out = torch.cat([p.out.flatten(0, 1) for p in partials])
+    lse = torch.cat([p.lse.flatten(0, 1) for p in partials])
+    slot = torch.cat([_slots(p, heads) for p in partials])
+    index = slot.view(-1, 1, 1).expand_as(lse)
     # A query that sees nothing at all (padding) gets 0, not what is not a number.
-    top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax").clamp_min(torch.finfo(lse.dtype).min)
-    share = (lse - top[owner]).exp()
-    mass = torch.zeros_like(top).index_add(0, owner, share)
+    slots = (batch * heads, *lse.shape[1:])
+    top = lse.new_full(slots, -torch.inf).scatter_reduce(0, index, lse, "amax").clamp_min(torch.finfo(lse.dtype).min)
+    share = (lse - top[slot]).exp()
+    mass = torch.zeros_like(top).index_add(0, slot, share)
     weighted = (out * share[..., None]).masked_fill((share == 0)[..., None], 0.0)
-    joined = out.new_zeros((batch, *out.shape[1:])).index_add(0, owner, weighted)
-    return joined / mass.clamp_min(torch.finfo(lse.dtype).tiny)[..., None]
+    joined = out.new_zeros((*slots, out.shape[-1])).index_add(0, slot, weighted)
+    return (joined / mass.clamp_min(torch.finfo(lse.dtype).tiny)[..., None]).view(batch, heads, *out.shape[1:])
+
+
+def _slots(partial: Partial, heads: int) -> torch.Tensor:
+    """[E * H]: the row and KV head, counted through, that each piece belongs to."""
+    if partial.head is not None:
+        return partial.owner * heads + partial.head
+    return (partial.owner[:, None] * heads + torch.arange(heads, device=partial.owner.device)).flatten()

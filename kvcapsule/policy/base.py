@@ -1,6 +1,7 @@
 """What a policy is: a training-free rule for a layer's visual tokens."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -11,6 +12,9 @@ from ..segment import Segment
 
 class VisualPolicy(ABC):
     """A policy that acts on visual tokens and keeps all text raw."""
+
+    DIAL: ClassVar[str | None] = None
+    """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None: there is none."""
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -27,6 +31,8 @@ class VisualPolicy(ABC):
 
 class TokenPruning(VisualPolicy):
     """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
+
+    DIAL = "ratio"
 
     def __init__(self, ratio: float) -> None:
         """ratio: kept visual tokens / visual tokens, in (0, 1]."""

@@ -1,12 +1,14 @@
 """A method for the visual tokens and another for the text: a capsule beside a policy."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
 from ..codec.kvcapsule import check_ratio, retained
 from ..geometry import KVGeometry
+from ..method import Revises, Run, Written, start
 from ..prefill import Compressed, LayerPrefill, Method, keep
 from ..quantize import QuantizedRows, check_bits
 from ..segment import Segment
@@ -15,34 +17,69 @@ OBSERVED = 16
 """The prompt's last queries that rank its text."""
 
 
-class TextPolicy(Protocol):
-    """A training-free rule for a layer's text tokens."""
+class TextPolicy(ABC):
+    """A training-free rule for a layer's text tokens alone; as a method by itself it stores no visual token."""
 
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        return Compressed([], self.compress_text(prefill))
+
+    @abstractmethod
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
         """Segments of the tokens that are valid and in no visual span; none where there is no such token."""
 
 
 class Paired:
-    """Visual tokens by any method, text by a policy; bytes of both are told apart as always.
+    """Visual tokens by one method, text by another; bytes of both are told apart as always.
 
-    The method's own text segments are built and dropped again.
+    Each method sees the whole prefill; what the first makes of the text and the second of the visual tokens is built and dropped again.
+    Only the second may act again while tokens are written, and then sees no visual segment.
     """
 
-    def __init__(self, visual: Method, text: TextPolicy) -> None:
+    def __init__(self, visual: Method, text: Method) -> None:
+        """Raises ValueError if the visual method is one that acts again while tokens are written."""
+        if isinstance(visual, Revises):
+            raise ValueError(f"{type(visual).__name__} acts again while tokens are written: it can only be the method of the text.")
         self.visual, self.text = visual, text
+        if isinstance(text, Revises):
+            self.every, self.window, self.revise = text.every, text.window, self._revise
 
     def require_geometry(self, geometry: KVGeometry) -> None:
-        """Raises GeometryError if the visual method was made for another KV geometry."""
-        check = getattr(self.visual, "require_geometry", None)
-        if check is not None:
-            check(geometry)
+        """Raises GeometryError if one of the methods was made for another KV geometry."""
+        for method in (self.visual, self.text):
+            check = getattr(method, "require_geometry", None)
+            if check is not None:
+                check(geometry)
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        return Compressed(self.visual.compress(prefill).visual, self.text.compress_text(prefill))
+        return Compressed(self.visual.compress(prefill).visual, self.text.compress(prefill).text)
+
+    def start(self, layers: Sequence[int]) -> Run:
+        return _PairedRun(start(self.visual, layers), start(self.text, layers))
+
+    def _revise(self, written: Written) -> Compressed:
+        assert isinstance(self.text, Revises)
+        revised = self.text.revise(written._replace(visual=[]))
+        return Compressed(written.visual, [*revised.visual, *revised.text])
 
 
-class TextPruning:
+class _PairedRun:
+    """Two runs side by side; a layer is done when both are."""
+
+    def __init__(self, visual: Run, text: Run) -> None:
+        self.visual, self.text = visual, text
+        self.waiting: tuple[dict[int, Compressed], dict[int, Compressed]] = ({}, {})
+
+    @torch.no_grad()
+    def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
+        visual, text = self.waiting
+        visual.update(self.visual.add(prefill))
+        text.update(self.text.add(prefill))
+        return [(layer, Compressed(visual.pop(layer).visual, text.pop(layer).text)) for layer in sorted(visual.keys() & text.keys())]
+
+
+class TextPruning(TextPolicy):
     """Keeps a row's first text tokens, its last ones, and of those between the ones that the prompt's last queries attend to most.
 
     The score is SnapKV's (arXiv 2404.14469): attention from an observation window, summed over its queries and over query heads; its
@@ -93,7 +130,7 @@ def last_attention(prefill: LayerPrefill) -> torch.Tensor:
     return received
 
 
-class QuantizedText:
+class QuantizedText(TextPolicy):
     """All text tokens in few bits, a step and a zero for each channel of a row of the batch (see QuantizedRows).
 
     Step and zero take as much as two raw tokens, so text of a few tokens saves little or nothing.

@@ -26,6 +26,8 @@ class HeadPruning(VisualPolicy):
     are is stored nowhere.
     """
 
+    DIAL = "ratio"
+
     def __init__(self, ratio: float) -> None:
         """ratio: kept visual tokens / visual tokens, in (0, 1]."""
         check_ratio(ratio)
