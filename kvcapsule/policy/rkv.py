@@ -177,7 +177,7 @@ class RKV(VisualPolicy):
         number = asking.sum(dim=1).clamp_min(1)[:, None, None]
         if self.pooling == "mean":
             return self._smooth(attention.sum(dim=2) / number) * valid
-        return self._smooth(attention.flatten(0, 1)).unflatten(0, keys.shape[:2]).sum(dim=2) / number * valid
+        return self._smooth(attention.flatten(0, 1)).view_as(attention).sum(dim=2) / number * valid
 
     def _smooth(self, x: torch.Tensor) -> torch.Tensor:
         smoothed: torch.Tensor = F.max_pool1d(x, self.kernel, stride=1, padding=self.kernel // 2)
