@@ -189,6 +189,15 @@ def test_padding_does_not_ask() -> None:
     torch.testing.assert_close(found, alone)
 
 
+def test_what_lies_at_padding_does_not_matter() -> None:
+    of, (query, asking, scale) = tokens(), asked()
+    asking[1, 0] = False
+    expected = SMALL.kept(of, query, asking, scale)
+    query[1, :, 0] = torch.nan
+    poisoned = replace(of, keys=of.keys.masked_fill(~of.valid[..., None], torch.nan))
+    assert torch.equal(SMALL.kept(poisoned, query, asking, scale), expected)
+
+
 def test_scores_are_computed_in_full_precision() -> None:
     half = tokens(padding=(0, 0))
     half = replace(half, keys=half.keys.bfloat16())

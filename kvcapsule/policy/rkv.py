@@ -157,7 +157,7 @@ class RKV(VisualPolicy):
         if bool((rows.valid.sum(dim=2) <= self.limit).all()):
             return rows.valid
         candidates = rows.valid[:, :, : -self.window]
-        keys = rows.keys.to(torch.promote_types(rows.keys.dtype, torch.float32))
+        keys = rows.keys.to(torch.promote_types(rows.keys.dtype, torch.float32)).masked_fill(~rows.valid[..., None], 0.0)
         important = self.importance(query.to(keys.dtype), keys[:, :, : -self.window], candidates, asking, scale)
         redundant = self.redundancy(keys, rows.valid)
         scores = self.mix * important - (1 - self.mix) * redundant
@@ -173,7 +173,8 @@ class RKV(VisualPolicy):
         query_BHGWD = query.unflatten(1, (keys.shape[1], -1))
         logits = (query_BHGWD @ keys[:, :, None].transpose(-1, -2)).amax(dim=2) * scale
         lowest = torch.finfo(logits.dtype).min
-        attention = logits.masked_fill(~valid[:, :, None], lowest).softmax(dim=-1) * (valid[:, :, None] & asking[:, None, :, None])
+        attention = logits.masked_fill(~valid[:, :, None], lowest).softmax(dim=-1)
+        attention = attention.masked_fill(~(valid[:, :, None] & asking[:, None, :, None]), 0.0)
         number = asking.sum(dim=1).clamp_min(1)[:, None, None]
         if self.pooling == "mean":
             return self._smooth(attention.sum(dim=2) / number) * valid
