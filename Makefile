@@ -19,8 +19,9 @@ TRAIN_FLAGS ?= --force true
 EVAL_FLAGS ?=
 VLM_FLAGS ?=
 SUITE_FLAGS ?=
+GROWTH_FLAGS ?=
 
-.PHONY: help venv test style format demo demo-vlm rate-distortion wheel clean
+.PHONY: help venv test style format demo demo-vlm rate-distortion long-answer wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,10 @@ demo-vlm: $(READY) ## train the demo VLM itself; started again, it goes on where
 rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \
 		--plot eval/results/rate-distortion.png --report docs/results.md $(SUITE_FLAGS)
+
+long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
+	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.growth --json eval/results/long-answer.json \
+		--plot docs/long-answer.png --report docs/long-answer.md $(GROWTH_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

@@ -76,6 +76,7 @@ class CapsuleLayer(CacheLayerMixin):
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._revises = method if isinstance(method, Revises) else None
         self._seen: torch.Tensor | None = None
+        self._closed = 0
         self.queries: torch.Tensor | None = None
         """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
 
@@ -144,15 +145,21 @@ class CapsuleLayer(CacheLayerMixin):
             self.queries = latest[:, :, max(0, latest.shape[2] - self._revises.window) :].clone()
 
     def _revise(self, scale: float) -> None:
-        """Let the method act again, once the tail is as long as it asks for."""
-        if self._revises is None or self.tail_length < self._revises.every:
+        """Let the method act again, once as much was written as it asks for."""
+        if self._revises is None:
+            return
+        every = self._revises.every
+        if self._closed + self.tail_length < every or self.tail_length < min(self._revises.window, every):
             return
         assert self.queries is not None
         keys, values = self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
         seen = torch.ones(keys.shape[0], self.tail_length, dtype=torch.bool, device=keys.device) if self._seen is None else self._seen
         written = Written(self.index, self.visual, self.text, keys, values, seen, self.queries, scale)
         self.visual, self.text = self._revises.revise(written)
-        self.tail_length = 0
+        self.tail_length = self._closed = 0
+        if self.keys.shape[2] > every + _TAIL_STEP:
+            # Many tokens in one forward made the buffer longer than it will be needed.
+            self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -231,6 +238,7 @@ class CapsuleLayer(CacheLayerMixin):
             seen = mask[:, 0, -1, self.length - self.tail_length : self.length].expand(keys.shape[0], -1)
             seen = None if bool(seen.all()) else seen.clone()
         self.text.append(_rows(keys, values, seen))
+        self._closed += self.tail_length
         self.tail_length = 0
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 

@@ -109,7 +109,10 @@ class Revises(Protocol):
     """A method that acts again while tokens are written."""
 
     every: int
-    """Tokens after which it acts: when this many or more lie in the tail."""
+    """Tokens after which it acts: when this many or more were written since it last did, `window` of them at least in the tail.
+
+    The others lie in text segments: a new image in a later turn closes the tail before it is full.
+    """
     window: int
     """Latest queries that the cache keeps for it."""
 

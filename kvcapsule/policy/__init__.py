@@ -8,6 +8,7 @@ from .kivi import Kivi
 from .pyramid import PyramidKV
 from .quantized import Quantized
 from .random import Random
+from .rkv import RKV
 from .snapkv import HeadPruning, SnapKV
 from .spaced import EvenlySpaced
 from .streaming import StreamingLLM
@@ -23,11 +24,13 @@ POLICIES: dict[str, type[VisualPolicy]] = {
     "pyramidkv": PyramidKV,
     "quantized": Quantized,
     "kivi": Kivi,
+    "r-kv": RKV,
 }
 
 __all__ = [
     "H2O",
     "POLICIES",
+    "RKV",
     "EvenlySpaced",
     "Full",
     "HeadPruning",
