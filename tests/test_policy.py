@@ -10,6 +10,7 @@ from kvcapsule.inference import attach
 from kvcapsule.policy import (
     H2O,
     POLICIES,
+    AirCache,
     EvenlySpaced,
     Full,
     Kivi,
@@ -21,6 +22,7 @@ from kvcapsule.policy import (
     StreamingLLM,
     TokenPruning,
     VisualPolicy,
+    VLCache,
 )
 from kvcapsule.prefill import Compressed, LayerPrefill, cut_tiles, keep, tiled
 from kvcapsule.quantize import QuantizedRows
@@ -226,6 +228,6 @@ def test_bits_that_do_not_pack_are_refused_before_the_prompt() -> None:
 
 
 def test_the_registry_names_every_policy() -> None:
-    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, Kivi}
+    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, Kivi, VLCache, AirCache}
     assert set(POLICIES.values()) == {Full, PostVisionAttention, EvenlySpaced, Quantized} | baselines
     assert isinstance(Full().compress(ONE), Compressed)

@@ -1,7 +1,8 @@
 """Training-free methods. POLICIES is the one place where a policy is registered."""
 
+from .aircache import AirCache
 from .attended import PostVisionAttention
-from .base import TokenPruning, VisualPolicy
+from .base import Policy, TokenPruning, VisualPolicy
 from .full import Full
 from .h2o import H2O
 from .kivi import Kivi
@@ -11,8 +12,9 @@ from .random import Random
 from .snapkv import HeadPruning, SnapKV
 from .spaced import EvenlySpaced
 from .streaming import StreamingLLM
+from .vlcache import VLCache
 
-POLICIES: dict[str, type[VisualPolicy]] = {
+POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "post-vision-attention": PostVisionAttention,
     "evenly-spaced": EvenlySpaced,
@@ -23,15 +25,19 @@ POLICIES: dict[str, type[VisualPolicy]] = {
     "pyramidkv": PyramidKV,
     "quantized": Quantized,
     "kivi": Kivi,
+    "vl-cache": VLCache,
+    "aircache": AirCache,
 }
 
 __all__ = [
     "H2O",
     "POLICIES",
+    "AirCache",
     "EvenlySpaced",
     "Full",
     "HeadPruning",
     "Kivi",
+    "Policy",
     "PostVisionAttention",
     "PyramidKV",
     "Quantized",
@@ -39,5 +45,6 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "TokenPruning",
+    "VLCache",
     "VisualPolicy",
 ]
