@@ -19,7 +19,7 @@ import torch
 
 from ..codec.kvcapsule import check_ratio
 from ..method import SharedBudget
-from ..prefill import Compressed, LayerPrefill, keep, keep_heads
+from ..prefill import UNEVEN, Compressed, LayerPrefill, keep, keep_heads
 from .base import Policy
 from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
 from .postvision import behind_last_image
@@ -156,7 +156,7 @@ class AirCache(SharedBudget[Observed], Policy):
         visual = prefill.visual()
         kept = best_tokens(importance, visual, torch.tensor(counts, device=visual.device))
         text = keep(prefill, prefill.valid & ~visual)
-        return Compressed(keep(prefill, kept[:, 0]) if self.heads == "mean" else keep_heads(prefill, kept), text)
+        return Compressed(keep(prefill, kept[:, 0], UNEVEN) if self.heads == "mean" else keep_heads(prefill, kept), text)
 
     def _text(self, prefill: LayerPrefill) -> torch.Tensor:
         text = prefill.valid & ~prefill.visual()

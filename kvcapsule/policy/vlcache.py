@@ -14,7 +14,7 @@ import torch
 
 from ..codec.kvcapsule import retained
 from ..method import SharedBudget
-from ..prefill import Compressed, LayerPrefill, keep, keep_heads
+from ..prefill import UNEVEN, Compressed, LayerPrefill, keep, keep_heads
 from .base import Policy
 from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
 from .postvision import THRESHOLD, WINDOW, attention_of, ranking_queries
@@ -129,7 +129,7 @@ class VLCache(SharedBudget[Observed], Policy):
         kept = best_tokens(scores, prefill.valid, torch.tensor(counts, device=device), recent)
         visual = prefill.visual()
         if self.sets == "layer":
-            return Compressed(keep(prefill, kept[:, 0] & visual), keep(prefill, kept[:, 0] & ~visual))
+            return Compressed(keep(prefill, kept[:, 0] & visual, UNEVEN), keep(prefill, kept[:, 0] & ~visual, UNEVEN))
         return Compressed(keep_heads(prefill, kept & visual[:, None]), keep_heads(prefill, kept & ~visual[:, None]))
 
 
