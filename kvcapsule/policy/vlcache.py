@@ -66,8 +66,8 @@ class VLCache(SharedBudget[Observed], Policy):
     """What a token is worth to a KV head: the "sum" (as s_j sums over queries) or the "max" over the query heads that share it; heads of
     a layer's one set are summed."""
     recent_of: str = "layer"
-    """The budget that `recent` is a share of: the "layer"'s own, as the paper says, or the "mean" over layers, the same number of tokens
-    in all of them; the sparsity then shares out what is left."""
+    """The budget that `recent` is a share of: the "layer"'s own, so that no more than this share of it is forced, or the "mean" over
+    layers, the same number of tokens in all of them; the sparsity then shares out what is left."""
     overflow: str = "clip"
     """What a layer cannot take beyond all its tokens is not spent ("clip": the paper does not renormalise), or goes to the others
     ("share": what is stored is then the budget, and budgets near 1 near everything)."""
