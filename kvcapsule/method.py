@@ -35,8 +35,13 @@ class LayerByLayer:
 class SharedBudget(ABC, Generic[Observed]):
     """A method whose layers share a budget: it observes all of them, then commits.
 
-    Until the last layer is observed the keys and values of all of them are held in full; their queries are not.
+    Until the last layer is observed the keys and values of all of them are held, in full if `hold` does not say otherwise; their queries
+    are not.
     """
+
+    def hold(self, prefill: LayerPrefill) -> LayerPrefill:
+        """What is held of a layer for `commit`."""
+        return prefill.without_queries()
 
     @abstractmethod
     def observe(self, prefill: LayerPrefill) -> Observed:
@@ -44,12 +49,12 @@ class SharedBudget(ABC, Generic[Observed]):
 
     @abstractmethod
     def commit(self, prefills: Sequence[LayerPrefill], observed: Sequence[Observed]) -> list[Compressed]:
-        """Compress all layers of one forward, given without their queries and in their order, with what was observed of each."""
+        """Compress all layers of one forward, given as `hold` left them and in their order, with what was observed of each."""
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
         """A layer that is all there is: the whole budget is its own."""
-        (compressed,) = self.commit([prefill.without_queries()], [self.observe(prefill)])
+        (compressed,) = self.commit([self.hold(prefill)], [self.observe(prefill)])
         return compressed
 
     def start(self, layers: Sequence[int]) -> Run:
@@ -65,7 +70,7 @@ class _SharedRun(Generic[Observed]):
     @torch.no_grad()
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
         self.observed.append(self.method.observe(prefill))
-        self.prefills.append(prefill.without_queries())
+        self.prefills.append(self.method.hold(prefill))
         if len(self.observed) < len(self.layers):
             return []
         compressed = self.method.commit(self.prefills, self.observed)

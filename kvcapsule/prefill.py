@@ -66,10 +66,11 @@ _SLACK = 1.25
 """Padded rows may hold this many times the tokens that they keep; past it, rows of each length get a segment of their own."""
 
 
-def keep(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
+def keep(prefill: LayerPrefill, kept: torch.Tensor, slack: float = _SLACK) -> list[Segment]:
     """The tokens that `kept` [B, N] (every head alike) marks, as raw rows; none at all gives no segment.
 
-    Rows that keep fewer than the fullest are padded to its length where that is little, and the padding counts as stored bytes.
+    Rows that keep fewer than the fullest are padded to its length where that is little, and the padding counts as stored bytes: `slack`
+    times the tokens that are kept, at most.
     """
     counts = kept.sum(dim=1)
     rows = counts.nonzero()[:, 0]
@@ -78,7 +79,7 @@ def keep(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
     if bool(kept.all()):
         return [Segment(prefill.keys.contiguous(), prefill.values.contiguous(), rows)]
     present = counts[rows]
-    if int(present.max()) * len(rows) <= _SLACK * int(present.sum()):
+    if int(present.max()) * len(rows) <= slack * int(present.sum()):
         return [_gather(prefill, kept, rows)]
     return [_gather(prefill, kept, rows[present == count]) for count in present.unique()]
 
@@ -99,8 +100,8 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
     return Segment(take(prefill.keys), take(prefill.values), rows, mask=mask)
 
 
-_UNEVEN = 1.02
-"""As _SLACK, for rows of single heads: budgets that differ from head to head are to be what they say, in bytes."""
+UNEVEN = 1.02
+"""As _SLACK, for budgets that differ from head to head or from row to row by a method's design: they are to be what they say, in bytes."""
 
 
 def keep_heads(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
@@ -117,13 +118,13 @@ def keep_heads(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
         order = torch.sort((~kept).to(torch.int8), dim=2, stable=True).indices[..., None]
         moved = [x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (prefill.keys, prefill.values)]
         front = torch.arange(kept.shape[2], device=kept.device) < counts[:, :1]
-        return keep(replace(prefill, keys=moved[0], values=moved[1]), front)
+        return keep(replace(prefill, keys=moved[0], values=moved[1]), front, UNEVEN)
     pairs = counts.flatten().nonzero()[:, 0]
     pairs = pairs[counts.flatten()[pairs].argsort(descending=True, stable=True)]
     segments, lengths = [], counts.flatten()[pairs].tolist()
     begin = 0
     while begin < len(lengths):
-        end = begin + sum(lengths[begin] <= n * _UNEVEN for n in lengths[begin:])
+        end = begin + sum(lengths[begin] <= n * UNEVEN for n in lengths[begin:])
         segments.append(_gather_heads(prefill, kept, pairs[begin:end].sort().values))
         begin = end
     return segments

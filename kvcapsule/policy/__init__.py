@@ -1,7 +1,8 @@
 """Training-free methods. POLICIES is the one place where a policy is registered."""
 
+from .aircache import AirCache
 from .attended import PostVisionAttention
-from .base import TokenPruning, VisualPolicy
+from .base import Policy, TokenPruning, VisualPolicy
 from .full import Full
 from .h2o import H2O
 from .kivi import Kivi
@@ -12,8 +13,9 @@ from .rkv import RKV
 from .snapkv import HeadPruning, SnapKV
 from .spaced import EvenlySpaced
 from .streaming import StreamingLLM
+from .vlcache import VLCache
 
-POLICIES: dict[str, type[VisualPolicy]] = {
+POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "post-vision-attention": PostVisionAttention,
     "evenly-spaced": EvenlySpaced,
@@ -25,16 +27,20 @@ POLICIES: dict[str, type[VisualPolicy]] = {
     "quantized": Quantized,
     "kivi": Kivi,
     "r-kv": RKV,
+    "vl-cache": VLCache,
+    "aircache": AirCache,
 }
 
 __all__ = [
     "H2O",
     "POLICIES",
     "RKV",
+    "AirCache",
     "EvenlySpaced",
     "Full",
     "HeadPruning",
     "Kivi",
+    "Policy",
     "PostVisionAttention",
     "PyramidKV",
     "Quantized",
@@ -42,5 +48,6 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "TokenPruning",
+    "VLCache",
     "VisualPolicy",
 ]

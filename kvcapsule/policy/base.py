@@ -1,4 +1,4 @@
-"""What a policy is: a training-free rule for a layer's visual tokens."""
+"""What a policy is: a training-free rule for a layer's tokens."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -10,11 +10,19 @@ from ..prefill import Compressed, LayerPrefill, keep
 from ..segment import Segment
 
 
-class VisualPolicy(ABC):
-    """A policy that acts on visual tokens and keeps all text raw."""
+class Policy(ABC):
+    """A training-free method; a frozen dataclass, whose fields are its settings."""
 
     DIAL: ClassVar[str | None] = None
     """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None: there is none."""
+
+    @abstractmethod
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """A layer's prefill as segments; see kvcapsule.prefill.Method."""
+
+
+class VisualPolicy(Policy):
+    """A policy that acts on visual tokens and keeps all text raw."""
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
