@@ -25,8 +25,8 @@ class SourceConfig:
     """Where questions come from."""
 
     source: str = PAGES
-    """"pages" (built in; "pages-short" and "pages-tall" have other heights), a folder saved by `datasets`, a json, csv or parquet file, a folder
-    of images with metadata, one on the Hub."""
+    """"pages" (built in; "pages-short" and "pages-tall" have other heights), a folder saved by `datasets`, a json, csv or parquet
+    file, a folder of images with metadata, one on the Hub."""
     split: str = "train"
     """Split of the source; pages has train, validation and test."""
     size: int = 10_000
