@@ -1,5 +1,7 @@
 """Training-free methods. POLICIES is the one place where a policy is registered."""
 
+from ..prefill import Method
+from .akvq import AkvqVl
 from .attended import PostVisionAttention
 from .base import TokenPruning, VisualPolicy
 from .full import Full
@@ -12,7 +14,7 @@ from .snapkv import HeadPruning, SnapKV
 from .spaced import EvenlySpaced
 from .streaming import StreamingLLM
 
-POLICIES: dict[str, type[VisualPolicy]] = {
+POLICIES: dict[str, type[Method]] = {
     "full": Full,
     "post-vision-attention": PostVisionAttention,
     "evenly-spaced": EvenlySpaced,
@@ -23,11 +25,13 @@ POLICIES: dict[str, type[VisualPolicy]] = {
     "pyramidkv": PyramidKV,
     "quantized": Quantized,
     "kivi": Kivi,
+    "akvq-vl": AkvqVl,
 }
 
 __all__ = [
     "H2O",
     "POLICIES",
+    "AkvqVl",
     "EvenlySpaced",
     "Full",
     "HeadPruning",
