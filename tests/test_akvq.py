@@ -272,7 +272,7 @@ def test_text_is_to_draw_more_than_either(text: float, visual: float, pivot: flo
     of.query[:], scores = 1.0, torch.full((60,), text, dtype=torch.float64)
     scores[13:43], scores[[3, 20]], scores[48:], scores[:2] = visual, pivot, 9.0, 9.0
     of.keys[:] = (scores / (of.scale * DIM))[:, None]
-    stored = AkvqVl(recent=12, pivots=3).compress(of).text
+    stored = AkvqVl(recent=12, pivots=3, observed=4).compress(of).text
     assert {s.later for s in stored if isinstance(s, Exact)} == ({4} if salient else {2, None})
 
 
