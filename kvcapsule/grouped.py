@@ -1,6 +1,8 @@
 """Few-bit rows in small groups: a step and a zero for every few elements, along the tokens or along the channels; really packed.
 
-x^ = step * code + zero     step = (high - low) / (2^bits - 1),  zero = low,  over one group
+    x^ = step * code + zero     step = (high - low) / (2^bits - 1),  zero = low
+
+with a group's least and greatest value as low and high.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """The Walsh-Hadamard matrix: an orthonormal rotation that spreads what is large in few channels over all of them.
 
-H_1 = [1]     H_2n = [[H_n, H_n], [H_n, -H_n]]     and, orthonormal, H_n / sqrt(n): symmetric, and its own inverse
+    H_1 = [1]     H_2n = [[H_n, H_n], [H_n, -H_n]]
+
+and, orthonormal, H_n / sqrt(n): symmetric, and its own inverse.
 """
 
 from functools import lru_cache

@@ -28,7 +28,7 @@ class Kivi(VisualPolicy):
         """Raises ValueError for bits that cannot be packed or an empty group.
 
         Args:
-            bits: of a code; the paper's are 2 and 4, and 8 is next to lossless.
+            bits: of a code; the paper's are 2 and 4.
             group: elements that share a step and a zero.
         """
         check_bits(bits)

@@ -70,7 +70,6 @@ class _PairedRun:
 
     def __init__(self, visual: Run, text: Run) -> None:
         self.visual, self.text = visual, text
-        self.reads_hidden = reads_hidden(visual) or reads_hidden(text)
         self.waiting: tuple[dict[int, Compressed], dict[int, Compressed]] = ({}, {})
 
     @torch.no_grad()
