@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from . import attention
 from .geometry import GeometryError
 from .kernels.reference import attend
-from .method import LayerByLayer, Revises, Run, Written, start
+from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
 from .segment import Segment, storage_bytes
 from .spans import VisualSpan, find_spans
@@ -79,6 +79,8 @@ class CapsuleLayer(CacheLayerMixin):
         self._closed = 0
         self.queries: torch.Tensor | None = None
         """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
+        self.hidden: torch.Tensor | None = None
+        """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
 
     @property
     def fresh(self) -> bool:
@@ -120,6 +122,7 @@ class CapsuleLayer(CacheLayerMixin):
     def commit(self, query: torch.Tensor, scale: float) -> None:
         new = query.shape[2]
         self.length += new
+        hidden, self.hidden = self.hidden, None
         self._remember(query)
         if self._new is None:
             self._revise(scale)
@@ -130,7 +133,8 @@ class CapsuleLayer(CacheLayerMixin):
         if valid is None:
             valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
         turn = self.turn
-        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared)
+        shared = turn.position_embeddings, turn.shared
+        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid, scale, *shared, hidden)
         for index, compressed in turn.run.add(prefill):
             turn.layers[index].store(compressed)
 
@@ -293,6 +297,12 @@ class CapsuleCache(Cache):
         for layer in self._own():
             if layer.turn.spans:
                 layer.turn = layer.turn._replace(position_embeddings=(cos, sin))
+
+    def set_hidden(self, index: int, hidden: torch.Tensor) -> None:
+        """What enters decoder layer `index` in the present forward, [B, N, C]; called by the hook that `attach` sets."""
+        layer = self.layers[index]
+        if isinstance(layer, CapsuleLayer) and reads_hidden(layer.method):
+            layer.hidden = hidden
 
     def bytes(self) -> CacheBytes:
         """Measured from storages; a storage that layers share counts once."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from .attention import IMPLEMENTATION, forget
 from .cache import CapsuleCache
 from .geometry import KVGeometry
+from .method import reads_hidden
 from .prefill import Method
 
 _FULL_ATTENTION = "full_attention"
@@ -46,7 +48,7 @@ def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[Pre
         _set_text_attention(model, IMPLEMENTATION)
         stack.callback(_set_text_attention, model, before)
         active: list[CapsuleCache] = []
-        for handle in _hooks(model, active):
+        for handle in _hooks(model, active, hidden=method is None or reads_hidden(method)):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
             raise RuntimeError(f"{type(model).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache.")
@@ -67,8 +69,11 @@ def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[Pre
         yield model
 
 
-def _hooks(model: PreTrainedModel, active: list[CapsuleCache]) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is made."""
+def _hooks(model: PreTrainedModel, active: list[CapsuleCache], hidden: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is made.
+
+    And, where a method may ask for them, the hidden states that enter each layer.
+    """
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         active.clear()
@@ -85,7 +90,13 @@ def _hooks(model: PreTrainedModel, active: list[CapsuleCache]) -> Iterator[torch
         if active and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
             active[0].set_position_embeddings(*output)
 
+    def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if active:
+            active[0].set_hidden(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
     yield model.register_forward_pre_hook(begin, with_kwargs=True)
+    for index, layer in enumerate(getattr(model.get_decoder(), "layers", ()) if hidden else ()):
+        yield layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True)
     for name, module in model.get_decoder().named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
             yield module.register_forward_hook(rotation, with_kwargs=True)

@@ -92,6 +92,11 @@ def start(method: Any, layers: Sequence[int]) -> Run:
     return method.start(layers) if isinstance(method, Starts) else LayerByLayer(method)
 
 
+def reads_hidden(method: Any) -> bool:
+    """Whether a method asks for the residual stream (LayerPrefill.hidden), by an attribute `reads_hidden` that is True."""
+    return bool(getattr(method, "reads_hidden", False))
+
+
 class Written(NamedTuple):
     """A layer while tokens are written: B rows, M tokens since the last prefill or revision, W latest queries."""
 

@@ -35,6 +35,8 @@ class LayerPrefill:
     """The model's rotary cos and sin, each [B or 1, N, R]; None for models without RoPE."""
     shared: dict[tuple[int, bool], "_Cut"] = field(default_factory=dict)
     """What the layers of one forward have in common, so that it is computed and stored once."""
+    hidden: torch.Tensor | None = None
+    """[B, N, C]: the residual stream as it enters the layer, for a method that asks (kvcapsule.method.reads_hidden); None otherwise."""
 
     def visual(self) -> torch.Tensor:
         """[B, N] bool: True at visual tokens."""
@@ -44,8 +46,8 @@ class LayerPrefill:
         return marked
 
     def without_queries(self) -> "LayerPrefill":
-        """The same, for those who hold it longer than they need its queries."""
-        return replace(self, query=self.query[:, :, :0].clone())
+        """The same without queries and hidden states, for those who hold it longer than they need them."""
+        return replace(self, query=self.query[:, :, :0].clone(), hidden=None)
 
 
 class Compressed(NamedTuple):

@@ -20,10 +20,10 @@ from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
 from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, PerLayer, chosen, rival
 from kvcapsule.geometry import GeometryError, KVGeometry
+from kvcapsule.grouped import GroupedRows
 from kvcapsule.kernels.reference import attend
 from kvcapsule.policy import H2O, POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
 from kvcapsule.policy import snapkv as snapkv_module
-from kvcapsule.policy.kivi import GroupedRows
 from kvcapsule.policy.pyramid import pyramid_counts
 from kvcapsule.policy.snapkv import attention_received
 from kvcapsule.prefill import LayerPrefill
@@ -39,7 +39,7 @@ PRUNING: dict[str, Callable[[float], VisualPolicy]] = {
     "h2o": H2O,
     "pyramidkv": lambda ratio: PyramidKV(ratio, layers=LAYERS),
 }
-KIVI: dict[str, Callable[[], VisualPolicy]] = {f"kivi{bits}": lambda bits=bits: Kivi(bits) for bits in (2, 4)}
+KIVI: dict[str, Callable[[], VisualPolicy]] = {f"kivi{bits}": lambda bits=bits: Kivi(bits) for bits in (2, 4, 8)}
 ALL: dict[str, Callable[[], VisualPolicy]] = {**{name: lambda make=make: make(0.3) for name, make in PRUNING.items()}, **KIVI}
 
 every_method = pytest.mark.parametrize("name", ALL)
@@ -210,7 +210,7 @@ def test_pyramid_learns_its_layers_from_the_model() -> None:
         PyramidKV(0.5, layers=3).require_geometry(KVGeometry("llava", 2, 4, 2, 8, "1d"))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kivi_by_hand(bits: int) -> None:
     """70 tokens in groups of 32, 32 and 6; channels of 8 in groups of 5 and 3: each group rounded by itself."""
     of = tokens([(0, 3, 70)], [0], 80)
@@ -269,7 +269,7 @@ def test_bytes_fall_as_promised(name: str, ratio: float) -> None:
     assert sum(visual_bytes(policy, of) for of in layers) == pytest.approx(ratio * full, rel=0.021 if ratio == 0.1 else 1e-9)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kivi_bytes(bits: int) -> None:
     """Codes, and two numbers of 16 bits for 32 elements; 196 tokens pay for a group of 32 and a byte of codes that are not full."""
     for length, groups, eights in ((192, 6, 24), (196, 7, 25)):

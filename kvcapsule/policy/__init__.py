@@ -1,6 +1,7 @@
 """Training-free methods. POLICIES is the one place where a policy is registered."""
 
 from .aircache import AirCache
+from .akvq import AkvqVl
 from .attended import PostVisionAttention
 from .base import Policy, TokenPruning, VisualPolicy
 from .full import Full
@@ -29,6 +30,7 @@ POLICIES: dict[str, type[Policy]] = {
     "r-kv": RKV,
     "vl-cache": VLCache,
     "aircache": AirCache,
+    "akvq-vl": AkvqVl,
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "POLICIES",
     "RKV",
     "AirCache",
+    "AkvqVl",
     "EvenlySpaced",
     "Full",
     "HeadPruning",

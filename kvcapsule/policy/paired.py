@@ -8,7 +8,7 @@ import torch
 
 from ..codec.kvcapsule import check_ratio, retained
 from ..geometry import KVGeometry
-from ..method import Revises, Run, Written, start
+from ..method import Revises, Run, Written, reads_hidden, start
 from ..prefill import Compressed, LayerPrefill, Method, keep
 from ..quantize import QuantizedRows, check_bits
 from ..segment import Segment
@@ -41,6 +41,7 @@ class Paired:
         if isinstance(visual, Revises):
             raise ValueError(f"{type(visual).__name__} acts again while tokens are written: it can only be the method of the text.")
         self.visual, self.text = visual, text
+        self.reads_hidden = reads_hidden(visual) or reads_hidden(text)
         if isinstance(text, Revises):
             self.every, self.window, self.revise = text.every, text.window, self._revise
 
