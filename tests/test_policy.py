@@ -12,6 +12,7 @@ from kvcapsule.policy import (
     POLICIES,
     EvenlySpaced,
     Full,
+    HybridKV,
     Kivi,
     PostVisionAttention,
     PyramidKV,
@@ -226,6 +227,6 @@ def test_bits_that_do_not_pack_are_refused_before_the_prompt() -> None:
 
 
 def test_the_registry_names_every_policy() -> None:
-    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, Kivi}
+    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, Kivi, HybridKV}
     assert set(POLICIES.values()) == {Full, PostVisionAttention, EvenlySpaced, Quantized} | baselines
     assert isinstance(Full().compress(ONE), Compressed)

@@ -1,9 +1,13 @@
 """Training-free methods. POLICIES is the one place where a policy is registered."""
 
+from typing import Any
+
+from ..method import SharedBudget
 from .attended import PostVisionAttention
 from .base import TokenPruning, VisualPolicy
 from .full import Full
 from .h2o import H2O
+from .hybrid import HybridKV
 from .kivi import Kivi
 from .pyramid import PyramidKV
 from .quantized import Quantized
@@ -12,7 +16,7 @@ from .snapkv import HeadPruning, SnapKV
 from .spaced import EvenlySpaced
 from .streaming import StreamingLLM
 
-POLICIES: dict[str, type[VisualPolicy]] = {
+POLICIES: dict[str, type[VisualPolicy] | type[SharedBudget[Any]]] = {
     "full": Full,
     "post-vision-attention": PostVisionAttention,
     "evenly-spaced": EvenlySpaced,
@@ -23,6 +27,7 @@ POLICIES: dict[str, type[VisualPolicy]] = {
     "pyramidkv": PyramidKV,
     "quantized": Quantized,
     "kivi": Kivi,
+    "hybridkv": HybridKV,
 }
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "EvenlySpaced",
     "Full",
     "HeadPruning",
+    "HybridKV",
     "Kivi",
     "PostVisionAttention",
     "PyramidKV",
