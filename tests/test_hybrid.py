@@ -217,6 +217,12 @@ class TestStaticHeads:
                 assert len(keys) == (int(VALID[row].sum()) if (row, head) in dynamic else 0)
 
 
+def test_retrieved_heads_count_as_visual_where_there_is_an_image() -> None:
+    compressed = HybridKV(0.4, theta=1.1).compress(prefill(torch.ones(2, 30, dtype=torch.bool), (0, 2, 20)))
+    for side, row in ((compressed.visual, 0), (compressed.text, 1)):
+        assert side and all(isinstance(s, Retrieved) and bool((s.owner == row).all()) for s in side)
+
+
 def test_it_stands_alone() -> None:
     with pytest.raises(ValueError, match="HybridKV stores visual tokens and text together: it can only be a method by itself"):
         Paired(HybridKV(0.5), TextPruning(0.5))

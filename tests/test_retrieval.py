@@ -73,6 +73,16 @@ class TestRetrieval:
         query = torch.tensor([[100.0, 0.0], [0.0, 4.0], [0.0, 4.0]], dtype=torch.float64).view(1, 1, 3, 1, 2)
         assert segment.chosen(query, 1.0).tolist() == [[1]]
 
+    @pytest.mark.parametrize("tokens", [30, 32, 5, 1])
+    def test_means_by_hand(self, tokens: int) -> None:
+        """The last chunk's is over the tokens that it has."""
+        of, segment = retrieved(tokens)
+        for entry, (row, head) in enumerate(((0, 1), (1, 0))):
+            for chunk, begin in enumerate(range(0, tokens, 8)):
+                run = range(begin, min(begin + 8, tokens))
+                torch.testing.assert_close(segment.means[entry, chunk], sum(of.keys[row, head, t] for t in run) / len(run))
+        assert segment.means.shape[1] == -(-tokens // 8)
+
     def test_all_chunks_are_all_tokens(self) -> None:
         of, segment = retrieved(count=9)
         assert segment.keys.shape[2] == 32

@@ -34,8 +34,8 @@ def share_out(wanted: Sequence[float], least: int, most: int, total: int) -> lis
         middle = (low + high) / 2
         low, high = (middle, high) if sum(scaled(middle)) < total else (low, middle)
     exact = scaled(high)
-    # What is whole but for the last bit of a double is whole.
-    shares = [floor(x + 1e-6) for x in exact]
+    shares = [floor(x) for x in exact]
+    # What lacks the last bit of a double to be whole has the greatest fraction, and fractions alike but for that bit are equal.
     by_fraction = sorted(range(len(exact)), key=lambda i: (round(shares[i] - exact[i], 6), i))
     for i in by_fraction[: total - sum(shares)]:
         shares[i] += 1
