@@ -153,8 +153,8 @@ class TestBudgets:
         "settings, message",
         [
             ({"budget": 0.0}, r"budget 0.0 is outside \(0, 1\]"),
-            ({"uniform": 0.0}, r"uniform share 0.0 is outside"),
-            ({"top": 1.5}, r"top share 1.5 is outside"),
+            ({"uniform": 0.0}, r"uniform 0.0 is outside \(0, 1\]: it is the share of the static"),
+            ({"top": 1.5}, r"top 1.5 is outside \(0, 1\]: it is the share of the tokens"),
             ({"theta": -0.1}, "theta -0.1 is an attention mass"),
             ({"theta": 1.5, "quantile": True}, "a quantile from 0 to 1"),
             ({"dynamic": 0.0}, "dynamic 0.0 is a dynamic head's budget"),

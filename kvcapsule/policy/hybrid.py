@@ -14,7 +14,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..codec.kvcapsule import check_ratio
 from ..method import SharedBudget
 from ..prefill import Compressed, LayerPrefill, keep_heads
 from ..retrieval import Retrieved
@@ -90,9 +89,13 @@ class HybridKV(SharedBudget[Observed]):
     """Chunk means are paid for "within" the budget, so that its bytes are as said, or "beside" it, as the paper seems to count."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.budget, "budget")
-        check_ratio(self.uniform, "uniform share")
-        check_ratio(self.top, "top share")
+        for name, share, meaning in (
+            ("budget", self.budget, "bytes on the device over those of all tokens, 1 keeps all"),
+            ("uniform", self.uniform, "the share of the static heads' budget that is the same for all of them"),
+            ("top", self.top, "the share of the tokens whose attention is summed"),
+        ):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} {share} is outside (0, 1]: it is {meaning}.")
         if self.theta < 0 or (self.quantile and self.theta > 1):
             raise ValueError(f"theta {self.theta} is an attention mass, 0 or more, or with quantile=True a quantile from 0 to 1.")
         if self.dynamic <= 0:
