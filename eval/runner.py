@@ -41,6 +41,8 @@ class Tally:
     """Sum of bytes over batches."""
     parameters: int = 0
     """The most bytes that were read at once; they are the same ones for every batch."""
+    host: int = 0
+    """Sum of bytes over batches."""
 
     @property
     def count(self) -> int:
@@ -51,6 +53,7 @@ class Tally:
         self.visual += held.visual
         self.total += held.total
         self.parameters = max(self.parameters, held.parameters)
+        self.host += held.host
 
 
 class Survey(NamedTuple):

@@ -6,6 +6,7 @@ from .attended import PostVisionAttention
 from .base import Policy, TokenPruning, VisualPolicy
 from .full import Full
 from .h2o import H2O
+from .hybrid import HybridKV
 from .kivi import Kivi
 from .pyramid import PyramidKV
 from .quantized import Quantized
@@ -31,6 +32,7 @@ POLICIES: dict[str, type[Policy]] = {
     "vl-cache": VLCache,
     "aircache": AirCache,
     "akvq-vl": AkvqVl,
+    "hybridkv": HybridKV,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "EvenlySpaced",
     "Full",
     "HeadPruning",
+    "HybridKV",
     "Kivi",
     "Policy",
     "PostVisionAttention",
