@@ -131,6 +131,18 @@ class Segment:
             frame=None if self.frame is None else self.frame.select(index),
         )
 
+    def to(self, device: torch.device | str) -> "Segment":
+        """The segment with what is stored for the sequences on `device`; what all sequences share stays where it is."""
+        return replace(
+            self,
+            owner=self.owner.to(device),
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            frame=None if self.frame is None else self.frame.to(device),
+        )
+
     def entry_tensors(self) -> Iterator[torch.Tensor]:
         """What is stored for the sequences themselves."""
         yield from (*stored(self.keys), *stored(self.values), self.owner)
