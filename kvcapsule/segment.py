@@ -27,7 +27,8 @@ class Packed(Protocol):
     def select(self, index: torch.Tensor) -> "Packed":
         """The entries `index`."""
 
-    def to(self, device: torch.device | str) -> "Packed": ...
+    def to(self, device: torch.device | str) -> "Packed":
+        """What is stored, on `device`; what is shared stays where it is."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What is stored."""
