@@ -137,7 +137,7 @@ def _own_attention(
     if "flash" not in name:
         out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
         return out, weights
-    # Flash attention looks up its kernel by the name in the config. Set for this one call: another thread must not find it there.
+    # Flash attention looks up its kernel by the name in the config, so that stands there during the call: threads must not share the model.
     config._attn_implementation = name
     try:
         out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)

@@ -142,8 +142,9 @@ class CapsuleLayer(CacheLayerMixin):
     def settle(self, drop: int = 0) -> None:
         """Compress a prefill that waited, but for its last `drop` tokens."""
         if self._held is not None:
-            prefill, self._held = self._held, None
-            self._compress(prefill.without_last(drop))
+            prefill = self._held.without_last(drop)
+            self._held = None
+            self._compress(prefill)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import IMPLEMENTATION, forget, prefilling
+from .attention import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generating import generating
 from .geometry import KVGeometry
@@ -115,9 +115,14 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel) -> Iterator[torch.uti
         if cache is not None and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
             cache.set_position_embeddings(*output)
 
+    def end(*args: Any) -> None:
+        read_segments(False)
+        _active.set(None)
+
     # A PEFT wrapper calls the forward of what it wraps, past the hooks of that; its generate calls the model within.
     for called in {id(m): m for m in (model, inner)}.values():
         yield called.register_forward_pre_hook(begin, with_kwargs=True)
+        yield called.register_forward_hook(end)
     for name, module in inner.get_decoder().named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
             yield module.register_forward_hook(rotation, with_kwargs=True)

@@ -129,6 +129,9 @@ class TestAssisted:
             model(**batch, past_key_values=cache)
             with pytest.raises(ValueError, match=r"cannot remove 60 tokens of a prefill of \d+: .* an image is among them"):
                 cache.crop(-60)
+            cache.crop(-1)
+            assert cache.get_seq_length() == batch["input_ids"].shape[1] - 1
+            assert cache.bytes().visual > 0
 
     def test_what_waits_is_counted_and_not_forgotten(self, model: Model, batch: BatchFeature) -> None:
         length = batch["input_ids"].shape[1]

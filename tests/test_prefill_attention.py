@@ -86,6 +86,13 @@ class TestOwnAttention:
         options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
         with running(built, implementation):
             assert_same(run(built, Full(), batch, **options), built.generate(**batch, **options))
+            own, cache, logits = DynamicCache(config=built.config), CapsuleCache(built.config, Full()), []
+            with attach(built):
+                for past in (own, cache):
+                    prefill(built, batch, past)
+                    # Several tokens at once, of which the window and the order hide something from each.
+                    logits.append(step(built, past, torch.tensor([[40, 41, 42]]), longer(batch["attention_mask"], 3)))
+            torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=EXACT)
 
     def test_it_runs_in_prefill_alone(
         self, witness: dict[str, list[Any]], model: Model, mixed: BatchFeature, greedy: dict[str, Any]
@@ -109,6 +116,15 @@ class TestOwnAttention:
                 torch.testing.assert_close(prefill(model, call, cache)[valid], prefill(model, call, own)[valid], rtol=0, atol=EXACT)
                 token, mask = torch.tensor([[40, 41]] * 3), longer(mask, 2)
                 torch.testing.assert_close(step(model, cache, token, mask), step(model, own, token, mask), rtol=0, atol=EXACT)
+
+    def test_parts_of_the_model_by_themselves(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
+        """The language part called past the model's hooks, after a forward over segments: its masks are its own attention's."""
+        with running(model, "eager"):
+            inputs = {"inputs_embeds": torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0)), "use_cache": False}
+            expected = model.get_decoder()(**inputs).last_hidden_state
+            with attach(model, Full()):
+                model.generate(**mixed, **greedy)
+                torch.testing.assert_close(model.get_decoder()(**inputs).last_hidden_state, expected, rtol=0, atol=0)
 
     def test_flash_attention_finds_its_name(
         self, witness: dict[str, list[Any]], model: Model, mixed: BatchFeature, greedy: dict[str, Any]
