@@ -119,7 +119,7 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel) -> Iterator[torch.uti
         read_segments(False)
         _active.set(None)
 
-    # A PEFT wrapper calls the forward of what it wraps, past the hooks of that; its generate calls the model within.
+    # Not every version of PEFT runs the hooks of the model within when the wrapper is called; its generate calls the model within.
     for called in {id(m): m for m in (model, inner)}.values():
         yield called.register_forward_pre_hook(begin, with_kwargs=True)
         yield called.register_forward_hook(end)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from running import EXACT, Model, assert_same, longer, prefill, ready, run, step, tiny_qwen
 from transformers import BatchFeature, DynamicCache
 
@@ -63,8 +64,13 @@ class TestPeft:
         assert out.past_key_values.bytes().visual > 0
         assert type(adapted.generate(**batch, **greedy).past_key_values) is DynamicCache
 
-    def test_direct_forward(self, adapted: Any, batch: BatchFeature) -> None:
-        """A PEFT wrapper's forward goes past the model's own hooks: the cache must be told of the images all the same."""
+    @pytest.mark.parametrize("past_hooks", [False, True], ids=["called", "forward alone"])
+    def test_direct_forward(self, past_hooks: bool, adapted: Any, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Older versions of PEFT ran a wrapped model's forward past its hooks: the cache is told of the images all the same."""
+        if past_hooks:
+            monkeypatch.setattr(BaseTuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
+            if isinstance(adapted, PeftModel):
+                monkeypatch.setattr(type(adapted), "forward", lambda self, *args, **kwargs: self.base_model.forward(*args, **kwargs))
         own, mask, token = DynamicCache(config=adapted.config), longer(batch["attention_mask"], 1), torch.tensor([[40], [41]])
         prefill(adapted, batch, own)
         expected = step(adapted, own, token, mask)
