@@ -10,6 +10,15 @@ PYTHON ?= $(shell for p in $(PYTHONS); do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+
+# The two ends of pyproject's range of transformers, each in an environment of its own.
+VENV_LOWER ?= .venv-lower
+VENV_NEWEST ?= .venv-newest
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+# What `newest` lets go of its pin: transformers, and what it names versions of.
+LOOSE := transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft
+RANGE_TESTS ?= tests/test_cache.py tests/test_cache_contract.py tests/test_decoding.py tests/test_prefill_attention.py \
+	tests/test_wrapped_models.py tests/test_peak_memory.py tests/test_spans.py tests/test_geometry.py tests/test_generate.py
 SOURCES := kvcapsule training eval checkpoints tests
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--ratio 20" EVAL_FLAGS=""
@@ -21,7 +30,7 @@ VLM_FLAGS ?=
 SUITE_FLAGS ?=
 GROWTH_FLAGS ?=
 
-.PHONY: help venv test style format demo demo-vlm rate-distortion long-answer wheel clean
+.PHONY: help venv test test-lower test-newest style format demo demo-vlm rate-distortion long-answer wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +46,22 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY) ## run the tests (offline, CPU)
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-lower: $(VENV_LOWER)/.ready ## run the tests of cache, attention and generate on the lowest transformers of the range
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(VENV_LOWER)/bin/python -m pytest $(RANGE_TESTS) $(PYTEST_FLAGS)
+
+test-newest: $(VENV_NEWEST)/.ready ## run the same on the newest transformers of the range
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(VENV_NEWEST)/bin/python -m pytest $(RANGE_TESTS) $(PYTEST_FLAGS)
+
+$(VENV_LOWER)/.ready: PIN = sed 's/^transformers==.*/transformers==$(LOWEST)/'
+$(VENV_NEWEST)/.ready: PIN = sed -E '/^($(LOOSE))==/d'
+$(VENV_LOWER)/.ready $(VENV_NEWEST)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found (looked for: $(PYTHONS)). Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(@D)
+	$(PIN) constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt -e ".[dev]"
+	@touch $@
 
 style: $(READY) ## check lint, format and types
 	$(BIN)/python -m ruff check $(SOURCES)

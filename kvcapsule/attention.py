@@ -1,16 +1,22 @@
 """The attention function that transformers calls: the model's own attention in prefill, attention over segments afterwards.
 
+Which attention is the model's own (eager, sdpa, flex_attention, ...) is known by the config that its layers hold, for as long as the model
+is attached. Its masks differ in form, so the mask function asks what will read the mask: what the model's own attention reads is made by
+its own mask function, what segments are read under is boolean.
+
 transformers calls `Cache.update` and then the attention function, layer by layer. The cache layer leaves itself as the pending call of
 its thread; the attention function takes it from there. A pending call that nobody took means that the model runs another attention
 function, which would read the tail alone: the next `update` refuses that.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "kvcapsule"
@@ -32,6 +38,37 @@ class PendingLayer(Protocol):
 
 
 _pending: ContextVar[PendingLayer | None] = ContextVar("kvcapsule_pending", default=None)
+_over_segments: ContextVar[bool] = ContextVar("kvcapsule_over_segments", default=False)
+"""Whether the present forward of this thread is over a CapsuleCache that holds something."""
+_own: dict[int, str] = {}
+"""The model's own attention, by the id of each config that its layers hold, while the model is attached."""
+_UNREAD = {"softcap": "caps its attention scores", "s_aux": "has attention sinks", "position_bias": "adds a bias to its attention scores"}
+"""What an attention layer can ask for that attention over segments does not do."""
+
+
+@contextmanager
+def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator[None]:
+    """While the block lasts, layers that hold one of `configs` run `implementation` in prefill.
+
+    Raises:
+        ValueError: if it is none that a call of attention can be handed to.
+    """
+    if implementation.startswith("paged|") or (implementation != "eager" and implementation not in AttentionInterface()):
+        raise ValueError(
+            f"the model's attention implementation {implementation!r} cannot run the prefill of a CapsuleCache: choose another before, "
+            'with model.set_attn_implementation("sdpa"), "eager" or "flex_attention".'
+        )
+    _own.update({id(config): implementation for config in configs})
+    try:
+        yield
+    finally:
+        for config in configs:
+            del _own[id(config)]
+
+
+def read_segments(yes: bool) -> None:
+    """Say whether the forward that begins reads segments, for the masks that it makes before its first layer."""
+    _over_segments.set(yes)
 
 
 def announce(layer: PendingLayer) -> None:
@@ -52,6 +89,7 @@ def announce(layer: PendingLayer) -> None:
 def forget() -> None:
     """Drop a pending call that an aborted forward left behind."""
     _pending.set(None)
+    _over_segments.set(False)
 
 
 def capsule_attention(
@@ -59,24 +97,86 @@ def capsule_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, H * G, Q, D], key and value [B, H, N, D]; returns [B, Q, H * G, D]."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention interface: query [B, H * G, Q, D], key and value [B, H, N, D]; returns [B, Q, H * G, D].
+
+    The mask is of the form that the model's own attention reads; boolean where segments are read.
+
+    Raises:
+        NotImplementedError: for layers that ask for what attention over segments does not do.
+    """
     layer = _pending.get()
     _pending.set(None)
     if layer is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return out, None
+        return _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    for option, what in _UNREAD.items():
+        if kwargs.get(option) is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} {what} ({option}), which attention over segments does not do yet: "
+                "use this model without a CapsuleCache."
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = None
     if layer.fresh:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        out, weights = _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
     else:
         out = layer.attend(query, scale, attention_mask).transpose(1, 2).contiguous()
     layer.commit(query, scale)
-    return out, None
+    return out, weights
+
+
+def _own_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float | None, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that the model ran before it was attached."""
+    config: Any = module.config
+    name = _own_name(config)
+    if "flash" not in name:
+        out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return out, weights
+    # Flash attention looks up its kernel by the name in the config, so that stands there during the call: threads must not share the model.
+    config._attn_implementation = name
+    try:
+        out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
+    finally:
+        config._attn_implementation = IMPLEMENTATION
+    return out, weights
+
+
+def _own_name(config: PreTrainedConfig) -> str:
+    name = _own.get(id(config))
+    if name is None:
+        raise RuntimeError("the kvcapsule attention runs inside `with kvcapsule.attach(model, ...):` alone, for the very model attached.")
+    return name
+
+
+def _function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
+    if name != "eager":
+        function: Callable[..., Any] = AttentionInterface()[name]
+        return function
+    # Eager attention is registered nowhere: each of transformers' modeling files has its own beside the layers that call it.
+    for kind in type(module).__mro__:
+        eager = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager  # type: ignore[no-any-return]
+    raise NotImplementedError(
+        f"{type(module).__name__} has no eager_attention_forward beside it to run in prefill: "
+        'call model.set_attn_implementation("sdpa") before attaching.'
+    )
+
+
+def capsule_mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """transformers' mask interface: the mask of the model's own attention, or a boolean one where segments are read."""
+    # Layers with a window (local_size) are the model's own cache layers, which its own attention reads.
+    if _over_segments.get() and kwargs.get("local_size") is None:
+        return sdpa_mask(*args, config=config, **kwargs)
+    own: Callable[..., Any] | None = AttentionMaskInterface().get(_own_name(config))
+    # As transformers does, no mask for an attention that has no mask function.
+    return None if own is None else own(*args, config=config, **kwargs)
 
 
 AttentionInterface.register(IMPLEMENTATION, capsule_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, capsule_mask)

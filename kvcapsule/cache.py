@@ -1,5 +1,6 @@
 """CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Turn(NamedTuple):
     spans: list[VisualSpan]
     valid: torch.Tensor | None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    shared: dict[tuple[int, bool], Any]
+    shared: dict[tuple[int, bool, torch.device], Any]
     """What its layers have in common (see LayerPrefill.shared)."""
     run: Run
     """Compresses its layers."""
@@ -81,10 +82,12 @@ class CapsuleLayer(CacheLayerMixin):
         """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
         self.hidden: torch.Tensor | None = None
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
+        self.record_past = False
+        self._held: LayerPrefill | None = None
 
     @property
     def fresh(self) -> bool:
-        return not self.visual and not self.text and self.tail_length == 0
+        return self.length == 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -96,6 +99,7 @@ class CapsuleLayer(CacheLayerMixin):
         """Take the new tokens' keys and values [B, H, N, D]; what is returned are these alone, for the attention function to know."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.prefetch()
         self._new = (key_states, value_states)
         attention.announce(self)
         return key_states, value_states
@@ -132,16 +136,38 @@ class CapsuleLayer(CacheLayerMixin):
         valid = self.turn.valid
         if valid is None:
             valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
-        turn = self.turn
-        shared = turn.position_embeddings, turn.shared
-        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid, scale, *shared, hidden)
-        for index, compressed in turn.run.add(prefill):
-            turn.layers[index].store(compressed)
+        turn, rotation = self.turn, self.turn.position_embeddings
+        # Where a model's layers lie on several devices, what one forward brings for all of them lies on the first.
+        if rotation is not None:
+            rotation = (rotation[0].to(keys.device), rotation[1].to(keys.device))
+        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid.to(keys.device), scale, rotation, turn.shared, hidden)
+        if self.record_past:
+            self._held = prefill
+        else:
+            self._compress(prefill)
+
+    def _compress(self, prefill: LayerPrefill) -> None:
+        for index, compressed in self.turn.run.add(prefill):
+            self.turn.layers[index].store(compressed)
 
     def store(self, compressed: Compressed) -> None:
         """Take what the method made of a prefill, behind what is there."""
         self.visual += compressed.visual
         self.text += compressed.text
+
+    def activate_past_recording(self) -> None:
+        """Wait, from now on, for a `crop` (or the next forward) before a prefill is compressed: candidates to take back may be in it.
+
+        generate asks for it before assisted decoding. Until then all layers hold their full keys and values.
+        """
+        self.record_past = True
+
+    def settle(self, drop: int = 0) -> None:
+        """Compress a prefill that waited, but for its last `drop` tokens."""
+        if self._held is not None:
+            prefill = self._held.without_last(drop)
+            self._held = None
+            self._compress(prefill)
 
     def _remember(self, query: torch.Tensor) -> None:
         if self._revises is not None:
@@ -149,8 +175,8 @@ class CapsuleLayer(CacheLayerMixin):
             self.queries = latest[:, :, max(0, latest.shape[2] - self._revises.window) :].clone()
 
     def _revise(self, scale: float) -> None:
-        """Let the method act again, once as much was written as it asks for."""
-        if self._revises is None:
+        """Let the method act again, once as much was written as it asks for; candidates that may be taken back are left alone."""
+        if self._revises is None or self.record_past:
             return
         every = self._revises.every
         if self._closed + self.tail_length < every or self.tail_length < min(self._revises.window, every):
@@ -183,11 +209,15 @@ class CapsuleLayer(CacheLayerMixin):
 
         Raises:
             ValueError: for a positive number (an absolute length, in older versions of transformers), or if more are to be removed than
-                the tail holds: what is compressed cannot be cut.
+                the tail holds: what is compressed cannot be cut (see activate_past_recording for what is about to be).
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the count of tokens to take back.")
         count = -tokens_to_remove
+        if self._held is not None:
+            self.settle(drop=count)
+            self.length -= count
+            return
         if count > self.tail_length:
             raise ValueError(
                 f"cannot remove {count} tokens: only the {self.tail_length} written since prefill are stored raw, the prompt is compressed."
@@ -207,14 +237,24 @@ class CapsuleLayer(CacheLayerMixin):
             self._select(torch.arange(self.keys.shape[0])[indices.cpu()])
 
     def offload(self) -> None:
-        raise NotImplementedError("a CapsuleCache does not offload its layers: it is meant to fit on the device.")
+        """Move what is stored to the host's memory, until `prefetch` or the next token fetches it; the codecs' maps stay where they are."""
+        if self.is_initialized:
+            self.settle()
+            self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        return
+        """Fetch back what `offload` moved."""
+        if self.is_initialized and self.keys.device != self.device:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        self.visual, self.text = [s.to(device) for s in self.visual], [s.to(device) for s in self.text]
+        self.keys, self.values = self.keys.to(device), self.values.to(device)
 
     def _select(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
             return
+        self.settle()
         rows = rows.to(self.keys.device)
         self.visual = [s.select(rows) for s in self.visual]
         self.text = [s.select(rows) for s in self.text]
@@ -271,6 +311,16 @@ class CapsuleCache(Cache):
         super().__init__(layers=[CapsuleLayer(i, method) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
         self.config, self.method = config, method
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CapsuleCache":
+        """A cache to go on from apart from this one; the method, and what its segments share, are not copied."""
+        shared: list[Any] = [self.method, self.config]
+        shared += [t for layer in self._own() for s in (*layer.visual, *layer.text) for t in s.parameter_tensors()]
+        memo.update({id(thing): thing for thing in shared})
+        twin: CapsuleCache = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def begin(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, inputs: Mapping[str, Any]) -> None:
         """Prepare for a forward over input_ids [B, N] (those not yet cached); called by the hook that `attach` sets.
 
@@ -278,6 +328,9 @@ class CapsuleCache(Cache):
             ValueError: if the forward brings embeddings alone, from which visual tokens cannot be told.
         """
         attention.forget()
+        attention.read_segments(any(not layer.fresh for layer in self._own()))
+        for layer in self._own():
+            layer.settle()
         layers = {layer.index: layer for layer in self._own()}
         turn = Turn([], None, None, {}, start(self.method, list(layers)), layers)
         if input_ids is None:
@@ -310,6 +363,7 @@ class CapsuleCache(Cache):
         visual = [s for layer in own for s in layer.visual]
         text = [s for layer in own for s in layer.text]
         tails = [t for layer in own if layer.is_initialized for t in (layer.keys, layer.values, layer.queries) if t is not None]
+        tails += [t for layer in own if layer._held is not None for t in (layer._held.query, layer._held.keys, layer._held.values)]
         others = [
             t for layer in self.layers if not isinstance(layer, CapsuleLayer) for t in vars(layer).values() if isinstance(t, torch.Tensor)
         ]

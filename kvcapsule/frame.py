@@ -54,6 +54,9 @@ class Frame:
     def select(self, index: torch.Tensor) -> "Frame":
         return Frame(self.cos[index], self.sin[index])
 
+    def to(self, device: torch.device | str) -> "Frame":
+        return Frame(self.cos.to(device), self.sin.to(device))
+
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.cos, self.sin)
 

@@ -1,15 +1,17 @@
 """Attach a capsule or a policy to a model, for as long as a `with` block lasts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import IMPLEMENTATION, forget
+from .attention import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
+from .generating import generating
 from .geometry import KVGeometry
 from .method import reads_hidden
 from .prefill import Method
@@ -18,95 +20,124 @@ _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""
 
 
+_active: ContextVar[CapsuleCache | None] = ContextVar("kvcapsule_active", default=None)
+"""The cache of the present forward of this thread."""
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
 @contextmanager
-def attach(model: PreTrainedModel, method: Method | None = None) -> Iterator[PreTrainedModel]:
+def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
     """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is passed.
 
         with attach(model, Capsule.from_pretrained("...")):
             model.generate(**inputs)
 
-    Inside the block prefill runs the model's sdpa attention; on leaving it, the model is as it was.
+    Inside the block prefill runs the attention that the model ran before (eager, sdpa, flex_attention, ...); on leaving it, the model is as
+    it was. docs/generation.md says what works with generate.
 
     Args:
-        model: a decoder-only VLM of transformers.
+        model: a decoder-only VLM of transformers, or a PEFT wrapper around one.
         method: a Capsule or a policy. None: caches are passed by hand (`past_key_values=CapsuleCache(model.config, method)`).
 
     Raises:
         GeometryError: if the method was made for another KV geometry.
         RuntimeError: if the model is attached already.
+        TypeError: for what is no model of transformers.
+        ValueError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the prompt.
     """
-    text_config = model.config.get_text_config(decoder=True)
+    inner = _unwrapped(model)
+    text_config = inner.config.get_text_config(decoder=True)
     before = str(text_config._attn_implementation)
     if before == IMPLEMENTATION:
         raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")
-    geometry = KVGeometry.from_config(model.config)
+    geometry = KVGeometry.from_config(inner.config)
     check = getattr(method, "require_geometry", None)
     if check is not None:
         check(geometry)
     with ExitStack() as stack:
-        stack.callback(forget)
-        _set_text_attention(model, IMPLEMENTATION)
-        stack.callback(_set_text_attention, model, before)
-        active: list[CapsuleCache] = []
-        for handle in _hooks(model, active, hidden=method is None or reads_hidden(method)):
+        stack.callback(_forget)
+        stack.enter_context(prefilling(_attention_configs(inner, before), before))
+        _set_text_attention(inner, IMPLEMENTATION)
+        stack.callback(_set_text_attention, inner, before)
+        for handle in _hooks(model, inner, hidden=method is None or reads_hidden(method)):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
-            raise RuntimeError(f"{type(model).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache.")
-        if method is not None:
-            generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
-            own = model.__dict__.get("generate")
-
-            def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
-                if kwargs.get("past_key_values") is None and _wants_cache(model, args, kwargs):
-                    kwargs["past_key_values"] = CapsuleCache(model.config, method)
-                return generate(*args, **kwargs)
-
-            model.__dict__["generate"] = generate_with_capsule
-            if own is None:
-                stack.callback(model.__dict__.pop, "generate", None)
-            else:
-                stack.callback(model.__dict__.__setitem__, "generate", own)
+            raise RuntimeError(f"{type(inner).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache.")
+        own = inner.__dict__.get("generate")
+        inner.__dict__["generate"] = generating(inner, method)
+        if own is None:
+            stack.callback(inner.__dict__.pop, "generate", None)
+        else:
+            stack.callback(inner.__dict__.__setitem__, "generate", own)
         yield model
 
 
-def _hooks(model: PreTrainedModel, active: list[CapsuleCache], hidden: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
+def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper; any other model is itself."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        if getattr(inner.active_peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"an adapter of the type {inner.active_peft_config.peft_type!s} puts tokens of its own before the prompt's, past the token "
+                "ids by which visual tokens are found. Use an adapter of weights, such as LoRA."
+            )
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"attach expects a model of transformers, or a PEFT wrapper around one, not {type(model).__name__}.")
+    return inner
+
+
+def _attention_configs(model: PreTrainedModel, implementation: str) -> list[PreTrainedConfig]:
+    """The configs that the layers of the language part hold: usually one and the same."""
+    configs = {id(config): config for module in model.get_decoder().modules() if (config := getattr(module, "config", None)) is not None}
+    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) == implementation]
+
+
+def _forget() -> None:
+    forget()
+    _active.set(None)
+
+
+def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
     """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is made.
 
     And, where a method may ask for them, the hidden states that enter each layer.
     """
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        active.clear()
-        forget()
+        _forget()
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CapsuleCache):
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             cache.begin(input_ids, kwargs.get("attention_mask"), kwargs)
-            active.append(cache)
+            _active.set(cache)
 
     def rotation(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Models with several kinds of layers make one rotation for each kind; capsules are of full-attention layers.
         kind = kwargs.get("layer_type", next((a for a in args if isinstance(a, str)), _FULL_ATTENTION))
-        if active and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
-            active[0].set_position_embeddings(*output)
+        cache = _active.get()
+        if cache is not None and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
+            cache.set_position_embeddings(*output)
 
     def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if active:
-            active[0].set_hidden(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        cache = _active.get()
+        if cache is not None:
+            cache.set_hidden(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
-    yield model.register_forward_pre_hook(begin, with_kwargs=True)
-    for index, layer in enumerate(getattr(model.get_decoder(), "layers", ()) if hidden else ()):
+    def end(*args: Any) -> None:
+        read_segments(False)
+        _active.set(None)
+
+    # Not every version of PEFT runs the hooks of the model within when the wrapper is called; its generate calls the model within.
+    for called in {id(m): m for m in (model, inner)}.values():
+        yield called.register_forward_pre_hook(begin, with_kwargs=True)
+        yield called.register_forward_hook(end)
+    for index, layer in enumerate(getattr(inner.get_decoder(), "layers", ()) if hidden else ()):
         yield layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True)
-    for name, module in model.get_decoder().named_modules():
+    for name, module in inner.get_decoder().named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
             yield module.register_forward_hook(rotation, with_kwargs=True)
-
-
-def _wants_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call of generate uses a cache: its own option, then that of its generation config, then that of the model's."""
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    options = (kwargs.get("use_cache"), getattr(given, "use_cache", None), getattr(model.generation_config, "use_cache", None))
-    return next((bool(option) for option in options if option is not None), True)
 
 
 def _set_text_attention(model: PreTrainedModel, implementation: str) -> None:

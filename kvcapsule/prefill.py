@@ -33,8 +33,8 @@ class LayerPrefill:
     """Factor of the attention scores."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     """The model's rotary cos and sin, each [B or 1, N, R]; None for models without RoPE."""
-    shared: dict[tuple[int, bool], "_Cut"] = field(default_factory=dict)
-    """What the layers of one forward have in common, so that it is computed and stored once."""
+    shared: dict[tuple[int, bool, torch.device], "_Cut"] = field(default_factory=dict)
+    """What the layers of one forward (those of one device) have in common, so that it is computed and stored once."""
     hidden: torch.Tensor | None = None
     """[B, N, C]: the residual stream as it enters the layer, for a method that asks (kvcapsule.method.reads_hidden); None otherwise."""
 
@@ -48,6 +48,30 @@ class LayerPrefill:
     def without_queries(self) -> "LayerPrefill":
         """The same without queries and hidden states, for those who hold it longer than they need them."""
         return replace(self, query=self.query[:, :, :0].clone(), hidden=None)
+
+    def without_last(self, tokens: int) -> "LayerPrefill":
+        """The prefill as it would be had its last `tokens` tokens not been fed.
+
+        Raises:
+            ValueError: if a visual span reaches into them.
+        """
+        if tokens == 0:
+            return self
+        end = self.keys.shape[2] - tokens
+        if end < 0 or any(span.start + span.length > end for span in self.spans):
+            raise ValueError(
+                f"cannot remove {tokens} tokens of a prefill of {self.keys.shape[2]}: they are more, or an image is among them."
+            )
+        rotation = self.position_embeddings
+        return replace(
+            self,
+            query=self.query[:, :, :end],
+            keys=self.keys[:, :, :end],
+            values=self.values[:, :, :end],
+            valid=self.valid[:, :end],
+            position_embeddings=None if rotation is None else (rotation[0][..., :end, :], rotation[1][..., :end, :]),
+            hidden=None if self.hidden is None else self.hidden[:, :end],
+        )
 
 
 class Compressed(NamedTuple):
@@ -167,7 +191,7 @@ class _Cut(NamedTuple):
 
 def cut_tiles(prefill: LayerPrefill, tile: int, frames: bool = True) -> Tiles | None:
     """Cut every span into tiles of `tile` tokens; what is left at a span's end is in no tile. None where nothing fills a tile."""
-    cut = prefill.shared.get((tile, frames))
+    cut = prefill.shared.get((tile, frames, prefill.keys.device))
     if cut is None:
         starts = [(s.row, s.start + i * tile) for s in prefill.spans for i in range(s.length // tile)]
         if not starts:
@@ -178,7 +202,7 @@ def cut_tiles(prefill: LayerPrefill, tile: int, frames: bool = True) -> Tiles | 
         if frames and prefill.position_embeddings is not None:
             frame = Frame.at(*prefill.position_embeddings, rows, firsts)
         cut = _Cut(rows, firsts[:, None] + torch.arange(tile, device=device), frame)
-        prefill.shared[tile, frames] = cut
+        prefill.shared[tile, frames, prefill.keys.device] = cut
     keys = prefill.keys.transpose(1, 2)[cut.rows[:, None], cut.positions].transpose(1, 2)
     values = prefill.values.transpose(1, 2)[cut.rows[:, None], cut.positions].transpose(1, 2)
     return Tiles(keys, values, cut.rows, cut.frame)

@@ -27,7 +27,8 @@ class Packed(Protocol):
     def select(self, index: torch.Tensor) -> "Packed":
         """The entries `index`."""
 
-    def to(self, device: torch.device | str) -> "Packed": ...
+    def to(self, device: torch.device | str) -> "Packed":
+        """What is stored, on `device`; what is shared stays where it is."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What is stored."""
@@ -140,6 +141,18 @@ class Segment:
             mask=None if self.mask is None else self.mask[index],
             frame=None if self.frame is None else self.frame.select(index),
             head=None if self.head is None else self.head[index],
+        )
+
+    def to(self, device: torch.device | str) -> "Segment":
+        """The segment with what is stored for the sequences on `device`; what all sequences share stays where it is."""
+        return replace(
+            self,
+            owner=self.owner.to(device),
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            frame=None if self.frame is None else self.frame.to(device),
         )
 
     def entry_tensors(self) -> Iterator[torch.Tensor]:

@@ -120,10 +120,7 @@ class CodedRows:
         return CodedRows(self.packed[index], self.coding)
 
     def to(self, device: torch.device | str) -> "CodedRows":
-        coding = self.coding
-        if torch.device(device) != coding.widths.device:
-            coding = Coding(coding.widths.to(device), coding.step.to(device), coding.offset.to(device), coding.heads)
-        return CodedRows(self.packed.to(device), coding)
+        return CodedRows(self.packed.to(device), self.coding)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.packed,)

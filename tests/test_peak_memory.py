@@ -1,0 +1,144 @@
+"""Peak memory of a prefill, counted: every tensor that an operator returns, from its making to the end of its storage.
+
+The bar is for methods that need no budget across layers: beside what a forward without any cache needs, a prefill holds what it has stored
+and at most the full keys and values of one layer.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from running import Model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
+
+from kvcapsule.cache import CapsuleCache
+from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig
+from kvcapsule.geometry import KVGeometry
+from kvcapsule.inference import attach
+from kvcapsule.policy import EvenlySpaced, Full, Quantized
+from kvcapsule.prefill import Compressed, LayerPrefill, Method
+
+LAYERS = 12
+"""Enough that the keys and values of all layers are far more than one layer's."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that were made while it was on and are still alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                self._note(x.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known[key] = weakref.finalize(storage, self._gone, key, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self.live -= size
+
+
+@pytest.fixture(scope="module")
+def deep(model: Model) -> LlavaForConditionalGeneration:
+    """A model of many layers with little beside their keys and values."""
+    config = copy.deepcopy(model.config)
+    config.text_config.num_hidden_layers, config.text_config.intermediate_size = LAYERS, 32
+    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch: Callable[..., BatchFeature]) -> BatchFeature:
+    return make_batch((3, "Read line 2."), (3, "Which of them?"))
+
+
+class Peak(NamedTuple):
+    most: int
+    """Of a forward's decoder, in bytes beside what was there when it began."""
+    stored: int
+    """In the cache at its end."""
+
+
+def peak(model: Any, batch: BatchFeature, cache: Any) -> Peak:
+    began = []
+
+    def begin(*args: Any) -> None:
+        meter.peak = meter.live
+        began.append(meter.live)
+
+    handle = model.get_decoder().register_forward_pre_hook(begin)
+    try:
+        with torch.no_grad(), attach(model), LiveBytes() as meter:
+            model(**batch, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return Peak(meter.peak - began[0], cache.bytes().total if isinstance(cache, CapsuleCache) else 0)
+
+
+def one_layer(batch: BatchFeature) -> int:
+    """Keys and values of a layer: 2 KV heads of 32, float32."""
+    return int(batch["input_ids"].numel()) * 2 * 2 * 32 * 4
+
+
+@pytest.fixture(scope="module")
+def bare(deep: Any, batch: BatchFeature) -> int:
+    """The peak of a forward without a cache."""
+    return peak(deep, batch, None).most
+
+
+def capsule(model: Any) -> Capsule:
+    ratios = ((0.1,) * LAYERS,) * 2
+    return Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(49, True, *ratios), KVGeometry.from_config(model.config), "tiny"))
+
+
+METHODS: dict[str, Callable[[Any], Method]] = {
+    "spaced": lambda model: EvenlySpaced(0.1),
+    "quantized": lambda model: Quantized(2),
+    "kvcapsule": capsule,
+    "full": lambda model: Full(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_is_compressed_before_the_next_one_runs(name: str, deep: Any, batch: BatchFeature, bare: int) -> None:
+    most, stored = peak(deep, batch, CapsuleCache(deep.config, METHODS[name](deep)))
+    assert most <= bare + stored + one_layer(batch)
+
+
+def test_the_measure_sees_what_is_held(deep: Any, batch: BatchFeature, bare: int) -> None:
+    """The bound could fail: a DynamicCache holds all, and so does a CapsuleCache whose compression waits or whose method hoards."""
+
+    class Hoarding(EvenlySpaced):
+        def __init__(self) -> None:
+            super().__init__(0.1)
+            self.hoard: list[torch.Tensor] = []
+
+        def compress(self, prefill: LayerPrefill) -> Compressed:
+            self.hoard += [prefill.keys, prefill.values]
+            return super().compress(prefill)
+
+    bound = bare + one_layer(batch)
+    assert peak(deep, batch, DynamicCache(config=deep.config)).most > bound + (LAYERS - 3) * one_layer(batch)
+    waiting = CapsuleCache(deep.config, EvenlySpaced(0.1))
+    waiting.activate_past_recording()
+    for cache in (CapsuleCache(deep.config, Hoarding()), waiting):
+        most, _ = peak(deep, batch, cache)
+        stored = peak(deep, batch, CapsuleCache(deep.config, EvenlySpaced(0.1))).stored
+        assert most > bound + stored + (LAYERS // 2) * one_layer(batch)
