@@ -30,25 +30,27 @@ class Family:
     video: str = ""
     """What one visual span of a video is: "video" or "frame" (time stamps stand between them); empty without video."""
     apart: str = ""
-    """What tells spans apart that stand side by side."""
+    """What tells spans apart that follow each other: "marks" (tokens that always stand between them), "grids" (image_grid_thw and
+    video_grid_thw), "pixel_values" or "image_sizes" (their count, where all images are of one size). Inside generate all of them but
+    "marks" are the images' features, which say the length of each."""
     note: str = ""
-    """Of a refused family: words of the message."""
+    """Of a refused family: words of the message. Of others: what is not in capsules."""
 
 
-_FEATURES = "features in generate; pixel_values"
-_SIZES = "features in generate; image_sizes if all are alike"
-_GRIDS = "image_grid_thw, video_grid_thw; features in generate"
-_MARKS = "tokens between them"
+_PIXELS = "pixel_values"
+_SIZES = "image_sizes"
+_GRIDS = "grids"
+_MARKS = "marks"
 _CROSS = "its visual tokens live in cross-attention"
-_WINDOWS = "layers with a window stay the model's own"
-_LINEAR = "linear-attention layers stay the model's own"
+_WINDOWS = "windows stay the model's own"
+_LINEAR = "linear attention stays the model's own"
 
 FAMILIES: tuple[Family, ...] = (
-    Family("LLaVA", ("llava",), ("LlavaForConditionalGeneration",), WORKS, "1d", "image", "", _FEATURES),
+    Family("LLaVA", ("llava",), ("LlavaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
     Family("LLaVA-NeXT", ("llava_next",), ("LlavaNextForConditionalGeneration",), WORKS, "1d", "image", "", _SIZES),
     Family("LLaVA-OneVision", ("llava_onevision",), ("LlavaOnevisionForConditionalGeneration",), WORKS, "1d", "image", "video", _SIZES),
     Family("LLaVA-NeXT-Video", ("llava_next_video",), ("LlavaNextVideoForConditionalGeneration",), WORKS, "1d", "image", "video", _SIZES),
-    Family("VipLlava", ("vipllava",), ("VipLlavaForConditionalGeneration",), WORKS, "1d", "image", "", _FEATURES),
+    Family("VipLlava", ("vipllava",), ("VipLlavaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
     Family("Qwen2-VL", ("qwen2_vl",), ("Qwen2VLForConditionalGeneration",), WORKS, "mrope", "image", "video", _GRIDS),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), ("Qwen2_5_VLForConditionalGeneration",), WORKS, "mrope", "image", "video", _GRIDS),
     Family(
@@ -72,7 +74,7 @@ FAMILIES: tuple[Family, ...] = (
         _GRIDS,
         _LINEAR,
     ),
-    Family("InternVL", ("internvl",), ("InternVLForConditionalGeneration",), WORKS, "1d", "crop", "", _FEATURES),
+    Family("InternVL", ("internvl",), ("InternVLForConditionalGeneration",), WORKS, "1d", "crop", "", _PIXELS),
     Family(
         "Idefics3, SmolVLM",
         ("idefics3", "smolvlm"),
@@ -83,11 +85,11 @@ FAMILIES: tuple[Family, ...] = (
         "",
         _MARKS,
     ),
-    Family("PaliGemma", ("paligemma",), ("PaliGemmaForConditionalGeneration",), WORKS, "1d", "image", "", _FEATURES),
-    Family("Gemma 3", ("gemma3",), ("Gemma3ForConditionalGeneration",), WORKS, "1d", "image", "", _FEATURES, _WINDOWS),
+    Family("PaliGemma", ("paligemma",), ("PaliGemmaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
+    Family("Gemma 3", ("gemma3",), ("Gemma3ForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS, _WINDOWS),
     Family("Gemma 4", ("gemma4",), ("Gemma4ForConditionalGeneration",), WORKS, "1d", "image", "", _MARKS, _WINDOWS),
     Family("Mistral 3", ("mistral3",), ("Mistral3ForConditionalGeneration",), WORKS, "1d", "row", "", _MARKS),
-    Family("Pixtral", ("llava",), ("LlavaForConditionalGeneration",), WORKS, "1d", "row", "", _MARKS, "a LLaVA with the tower of Pixtral"),
+    Family("Pixtral", ("llava",), ("LlavaForConditionalGeneration",), WORKS, "1d", "row", "", _MARKS, "with Pixtral's tower"),
     Family(
         "Aya Vision",
         ("aya_vision", "cohere2_vision"),
@@ -109,17 +111,19 @@ FAMILIES: tuple[Family, ...] = (
         "frame",
         _GRIDS,
     ),
-    Family("GOT-OCR2", ("got_ocr2",), ("GotOcr2ForConditionalGeneration",), WORKS, "1d", "image", "", _FEATURES),
+    Family("GOT-OCR2", ("got_ocr2",), ("GotOcr2ForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
     Family("Granite Vision", ("granite4_vision",), ("Granite4VisionForConditionalGeneration",), WORKS, "1d", "image", "", _SIZES),
-    Family("LFM2-VL", ("lfm2_vl",), ("Lfm2VlForConditionalGeneration",), WORKS, "1d", "image", "", _MARKS, "convolutions stay the model's own"),
+    Family(
+        "LFM2-VL", ("lfm2_vl",), ("Lfm2VlForConditionalGeneration",), WORKS, "1d", "image", "", _MARKS, "convolutions stay the model's own"
+    ),
     Family("Florence-2", ("florence2",), ("Florence2ForConditionalGeneration",), REFUSED, note=_CROSS),
     Family("vision-encoder-decoder", ("vision-encoder-decoder",), ("VisionEncoderDecoderModel",), REFUSED, note=_CROSS),
     Family("Llama 3.2 Vision", ("mllama",), ("MllamaForConditionalGeneration",), REFUSED, note=_CROSS),
     Family(
-        "Gemma 3n, Gemma 4 with shared layers",
+        "Gemma with shared KV",
         ("gemma3n", "gemma4"),
         ("Gemma3nForConditionalGeneration", "Gemma4ForConditionalGeneration"),
         REFUSED,
-        note="read keys and values of earlier ones past the cache",
+        note="read keys and values of earlier ones",
     ),
 )

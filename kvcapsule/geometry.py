@@ -54,8 +54,8 @@ class KVGeometry:
         full = {_heads(text.per_layer_config[layer]) for layer in full_attention_layers(config)}
         if not full:
             raise GeometryError(
-                f"{config.model_type}: none of its {text.num_hidden_layers} layers has full attention, so what it caches does not grow with "
-                "the prompt, and there is nothing to compress."
+                f"{config.model_type}: none of its {text.num_hidden_layers} layers has full attention, so what it caches does not grow "
+                "with the prompt, and there is nothing to compress."
             )
         if len(full) > 1:
             raise GeometryError(

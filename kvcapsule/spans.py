@@ -78,6 +78,10 @@ def _grids(config: PreTrainedConfig, kind: str, inputs: Mapping[str, Any], total
 def _feature_grids(encoded: Any) -> list[tuple[int, int, int]]:
     """Token grid of each image or video that was encoded before; none where they lie in one row."""
     features: Any = getattr(encoded, "pooler_output", None)
+    injected = getattr(encoded, "deepstack_features", None)
+    if injected and isinstance(injected[0][0], int):
+        # Granite Vision adds features at several layers, (layer, those of each image), and none at the embeddings.
+        features = injected[0][1]
     if not isinstance(features, (list, tuple)) and not (isinstance(features, torch.Tensor) and features.dim() == 3):
         return []
     # A video's features may be apart by frame: [t, tokens, channels].

@@ -204,13 +204,17 @@ TYPES = "mm_token_type_ids"
 
 def qwen2_vl() -> Tiny:
     vision = {"depth": 1, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 1, "patch_size": 4}
-    return Tiny({"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS}, qwen_picture(), qwen_video(), TYPES)
+    return Tiny(
+        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS}, qwen_picture(), qwen_video(), TYPES
+    )
 
 
 def qwen2_5_vl() -> Tiny:
     vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4}
     vision |= {"spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [0]}
-    return Tiny({"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS}, qwen_picture(), qwen_video(), TYPES)
+    return Tiny(
+        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS}, qwen_picture(), qwen_video(), TYPES
+    )
 
 
 def qwen3_vision(deep: bool = True) -> dict[str, Any]:
@@ -331,7 +335,13 @@ def rows_of_patches(merge: int) -> Callable[[int], Picture]:
 
 def mistral3() -> Tiny:
     text = {**TEXT, "model_type": "mistral", "head_dim": 8, "sliding_window": None}
-    settings = {"text_config": text, "vision_config": pixtral(), "image_token_index": IMAGE, "spatial_merge_size": 2, "vision_feature_layer": -1}
+    settings = {
+        "text_config": text,
+        "vision_config": pixtral(),
+        "image_token_index": IMAGE,
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+    }
     return Tiny(settings, rows_of_patches(2))
 
 
@@ -391,15 +401,27 @@ def glm4v_moe() -> Tiny:
 
 
 def got_ocr2() -> Tiny:
-    vision = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 4, "output_channels": 8}
-    vision |= {"mlp_dim": WIDTH, "window_size": 4, "global_attn_indexes": [0]}
+    vision = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 4,
+        "output_channels": 8,
+    }
+    vision |= {"mlp_dim": WIDTH, "window_size": 4, "global_attn_indexes": [0], "initializer_range": 0.02}
     return Tiny({"text_config": qwen2(), "vision_config": vision, "image_token_index": IMAGE}, fixed(16, 3, 64, 64))
 
 
 def granite4_vision() -> Tiny:
     vision = {**clip(), "hidden_size": 64}
     settings = {"text_config": {**TEXT, "model_type": "granite4_vision_text"}, "vision_config": vision, "image_token_index": IMAGE}
-    settings |= {"downsample_rate": "1/2", "image_grid_pinpoints": PINPOINTS, "deepstack_layer_map": [(-1, 0)], "spatial_target_layers": [1]}
+    settings |= {
+        "downsample_rate": "1/2",
+        "image_grid_pinpoints": PINPOINTS,
+        "deepstack_layer_map": [(-1, 0)],
+        "spatial_target_layers": [1],
+    }
     return Tiny(settings, any_resolution(2))
 
 
@@ -454,6 +476,6 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
     "Florence-2": (dict,),
     "vision-encoder-decoder": (lambda: {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2", "add_cross_attention": True}},),
     "Llama 3.2 Vision": (dict,),
-    "Gemma 3n, Gemma 4 with shared layers": (dict, shared_layers),
+    "Gemma with shared KV": (dict, shared_layers),
 }
 """Settings of a config for each model type of a family that is refused."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from builders import kv_capsule, transform_capsule
 from families import BUILDERS, REFUSED, Picture, Tiny
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, BatchFeature, DynamicCache, PreTrainedModel
 
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule, CapsuleConfig
@@ -25,6 +25,7 @@ from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.segment import Segment
+from kvcapsule.spans import VisualSpan
 
 EXACT = 1e-5
 NEW = 5
@@ -165,7 +166,7 @@ class TestTable:
         layers = CapsuleCache(one.model.config, Full()).layers
         assert any(isinstance(layer, CapsuleLayer) for layer in layers)
         kept = [(ours, theirs) for ours, theirs in zip(layers, own, strict=True) if not isinstance(ours, CapsuleLayer)]
-        assert bool(kept) == ("stay the model's own" in one.case.family.note)
+        assert bool(kept) == ("the model's own" in one.case.family.note)
         assert all(type(ours) is theirs for ours, theirs in kept)
 
     @pytest.mark.parametrize("name", REFUSED)
@@ -178,25 +179,41 @@ class TestTable:
                     attempt()
 
 
+def spans_seen(one: Built, way: str, batch: BatchFeature) -> Sequence[VisualSpan]:
+    """The spans that a method is given, in generate or in a direct forward."""
+    witness = Witness()
+    with attach(one.model, witness):
+        if way == "generate":
+            one.model.generate(**batch, **OPTIONS)
+        else:
+            one.model(**batch, past_key_values=CapsuleCache(one.model.config, witness))
+    return witness.seen[0].spans
+
+
 class TestSpans:
     """Every picture's placeholders, and no others, with its images apart."""
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     def test_lengths_and_places(self, way: str, one: Built) -> None:
         for rows in (one.prompts, one.film) if one.tiny.video else (one.prompts,):
-            batch, witness = families.batch(one.tiny, *rows), Witness()
-            with attach(one.model, witness):
-                if way == "generate":
-                    one.model.generate(**batch, **OPTIONS)
-                else:
-                    one.model(**batch, past_key_values=CapsuleCache(one.model.config, witness))
-            spans = witness.seen[0].spans
+            batch = families.batch(one.tiny, *rows)
+            spans = spans_seen(one, way, batch)
             assert [s.length for s in spans] == [n for row in rows for part in row if isinstance(part, Picture) for n in part.spans]
             ids, marked = batch["input_ids"], torch.zeros_like(batch["input_ids"])
             for span in spans:
                 assert span.grid[0] * span.grid[1] * span.grid[2] == span.length
                 marked[span.row, span.start : span.start + span.length] += 1
             assert torch.equal(marked, ((ids == families.IMAGE) | (ids == families.VIDEO)).long())
+
+    @pytest.mark.parametrize("way", ["generate", "forward"])
+    @pytest.mark.parametrize(
+        "index", [i for i, case in enumerate(CASES) if "_" in case.family.apart], ids=lambda i: NAMES[i], indirect=True
+    )
+    def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
+        """Where nothing but the images' number tells them apart."""
+        pair = [one.tiny.picture(i)._replace(tokens=[families.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)]
+        spans = spans_seen(one, way, families.batch(one.tiny, [5, *pair, 6], [3, 4]))
+        assert [span.length for span in spans] == pair[0].spans + pair[1].spans
 
 
 class TestFullCache:
@@ -356,4 +373,4 @@ class TestCommand:
             assert family.name in printed
             assert all(name in printed for name in family.classes)
         page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-        assert printed.strip() in page
+        assert "\n".join(line.rstrip() for line in printed.strip("\n").splitlines()) in page

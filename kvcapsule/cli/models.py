@@ -5,7 +5,6 @@ All of it is the table in `kvcapsule.families`, which the tests build a model of
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,8 +12,9 @@ from ..families import FAMILIES, TRANSFORMERS, Family
 from .errors import Parser
 
 PROG = "kvcapsule models"
-_WIDE = 200
+_WIDE = 190
 """Columns of a table that is not printed to a terminal."""
+_COLUMNS = ("family", "model type", "status", "positions", "a span is", "apart by", "tested with", "note")
 _POSITIONS = {"none": "none", "1d": "1-D RoPE", "mrope": "M-RoPE, sections", "mrope-interleaved": "M-RoPE, interleaved", "": ""}
 
 
@@ -35,19 +35,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_table(families: Sequence[Family]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
 
-    table = Table("family", "model type", "status", "positions", "a span is", "told apart by", "tested with", "note")
+    from .tables import print_table
+
+    table = Table(*(Column(title, no_wrap=title != "note") for title in _COLUMNS), box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for family in families:
         spans = ", ".join(kind for kind in (family.span, family.video) if kind)
         lists = ["\n".join(dict.fromkeys(names)) for names in (family.model_types, family.classes)]
         row = [family.name, lists[0], family.status, _POSITIONS[family.positions], spans, family.apart, lists[1], family.note]
         table.add_row(*row)
-    # A file has no edge to wrap at.
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, markup=False)
-    console.print(table)
-    console.print(f"tested with transformers {TRANSFORMERS}")
+    print_table(table, _WIDE, f"tested with transformers {TRANSFORMERS}")
 
 
 def _parser() -> Parser:
