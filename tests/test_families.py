@@ -23,7 +23,7 @@ from kvcapsule.families import FAMILIES, TRANSFORMERS, Family
 from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full
-from kvcapsule.prefill import Compressed, LayerPrefill, Method
+from kvcapsule.prefill import Compressed, LayerPrefill, Method, cut_tiles
 from kvcapsule.segment import Segment
 from kvcapsule.spans import VisualSpan
 
@@ -214,6 +214,36 @@ class TestSpans:
         pair = [one.tiny.picture(i)._replace(tokens=[families.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)]
         spans = spans_seen(one, way, families.batch(one.tiny, [5, *pair, 6], [3, 4]))
         assert [span.length for span in spans] == pair[0].spans + pair[1].spans
+
+
+class TestFrames:
+    """Canonical frames undo what the model did to the keys, whatever its way of rotating."""
+
+    @pytest.mark.parametrize(
+        "index", [i for i, case in enumerate(CASES) if "own" not in case.family.note], ids=lambda i: NAMES[i], indirect=True
+    )
+    def test_an_image_further_on(self, one: Built) -> None:
+        """The first layer's keys of an image depend on its place by their rotation alone."""
+        image, found = one.tiny.picture(1), []
+        for rows in ([5, image, 7], [5, 3, 4, 9, 8, 2, 6, image, 7]):
+            witness = Witness()
+            with attach(one.model, witness):
+                one.model.generate(**families.batch(one.tiny, rows), **OPTIONS)
+            tiles = cut_tiles(witness.seen[0], 4)
+            assert tiles is not None and tiles.frame is not None
+            found.append((tiles.keys, tiles.frame.back(tiles.keys)))
+        (keys, back), (further, further_back) = found
+        torch.testing.assert_close(further_back, back, rtol=0, atol=EXACT)
+        assert not torch.allclose(further, keys, atol=1e-2)
+
+    @pytest.mark.parametrize(
+        "index", [i for i, case in enumerate(CASES) if case.family.positions == "none"], ids=lambda i: NAMES[i], indirect=True
+    )
+    def test_no_frame_for_keys_that_are_not_rotated(self, one: Built) -> None:
+        witness = Witness()
+        with attach(one.model, witness):
+            one.model.generate(**families.batch(one.tiny, *one.prompts), **OPTIONS)
+        assert all(prefill.position_embeddings is None for prefill in witness.seen)
 
 
 class TestFullCache:
