@@ -87,7 +87,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("PaliGemma", ("paligemma",), ("PaliGemmaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
     Family("Gemma 3", ("gemma3",), ("Gemma3ForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS, _WINDOWS),
-    Family("Gemma 4", ("gemma4",), ("Gemma4ForConditionalGeneration",), WORKS, "1d", "image", "", _MARKS, _WINDOWS),
+    Family("Gemma 4", ("gemma4",), ("Gemma4ForConditionalGeneration",), WORKS, "1d", "image", "frame", _MARKS, _WINDOWS),
     Family("Mistral 3", ("mistral3",), ("Mistral3ForConditionalGeneration",), WORKS, "1d", "row", "", _MARKS),
     Family("Pixtral", ("llava",), ("LlavaForConditionalGeneration",), WORKS, "1d", "row", "", _MARKS, "with Pixtral's tower"),
     Family(
@@ -103,8 +103,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "GLM-4V",
-        ("glm4v", "glm4v_moe"),
-        ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration"),
+        ("glm4v", "glm4v_moe", "glm46v"),
+        ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration"),
         WORKS,
         "mrope",
         "image",

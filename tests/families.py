@@ -299,7 +299,9 @@ def gemma3() -> Tiny:
 
 def gemma4(**more: Any) -> Tiny:
     text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 0}
-    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY, **more}
+    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY}
+    # As in the large ones: values that are the keys, fewer KV heads where attention is full, images that see all of themselves.
+    text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision", **more}
     vision = {**TOWER, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
     settings = {"text_config": text, "vision_config": vision, "audio_config": None, "image_token_id": IMAGE, "video_token_id": VIDEO}
     settings |= {"boi_token_id": START, "eoi_token_id": END, "audio_token_id": CUT}
@@ -312,7 +314,12 @@ def gemma4(**more: Any) -> Tiny:
         count = height * width // 4
         return Picture(around(count), {"pixel_values": pixels, "image_position_ids": places}, [count])
 
-    return Tiny(settings, picture, types=TYPES)
+    def video(index: int) -> Picture:
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(3, 16, 2)
+        inputs = {"pixel_values_videos": noise(index, 3, 16, 48), "video_position_ids": places, "num_frames_per_video": torch.tensor([3])}
+        return Picture([token for _ in range(3) for token in (CUT, START, *[VIDEO] * 4, END)], inputs, [4] * 3)
+
+    return Tiny(settings, picture, video, TYPES)
 
 
 def pixtral() -> dict[str, Any]:
@@ -459,7 +466,7 @@ BUILDERS: dict[str, tuple[Callable[[], Tiny], ...]] = {
     "Mistral 3": (mistral3,),
     "Pixtral": (llava_pixtral,),
     "Aya Vision": (aya_vision, cohere2_vision),
-    "GLM-4V": (glm4v, glm4v_moe),
+    "GLM-4V": (glm4v, glm4v_moe, glm4v),
     "GOT-OCR2": (got_ocr2,),
     "Granite Vision": (granite4_vision,),
     "LFM2-VL": (lfm2_vl,),
