@@ -88,8 +88,9 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        windowed = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
-        kinds = ["sliding_attention" if windowed else "full_attention"] * text.num_hidden_layers
+        each = (text.per_layer_config[layer] for layer in range(text.num_hidden_layers))
+        bounds = ([getattr(layer, name, None) for name in ("sliding_window", "attention_chunk_size")] for layer in each)
+        kinds = ["full_attention" if bound == [None, None] else "sliding_attention" for bound in bounds]
     return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
 
 
