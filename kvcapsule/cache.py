@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import attention
-from .geometry import GeometryError
+from .geometry import KVGeometry
 from .kernels.reference import attend
 from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
@@ -297,16 +297,12 @@ class CapsuleCache(Cache):
         method: what compresses (Capsule or policy).
 
     Raises:
-        GeometryError: for models whose layers share keys and values.
+        GeometryError: for models without a KV geometry (see KVGeometry.from_config).
     """
 
     def __init__(self, config: PreTrainedConfig, method: Method) -> None:
+        KVGeometry.from_config(config)
         text = config.get_text_config(decoder=True)
-        if getattr(text, "num_kv_shared_layers", 0):
-            raise GeometryError(
-                f"{config.model_type}: its last {text.num_kv_shared_layers} layers read keys and values of earlier ones past the cache, "
-                "which a CapsuleCache cannot serve. Use a model whose layers each hold their own."
-            )
         layers = DynamicCache(config=text).layers
         super().__init__(layers=[CapsuleLayer(i, method) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
         self.config, self.method = config, method
@@ -347,8 +343,10 @@ class CapsuleCache(Cache):
 
     def set_position_embeddings(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """The rotation of the present forward's positions; called by the hook that `attach` sets."""
-        for layer in self._own():
-            if layer.turn.spans:
+        waiting = [layer for layer in self._own() if layer.turn.spans]
+        # Some models make a rotation for their windowed layers alone.
+        if waiting and KVGeometry.from_config(self.config).rotary != "none":
+            for layer in waiting:
                 layer.turn = layer.turn._replace(position_embeddings=(cos, sin))
 
     def set_hidden(self, index: int, hidden: torch.Tensor) -> None:

@@ -5,43 +5,44 @@ orthogonal, and keys then depend on places within the tile alone. The rotation i
 covers 1-D RoPE, its scaled variants, and M-RoPE section by section.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The rotation of the first position of each of E tiles: cos and sin, each [E, R / 2], R <= D the rotated channels (the first R).
-
-    Channel i turns together with channel i + R / 2, by one angle.
-    """
+    """The rotation of the first position of each of E tiles: cos and sin, each [E, R / 2], R <= D the rotated channels (the first R)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
+    neighbours: bool = False
+    """Which two channels turn together, by angle i: i and i + R / 2, or (neighbours) 2 i and 2 i + 1."""
 
     @classmethod
     def at(cls, cos_BND: torch.Tensor, sin_BND: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> "Frame":
         """Pick tiles' first positions (rows [E], positions [E]) from the model's position embeddings [B or 1, N, R].
 
         Raises:
-            ValueError: for a rotation of another form than that of channel i with channel i + R / 2.
+            ValueError: for a rotation that pairs its channels in another way than `neighbours` tells.
         """
         if cos_BND.dim() != 3:
             raise ValueError(f"position embeddings {tuple(cos_BND.shape)}: canonical frames need one rotation a token, [B, N, R].")
         if cos_BND.shape[0] == 1:
             rows = torch.zeros_like(rows)
         work = torch.promote_types(cos_BND.dtype, torch.float32)
-        cos, sin = cos_BND[rows, positions].to(work), sin_BND[rows, positions].to(work)
+        cos_ER, sin_ER = cos_BND[rows, positions].to(work), sin_BND[rows, positions].to(work)
         # Some scaled variants (YaRN) multiply cos and sin by an attention factor; a frame is a pure rotation.
-        first, second = cos.chunk(2, dim=-1)
-        if not torch.equal(first, second):
-            raise ValueError(
-                "this model rotates neighbouring channels together, canonical frames those that lie half a head apart: "
-                "use a capsule with canonical_frame=False."
-            )
-        norm = (first.square() + sin.chunk(2, dim=-1)[0].square()).sqrt()
-        return cls(first / norm, sin.chunk(2, dim=-1)[0] / norm)
+        # The angle of each channel is written out, so it shows which two have one in common.
+        for neighbours in (False, True):
+            (cos, other), (sin, other_sin) = (_pairs(x, neighbours) for x in (cos_ER, sin_ER))
+            if torch.equal(cos, other) and torch.equal(sin, other_sin):
+                norm = (cos.square() + sin.square()).sqrt()
+                return cls(cos / norm, sin / norm, neighbours)
+        raise ValueError(
+            "this model rotates neither channels that lie half a head apart nor neighbouring ones together: "
+            "use a capsule with canonical_frame=False."
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x [E, ..., D] by the frame."""
@@ -52,10 +53,10 @@ class Frame:
         return self._turn(x, -1.0)
 
     def select(self, index: torch.Tensor) -> "Frame":
-        return Frame(self.cos[index], self.sin[index])
+        return replace(self, cos=self.cos[index], sin=self.sin[index])
 
     def to(self, device: torch.device | str) -> "Frame":
-        return Frame(self.cos.to(device), self.sin.to(device))
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.cos, self.sin)
@@ -66,6 +67,15 @@ class Frame:
         half = self.cos.shape[-1]
         shape = (-1,) + (1,) * (x.dim() - 2) + (half,)
         cos, sin = self.cos.to(work).view(shape), self.sin.to(work).view(shape) * sign
-        first, second, rest = x[..., :half].to(work), x[..., half : 2 * half].to(work), x[..., 2 * half :]
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        (first, second), rest = _pairs(x[..., : 2 * half].to(work), self.neighbours), x[..., 2 * half :]
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        turned = (torch.stack(pair, dim=-1).flatten(-2) if self.neighbours else torch.cat(pair, dim=-1)).to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def _pairs(x: torch.Tensor, neighbours: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second channel of each pair of x [..., R]: [..., R / 2] each."""
+    if neighbours:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.prefill import LayerPrefill
@@ -56,6 +57,22 @@ def randomise(transform: Transform, generator: torch.Generator) -> None:
     transform.offset.data.copy_(0.3 * rand(*transform.offset.shape))
     spread = 0.5 + torch.rand(transform.step.shape, generator=generator)
     transform.step.data.copy_(6 * spread / 2.0 ** transform.widths.float())
+
+
+def kv_capsule(geometry: KVGeometry, key_ratio: float = 0.25, value_ratio: float = 0.25, tile: int = TILE, **options: Any) -> Capsule:
+    """A KVCapsule whose maps are drawn at random; the values' basis is orthonormal."""
+    ratios = [(ratio,) * geometry.layers for ratio in (key_ratio, value_ratio)]
+    capsule = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, True, *ratios, **options), geometry, "tiny"))
+    generator = torch.Generator().manual_seed(0)
+    for codec in capsule.layers:
+        stored = len(codec.keys.kept)
+        codec.keys.kept.copy_(torch.randperm(tile, generator=generator)[:stored].sort().values)
+        for parameter in codec.keys.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        basis = torch.linalg.qr(torch.randn(codec.values.basis.transpose(1, 2).shape, generator=generator)).Q
+        codec.values.basis.copy_(basis.transpose(1, 2))
+        codec.values.mean.copy_(torch.randn(codec.values.mean.shape, generator=generator))
+    return capsule.requires_grad_(False)
 
 
 def transform_capsule(

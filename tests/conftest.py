@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_widths, transform_capsule
+from builders import kv_capsule, random_widths, transform_capsule
 from PIL import Image
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, MlpRows
+from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
 from kvcapsule.data.pages import page
 from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
@@ -98,21 +98,10 @@ def identity(geometry: KVGeometry) -> Callable[..., Capsule]:
 
 @pytest.fixture(scope="session")
 def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
-    """random_capsule(key_ratio, value_ratio, tile): a KVCapsule whose maps are drawn at random; the values' basis is orthonormal."""
+    """random_capsule(key_ratio, value_ratio, tile): see builders.kv_capsule."""
 
     def build(key_ratio: float = 0.25, value_ratio: float = 0.25, tile: int = 49, **options: Any) -> Capsule:
-        ratios = [(ratio,) * geometry.layers for ratio in (key_ratio, value_ratio)]
-        capsule = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, True, *ratios, **options), geometry, "tiny"))
-        generator = torch.Generator().manual_seed(0)
-        for codec in capsule.layers:
-            stored = len(codec.keys.kept)
-            codec.keys.kept.copy_(torch.randperm(tile, generator=generator)[:stored].sort().values)
-            for parameter in codec.keys.parameters():
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-            basis = torch.linalg.qr(torch.randn(codec.values.basis.transpose(1, 2).shape, generator=generator)).Q
-            codec.values.basis.copy_(basis.transpose(1, 2))
-            codec.values.mean.copy_(torch.randn(codec.values.mean.shape, generator=generator))
-        return capsule.requires_grad_(False)
+        return kv_capsule(geometry, key_ratio, value_ratio, tile, **options)
 
     return build
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from builders import DIM, HEADS, prefill, rand
-from test_cache import tiny_gemma, tiny_qwen
+from running import tiny_gemma, tiny_qwen
 from transformers import BatchFeature
 
 from kvcapsule.cli.errors import InputError
@@ -401,7 +401,7 @@ def test_layer_padding_may_hold_anything() -> None:
 
 def test_layer_rotations_that_have_no_frame_are_refused_with_the_way_out() -> None:
     of = prefill()
-    odd = tuple(part.repeat_interleave(2, -1)[..., :DIM] for part in of.position_embeddings or ())
+    odd = tuple(part[..., : DIM // 2].repeat_interleave(2, -1).roll(1, -1) for part in of.position_embeddings or ())
     of = LayerPrefill(0, of.query, of.keys, of.values, of.spans, of.valid, of.scale, odd)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--canonical_frame false"):
         Observer(5, True, lambda prefill, tiles: None).compress(of)

@@ -1,5 +1,6 @@
 """The `kvcapsule` command: its table, what it costs to ask it for help, and how it ends."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def add_command(monkeypatch: pytest.MonkeyPatch, name: str, run: object) -> None
 
 def test_commands() -> None:
     """The command line is public: a command is added or renamed on purpose."""
-    assert list(COMMANDS) == ["analyze", "train", "eval", "generate", "methods", "push"]
+    assert list(COMMANDS) == ["analyze", "train", "eval", "generate", "methods", "models", "push"]
     assert HELP.keys() == COMMANDS.keys()
 
 
@@ -75,7 +76,7 @@ def test_sub_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate", "did you mean 'eval'?"),
         ("genrate", "did you mean 'generate'?"),
         ("--verison", "did you mean '--version'?"),
-        ("xyz", "the commands are analyze, train, eval, generate, methods, push."),
+        ("xyz", "the commands are analyze, train, eval, generate, methods, models, push."),
     ],
 )
 def test_unknown_command(given: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +124,17 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     add_command(monkeypatch, "other", run)
     assert main(["other"]) == 130
     assert capsys.readouterr().err == "kvcapsule other: interrupted.\n"
+
+
+@pytest.mark.parametrize("command", [["models", "--json"], ["models"], ["methods", "--json"], ["methods"]], ids=" ".join)
+def test_a_reader_that_goes_away(command: list[str]) -> None:
+    """As `head` does: no traceback, nothing at all on stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run([sys.executable, "-m", "kvcapsule", *command], stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 141
+    assert done.stderr == ""
 
 
 def test_parser_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CohereConfig, LlamaConfig, Qwen2_5_VLTextConfig
 from transformers.models.cohere.modeling_cohere import CohereRotaryEmbedding
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_neighbours
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
@@ -119,11 +120,34 @@ def test_select() -> None:
     assert chosen.sin.tolist() == [[-4.0, -5.0], [0.0, -1.0], [-4.0, -5.0]]
 
 
-def test_a_rotation_of_neighbouring_channels_is_refused() -> None:
-    config = CohereConfig(hidden_size=HEADS * DIM, num_attention_heads=HEADS)
-    cos, sin = CohereRotaryEmbedding(config)(torch.zeros(1), torch.arange(9)[None])
-    with pytest.raises(ValueError, match="neighbouring channels"):
-        Frame.at(cos, sin, torch.tensor([0]), torch.tensor([4]))
+def test_neighbouring_channels() -> None:
+    """Cohere's and GLM's way: channels 2 i and 2 i + 1 turn together."""
+    rope, (keys, _), firsts = (
+        CohereRotaryEmbedding(CohereConfig(hidden_size=HEADS * DIM, num_attention_heads=HEADS)),
+        keys_and_query(),
+        (4, 9),
+    )
+    frame = Frame.at(*rope(keys, torch.arange(20)[None]), torch.zeros(2, dtype=torch.int64), torch.tensor(firsts))
+    assert frame.neighbours and frame.cos.shape == (2, DIM // 2)
+    assert frame.select(torch.tensor([1])).neighbours
+    at_zero, _ = rotate_neighbours(keys[:2], keys[:2], *rope(keys, torch.arange(TILE)[None]))
+    rotated = torch.cat(
+        [
+            rotate_neighbours(keys[i, None], keys[i, None], *rope(keys, first + torch.arange(TILE)[None]))[0]
+            for i, first in enumerate(firsts)
+        ]
+    )
+    assert not torch.allclose(rotated, at_zero, atol=0.1)
+    torch.testing.assert_close(frame.back(rotated), at_zero, rtol=0, atol=1e-5)
+    torch.testing.assert_close(frame.forward(at_zero), rotated, rtol=0, atol=1e-5)
+    wide = torch.cat([rotated, keys[:2]], dim=-1)
+    torch.testing.assert_close(frame.back(wide), torch.cat([at_zero, keys[:2]], dim=-1), rtol=0, atol=1e-5)
+
+
+def test_a_rotation_that_pairs_channels_otherwise_is_refused() -> None:
+    angles = torch.arange(9.0)[None, :, None] * torch.arange(1.0, DIM + 1)
+    with pytest.raises(ValueError, match="canonical_frame=False"):
+        Frame.at(angles.cos(), angles.sin(), torch.tensor([0]), torch.tensor([4]))
 
 
 def test_one_rotation_per_position_axis_is_refused() -> None:

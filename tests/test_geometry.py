@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 from transformers import (
+    AyaVisionConfig,
     Florence2Config,
     Gemma3Config,
+    Gemma3nConfig,
+    Gemma4Config,
     InternVLConfig,
     LlamaConfig,
     LlavaConfig,
+    Mistral3Config,
     MllamaConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
@@ -53,6 +57,31 @@ def test_head_dim_is_that_of_the_config_where_it_has_one() -> None:
 def test_layers_with_a_window_are_told_apart() -> None:
     assert full_attention_layers(Gemma3Config()) == [5, 11, 17, 23]
     assert full_attention_layers(LlavaConfig()) == list(range(32))
+    # A window that no list of layers repeats is every layer's.
+    assert full_attention_layers(Mistral3Config(text_config={"model_type": "mistral", "sliding_window": 8})) == []
+
+
+def test_heads_are_those_of_the_full_attention_layers() -> None:
+    text = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16}
+    assert KVGeometry.from_config(Gemma4Config(text_config=text)).head_dim == 16
+    unlike = LlavaConfig(text_config=LlamaConfig(num_hidden_layers=2, per_layer_config={1: {"num_key_value_heads": 8}}))
+    with pytest.raises(GeometryError, match=r"differ in \(query heads, KV heads, head dim\): \[\(32, 8, 128\), \(32, 32, 128\)\]"):
+        KVGeometry.from_config(unlike)
+
+
+def test_keys_that_are_not_rotated() -> None:
+    """Cohere 2 rotates in its windowed layers alone."""
+    assert KVGeometry.from_config(AyaVisionConfig()).rotary == "none"
+
+
+def test_windows_alone_are_refused() -> None:
+    with pytest.raises(GeometryError, match="mistral3: none of its 2 layers has full attention"):
+        KVGeometry.from_config(Mistral3Config(text_config={"model_type": "mistral", "sliding_window": 8, "num_hidden_layers": 2}))
+
+
+def test_layers_that_share_keys_are_refused() -> None:
+    with pytest.raises(GeometryError, match="gemma3n: its last 15 layers read keys and values of earlier ones"):
+        KVGeometry.from_config(Gemma3nConfig())
 
 
 @pytest.mark.parametrize("config", [Florence2Config(), MllamaConfig()], ids=lambda config: config.model_type)

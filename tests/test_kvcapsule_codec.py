@@ -156,9 +156,9 @@ def test_frames_need_the_rotation() -> None:
 
 def test_without_frames_any_rotation_will_do() -> None:
     of = prefill()
-    neighbours = torch.arange(DIM) // 2 * 0.1 * torch.arange(30.0)[:, None]
-    of = dataclasses.replace(of, position_embeddings=(neighbours.cos()[None], neighbours.sin()[None]))
-    with pytest.raises(ValueError, match="neighbouring channels"):
+    unpaired = torch.arange(DIM) * 0.1 * torch.arange(30.0)[:, None]
+    of = dataclasses.replace(of, position_embeddings=(unpaired.cos()[None], unpaired.sin()[None]))
+    with pytest.raises(ValueError, match="neither channels that lie half a head apart nor neighbouring"):
         capsule().compress(of)
     assert capsule(canonical_frame=False).compress(of).visual[0].frame is None
 

@@ -96,12 +96,55 @@ def test_video_beside_an_image() -> None:
 
 def test_placeholders_cut_by_other_tokens_are_spans_of_their_own() -> None:
     """Frames with time stamps between them, rows with separators."""
-    frames = ids([TEXT, *[VIDEO] * 4, TEXT, *[VIDEO] * 4, TEXT])
-    spans = find_spans(QWEN, frames, {"video_grid_thw": torch.tensor([[2, 4, 4]])})
-    assert spans == [VisualSpan(0, 1, 4, (1, 2, 2)), VisualSpan(0, 6, 4, (1, 2, 2))]
+    frames = ids([TEXT, *[VIDEO] * 6, TEXT, *[VIDEO] * 6, TEXT])
+    spans = find_spans(QWEN, frames, {"video_grid_thw": torch.tensor([[2, 4, 6]])})
+    assert spans == [VisualSpan(0, 1, 6, (1, 2, 3)), VisualSpan(0, 8, 6, (1, 2, 3))]
     rows = ids([*[IMAGE] * 3, TEXT, *[IMAGE] * 3, TEXT])
     spans = find_spans(LLAVA, rows, {"pixel_values": torch.zeros(1, 3, 8, 8)})
     assert spans == [VisualSpan(0, 0, 3, (1, 1, 3)), VisualSpan(0, 4, 3, (1, 1, 3))]
+
+
+def test_frames_side_by_side_beside_frames_apart() -> None:
+    tokens = ids([*[VIDEO] * 8, TEXT], [*[VIDEO] * 4, TEXT, *[VIDEO] * 4])
+    spans = find_spans(QWEN, tokens, {"video_grid_thw": torch.tensor([[2, 4, 4], [2, 4, 4]])})
+    assert [(span.row, span.start, span.grid) for span in spans] == [
+        (0, 0, (1, 2, 2)),
+        (0, 4, (1, 2, 2)),
+        (1, 0, (1, 2, 2)),
+        (1, 5, (1, 2, 2)),
+    ]
+
+
+def test_frames_too_many_are_refused() -> None:
+    tokens = ids([*[VIDEO] * 4, TEXT, *[VIDEO] * 4])
+    with pytest.raises(ValueError, match="describe 3 video frames, but the prompt has placeholders for 2"):
+        find_spans(QWEN, tokens, {"video_grid_thw": torch.tensor([[3, 4, 4]])})
+
+
+def test_features_of_a_video_by_frame() -> None:
+    encoded = BaseModelOutputWithPooling(pooler_output=[torch.zeros(3, 4, 8), torch.zeros(2, 4, 8)])
+    spans = find_spans(QWEN, ids([*[VIDEO] * 20]), {"mm_encoder_outputs": {"video": encoded}})
+    assert spans == [VisualSpan(0, 0, 12, (3, 2, 2)), VisualSpan(0, 12, 8, (2, 2, 2))]
+
+
+def test_positions_tell_the_grid_where_features_do_not() -> None:
+    """As generate hands it over: the grid is in the positions alone, behind 2 of padding and 1 of text."""
+    tokens = ids([TEXT] * 9, [TEXT, *[IMAGE] * 6])
+    positions = torch.zeros(4, 2, 9, dtype=torch.int64)
+    positions[1:, 1, 3:] = torch.cartesian_prod(torch.tensor([1]), torch.arange(1, 3), torch.arange(1, 4)).T
+    encoded = {"image": BaseModelOutputWithPooling(pooler_output=[torch.zeros(6, 8)])}
+    inputs = {"mm_encoder_outputs": encoded, "position_ids": positions}
+    assert find_spans(QWEN, tokens, inputs) == [VisualSpan(1, 3, 6, (1, 2, 3))]
+    # Positions along one line, as without M-RoPE, make no grid.
+    line = torch.arange(9).expand(3, 2, 9)
+    assert find_spans(QWEN, tokens, {**inputs, "position_ids": line}) == [VisualSpan(1, 3, 6, (1, 1, 6))]
+
+
+def test_images_in_patches_are_apart_where_their_sizes_are_alike() -> None:
+    tokens, pixels = ids([*[IMAGE] * 8, TEXT]), torch.zeros(2, 3, 3, 8, 8)
+    alike, unlike = torch.tensor([[8, 16], [8, 16]]), torch.tensor([[8, 16], [16, 8]])
+    assert [s.length for s in find_spans(LLAVA, tokens, {"pixel_values": pixels, "image_sizes": alike})] == [4, 4]
+    assert [s.length for s in find_spans(LLAVA, tokens, {"pixel_values": pixels, "image_sizes": unlike})] == [8]
 
 
 def test_an_image_too_many_is_refused() -> None:

@@ -1,12 +1,13 @@
 """The `kvcapsule` command. A command is registered here, by its target and its line of help."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from .. import __version__
-from .errors import INTERRUPTED, WRONG_INPUT, complain
+from .errors import CLOSED_PIPE, INTERRUPTED, WRONG_INPUT, complain
 
 COMMANDS = {
     "analyze": "kvcapsule.training.analysis.main:main",
@@ -14,6 +15,7 @@ COMMANDS = {
     "eval": "kvcapsule.eval.main:main",
     "generate": "kvcapsule.cli.generate:main",
     "methods": "kvcapsule.cli.methods:main",
+    "models": "kvcapsule.cli.models:main",
     "push": "kvcapsule.cli.push:main",
 }
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when it is chosen."""
@@ -23,6 +25,7 @@ HELP = {
     "eval": "compare capsules and policies with the full cache: answers, bytes, time",
     "generate": "answer a prompt about images, and say how large the cache was",
     "methods": "list the codec families and policies, with their papers and defaults",
+    "models": "list the model families that work, and those that are refused",
     "push": "upload a capsule to the Hub",
 }
 _OPTIONS = {"-h, --help": "show this message and exit", "--version": "show the version and exit"}
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; None takes those of the process.
 
     Returns:
-        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt.
+        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt, 141 where the reader of a pipe is gone.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
@@ -51,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return complain("kvcapsule", _unknown(name))
     try:
-        return _load(COMMANDS[name])(arguments)
+        code = _load(COMMANDS[name])(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What is still in the buffer has no reader either, and would be complained about at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except KeyboardInterrupt:
         # A terminal has just written ^C into the present line.
         print("\n" if sys.stderr.isatty() else "", f"kvcapsule {name}: interrupted.", sep="", file=sys.stderr)

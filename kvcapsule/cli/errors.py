@@ -7,6 +7,8 @@ from typing import NoReturn
 WRONG_INPUT = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
+CLOSED_PIPE = 141
+"""128 + SIGPIPE: the reader of the output went away, as `head` does once it has its lines."""
 
 
 class InputError(ValueError):

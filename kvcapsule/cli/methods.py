@@ -81,15 +81,15 @@ def _first_line(documented: Any) -> str:
 
 
 def _print_table(found: list[MethodInfo]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .tables import print_table
 
     table = Table("method", "kind", "what it does", "arXiv", "settings")
     for method in found:
         settings = [*method.required, *(f"{name}={_shown(value)}" for name, value in method.defaults.items())]
         table.add_row(method.name, method.kind, method.summary, "\n".join(method.papers), ", ".join(settings))
-    # A file has no edge to wrap at.
-    Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, markup=False).print(table)
+    print_table(table, _WIDE)
 
 
 def _shown(value: Any) -> str:
