@@ -1,6 +1,7 @@
-"""What a policy is: a training-free rule for a layer's visual tokens."""
+"""What a policy is: a training-free rule for a layer's tokens."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,11 +11,19 @@ from ..prefill import Compressed, LayerPrefill, keep
 from ..segment import Segment
 
 
-class VisualPolicy(ABC):
-    """A policy that acts on visual tokens and keeps all text raw."""
+class Policy(ABC):
+    """A training-free method; a frozen dataclass, whose fields are its settings."""
 
     DIAL: ClassVar[str | None] = None
     """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None: there is none."""
+
+    @abstractmethod
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """A layer's prefill as segments; see kvcapsule.prefill.Method."""
+
+
+class VisualPolicy(Policy):
+    """A policy that acts on visual tokens and keeps all text raw."""
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -29,15 +38,17 @@ class VisualPolicy(ABC):
         """Segments of a prefill that has at least one visual span."""
 
 
+@dataclass(frozen=True)
 class TokenPruning(VisualPolicy):
     """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
 
     DIAL = "ratio"
 
-    def __init__(self, ratio: float) -> None:
-        """ratio: kept visual tokens / visual tokens, in (0, 1]."""
-        check_ratio(ratio)
-        self.ratio = ratio
+    ratio: float
+    """Kept visual tokens / visual tokens, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)

@@ -77,6 +77,7 @@ class GroupedRows:
         return ()
 
 
+@dataclass(frozen=True)
 class Kivi(VisualPolicy):
     """Keys and values of all visual tokens in `bits` bits, plus a step and a zero for each group.
 
@@ -85,17 +86,15 @@ class Kivi(VisualPolicy):
     row into the next. Bits for an element: bits + 2 * 16 / group in half precision.
     """
 
-    def __init__(self, bits: int = 2, group: int = 32) -> None:
-        """Raises ValueError for bits that cannot be packed or an empty group.
+    bits: int = 2
+    """Of a code; the paper's are 2 and 4."""
+    group: int = 32
+    """Elements that share a step and a zero."""
 
-        Args:
-            bits: of a code; the paper's are 2 and 4.
-            group: elements that share a step and a zero.
-        """
-        check_bits(bits)
-        if group < 1:
-            raise ValueError(f"group {group}: at least one element is needed.")
-        self.bits, self.group = bits, group
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.group < 1:
+            raise ValueError(f"group {self.group}: at least one element is needed.")
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         visual = prefill.visual()
