@@ -24,6 +24,8 @@ class Held(NamedTuple):
     total: int
     """Codecs' parameters not included."""
     parameters: int
+    host: int = 0
+    """In the host's memory, beside the device's."""
 
 
 class Generated(NamedTuple):
@@ -88,7 +90,7 @@ def held_bytes(cache: Cache, layout: Layout) -> Held:
     """
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()
-        return Held(measured.visual, measured.total, measured.parameters)
+        return Held(measured.visual, measured.total, measured.parameters, measured.host)
     visual = sum(span.length for span in layout.spans)
     total = storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
     growing = [layer for layer in cache.layers if type(layer) is DynamicLayer]

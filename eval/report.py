@@ -27,6 +27,7 @@ COST = {
     "compression": ("compr.", "{:.2f}x"),
     "compression16": ("of 16-bit", "{:.2f}x"),
     "kv_bytes": ("all KV", "{:,}"),
+    "host_kv_bytes": ("on host", "{:,}"),
     "parameter_bytes": ("params", "{:,}"),
     "prefill_ratio": ("prefill", "{:.2f}"),
     "tokens_per_s_ratio": ("tok/s", "{:.2f}"),
@@ -59,6 +60,7 @@ def rows(entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mappin
                 "kl": tally.divergence / tally.positions if tally.positions and isfinite(tally.divergence) else None,
                 "visual_kv_bytes": round(tally.visual / tally.count),
                 "kv_bytes": round(tally.total / tally.count),
+                "host_kv_bytes": round(tally.host / tally.count),
                 "parameter_bytes": tally.parameters,
                 "compression": full.visual / tally.visual,
                 "compression16": full.visual * 2 / dtype.itemsize / tally.visual,
@@ -78,8 +80,9 @@ def answer_tokens(tally: Tally) -> dict[str, float]:
 def tables(found: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
     """The rows as a person reads them: what the methods are good for, and what they cost."""
     tasks = list(found[0]["accuracy"])
-    # In a run at 16 bits the two compressions are the same number.
-    costs = {key: column for key, column in COST.items() if key != "compression16" or is_wide(found)}
+    # In a run at 16 bits the two compressions are the same number; few methods keep anything on the host.
+    told = {"compression16": is_wide(found), "host_kv_bytes": any(row["host_kv_bytes"] for row in found)}
+    costs = {key: column for key, column in COST.items() if told.get(key, True)}
     quality, cost = _table(title, [*tasks, *(name for name, _ in QUALITY.values())]), _table(_UNITS, [name for name, _ in costs.values()])
     for row in found:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]

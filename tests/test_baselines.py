@@ -15,7 +15,7 @@ from builders import rand
 from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
-from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, PerLayer, chosen, rival
+from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.geometry import GeometryError
 from kvcapsule.method import start
 from kvcapsule.policy import H2O, POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
@@ -335,12 +335,6 @@ def test_a_run_can_name_them_and_by_default_does_not() -> None:
     named = ["random", "streaming-llm", "snapkv", "h2o", "pyramidkv", "kivi4", "kivi2"]
     assert chosen(named, []) == named
     assert set(named) < {*RIVALS, *FIXED}
-
-
-def test_the_pyramid_of_a_run_spreads_the_mean() -> None:
-    pyramid = rival("pyramidkv", (0.2, 0.2, 0.1, 0.1))
-    assert isinstance(pyramid, PyramidKV) and pyramid.layers == 4 and pyramid.ratio == pytest.approx(0.15)
-    assert isinstance(rival("h2o", (0.2, 0.1)), PerLayer)
 
 
 # The command and the page

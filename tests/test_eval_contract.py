@@ -44,6 +44,7 @@ ROW = {
     "kl": NUMBER,
     "visual_kv_bytes": int,
     "kv_bytes": int,
+    "host_kv_bytes": int,
     "parameter_bytes": int,
     "compression": NUMBER,
     "compression16": NUMBER,

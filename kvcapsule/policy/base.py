@@ -16,6 +16,8 @@ class Policy(ABC):
 
     DIAL: ClassVar[str | None] = None
     """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None: there is none."""
+    SEPARABLE: ClassVar[bool] = True
+    """Whether what it stores of the visual tokens and of the text can be had one without the other (see Paired)."""
 
     @abstractmethod
     def compress(self, prefill: LayerPrefill) -> Compressed:

@@ -33,6 +33,8 @@ class LookM(Policy):
     """
 
     DIAL: ClassVar[str | None] = "budget"
+    SEPARABLE: ClassVar[bool] = False
+    """Evicted visual tokens are merged into text, too."""
 
     budget: float
     """Kept tokens / prompt tokens, in (0, 1]."""

@@ -41,9 +41,12 @@ class Paired:
     """
 
     def __init__(self, visual: Method, text: Method) -> None:
-        """Raises ValueError if the visual method is one that acts again while tokens are written."""
+        """Raises ValueError if the visual method acts again while tokens are written, or either stores visual tokens and text together."""
         if isinstance(visual, Revises):
             raise ValueError(f"{type(visual).__name__} acts again while tokens are written: it can only be the method of the text.")
+        for method in (visual, text):
+            if not getattr(method, "SEPARABLE", True):
+                raise ValueError(f"{type(method).__name__} stores visual tokens and text together: it can only be a method by itself.")
         self.visual, self.text = visual, text
         if isinstance(text, Revises):
             self.every, self.window, self.revise = text.every, text.window, self._revise
