@@ -20,7 +20,7 @@ EVAL_FLAGS ?=
 VLM_FLAGS ?=
 SUITE_FLAGS ?=
 
-.PHONY: help venv test style format demo demo-vlm rate-distortion wheel clean
+.PHONY: help venv test style format demo demo-vlm rate-distortion policies wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ demo-vlm: $(READY) ## train the demo VLM itself; started again, it goes on where
 rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \
 		--plot eval/results/rate-distortion.png --report docs/results.md $(SUITE_FLAGS)
+
+policies: $(READY) ## compare all policies at equal bytes with the shipped capsules
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite policies --json eval/results/policies.json \
+		--plot eval/results/policies.png --report docs/policies.md $(SUITE_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

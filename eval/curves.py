@@ -30,10 +30,9 @@ _LOOKS = {
     "evenly-spaced": ("s", "#cc79a7"),
 }
 """Marker and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of each line."""
-_OTHERS = tuple(
-    zip("X*<>PhD8H", ("#b8860b", "#882255", "#117733", "#332288", "#aa4499", "#44aa99", "#999933", "#661100", "#6699cc"), strict=True)
-)
-"""Those of the rest, in turn; colours of Tol's muted palette."""
+_MARKERS = "X*<>PhD8H"
+_COLOURS = ("#b8860b", "#882255", "#117733", "#332288", "#aa4499", "#44aa99", "#661100")
+"""Of the rest, in turn; as many of each as have no common divisor, so that no pair soon comes again."""
 _WIDTHS = "quantized"
 """The policy whose widths are points of the line of its family."""
 _FULL_COLOUR = "#555555"
@@ -66,7 +65,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
         if row["method"] != FULL:
             policy = row["settings"].get("policy", _WIDTHS)
             found.setdefault(row["family"] if policy == _WIDTHS else policy, []).append(row)
-    made, key, others = [], axis(rows)[0], cycle(_OTHERS)
+    made, key, others = [], axis(rows)[0], zip(cycle(_MARKERS), cycle(_COLOURS), strict=False)
     for name, members in found.items():
         base, _, more = name.partition("+")
         marker, colour = _LOOKS[base] if base in _LOOKS else next(others)

@@ -10,7 +10,7 @@ import pytest
 
 import kvcapsule
 from kvcapsule.cli import COMMANDS, HELP, main
-from kvcapsule.cli.errors import Parser
+from kvcapsule.cli.errors import CUT_OFF, Parser
 
 HEAVY = ("torch", "transformers", "lightning", "datasets", "matplotlib", "numpy")
 
@@ -123,6 +123,16 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     add_command(monkeypatch, "other", run)
     assert main(["other"]) == 130
     assert capsys.readouterr().err == "kvcapsule other: interrupted.\n"
+
+
+def test_output_that_nobody_reads_to_its_end() -> None:
+    """As `kvcapsule methods --json | head -1` has it: no traceback."""
+    command = [sys.executable, "-m", "kvcapsule", "methods", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == CUT_OFF
 
 
 def test_parser_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

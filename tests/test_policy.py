@@ -10,9 +10,11 @@ from kvcapsule.inference import attach
 from kvcapsule.policy import (
     H2O,
     POLICIES,
+    AdaKV,
     EvenlySpaced,
     Full,
     Kivi,
+    LookM,
     PostVisionAttention,
     PyramidKV,
     Quantized,
@@ -226,6 +228,6 @@ def test_bits_that_do_not_pack_are_refused_before_the_prompt() -> None:
 
 
 def test_the_registry_names_every_policy() -> None:
-    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, Kivi}
+    baselines = {Random, StreamingLLM, SnapKV, H2O, PyramidKV, AdaKV, LookM, Kivi}
     assert set(POLICIES.values()) == {Full, PostVisionAttention, EvenlySpaced, Quantized} | baselines
     assert isinstance(Full().compress(ONE), Compressed)

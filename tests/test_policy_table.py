@@ -1,7 +1,7 @@
 """What every policy promises, in one table: all of POLICIES are in it, and a policy has a line here only where it needs one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -66,6 +66,11 @@ def test_the_table_is_sound() -> None:
     assert set(TABLE) <= set(POLICIES)
     for name, policy in POLICIES.items():
         assert policy.DIAL in (None, "ratio", "budget"), name
+        known = [f.name for f in fields(policy)]
+        assert policy.DIAL is None or policy.DIAL in known, name
+        frozen = make(name, 0.5)
+        with pytest.raises(FrozenInstanceError):
+            setattr(frozen, (known or ["any"])[0], 1)
         assert set(case(name).but) <= set(PROPERTIES), name
         assert all(len(reason) > 10 for reason in case(name).but.values()), f"{name}: say why"
 

@@ -1,12 +1,13 @@
 """The `kvcapsule` command. A command is registered here, by its target and its line of help."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from .. import __version__
-from .errors import INTERRUPTED, WRONG_INPUT, complain
+from .errors import CUT_OFF, INTERRUPTED, WRONG_INPUT, complain
 
 COMMANDS = {
     "analyze": "kvcapsule.training.analysis.main:main",
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; None takes those of the process.
 
     Returns:
-        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt.
+        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt, 141 where nobody reads the output.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
@@ -51,7 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return complain("kvcapsule", _unknown(name))
     try:
-        return _load(COMMANDS[name])(arguments)
+        code = _load(COMMANDS[name])(arguments)
+        # What is still in the buffer fails here, where it can be caught, and not as the process ends.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # `kvcapsule methods --json | head`: nothing more can be written, at the process's end neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except KeyboardInterrupt:
         # A terminal has just written ^C into the present line.
         print("\n" if sys.stderr.isatty() else "", f"kvcapsule {name}: interrupted.", sep="", file=sys.stderr)

@@ -7,6 +7,8 @@ from typing import NoReturn
 WRONG_INPUT = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
+CUT_OFF = 141
+"""128 + SIGPIPE: who read the output wanted no more of it."""
 
 
 class InputError(ValueError):
