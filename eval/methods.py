@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
-from kvcapsule.policy import POLICIES, TEXT_POLICIES, VisualPolicy
+from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
 from kvcapsule.prefill import Method
 
 from .matching import PerLayer
@@ -23,11 +24,11 @@ FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: (name, {})
         for name, policy in POLICIES.items()
-        if policy.DIAL is None and name != FULL and all(f.default is not MISSING for f in fields(policy))
+        if policy.DIAL is None and name != FULL and all(p.default is not p.empty for p in signature(policy).parameters.values())
     },
 }
 """Rows that store what they store: a policy without a dial, and its settings."""
-TEXT = {
+TEXT: dict[str, type[Policy] | type[TextPolicy]] = {
     **TEXT_POLICIES,
     **{
         name: policy

@@ -1,5 +1,6 @@
 """What a suite's file may say of an entry, read into a Spec."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -132,14 +133,10 @@ def _amount(method: str, entry: Mapping[str, Any]) -> tuple[float | None, float 
             f"{method} takes a ratio of at least 1 (how many times less it keeps), or a budget in (0, 1] (the share that it keeps), "
             f"or the entry that its bytes are to match; exactly one of them."
         )
-    for value, good, wanted in ((ratio, lambda x: x >= 1, "ratio of at least 1"), (budget, lambda x: 0 < x <= 1, "budget in (0, 1]")):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not good(value)):
+    for value, least, most, wanted in ((ratio, 1, math.inf, "ratio of at least 1"), (budget, 0, 1, "budget in (0, 1]")):
+        if value is not None and not (type(value) in (int, float) and least <= value <= most and value > 0):
             raise InputError(f"{method} takes a {wanted}; found {value!r}.")
-    return (
-        None if ratio is None else float(ratio),
-        None if budget is None else float(budget),
-        None if match is None else str(match),
-    )
+    return ratio, budget, None if match is None else str(match)
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
