@@ -33,7 +33,9 @@ TEXT: dict[str, type[Policy] | type[TextPolicy]] = {
     **{
         name: policy
         for name, policy in POLICIES.items()
-        if policy.SEPARABLE and policy.DIAL != "ratio" and (hasattr(policy, "revise") or not issubclass(policy, VisualPolicy))
+        if getattr(policy, "SEPARABLE", True)
+        and policy.DIAL != "ratio"
+        and (hasattr(policy, "revise") or not issubclass(policy, VisualPolicy))
     },
 }
 """What can see to the text beside a capsule: not what keeps all text raw."""
