@@ -56,7 +56,7 @@ class Tally:
 
 def prompt_bytes(model: PreTrainedModel, prompts: Sequence[Batch], method: Method) -> int:
     """Bytes that a method stores of prompts, visual and text together, measured right after prefill."""
-    with attach(model):
+    with attach(model, method):
         return sum(generate(model, p.inputs, new_cache(model, method), p.layout, max_new_tokens=1).held.total for p in prompts)
 
 
@@ -90,7 +90,7 @@ def evaluate(
     for batch in batches(rows, model, processor, size):
         reference: Generated | None = None
         for entry in entries:
-            with nullcontext() if entry.method is None else attach(model):
+            with nullcontext() if entry.method is None else attach(model, entry.method):
                 given = generate(model, batch.inputs, new_cache(model, entry.method), batch.layout, max_new_tokens)
                 reference = reference or given
                 teacher_forced = given
