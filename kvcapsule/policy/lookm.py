@@ -1,11 +1,13 @@
 """LOOK-M (arXiv 2406.18139): text first, and what is evicted of the images is merged into the tokens that stay.
 
-kept of n prompt tokens      the last m, and the best k of those before, any text before any visual token;  m + k = budget n
-score of token j, KV head h  sum over all prompt queries i >= j and the head's query heads of A_ij, the causal softmax
-an evicted visual token e    goes to the kept token c(e) whose key is nearest, by the cosine
-averaged                     k_c = (k_c + sum_e k_e) / (1 + n_c)             over the n_c tokens that went to c; values likewise
-pivotal                      k_c = (k_c + sum_e (k_e + k_c) / 2) / (1 + n_c)
-weighted                     k_c = (k_c + sum_e cos(k_e, k_c) k_e) / (1 + n_c)
+    kept of n prompt tokens      the last m, and the best k of those before, any text before any visual token;  m + k = budget n
+    score of token j, KV head h  sum over all prompt queries i >= j and the head's query heads of A_ij, the causal softmax
+    an evicted visual token e    goes to the kept token c(e) whose key is nearest, by the cosine
+    averaged                     k_c = (k_c + sum_e k_e) / (1 + n_c)             over the n_c tokens that went to c; values likewise
+    pivotal                      k_c = (k_c + sum_e (k_e + k_c) / 2) / (1 + n_c)
+    weighted                     k_c = (k_c + sum_e cos(k_e, k_c) k_e) / (1 + n_c)
+
+What is kept, and what goes where, is each KV head's own.
 """
 
 from dataclasses import dataclass, replace
