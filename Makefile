@@ -30,7 +30,7 @@ VLM_FLAGS ?=
 SUITE_FLAGS ?=
 GROWTH_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest style format demo demo-vlm rate-distortion long-answer wheel clean
+.PHONY: help venv test test-lower test-newest style format demo demo-vlm rate-distortion policies long-answer wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the
 long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
 	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.growth --json eval/results/long-answer.json \
 		--plot docs/long-answer.png --report docs/long-answer.md $(GROWTH_FLAGS)
+
+policies: $(READY) ## compare all policies at equal bytes with the shipped capsules
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite policies --json eval/results/policies.json \
+		--plot eval/results/policies.png --report docs/policies.md $(SUITE_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,29 +11,34 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
-from kvcapsule.geometry import KVGeometry, full_attention_layers
+from kvcapsule.geometry import KVGeometry
 from kvcapsule.machine import machine, versions
 from kvcapsule.models import load_vlm
+from kvcapsule.prefill import Method
 
 from . import results
 from .config import EvalConfig
-from .matching import TOLERANCE, match_ratios
-from .methods import FULL, RIVALS, Entry, chosen, entries, full_entry, open_capsules, shown_path
+from .matching import TOLERANCE, Build, match
+from .methods import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules, shown_path
+from .questions import batches
 from .report import answer_tokens, rows
-from .runner import evaluate, survey
+from .runner import evaluate, prompt_bytes
+from .specs import Bench, Capsules
 from .suite import load
 from .timing import time_entries
 from .trained import open_trained
 
 RUNS = Path("runs")
 """The folder of a suite's folder of capsules."""
+SAMPLE = 32
+"""Questions, the first of the run, on which bytes are matched."""
 
 
 class Field(NamedTuple):
@@ -42,8 +48,6 @@ class Field(NamedTuple):
     """All that are loaded."""
     entries: Callable[[PreTrainedModel, ProcessorMixin, datasets.Dataset, Progress], list[Entry]]
     """Makes the methods, once the capsules are on the model's device; the full cache is the first."""
-    matched: str | None = None
-    """The row whose bytes pruning is given."""
 
 
 def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
@@ -78,13 +82,12 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     with Progress(*columns, console=console) as progress:
         taking_part = field.entries(model, processor, questions, progress)
         for entry in taking_part:
-            # A policy may have to know the number of layers.
-            if (learn := getattr(entry.method, "require_geometry", None)) is not None:
-                learn(KVGeometry.from_config(model.config))
+            if (check := getattr(entry.method, "require_geometry", None)) is not None:
+                check(KVGeometry.from_config(model.config))
         tallies = evaluate(model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress)
         timings = time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
     found = rows(taking_part, tallies, timings, model.dtype)
-    _warn_unequal(found, field.matched, console)
+    _warn_unequal(found, console)
     return {
         "model": shown_path(config.model),
         "data": {**asdict(config.data), "source": shown_path(config.data.source)},
@@ -102,21 +105,53 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     }
 
 
+class Scales:
+    """Measures what methods store of the first questions' prompts."""
+
+    def __init__(
+        self, config: EvalConfig, model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress
+    ) -> None:
+        self.model, self.progress = model, progress
+        self._task: TaskID | None = None
+        self._matched = 0
+        self.layers = KVGeometry.from_config(model.config).layers
+        first = questions.select(range(min(SAMPLE, len(questions))))
+        # Read when they are first needed: not every run matches bytes.
+        self._prompts = cache(lambda: list(batches(first, model, processor, config.batch)))
+
+    def weigh(self, method: Method) -> int:
+        return prompt_bytes(self.model, self._prompts(), method)
+
+    def match(self, target: int, make: Build, name: str) -> Method:
+        """What `make` makes, at the dial where it stores `target` bytes."""
+        self._task, self._matched = self.progress.add_task("") if self._task is None else self._task, self._matched + 1
+        self.progress.update(self._task, description=f"matching the bytes of {name}", total=self._matched)
+        found = match(target, make, self.weigh, self.layers)
+        self.progress.advance(self._task)
+        return found
+
+
 def _named(config: EvalConfig) -> Field:
     """The capsules and the policies that the options name."""
     capsules = open_capsules(config.capsule)
     names = chosen(config.methods, capsules)
-    if config.ratio is None and not capsules and any(name in RIVALS for name in names):
-        raise InputError("give a --capsule whose bytes pruning is to match, or a --ratio; or name --methods that need neither.")
+    share = config.budget if config.ratio is None else config.ratio
+    if share is None and not capsules and any(name in RIVALS for name in names):
+        raise InputError("give a --capsule whose bytes pruning is to match, or a --budget; or name --methods that need neither.")
     first = next(iter(capsules), None)
 
     def make(model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress) -> list[Entry]:
-        ratios: tuple[float, ...] = ()
-        if any(name in RIVALS for name in names):
-            ratios = _ratios(config, model, processor, questions, None if first is None else capsules[first][1], progress)
-        return entries(names, capsules, ratios, first)
+        scales = Scales(config, model, processor, questions, progress)
+        target = cache(lambda: scales.weigh(capsules[str(first)][1]))
 
-    return Field([capsule for _, capsule in capsules.values()], make, first)
+        def turned(name: str) -> Method:
+            if first is None:
+                return build(name, {}, share)
+            return scales.match(target(), lambda dial: build(name, {}, dial), name)
+
+        return entries(names, capsules, turned, first)
+
+    return Field([capsule for _, capsule in capsules.values()], make)
 
 
 def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
@@ -126,36 +161,36 @@ def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
     if config.report is not None:
         results.require_place(Path(config.report), suite.name)
     folder = RUNS / suite.name if config.suite_capsules is None else Path(config.suite_capsules)
-    capsules = open_trained(suite.capsules(specs), folder, config, console)
+    wanted = suite.capsules(specs)
+    capsules: Capsules = {
+        **{spec.name: (spec.place, Capsule.from_pretrained(spec.place)) for spec in wanted if spec.place is not None},
+        **open_trained([spec for spec in wanted if spec.arguments], folder, config, console),
+    }
+    by_name = {spec.name: spec for spec in suite.specs}
+
     # Entries are made once the capsules are on the model's device, where a requantised one shares their parameters.
-    return Field([capsule for _, capsule in capsules.values()], lambda *_: [full_entry(), *(spec.entry(capsules) for spec in specs)])
+    def make(model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress) -> list[Entry]:
+        scales = Scales(config, model, processor, questions, progress)
+
+        @cache
+        def target(row: str) -> int:
+            method = by_name[row].entry(bench).method
+            assert method is not None
+            return scales.weigh(method)
+
+        bench = Bench(capsules, lambda row, made, name: scales.match(target(row), made, name))
+        return [full_entry(), *(spec.entry(bench) for spec in specs)]
+
+    return Field([capsule for _, capsule in capsules.values()], make)
 
 
-def _ratios(
-    config: EvalConfig,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    questions: datasets.Dataset,
-    capsule: Capsule | None,
-    progress: Progress,
-) -> tuple[float, ...]:
-    """The retention ratios of pruning, layer by layer."""
-    geometry = KVGeometry.from_config(model.config)
-    if capsule is None:
-        assert config.ratio is not None
-        return (config.ratio,) * geometry.layers
-    surveyed = survey(model, processor, questions, capsule, config.batch, progress)
-    return match_ratios(surveyed.visual, surveyed.layouts, geometry, full_attention_layers(model.config), model.dtype)
-
-
-def _warn_unequal(found: list[dict[str, Any]], capsule: str | None, console: Console) -> None:
-    """Say so where whole tokens did not allow equal bytes."""
-    by_name = {row["method"]: row["visual_kv_bytes"] for row in found}
-    if capsule is None or capsule not in by_name:
-        return
-    for name in RIVALS:
-        if name in by_name and abs(by_name[name] / by_name[capsule] - 1) > TOLERANCE:
-            console.print(f"{name} stores {by_name[name] / by_name[capsule]:.1%} of the capsule's visual bytes: it keeps whole tokens.")
+def _warn_unequal(found: list[dict[str, Any]], console: Console) -> None:
+    """Say so where whole tokens, or a sample that is unlike the whole, did not allow equal bytes."""
+    by_name = {row["method"]: row["kv_bytes"] for row in found}
+    for row in found:
+        whole = by_name.get(row["settings"].get("matched_to"))
+        if whole is not None and abs(row["kv_bytes"] / whole - 1) > TOLERANCE:
+            console.print(f"{row['method']} stores {row['kv_bytes'] / whole:.1%} of the bytes of {row['settings']['matched_to']}.")
 
 
 def _baseline(model: PreTrainedModel) -> str:

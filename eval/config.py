@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.codec.kvcapsule import check_ratio
 from kvcapsule.data.source import SourceConfig
 
 from . import plot
@@ -23,14 +22,17 @@ class EvalConfig:
     device: str | None = None
     """Where it runs, such as cpu or cuda:1; by default CUDA where there is one."""
     capsule: list[str] = field(default_factory=list)
-    """A capsule: a folder, a shipped name or an id on the Hub. May be repeated; the bytes of the first are those that pruning is given."""
+    """A capsule: a folder, a shipped name or an id on the Hub. May be repeated; policies are given as many bytes as the first stores."""
+    budget: float | None = None
+    """Without a capsule: share that policies keep, in (0, 1], of what each method's own dial is about: visual tokens, or all. With one it
+    is chosen so that bytes are equal."""
     ratio: float | None = None
-    """Without a capsule: share of the visual tokens that pruning keeps, in (0, 1]. With one it is chosen so that bytes are equal."""
+    """The same as --budget."""
     methods: list[str] = field(default_factory=list)
-    """Compare only these rows with the full cache, e.g. evenly-spaced or int3; may be repeated. By default the capsules, pruning and int4,
-    or all rows of the suite."""
+    """Compare only these rows with the full cache, e.g. snapkv,int3: policies of `kvcapsule methods`, int8 to int2, kivi4, kivi2, or those
+    of a capsule or suite. With commas or repeated. By default the capsules, pruning and int4, or all rows of the suite."""
     suite: str | None = None
-    """A suite, in place of --capsule and --ratio: the name of a shipped one or a YAML file, with methods and options that others here
+    """A suite, in place of --capsule and --budget: the name of a shipped one or a YAML file, with methods and options that others here
     override."""
     suite_capsules: str | None = None
     """Folder of the suite's capsules; by default runs/ and the suite's name."""
@@ -60,12 +62,17 @@ class EvalConfig:
     """Seed of PyTorch. Answers are greedy and do not depend on it; which pages are drawn is --data.seed."""
 
     def __post_init__(self) -> None:
-        if self.ratio is not None:
-            check_ratio(self.ratio, "--ratio")
-            if self.capsule:
-                raise InputError("--ratio is for runs without a capsule: beside one, pruning is given as many bytes as the capsule stores.")
-        if self.suite is not None and (self.capsule or self.ratio is not None):
-            raise InputError("--suite says which methods are compared: leave out --capsule and --ratio, or the suite.")
+        for name, share in (("budget", self.budget), ("ratio", self.ratio)):
+            if share is not None and not 0 < share <= 1:
+                raise InputError(f"--{name} {share} is outside (0, 1]: it is the share that is kept, 1 keeps all.")
+            if share is not None and self.capsule:
+                raise InputError(
+                    f"--{name} is for runs without a capsule: beside one, policies are given as many bytes as the capsule stores."
+                )
+        if self.budget is not None and self.ratio is not None:
+            raise InputError("--budget and --ratio are the same: leave one out.")
+        if self.suite is not None and (self.capsule or self.budget is not None or self.ratio is not None):
+            raise InputError("--suite says which methods are compared: leave out --capsule and --budget (or --ratio), or the suite.")
         if self.suite is None and self.report is not None:
             raise InputError("--report takes the table of a suite: give a --suite too.")
         if self.max_new_tokens < 2:

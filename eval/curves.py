@@ -1,7 +1,10 @@
-"""Accuracy against visual bytes, a picture of a suite: one line a kind of method, through all its compression ratios."""
+"""Accuracy against bytes, a picture of a suite: one line a kind of method, through all its compression ratios.
+
+Bytes are those of visual tokens, or where methods also differ in what they store of the text, those of all tokens.
+"""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -27,7 +30,11 @@ _LOOKS = {
     "evenly-spaced": ("s", "#cc79a7"),
 }
 """Marker and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of each line."""
-_OTHERS = ("X", "#b8860b")
+_MARKERS = "X*<>PhD8H"
+_COLOURS = ("#b8860b", "#882255", "#117733", "#332288", "#aa4499", "#44aa99", "#661100")
+"""Of the rest, in turn; as many of each as have no common divisor, so that no pair soon comes again."""
+_WIDTHS = "quantized"
+"""The policy whose widths are points of the line of its family."""
 _FULL_COLOUR = "#555555"
 _RATIOS = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 """Marks of the upper axis."""
@@ -38,11 +45,17 @@ class Curve(NamedTuple):
 
     label: str
     points: list[tuple[float, float]]
-    """Visual bytes and mean accuracy, the fewest bytes first."""
+    """Bytes and mean accuracy, the fewest bytes first."""
     marker: str
     colour: str
     combined: bool
     """Whether two kinds of methods are combined, which is shown by empty markers."""
+
+
+def axis(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """What the picture sets accuracy against: a key of the rows, and its words."""
+    both = any({"text", "budget", "matched_to"} & set(row["settings"]) for row in rows)
+    return ("kv_bytes", "KV cache, visual and text") if both else ("visual_kv_bytes", "visual KV cache")
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -50,13 +63,14 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["method"] != FULL:
-            found.setdefault(row["settings"].get("policy", row["family"]), []).append(row)
-    made = []
+            policy = row["settings"].get("policy", _WIDTHS)
+            found.setdefault(row["family"] if policy == _WIDTHS else policy, []).append(row)
+    made, key, others = [], axis(rows)[0], zip(cycle(_MARKERS), cycle(_COLOURS), strict=False)
     for name, members in found.items():
         base, _, more = name.partition("+")
-        marker, colour = _LOOKS.get(base, _OTHERS)
+        marker, colour = _LOOKS[base] if base in _LOOKS else next(others)
         label = name if len(members) > 1 else members[0]["method"]
-        made.append(Curve(label, sorted(map(_point, members)), marker, colour, bool(more)))
+        made.append(Curve(label, sorted(_point(row, key) for row in members), marker, colour, bool(more)))
     return made
 
 
@@ -65,9 +79,9 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(8.5, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    drawn = curves(rows)
+    drawn, (key, words) = curves(rows), axis(rows)
     full = next(row for row in rows if row["method"] == FULL)
-    points = [_point(full), *(point for curve in drawn for point in curve.points)]
+    points = [_point(full, key), *(point for curve in drawn for point in curve.points)]
     for curve in drawn:
         axes.plot(
             *zip(*curve.points, strict=True),
@@ -82,8 +96,8 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         )
     axes.plot(*points[0], "o", markersize=_DOT, color=_FULL_COLOUR, zorder=3)
     axes.axhline(points[0][1], color=_FULL_COLOUR, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-    upper = _compression_axis(axes, full)
-    dress(axes, [x for x, _ in points], title)
+    upper = _compression_axis(axes, full[key] * full["compression16"])
+    dress(axes, [x for x, _ in points], title, words)
     # Labels are placed in pixels, so the axes must have their final place.
     figure.draw_without_rendering()
     _mark(upper)
@@ -96,13 +110,12 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _point(row: Mapping[str, Any]) -> tuple[float, float]:
-    return float(row["visual_kv_bytes"]), mean(row["accuracy"].values())
+def _point(row: Mapping[str, Any], key: str) -> tuple[float, float]:
+    return float(row[key]), mean(row["accuracy"].values())
 
 
-def _compression_axis(axes: Axes, full: Mapping[str, Any]) -> XAxis:
-    """Above: how many times smaller than the full cache at 16 bits an element."""
-    whole = full["visual_kv_bytes"] * full["compression16"]
+def _compression_axis(axes: Axes, whole: float) -> XAxis:
+    """Above: how many times smaller than the `whole` bytes of the full cache at 16 bits an element."""
     upper = axes.secondary_xaxis("top", functions=(lambda x: whole / np.maximum(x, 1e-9), lambda c: whole / np.maximum(c, 1e-9)))
     upper.set_xlabel("compression, against the full cache at 16 bits an element")
     return upper.xaxis

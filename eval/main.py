@@ -1,5 +1,6 @@
 """`kvcapsule eval`: capsules and training-free methods against the full cache, on the same questions, in one run."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ from .report import tables, write_json
 from .suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
-_LISTS = ("--capsule", "--methods")
-"""Options that may be given several times."""
+_LISTS = {"--capsule": False, "--methods": True}
+"""Options that may be given several times, and whether commas part what one of them is given."""
 _WIDE = 160
 """Columns of a table that is not printed to a terminal."""
 
@@ -48,8 +49,8 @@ def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=PROG,
-        usage=f"{PROG} [--capsule ID]... [--suite NAME] [--model ID] [--json FILE] [--plot FILE] [options]",
-        description="Compare capsules, pruning at equal bytes and int4 with the full cache, on the same questions, in one run. "
+        usage=f"{PROG} [--capsule ID]... [--methods A,B --budget SHARE] [--suite NAME] [--model ID] [--json FILE] [--plot FILE] [options]",
+        description="Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one run. "
         f"A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression ratios.",
         exit_on_error=False,
     )
@@ -78,14 +79,26 @@ def _parse(words: list[str]) -> EvalConfig:
 
 
 def _normal(words: list[str]) -> list[str]:
-    """The command line as jsonargparse takes it: `--save-metrics` as `--save_metrics`, a repeated `--capsule X` as `--capsule+ X`."""
-    normal = []
-    for word in words:
+    """The command line as jsonargparse takes it: `--save-metrics` as `--save_metrics`, all that a list is given in one word.
+
+    So that what the command line says of a list replaces what a suite or a file of options says, and is not added to it.
+    """
+    normal: list[str] = []
+    lists: dict[str, tuple[int, list[str]]] = {}
+    rest = iter(words)
+    for word in rest:
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
-            name += "+" if name in _LISTS else ""
-        normal.append(name + equals + value)
+        if name in _LISTS and (given := value if equals else next(rest, None)) is not None:
+            if name not in lists:
+                lists[name] = len(normal), []
+                normal.append(name)
+            lists[name][1].extend(given.split(",") if _LISTS[name] else [given])
+        else:
+            normal.append(name + equals + value)
+    for name, (place, values) in lists.items():
+        normal[place] = f"{name}={json.dumps(values)}"
     return normal
 
 

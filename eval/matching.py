@@ -1,7 +1,8 @@
-"""Equal bytes: the retention ratios at which pruning stores as many visual bytes as a capsule.
+"""Equal bytes: the dial at which a policy stores as many bytes of the prompts, visual and text together, as another method does.
 
-Pruning keeps whole tokens, so one ratio for all layers hits a byte count to a token in every layer at best: of 10 kept tokens, that is
-10 %. The first layers therefore keep the next higher number of tokens, as many of them as it takes.
+Bytes are measured, right after prefill, on a sample of the questions: a policy may spend its budget as it likes. One that keeps whole
+tokens, as many in every layer, hits a byte count to a token in each layer at best: of 10 kept tokens, that is 10 %. Where layers can be
+dealt with one by one, the first of them are therefore given the next higher dial, as many as it takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,79 +11,94 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.geometry import KVGeometry
-from kvcapsule.policy import EvenlySpaced
-from kvcapsule.prefill import LayerPrefill
-from kvcapsule.segment import storage_bytes
+from kvcapsule.method import Revises, Starts
+from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.spans import VisualSpan
 
 TOLERANCE = 0.02
-"""Bytes are called equal when they differ by no more than this share of the capsule's."""
-_STEPS = 10_000
-"""Ratios are multiples of 1 / _STEPS."""
+"""Bytes are called equal when they differ by no more than this share of those that are matched."""
+STEPS = 4096
+"""Dials are multiples of 1 / STEPS."""
+_LINEAR = 6
+"""Measurements in which bytes that grow evenly with the dial are found; where they do not, the range is halved after that."""
 
 
 class Layout(NamedTuple):
-    """Where the visual tokens of a batch are: all that decides how many bytes pruning stores."""
+    """Where the visual tokens of a batch are."""
 
     spans: list[VisualSpan]
     valid: torch.Tensor
     """[B, N] bool: False at padding."""
 
 
-def match_ratios(
-    target: int, layouts: Sequence[Layout], geometry: KVGeometry, layers: Sequence[int], dtype: torch.dtype
-) -> tuple[float, ...]:
-    """Retention ratios, one for each layer of the model, at which the layers named by `layers` store about `target` visual bytes in all.
+class PerLayer:
+    """A method for each layer of the model, so that bytes can be matched finer than by one token in every layer."""
 
-    Within TOLERANCE wherever whole tokens allow it; where they do not, the next that is above, so that a rival never has too little.
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = methods
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        return self.methods[prefill.layer].compress(prefill)
+
+
+Build = Callable[[float], Method]
+"""A method at a dial, in (0, 1]."""
+
+
+def match(target: int, build: Build, stored: Callable[[Method], int], layers: int) -> Method:
+    """The method that stores about `target` bytes.
+
+    Within TOLERANCE wherever the method allows it; where it does not, the next that stores more, so that a rival never has too little.
 
     Args:
-        target: bytes that a capsule was measured to store for all batches.
-        layouts: of all batches.
-        geometry: of the model.
-        layers: its layers with full attention; the others hold no visual tokens of their own.
-        dtype: of keys and values.
+        target: bytes that another method was measured to store.
+        build: makes the method at a dial; more bytes are expected of a higher one.
+        stored: measures a method.
+        layers: of the model.
     """
 
     @cache
-    def stored(step: int) -> int:
-        return sum(layer_bytes(step / _STEPS, layout, geometry, dtype) for layout in layouts)
+    def at(step: int) -> tuple[Method, int]:
+        method = build(step / STEPS)
+        return method, stored(method)
 
-    low, high = 1, _STEPS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if stored(middle) * len(layers) <= target else (low, middle)
-    totals = [stored(high) * n + stored(low) * (len(layers) - n) for n in range(len(layers) + 1)]
-    count = min(range(len(totals)), key=lambda n: abs(totals[n] - target))
-    if abs(totals[count] - target) > TOLERANCE * target:
-        count = next((n for n, total in enumerate(totals) if total >= target), len(layers))
-    ratios = [_middle(low, stored)] * geometry.layers
-    for layer in layers[:count]:
-        ratios[layer] = _middle(high, stored)
-    return tuple(ratios)
+    mixable = not isinstance(at(STEPS)[0], (Starts, Revises))
+    low, high = _bracket(target, lambda step: at(step)[1], TOLERANCE if mixable else TOLERANCE / 4)
+    found = [at(low), at(high)]
+    if mixable:
+        found += _between(target, found[0], found[1], stored, layers)
+    nearest = min(found, key=lambda pair: abs(pair[1] - target))
+    if abs(nearest[1] - target) > TOLERANCE * target:
+        nearest = min((pair for pair in found if pair[1] >= target), key=lambda pair: pair[1], default=nearest)
+    return nearest[0]
 
 
-def _middle(step: int, stored: Callable[[int], int]) -> float:
-    """The ratio in the middle of those that store the same: that of the whole tokens that are really kept."""
+def _bracket(target: int, at: Callable[[int], int], width: float) -> tuple[int, int]:
+    """Steps below and above `target`, neighbours or of bytes that are no further apart than `width` of it; the ends where it is outside."""
+    low, high = 1, STEPS
+    if at(high) <= target or at(low) > target:
+        return (high, high) if at(high) <= target else (low, low)
+    above, tries = True, 0
+    while high - low > 1 and at(high) - at(low) > width * target:
+        slope = (at(high) - at(low)) / (high - low)
+        # Aimed past the target, now below it and now above, so that the range closes from both ends.
+        aim = target - at(low) + (-0.4 if above else 0.4) * width * target
+        step = low + round(aim / slope) if tries < _LINEAR else (low + high) // 2
+        step = min(max(step, low + 1), high - 1)
+        above, tries = at(step) > target, tries + 1
+        low, high = (low, step) if above else (step, high)
+    return low, high
 
-    def edge(inside: int, beyond: int) -> int:
-        """The last step, towards `beyond`, that stores as much as `inside` does."""
-        while abs(beyond - inside) > 1:
-            middle = (inside + beyond) // 2
-            inside, beyond = (middle, beyond) if stored(middle) == stored(step) else (inside, middle)
-        return inside
 
-    return (edge(step, 0) + edge(step, _STEPS + 1)) / 2 / _STEPS
-
-
-def layer_bytes(ratio: float, layout: Layout, geometry: KVGeometry, dtype: torch.dtype) -> int:
-    """Bytes of the storages that pruning at `ratio` makes of one layer's visual tokens, laid out like this.
-
-    The policy itself runs, on keys and values of the right shapes that hold nothing: which tokens it keeps does not change their number.
-    """
-    batch, tokens = layout.valid.shape
-    keys = torch.empty(batch, geometry.kv_heads, tokens, geometry.head_dim, dtype=dtype)
-    prefill = LayerPrefill(0, keys, keys, torch.empty_like(keys), layout.spans, layout.valid, 1.0)
-    kept = EvenlySpaced(ratio).compress(prefill)
-    return storage_bytes(tensor for segment in kept.visual for tensor in segment.entry_tensors())
+def _between(
+    target: int, low: tuple[Method, int], high: tuple[Method, int], stored: Callable[[Method], int], layers: int
+) -> list[tuple[Method, int]]:
+    """The two mixtures nearest to `target`: the first n layers by the higher dial, the others by the lower one."""
+    mixtures = {0: low, layers: high}
+    fewer, more = 0, layers
+    while more - fewer > 1:
+        middle = (fewer + more) // 2
+        mixed = PerLayer([high[0]] * middle + [low[0]] * (layers - middle))
+        mixtures[middle] = (mixed, stored(mixed))
+        fewer, more = (middle, more) if mixtures[middle][1] <= target else (fewer, middle)
+    return [mixtures[fewer], mixtures[more]]

@@ -1,50 +1,48 @@
-"""Which methods a run compares. RIVALS and FIXED are the one place where a training-free one is registered."""
+"""Which methods a run compares. All policies are those of kvcapsule.policy, where they are registered."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
-from kvcapsule.policy import (
-    H2O,
-    EvenlySpaced,
-    Kivi,
-    PostVisionAttention,
-    PyramidKV,
-    Quantized,
-    Random,
-    SnapKV,
-    StreamingLLM,
-    VisualPolicy,
-)
-from kvcapsule.prefill import Compressed, LayerPrefill, Method
+from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
+from kvcapsule.prefill import Method
+
+from .matching import PerLayer
 
 FULL = "full"
 """The row of the full cache: in every run, as all others are measured against it."""
-RIVALS: dict[str, Callable[[float], VisualPolicy]] = {
-    "post-vision-attention": PostVisionAttention,
-    "evenly-spaced": EvenlySpaced,
-    "random": Random,
-    "streaming-llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "h2o": H2O,
-    "pyramidkv": PyramidKV,
+RIVALS = {name: policy for name, policy in POLICIES.items() if policy.DIAL is not None}
+"""Policies with a dial, which is turned so that they store as many bytes as the first capsule."""
+FIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"int{bits}": ("quantized", {"bits": bits}) for bits in (8, 4, 3, 2)},
+    **{f"kivi{bits}": ("kivi", {"bits": bits}) for bits in (4, 2)},
+    **{
+        name: (name, {})
+        for name, policy in POLICIES.items()
+        if policy.DIAL is None and name != FULL and all(p.default is not p.empty for p in signature(policy).parameters.values())
+    },
 }
-"""Policies with a retention ratio, which is chosen so that they store as many visual bytes as the first capsule."""
-FIXED: dict[str, tuple[dict[str, Any], Callable[[], VisualPolicy]]] = {
-    **{f"int{bits}": ({"bits": bits}, partial(Quantized, bits)) for bits in (8, 4, 3, 2)},
-    **{f"kivi{bits}": ({"policy": "kivi", "bits": bits}, partial(Kivi, bits)) for bits in (4, 2)},
+"""Rows that store what they store: a policy without a dial, and its settings."""
+TEXT: dict[str, type[Policy] | type[TextPolicy]] = {
+    **TEXT_POLICIES,
+    **{
+        name: policy
+        for name, policy in POLICIES.items()
+        if getattr(policy, "SEPARABLE", True)
+        and policy.DIAL != "ratio"
+        and (hasattr(policy, "revise") or not issubclass(policy, VisualPolicy))
+    },
 }
-"""Policies that store what they store, with their settings."""
+"""What can see to the text beside a capsule: not what keeps all text raw."""
 BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
 """The training-free rows of a run that asks for none in particular."""
 PRUNING, QUANTISATION = "token-pruning", "quantisation"
-"""Families of RIVALS and of FIXED; a capsule's is that of its codec."""
+"""Families of policies with a dial and without; a capsule's is that of its codec."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +59,28 @@ class Entry:
     """What tells this setting of the method from another."""
 
 
-class PerLayer:
-    """A policy for each layer of the model, so that bytes can be matched finer than by one token in every layer."""
+def build(name: str, settings: Mapping[str, Any], dial: float | None = None, among: Mapping[str, type] = POLICIES) -> Method:
+    """A policy of these settings, its dial turned to `dial`.
 
-    def __init__(self, policies: Sequence[VisualPolicy]) -> None:
-        self.policies = policies
+    Raises:
+        InputError: for a setting that it has not, or that cannot be.
+    """
+    policy: Any = among[name]
+    known = [f.name for f in fields(policy) if f.name != policy.DIAL]
+    if unknown := [key for key in settings if key not in known]:
+        raise InputError(f"{name} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(known) or 'none'}.")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    if dial is not None:
+        given[policy.DIAL] = dial
+    try:
+        made: Method = policy(**given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}") from error
+    return made
 
-    def compress(self, prefill: LayerPrefill) -> Compressed:
-        return self.policies[prefill.layer].compress(prefill)
 
-
-def rival(name: str, ratios: Sequence[float]) -> Method:
-    """A policy of RIVALS whose layers keep these ratios; one that spreads its budget over the layers itself keeps their mean."""
-    if RIVALS[name] is PyramidKV:
-        return PyramidKV(fmean(ratios), layers=len(ratios))
-    return PerLayer([RIVALS[name](ratio) for ratio in ratios])
+def family_of(name: str, among: Mapping[str, Any] = POLICIES) -> str:
+    return QUANTISATION if among[name].DIAL is None else PRUNING
 
 
 def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
@@ -114,15 +119,15 @@ def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
 
 
 def entries(
-    rows: Sequence[str], capsules: Mapping[str, tuple[str, Capsule]], ratios: Sequence[float], matched_to: str | None
+    rows: Sequence[str], capsules: Mapping[str, tuple[str, Capsule]], turned: Callable[[str], Method], matched_to: str | None
 ) -> list[Entry]:
     """The full cache and the methods named by `rows`.
 
     Args:
         rows: what `chosen` gave.
         capsules: what `open_capsules` gave, on the model's device.
-        ratios: retention ratio of the rivals, layer by layer (not read if no rival takes part).
-        matched_to: the row of the capsule whose bytes the ratios match; None if the ratio was given by hand.
+        turned: makes a policy of RIVALS by its name, with the dial where the run wants it.
+        matched_to: the row of the capsule whose bytes that matches; None if the dial was given by hand.
     """
     found = [full_entry()]
     for row in rows:
@@ -130,13 +135,11 @@ def entries(
             name, capsule = capsules[row]
             found.append(Entry(row, capsule, capsule.config.family, capsule_settings(name, capsule)))
         elif row in RIVALS:
-            settings = {"ratio": _short([round(r, 4) for r in ratios])}
-            if matched_to is not None:
-                settings["matched_to"] = matched_to
-            found.append(Entry(row, rival(row, ratios), PRUNING, settings))
+            method = turned(row)
+            matched = {} if matched_to is None else {"matched_to": matched_to}
+            found.append(Entry(row, method, PRUNING, {**policy_settings(row, method), **matched}))
         else:
-            settings, policy = FIXED[row]
-            found.append(Entry(row, policy(), QUANTISATION, dict(settings)))
+            found.append(fixed_entry(row, *FIXED[row]))
     return found
 
 
@@ -145,9 +148,21 @@ def full_entry() -> Entry:
     return Entry(FULL, None, FULL)
 
 
+def fixed_entry(row: str, name: str, settings: Mapping[str, Any]) -> Entry:
+    """A policy without a dial."""
+    policy = build(name, settings)
+    return Entry(row, policy, QUANTISATION, policy_settings(name, policy))
+
+
 def capsule_settings(name: str, capsule: Capsule) -> dict[str, Any]:
     """A capsule's name and the sizes of its codec."""
     return {"capsule": shown_path(name), **{k: _short(v) for k, v in asdict(capsule.config.codec).items()}}
+
+
+def policy_settings(name: str, method: Method) -> dict[str, Any]:
+    """A policy's name and its fields; of one that differs by layer, a list of what differs."""
+    policies: Sequence[Any] = method.methods if isinstance(method, PerLayer) else [method]
+    return {"policy": name, **{f.name: _by_layer([getattr(policy, f.name) for policy in policies]) for f in fields(policies[0])}}
 
 
 def shown_path(name: str) -> str:
@@ -159,7 +174,10 @@ def shown_path(name: str) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A list of equal values, one for each layer, as this value."""
-    if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
-        return value[0]
-    return list(value) if isinstance(value, tuple) else value
+    """A list with an item for each layer: the item alone, where all are equal."""
+    return _by_layer(value) if isinstance(value, (list, tuple)) and value else value
+
+
+def _by_layer(values: Sequence[Any]) -> Any:
+    values = [list(value) if isinstance(value, tuple) else value for value in values]
+    return values[0] if all(value == values[0] for value in values) else values

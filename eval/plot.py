@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from .methods import FIXED
+from .methods import FIXED, RIVALS
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _DOT = 9
@@ -26,6 +26,7 @@ _LOOKS = {
     "full": ("o", _DOT, "#444444"),
     "post-vision-attention": ("^", _DOT + 4, "#d55e00"),
     "evenly-spaced": ("s", _DOT, "#cc79a7"),
+    **{name: ("v", _DOT, "#b8860b") for name in RIVALS if name not in ("post-vision-attention", "evenly-spaced")},
     **{name: ("o", _DOT, "#0072b2") for name in FIXED},
 }
 """Marker, its size and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of the training-free methods.
@@ -74,7 +75,7 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def dress(axes: Axes, xs: Sequence[float], title: str) -> None:
+def dress(axes: Axes, xs: Sequence[float], title: str, what: str = "visual KV cache") -> None:
     """Scales, ticks and titles of a picture of accuracy against bytes."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xscale("log", base=2)
@@ -83,7 +84,7 @@ def dress(axes: Axes, xs: Sequence[float], title: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _bytes(x)))
     axes.set_ylim(-0.04, 1.08)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("visual KV cache, bytes a question (log scale)")
+    axes.set_xlabel(f"{what}, bytes a question (log scale)")
     axes.set_ylabel("accuracy, mean over tasks")
     axes.grid(color="#e5e5e5", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import datasets
 import torch
@@ -15,7 +14,6 @@ from kvcapsule.inference import attach
 from kvcapsule.prefill import Method
 
 from .generation import Generated, Held, generate, new_cache
-from .matching import Layout
 from .methods import FULL, Entry
 from .metrics import accuracy, divergence
 from .questions import Batch, batches
@@ -39,6 +37,8 @@ class Tally:
     """Sum of bytes over batches."""
     total: int = 0
     """Sum of bytes over batches."""
+    host: int = 0
+    """Sum of bytes over batches, of what methods keep in the host's memory."""
     parameters: int = 0
     """The most bytes that were read at once; they are the same ones for every batch."""
     host: int = 0
@@ -52,30 +52,15 @@ class Tally:
     def add_bytes(self, held: Held) -> None:
         self.visual += held.visual
         self.total += held.total
+        self.host += held.host
         self.parameters = max(self.parameters, held.parameters)
         self.host += held.host
 
 
-class Survey(NamedTuple):
-    """What a run over the prompts alone shows."""
-
-    layouts: list[Layout]
-    visual: int
-    """Visual bytes that the method stores for all of them."""
-
-
-def survey(
-    model: PreTrainedModel, processor: ProcessorMixin, rows: datasets.Dataset, method: Method, size: int, progress: Progress
-) -> Survey:
-    """Prefill every prompt through a method and measure what it stores."""
-    layouts, visual = [], 0
-    task = progress.add_task("measuring the capsule's bytes", total=len(rows))
-    for batch in batches(rows, model, processor, size):
-        with attach(model):
-            visual += generate(model, batch.inputs, new_cache(model, method), batch.layout, max_new_tokens=1).held.visual
-        layouts.append(batch.layout)
-        progress.advance(task, len(batch.questions))
-    return Survey(layouts, visual)
+def prompt_bytes(model: PreTrainedModel, prompts: Sequence[Batch], method: Method) -> int:
+    """Bytes that a method stores of prompts, visual and text together, measured right after prefill."""
+    with attach(model, method):
+        return sum(generate(model, p.inputs, new_cache(model, method), p.layout, max_new_tokens=1).held.total for p in prompts)
 
 
 def evaluate(
@@ -108,7 +93,7 @@ def evaluate(
     for batch in batches(rows, model, processor, size):
         reference: Generated | None = None
         for entry in entries:
-            with nullcontext() if entry.method is None else attach(model):
+            with nullcontext() if entry.method is None else attach(model, entry.method):
                 given = generate(model, batch.inputs, new_cache(model, entry.method), batch.layout, max_new_tokens)
                 reference = reference or given
                 teacher_forced = given

@@ -1,22 +1,28 @@
-"""The entries of a suite (kvcapsule.eval.suite shows one of each): what the file says of a row, and the method that it stands for."""
+"""The entries of a suite (kvcapsule.eval.suite shows one of each), each with the method that it stands for."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
-from kvcapsule.quantize import BITS
+from kvcapsule.policy import Paired
+from kvcapsule.prefill import Method
 
-from .methods import FIXED, PRUNING, QUANTISATION, RIVALS, Entry, capsule_settings
+from .matching import Build
+from .methods import FIXED, PRUNING, QUANTISATION, TEXT, Entry, build, capsule_settings, family_of, fixed_entry, policy_settings
 
 Capsules = Mapping[str, tuple[str, Capsule]]
-"""By the name of the entry that trains it: the capsule's place, and the capsule."""
-_NAME = re.compile(r"\w[\w.+-]*")
-_GIVEN = ("--model", "--revision", "--output")
-"""Arguments of `kvcapsule train` that the run gives, not the suite."""
+"""By the name of the entry that makes it: the capsule's place, and the capsule."""
+
+
+class Bench(NamedTuple):
+    """What entries are made with."""
+
+    capsules: Capsules
+    match: Callable[[str, Build, str], Method]
+    """match(row, build, name): what `build` makes, at the dial where it stores as many bytes as the row; the name is shown meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +38,22 @@ class Spec(ABC):
         return None
 
     @property
+    def matches(self) -> str | None:
+        """The entry whose bytes it is given."""
+        return None
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """Those of `kvcapsule train` that make the capsule of this entry, none if it makes none."""
         return ()
 
+    @property
+    def place(self) -> str | None:
+        """What names the capsule of this entry, if it is one that is there already."""
+        return None
+
     @abstractmethod
-    def entry(self, capsules: Capsules) -> Entry:
+    def entry(self, bench: Bench) -> Entry:
         """The row's method.
 
         Raises:
@@ -47,9 +63,25 @@ class Spec(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Spec):
-    """A capsule."""
+    """A capsule that is trained where it is missing."""
 
     train: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float | None:
+        """What --ratio says, None where it is left to the recipe.
+
+        Raises:
+            InputError: if it is no number.
+        """
+        for word, following in zip(self.train, (*self.train[1:], ""), strict=True):
+            option, equals, value = word.partition("=")
+            if option == "--ratio":
+                try:
+                    return float(value if equals else following)
+                except ValueError as error:
+                    raise InputError(f"train: --ratio {value if equals else following!r} is no number.") from error
+        return None
 
     @property
     def reads(self) -> str:
@@ -59,11 +91,30 @@ class Trained(Spec):
     def arguments(self) -> tuple[str, ...]:
         return self.train
 
-    def entry(self, capsules: Capsules) -> Entry:
-        place, capsule = capsules[self.name]
-        family, ratio = capsule.config.family, _ratio(self.train)
-        given = {} if ratio is None else {"ratio": ratio}
+    def entry(self, bench: Bench) -> Entry:
+        place, capsule = bench.capsules[self.name]
+        family = capsule.config.family
+        given = {} if self.ratio is None else {"ratio": self.ratio if self.ratio <= 1 else 1 / self.ratio}
         return Entry(self.name, capsule, family, {"family": family, **given, **capsule_settings(place, capsule)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained(Spec):
+    """A capsule that is there: a shipped name, a folder or an id on the Hub."""
+
+    pretrained: str
+
+    @property
+    def reads(self) -> str:
+        return self.name
+
+    @property
+    def place(self) -> str:
+        return self.pretrained
+
+    def entry(self, bench: Bench) -> Entry:
+        place, capsule = bench.capsules[self.name]
+        return Entry(self.name, capsule, capsule.config.family, {"family": capsule.config.family, **capsule_settings(place, capsule)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +128,8 @@ class Requantised(Spec):
     def reads(self) -> str:
         return self.capsule
 
-    def entry(self, capsules: Capsules) -> Entry:
-        place, capsule = capsules[self.capsule]
+    def entry(self, bench: Bench) -> Entry:
+        place, capsule = bench.capsules[self.capsule]
         try:
             codec = replace(capsule.config.codec, latent_bits=self.latent_bits)
         except ValueError as error:
@@ -91,16 +142,60 @@ class Requantised(Spec):
         return Entry(self.name, twin, family, {"family": family, **capsule_settings(place, twin)})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pruned(Spec):
-    """A policy that keeps 1 / ratio of the visual tokens."""
+class Rule(NamedTuple):
+    """A policy as an entry has it."""
 
     method: str
-    ratio: float
+    dial: float | None
+    settings: dict[str, Any]
 
-    def entry(self, capsules: Capsules) -> Entry:
-        settings = {"family": PRUNING, "policy": self.method, "ratio": self.ratio}
-        return Entry(self.name, RIVALS[self.method](1 / self.ratio), PRUNING, settings)
+
+@dataclass(frozen=True, kw_only=True)
+class Beside(Spec):
+    """The capsule of another entry, and a policy for the text."""
+
+    capsule: str
+    text: Rule
+
+    @property
+    def reads(self) -> str:
+        return self.capsule
+
+    def entry(self, bench: Bench) -> Entry:
+        place, capsule = bench.capsules[self.capsule]
+        method, dial, settings = self.text
+        policy = build(method, settings, dial, TEXT)
+        family = f"{capsule.config.family}+{family_of(method, TEXT)}"
+        shown = {"family": family, **capsule_settings(place, capsule), "text": policy_settings(method, policy)}
+        return Entry(self.name, Paired(capsule, policy), family, shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialled(Spec):
+    """A policy that keeps a given share, or as many bytes as another entry."""
+
+    method: str
+    ratio: float | None = None
+    """How many times less it keeps, 1 at least."""
+    budget: float | None = None
+    """The share that it keeps, in (0, 1]."""
+    match: str | None = None
+    """The entry whose bytes it is given."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the policy."""
+
+    @property
+    def matches(self) -> str | None:
+        return self.match
+
+    def entry(self, bench: Bench) -> Entry:
+        shown: dict[str, Any] = {"family": PRUNING}
+        if self.match is None:
+            policy = build(self.method, self.settings, dial(self.ratio, self.budget))
+        else:
+            policy = bench.match(self.match, lambda share: build(self.method, self.settings, share), self.name)
+            shown["matched_to"] = self.match
+        return Entry(self.name, policy, PRUNING, {**shown, **policy_settings(self.method, policy)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,82 +203,14 @@ class Fixed(Spec):
     """A policy that stores what it stores."""
 
     method: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    def entry(self, capsules: Capsules) -> Entry:
-        settings, policy = FIXED[self.method]
-        return Entry(self.name, policy(), QUANTISATION, {"family": QUANTISATION, **settings})
-
-
-def read(entry: Any) -> Spec:
-    """An entry as the file has it.
-
-    Raises:
-        InputError: saying what is wrong with it.
-    """
-    if not isinstance(entry, dict):
-        raise InputError(f"expected keys and values, found {entry!r}.")
-    kinds = [key for key in _READERS if key in entry]
-    if len(kinds) != 1:
-        raise InputError(f"it has {' and '.join(kinds) or 'no kind'}: exactly one of {', '.join(_READERS)} says what it is.")
-    spec = _READERS[kinds[0]](entry)
-    if not _NAME.fullmatch(spec.name):
-        raise InputError(f"name {spec.name!r}: it takes letters, digits and . + - _ alone, as it may also be a folder's.")
-    return spec
+    def entry(self, bench: Bench) -> Entry:
+        policy, settings = FIXED.get(self.method, (self.method, {}))
+        made = fixed_entry(self.name, policy, {**settings, **self.settings})
+        return replace(made, settings={"family": QUANTISATION, **made.settings})
 
 
-def _trained(entry: Mapping[str, Any]) -> Spec:
-    _require_known(entry, Trained)
-    words = entry["train"]
-    if "name" not in entry:
-        raise InputError("a capsule needs a name.")
-    if not isinstance(words, list) or not words or not all(isinstance(word, (str, int, float)) for word in words):
-        raise InputError(f"train {words!r}: expected a list of arguments, such as [transform, --ratio, 20].")
-    arguments = tuple(str(word).lower() if isinstance(word, bool) else str(word) for word in words)
-    if given := [word for word in arguments if word.partition("=")[0] in _GIVEN]:
-        raise InputError(f"train: {', '.join(given)} is given by the run, leave it out.")
-    _ratio(arguments)
-    return Trained(name=str(entry["name"]), train=arguments)
-
-
-def _policy(entry: Mapping[str, Any]) -> Spec:
-    method = str(entry["method"])
-    if method in FIXED:
-        _require_known(entry, Fixed)
-        return Fixed(name=str(entry.get("name", method)), method=method)
-    if method not in RIVALS:
-        raise InputError(f"there is no method {method!r}; there are {', '.join([*RIVALS, *FIXED])}.")
-    _require_known(entry, Pruned)
-    ratio = entry.get("ratio")
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1:
-        raise InputError(f"{method} takes a ratio of at least 1, visual tokens / kept ones; found {ratio!r}.")
-    return Pruned(name=str(entry.get("name", f"{method}-{ratio:g}x")), method=method, ratio=float(ratio))
-
-
-def _requantised(entry: Mapping[str, Any]) -> Spec:
-    _require_known(entry, Requantised)
-    capsule, bits = str(entry["capsule"]), entry.get("latent_bits")
-    if type(bits) is not int or bits not in BITS:
-        raise InputError(f"latent_bits {bits!r}: choose one of {', '.join(map(str, BITS))}.")
-    return Requantised(name=str(entry.get("name", f"{capsule}+int{bits}")), capsule=capsule, latent_bits=bits)
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any]], Spec]] = {"train": _trained, "method": _policy, "capsule": _requantised}
-"""The key that tells what an entry is, and what reads the entry."""
-
-
-def _ratio(arguments: tuple[str, ...]) -> float | None:
-    """What --ratio says among arguments of `kvcapsule train`, None where it is left to the recipe."""
-    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
-        option, equals, value = word.partition("=")
-        if option == "--ratio":
-            try:
-                return float(value if equals else following)
-            except ValueError as error:
-                raise InputError(f"train: --ratio {value if equals else following!r} is no number.") from error
-    return None
-
-
-def _require_known(entry: Mapping[Any, Any], kind: type[Spec]) -> None:
-    known = [field.name for field in fields(kind)]
-    if unknown := sorted(str(key) for key in entry if key not in known):
-        raise InputError(f"unknown key {', '.join(unknown)}; an entry like this may have {', '.join(known)}.")
+def dial(ratio: float | None, budget: float | None) -> float | None:
+    """The share that is kept, however it was said."""
+    return budget if ratio is None else 1 / ratio

@@ -4,11 +4,16 @@
       data: {size: 400}
     entries:
       - {name: transform-20x, train: [transform, --ratio, 20]}  a capsule, and the arguments of `kvcapsule train` that make it
-      - {method: evenly-spaced, ratio: 5}                       a policy that keeps 1/5 of the visual tokens
-      - {method: int3}                                          a policy without a ratio
+      - {pretrained: pages-vlm-transform, name: shipped}        a capsule that is there: shipped, a folder or on the Hub
       - {capsule: transform-20x, latent_bits: 4}                the capsule of an entry again, its latents in fewer bits
+      - {capsule: shipped, text: {method: text-pruning, budget: 0.5}}      the same beside a policy for the text
+      - {method: evenly-spaced, ratio: 5}                       a policy that keeps 1/5 of what its dial is about
+      - {method: look-m, budget: 0.1, settings: {merge: none}}  a policy that keeps 0.1 of it; any policy may have settings
+      - {method: snapkv, match: shipped+text-pruning}           a policy at the bytes (visual and text) of another entry
+      - {method: all, match: shipped+text-pruning}              every policy with a dial, each in a row of its own
+      - {method: int3}                                          a policy without a dial
 
-A capsule must have a name; the other entries are named after what they are, unless they have one.
+A capsule that is trained must have a name; the other entries are named after what they are, unless they have one.
 """
 
 from collections.abc import Sequence
@@ -21,8 +26,8 @@ import yaml
 
 from kvcapsule.cli.errors import InputError
 
-from . import specs
 from .methods import FULL
+from .reading import read
 from .specs import Spec
 
 _PACKAGE = "kvcapsule.eval.suites"
@@ -53,9 +58,10 @@ class Suite:
         return [spec for spec in self.specs if not wanted or spec.name in wanted]
 
     def capsules(self, chosen: Sequence[Spec]) -> list[Spec]:
-        """The entries that make the capsules which these entries read."""
-        read = {spec.reads for spec in chosen}
-        return [spec for spec in self.specs if spec.arguments and spec.name in read]
+        """The entries that make the capsules which these entries, and those whose bytes they match, read."""
+        matched = {spec.matches for spec in chosen}
+        read = {spec.reads for spec in self.specs if spec in chosen or spec.name in matched}
+        return [spec for spec in self.specs if (spec.arguments or spec.place) and spec.name in read]
 
 
 def shipped_suites() -> list[str]:
@@ -95,22 +101,27 @@ def _suite(name: str, values: Any) -> Suite:
         raise InputError("options: expected those of `kvcapsule eval`, --suite excepted, as keys and values.")
     if not isinstance(listed, list) or not listed:
         raise InputError("entries: expected a list of at least one.")
-    found = []
+    found: list[tuple[int, Spec]] = []
     for number, entry in enumerate(listed, start=1):
         try:
-            found.append(specs.read(entry))
+            found += [(number, spec) for spec in read(entry)]
         except InputError as error:
             raise InputError(f"entry {number}: {error}") from error
     _require_consistent(found)
-    return Suite(name, {**_DEFAULTS, **options}, tuple(found))
+    return Suite(name, {**_DEFAULTS, **options}, tuple(spec for _, spec in found))
 
 
-def _require_consistent(found: Sequence[Spec]) -> None:
+def _require_consistent(found: Sequence[tuple[int, Spec]]) -> None:
     taken = {FULL}
-    capsules = [spec.name for spec in found if spec.arguments]
-    for number, spec in enumerate(found, start=1):
+    capsules = [spec.name for _, spec in found if spec.arguments or spec.place]
+    yardsticks = [spec.name for _, spec in found if spec.matches is None]
+    for number, spec in found:
         if spec.name in taken:
             raise InputError(f"entry {number}: there is a row {spec.name!r} already, give this one another name.")
         taken.add(spec.name)
         if spec.reads not in (None, *capsules):
-            raise InputError(f"entry {number}: no entry trains a capsule {spec.reads!r}; there are {', '.join(capsules) or 'none'}.")
+            raise InputError(f"entry {number}: no entry is a capsule {spec.reads!r}; there are {', '.join(capsules) or 'none'}.")
+        if spec.matches not in (None, *yardsticks):
+            raise InputError(
+                f"entry {number}: no entry {spec.matches!r} has bytes of its own to match; there are {', '.join(yardsticks) or 'none'}."
+            )

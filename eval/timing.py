@@ -73,7 +73,7 @@ def time_entries(
             order = [*entries[turn % len(entries) :], *entries[: turn % len(entries)]]
             took = {}
             for entry in order:
-                with nullcontext() if entry.method is None else attach(model):
+                with nullcontext() if entry.method is None else attach(model, entry.method):
                     took[entry.name] = _run(model, batch.inputs, entry, steps)
                 progress.advance(task)
             if turn == 0:

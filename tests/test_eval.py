@@ -1,8 +1,10 @@
 """Evaluation: methods that must come out as they are known to, bytes that match, pictures that can be read, input that is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from time import perf_counter
@@ -11,11 +13,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from builders import rand
 from matplotlib.text import Text
 from PIL import Image
 from rich.progress import Progress
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.cli.errors import InputError
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data import pages
@@ -23,20 +27,21 @@ from kvcapsule.eval import compare, timing
 from kvcapsule.eval import main as command
 from kvcapsule.eval.generation import generate, held_bytes, new_cache
 from kvcapsule.eval.main import main
-from kvcapsule.eval.matching import TOLERANCE, Layout, layer_bytes, match_ratios
-from kvcapsule.eval.methods import FULL, RIVALS, Entry, chosen, entries, full_entry, open_capsules, rival, shown_path
+from kvcapsule.eval.matching import TOLERANCE, PerLayer, match
+from kvcapsule.eval.methods import FIXED, FULL, RIVALS, TEXT, Entry, build, chosen, entries, full_entry, open_capsules, shown_path
 from kvcapsule.eval.metrics import divergence
 from kvcapsule.eval.plot import draw, picture
 from kvcapsule.eval.questions import Batch, batches
 from kvcapsule.eval.report import write_json
-from kvcapsule.eval.runner import Tally, answered, evaluate, survey
+from kvcapsule.eval.runner import Tally, answered, evaluate, prompt_bytes
 from kvcapsule.eval.timing import time_entries
-from kvcapsule.geometry import KVGeometry, full_attention_layers
+from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
-from kvcapsule.policy import Full
-from kvcapsule.prefill import Compressed, LayerPrefill
+from kvcapsule.method import start
+from kvcapsule.policy import POLICIES, EvenlySpaced, Full, PyramidKV
+from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segment import Segment, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 LAYERS, TOKENS = 4, 196
@@ -205,49 +210,81 @@ def test_full_cache_must_come_first(model, processor, rows) -> None:
 # Equal bytes
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.41, 0.2, 0.1, 0.05])
-def test_rivals_get_the_bytes_of_the_capsule(model, processor, rows, geometry, make_capsule, ratio: float) -> None:
-    measured = survey(model, processor, rows, make_capsule(ratio), 3, Progress(disable=True))
-    ratios = match_ratios(measured.visual, measured.layouts, geometry, full_attention_layers(model.config), model.dtype)
-    for name in RIVALS:
-        stored = survey(model, processor, rows, rival(name, ratios), 3, Progress(disable=True))
-        assert abs(stored.visual / measured.visual - 1) <= TOLERANCE, name
+def _prefills(visual: int, tokens: int) -> list[LayerPrefill]:
+    """One row of random numbers with one image, for each layer."""
+    valid, spans = torch.ones(1, tokens, dtype=torch.bool), [VisualSpan(0, 3, visual, (1, 1, visual))]
+    drawn = [[rand(1, heads, tokens, 32, seed=9 * layer + i).float() for i, heads in enumerate((4, 2, 2))] for layer in range(LAYERS)]
+    return [LayerPrefill(layer, *three, spans, valid, 32**-0.5) for layer, three in enumerate(drawn)]
 
 
-def _layout(*lengths: int, tokens: int = 60) -> Layout:
-    spans = [VisualSpan(row, 3, length, (1, 1, length)) for row, length in enumerate(lengths)]
-    return Layout(spans, torch.ones(len(lengths), tokens, dtype=torch.bool))
+def _weigher(visual: int, tokens: int) -> Callable[[Method], int]:
+    prefills = _prefills(visual, tokens)
+
+    def stored(method: Method) -> int:
+        run = start(method, range(LAYERS))
+        done = [compressed for of in prefills for _, compressed in run.add(of)]
+        return storage_bytes(t for part in done for segments in part for s in segments for t in s.entry_tensors())
+
+    return stored
 
 
-def test_layer_bytes_by_hand(geometry) -> None:
-    # A fifth of 10 and of 40 tokens, in two segments as the rows are too uneven for one, each with an owner.
-    assert layer_bytes(0.2, _layout(10, 40), geometry, torch.float32) == (2 + 8) * TOKEN_BYTES + 2 * 8
-    assert layer_bytes(0.2, _layout(10, 40), geometry, torch.bfloat16) == (2 + 8) * TOKEN_BYTES // 2 + 2 * 8
+@pytest.fixture(scope="module")
+def weigh() -> Callable[[Method], int]:
+    return _weigher(TOKENS, TOKENS + 24)
 
 
-def test_first_layers_take_what_whole_tokens_leave(geometry) -> None:
-    """Room for 2.5 tokens a layer: two layers keep 3, two keep 2, and the ratios are those of the tokens that are kept."""
-    target = 10 * TOKEN_BYTES + LAYERS * 8
-    ratios = match_ratios(target, [_layout(20)], geometry, range(LAYERS), torch.float32)
-    assert [round(20 * r) for r in ratios] == [3, 3, 2, 2]
-    assert ratios == pytest.approx((0.15, 0.15, 0.1, 0.1), abs=1e-3)
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_rivals_get_the_bytes_that_they_are_to_match(weigh, name: str, share: float) -> None:
+    """Visual and text together, whatever the policy's dial is about."""
+    target = int(share * weigh(Full()))
+    found = match(target, partial(build, name, {}), weigh, LAYERS)
+    assert abs(weigh(found) / target - 1) <= TOLERANCE
 
 
-def test_nearest_number_of_tokens(geometry) -> None:
-    """Room for 201.4 tokens: 201 and 202 are both within 2 %."""
-    ratios = match_ratios(int(201.4 * TOKEN_BYTES) + LAYERS * 8, [_layout(100, tokens=110)], geometry, range(LAYERS), torch.float32)
-    assert [round(100 * r) for r in ratios] == [51, 50, 50, 50]
+def _kept(method: Method) -> list[int]:
+    """Visual tokens that each layer keeps of an image of 20."""
+    return [sum(s.tokens for s in method.compress(of).visual) for of in _prefills(20, 30)]
 
 
-def test_where_bytes_cannot_be_equal_a_rival_gets_more(geometry) -> None:
-    """4.2 tokens over four layers: 4 would be within 5 %, but short."""
-    ratios = match_ratios(int(4.2 * TOKEN_BYTES) + LAYERS * 8, [_layout(20)], geometry, range(LAYERS), torch.float32)
-    assert sum(round(20 * r) for r in ratios) == 5
+SMALL = _weigher(20, 30)
+TEXT_BYTES = LAYERS * (10 * TOKEN_BYTES + 8)
+"""Ten text tokens in each layer, and the owner of their segment."""
 
 
-def test_rivals_keep_one_token_at_least_and_all_at_most(geometry) -> None:
-    assert all(round(20 * r) <= 1 for r in match_ratios(1, [_layout(20)], geometry, range(LAYERS), torch.float32))
-    assert all(round(20 * r) == 20 for r in match_ratios(10**9, [_layout(20)], geometry, range(LAYERS), torch.float32))
+@pytest.mark.parametrize(
+    ("tokens", "kept"),
+    [
+        # The first layers take what whole tokens leave.
+        (10, [3, 3, 2, 2]),
+        (40.3, [10, 10, 10, 10]),
+        # 4.2 tokens over four layers, and 4 would be nearest; of all bytes it is 0.2 %.
+        (4.2, [1, 1, 1, 1]),
+        # Never less than one token, never more than all.
+        (1, [1, 1, 1, 1]),
+        (1000, [20, 20, 20, 20]),
+    ],
+)
+def test_the_nearest_number_of_tokens(tokens: float, kept: list[int]) -> None:
+    target = TEXT_BYTES + LAYERS * 8 + int(tokens * TOKEN_BYTES)
+    assert _kept(match(target, EvenlySpaced, SMALL, LAYERS)) == kept
+
+
+def test_where_bytes_cannot_be_equal_a_rival_gets_more() -> None:
+    """Were there no text, 5.4 tokens would be 7 % from five: six are kept."""
+    visual = LAYERS * 8 + int(5.4 * TOKEN_BYTES)
+    assert _kept(match(visual, EvenlySpaced, lambda method: SMALL(method) - TEXT_BYTES, LAYERS)) == [2, 2, 1, 1]
+
+
+def test_a_method_that_spreads_its_budget_is_not_mixed() -> None:
+    pyramid = match(int(0.2 * SMALL(Full())) + TEXT_BYTES // 2, PyramidKV, SMALL, LAYERS)
+    assert isinstance(pyramid, PyramidKV)
+    assert isinstance(match(TEXT_BYTES + 10 * TOKEN_BYTES, EvenlySpaced, SMALL, LAYERS), PerLayer)
+
+
+def test_prompts_are_weighed_as_the_run_weighs_them(model, rows, tallies, make_capsule, processor) -> None:
+    """Visual and text, of two batches of two."""
+    assert prompt_bytes(model, list(batches(rows, model, processor, 2)), make_capsule(0.2)) == tallies["noise"].total
 
 
 # Methods
@@ -269,14 +306,45 @@ def test_chosen_methods() -> None:
 
 
 def test_settings_of_the_entries(make_capsule) -> None:
+    """A policy's are its fields; a list where layers differ."""
     named = {"kvcapsule": ("some/capsule", make_capsule(0.2))}
-    found = entries(["kvcapsule", "evenly-spaced", "int4"], named, (0.2, 0.2, 0.1, 0.1), "kvcapsule")
-    assert [entry.family for entry in found] == ["full", "kvcapsule", "token-pruning", "quantisation"]
+
+    def turned(name: str) -> Method:
+        return PerLayer([build(name, {}, dial) for dial in (0.2, 0.2, 0.1, 0.1)]) if name == "evenly-spaced" else build(name, {}, 0.2)
+
+    found = entries(["kvcapsule", "evenly-spaced", "snapkv", "int4", "kivi4"], named, turned, "kvcapsule")
+    assert [entry.family for entry in found] == ["full", "kvcapsule", *["token-pruning"] * 2, *["quantisation"] * 2]
     made = {entry.name: entry.settings for entry in found}
     assert made[FULL] == {}
     assert made["kvcapsule"]["capsule"] == "some/capsule" and made["kvcapsule"]["key_ratios"] == 0.2
-    assert made["evenly-spaced"] == {"ratio": [0.2, 0.2, 0.1, 0.1], "matched_to": "kvcapsule"}
-    assert made["int4"] == {"bits": 4}
+    assert made["evenly-spaced"] == {"policy": "evenly-spaced", "ratio": [0.2, 0.2, 0.1, 0.1], "matched_to": "kvcapsule"}
+    snapkv = {"policy": "snapkv", "ratio": 0.2, "window": 32, "kernel": 7, "pooling": "avg", "matched_to": "kvcapsule"}
+    assert made["snapkv"] == snapkv
+    assert made["int4"] == {"policy": "quantized", "bits": 4}
+    assert made["kivi4"] == {"policy": "kivi", "bits": 4, "group": 32}
+
+
+def test_every_policy_can_be_named() -> None:
+    """By its registration alone; `full` is the row of the full cache, and `quantized` has a row for each width."""
+    assert set(POLICIES) - {*RIVALS, *FIXED} == {"full", "quantized"}
+    assert {"text-pruning", "quantized-text"} <= set(TEXT)
+    assert not {"snapkv", "full", "quantized", "look-m"} & set(TEXT), "what keeps all text raw, or stores it with the image"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "dial", "complaint"),
+    [
+        ("snapkv", {"windw": 3}, 0.1, "snapkv has no setting 'windw'; it has window, kernel, pooling."),
+        ("snapkv", {"ratio": 0.2}, 0.1, "snapkv has no setting 'ratio'"),
+        ("snapkv", {"window": 0}, 0.1, "snapkv: window 0"),
+        ("snapkv", {"window": "wide"}, 0.1, "snapkv: "),
+        ("full", {"bits": 3}, None, "it has none"),
+        ("quantized", {}, None, "quantized: "),
+    ],
+)
+def test_wrong_settings(name: str, settings: dict[str, Any], dial: float | None, complaint: str) -> None:
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        build(name, settings, dial)
 
 
 def test_reports_show_no_places(tmp_path, monkeypatch) -> None:
@@ -409,7 +477,8 @@ def test_command_writes_what_it_was_asked_for(vlm, capsule_folder, tmp_path, cap
     assert list(by_name) == ["full", "kvcapsule", "post-vision-attention", "evenly-spaced", "int4"]
     assert list(by_name["full"]["accuracy"]) == list(pages.TASKS)
     for name in ("post-vision-attention", "evenly-spaced"):
-        assert by_name[name]["visual_kv_bytes"] == pytest.approx(by_name["kvcapsule"]["visual_kv_bytes"], rel=TOLERANCE)
+        for key in ("kv_bytes", "visual_kv_bytes"):
+            assert by_name[name][key] == pytest.approx(by_name["kvcapsule"][key], rel=TOLERANCE)
     assert 4 < by_name["kvcapsule"]["compression"] < 5 and 7 < by_name["int4"]["compression"] < 8
     with Image.open(tmp_path / "out" / "eval.png") as drawn:
         assert drawn.size[0] > 1000
@@ -427,7 +496,7 @@ def test_command_takes_the_widths_that_are_not_there_by_default(vlm, tmp_path) -
     arguments = ["--methods", "int8", "--methods", "int3", "--methods", "int2", "--json", str(tmp_path / "eval.json")]
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     _, int8, int3, int2 = json.loads((tmp_path / "eval.json").read_text())["rows"]
-    assert [row["settings"] for row in (int8, int3, int2)] == [{"bits": 8}, {"bits": 3}, {"bits": 2}]
+    assert [row["settings"]["bits"] for row in (int8, int3, int2)] == [8, 3, 2]
     assert int8["visual_kv_bytes"] > int3["visual_kv_bytes"] > int2["visual_kv_bytes"]
     assert int8["kl"] < int3["kl"] < int2["kl"]
 
@@ -438,7 +507,7 @@ def test_command_without_a_capsule_by_a_file_of_options(vlm, tmp_path) -> None:
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     full, spaced = json.loads((tmp_path / "eval.json").read_text())["rows"]
     assert (full["method"], spaced["method"]) == ("full", "evenly-spaced")
-    assert spaced["settings"] == {"ratio": 0.5}
+    assert spaced["settings"] == {"policy": "evenly-spaced", "ratio": 0.5}
     assert spaced["compression"] == pytest.approx(2.0, rel=0.01)
 
 
@@ -449,7 +518,27 @@ def test_command_takes_several_capsules(vlm, capsule_folder, tmp_path, make_caps
     by_name = {row["method"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
     assert by_name["kvcapsule:tenth"]["compression"] > 1.8 * by_name["kvcapsule:fifth"]["compression"]
     assert by_name["evenly-spaced"]["settings"]["matched_to"] == "kvcapsule:tenth"
-    assert by_name["evenly-spaced"]["visual_kv_bytes"] == pytest.approx(by_name["kvcapsule:tenth"]["visual_kv_bytes"], rel=TOLERANCE)
+    assert by_name["evenly-spaced"]["kv_bytes"] == pytest.approx(by_name["kvcapsule:tenth"]["kv_bytes"], rel=TOLERANCE)
+
+
+def test_a_budget_is_each_methods_own(vlm, tmp_path) -> None:
+    """Of the visual tokens (196 of about 215), or of all; methods with commas, in the order of the registry."""
+    arguments = ["--methods", "look-m,snapkv", "--methods=int4", "--budget", "0.25", "--json", str(tmp_path / "eval.json")]
+    assert main(["--model", vlm, *QUICK, *arguments]) == 0
+    full, snapkv, look, int4 = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert [row["method"] for row in (snapkv, look, int4)] == ["snapkv", "look-m", "int4"]
+    assert snapkv["settings"]["ratio"] == look["settings"]["budget"] == 0.25
+    assert snapkv["compression"] == pytest.approx(4, rel=0.01)
+    assert look["kv_bytes"] < 0.27 * full["kv_bytes"] < snapkv["kv_bytes"]
+
+
+def test_lists_of_the_command_line_replace_those_of_a_file(tmp_path) -> None:
+    (tmp_path / "options.yaml").write_text("ratio: 0.5\nmethods: [evenly-spaced, int4]\n")
+    options = ["--config", str(tmp_path / "options.yaml")]
+    parse = lambda *words: command._parse(command._normal([*options, *words]))  # noqa: E731
+    assert parse().methods == ["evenly-spaced", "int4"]
+    assert parse("--methods", "int8", "--batch", "3", "--methods=int3,h2o").methods == ["int8", "int3", "h2o"]
+    assert command._parse(command._normal(["--capsule", "a,b", "--capsule", "c"])).capsule == ["a,b", "c"]
 
 
 @pytest.fixture
@@ -489,6 +578,10 @@ def _refused(capsys, *arguments: str) -> str:
         (("--ratio", "0"), "outside (0, 1]"),
         (("--ratio", "10"), "outside (0, 1]"),
         (("--ratio", "0.5", "--capsule", "x"), "--ratio is for runs without a capsule"),
+        (("--budget", "2"), "--budget 2.0 is outside (0, 1]"),
+        (("--budget", "0.5", "--capsule", "x"), "--budget is for runs without a capsule"),
+        (("--budget", "0.5", "--ratio", "0.5"), "leave one out"),
+        (("--methods",), "--methods"),
         (("--ratio", "0.5", "--methods", "inf4"), "there is no method 'inf4'; this run has full, post-vision-attention"),
         ((), "give a --capsule"),
         (("--capsule", "/no/such/capsule"), "/no/such/capsule"),

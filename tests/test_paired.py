@@ -13,7 +13,7 @@ from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.geometry import GeometryError
 from kvcapsule.kernels.reference import attend
-from kvcapsule.policy import EvenlySpaced, Full, Quantized
+from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
 from kvcapsule.policy.paired import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.quantize import QuantizedRows
@@ -194,6 +194,12 @@ def test_the_geometry_is_the_visual_methods() -> None:
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TextPruning(**options)
+
+
+@pytest.mark.parametrize("pair", [(Full(), LookM(0.5)), (LookM(0.5), TextPruning(0.5))], ids=["text", "visual"])
+def test_what_stores_both_together_is_a_method_by_itself(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="LookM stores visual tokens and text together: it can only be a method by itself"):
+        Paired(*pair)
 
 
 def test_bits_that_do_not_pack_are_refused() -> None:

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,18 @@ from matplotlib.text import Text
 from PIL import Image
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.transform import TransformConfig
 from kvcapsule.eval import main as command
 from kvcapsule.eval import results, trained
 from kvcapsule.eval.curves import curves, picture
 from kvcapsule.eval.main import main
+from kvcapsule.eval.matching import TOLERANCE
+from kvcapsule.eval.methods import RIVALS
 from kvcapsule.eval.plot import draw
+from kvcapsule.eval.specs import Bench
 from kvcapsule.eval.suite import Suite, load, shipped_suites
+from kvcapsule.policy import POLICIES
 
 QUICK = ("--data.size", "4", "--batch", "4", "--max-new-tokens", "4")
 CAPSULE = {"name": "half", "train": ["kvcapsule", "--ratio", 0.5]}
@@ -63,7 +69,8 @@ def test_the_shipped_suites_are_sound() -> None:
         suite = load(name)
         assert suite.specs and suite.name == name
         config = command._parse(["--suite", name])
-        assert (config.suite, config.timing) == (name, False)
+        # Where a suite has so many rows that timing takes longer than their answers, it is not the default.
+        assert (config.suite, config.timing) == (name, name == "policies")
 
 
 def test_rate_distortion() -> None:
@@ -76,6 +83,15 @@ def test_rate_distortion() -> None:
     assert by_name["kvcapsule-2.4x"].arguments == ("kvcapsule",)
     config = command._parse(["--suite", "rate-distortion"])
     assert (config.model, config.dtype, config.batch, config.data.size, config.data.split) == ("pages-vlm", "float32", 16, 400, "test")
+
+
+def test_policies() -> None:
+    """Every policy with a dial, by its registration alone, at the bytes of both shipped capsules beside a policy for the text."""
+    specs = {spec.name: spec for spec in load("policies").specs}
+    assert [spec.place for spec in specs.values() if spec.place] == ["pages-vlm-transform", "pages-vlm-kvcapsule"]
+    for target in ("transform+text", "kvcapsule+text"):
+        assert specs[target].reads == target.removesuffix("+text")
+        assert [name for name, spec in specs.items() if spec.matches == target] == [f"{name}@{target}" for name in RIVALS]
 
 
 def test_options_of_the_command_line_go_above_those_of_the_suite(suite_file, tmp_path) -> None:
@@ -131,7 +147,7 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         ("int4", "entries: expected a list"),
         ([], "at least one"),
         (["int4"], "entry 1: expected keys and values"),
-        ([{"method": "int4"}, {"bits": 4}], "entry 2: it has no kind: exactly one of train, method, capsule"),
+        ([{"method": "int4"}, {"bits": 4}], "entry 2: it has no kind: exactly one of train, pretrained, method, capsule"),
         ([{"method": "int4", "capsule": "x"}], "entry 1: it has method and capsule"),
         ([{"method": "int5"}], "there is no method 'int5'; there are post-vision-attention, evenly-spaced, random, "),
         ([{"method": ["int4"]}], "there is no method"),
@@ -151,10 +167,30 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         ([{**CAPSULE, "train": ["kvcapsule", "--output=x"]}], "--output=x is given by the run"),
         ([{**CAPSULE, "train": ["kvcapsule", "--ratio", "much"]}], "--ratio 'much' is no number"),
         ([{**CAPSULE, "train": ["kvcapsule", "--ratio"]}], "--ratio '' is no number"),
-        ([{"capsule": "half", "latent_bits": 4}], "entry 1: no entry trains a capsule 'half'; there are none"),
+        ([{"capsule": "half", "latent_bits": 4}], "entry 1: no entry is a capsule 'half'; there are none"),
         ([CAPSULE, {"capsule": "half", "latent_bits": 5}], "latent_bits 5: choose one of 1, 2, 3, 4, 8"),
         ([CAPSULE, {"capsule": "half"}], "latent_bits None"),
         ([CAPSULE, {"capsule": "half", "latent_bits": True}], "latent_bits True"),
+        ([{"method": "snapkv", "ratio": 2, "budget": 0.5}], "exactly one of them"),
+        ([{"method": "snapkv", "budget": 2}], "snapkv takes a budget in (0, 1]; found 2"),
+        ([{"method": "snapkv", "ratio": 2, "settings": {"windw": 3}}], "snapkv has no setting 'windw'; it has window, kernel, pooling"),
+        ([{"method": "snapkv", "match": "x", "settings": 3}], "settings 3: expected keys and values"),
+        ([{"method": "kivi", "settings": {"bits": 5}}], "kivi: 5 bits cannot be packed"),
+        ([{"method": "full"}], "there is no method 'full'"),
+        ([{"method": "snapkv", "match": "x"}], "entry 1: no entry 'x' has bytes of its own to match; there are none"),
+        (
+            [{"method": "int4"}, {"method": "all", "match": "h2o@int4"}],
+            "entry 2: no entry 'h2o@int4' has bytes of its own to match; there are int4",
+        ),
+        ([{"method": "all", "ratio": 2, "name": "x"}], "method all stands for several rows"),
+        ([{"pretrained": "a", "train": ["kvcapsule"]}], "it has train and pretrained"),
+        ([{"pretrained": "a", "ratio": 3}], "unknown key ratio; an entry like this may have name, pretrained"),
+        ([CAPSULE, {"capsule": "half", "text": "text-pruning"}], "text 'text-pruning': expected a policy"),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "snapkv"}}], "there is no method 'snapkv' for text; there are text-pruning, "),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning"}}], "text-pruning takes a ratio"),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "quantized-text", "budget": 0.5}}], "quantized-text has no dial that budget"),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "quantized-text"}}], "quantized-text: "),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning", "bits": 1}}], "text: unknown key bits"),
     ],
 )
 def test_wrong_entries(suite_file, capsys, entries: Any, complaint: str) -> None:
@@ -181,8 +217,8 @@ def test_wrong_suites(suite_file, tmp_path, capsys) -> None:
 
 def test_options_that_do_not_go_with_a_suite(suite_file, capsys) -> None:
     path = suite_file([{"method": "int4"}])
-    assert "leave out --capsule and --ratio" in _refused(capsys, "--suite", path, "--ratio", "0.5")
-    assert "leave out --capsule and --ratio" in _refused(capsys, "--suite", path, "--capsule", "x")
+    for option in (("--ratio", "0.5"), ("--budget", "0.5"), ("--capsule", "x")):
+        assert "leave out --capsule and --budget" in _refused(capsys, "--suite", path, *option)
     assert "no method 'int3'; it has full, int4" in _refused(capsys, "--suite", path, "--methods", "int3")
     assert "give a --suite too" in _refused(capsys, "--ratio", "0.5", "--report", "x.md")
 
@@ -214,8 +250,10 @@ def test_a_suite_may_name_the_baselines(vlm, tmp_path, suite_file) -> None:
     assert list(rows) == ["full", *(f"{name}-4x" for name in pruning), "kivi4", "kivi2"]
     for name in pruning:
         assert rows[f"{name}-4x"]["compression"] == pytest.approx(4, rel=0.01), name
-        assert rows[f"{name}-4x"]["settings"] == {"family": "token-pruning", "policy": name, "ratio": 4}
-    assert rows["kivi2"]["settings"] == {"family": "quantisation", "policy": "kivi", "bits": 2}
+        settings = rows[f"{name}-4x"]["settings"]
+        assert {"family": "token-pruning", "policy": name, "ratio": 0.25}.items() <= settings.items()
+        assert set(settings) == {"family", "policy", *(field.name for field in fields(POLICIES[name]))}
+    assert rows["kivi2"]["settings"] == {"family": "quantisation", "policy": "kivi", "bits": 2, "group": 32}
     assert rows["kivi2"]["compression"] > rows["kivi4"]["compression"] > 4
 
 
@@ -236,7 +274,7 @@ def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:
     # 49 and 82 of 196 tokens; nothing is timed unless it is asked for.
     assert rows["post-vision-attention-4x"]["compression"] == pytest.approx(196 / 49, rel=1e-3)
     assert rows["evenly-spaced-2.4x"]["compression"] == pytest.approx(196 / 82, rel=1e-3)
-    assert rows["evenly-spaced-2.4x"]["settings"] == {"family": "token-pruning", "policy": "evenly-spaced", "ratio": 2.4}
+    assert rows["evenly-spaced-2.4x"]["settings"] == {"family": "token-pruning", "policy": "evenly-spaced", "ratio": pytest.approx(1 / 2.4)}
     assert rows["half"]["settings"]["ratio"] == 0.5 and rows["half"]["settings"]["capsule"] == "half"
     assert all(row["prefill_ratio"] is None for row in rows.values())
     for row in rows.values():
@@ -255,6 +293,81 @@ def test_latents_in_fewer_bits(vlm, tmp_path, suite_file, put_capsule) -> None:
     assert list(alone) == ["full", "half"] and alone["half"] == plain
     assert plain["parameter_bytes"] == eight["parameter_bytes"] == one["parameter_bytes"] > 0
     assert abs(eight["kl"] - plain["kl"]) < abs(one["kl"] - plain["kl"])
+
+
+def test_ratio_has_one_meaning(suite_file) -> None:
+    """The share that is kept, however the suite says it; of a capsule too."""
+    entries = [
+        {"name": "a", "train": ["transform", "--ratio", 20]},
+        {"name": "b", "train": ["kvcapsule", "--ratio=0.05"]},
+        {"method": "evenly-spaced", "ratio": 20},
+        {"method": "evenly-spaced", "budget": 0.05},
+    ]
+    specs = load(suite_file(entries)).specs
+    assert [spec.name for spec in specs[2:]] == ["evenly-spaced-20x", "evenly-spaced-0.05"]
+    capsule = SimpleNamespace(config=SimpleNamespace(family="any", codec=IdentityConfig(14)))
+    bench = Bench({"a": ("a", capsule), "b": ("b", capsule)}, lambda *_: None)
+    assert [spec.entry(bench).settings["ratio"] for spec in specs] == [0.05] * 4
+
+
+def test_a_policy_may_have_settings(vlm, tmp_path, suite_file) -> None:
+    entries = [
+        {"method": "look-m", "budget": 0.3, "settings": {"merge": "averaged", "recent": 0.2}},
+        {"method": "kivi", "settings": {"bits": 4, "group": 16}, "name": "fine"},
+        {"method": "quantized", "settings": {"bits": 1}},
+        {"method": "int8"},
+    ]
+    rows = _rows(vlm, tmp_path, "--suite", suite_file(entries))
+    assert list(rows) == ["full", "look-m-0.3", "fine", "quantized", "int8"]
+    found = {"family": "token-pruning", "policy": "look-m", "budget": 0.3, "recent": 0.2, "merge": "averaged"}
+    assert rows["look-m-0.3"]["settings"] == found
+    assert rows["look-m-0.3"]["kv_bytes"] == pytest.approx(0.3 * rows["full"]["kv_bytes"], rel=0.03)
+    assert rows["fine"]["settings"] == {"family": "quantisation", "policy": "kivi", "bits": 4, "group": 16}
+    assert rows["quantized"]["visual_kv_bytes"] < rows["int8"]["visual_kv_bytes"] / 4
+
+
+def test_a_capsule_that_is_there_beside_a_policy_for_the_text(vlm, tmp_path, suite_file, put_capsule) -> None:
+    place = str(put_capsule("shipped", 0.5) / "shipped")
+    entries = [
+        {"pretrained": place},
+        {"capsule": "shipped", "text": {"method": "text-pruning", "budget": 0.5, "settings": {"sinks": 1, "recent": 2}}},
+        {"capsule": "shipped", "text": {"method": "quantized-text", "settings": {"bits": 1}}, "name": "few"},
+    ]
+    rows = _rows(vlm, tmp_path, "--suite", suite_file(entries))
+    assert list(rows) == ["full", "shipped", "shipped+text-pruning", "few"]
+    plain, pruned, few = (rows[name] for name in list(rows)[1:])
+    assert [row["family"] for row in (plain, pruned, few)] == ["kvcapsule", "kvcapsule+token-pruning", "kvcapsule+quantisation"]
+    assert len({row["visual_kv_bytes"] for row in (plain, pruned, few)}) == 1
+    text = [row["kv_bytes"] - row["visual_kv_bytes"] for row in (plain, pruned, few)]
+    assert text[0] > 1.5 * text[1] and text[0] > text[2]
+    assert pruned["settings"]["text"] == {"policy": "text-pruning", "ratio": 0.5, "sinks": 1, "recent": 2}
+    assert pruned["settings"]["capsule"] == plain["settings"]["capsule"] == "shipped"
+
+
+def test_policies_at_the_bytes_of_an_entry(vlm, tmp_path, suite_file, put_capsule, capsys) -> None:
+    """Visual and text together, within 2 %; every policy with a dial by one entry."""
+    place = str(put_capsule("shipped", 0.2) / "shipped")
+    entries = [
+        {"method": "all", "match": "both"},
+        {"method": "snapkv", "match": "shipped", "settings": {"window": 8}},
+        {"pretrained": place},
+        {"capsule": "shipped", "text": {"method": "text-pruning", "budget": 0.6, "settings": {"recent": 4}}, "name": "both"},
+    ]
+    quick = ("--data.size", "2")
+    rows = _rows(vlm, tmp_path, "--suite", suite_file(entries), *quick)
+    assert list(rows) == ["full", *(f"{name}@both" for name in RIVALS), "snapkv@shipped", "shipped", "both"]
+    for name, row in rows.items():
+        if "@" in name:
+            target = rows[name.partition("@")[2]]
+            assert row["kv_bytes"] == pytest.approx(target["kv_bytes"], rel=TOLERANCE), name
+            assert row["settings"]["matched_to"] == target["method"]
+            assert {f.name for f in fields(POLICIES[row["settings"]["policy"]])} <= set(row["settings"])
+    assert rows["snapkv@shipped"]["settings"]["window"] == 8
+    assert "matching the bytes of" in capsys.readouterr().err
+    # What is matched need not take part.
+    path = suite_file(entries)
+    alone = _rows(vlm, tmp_path, "--suite", path, "--methods", "h2o@both", *quick)
+    assert list(alone) == ["full", "h2o@both"] and alone["h2o@both"] == rows["h2o@both"]
 
 
 def test_codes_that_take_no_latent_bits(vlm, tmp_path, suite_file, geometry, capsys) -> None:
@@ -378,13 +491,14 @@ def test_report_is_refreshed_in_its_place_alone(vlm, tmp_path, suite_file) -> No
     assert [row[0] for row in cells] == list(rows)
     tasks = list(rows["full"]["accuracy"])
     assert head == [
-        *("method", "compression", "at 16 bits", "visual KV bytes a question", *tasks),
+        *("method", "compression", "at 16 bits", "visual KV bytes a question", "all KV bytes a question", *tasks),
         *("mean", "loss, points", "agreement", "KL", "parameter bytes"),
     ]
     means = [sum(row["accuracy"].values()) / len(tasks) for row in rows.values()]
     for line, row, score in zip(cells, rows.values(), means, strict=True):
         found = dict(zip(head, line, strict=True))
         assert found["visual KV bytes a question"] == f"{row['visual_kv_bytes']:,}"
+        assert found["all KV bytes a question"] == f"{row['kv_bytes']:,}"
         assert found["at 16 bits"] == f"{row['compression16']:.2f}x"
         assert float(found["mean"]) == pytest.approx(score, abs=6e-4)
         assert float(found["loss, points"]) == pytest.approx(100 * (means[0] - score), abs=0.06)
@@ -392,6 +506,18 @@ def test_report_is_refreshed_in_its_place_alone(vlm, tmp_path, suite_file) -> No
     assert f"`kvcapsule eval --model {Path(vlm).name}" in first and "seed 0" in first and " threads" in first
     assert "[JSON](../eval.json)" in first and "](../pictures/mine.png)" in first
     assert str(tmp_path) not in first
+
+
+def test_a_report_has_times_and_the_hosts_bytes_where_there_are_such() -> None:
+    """Of all rows."""
+    row = {**dict.fromkeys(("compression", "compression16"), 2.0), **dict.fromkeys(("visual_kv_bytes", "kv_bytes", "parameter_bytes"), 5)}
+    row |= {"accuracy": {"line": 0.5}, "agreement": 1.0, "kl": None, "host_kv_bytes": 0, "prefill_ratio": None, "tokens_per_s_ratio": None}
+    (plain, *_) = _cells(results.table([{**row, "method": "full"}, {**row, "method": "a"}]))
+    assert not {"on the host", "prefill time", "tokens/s"} & set(plain)
+    timed = [{**row, "method": m, "prefill_ratio": p, "tokens_per_s_ratio": 0.5, "host_kv_bytes": 7} for m, p in (("full", 1), ("a", 1.25))]
+    head, _, full, a = _cells(results.table(timed))
+    assert [line[head.index("prefill time")] for line in (full, a)] == ["1.00", "1.25"]
+    assert [line[head.index("on the host")] for line in (full, a)] == ["7", "7"]
 
 
 def test_a_report_that_is_not_there_is_made(vlm, tmp_path, suite_file) -> None:
@@ -470,6 +596,17 @@ def test_one_curve_for_each_kind() -> None:
     assert found["kvcapsule-2.4x+int4"].combined and found["kvcapsule-2.4x+int4"].colour == found["kvcapsule"].colour
 
 
+def test_where_text_is_compressed_too_all_bytes_are_drawn() -> None:
+    """And every policy has a look of its own."""
+    names = [name for name in POLICIES if name != "full"]
+    rows = [{**_row(name, "token-pruning", 2, 0.5, policy=name), "kv_bytes": 7000.0} for name in names]
+    assert all(curve.points[0][0] != 7000 for curve in curves(rows))
+    rows[0]["settings"]["matched_to"] = "x"
+    found = curves(rows)
+    assert {curve.points[0][0] for curve in found} == {7000}
+    assert len({(curve.marker, curve.colour) for curve in found}) == len(names)
+
+
 def test_labels_cover_neither_each_other_nor_a_point() -> None:
     figure = picture(ROWS, "crowded")
     figure.draw_without_rendering()
@@ -505,9 +642,12 @@ def test_suite_draws_its_curves(vlm, tmp_path, suite_file, monkeypatch) -> None:
     assert (tmp_path / "all.svg").read_text().startswith("<?xml")
 
 
-def test_the_makefile_runs_the_suite() -> None:
-    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
-    rule = makefile[makefile.index("\nrate-distortion:") :].split("\n\n")[0].replace("\\\n", " ")
+@pytest.mark.parametrize(("suite", "report"), [("rate-distortion", "docs/results.md"), ("policies", "docs/policies.md")])
+def test_the_makefile_runs_the_suites(suite: str, report: str) -> None:
+    root = Path(__file__).resolve().parents[1]
+    makefile = (root / "Makefile").read_text()
+    rule = makefile[makefile.index(f"\n{suite}:") :].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(rule.split("eval ", 1)[1].replace("$(SUITE_FLAGS)", ""))
     config = command._parse(command._normal(words))
-    assert (config.suite, config.report) == ("rate-distortion", "docs/results.md")
+    assert (config.suite, config.report, config.json) == (suite, report, f"eval/results/{suite}.json")
+    results.require_place(root / report, suite)

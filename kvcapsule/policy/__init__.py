@@ -1,5 +1,6 @@
-"""Training-free methods. POLICIES is the one place where a policy is registered."""
+"""Training-free methods. POLICIES is the one place where a policy is registered, TEXT_POLICIES that of those for the text alone."""
 
+from .adakv import AdaKV
 from .aircache import AirCache
 from .akvq import AkvqVl
 from .attended import PostVisionAttention
@@ -8,6 +9,8 @@ from .full import Full
 from .h2o import H2O
 from .hybrid import HybridKV
 from .kivi import Kivi
+from .lookm import LookM
+from .paired import Paired, QuantizedText, TextPolicy, TextPruning
 from .pyramid import PyramidKV
 from .quantized import Quantized
 from .random import Random
@@ -26,6 +29,8 @@ POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
     "h2o": H2O,
     "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
+    "look-m": LookM,
     "quantized": Quantized,
     "kivi": Kivi,
     "r-kv": RKV,
@@ -34,11 +39,15 @@ POLICIES: dict[str, type[Policy]] = {
     "akvq-vl": AkvqVl,
     "hybridkv": HybridKV,
 }
+TEXT_POLICIES: dict[str, type[TextPolicy]] = {"text-pruning": TextPruning, "quantized-text": QuantizedText}
+"""What Paired may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there, too."""
 
 __all__ = [
     "H2O",
     "POLICIES",
     "RKV",
+    "TEXT_POLICIES",
+    "AdaKV",
     "AirCache",
     "AkvqVl",
     "EvenlySpaced",
@@ -46,13 +55,18 @@ __all__ = [
     "HeadPruning",
     "HybridKV",
     "Kivi",
+    "LookM",
+    "Paired",
     "Policy",
     "PostVisionAttention",
     "PyramidKV",
     "Quantized",
+    "QuantizedText",
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "TextPolicy",
+    "TextPruning",
     "TokenPruning",
     "VLCache",
     "VisualPolicy",

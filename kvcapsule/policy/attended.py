@@ -1,11 +1,14 @@
 """Keep the visual tokens that the text behind them attends to most: the score that VL-Cache ranks by (arXiv 2410.23317)."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ..prefill import LayerPrefill
 from .base import TokenPruning
 
 
+@dataclass(frozen=True)
 class PostVisionAttention(TokenPruning):
     """Score of a token: attention that it gets in prefill from the tokens after the last image, summed over queries and heads.
 

@@ -1,6 +1,7 @@
 """What a policy is: a training-free rule for a layer's tokens."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -39,15 +40,17 @@ class VisualPolicy(Policy):
         """Segments of a prefill that has at least one visual span."""
 
 
+@dataclass(frozen=True)
 class TokenPruning(VisualPolicy):
     """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
 
     DIAL = "ratio"
 
-    def __init__(self, ratio: float) -> None:
-        """ratio: kept visual tokens / visual tokens, in (0, 1]."""
-        check_ratio(ratio)
-        self.ratio = ratio
+    ratio: float
+    """Kept visual tokens / visual tokens, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)

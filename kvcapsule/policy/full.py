@@ -1,10 +1,13 @@
 """Keep everything: the full cache, held as segments."""
 
+from dataclasses import dataclass
+
 from ..prefill import Compressed, LayerPrefill, keep
 from ..segment import Segment
 from .base import VisualPolicy
 
 
+@dataclass(frozen=True)
 class Full(VisualPolicy):
     """All visual tokens raw."""
 

@@ -1,11 +1,14 @@
 """H2O (arXiv 2306.14048): each KV head keeps its heavy hitters, the visual tokens that got most attention in the whole prompt."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ..prefill import LayerPrefill
 from .snapkv import HeadPruning, attention_received
 
 
+@dataclass(frozen=True)
 class H2O(HeadPruning):
     """Score of token j in KV head h: sum over all prompt queries i >= j and the head's query heads of A_ij, the causal softmax.
 

@@ -5,7 +5,7 @@
 A group is 32 consecutive tokens of one channel of the keys, or 32 consecutive channels of one token of the values.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from ..segment import Segment
 from .base import VisualPolicy
 
 
+@dataclass(frozen=True)
 class Kivi(VisualPolicy):
     """Keys and values of all visual tokens in `bits` bits, plus a step and a zero for each group.
 
@@ -24,17 +25,15 @@ class Kivi(VisualPolicy):
     row into the next. Bits for an element: bits + 2 * 16 / group in half precision.
     """
 
-    def __init__(self, bits: int = 2, group: int = 32) -> None:
-        """Raises ValueError for bits that cannot be packed or an empty group.
+    bits: int = 2
+    """Of a code; the paper's are 2 and 4."""
+    group: int = 32
+    """Elements that share a step and a zero."""
 
-        Args:
-            bits: of a code; the paper's are 2 and 4.
-            group: elements that share a step and a zero.
-        """
-        check_bits(bits)
-        if group < 1:
-            raise ValueError(f"group {group}: at least one element is needed.")
-        self.bits, self.group = bits, group
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.group < 1:
+            raise ValueError(f"group {self.group}: at least one element is needed.")
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         visual = prefill.visual()

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,9 @@ OBSERVED = 16
 
 class TextPolicy(ABC):
     """A training-free rule for a layer's text tokens alone; as a method by itself it stores no visual token."""
+
+    DIAL: ClassVar[str | None] = None
+    """As a VisualPolicy's: the setting that says how much of the text is kept, if there is one."""
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -83,6 +87,7 @@ class _PairedRun:
         return [(layer, Compressed(visual.pop(layer).visual, text.pop(layer).text)) for layer in sorted(visual.keys() & text.keys())]
 
 
+@dataclass(frozen=True)
 class TextPruning(TextPolicy):
     """Keeps a row's first text tokens, its last ones, and of those between the ones that the prompt's last queries attend to most.
 
@@ -91,18 +96,19 @@ class TextPruning(TextPolicy):
     turn's own tokens, and the first tokens are those of the turn.
     """
 
-    def __init__(self, ratio: float, sinks: int = 4, recent: int = 16) -> None:
-        """Raises ValueError for a ratio outside (0, 1] or negative counts.
+    DIAL = "ratio"
 
-        Args:
-            ratio: kept text tokens / text tokens of a row, the first and the last ones included; these are kept whatever it says.
-            sinks: first text tokens that are always kept.
-            recent: last text tokens that are always kept.
-        """
-        check_ratio(ratio, "text retention ratio")
-        if sinks < 0 or recent < 0:
-            raise ValueError(f"sinks {sinks} and recent {recent} count tokens: 0 or more.")
-        self.ratio, self.sinks, self.recent = ratio, sinks, recent
+    ratio: float
+    """Kept text tokens / text tokens of a row, the first and the last ones included; these are kept whatever it says."""
+    sinks: int = 4
+    """First text tokens that are always kept."""
+    recent: int = 16
+    """Last text tokens that are always kept."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio, "text retention ratio")
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"sinks {self.sinks} and recent {self.recent} count tokens: 0 or more.")
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
         text = prefill.valid & ~prefill.visual()
@@ -134,15 +140,18 @@ def last_attention(prefill: LayerPrefill) -> torch.Tensor:
     return received
 
 
+@dataclass(frozen=True)
 class QuantizedText(TextPolicy):
     """All text tokens in few bits, a step and a zero for each channel of a row of the batch (see QuantizedRows).
 
     Step and zero take as much as two raw tokens, so text of a few tokens saves little or nothing.
     """
 
-    def __init__(self, bits: int) -> None:
-        check_bits(bits)
-        self.bits = bits
+    bits: int
+    """Of a code: 1, 2, 3, 4 or 8."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
         return [self._pack(segment) for segment in keep(prefill, prefill.valid & ~prefill.visual())]

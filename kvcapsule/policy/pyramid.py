@@ -1,6 +1,11 @@
 """PyramidKV (arXiv 2406.02069): SnapKV's ranking, with budgets that fall linearly from the first layer to the last."""
 
-from ..geometry import GeometryError, KVGeometry
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..geometry import GeometryError
+from ..method import Run
+from ..prefill import Compressed, LayerPrefill
 from .snapkv import SnapKV
 
 
@@ -22,44 +27,44 @@ def pyramid_counts(total: int, layers: int, length: int, beta: float) -> tuple[i
     return tuple(counts)
 
 
+@dataclass(frozen=True)
 class PyramidKV(SnapKV):
     """SnapKV's score; layer l of L keeps, of a span of T tokens, its share of a line whose mean over the layers is r T.
 
-    beta 20 is the default of the authors' code, where the last layer keeps 1 / beta of the mean; window and pooling are SnapKV's here. All
-    layers of the model share the line, also those without full attention (if it has such), whose share is then not used.
+    beta 20 is the default of the authors' code, where the last layer keeps 1 / beta of the mean; window and pooling are SnapKV's here. The
+    line goes through the layers that the cache compresses, those with full attention.
     """
 
-    def __init__(
-        self, ratio: float, layers: int | None = None, beta: float = 20.0, window: int = 32, kernel: int = 7, pooling: str = "avg"
-    ) -> None:
-        """Raises ValueError for what SnapKV refuses, no layer, or a beta below 1.
+    layers: int | None = None
+    """Of the line; None: as many as the cache has."""
+    beta: float = 20.0
+    """Mean budget / budget of the last layer; 1 is SnapKV."""
 
-        Args:
-            ratio: kept visual tokens / visual tokens, the mean over the layers.
-            layers: of the model; None: learned from the model as the policy is attached to it.
-            beta: mean budget / budget of the last layer; 1 is SnapKV.
-            window: see SnapKV.
-            kernel: see SnapKV.
-            pooling: see SnapKV.
-        """
-        super().__init__(ratio, window, kernel, pooling)
-        if layers is not None and layers < 1:
-            raise ValueError(f"layers {layers}: a model has at least one.")
-        if beta < 1:
-            raise ValueError(f"beta {beta} is below 1: the last layer would keep more than the first.")
-        self.given, self.beta = layers, beta
-        self.layers = layers
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"layers {self.layers}: a model has at least one.")
+        if self.beta < 1:
+            raise ValueError(f"beta {self.beta} is below 1: the last layer would keep more than the first.")
 
-    def require_geometry(self, geometry: KVGeometry) -> None:
-        """Takes the number of layers from the model; raises GeometryError if another one was given."""
-        if self.given not in (None, geometry.layers):
-            raise GeometryError(f"this PyramidKV spreads its budget over {self.given} layers, but the model has {geometry.layers}.")
-        self.layers = geometry.layers
+    def start(self, layers: Sequence[int]) -> Run:
+        """Raises GeometryError if the line was given another number of layers."""
+        if self.layers not in (None, len(layers)):
+            raise GeometryError(f"this PyramidKV spreads its budget over {self.layers} layers, but the model has {len(layers)}.")
+        return _Line(replace(self, layers=len(layers)), layers)
 
     def count(self, layer: int, length: int) -> int:
         if self.layers is None:
-            raise RuntimeError(
-                "PyramidKV does not know the number of layers: give `layers`, or use `with kvcapsule.attach(model, policy):`."
-            )
+            raise RuntimeError("PyramidKV does not know the number of layers: give `layers`, or let a CapsuleCache start it.")
         total = max(self.layers, round(self.ratio * self.layers * length))
         return pyramid_counts(total, self.layers, length, self.beta)[layer]
+
+
+class _Line:
+    """Layers by their place on the line, where the model may have others between them."""
+
+    def __init__(self, policy: PyramidKV, layers: Sequence[int]) -> None:
+        self.policy, self.layers = policy, list(layers)
+
+    def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
+        return [(prefill.layer, self.policy.compress(replace(prefill, layer=self.layers.index(prefill.layer))))]

@@ -1,6 +1,6 @@
 """Keep every visual token, in few bits."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,12 +10,15 @@ from ..segment import Segment
 from .base import VisualPolicy
 
 
+@dataclass(frozen=True)
 class Quantized(VisualPolicy):
     """Keys and values of visual tokens in 2, 4 or 8 bits per channel (KIVI's way for keys, arXiv 2402.02750, for both here)."""
 
-    def __init__(self, bits: int) -> None:
-        check_bits(bits)
-        self.bits = bits
+    bits: int
+    """Of a code: 1, 2, 3, 4 or 8."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         rows = keep(prefill, prefill.visual())

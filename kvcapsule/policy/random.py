@@ -1,5 +1,7 @@
 """Keep visual tokens drawn at random: what a ranking is worth shows in the distance to it."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ..prefill import LayerPrefill
@@ -9,16 +11,15 @@ _APART = 4096
 """Layers, and spans of a row, whose seeds are kept apart."""
 
 
+@dataclass(frozen=True)
 class Random(TokenPruning):
     """Score of a token: a uniform draw that depends on the seed, the layer and the number of the span in its row, and on nothing else.
 
     So a row keeps the same tokens alone and in any batch, and every layer others. All heads keep the same tokens.
     """
 
-    def __init__(self, ratio: float, seed: int = 0) -> None:
-        """ratio: as TokenPruning says; seed: another one gives another draw."""
-        super().__init__(ratio)
-        self.seed = seed
+    seed: int = 0
+    """Another one gives another draw."""
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         scores = torch.zeros(prefill.valid.shape, device=prefill.keys.device)

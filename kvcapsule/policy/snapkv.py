@@ -4,7 +4,7 @@ What policies that rank tokens for each KV head have in common is here, too: `He
 """
 
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ _CHUNK = 256
 """Queries whose attention is computed at once."""
 
 
+@dataclass(frozen=True)
 class HeadPruning(VisualPolicy):
     """Keeps the same number of every visual span's tokens in every KV head, each head its own, raw and at their positions.
 
@@ -28,10 +29,11 @@ class HeadPruning(VisualPolicy):
 
     DIAL = "ratio"
 
-    def __init__(self, ratio: float) -> None:
-        """ratio: kept visual tokens / visual tokens, in (0, 1]."""
-        check_ratio(ratio)
-        self.ratio = ratio
+    ratio: float
+    """Kept visual tokens / visual tokens, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
@@ -80,6 +82,7 @@ def attention_received(prefill: LayerPrefill, first: int) -> torch.Tensor:
     return received
 
 
+@dataclass(frozen=True)
 class SnapKV(HeadPruning):
     """Score of token j in KV head h: pool over j's neighbours of sum over the last w queries i and the head's query heads of A_ij.
 
@@ -89,23 +92,21 @@ class SnapKV(HeadPruning):
     (the paper keeps the window: its text is kept here as well). In a later turn the attention is that among the turn's own tokens.
     """
 
-    def __init__(self, ratio: float, window: int = 32, kernel: int = 7, pooling: str = "avg") -> None:
-        """Raises ValueError for a ratio outside (0, 1], an empty window, an even kernel or an unknown pooling.
+    window: int = 32
+    """Last prompt queries that rank."""
+    kernel: int = 7
+    """Tokens that are pooled, the token itself in their middle; 1 pools nothing."""
+    pooling: str = "avg"
+    """"avg" or "max"."""
 
-        Args:
-            ratio: as HeadPruning says.
-            window: last prompt queries that rank.
-            kernel: tokens that are pooled, the token itself in their middle; 1 pools nothing.
-            pooling: "avg" or "max".
-        """
-        super().__init__(ratio)
-        if window < 1:
-            raise ValueError(f"window {window}: at least one query has to rank.")
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} is to be odd, so that the token is in the middle of its neighbours.")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r} is neither {' nor '.join(map(repr, POOLINGS))}.")
-        self.window, self.kernel, self.pooling = window, kernel, pooling
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window {self.window}: at least one query has to rank.")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} is to be odd, so that the token is in the middle of its neighbours.")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling {self.pooling!r} is neither {' nor '.join(map(repr, POOLINGS))}.")
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         received = attention_received(prefill, max(0, prefill.keys.shape[2] - self.window))

@@ -1,11 +1,14 @@
 """Keep every k-th visual token: the yardstick that any ranking must beat."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ..prefill import LayerPrefill
 from .base import TokenPruning
 
 
+@dataclass(frozen=True)
 class EvenlySpaced(TokenPruning):
     """Tokens at even distances along each span, whatever they hold."""
 

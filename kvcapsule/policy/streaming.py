@@ -1,11 +1,14 @@
 """StreamingLLM (arXiv 2309.17453): a span's first tokens as attention sinks, and its last ones."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ..prefill import LayerPrefill
 from .base import TokenPruning
 
 
+@dataclass(frozen=True)
 class StreamingLLM(TokenPruning):
     """Of k kept tokens of a span: the first min(sinks, k), and the last k - sinks.
 
@@ -13,17 +16,13 @@ class StreamingLLM(TokenPruning):
     to each visual span by itself (the prompt's own sinks and its latest tokens are text, which stays), and tokens keep their positions.
     """
 
-    def __init__(self, ratio: float, sinks: int = 4) -> None:
-        """Raises ValueError for a ratio outside (0, 1] or a negative count.
+    sinks: int = 4
+    """First tokens of a span that come before all others; the ratio counts them in."""
 
-        Args:
-            ratio: as TokenPruning says, sinks included.
-            sinks: first tokens of a span that come before all others.
-        """
-        super().__init__(ratio)
-        if sinks < 0:
-            raise ValueError(f"sinks {sinks} count tokens: 0 or more.")
-        self.sinks = sinks
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinks < 0:
+            raise ValueError(f"sinks {self.sinks} count tokens: 0 or more.")
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         scores = torch.zeros(prefill.valid.shape, device=prefill.keys.device)
