@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import attention
 from .geometry import GeometryError
-from .kernels.reference import attend
+from .kernels import attend
 from .prefill import Compressed, LayerPrefill, Method
 from .segment import Segment, storage_bytes
 from .spans import VisualSpan, find_spans
@@ -67,6 +67,7 @@ class CapsuleLayer(CacheLayerMixin):
         self.length = 0
         self.tail_length = 0
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._owner: torch.Tensor | None = None
 
     @property
     def fresh(self) -> bool:
@@ -97,11 +98,17 @@ class CapsuleLayer(CacheLayerMixin):
         else:
             self._append(keys, values)
             self._new = None
-            tail = _rows(self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length])
+            tail = Segment(self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length], self._every_row())
         visible = _visible(mask, query.shape[2], tail.tokens, query.device)
         if visible is not None:
             visible = visible.expand(query.shape[0], -1, -1)
         return attend(query, [*self.visual, *self.text, tail], scale, visible)
+
+    def _every_row(self) -> torch.Tensor:
+        """The tail's owner [B]; the same tensor at every step, by which kernels know it again."""
+        if self._owner is None or len(self._owner) != self.keys.shape[0]:
+            self._owner = torch.arange(self.keys.shape[0], device=self.keys.device)
+        return self._owner
 
     def commit(self, query: torch.Tensor, scale: float) -> None:
         new = query.shape[2]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .packing import GROUP, WIDTHS, pack, unpack
+from .kernels import pack
+from .packing import GROUP, WIDTHS, unpack
 
 BITS = WIDTHS
 

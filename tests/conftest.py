@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Triton reads this when it first meets a kernel: here, before any test can have imported one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from builders import random_widths, transform_capsule
 from PIL import Image
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
