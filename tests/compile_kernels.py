@@ -47,6 +47,9 @@ class Compiler:
                     attrs[(i,)] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[parameter.name] = "fp32"
+            elif value == 1 and not parameter.do_not_specialize:
+                signature[parameter.name] = "constexpr"
+                constexprs[(i,)] = 1
             else:
                 signature[parameter.name] = "i32"
                 if value % 16 == 0 and not parameter.do_not_specialize:
