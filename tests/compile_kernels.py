@@ -1,12 +1,15 @@
-"""Compile every kernel for a GPU that need not be there: `python tests/compile_kernels.py [sm ...]` prints registers, spills and shared memory.
+"""Compile every kernel for a GPU that need not be there, and print the registers, stack and shared memory of each.
 
-Runs attention over segments of every form with launches that compile and do not run. Without TRITON_INTERPRET, or nothing is compiled.
+    python tests/compile_kernels.py [--arch 80 90] [--dtype float16 bfloat16 float32] [--bits 8 4 3 2 1]
+
+Runs attention over segments of every form with launches that compile and do not run. Not with TRITON_INTERPRET: nothing would be compiled.
 """
 
+import argparse
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,7 @@ def usage(compiled: Any) -> str:
     return next(line.strip() for line in told.splitlines() if "REG:" in line)
 
 
-def segments(dtype: torch.dtype) -> Iterator[list[Segment]]:
+def segments(dtype: torch.dtype, widths: list[int]) -> Iterator[list[Segment]]:
     """A capsule of each form beside a tail."""
     generator = torch.Generator().manual_seed(0)
 
@@ -83,13 +86,20 @@ def segments(dtype: torch.dtype) -> Iterator[list[Segment]]:
     tail = Segment(rand(2, HEADS, 100, DIM), rand(2, HEADS, 100, DIM), torch.arange(2))
     rows = Segment(rand(ENTRIES, HEADS, 64, DIM), rand(ENTRIES, HEADS, 64, DIM), owner, bias=rand(ENTRIES, HEADS, 64))
     yield [rows, tail]
-    for bits in (8, 4, 3, 2, 1):
+    for bits in widths:
         yield [Segment(QuantizedRows.pack(rows.keys, bits), QuantizedRows.pack(rows.values, bits), owner, bias=rows.bias), tail]
     angle = torch.randn(ENTRIES, DIM // 2, generator=generator)
     frame = Frame(angle.cos(), angle.sin())
     yield [Segment(rows.keys, rows.values, owner, frame=frame, out_map=rand(HEADS, DIM, DIM)), tail]
     maps = {"score_map": rand(HEADS, 196, 64), "value_map": rand(HEADS, 196, 64), "value_mean": rand(HEADS, DIM)}
     yield [Segment(rows.keys, rows.values, owner, frame=frame, **maps), tail]
+    one = Segment(
+        rand(1, HEADS, 1, DIM), rand(1, HEADS, 1, DIM), owner[:1], bias=rand(1, HEADS, 1), mask=torch.ones(1, 1, dtype=torch.bool)
+    )
+    tiny = {"score_map": rand(1, 1, 1), "value_map": rand(1, 1, 1)}
+    # A size of 1 is known to the compiler, and must still be a number to it.
+    yield [one]
+    yield [replace(one, **tiny), one]
     packed = QuantizedRows.pack(rows.keys, 4), QuantizedRows.pack(rows.values, 4)
     yield [Segment(*packed, owner, **maps), tail]
     for joint, widest in ((1, 8), (4, 4)):
@@ -109,22 +119,27 @@ def segments(dtype: torch.dtype) -> Iterator[list[Segment]]:
         ]  # fmt: skip
 
 
-def compiled(arch: int, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+def compiled(arch: int, dtypes: list[torch.dtype], widths: list[int]) -> dict[str, Any]:
     compiler = Compiler(arch)
     triton.JITFunction.run = lambda fn, *args, **options: compiler.run(fn, *args, **options)
     rowed._items = lambda device: 64
     with torch.no_grad():
         for dtype in dtypes:
-            query = torch.randn(2, HEADS * GROUP, 1, DIM).to(dtype)
-            for kind in segments(dtype):
+            query = torch.randn(2, HEADS * GROUP, 1, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
+            for kind in segments(dtype, widths):
                 attend(query, kind, DIM**-0.5)
             attend(query, kind[1:], DIM**-0.5, torch.ones(2, 1, 100, dtype=torch.bool))
-        for bits in (8, 4, 3, 2, 1):
+        for bits in widths:
             pack(torch.zeros(100, 8, dtype=torch.uint8), bits)
     return compiler.found
 
 
 if __name__ == "__main__":
-    for arch in map(int, sys.argv[1:] or ["80", "90"]):
-        for key, kernel in compiled(arch, (torch.float16, torch.bfloat16, torch.float32)).items():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90])
+    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16", "float32"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2, 1])
+    options = parser.parse_args()
+    for arch in options.arch:
+        for key, kernel in compiled(arch, [getattr(torch, name) for name in options.dtype], options.bits).items():
             print(f"sm_{arch}", key.split()[0], usage(kernel), f"shared {kernel.metadata.shared}")

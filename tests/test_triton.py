@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-
 import torch
 from builders import random_widths
 from transformers import BatchFeature, LlavaForConditionalGeneration
@@ -115,7 +114,7 @@ def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
 
 
 def test_the_kernels_are_interpreted_or_there_is_a_gpu() -> None:
-    assert device.INTERPRETED == (DEVICE == "cpu")
+    assert (DEVICE == "cpu") == device.INTERPRETED
 
 
 def test_each_kind_in_single_precision(kind: str, random_segment: Callable[..., Segment]) -> None:
@@ -207,7 +206,9 @@ def test_tiles_that_are_not_there_may_hold_nan(random_segment: Callable[..., Seg
     for poison in (0.0, torch.nan):
         assert isinstance(whole.keys, torch.Tensor) and isinstance(whole.values, torch.Tensor)
         hidden = ~mask.any(dim=1)[:, None, None, None]
-        results.append(replace(whole, keys=whole.keys.masked_fill(hidden, poison), values=whole.values.masked_fill(hidden, poison), mask=mask))
+        results.append(
+            replace(whole, keys=whole.keys.masked_fill(hidden, poison), values=whole.values.masked_fill(hidden, poison), mask=mask)
+        )
     query = query_of(batch=3)
     assert torch.equal(attended(query, [results[1], tail]), attended(query, [results[0], tail]))
 
@@ -339,7 +340,9 @@ def test_entries_of_single_heads() -> None:
         for row in range(2):
             for kv_head in range(HEADS):
                 own = ((owner == row) & (head == kv_head)).nonzero()[:, 0]
-                k, v = (torch.cat([x[own, 0].flatten(0, 1), t[row, kv_head].double()]) for x, t in ((keys, tail.keys), (values, tail.values)))
+                k, v = (
+                    torch.cat([x[own, 0].flatten(0, 1), t[row, kv_head].double()]) for x, t in ((keys, tail.keys), (values, tail.values))
+                )
                 q = query[row, 3 * kv_head : 3 * kv_head + 3, 0].double()
                 expected = torch.softmax(q @ k.T * SCALE, dim=-1) @ v
                 torch.testing.assert_close(out[row, 3 * kv_head : 3 * kv_head + 3, 0].double(), expected, rtol=SINGLE, atol=SINGLE)

@@ -42,7 +42,7 @@ def _require_triton(device: str, installed: bool) -> None:
         raise RuntimeError(f"{VARIABLE}=triton, but Triton is not installed: pip install 'kvcapsule[triton]', or unset the variable.")
     from .fused.device import INTERPRETED
 
-    if INTERPRETED != (device == "cpu"):
+    if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"
         raise RuntimeError(
             f"Triton cannot serve tensors on {device}: compiled kernels need a CUDA device, and those that Triton interprets "

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import reference
 from ...segment import Segment
+from .. import reference
 from . import mapped, rowed
 from .call import Call, Part, Producer
 from .combine import combine as combine_kernel
@@ -57,7 +57,7 @@ def combine(call: Call, producers: Sequence[Producer], joined: torch.Tensor, joi
     for producer in producers:
         producer.write(out[first : first + producer.results], lse[first : first + producer.results])
         for part in producer.parts:
-            lines.append((first, part.splits, part.index.order.data_ptr(), part.index.bounds.data_ptr()))
+            lines.append((first, part.splits, part.places.order.data_ptr(), part.places.bounds.data_ptr()))
             first += part.units * part.splits
     # The tail, which is last, is cut into more pieces as it grows; all else stays what it was.
     tail_splits = lines[-1][1]

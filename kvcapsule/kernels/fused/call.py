@@ -43,7 +43,7 @@ class Call(NamedTuple):
 class Part(NamedTuple):
     """Partial results of one segment: `splits` for each of its units, unit by unit."""
 
-    index: Index
+    places: Index
     units: int
     splits: int
 

@@ -11,7 +11,7 @@ KV head, counted through) are order[bounds[i] : bounds[i + 1]]."""
 _WIDTH = tl.constexpr(len(FIELDS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tail_splits"])
 def combine(
     table, segments, tail_splits, out, lse, joined, joined_row, joined_head, joined_query, joined_lse,
     R: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, LSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,

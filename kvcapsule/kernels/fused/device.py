@@ -20,7 +20,7 @@ def load_raw(base, row, channel, row_there, width: tl.constexpr, BLOCK: tl.const
     """[BLOCK, rows] of dense rows [*, width], channels first; 0 where there is no such row or channel."""
     at = base + row[None, :] * width + channel[:, None]
     # A mask over channels would be worked out for every load; a whole block needs none.
-    there = row_there[None, :] if BLOCK == width else row_there[None, :] & (channel[:, None] < width)
+    there = row_there[None, :] if width == BLOCK else row_there[None, :] & (channel[:, None] < width)
     return tl.load(at, mask=there, other=0.0)
 
 
@@ -34,7 +34,7 @@ def load_codes(base, first, groups, channel, width: tl.constexpr, BITS: tl.const
     if BITS == 8:
         token = first * 8 + tl.arange(0, 8 * GROUPS)
         there = (channel[:, None] < width) & (token[None, :] < groups * 8)
-        codes = tl.load(base + channel[:, None].to(tl.int64) * (groups * 8) + token[None, :], mask=there, other=0).to(tl.int32)
+        codes = tl.load(base + channel[:, None].to(tl.int64) * (groups * 8) + token[None, :], mask=there, other=0)
     else:
         there = (channel[:, None] < width) & (group[None, :] < groups)
         at = channel[:, None].to(tl.int64) * groups + group[None, :]
@@ -58,7 +58,17 @@ def load_codes(base, first, groups, channel, width: tl.constexpr, BITS: tl.const
 
 @triton.jit
 def load_cells(
-    base, cells, step, first, groups, channel, channels, WIDEST: tl.constexpr, THREES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    base,
+    cells,
+    step,
+    first,
+    groups,
+    channel,
+    channels,
+    WIDEST: tl.constexpr,
+    THREES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """[8 * GROUPS, BLOCK] coefficients of CodedRows without their offset, rows first, from group `first` of one set of KV heads.
 
@@ -111,4 +121,4 @@ def precision(dtype: torch.dtype) -> str:
 
 def block(size: int, least: int = 16, most: int = 1 << 30) -> int:
     """The power of two that holds `size`, between the bounds; 16 is the least side of a matrix product."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(1 << max(size - 1, 0).bit_length(), least), most)

@@ -63,9 +63,9 @@ class Stored(NamedTuple):
         kind = {"KIND": RAW, "BITS": 8, "WIDEST": 8, "THREES": False}
         if isinstance(rows, QuantizedRows):
             kind |= {"KIND": QUANTISED, "BITS": rows.bits}
-            return cls(rows.codes, *rows.codes.stride()[:2], rows.step, rows.zero, rows.codes, -(-count // 8), 1, kind)
+            return cls(rows.codes, rows.codes.stride(0), rows.codes.stride(1), rows.step, rows.zero, rows.codes, -(-count // 8), 1, kind)
         assert isinstance(rows, torch.Tensor)
-        return cls(rows, *rows.stride()[:2], rows, rows, rows, 0, 1, kind)
+        return cls(rows, rows.stride(0), rows.stride(1), rows, rows, rows, 0, 1, kind)
 
 
 def offset_part(rows: Rows, x_EHRC: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -77,8 +77,9 @@ def offset_part(rows: Rows, x_EHRC: torch.Tensor, transposed: bool) -> torch.Ten
         return x_EHRC
     offset = rows.coding.offset.float()
     entries = x_EHRC.shape[0]
-    x_SRC = x_EHRC.float().unflatten(1, (len(offset), -1)).transpose(0, 1).flatten(1, 3)
-    return (x_SRC @ (offset.transpose(1, 2) if transposed else offset)).unflatten(1, (entries, -1)).contiguous()
+    x_SRC: torch.Tensor = x_EHRC.float().unflatten(1, (len(offset), -1)).transpose(0, 1).flatten(1, 3)
+    part: torch.Tensor = (x_SRC @ (offset.transpose(1, 2) if transposed else offset)).unflatten(1, (entries, -1))
+    return part.contiguous()
 
 
 def producer(call: Call, segment: Segment) -> Producer:
@@ -117,7 +118,7 @@ def _weights(call: Call, segment: Segment, z_EHRM: torch.Tensor, lse: torch.Tens
     none = z_EHRM
 
     def of(map_: torch.Tensor | None) -> tuple[torch.Tensor, int, int, int]:
-        return (none, 0, 0, 0) if map_ is None else (map_, *map_.stride())
+        return (none, 0, 0, 0) if map_ is None else (map_, map_.stride(0), map_.stride(1), map_.stride(2))
 
     def sharing(map_: torch.Tensor | None) -> int:
         return 1 if map_ is None else heads // map_.shape[0]

@@ -7,9 +7,9 @@ A tile's own rows are small beside the maps that all tiles share, so the work is
     map_scores     s  = z score_map^T + bias, p = softmax(s), w = p value_map     many tiles: flash attention over the maps' rows
     weigh_rows     o  = w values                     a tile at a time again
 
-z and w, one number a stored row and query, pass through memory; scores of the logical tokens stay in registers. Per tile and map the traffic
-is 1 / (tiles in a block) of what a program per tile would read. value_mean and out_map are applied once a row of the batch, behind the sum
-over its tiles (kvcapsule.kernels.fused.attend).
+z and w, one number a stored row and query, pass through memory; scores of the logical tokens stay in registers. A map is read once for the
+tiles of a block, where a program for each tile would read it for each. value_mean and out_map are applied once a row of the batch, behind
+the sum over its tiles (kvcapsule.kernels.fused.attend).
 """
 
 import triton

@@ -81,7 +81,13 @@ def producer(call: Call, segments: Sequence[Segment], visible: torch.Tensor | No
 
 
 def _launch(
-    call: Call, segments: Sequence[Segment], parts: Sequence[Part], split: int, visible: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
+    call: Call,
+    segments: Sequence[Segment],
+    parts: Sequence[Part],
+    split: int,
+    visible: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
 ) -> None:
     query = call.query
     pieces = [turned(call, s) if s.frame is not None or s.q_map is not None else None for s in segments]
@@ -121,13 +127,17 @@ def _line(segment: Segment, part: Part, first: int, query_at: int) -> list[int]:
         return 0 if tensor is None else tensor.data_ptr()
 
     keys, values = segment.keys, segment.values
-    packed = isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows)
-    k, v = (keys.codes, values.codes) if packed else (keys, values)
-    scales = [keys.step, keys.zero, values.step, values.zero] if packed else [None] * 4
+    scales: list[torch.Tensor | None] = [None] * 4
+    if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
+        kind, k, v = QUANTISED.value, keys.codes, values.codes
+        scales = [keys.step, keys.zero, values.step, values.zero]
+    else:
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
+        kind, k, v = RAW.value, keys, values
     return [
         first, segment.tokens, part.splits, keys.shape[1], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
         address(segment.owner), address(head_of(segment)), address(segment.bias), address(segment.mask), query_at,
-        (QUANTISED if packed else RAW).value, *map(address, scales),
+        kind, *map(address, scales),
     ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def _flash(
         if mask != 0:
             there = there & (tl.load(mask.to(tl.pointer_type(tl.int8)) + entry * tokens + n, mask=there, other=0) != 0)
         seen = there[None, :] & (r >= 0)[:, None]
-        if VISIBLE:
+        if VISIBLE:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
             if sees:
                 at_q = visible + entry * visible_entry + (r % Q)[:, None] * visible_query
                 seen = seen & (tl.load(at_q + n[None, :], mask=seen, other=0) != 0)
@@ -160,12 +160,14 @@ def attend_rows(
         if tl.load(line + _KIND) == 1:
             o, mass = _flash(
                 line, unit, entry, head, q, low, high, tokens, scale, visible, visible_entry, visible_query, last,
-                Q, DK, DV, ROWS, BIAS, DOT, QUANTISED, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_V,
+                Q, DK, DV, ROWS, BIAS, DOT, QUANTISED, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K,
+                BLOCK_V,
             )  # fmt: skip
         else:
             o, mass = _flash(
                 line, unit, entry, head, q, low, high, tokens, scale, visible, visible_entry, visible_query, last,
-                Q, DK, DV, ROWS, BIAS, DOT, RAW, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_V,
+                Q, DK, DV, ROWS, BIAS, DOT, RAW, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K,
+                BLOCK_V,
             )  # fmt: skip
     else:
         o, mass = _flash(
