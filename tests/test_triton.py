@@ -148,7 +148,8 @@ def test_odd_sizes(tokens: int) -> None:
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(8, 3), (3, 8), (2, 4), (1, 1)])
 def test_widths_of_few_bit_rows(key_bits: int, value_bits: int) -> None:
     draw = Draw(key_bits)
-    assert error(query_of(batch=1), [quantised(draw.raw([0], 21), key_bits, value_bits)]) < SINGLE
+    # Beside other rows: what is the same for all scores of a segment shows in its mass alone.
+    assert error(query_of(batch=1), [quantised(draw.raw([0], 21), key_bits, value_bits), draw.raw([0], 3)]) < SINGLE
 
 
 @pytest.mark.parametrize("width", [0, *WIDTHS])
@@ -157,7 +158,7 @@ def test_widths_of_cells(width: int) -> None:
     segment = draw.transform([0], 6, (1, 3), (2, 3))
     widths = [torch.full((HEADS, groups, 3), width, dtype=torch.uint8) for groups in (1, 2)]
     segment = replace(segment, keys=draw.coded(1, widths[0]), values=draw.coded(1, widths[1]))
-    assert error(query_of(batch=1), [segment]) < SINGLE
+    assert error(query_of(batch=1), [segment, draw.raw([0], 3)]) < SINGLE
 
 
 def test_latents_in_few_bits_and_pairs_of_unlike_rows() -> None:
@@ -354,6 +355,7 @@ def test_the_index_of_units_is_made_once_a_segment() -> None:
     assert index.order.tolist() == [2, 3, 0, 4, 1, 5]
     assert index.bounds.tolist() == [0, 1, 2, 2, 2, 4, 6]
     assert plan.index_of(replace(segment, keys=segment.values), 3, HEADS) is index
+    assert plan.index_of(segment, 4, HEADS).bounds.tolist() == [0, 1, 2, 2, 2, 4, 6, 6, 6]
     assert plan.index_of(Draw().raw([0, 0, 0], 3), 3, HEADS).order.tolist() == [0, 2, 4, 1, 3, 5]
 
 
