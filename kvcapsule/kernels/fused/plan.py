@@ -3,7 +3,7 @@
 Which path a segment takes depends on its form alone, never on whether a kernel failed:
 
     rows        both keys and values raw, or both QuantizedRows, and no map along the tokens
-    maps        any other pairing of raw rows, QuantizedRows and CodedRows, with or without maps, for the tiles of a prompt
+    maps        any other pairing of raw rows, QuantizedRows and CodedRows, with or without maps
     reference   rows that are packed in another way (an MLP's, per-group codes), tensors that are not dense, single-head entries or a
                 mask a query on anything but rows
 """
@@ -23,6 +23,7 @@ from .device import TYPES
 MOST_ROWS = 64
 """Query heads of a KV head times queries that a program holds; more (a second turn's prefill) is work for matrix products."""
 MOST_CHANNELS = 256
+"""Of rows that a program holds whole."""
 _MOST_SHARED = 128
 """Rows of a set of heads that are coded together."""
 _SPLITS = (1024, 512, 256, 128, 64)
@@ -46,9 +47,9 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
     if segment.bias is not None and segment.bias.dtype not in TYPES:
         return "reference"
     keys, values = _form(segment.keys), _form(segment.values)
-    if keys is None or values is None or max(segment.keys.shape[3], segment.values.shape[3]) > MOST_CHANNELS * (1 + (keys == "coded")):
+    if keys is None or values is None:
         return "reference"
-    plain = segment.score_map is None and segment.value_map is None
+    plain = segment.score_map is None and segment.value_map is None and max(segment.keys.shape[3], segment.values.shape[3]) <= MOST_CHANNELS
     if plain and keys == values != "coded" and _dtype(segment.keys) == _dtype(segment.values):
         return "rows"
     shared = max(rows.coding.heads if isinstance(rows, CodedRows) else 1 for rows in (segment.keys, segment.values))

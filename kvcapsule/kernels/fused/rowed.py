@@ -35,22 +35,22 @@ def launches(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _agree(one: Segment, other: Segment) -> bool:
-    if _stored(one)[:4] != _stored(other)[:4]:
+    if _stored(one)[:3] != _stored(other)[:3]:
         return False
     if one.bias is not None and other.bias is not None and one.bias.dtype != other.bias.dtype:
         return False
-    bits = {_stored(s)[4:] for s in (one, other)} - {(0, 0)}
+    bits = {_stored(s)[3:] for s in (one, other)} - {(0, 0)}
     return len(bits) <= 1
 
 
 def _stored(segment: Segment) -> tuple[Any, ...]:
-    """Channels of keys and values, dtype of rows or steps, aligned, bits of keys and values (0: raw)."""
+    """Channels of keys and of values, dtype of rows or steps, bits of keys and of values (0: raw)."""
     keys, values = segment.keys, segment.values
     channels = (keys.shape[3], values.shape[3])
     if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
-        return (*channels, keys.step.dtype, True, keys.bits, values.bits)
+        return (*channels, keys.step.dtype, keys.bits, values.bits)
     assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
-    return (*channels, keys.dtype, True, 0, 0)
+    return (*channels, keys.dtype, 0, 0)
 
 
 def _aligned(rows: Rows) -> bool:
@@ -102,7 +102,7 @@ def _launch(
         first += part.units * part.splits
     # As in `combine`: what grows is handed over apart, so that the table stays what it was.
     lines[-1][1] = lines[-1][2] = 0
-    forms = {_stored(s)[4:] for s in segments}
+    forms = {_stored(s)[3:] for s in segments}
     key_bits, value_bits = max(forms)
     channels = _stored(segments[0])
     seen = query if visible is None else _as_bytes(visible)
