@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SPILLED = 256
+"""Bytes a thread at most: rows of 8 bits do not quite fit into the registers."""
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,6 @@ def test_every_kernel_compiles(options: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {line[1] for line in lines} == {"attend_rows", "combine", "turn_queries", "score_rows", "map_scores", "weigh_rows", "pack_codes"}
-    spilled = [" ".join(line) for line in lines if "STACK:0" not in line]
+    spilled = [" ".join(line) for line in lines if int(line[3].removeprefix("STACK:")) > SPILLED]
     assert not spilled, "\n".join(spilled)
     assert max(int(line[-1]) for line in lines) < 100 << 10, "an A100 has 163 KB of shared memory, most other GPUs 99"

@@ -106,7 +106,8 @@ def _launch(
     key_bits, value_bits = max(forms)
     channels = _stored(segments[0])
     seen = query if visible is None else _as_bytes(visible)
-    narrow = query.dtype != torch.float32
+    # What is held of a block of tokens must fit into registers; codes of 8 bits come in words of their own.
+    tokens = 64 if query.dtype != torch.float32 and 8 not in (key_bits, value_bits) else 32
     attend_rows[(sum(p.units * p.splits for p in parts),)](
         table(tuple(n for line in lines for n in line), query.device), len(lines), segments[-1].tokens, split, call.scale * LOG2E,
         query, *query.stride()[:3], torch.cat([t.flatten() for t in turns]) if turns else query,
@@ -115,7 +116,7 @@ def _launch(
         BIAS=TYPES[next((s.bias.dtype for s in segments if s.bias is not None), torch.float32)], DOT=dot_type(query.dtype),
         KIND=BOTH if len(forms) > 1 else QUANTISED if key_bits else RAW, KEY_BITS=key_bits, VALUE_BITS=value_bits,
         ALIGNED=all(_aligned(rows) for s in segments for rows in (s.keys, s.values)), VISIBLE=visible is not None,
-        BLOCK_S=block(len(lines), least=1), BLOCK_R=block(call.rows), BLOCK_N=64 if narrow else 32, BLOCK_K=block(channels[0]),
+        BLOCK_S=block(len(lines), least=1), BLOCK_R=block(call.rows), BLOCK_N=tokens, BLOCK_K=block(channels[0]),
         BLOCK_V=block(channels[1]),
     )  # fmt: skip
 
