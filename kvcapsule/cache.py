@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import attention
 from .geometry import KVGeometry
-from .kernels.reference import attend
+from .kernels import attend
 from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
 from .segment import Segment, storage_bytes
@@ -84,6 +84,7 @@ class CapsuleLayer(CacheLayerMixin):
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
         self.record_past = False
         self._held: LayerPrefill | None = None
+        self._owner: torch.Tensor | None = None
 
     @property
     def fresh(self) -> bool:
@@ -115,13 +116,19 @@ class CapsuleLayer(CacheLayerMixin):
         else:
             self._append(keys, values)
             self._new = None
-            tail = _rows(self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length])
+            tail = Segment(self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length], self._every_row())
         visible = _visible(mask, query.shape[2], tail.tokens, query.device)
         if visible is not None:
             visible = visible.expand(query.shape[0], -1, -1)
         # The last query sees every token but padding.
         self._seen = None if visible is None or self._revises is None else visible[:, -1]
         return attend(query, [*self.visual, *self.text, tail], scale, visible)
+
+    def _every_row(self) -> torch.Tensor:
+        """The tail's owner [B]; the same tensor at every step, by which kernels know it again."""
+        if self._owner is None or len(self._owner) != self.keys.shape[0] or self._owner.device != self.keys.device:
+            self._owner = torch.arange(self.keys.shape[0], device=self.keys.device)
+        return self._owner
 
     def commit(self, query: torch.Tensor, scale: float) -> None:
         new = query.shape[2]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .packing import GROUP, WIDTHS, pack, unpack
+from .kernels import pack
+from .packing import GROUP, WIDTHS, unpack
 
 BITS = WIDTHS
 
@@ -43,7 +44,8 @@ class QuantizedRows:
         codes = ((x_EHMD - low).float() / step.float().clamp_min(1e-8)).round().clamp(0, levels).to(torch.uint8)
         tokens = codes.shape[2]
         padded = F.pad(codes.transpose(2, 3), (0, -tokens % GROUP))
-        return cls(pack(padded.unflatten(3, (-1, GROUP)), bits).flatten(3), step, low.contiguous(), bits, tokens)
+        packed = pack(padded.unflatten(3, (-1, GROUP)), bits).flatten(3)
+        return cls(packed.contiguous(), step, low.contiguous(), bits, tokens)
 
     @property
     def shape(self) -> torch.Size:

@@ -74,6 +74,14 @@ def test_addresses_go_by_width_then_set_group_and_channel(seed: int) -> None:
     assert layout.size == int(widths.sum())
 
 
+def test_cells_say_where_their_bytes_are() -> None:
+    widths = torch.tensor(LADDER, dtype=torch.uint8)[torch.randint(0, 6, (3, 4, 7), generator=generator())]
+    cells = random_coding(widths).cells
+    for place, byte in slow_decode.addresses(widths).items():
+        assert divmod(int(cells[place]), 16) == (byte, int(widths[place]))
+    assert torch.equal(cells & 15, widths.to(torch.int32))
+
+
 @pytest.mark.parametrize("changed", range(GROUP))
 def test_a_cell_is_in_its_own_bytes(changed: int) -> None:
     """Changing one coefficient changes bytes of its cell alone."""

@@ -15,7 +15,8 @@ from functools import cached_property
 
 import torch
 
-from ..packing import GROUP, WIDTHS, pack, unpack
+from ..kernels import pack
+from ..packing import GROUP, WIDTHS, unpack
 
 
 class CellClass:
@@ -70,6 +71,15 @@ class Coding:
     @cached_property
     def layout(self) -> CellLayout:
         return CellLayout(self.widths)
+
+    @cached_property
+    def cells(self) -> torch.Tensor:
+        """[S, G, C] int32: 16 times the cell's first byte, plus its width: all that a kernel needs to find a cell."""
+        cells = self.widths.flatten().to(torch.int32)
+        for kind in self.layout.classes:
+            first = kind.start + kind.width * torch.arange(len(kind.cells), dtype=torch.int32, device=cells.device)
+            cells[kind.cells] += 16 * first
+        return cells.view(self.widths.shape)
 
     def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has none."""
