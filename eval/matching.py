@@ -52,20 +52,26 @@ def match(target: int, build: Build, stored: Callable[[Method], int], layers: in
 
     Args:
         target: bytes that another method was measured to store.
-        build: makes the method at a dial; more bytes are expected of a higher one.
+        build: makes the method at a dial, or raises ValueError where it is too low; more bytes are expected of a higher one.
         stored: measures a method.
         layers: of the model.
     """
 
     @cache
-    def at(step: int) -> tuple[Method, int]:
-        method = build(step / STEPS)
+    def at(step: int) -> tuple[Method | None, int]:
+        try:
+            method = build(step / STEPS)
+        except ValueError:
+            # Some methods have a least share; what is refused at 1 is no matter of the dial.
+            if step == STEPS:
+                raise
+            return None, 0
         return method, stored(method)
 
     mixable = not isinstance(at(STEPS)[0], (Starts, Revises))
     low, high = _bracket(target, lambda step: at(step)[1], TOLERANCE if mixable else TOLERANCE / 4)
-    found = [at(low), at(high)]
-    if mixable:
+    found = [(method, size) for method, size in (at(low), at(high)) if method is not None]
+    if mixable and len(found) == 2:
         found += _between(target, found[0], found[1], stored, layers)
     nearest = min(found, key=lambda pair: abs(pair[1] - target))
     if abs(nearest[1] - target) > TOLERANCE * target:

@@ -282,6 +282,20 @@ def test_a_method_that_spreads_its_budget_is_not_mixed() -> None:
     assert isinstance(match(TEXT_BYTES + 10 * TOKEN_BYTES, EvenlySpaced, SMALL, LAYERS), PerLayer)
 
 
+@pytest.mark.parametrize(("tokens", "least", "kept"), [(40, 0.3, 10), (8, 0.3, 6)])
+def test_a_method_may_have_a_least_share(tokens: int, least: float, kept: int) -> None:
+    """What it refuses is below all that it stores; what it refuses at 1 is an error."""
+
+    def make(dial: float) -> Method:
+        if dial < least:
+            raise InputError("too little")
+        return EvenlySpaced(dial)
+
+    assert _kept(match(TEXT_BYTES + LAYERS * 8 + tokens * TOKEN_BYTES, make, SMALL, LAYERS)) == [kept] * LAYERS
+    with pytest.raises(InputError, match="snapkv: window 0"):
+        match(TEXT_BYTES, partial(build, "snapkv", {"window": 0}), SMALL, LAYERS)
+
+
 def test_prompts_are_weighed_as_the_run_weighs_them(model, rows, tallies, make_capsule, processor) -> None:
     """Visual and text, of two batches of two."""
     assert prompt_bytes(model, list(batches(rows, model, processor, 2)), make_capsule(0.2)) == tallies["noise"].total
