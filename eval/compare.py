@@ -1,6 +1,5 @@
 """One run: from what was asked for to the object that docs/eval-json.md describes."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -16,17 +15,18 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import load_vlm
+from kvcapsule.models import load_vlm, require_device
 from kvcapsule.prefill import Method
 
 from . import results
 from .config import EvalConfig
 from .matching import TOLERANCE, Build, match
-from .methods import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules, shown_path
+from .methods import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
 from .questions import batches
 from .report import answer_tokens, rows
 from .runner import evaluate, prompt_bytes
@@ -67,8 +67,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    _require_device(config.device)
-    _require_writable([path for path in (config.json, config.plot, config.report) if path is not None])
+    require_device(config.device)
+    require_writable([config.json, config.plot, config.report])
     field = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device, config.resize)
@@ -196,24 +196,3 @@ def _warn_unequal(found: list[dict[str, Any]], console: Console) -> None:
 def _baseline(model: PreTrainedModel) -> str:
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     return f"transformers {transformers.__version__} DynamicCache read by the model's own {attention} attention, through generate"
-
-
-def _require_device(device: str | None) -> None:
-    if device in (None, "auto"):
-        return
-    try:
-        torch.empty(0, device=device)
-    # A build of torch without CUDA answers with an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _require_writable(paths: list[str]) -> None:
-    """Make the folders of the results now: a result that has nowhere to go costs the whole run."""
-    for path in map(Path, paths):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error}") from error
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise InputError(f"{path} cannot be written: it is a folder, or lies in one that is read-only.")

@@ -5,7 +5,6 @@ measured is the cache: its bytes at every token, and how often a method's likeli
 full cache's answer.
 """
 
-import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +19,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvcapsule.capsule import Capsule, CapsuleError
 from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
+from kvcapsule.files import to_json
 from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.machine import machine, versions
@@ -31,9 +32,8 @@ from kvcapsule.policy.paired import Paired
 
 from . import growth_page, plot
 from .generation import GREEDY, held_bytes, new_cache
-from .methods import Entry, capsule_settings, full_entry, shown_path
+from .methods import Entry, capsule_settings, full_entry
 from .questions import Batch, make_batch, read
-from .report import write_json, write_text
 
 PROG = "python -m kvcapsule.eval.growth"
 
@@ -78,16 +78,16 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         config = auto_cli(GrowthConfig, args=words, as_positional=False)
-        found = run(config, Console(stderr=True), shlex.join([*PROG.split(), *map(shown_path, words)]))
+        found = run(config, Console(stderr=True), command_line(PROG, words))
     except (InputError, CapsuleError, DataError, GeometryError, ModelError) as error:
         return complain(PROG, error)
     print(growth_page.table(found))
     if config.json is not None:
-        write_json(Path(config.json), found)
+        write_whole(Path(config.json), to_json(found))
     if config.plot is not None:
         plot.draw(growth_page.picture(found), Path(config.plot))
     if config.report is not None:
-        write_text(Path(config.report), growth_page.page(found))
+        write_whole(Path(config.report), (growth_page.page(found)).encode())
     return 0
 
 

@@ -1,7 +1,6 @@
 """`kvcapsule eval`: capsules and training-free methods against the full cache, on the same questions, in one run."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from traceback import walk_tb
@@ -11,13 +10,14 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
 from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.results import command_line, write_whole
+from kvcapsule.files import to_json
 from kvcapsule.hub import update_metrics
 
 from . import curves, plot, results
 from .compare import run
 from .config import EvalConfig
-from .methods import shown_path
-from .report import tables, write_json
+from .report import tables
 from .suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         config = _parse(_normal(words))
-        found = run(config, Console(stderr=True), _command(words))
+        found = run(config, Console(stderr=True), command_line(PROG, words))
         # A file has no edge to wrap at.
         console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
         console.print(*tables(found["rows"], _title(found)), sep="\n")
@@ -102,15 +102,6 @@ def _normal(words: list[str]) -> list[str]:
     return normal
 
 
-def _command(words: list[str]) -> str:
-    """The command line, without the places of absolute paths."""
-    shown = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        shown.append(f"{name}={shown_path(value)}" if equals and name.startswith("--") else shown_path(word))
-    return shlex.join([*PROG.split(), *shown])
-
-
 def _write(found: dict[str, Any], config: EvalConfig) -> None:
     """The files that were asked for.
 
@@ -119,7 +110,7 @@ def _write(found: dict[str, Any], config: EvalConfig) -> None:
     """
     try:
         if config.json is not None:
-            write_json(Path(config.json), found)
+            write_whole(Path(config.json), to_json(found))
         if config.plot is not None:
             picture = plot.picture if config.suite is None else curves.picture
             plot.draw(picture(found["rows"], _title(found)), Path(config.plot))

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import shown_path
 from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
 from kvcapsule.prefill import Method
 
@@ -163,14 +164,6 @@ def policy_settings(name: str, method: Method) -> dict[str, Any]:
     """A policy's name and its fields; of one that differs by layer, a list of what differs."""
     policies: Sequence[Any] = method.methods if isinstance(method, PerLayer) else [method]
     return {"policy": name, **{f.name: _by_layer([getattr(policy, f.name) for policy in policies]) for f in fields(policies[0])}}
-
-
-def shown_path(name: str) -> str:
-    """A name as a report may show it: where it is an absolute path, relative to the working directory, or else its last part."""
-    path = Path(name).expanduser()
-    if not path.is_absolute():
-        return name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def _short(value: Any) -> Any:

@@ -1,13 +1,9 @@
 """A run as a JSON object (docs/eval-json.md) and as a table."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from pathlib import Path
 from statistics import mean
 from typing import Any
-from uuid import uuid4
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -102,22 +98,6 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cell(value: Any, form: str) -> str:

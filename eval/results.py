@@ -8,8 +8,9 @@ from statistics import mean
 from typing import Any
 
 from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import write_whole
 
-from .report import is_wide, write_text
+from .report import is_wide
 
 _END = "<!-- end of table -->"
 _WIDE_NOTE = (
@@ -45,7 +46,7 @@ def refresh(path: Path, name: str, found: Mapping[str, Any], json: str | None = 
     """
     text = _text(path) if path.exists() else f"# {name}\n\n{_begin(name)}\n{_END}\n"
     before, after = _split(text, path, name)
-    write_text(path, f"{before}{_begin(name)}\n{_block(path, found, json, plot)}\n{_END}{after}")
+    write_whole(path, (f"{before}{_begin(name)}\n{_block(path, found, json, plot)}\n{_END}{after}").encode())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -41,8 +41,6 @@ class Tally:
     """Sum of bytes over batches, of what methods keep in the host's memory."""
     parameters: int = 0
     """The most bytes that were read at once; they are the same ones for every batch."""
-    host: int = 0
-    """Sum of bytes over batches."""
 
     @property
     def count(self) -> int:
@@ -54,7 +52,6 @@ class Tally:
         self.total += held.total
         self.host += held.host
         self.parameters = max(self.parameters, held.parameters)
-        self.host += held.host
 
 
 def prompt_bytes(model: PreTrainedModel, prompts: Sequence[Batch], method: Method) -> int:

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import shown_path
 from kvcapsule.hub import CONFIG_FILE
 
 from .config import EvalConfig
-from .methods import shown_path
 from .specs import Capsules, Spec
 
 _RECORD = ".train"

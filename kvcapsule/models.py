@@ -14,6 +14,21 @@ class ModelError(ValueError):
     """A model cannot be loaded, or is no VLM."""
 
 
+def require_device(device: str | None) -> None:
+    """Refuse a device that cannot be used here before anything is loaded.
+
+    Raises:
+        ModelError: saying why.
+    """
+    if device in (None, "auto"):
+        return
+    try:
+        torch.empty(0, device=device)
+    # A build of torch without CUDA answers with an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def load_vlm(
     name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None, resize: bool = True
 ) -> tuple[PreTrainedModel, ProcessorMixin]:

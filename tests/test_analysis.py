@@ -17,15 +17,16 @@ from builders import DIM, HEADS, prefill, rand
 from running import tiny_gemma, tiny_qwen
 from transformers import BatchFeature
 
+from kvcapsule.cli import results
 from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import write_whole
 from kvcapsule.frame import Frame
 from kvcapsule.prefill import LayerPrefill, cut_tiles
 from kvcapsule.spans import VisualSpan, find_spans
-from kvcapsule.training.analysis import files, passes, questions
+from kvcapsule.training.analysis import passes, questions
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.analysis.distortion import BITS, predict, water_fill
 from kvcapsule.training.analysis.drift import KEPT, MAX_STEPS, REFERENCES, Drift, attention_on
-from kvcapsule.training.analysis.files import write_whole
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.main import main
 from kvcapsule.training.analysis.passes import Observer, one_size, watch
@@ -616,7 +617,7 @@ def test_refused_a_failure_to_write_leaves_what_was_there(tmp_path: Path, monkey
         path.write_bytes(content[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(results, "write", full)
     with pytest.raises(InputError, match=r"a\.json cannot be written: No space left on device"):
         write_whole(target, b"new")
     assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]

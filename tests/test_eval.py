@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import shown_path, write_whole
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data import pages
@@ -28,13 +29,13 @@ from kvcapsule.eval import main as command
 from kvcapsule.eval.generation import generate, held_bytes, new_cache
 from kvcapsule.eval.main import main
 from kvcapsule.eval.matching import TOLERANCE, PerLayer, match
-from kvcapsule.eval.methods import FIXED, FULL, RIVALS, TEXT, Entry, build, chosen, entries, full_entry, open_capsules, shown_path
+from kvcapsule.eval.methods import FIXED, FULL, RIVALS, TEXT, Entry, build, chosen, entries, full_entry, open_capsules
 from kvcapsule.eval.metrics import divergence
 from kvcapsule.eval.plot import draw, picture
 from kvcapsule.eval.questions import Batch, batches
-from kvcapsule.eval.report import write_json
 from kvcapsule.eval.runner import Tally, answered, evaluate, prompt_bytes
 from kvcapsule.eval.timing import time_entries
+from kvcapsule.files import to_json
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.method import start
@@ -471,9 +472,9 @@ def test_picture_in_the_format_of_its_name(tmp_path, suffix: str, begins: bytes)
 
 def test_json_is_written_whole_or_not_at_all(tmp_path) -> None:
     path = tmp_path / "result.json"
-    write_json(path, {"a": 1})
+    write_whole(path, to_json({"a": 1}))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"a": float("nan")})
+        write_whole(path, to_json({"a": float("nan")}))
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 

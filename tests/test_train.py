@@ -194,13 +194,16 @@ def test_a_run_leaves_a_capsule_and_can_be_resumed(vlm: str, tmp_path: Path, cap
     assert sum(ratios) / len(ratios) == pytest.approx(0.3 * 2 * 0.6)
 
 
-def test_training_moves_the_attention_error_down(vlm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kl_weight", "measure"), [("0", "output_error"), ("20", "kl")])
+def test_training_moves_what_it_weighs_down(vlm: str, tmp_path: Path, kl_weight: str, measure: str) -> None:
+    """The error of attention's output, and with a weight of its own the KL of the logits."""
     found = []
     for steps in (0, 12):
         output = tmp_path / f"capsule-{steps}"
         words = ["--model", vlm, "--output", str(output), *QUICK, "--codec.key_share", "0.5", "--ratio", "0.05", "--optim.lr", "5e-3"]
+        words += ["--optim.kl_weight", kl_weight]
         assert main([*words, "--optim.soft_steps", "0", "--optim.hard_steps", str(max(steps, 1))]) == 0
-        found.append(json.loads((output / "metrics.json").read_text())["train"]["output_error"])
+        found.append(json.loads((output / "metrics.json").read_text())["train"][measure])
     assert found[1] < found[0]
 
 

@@ -120,7 +120,7 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for(trained: Path) 
 
 def test_two_processes_solve_the_same_bases_as_one(tmp_path: Path) -> None:
     """Through the installed command, as torch.distributed with gloo: every step's rows are shared out, sums are added up."""
-    arguments = ["train", "transform", *QUICK, "--ratio", "10", "--transform.steps", "0"]
+    arguments = ["train", "transform", *QUICK, "--ratio", "20", "--transform.steps", "0"]
     found = []
     for extra in ([], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]):
         output = tmp_path / f"ranks{len(found)}"

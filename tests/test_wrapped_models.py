@@ -14,7 +14,7 @@ from running import EXACT, Model, assert_same, longer, prefill, ready, run, step
 from transformers import BatchFeature, DynamicCache
 
 from kvcapsule.attention import IMPLEMENTATION
-from kvcapsule.cache import CapsuleCache, CapsuleLayer, Turn
+from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.geometry import KVGeometry
@@ -164,7 +164,8 @@ class TestDeviceMap:
         rotation = (torch.zeros(1, 6, 8), torch.zeros(1, 6, 8))
         for index, device in enumerate(("cpu", "meta")):
             layer = CapsuleLayer(index, Witness())
-            layer.turn = Turn([VisualSpan(0, 1, 3, (1, 1, 3))], torch.ones(1, 6, dtype=torch.bool), rotation, shared)
+            spans, valid = [VisualSpan(0, 1, 3, (1, 1, 3))], torch.ones(1, 6, dtype=torch.bool)
+            layer.turn = layer.turn._replace(spans=spans, valid=valid, position_embeddings=rotation, shared=shared)
             tensor = torch.zeros(1, 2, 6, 8, device=device)
             layer.lazy_initialization(tensor, tensor)
             layer._new = (tensor, tensor)

@@ -1,7 +1,5 @@
 """`kvcapsule analyze`: what to expect of compression on a model and on data, before any training."""
 
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,16 +8,16 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
 from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.results import command_line, require_writable, write_whole
 from kvcapsule.data.source import DataError
 from kvcapsule.files import to_json
 from kvcapsule.geometry import GeometryError
 from kvcapsule.models import ModelError
 
 from .config import AnalyzeConfig
-from .files import write_whole
 from .plot import draw
 from .report import heading, tables
-from .study import run, shown
+from .study import run
 
 PROG = "kvcapsule analyze"
 _WIDE = 160
@@ -34,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         values = parser.parse_args(words)
         values.pop("config", None)
         config = AnalyzeConfig(**vars(parser.instantiate(values)))
-        _require_writable(config)
-        found = run(config, Console(stderr=True), _command(words))
+        require_writable([config.json], [config.plots])
+        found = run(config, Console(stderr=True), command_line(PROG, words))
         try:
             _write(found, config)
         finally:
@@ -73,27 +71,3 @@ def _show(found: dict[str, Any]) -> None:
     console.print(heading(found))
     for table in tables(found):
         console.print("", table)
-
-
-def _command(words: list[str]) -> str:
-    """The command line, without the places of absolute paths."""
-    names = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        names.append(f"{name}={shown(value)}" if equals and name.startswith("--") else shown(word))
-    return shlex.join([*PROG.split(), *names])
-
-
-def _require_writable(config: AnalyzeConfig) -> None:
-    """Make the folders of the results now: a result that has nowhere to go costs the whole study."""
-    folders = [Path(config.json).parent] if config.json is not None else []
-    folders += [Path(config.plots)] if config.plots is not None else []
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written to: {error.strerror or error}.") from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"{folder} cannot be written to: it is read-only.")
-    if config.json is not None and Path(config.json).is_dir():
-        raise InputError(f"--json {config.json} is a folder: name a file.")

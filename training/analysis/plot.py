@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from .files import write_whole
+from kvcapsule.cli.results import write_whole
+
 from .report import followed, mean, over_steps
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,12 +10,12 @@ import torch
 import transformers
 from rich.console import Console
 
-from kvcapsule.cli.errors import InputError
+from kvcapsule.cli.results import shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import load_vlm
+from kvcapsule.models import load_vlm, require_device
 
 from .config import LEAST_QUESTIONS, AnalyzeConfig
 from .drift import KEPT, REFERENCES, TOP
@@ -42,7 +41,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    _require_device(config.device)
+    require_device(config.device)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device)
         geometry = KVGeometry.from_config(model.config)
@@ -54,9 +53,9 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
     tile = config.tile or whole_image(reader)
     layers = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
     return {
-        "model": shown(config.model),
+        "model": shown_path(config.model),
         "geometry": geometry.to_dict(),
-        "data": {**asdict(data), "source": shown(data.source)},
+        "data": {**asdict(data), "source": shown_path(data.source)},
         "versions": versions(),
         "seed": config.seed,
         "machine": machine(),
@@ -71,24 +70,6 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         "dtype": str(model.dtype).removeprefix("torch."),
         "command": command,
     }
-
-
-def _require_device(device: str | None) -> None:
-    if device in (None, "auto"):
-        return
-    try:
-        torch.empty(0, device=device)
-    # A build of torch without CUDA answers with an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def shown(name: str) -> str:
-    """A name as a report may show it: where it is an absolute path, relative to the working directory, or else its last part."""
-    path = Path(name).expanduser()
-    if not path.is_absolute():
-        return name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def _rounded(value: Any) -> Any:
