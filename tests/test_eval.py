@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli.errors import InputError
-from kvcapsule.cli.results import shown_path, write_whole
+from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data import pages
@@ -367,7 +367,7 @@ def test_reports_show_no_places(tmp_path, monkeypatch) -> None:
     assert shown_path(str(tmp_path / "runs" / "demo")) == "runs/demo"
     assert shown_path("/home/somebody/demo") == "demo"
     assert shown_path("org/name") == "org/name"
-    shown = command._command(["--capsule", "/home/somebody/demo", "--json=/home/somebody/x.json", "--data.size", "3"])
+    shown = command_line(command.PROG, ["--capsule", "/home/somebody/demo", "--json=/home/somebody/x.json", "--data.size", "3"])
     assert shown == "kvcapsule eval --capsule demo --json=x.json --data.size 3"
 
 
