@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.cli.results import command_line
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.eval import compare
@@ -78,7 +79,7 @@ def result(tmp_path_factory, model, processor) -> dict[str, Any]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "time_entries", partial(compare.time_entries, rounds=1, steps=2))
-        found = command.run(config, Console(quiet=True), command._command(["--model", str(folder / "vlm")]))
+        found = command.run(config, Console(quiet=True), command_line(command.PROG, ["--model", str(folder / "vlm")]))
     return json.loads(json.dumps(found, allow_nan=False))
 
 
