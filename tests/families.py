@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from packaging.version import Version
-from transformers import AutoConfig, AutoModelForImageTextToText, BatchFeature, PreTrainedModel, __version__
+from transformers import AutoConfig, AutoModelForImageTextToText, BatchFeature, PreTrainedModel
 
 PAD, IMAGE, VIDEO, START, END, CUT, VIDEO_START, VIDEO_END = 0, 90, 91, 92, 93, 94, 95, 96
 """Token ids: padding, the placeholders, what stands around images and between the rows or frames of one."""
@@ -320,8 +319,7 @@ def gemma4(**more: Any) -> Tiny:
         inputs = {"pixel_values_videos": noise(index, 3, 16, 48), "video_position_ids": places, "num_frames_per_video": torch.tensor([3])}
         return Picture([token for _ in range(3) for token in (CUT, START, *[VIDEO] * 4, END)], inputs, [4] * 3)
 
-    # In a direct forward transformers 5.22 loses the count of frames on the way.
-    return Tiny(settings, picture, video if Version(__version__) >= Version("5.23") else None, TYPES)
+    return Tiny(settings, picture, video, TYPES)
 
 
 def pixtral() -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import families
 import pytest
 import torch
+import transformers
 from builders import kv_capsule, transform_capsule
 from families import BUILDERS, REFUSED, Picture, Tiny
+from packaging.version import Version
 from transformers import AutoConfig, BatchFeature, DynamicCache, PreTrainedModel
 
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
@@ -195,7 +197,9 @@ class TestSpans:
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     def test_lengths_and_places(self, way: str, one: Built) -> None:
-        for rows in (one.prompts, one.film) if one.tiny.video else (one.prompts,):
+        # In a direct forward transformers 5.22 loses the count of frames that Gemma 4 asks for; in generate it does not.
+        lost = way == "forward" and one.case.family.name == "Gemma 4" and Version(transformers.__version__) < Version("5.23")
+        for rows in (one.prompts, one.film) if one.tiny.video and not lost else (one.prompts,):
             batch = families.batch(one.tiny, *rows)
             spans = spans_seen(one, way, batch)
             assert [s.length for s in spans] == [n for row in rows for part in row if isinstance(part, Picture) for n in part.spans]
