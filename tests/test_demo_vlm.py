@@ -13,6 +13,8 @@ from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.eval.metrics import accuracy
 from kvcapsule.models import ModelError, load_vlm
 from kvcapsule.training.demo_vlm.data import IGNORE, PatchCollator, TurnCollator
+from kvcapsule.training.demo_vlm.run import DemoVlmConfig
+from kvcapsule.training.demo_vlm.run import main as train
 from kvcapsule.training.demo_vlm.stages import PatchStage, ReaderStage
 
 MODEL_BYTES = 12 * 2**20
@@ -118,3 +120,14 @@ def test_the_answer_depends_on_the_image(shipped_vlm) -> None:
     inputs = encode(processor, [conversation([page("test", i).image], q.prompt) for i, q in enumerate(asked)])
     answers = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert not torch.equal(answers[0], answers[1])
+
+
+def test_training_goes_on_from_a_trained_model(tmp_path) -> None:
+    """One step on full pages; stage 1 is left out, and what is saved reads as a model."""
+    before = {name: p.clone() for name, p in load_vlm("pages-vlm", device="cpu")[0].named_parameters()}
+    config = DemoVlmConfig(str(tmp_path / "out"), str(tmp_path / "work"), str(shipped("pages-vlm")), reader_steps=1, batch=1, threads=1)
+    train(config)
+    assert not (tmp_path / "work" / "patches").exists()
+    after = dict(load_vlm(str(tmp_path / "out"), device="cpu")[0].named_parameters())
+    moved = [float((after[name] - p).abs().max()) for name, p in before.items()]
+    assert 0 < max(moved) < 1e-3

@@ -30,6 +30,8 @@ class DemoVlmConfig:
     """Where the finished model and processor go."""
     work: str = "runs/pages-vlm"
     """Where Lightning's checkpoints and logs go."""
+    start: str | None = None
+    """A folder with a trained model to go on from, such as checkpoints/pages-vlm; stage 1 and the easy pages are then left out."""
     patch_steps: int = 1700
     """Steps of stage 1 (what each patch shows)."""
     reader_steps: int = 3000
@@ -64,13 +66,18 @@ def main(config: DemoVlmConfig) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(config.threads)
     L.seed_everything(config.seed)
-    processor = build_processor()
-    vlm = build_model(processor.tokenizer, config.seed)
+    if config.start is None:
+        processor = build_processor()
+        vlm = build_model(processor.tokenizer, config.seed)
+    else:
+        processor = LlavaProcessor.from_pretrained(config.start)
+        vlm = LlavaForConditionalGeneration.from_pretrained(config.start).train()
     work = Path(config.work)
     patches, easy, turns = PatchCollator(processor), TurnCollator(processor, EASY_LINES), TurnCollator(processor)
-    _fit(PatchStage(vlm, config.patch_steps), _Data(lambda _: patches, 0, config.patch_batch), work / "patches")
+    if config.start is None:
+        _fit(PatchStage(vlm, config.patch_steps), _Data(lambda _: patches, 0, config.patch_batch), work / "patches")
     first = config.patch_steps * config.patch_batch
-    data = _Data(lambda step: easy if step < config.easy_steps else turns, first, config.batch)
+    data = _Data(lambda step: easy if config.start is None and step < config.easy_steps else turns, first, config.batch)
     _fit(ReaderStage(vlm, config.reader_steps), data, work / "reader")
     save(vlm, processor, Path(config.output))
 
