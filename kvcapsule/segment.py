@@ -22,7 +22,7 @@ class Packed(Protocol):
         """[E, H, M, D] of the rows as read."""
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """The rows, [E, H, M, D]."""
+        """The rows, [E, H, M, D]; or [E, S, M, D], where each of S sets of neighbouring heads stores its rows once."""
 
     def select(self, index: torch.Tensor) -> "Packed":
         """The entries `index`."""
@@ -42,6 +42,12 @@ Rows = torch.Tensor | Packed
 
 def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
     """Rows as a tensor [E, H, M, D]."""
+    by_set = read_sets(rows, dtype)
+    return by_set.repeat_interleave(rows.shape[1] // by_set.shape[1], dim=1) if by_set.shape[1] < rows.shape[1] else by_set
+
+
+def read_sets(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """Rows as a tensor [E, S, M, D]: what neighbouring heads have in common stands there once."""
     return rows.to(dtype) if isinstance(rows, torch.Tensor) else rows.read(dtype)
 
 

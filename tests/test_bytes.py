@@ -95,7 +95,7 @@ def test_nothing_of_full_length_is_built(
     assert written_out(witness.made) == []
     shapes = {shape for _, shape in witness.made}
     assert torch.Size((TILES, HEADS, GROUP, STORED)) in shapes, "scores of the stored rows"
-    assert torch.Size((TILES, HEADS, GROUP, 1, TILE)) in shapes, "scores of all tokens: one number a token and query"
+    assert torch.Size((TILES, HEADS, GROUP, TILE)) in shapes, "scores of all tokens: one number a token and query"
 
 
 @pytest.mark.parametrize("joint", [1, 2])
@@ -106,8 +106,9 @@ def test_codes_are_read_without_building_the_tile(
     witness = watch_step(model, random_transform(TILE, (16, 12), (24, 20), joint_heads=joint), batch, monkeypatch)
     assert written_out(witness.made) == []
     shapes = {shape for _, shape in witness.made}
-    assert torch.Size((TILES, HEADS, 16, 12)) in shapes and torch.Size((TILES, HEADS, 24, 20)) in shapes
-    assert torch.Size((TILES, HEADS, GROUP, 1, TILE)) in shapes, "scores of all tokens: one number a token and query"
+    sets = HEADS // joint
+    assert torch.Size((TILES, sets, 16, 12)) in shapes and torch.Size((TILES, sets, 24, 20)) in shapes
+    assert torch.Size((TILES, HEADS, GROUP, TILE)) in shapes, "scores of all tokens: one number a token and query"
 
 
 def test_maps_are_not_copied_for_every_tile(

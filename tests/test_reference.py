@@ -9,7 +9,7 @@ import torch
 
 from kvcapsule.codec.cells import CodedRows
 from kvcapsule.codec.kvcapsule import MlpRows
-from kvcapsule.kernels.reference import Partial, attend, merge, segment_partial
+from kvcapsule.kernels.reference import attend
 from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Segment
 
@@ -164,10 +164,6 @@ def test_an_entry_without_a_visible_token_weighs_nothing(random_segment: Callabl
     empty = random_segment("raw", [0, 1])
     empty = Segment(empty.keys, empty.values, empty.owner, mask=torch.tensor([[False] * 7, [True] + [False] * 6]))
     query = query_of(1, 1)
-    partial = segment_partial(query.view(3, HEADS, 1, 1, DIM), empty, SCALE)
-    assert (partial.lse[0] == -torch.inf).all()
-    assert partial.lse[1].isfinite().all()
-    assert partial.out.isfinite().all()
     raw = random_segment("raw", [0, 1, 2], 1)
     torch.testing.assert_close(attend(query, [empty, raw], SCALE)[[0, 2]], attend(query, [raw], SCALE)[[0, 2]], rtol=0, atol=1e-15)
 
@@ -182,11 +178,11 @@ def test_scores_of_thousands_neither_overflow_nor_vanish(random_segment: Callabl
     assert half.isfinite().all()
 
 
-def test_merge_is_the_joint_softmax() -> None:
-    """Two entries with the masses 1 and 3 weigh 1/4 and 3/4."""
-    out = torch.tensor([8.0, 4.0]).view(2, 1, 1, 1, 1)
-    partial = Partial(out, torch.tensor([1.0, 3.0]).log().view(2, 1, 1, 1), torch.tensor([0, 0]))
-    torch.testing.assert_close(merge([partial], 1, 1), torch.full((1, 1, 1, 1, 1), 5.0))
+def test_segments_share_one_softmax() -> None:
+    """Two entries of a row with the masses 1 and 3 weigh 1/4 and 3/4."""
+    masses, values = torch.tensor([1.0, 3.0]).log().view(2, 1, 1), torch.tensor([8.0, 4.0]).view(2, 1, 1, 1)
+    two = Segment(torch.zeros(2, 1, 1, 1), values, torch.tensor([0, 0]), bias=masses)
+    torch.testing.assert_close(attend(torch.ones(1, 1, 1, 1), [two], SCALE), torch.full((1, 1, 1, 1), 5.0))
 
 
 def test_errors(random_segment: Callable[..., Segment]) -> None:

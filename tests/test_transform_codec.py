@@ -8,6 +8,7 @@ import pytest
 import slow_decode
 import torch
 from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand, random_widths, transform_capsule
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
@@ -426,7 +427,7 @@ def test_encoding_costs_the_multiply_adds_that_it_says() -> None:
     """Counted by PyTorch on the codecs themselves."""
     capsule, of = transform_capsule(), prefill()
     tiles = sum(span.length // TILE for span in of.spans)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         for codec in capsule.layers:
             for part, x in ((codec.keys, of.keys), (codec.values, of.values)):
                 part.transform.coefficients(torch.cat([x[:1, :, :TILE]] * tiles))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from kvcapsule import Capsule
 from kvcapsule.codec.transform import Transform
-from kvcapsule.segment import Segment
+from kvcapsule.segment import Segment, read
 from kvcapsule.training.allocation import DISTORTION, allocate, cell_variance, distortion, step_size
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error
@@ -94,7 +94,7 @@ def test_straight_through_is_what_reading_the_codes_gives_and_moves_every_parame
         transform.widths.copy_(torch.tensor([[0, 1, 2, 3, 8]]).expand(2, 1, 5))
     x = rand(3, 4, 12, 6, seed=3).float()
     rows = coded(transform, x)
-    torch.testing.assert_close(rows, transform.encode(x).read(torch.float32))
+    torch.testing.assert_close(rows, read(transform.encode(x), torch.float32))
     rows.square().sum().backward()
     for name in ("tokens_in", "channels_in", "offset", "step"):
         gradient = getattr(transform, name).grad

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kvcapsule.codec.compact import CompactLayer, Reading, Selector, targets
-from kvcapsule.kernels.reference import segment_partial
+from kvcapsule.kernels.reference import segment_scores
 from kvcapsule.segment import Segment
 
 from .harvest import LayerHarvest
@@ -73,9 +73,11 @@ def _shares(layer: LayerHarvest) -> torch.Tensor:
     batch, query_heads, n_queries, dim = layer.query.shape
     heads = layer.keys.shape[1]
     query = layer.query.float().view(batch, heads, query_heads // heads, n_queries, dim)
-    tiles = segment_partial(query, Segment(layer.keys, layer.values, layer.owner, frame=layer.frame), layer.scale).lse
-    rest = segment_partial(query, layer.rest, layer.scale, layer.visible)
-    lse, owner = torch.cat([tiles, rest.lse]), torch.cat([layer.owner, rest.owner])
+    groups = query.shape[2:4]
+    of_tiles = Segment(layer.keys, layer.values, layer.owner, frame=layer.frame)
+    tiles = segment_scores(query, of_tiles, layer.scale).logsumexp(-1).unflatten(2, groups)
+    rest = segment_scores(query, layer.rest, layer.scale, layer.visible).logsumexp(-1).unflatten(2, groups)
+    lse, owner = torch.cat([tiles, rest]), torch.cat([layer.owner, layer.rest.owner])
     index = owner.view(-1, 1, 1, 1).expand_as(lse)
     top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
     whole = torch.zeros_like(top).index_add(0, owner, (lse - top[owner]).exp())

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from ..kernels import pack
-from ..packing import GROUP, WIDTHS, unpack
+from ..packing import GROUP, WIDTHS, spread
 
 
 class CellClass:
@@ -81,6 +81,23 @@ class Coding:
             cells[kind.cells] += 16 * first
         return cells.view(self.widths.shape)
 
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """[S * C * G] int32: where the cell of each set, channel and group stands among the coded ones; behind the last for none."""
+        coded = (
+            torch.cat([kind.cells for kind in self.layout.classes]) if self.layout.classes else self.widths.new_zeros(0, dtype=torch.int64)
+        )
+        places = torch.full((self.widths.numel(),), len(coded), dtype=torch.int32, device=self.widths.device)
+        places[coded] = torch.arange(len(coded), dtype=torch.int32, device=self.widths.device)
+        return places.view(self.widths.shape).transpose(1, 2).flatten()
+
+    def scale(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step and zero, [S, C, G, 8] each: coefficient = step * code + zero."""
+        step = self._rows(self.step.to(dtype))
+        middle = step * (2.0 ** self._rows(self.widths.to(dtype)) - 1) / 2
+        step, zero = (x.transpose(1, 2).unflatten(2, (-1, GROUP)).contiguous() for x in (step, self.offset.to(dtype) - middle))
+        return step, zero
+
     def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has none."""
         width = self._rows(self.widths).to(coefficients.dtype)
@@ -116,15 +133,16 @@ class CodedRows:
         return torch.Size((self.packed.shape[0], sets * self.coding.heads, groups * GROUP, channels))
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """[E, S, 8 G, C]: one matrix for the heads of a set."""
         coding = self.coding
         sets, groups, channels = coding.widths.shape
-        step = coding.step.flatten().to(dtype)
-        cells = torch.zeros(self.packed.shape[0], sets * groups * channels, GROUP, dtype=dtype, device=self.packed.device)
-        for kind in coding.layout.classes:
-            codes = unpack(self.packed[:, kind.run].unflatten(1, (-1, kind.width)), kind.width).to(dtype)
-            cells[:, kind.cells] = (codes - (2**kind.width - 1) / 2) * step[kind.cells, None]
-        rows = cells.view(-1, sets, groups, channels, GROUP).transpose(3, 4).flatten(2, 3) + coding.offset.to(dtype)
-        return rows[:, :, None].expand(-1, -1, coding.heads, -1, -1).flatten(1, 2)
+        words = [spread(self.packed[:, kind.run].unflatten(1, (-1, kind.width)), kind.width) for kind in coding.layout.classes]
+        words.append(torch.zeros(len(self.packed), 1, dtype=torch.int64, device=self.packed.device))
+        # Cells move as words of eight codes, and are numbers only where they belong.
+        codes = torch.cat(words, dim=1).index_select(1, coding.order)[..., None].view(torch.uint8)
+        rows = codes.view(-1, sets, channels, groups, GROUP).to(dtype)
+        step, zero = coding.scale(dtype)
+        return rows.mul_(step).add_(zero).flatten(3).transpose(2, 3)
 
     def select(self, index: torch.Tensor) -> "CodedRows":
         return CodedRows(self.packed[index], self.coding)

@@ -1,28 +1,16 @@
-"""Attention over a list of segments in plain PyTorch: the ground truth. Scores, softmax and merge are in fp32 (fp64 for fp64 queries).
+"""Attention over a list of segments in plain PyTorch: the ground truth, and what runs on the CPU. fp32 throughout (fp64 for fp64 queries).
 
-Nothing here expands keys or values along the token axis: only scores and probabilities (one number a token and query) have the logical
-length, but for packed rows, whose `read` says itself what it builds.
+Nothing here expands keys or values along the token axis: only scores and weights (one number a token and query) have the logical length,
+but for packed rows, whose `read` says itself what it builds. Maps that a layer's tiles share are applied to all tiles at once, and those
+behind the values to a batch row's sum over its tiles. Nothing waits for the device or depends on what tensors hold, so a step can be
+compiled or captured.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-from ..segment import Segment, read
-
-
-class Partial(NamedTuple):
-    """Attention over one segment's entries alone: their outputs and the log of their softmax mass."""
-
-    out: torch.Tensor
-    """[E, H, G, Q, D]."""
-    lse: torch.Tensor
-    """[E, H, G, Q]; -inf where an entry has no visible token."""
-    owner: torch.Tensor
-    """[E]."""
-    head: torch.Tensor | None = None
-    """[E]: the KV head of each entry, where H is 1 and the query has more."""
+from ..segment import Segment, read_sets
 
 
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,7 +18,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
 
     Args:
         query: [B, H * G, Q, D], rotated as the model does.
-        segments: at least one token must be visible to every query, and one segment must hold all KV heads (the tail does).
+        segments: one segment must hold all KV heads (the tail does). A query that sees no token at all, as padding may, gets 0.
         scale: factor of the scores.
         visible: [E, Q, N] bool of the LAST segment (the tail): which of its tokens each query sees. None: all.
 
@@ -47,45 +35,104 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     q_BHGQD = query.to(work).view(batch, heads, query_heads // heads, n_queries, dim)
     last = len(segments) - 1
-    partials = [
-        segment_partial(q_BHGQD, s.for_query(q_BHGQD, scale), scale, visible if i == last else None) for i, s in enumerate(segments)
-    ]
-    return merge(partials, batch, heads).view(batch, query_heads, n_queries, dim).to(query.dtype)
+    fetched = [(s.for_query(q_BHGQD, scale), visible if i == last else None) for i, s in enumerate(segments)]
+    # Segments without a token add nothing, and have no greatest score.
+    parts = [(s, seen, _slots(s, heads)) for s, seen in fetched if s.tokens and len(s.owner)]
+    scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen, _ in parts]
+    top = _greatest(scores, [slot for _, _, slot in parts], batch * heads, q_BHGQD)
+    out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[1], dim), torch.zeros_like(top)
+    for (segment, seen, slot), score in zip(parts, scores, strict=True):
+        weights = (score - top[slot].view(*score.shape[:3], 1)).exp_()
+        sums = weights.sum(dim=-1).flatten(0, 1)
+        mass = mass.index_add(0, slot, sums)
+        out = out + _weighted(weights, sums, segment, slot, seen, (batch, heads))
+    out = out / mass.clamp_min(torch.finfo(work).tiny).view(*out.shape[:3], 1)
+    return out.view(batch, query_heads, n_queries, dim).to(query.dtype)
 
 
-def segment_partial(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None) -> Partial:
-    """Attention over one segment, normalised within each entry."""
+def segment_partial(
+    q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over each entry of a segment alone, [E, H, G * Q, D], and the log of its softmax mass: -inf where no token is visible."""
+    scores = segment_scores(q_BHGQD, segment, scale, visible)
+    nothing = scores.amax(dim=-1) == torch.finfo(scores.dtype).min
+    lse = scores.logsumexp(dim=-1)
+    weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0.0)
+    entries, heads = scores.shape[:2]
+    each = torch.arange(entries * heads, device=scores.device)
+    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, each, visible, (entries, heads))
+    return out, lse.masked_fill(nothing, -torch.inf)
+
+
+def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores of a segment's tokens, [E, H, G * Q, N]; those of tokens that a query does not see are the least number of the dtype."""
     work = q_BHGQD.dtype
-    groups, n_queries = q_BHGQD.shape[2], q_BHGQD.shape[3]
+    groups, hidden = q_BHGQD.shape[2:4], torch.finfo(work).min
     q = q_BHGQD[segment.owner] if segment.head is None else q_BHGQD[segment.owner, segment.head][:, None]
-    q = q.flatten(2, 3)  # [E, H, G * Q, D]
+    q = q.flatten(2, 3)
     if segment.frame is not None:
         q = segment.frame.back(q)
     if segment.q_map is not None:
         q = _mapped(q, segment.q_map)
-    scores = (q * scale) @ read(segment.keys, work).transpose(-1, -2)
+    scores = _times(q * scale, read_sets(segment.keys, work).transpose(-1, -2))
     if segment.score_map is not None:
         scores = _mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
         scores = scores + segment.bias.to(work)[:, :, None]
-    scores = scores.unflatten(2, (groups, n_queries))
     if segment.mask is not None:
-        scores = scores.masked_fill(~segment.mask[:, None, None, None], -torch.inf)
+        scores = scores.masked_fill(~segment.mask[:, None, None], hidden)
     if visible is not None:
-        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    top = scores.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(work).min)
-    weights = (scores - top).exp()
-    mass = weights.sum(dim=-1)
-    probabilities = (weights / mass.clamp_min(torch.finfo(work).tiny)[..., None]).flatten(2, 3)
-    total = probabilities.sum(dim=-1, keepdim=True)
+        scores = scores.unflatten(2, groups).masked_fill(~visible[:, None, None], hidden).flatten(2, 3)
+    return scores
+
+
+def _greatest(scores: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], count: int, query: torch.Tensor) -> torch.Tensor:
+    """[B * H, G * Q]: each query's greatest score over all segments; infinite where it sees no token, so that nothing weighs anything."""
+    hidden = torch.finfo(query.dtype).min
+    top = query.new_full((count, query.shape[2] * query.shape[3]), hidden)
+    for score, slot in zip(scores, slots, strict=True):
+        # What it is does not matter to the result, so no gradient goes through it.
+        peak = score.detach().amax(dim=-1).flatten(0, 1)
+        top = top.scatter_reduce(0, slot[:, None].expand_as(peak), peak, "amax")
+    return top.masked_fill(top == hidden, torch.inf)
+
+
+def _weighted(
+    weights: torch.Tensor, sums: torch.Tensor, segment: Segment, slot: torch.Tensor, visible: torch.Tensor | None, shape: tuple[int, int]
+) -> torch.Tensor:
+    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; sums [E * H, G * Q] of these."""
+    batch, heads = shape
     if segment.value_map is not None:
-        probabilities = _mapped(probabilities, segment.value_map)
-    out = probabilities @ _seen_values(segment, visible, work)
+        weights = _mapped(weights, segment.value_map)
+    parts = _times(weights, _seen_values(segment, visible, weights.dtype)).flatten(0, 1)
+    if segment.mask is not None and segment.value_map is not None:
+        # An entry that has no token at all may hold anything.
+        parts = parts.masked_fill((sums == 0)[..., None], 0.0)
+    out = parts.new_zeros(batch * heads, *parts.shape[1:]).index_add(0, slot, parts).view(batch, heads, *parts.shape[1:])
     if segment.value_mean is not None:
-        out = out + total * segment.value_mean.to(work)[:, None]
-    if segment.out_map is not None:
-        out = _mapped(out, segment.out_map)
-    return Partial(out.unflatten(2, (groups, n_queries)), mass.log() + top[..., 0], segment.owner, segment.head)
+        mass = sums.new_zeros(batch * heads, sums.shape[1]).index_add(0, slot, sums)
+        out = out + mass.view(batch, heads, -1, 1) * segment.value_mean.to(out.dtype)[:, None]
+    if segment.out_map is None:
+        return out
+    if segment.head is None:
+        return _mapped(out, segment.out_map)
+    # Single heads have one map between them.
+    return _mapped(out.flatten(0, 1)[:, None], segment.out_map).view(batch, heads, *out.shape[2:3], -1)
+
+
+def _slots(segment: Segment, heads: int) -> torch.Tensor:
+    """[E * H]: the batch row and KV head, counted through, that each entry's head belongs to."""
+    if segment.head is not None:
+        return segment.owner * heads + segment.head
+    return (segment.owner[:, None] * heads + torch.arange(heads, device=segment.owner.device)).flatten()
+
+
+def _times(x_EHRM: torch.Tensor, rows_ESMN: torch.Tensor) -> torch.Tensor:
+    """x rows, [E, H, R, N], where neighbouring heads may have rows in common: these are then read once."""
+    heads, sets = x_EHRM.shape[1], rows_ESMN.shape[1]
+    product: torch.Tensor = x_EHRM.unflatten(1, (sets, -1)).flatten(2, 3) @ rows_ESMN
+    by_head: torch.Tensor = product.unflatten(2, (heads // sets, -1))
+    return by_head.flatten(1, 2)
 
 
 def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
@@ -95,8 +142,8 @@ def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
 
 
 def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dtype) -> torch.Tensor:
-    """The stored values, zero where no query sees the token: a probability of 0 would not silence what is not a number there."""
-    values = read(segment.values, work)
+    """The stored values, zero where no query sees the token: a weight of 0 would not silence what is not a number there."""
+    values = read_sets(segment.values, work)
     if segment.value_map is not None:
         return values
     if segment.mask is not None:
@@ -104,26 +151,3 @@ def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dty
     if visible is not None:
         values = values.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
     return values
-
-
-def merge(partials: Sequence[Partial], batch: int, heads: int) -> torch.Tensor:
-    """Join partial attentions by log-sum-exp into [B, H, G, Q, D]."""
-    out = torch.cat([p.out.flatten(0, 1) for p in partials])
-    lse = torch.cat([p.lse.flatten(0, 1) for p in partials])
-    slot = torch.cat([_slots(p, heads) for p in partials])
-    index = slot.view(-1, 1, 1).expand_as(lse)
-    # A query that sees nothing at all (padding) gets 0, not what is not a number.
-    slots = (batch * heads, *lse.shape[1:])
-    top = lse.new_full(slots, -torch.inf).scatter_reduce(0, index, lse, "amax").clamp_min(torch.finfo(lse.dtype).min)
-    share = (lse - top[slot]).exp()
-    mass = torch.zeros_like(top).index_add(0, slot, share)
-    weighted = (out * share[..., None]).masked_fill((share == 0)[..., None], 0.0)
-    joined = out.new_zeros((*slots, out.shape[-1])).index_add(0, slot, weighted)
-    return (joined / mass.clamp_min(torch.finfo(lse.dtype).tiny)[..., None]).view(batch, heads, *out.shape[1:])
-
-
-def _slots(partial: Partial, heads: int) -> torch.Tensor:
-    """[E * H]: the row and KV head, counted through, that each piece belongs to."""
-    if partial.head is not None:
-        return partial.owner * heads + partial.head
-    return (partial.owner[:, None] * heads + torch.arange(heads, device=partial.owner.device)).flatten()

@@ -93,9 +93,9 @@ def _by_reference(call: Call, segment: Segment, visible: torch.Tensor | None) ->
 
     def write(out: torch.Tensor, lse: torch.Tensor) -> None:
         query = call.query.float().unflatten(1, (call.heads, -1))
-        partial = reference.segment_partial(query, segment, call.scale, visible)
-        out.copy_(partial.out.reshape(out.shape))
-        lse.copy_(partial.lse.reshape(lse.shape) * LOG2E)
+        found, mass = reference.segment_partial(query, segment, call.scale, visible)
+        out.copy_(found.reshape(out.shape))
+        lse.copy_(mass.reshape(lse.shape) * LOG2E)
 
     return Producer([Part(index_of(segment, call.batch, call.heads), segment.owner.numel() * segment.keys.shape[1], 1)], write)
 
