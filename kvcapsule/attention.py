@@ -40,6 +40,8 @@ class PendingLayer(Protocol):
 _pending: ContextVar[PendingLayer | None] = ContextVar("kvcapsule_pending", default=None)
 _over_segments: ContextVar[bool] = ContextVar("kvcapsule_over_segments", default=False)
 """Whether the present forward of this thread is over a CapsuleCache that holds something."""
+_traced: list[PendingLayer] = []
+"""The pending layer while a forward is traced, which happens in one thread at a time: the compiler cannot follow context variables."""
 _own: dict[int, str] = {}
 """The model's own attention, by the id of each config that its layers hold, while the model is attached."""
 _UNREAD = {"softcap": "caps its attention scores", "s_aux": "has attention sinks", "position_bias": "adds a bias to its attention scores"}
@@ -67,8 +69,9 @@ def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator
 
 
 def read_segments(yes: bool) -> None:
-    """Say whether the forward that begins reads segments, for the masks that it makes before its first layer."""
-    _over_segments.set(yes)
+    """Say whether the mask that is made next is read over segments. A compiled forward is a decode step, which does nothing else."""
+    if not torch.compiler.is_compiling():
+        _over_segments.set(yes)
 
 
 def announce(layer: PendingLayer) -> None:
@@ -77,6 +80,9 @@ def announce(layer: PendingLayer) -> None:
     Raises:
         RuntimeError: if the layer announced before was never read.
     """
+    if torch.compiler.is_compiling():
+        _traced.append(layer)
+        return
     if _pending.get() is not None:
         _pending.set(None)
         raise RuntimeError(
@@ -108,8 +114,7 @@ def capsule_attention(
     Raises:
         NotImplementedError: for layers that ask for what attention over segments does not do.
     """
-    layer = _pending.get()
-    _pending.set(None)
+    layer = _taken()
     if layer is None:
         return _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
     for option, what in _UNREAD.items():
@@ -126,6 +131,15 @@ def capsule_attention(
         out = layer.attend(query, scale, attention_mask).transpose(1, 2).contiguous()
     layer.commit(query, scale)
     return out, weights
+
+
+def _taken() -> PendingLayer | None:
+    """The pending layer of this thread, which is no longer so."""
+    if torch.compiler.is_compiling():
+        return _traced.pop() if _traced else None
+    layer = _pending.get()
+    _pending.set(None)
+    return layer
 
 
 def _own_attention(
@@ -171,7 +185,7 @@ def _function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
 def capsule_mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
     """transformers' mask interface: the mask of the model's own attention, or a boolean one where segments are read."""
     # Layers with a window (local_size) are the model's own cache layers, which its own attention reads.
-    if _over_segments.get() and kwargs.get("local_size") is None:
+    if (torch.compiler.is_compiling() or _over_segments.get()) and kwargs.get("local_size") is None:
         return sdpa_mask(*args, config=config, **kwargs)
     own: Callable[..., Any] | None = AttentionMaskInterface().get(_own_name(config))
     # As transformers does, no mask for an attention that has no mask function.

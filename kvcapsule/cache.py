@@ -15,9 +15,10 @@ from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
 from .segment import Segment, storage_bytes
 from .spans import VisualSpan, find_spans
+from .tail import StaticTail, Tail
 
-_TAIL_STEP = 64
-"""Tokens by which a full tail buffer grows."""
+_SPARE = 64
+"""Tokens by which a tail may be longer than a revision needs before its buffer is given back."""
 
 
 class CacheBytes(NamedTuple):
@@ -61,19 +62,18 @@ class CapsuleLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    keys: torch.Tensor
-    """[B, H, room, D]: the tail's buffer, of which tail_length tokens are written."""
-    values: torch.Tensor
-    """As keys."""
+    tail: Tail
+    """Made by the first `update`."""
 
-    def __init__(self, index: int, method: Method) -> None:
+    def __init__(self, index: int, method: Method, room: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.index, self.method = index, method
+        self.index, self.method, self.room = index, method, room
+        self.is_compileable = room is not None
         self.turn = Turn([], None, None, {}, LayerByLayer(method), {index: self})
         self.visual: list[Segment] = []
         self.text: list[Segment] = []
-        self.length = 0
-        self.tail_length = 0
+        self.before = 0
+        """Tokens that came before the tail."""
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._revises = method if isinstance(method, Revises) else None
         self._seen: torch.Tensor | None = None
@@ -84,16 +84,18 @@ class CapsuleLayer(CacheLayerMixin):
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
         self.record_past = False
         self._held: LayerPrefill | None = None
-        self._owner: torch.Tensor | None = None
 
     @property
     def fresh(self) -> bool:
-        return self.length == 0
+        return self.before == 0 and (not self.is_initialized or self.tail_length == 0)
+
+    @property
+    def tail_length(self) -> int:
+        return self.tail.length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
+        self.tail = Tail(key_states, value_states) if self.room is None else StaticTail(key_states, value_states, self.room)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,26 +115,18 @@ class CapsuleLayer(CacheLayerMixin):
             # A new image behind a compressed past: the tail is closed as text, the new tokens are read raw and compressed afterwards.
             self._close_tail(mask, new)
             tail = _rows(keys, values)
+            visible: torch.Tensor | None = _latest(mask, new, query.device)
         else:
-            self._append(keys, values)
+            self.tail.append(keys, values)
             self._new = None
-            tail = Segment(self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length], self._every_row())
-        visible = _visible(mask, query.shape[2], tail.tokens, query.device)
+            tail, visible = self.tail.segment(), self.tail.visible(mask, query.shape[2])
         if visible is not None:
             visible = visible.expand(query.shape[0], -1, -1)
         # The last query sees every token but padding.
         self._seen = None if visible is None or self._revises is None else visible[:, -1]
         return attend(query, [*self.visual, *self.text, tail], scale, visible)
 
-    def _every_row(self) -> torch.Tensor:
-        """The tail's owner [B]; the same tensor at every step, by which kernels know it again."""
-        if self._owner is None or len(self._owner) != self.keys.shape[0] or self._owner.device != self.keys.device:
-            self._owner = torch.arange(self.keys.shape[0], device=self.keys.device)
-        return self._owner
-
     def commit(self, query: torch.Tensor, scale: float) -> None:
-        new = query.shape[2]
-        self.length += new
         hidden, self.hidden = self.hidden, None
         self._remember(query)
         if self._new is None:
@@ -140,6 +134,8 @@ class CapsuleLayer(CacheLayerMixin):
             return
         keys, values = self._new
         self._new = None
+        new = keys.shape[2]
+        self.before += new
         valid = self.turn.valid
         if valid is None:
             valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
@@ -189,27 +185,31 @@ class CapsuleLayer(CacheLayerMixin):
         if self._closed + self.tail_length < every or self.tail_length < min(self._revises.window, every):
             return
         assert self.queries is not None
-        keys, values = self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
+        keys, values = self.tail.written()
         seen = torch.ones(keys.shape[0], self.tail_length, dtype=torch.bool, device=keys.device) if self._seen is None else self._seen
         written = Written(self.index, self.visual, self.text, keys, values, seen, self.queries, scale)
         self.visual, self.text = self._revises.revise(written)
-        self.tail_length = self._closed = 0
-        if self.keys.shape[2] > every + _TAIL_STEP:
-            # Many tokens in one forward made the buffer longer than it will be needed.
-            self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+        self.before += self.tail_length
+        self._closed = 0
+        # Many tokens in one forward may have made the buffer longer than it will be needed.
+        self.tail.clear(most=every + _SPARE)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        """Of the mask of the next forward, and where it begins: over segments, of the tail alone."""
+        return (self.tail.mask_length(query_length), self.before) if self.is_initialized and self.before else (query_length, 0)
 
     def get_seq_length(self) -> int:
-        """The logical length: tokens that the model believes it has seen."""
-        return self.length
+        """The logical length: tokens that the model believes it has seen; on the device (a tensor) where the tail is static."""
+        if not self.is_initialized:
+            return 0
+        # transformers' own static layers return a tensor too: nothing then waits for the device, and no step is another program.
+        return self.before + (self.tail.count if isinstance(self.tail, StaticTail) else self.tail.length)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.__init__(self.index, self.method)  # type: ignore[misc]
+        self.__init__(self.index, self.method, self.room)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of the tail (a negative number, as transformers passes it).
@@ -223,25 +223,24 @@ class CapsuleLayer(CacheLayerMixin):
         count = -tokens_to_remove
         if self._held is not None:
             self.settle(drop=count)
-            self.length -= count
+            self.before -= count
             return
         if count > self.tail_length:
             raise ValueError(
                 f"cannot remove {count} tokens: only the {self.tail_length} written since prefill are stored raw, the prompt is compressed."
             )
-        self.tail_length -= count
-        self.length -= count
+        self.tail.crop(count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            self._select(torch.arange(self.tail.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
-            self._select(torch.arange(self.keys.shape[0])[indices.cpu()])
+            self._select(torch.arange(self.tail.keys.shape[0])[indices.cpu()])
 
     def offload(self) -> None:
         """Move what is stored to the host's memory, until `prefetch` or the next token fetches it; the codecs' maps stay where they are."""
@@ -251,47 +250,38 @@ class CapsuleLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Fetch back what `offload` moved."""
-        if self.is_initialized and self.keys.device != self.device:
+        if self.is_initialized and self.tail.keys.device != self.device:
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
         self.visual, self.text = [s.to(device) for s in self.visual], [s.to(device) for s in self.text]
-        self.keys, self.values = self.keys.to(device), self.values.to(device)
+        self.tail.move(device)
 
     def _select(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
             return
         self.settle()
-        rows = rows.to(self.keys.device)
+        rows = rows.to(self.tail.keys.device)
         self.visual = [s.select(rows) for s in self.visual]
         self.text = [s.select(rows) for s in self.text]
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        self.tail.select(rows)
         if self.queries is not None:
             self.queries = self.queries.index_select(0, rows)
-
-    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        needed = self.tail_length + keys.shape[2]
-        if needed > self.keys.shape[2]:
-            room = max(needed, self.keys.shape[2] + max(_TAIL_STEP, self.keys.shape[2] // 2))
-            self.keys, self.values = _grown(self.keys, self.tail_length, room), _grown(self.values, self.tail_length, room)
-        self.keys[:, :, self.tail_length : needed] = keys
-        self.values[:, :, self.tail_length : needed] = values
-        self.tail_length = needed
 
     def _close_tail(self, mask: torch.Tensor | None, new: int) -> None:
         """Make the tail a text segment and begin an empty one."""
         if self.tail_length == 0:
             return
-        keys, values = self.keys[:, :, : self.tail_length].clone(), self.values[:, :, : self.tail_length].clone()
+        keys, values = (written.clone() for written in self.tail.written())
         seen = None
         if mask is not None:
             # The last query sees every token but padding.
-            seen = mask[:, 0, -1, self.length - self.tail_length : self.length].expand(keys.shape[0], -1)
+            seen = mask[:, 0, -1, : self.tail_length].expand(keys.shape[0], -1)
             seen = None if bool(seen.all()) else seen.clone()
         self.text.append(_rows(keys, values, seen))
         self._closed += self.tail_length
-        self.tail_length = 0
-        self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+        self.before += self.tail_length
+        self.tail.clear()
 
 
 class CapsuleCache(Cache):
@@ -302,16 +292,27 @@ class CapsuleCache(Cache):
     Args:
         config: the VLM's config.
         method: what compresses (Capsule or policy).
+        room: tokens that can be written behind the prompt (answer and the text of later turns). With it the tail is a buffer of this size
+            at a fixed address with its length on the device, and transformers' generate compiles the decode step where it would for its own
+            static cache; without, the tail grows.
 
     Raises:
         GeometryError: for models without a KV geometry (see KVGeometry.from_config).
+        ValueError: for a room that is none, or beside a method that acts again while tokens are written.
     """
 
-    def __init__(self, config: PreTrainedConfig, method: Method) -> None:
+    def __init__(self, config: PreTrainedConfig, method: Method, room: int | None = None) -> None:
         KVGeometry.from_config(config)
+        if room is not None and room < 1:
+            raise ValueError(f"room {room}: give the tokens to be written behind the prompt, at least 1, or None for a tail that grows.")
+        if room is not None and isinstance(method, Revises):
+            raise ValueError(
+                f"{type(method).__name__} acts again while tokens are written, which changes what is stored and is not for a static tail: "
+                "make the CapsuleCache without room."
+            )
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
-        super().__init__(layers=[CapsuleLayer(i, method) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
+        super().__init__(layers=[CapsuleLayer(i, method, room) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
         self.config, self.method = config, method
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapsuleCache":
@@ -324,14 +325,13 @@ class CapsuleCache(Cache):
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
-    def begin(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, inputs: Mapping[str, Any]) -> None:
+    def begin(self, input_ids: torch.Tensor | None, attention_mask: Any, inputs: Mapping[str, Any]) -> None:
         """Prepare for a forward over input_ids [B, N] (those not yet cached); called by the hook that `attach` sets.
 
         Raises:
             ValueError: if the forward brings embeddings alone, from which visual tokens cannot be told.
         """
         attention.forget()
-        attention.read_segments(any(not layer.fresh for layer in self._own()))
         for layer in self._own():
             layer.settle()
         layers = {layer.index: layer for layer in self._own()}
@@ -342,11 +342,20 @@ class CapsuleCache(Cache):
                     "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not show."
                 )
         elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
-            valid = None
-            if attention_mask is not None and attention_mask.dim() == 2:
-                valid = attention_mask[:, -input_ids.shape[1] :].bool()
+            valid = _valid(attention_mask, input_ids.shape[1])
             turn = turn._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
         self._set(turn)
+
+    def end(self) -> None:
+        """The forward is over: what it brought is not of the next; called by the hook that `attach` sets."""
+        for layer in self._own():
+            layer.turn = layer.turn._replace(spans=[])
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must be known."""
+        layer = self.layers[layer_idx]
+        attention.read_segments(isinstance(layer, CapsuleLayer) and not layer.fresh)
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def set_position_embeddings(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """The rotation of the present forward's positions; called by the hook that `attach` sets."""
@@ -367,7 +376,7 @@ class CapsuleCache(Cache):
         own = self._own()
         visual = [s for layer in own for s in layer.visual]
         text = [s for layer in own for s in layer.text]
-        tails = [t for layer in own if layer.is_initialized for t in (layer.keys, layer.values, layer.queries) if t is not None]
+        tails = [t for layer in own if layer.is_initialized for t in (*layer.tail.tensors(), layer.queries) if t is not None]
         tails += [t for layer in own if layer._held is not None for t in (layer._held.query, layer._held.keys, layer._held.values)]
         others = [
             t for layer in self.layers if not isinstance(layer, CapsuleLayer) for t in vars(layer).values() if isinstance(t, torch.Tensor)
@@ -389,20 +398,29 @@ class CapsuleCache(Cache):
             layer.turn = turn
 
 
+def _valid(mask: Any, new: int) -> torch.Tensor | None:
+    """[B, new] bool: which of a forward's tokens are no padding, from a mask of any form that models take; None: all are."""
+    if isinstance(mask, Mapping):
+        # One for each kind of layer: of layers with full attention, the last query sees every token but padding.
+        mask = mask.get("full_attention")
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise NotImplementedError(
+            f"padding cannot be read from a mask of the type {type(mask).__name__}: pass the mask [batch, tokens] of ones and zeros, and "
+            'for a CapsuleCache with room choose model.set_attn_implementation("sdpa") or "eager", before attaching.'
+        )
+    if mask.dim() == 4:
+        last = mask[:, 0, -1]
+        mask = last if last.dtype == torch.bool else last == 0
+    valid: torch.Tensor = mask[:, -new:].bool()
+    return valid
+
+
 def _rows(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> Segment:
     return Segment(keys, values, torch.arange(keys.shape[0], device=keys.device), mask=mask)
 
 
-def _grown(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:
-    grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown
-
-
-def _visible(mask: torch.Tensor | None, queries: int, tail: int, device: torch.device) -> torch.Tensor | None:
-    """Which of the last `tail` logical tokens each query sees: [B or 1, Q, tail] bool, or None for all."""
-    if mask is not None:
-        return mask[:, 0, :, -tail:]
-    if queries == 1:
-        return None
-    return torch.ones(queries, tail, dtype=torch.bool, device=device).tril(tail - queries)[None]
+def _latest(mask: torch.Tensor | None, new: int, device: torch.device) -> torch.Tensor:
+    """Which of the `new` tokens of a forward each of its queries sees: [B or 1, Q, new] bool."""
+    return torch.ones(new, new, dtype=torch.bool, device=device).tril()[None] if mask is None else mask[:, 0, :, -new:]

@@ -12,6 +12,8 @@ from .prefill import Method
 def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
     """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it adds none.
 
+    With cache_implementation="static" the CapsuleCache has room for max_new_tokens.
+
     Raises (when called):
         ValueError: for options that ask for a cache of another kind, or that feed the prompt in pieces.
         NotImplementedError: for attention weights, which attention over segments does not have.
@@ -20,8 +22,12 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
 
     def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None and method is not None and _option(model, args, kwargs, "use_cache") is not False:
+            room = None
+            if kwargs.get("cache_implementation") == "static":
+                room = _room(model, args, kwargs)
+                del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            kwargs["past_key_values"] = CapsuleCache(model.config, method)
+            kwargs["past_key_values"] = CapsuleCache(model.config, method, room)
             if _option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
                 kwargs["past_key_values"].activate_past_recording()
@@ -32,13 +38,21 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
     return generate_with_capsule
 
 
+def _room(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    tokens = _option(model, args, kwargs, "max_new_tokens")
+    if tokens is None:
+        raise ValueError('cache_implementation="static" needs max_new_tokens, for which the cache makes room.')
+    return int(tokens)
+
+
 def _refuse_another_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     kind = _option(model, args, kwargs, "cache_implementation")
     # "hybrid" stands in older generation configs of the Hub; transformers drops it by itself.
     if kind not in (None, "hybrid"):
         raise ValueError(
             f"cache_implementation={kind!r} asks for a cache of transformers' own, and this model is attached to use a CapsuleCache. Leave "
-            "the option out (or set it to None in the generation config that names it), or generate outside the `with attach(...)` block."
+            "the option out (or set it to None in the generation config that names it), or generate outside the `with attach(...)` block. "
+            'generate(..., cache_implementation="static") itself is served: by a CapsuleCache with room for max_new_tokens.'
         )
 
 

@@ -106,6 +106,9 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
     """
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # A compiled forward is a decode step over a cache with room: it brings nothing to prepare for.
+            return
         _forget()
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CapsuleCache):
@@ -115,18 +118,25 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
 
     def rotation(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Models with several kinds of layers make one rotation for each kind; capsules are of full-attention layers.
+        if torch.compiler.is_compiling():
+            return
         kind = kwargs.get("layer_type", next((a for a in args if isinstance(a, str)), _FULL_ATTENTION))
         cache = _active.get()
         if cache is not None and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
             cache.set_position_embeddings(*output)
 
     def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = _active.get()
+        cache = None if torch.compiler.is_compiling() else _active.get()
         if cache is not None:
             cache.set_hidden(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def end(*args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         read_segments(False)
+        cache = _active.get()
+        if cache is not None:
+            cache.end()
         _active.set(None)
 
     # Not every version of PEFT runs the hooks of the model within when the wrapper is called; its generate calls the model within.

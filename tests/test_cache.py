@@ -303,7 +303,7 @@ class TestCacheInterface:
         assert cache.get_seq_length() == length
         step(attached, cache, torch.full((3, 2), 50), longer(mixed["attention_mask"], 2))
         assert [cache.get_seq_length(i) for i in range(4)] == [length + 2] * 4
-        assert cache.get_mask_sizes(5, 0) == (length + 7, 0)
+        assert cache.get_mask_sizes(5, 0) == (7, length), "a mask of the tail alone"
         assert cache.get_max_length() == -1
 
     def test_tail_grows_past_its_first_buffer(self, attached: Model, make_batch: Batch) -> None:

@@ -133,7 +133,7 @@ class TestTensors:
         torch.testing.assert_close(out, plain[order], rtol=0, atol=EXACT)
 
     def test_sequence_length(self, method: Method, attached: Model, batch: BatchFeature) -> None:
-        """get_seq_length, get_mask_sizes and get_query_offset are the DynamicCache's, whatever is stored."""
+        """Lengths and offsets are the DynamicCache's, whatever is stored; the mask ends where its does, and is of the tail alone."""
         own, mask = DynamicCache(config=attached.config), batch["attention_mask"]
         cache = CapsuleCache(attached.config, method)
         for fed, past in ((False, cache), (True, cache)):
@@ -145,7 +145,8 @@ class TestTensors:
                     each.crop(-1)
             for layer in range(4 if fed else 0):
                 assert past.get_seq_length(layer) == own.get_seq_length(layer) == past.get_query_offset(layer)
-                assert past.get_mask_sizes(3, layer) == own.get_mask_sizes(3, layer)
+                assert past.get_mask_sizes(3, layer) == (3, mask.shape[1])
+                assert own.get_mask_sizes(3, layer) == (3 + mask.shape[1], 0)
             assert past.get_seq_length() == own.get_seq_length() == (mask.shape[1] if fed else 0)
             assert (past.get_max_length(), past.is_compileable, len(past)) == (-1, False, 4)
 
@@ -166,7 +167,7 @@ class TestTensors:
         for layer in cache.layers:
             layer._move(torch.device("meta"))
             stored = [t for s in (*layer.visual, *layer.text) for t in s.entry_tensors()]
-            assert all(t.is_meta for t in (*stored, layer.keys, layer.values))
+            assert all(t.is_meta for t in (*stored, *layer.tail.tensors()))
         assert [id(t) for layer in cache.layers for s in layer.visual for t in s.parameter_tensors()] == parameters
         for layer, kept in zip(aside.layers, cache.layers, strict=True):
             assert [t.shape for s in (*layer.visual, *layer.text) for t in s.entry_tensors()] == [

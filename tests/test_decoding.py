@@ -200,7 +200,7 @@ class TestOtherWays:
         with pytest.raises(ValueError, match=rf"{named} requires `trust_remote_code=True`"):
             run(model, Full(), batch, max_new_tokens=2, **options)
 
-    @pytest.mark.parametrize("kind", ["static", "quantized", "offloaded", "dynamic"])
+    @pytest.mark.parametrize("kind", ["offloaded_static", "quantized", "offloaded", "dynamic"])
     @pytest.mark.parametrize("place", ["option", "generation config", "the model's generation config"])
     def test_another_kind_of_cache_is_refused(
         self, kind: str, place: str, model: Model, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch

@@ -380,9 +380,9 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def unset(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(kernels.VARIABLE, raising=False)
-        kernels.backend.cache_clear()
+        kernels._chosen.clear()
         yield
-        kernels.backend.cache_clear()
+        kernels._chosen.clear()
 
     def test_by_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.backend("cpu") == "reference"
@@ -403,11 +403,11 @@ class TestChoice:
         with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
             kernels.backend("cuda")
         monkeypatch.setattr(device, "INTERPRETED", False)
-        kernels.backend.cache_clear()
+        kernels._chosen.clear()
         with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
             kernels.backend("cpu")
         monkeypatch.setenv(kernels.VARIABLE, "reference")
-        kernels.backend.cache_clear()
+        kernels._chosen.clear()
         assert kernels.backend("cuda") == "reference"
 
     def test_a_wrong_name_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +434,7 @@ class TestChoice:
         called = []
         for name in kernels.BACKENDS:
             monkeypatch.setenv(kernels.VARIABLE, name)
-            kernels.backend.cache_clear()
+            kernels._chosen.clear()
             with attach(model, compress):
                 called.append(model.generate(**batch, **options))
         plain, by_kernels = called

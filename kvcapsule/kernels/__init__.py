@@ -8,18 +8,21 @@ predicates of kvcapsule.kernels.fused.plan: nothing falls back because something
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 
 from ..segment import Segment
+from .reference import attend as reference_attend
 
 VARIABLE = "KVCAPSULE_KERNELS"
 BACKENDS = ("reference", "triton")
 
 
-@lru_cache(maxsize=16)
+_chosen: dict[str, str] = {}
+"""The backend of each type of device that was asked for."""
+
+
 def backend(device: str) -> str:
     """The member of BACKENDS that serves tensors of a type of device ("cpu", "cuda").
 
@@ -27,6 +30,12 @@ def backend(device: str) -> str:
         ValueError: for a value of KVCAPSULE_KERNELS that names no backend.
         RuntimeError: if KVCAPSULE_KERNELS asks for triton where it is not installed, or Triton is set up for another device.
     """
+    if device not in _chosen:
+        _chosen[device] = _choose(device)
+    return _chosen[device]
+
+
+def _choose(device: str) -> str:
     asked = os.environ.get(VARIABLE)
     if asked and asked not in BACKENDS:
         raise ValueError(f"{VARIABLE}={asked}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide.")
@@ -53,9 +62,16 @@ def _require_triton(device: str, installed: bool) -> None:
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend, by the backend of the query's device."""
     if backend(query.device.type) == "triton":
-        from .fused.attend import attend as chosen
-    else:
-        from .reference import attend as chosen
+        out: torch.Tensor = _attend_by_triton(query, segments, scale, visible)
+        return out
+    return reference_attend(query, segments, scale, visible)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_by_triton(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None) -> torch.Tensor:
+    """The kernels bring their own launches, which the compiler leaves as they are."""
+    from .fused.attend import attend as chosen
+
     return chosen(query, segments, scale, visible)
 
 
