@@ -68,13 +68,14 @@ def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visibl
     """Scores of a segment's tokens, [E, H, G * Q, N]; those of tokens that a query does not see are the least number of the dtype."""
     work = q_BHGQD.dtype
     groups, hidden = q_BHGQD.shape[2:4], torch.finfo(work).min
-    q = q_BHGQD[segment.owner] if segment.head is None else q_BHGQD[segment.owner, segment.head][:, None]
-    q = q.flatten(2, 3)
+    # Scaled before a row's queries become those of all its tiles.
+    q = q_BHGQD.flatten(2, 3) * scale
+    q = q[segment.owner] if segment.head is None else q[segment.owner, segment.head][:, None]
     if segment.frame is not None:
         q = segment.frame.back(q)
     if segment.q_map is not None:
         q = _mapped(q, segment.q_map)
-    scores = _times(q * scale, read_sets(segment.keys, work).transpose(-1, -2))
+    scores = _times(q, read_sets(segment.keys, work).transpose(-1, -2))
     if segment.score_map is not None:
         scores = _mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
