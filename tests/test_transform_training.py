@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from kvcapsule import Capsule
 from kvcapsule.codec.transform import Transform
 from kvcapsule.segment import Segment, read
-from kvcapsule.training.allocation import DISTORTION, allocate, cell_variance, distortion, step_size
+from kvcapsule.training.allocation import DISTORTION, STEP, allocate, cell_reach, cell_variance, distortion, step_size
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main
-from kvcapsule.training.spectra import Moments
+from kvcapsule.training.spectra import CoefficientMoments, Extremes, Moments
 from kvcapsule.training.straight_through import coded
 from kvcapsule.training.through import divergence
+from kvcapsule.training.transform import Unit
 
 QUICK = ["--data.size", "80", "--held_out", "16", "--batch", "8", "--moment_batches", "8", "--codec.tile", "28", "--threads", "1"]
 
@@ -56,7 +57,7 @@ def test_the_tables_are_those_of_a_gaussian(width: int) -> None:
     """Step and distortion by numerical integration of the density over each code's interval."""
     x = torch.linspace(-9, 9, 400_001, dtype=torch.float64)
     density = (-x.square() / 2).exp()
-    step = float(step_size(torch.tensor([width]), torch.ones(1, dtype=torch.float64)))
+    step = float(step_size(torch.tensor([width]), torch.ones(1, dtype=torch.float64), torch.ones(1)))
 
     def lost(step: float) -> float:
         codes = (x / step).floor().clamp(-(2 ** (width - 1)), 2 ** (width - 1) - 1) + 0.5
@@ -82,6 +83,50 @@ def test_a_budget_that_covers_everything_gives_every_cell_eight_bits() -> None:
 def test_a_cells_variance_is_that_of_its_eight_rows_the_last_short() -> None:
     variance = torch.arange(20.0).view(1, 10, 2)
     assert cell_variance(variance).tolist() == [[[56.0, 64.0], [34.0, 36.0]]]
+
+
+def test_reach_is_the_greatest_distance_from_the_mean_on_either_side() -> None:
+    """Streamed in two parts; the first coefficient is farthest below its mean of 1, the second above its mean of -2."""
+    extremes = Extremes(1, 1, 2)
+    for part in ([[4.0, -5.0], [-6.0, 3.0]], [[5.0, -4.0]]):
+        extremes.add(torch.tensor(part)[:, None, None])
+    assert extremes.reach(torch.tensor([[[1.0, -2.0]]], dtype=torch.float64)).tolist() == [[[7.0, 5.0]]]
+
+
+def test_a_cells_reach_is_that_of_its_farthest_row_the_last_short() -> None:
+    assert cell_reach(torch.arange(20.0).view(1, 10, 2)).tolist() == [[[14.0, 15.0], [18.0, 19.0]]]
+
+
+def test_only_cells_of_eight_bits_reach_what_was_seen() -> None:
+    """102 x 1.25 = 127.5 steps lie on either side of the middle; a reach of 2.04 is covered by a Gaussian's step of 0.0308 and more."""
+    widths, reach = torch.tensor([1, 2, 3, 4, 8, 8]), torch.tensor([102.0, 102.0, 102.0, 102.0, 102.0, 2.04])
+    steps = step_size(widths, torch.ones(6, dtype=torch.float64), reach)
+    assert steps.tolist() == pytest.approx([STEP[1], STEP[2], STEP[3], STEP[4], 1.0, STEP[8]])
+
+
+def test_a_coefficient_far_out_survives_eight_bits() -> None:
+    """Tiles of which one in 500 holds a coefficient of 12 to 13 standard deviations; new ones hold another such."""
+    tiles = rand(1000, 1, 8, 1, seed=7).double()
+    tiles[::500, 0, 3] = torch.tensor([[12.0], [13.0]], dtype=torch.float64)
+    moments, coefficients, extremes = Moments(1, 8, 1), CoefficientMoments(1, 8, 1), Extremes(1, 8, 1)
+    moments.add(tiles)
+    bases = moments.bases()._replace(tokens=torch.eye(8, dtype=torch.float64)[None])
+    for part in tiles.split(300):
+        coefficients.add(bases.coefficients(part))
+        extremes.add(bases.coefficients(part))
+    transform = Unit(bases, coefficients, extremes).transform(torch.full((1, 1, 1), 8), heads=1, dim=1)
+    new = rand(40, 1, 8, 1, seed=8)
+    new[0, 0, 3] = 14.0
+
+    @torch.no_grad()
+    def lost() -> torch.Tensor:
+        return (transform.encode(new).read(torch.float32) - transform.coefficients(new)).abs().flatten()
+
+    assert float(lost().max()) < 0.1
+    with torch.no_grad():
+        transform.step.copy_(STEP[8] * (coefficients.variance().sum(1, keepdim=True) / 8).sqrt())
+    clipped = lost()
+    assert float(clipped.max()) > 8 and float(clipped.sort().values[-2]) < 1
 
 
 def test_straight_through_is_what_reading_the_codes_gives_and_moves_every_parameter() -> None:

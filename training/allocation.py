@@ -11,12 +11,22 @@ DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0000877
 """Squared error of the best uniform quantiser of so many bits, as a share of a Gaussian's variance (Max, 1960; 8 bits: Jayant and Noll)."""
 STEP = {0: 1.0, 1: 1.5956, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 """Its step, in standard deviations."""
+REACHING = 8
+"""The width whose cells reach what was seen: it costs next to nothing there, and at fewer bits more in rounding than clipping does."""
+MARGIN = 1.25
+"""How much farther they reach than that: a new page's coefficients are seldom greater by more (training/NOTES.md)."""
 
 
 def cell_variance(variance_HTD: torch.Tensor) -> torch.Tensor:
     """Sum of the variances in each cell of eight token components: [H, ceil(T / 8), D]."""
     padded = torch.nn.functional.pad(variance_HTD, (0, 0, 0, -variance_HTD.shape[1] % GROUP))
     return padded.unflatten(1, (-1, GROUP)).sum(2)
+
+
+def cell_reach(reach_HTD: torch.Tensor) -> torch.Tensor:
+    """The greatest reach in each cell of eight token components: [H, ceil(T / 8), D]."""
+    padded = torch.nn.functional.pad(reach_HTD, (0, 0, 0, -reach_HTD.shape[1] % GROUP))
+    return padded.unflatten(1, (-1, GROUP)).amax(2)
 
 
 def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
@@ -50,9 +60,15 @@ def distortion(widths: torch.Tensor) -> torch.Tensor:
     return table[widths.long().cpu()]
 
 
-def step_size(widths: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Steps of cells of given widths and standard deviations."""
+def step_size(widths: torch.Tensor, deviation: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """Steps of cells of given widths, standard deviations and greatest distances from the mean.
+
+    A Gaussian's best step clips what lies far out, and real coefficients have tails that a Gaussian has not: one that is clipped by several
+    standard deviations can change an answer, however many bits the others have. Cells of 8 bits are so fine that they can reach them all.
+    """
     table = torch.zeros(9, dtype=deviation.dtype)
     for width, step in STEP.items():
         table[width] = step
-    return table.to(deviation.device)[widths.long()] * deviation
+    steps = table.to(deviation.device)[widths.long()] * deviation
+    reaching = MARGIN * reach / ((2**REACHING - 1) / 2)
+    return torch.where(widths == REACHING, torch.maximum(steps, reaching.to(steps.dtype)), steps)

@@ -135,11 +135,12 @@ class CapsuleFit(L.LightningModule, ABC):
     def show(self, what: object) -> None:
         self.task.console.print(what, highlight=False)
 
-    def reduce(self, sums: nn.Module) -> None:
-        """Add up the buffers of all ranks."""
+    def reduce(self, sums: nn.Module, greatest: bool = False) -> None:
+        """Add up the buffers of all ranks, or take the greatest of each."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            reduction = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
             for buffer in sums.buffers():
-                torch.distributed.all_reduce(buffer)
+                torch.distributed.all_reduce(buffer, op=reduction)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         found = []

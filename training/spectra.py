@@ -130,3 +130,24 @@ class CoefficientMoments(nn.Module):
     def variance(self) -> torch.Tensor:
         """[H, T, D]."""
         return (self.square / self.count - self.mean().square()).clamp_min(0)
+
+
+class Extremes(nn.Module):
+    """The greatest and the least coefficients of one layer's keys or values, in given bases.
+
+    Of several ranks the greatest buffers are those of all data, not their sum.
+    """
+
+    ends: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("ends", torch.full((2, heads, tile, dim), -torch.inf, dtype=torch.float64))
+
+    def add(self, coefficients: torch.Tensor) -> None:
+        c = coefficients.double()
+        self.ends = torch.maximum(self.ends, torch.stack([c.amax(0), (-c).amax(0)]))
+
+    def reach(self, mean: torch.Tensor) -> torch.Tensor:
+        """[H, T, D]: the greatest distance from the mean that was seen."""
+        return torch.maximum(self.ends[0] - mean, self.ends[1] + mean)

@@ -14,12 +14,12 @@ from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys,
 from kvcapsule.packing import GROUP
 from kvcapsule.segment import Segment
 
-from .allocation import allocate, cell_variance, distortion, step_size
+from .allocation import allocate, cell_reach, cell_variance, distortion, step_size
 from .datamodule import Batch
 from .harvest import LayerHarvest
 from .losses import error_and_energy, full_output, output_error, require_finite
 from .module import CapsuleFit, Task, scheduled
-from .spectra import Bases, CoefficientMoments, Moments, QueryMoments
+from .spectra import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
 from .straight_through import coded
 
 _JOINT = 128
@@ -37,10 +37,10 @@ _PROBE = 2.0
 class Unit(nn.Module):
     """The keys or the values of one layer: what the closed form knows of them."""
 
-    def __init__(self, bases: Bases, moments: CoefficientMoments) -> None:
+    def __init__(self, bases: Bases, moments: CoefficientMoments, extremes: Extremes) -> None:
         super().__init__()
         self.bases, self.mean, self.variance = bases, moments.mean(), moments.variance()
-        self.cells = cell_variance(self.variance)
+        self.cells, self.reach = cell_variance(self.variance), cell_reach(extremes.reach(self.mean))
 
     def transform(self, widths: torch.Tensor, heads: int, dim: int) -> Transform:
         """The transform code of given widths [S, G, D], cut to the rows and channels that have any."""
@@ -57,7 +57,8 @@ class Unit(nn.Module):
             built.channels_in.copy_(self.bases.channels_in[:, :, :channels])
             built.channels_out.copy_(self.bases.channels_out[:, :, :channels])
             built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
-            built.step.copy_(step_size(kept, (self.cells[:, :groups, :channels] / GROUP).sqrt()).clamp_min(_LEAST_STEP))
+            deviation = (self.cells[:, :groups, :channels] / GROUP).sqrt()
+            built.step.copy_(step_size(kept, deviation, self.reach[:, :groups, :channels]).clamp_min(_LEAST_STEP))
             built.widths.copy_(kept)
         return built
 
@@ -181,7 +182,7 @@ class TransformFit(CapsuleFit):
         return units * self.task.tile * self.task.geometry.kv_heads * self.task.geometry.head_dim
 
     def _units(self, batches: int) -> list[Unit]:
-        """Keys and values of every layer in turn: bases from one pass, the variances of their coefficients from a second."""
+        """Keys and values of every layer in turn: bases from one pass, variances and extremes of their coefficients from a second."""
         geometry, tile, device = self.task.geometry, self.task.tile, self.task.model.device
         sets, width = geometry.kv_heads // self.heads, geometry.head_dim * self.heads
         moments = [Moments(sets, tile, width).to(device) for _ in range(2 * geometry.layers)]
@@ -201,13 +202,17 @@ class TransformFit(CapsuleFit):
             by_set = None if metric is None else torch.stack([torch.block_diag(*heads) for heads in metric])
             bases += [moments[2 * i].bases(by_set), moments[2 * i + 1].bases()]
         coefficients = [CoefficientMoments(sets, tile, width).to(device) for _ in bases]
+        extremes = [Extremes(sets, tile, width).to(device) for _ in bases]
         for batch in self.batches(batches, "variances of their coefficients"):
             for i, layer in enumerate(self.harvest(batch)):
                 for unit, x in ((2 * i, layer.keys), (2 * i + 1, layer.values)):
-                    coefficients[unit].add(bases[unit].coefficients(side_by_side(x.double(), self.heads)))
-        for sums in coefficients:
+                    found = bases[unit].coefficients(side_by_side(x.double(), self.heads))
+                    coefficients[unit].add(found)
+                    extremes[unit].add(found)
+        for sums, ends in zip(coefficients, extremes, strict=True):
             self.reduce(sums)
-        return [Unit(b, c) for b, c in zip(bases, coefficients, strict=True)]
+            self.reduce(ends, greatest=True)
+        return [Unit(b, c, e) for b, c, e in zip(bases, coefficients, extremes, strict=True)]
 
     def _require_samples(self, moments: Moments) -> None:
         """Raises ValueError where the tiles are too few for the bases to be more than these tiles' own."""
