@@ -54,9 +54,14 @@ def put(path: Path, name: str, block: str) -> None:
         InputError: if the file has no such markers.
         OSError: if it cannot be written.
     """
-    text = _text(path) if path.exists() else f"# {name}\n\n{_begin(name)}\n{_END}\n"
+    text = _text(path) if path.exists() else blank(name, [name])
     before, after = _split(text, path, name)
     write_whole(path, f"{before}{_begin(name)}\n{block}\n{_END}{after}".encode())
+
+
+def blank(title: str, names: Sequence[str]) -> str:
+    """A page with an empty place for each of the tables."""
+    return "\n".join([f"# {title}\n", *(f"{_begin(name)}\n{_END}\n" for name in names)])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

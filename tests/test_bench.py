@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kvcapsule.eval.bench import encode, page, report
 from kvcapsule.eval.bench import main as command
 from kvcapsule.eval.bench.config import LEVELS, QUICK, BenchConfig
+from kvcapsule.eval.bench.report import COLUMNS
+from kvcapsule.eval.bench.shapes import Shape
+from kvcapsule.eval.bench.stored import Cell
 
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
 NUMBER = (int, float)
+PLACE = (torch.float32, torch.device("cpu"))
 TOP = {
     "ceilings": dict,
     "rows": list,
@@ -55,6 +62,26 @@ OPERATOR = {
     "error": NUMBER,
     "failed": type(None),
 }
+EVERY = {"level", "geometry", "batch", "visual_tokens", "method", "baseline", "ratio", "seconds", "iqr_seconds", "rounds", "failed"}
+ROWS = {
+    "operator": set(OPERATOR),
+    "encode": EVERY | {"text_tokens", "share"},
+    "step": EVERY | {"shape", "bytes", "bytes_ratio", "weight_bytes", "bound", "tokens_s", "bandwidth_fraction"},
+    "end-to-end": EVERY
+    | {
+        "shape",
+        "bytes",
+        "bytes_ratio",
+        "weight_bytes",
+        "tokens_s",
+        "new_tokens",
+        "ttft_seconds",
+        "ttft_overhead",
+        "whole_ratio",
+        "peak_bytes",
+    },
+    "serving": EVERY | {"shape", "bytes", "tokens_s", "budget_mib", "batch_ratio"},
+}
 SKIPPED = {"level", "geometry", "batch", "visual_tokens", "method", "reason"}
 
 
@@ -66,6 +93,15 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert command.main(["--quick", "--level", "operator", *grid, "--json", str(file)]) == 0
     found: dict[str, Any] = json.loads(file.read_text())
     return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a quick run above operator level has written to."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = ["--json", str(folder / "b.json"), "--plot", str(folder / "b.png"), "--report", str(folder / "b.md")]
+    assert command.main(["--quick", "--level", "step,end-to-end", "--level", "serving", *files]) == 0
+    return folder
 
 
 def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -96,6 +132,69 @@ def test_what_was_left_out_is_there_with_its_reason(operator: dict[str, Any]) ->
     alike, large = operator["skipped"]
     assert alike["geometry"] == "internvl3-8b" and "like one of qwen2.5-vl-7b" in alike["reason"]
     assert large["batch"] == 4096 and "--memory-gib allows 2.0" in large["reason"]
+
+
+def test_rows_of_every_level(operator: dict[str, Any], models: Path) -> None:
+    found = json.loads((models / "b.json").read_text())
+    check(found, TOP)
+    of_a_layer = encode.measure(Cell(Shape("tiny", 1, 2, 1, 16, 16, 16, 9), 1, 32, 4, 16, *PLACE), ["int4"], 3, 1.0)
+    for level, keys in ROWS.items():
+        rows = [row for row in (*operator["rows"], *of_a_layer, *found["rows"]) if row["level"] == level]
+        assert rows and all(set(row) == keys for row in rows), level
+        assert all(row["failed"] is None and row["ratio"] > 0 and row["seconds"] > 0 for row in rows)
+    assert set(ROWS) == set(LEVELS) == set(COLUMNS)
+    assert all(set(COLUMNS[level]) <= keys for level, keys in ROWS.items())
+
+
+def test_the_document_names_every_key_and_no_other() -> None:
+    documented = set(re.findall(r"^\| `(\w+)` \|", DOCUMENT.read_text(), flags=re.MULTILINE))
+    assert documented == {*TOP, *CEILINGS, *(key for keys in ROWS.values() for key in keys)} | set(LEVELS) - {"end-to-end"}
+
+
+def test_levels_of_some_keys_are_documented() -> None:
+    """The column `levels` says in which rows a key is."""
+    for key, levels in re.findall(r"^\| `(\w+)` \| ([^|`]+) \| \w+", DOCUMENT.read_text().split("Of some:")[1], flags=re.MULTILINE):
+        named = set(LEVELS) - {"encode"} if levels == "all but encode" else set(levels.split(", "))
+        assert named == {level for level, keys in ROWS.items() if key in keys}, key
+
+
+def test_the_page_and_the_picture_show_what_was_measured(models: Path) -> None:
+    text, found = (models / "b.md").read_text(), json.loads((models / "b.json").read_text())
+    for level in ("step", "end-to-end", "serving"):
+        assert f"<!-- table: bench-cpu {level} -->" in text
+    for row in found["rows"]:
+        if row["level"] == "serving":
+            assert f"| {row['batch']:,} | {row['batch_ratio']:.1f}x | {row['tokens_s']:,.1f} |" in text
+    assert "![sequences that fit and tokens a second](b.png)" in text and "([JSON](b.json))" in text
+    assert (models / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_grid_as_a_table(operator: dict[str, Any], tmp_path: Path) -> None:
+    """One line a cell, written anew by each run; the rest of the page stays."""
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- table: bench-cpu operator -->\nold\n<!-- end of table -->\nafter\n")
+    page.refresh(file, operator, ["operator"], None, None)
+    text = file.read_text()
+    (line,) = re.findall(r"^\| qwen2.5-vl-7b .*$", text, flags=re.MULTILINE)
+    by_name = {row["method"]: row for row in operator["rows"]}
+    kept, cat = by_name["kept-10%"], by_name["dynamic-cat"]
+    assert f"| {kept['ratio']:.2f} of {kept['bytes_ratio']:.2f} |" in line and f"| {cat['ratio']:.2f} |" in line
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "Left out: 2 cells" in text
+
+
+def test_what_failed_is_said_in_the_tables(operator: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{**row, "seconds": None, "ratio": None, "failed": "relative error 1"} for row in operator["rows"][-1:]]
+    spoilt = {**operator, "rows": [*operator["rows"][:-1], *rows]}
+    page.refresh(tmp_path / "page.md", spoilt, ["operator"], None, None)
+    assert "| wrong output |" in (tmp_path / "page.md").read_text()
+    assert "(relative error 1)" in report.cells(rows, "operator")[0][3]
+
+
+def test_a_page_without_a_place_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "page.md").write_text("nothing\n")
+    assert command.main(["--quick", "--report", str(tmp_path / "page.md")]) == 2
+    assert "<!-- table: bench-cpu operator -->" in capsys.readouterr().err
 
 
 def test_neither_host_nor_place(operator: dict[str, Any]) -> None:

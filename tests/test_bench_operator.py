@@ -39,7 +39,7 @@ def build(name: str, of: stored.Cell) -> tuple[stored.Layer, Any, list[Segment]]
 @pytest.mark.parametrize("name", methods.METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_are_what_the_closed_form_says(name: str, batch: int) -> None:
-    """Measured storages, what operations touch, and the formula: within 2 %."""
+    """Measured storages to the byte, but for owners of chosen rows, which share room with their numbers; touched: within 2 %."""
     of = cell(batch)
     with torch.no_grad():
         layer, method, segments = build(name, of)
@@ -47,7 +47,7 @@ def test_bytes_are_what_the_closed_form_says(name: str, batch: int) -> None:
         call = calls._call(layer.query, segments, 0.25)
         call()
         counted = touched.count(call, [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())])
-    assert held == pytest.approx(formula.of(name, of, method), rel=0.02)
+    assert held == pytest.approx(formula.of(name, of, method), rel=0, abs=8 * sum(len(s.owner) for s in segments) * (batch > 2))
     assert counted.stored == pytest.approx(formula.of(name, of, method), rel=0.02)
     assert counted.traffic >= counted.stored
 

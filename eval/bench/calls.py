@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvcapsule.kernels import attend
+from kvcapsule.kernels import attend, backend
 from kvcapsule.segment import Segment
 
 from . import formula, full, gate, methods, stored, touched
@@ -61,9 +61,7 @@ def alike(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def measure(
-    cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float, done: Callable[[], None] = lambda: None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of one cell, the full cache's first, and what was left out.
 
     Args:
@@ -71,7 +69,6 @@ def measure(
         names: of `methods.METHODS`.
         limits: see there.
         read_gb_s: the ceiling that fractions are of.
-        done: called for each contender that is ready.
     """
     skipped: list[dict[str, Any]] = []
     if (needed := _needed(cell, names)) > limits.memory:
@@ -86,7 +83,7 @@ def measure(
         made.append(_of_full(name, cell, layer))
     made += [_of_method(name, cell, layer) for name in names]
     right = [m for m in made if m.error <= gate.TOLERANCE[cell.dtype]]
-    times = interleave([Contender(m.name, m.calls) for m in right], cell.device, limits.rounds, limits.seconds, done)
+    times = interleave([Contender(m.name, m.calls) for m in right], cell.device, limits.rounds, limits.seconds)
     return rows(cell, made, times, read_gb_s), skipped
 
 
@@ -129,7 +126,7 @@ def _of_full(name: str, cell: Cell, layer: stored.Layer) -> Made:
     truth = gate.over_rows(layer.query, *cache, scale)
     others = [full.FullCache(*(x.clone() for x in cache)) for _ in range(copies(cell.full_bytes, cell.device) - 1)]
     calls = [partial(way, layer.query, one, scale) for one in (cache, *others)]
-    counted = touched.count(calls[0], cache) if cell.device.type == "cpu" else None
+    counted = touched.count(calls[0], cache)
     return Made(name, calls, cell.full_bytes, formula.full(cell), gate.error(calls[0](), truth), counted)
 
 
@@ -143,7 +140,8 @@ def _of_method(name: str, cell: Cell, layer: stored.Layer) -> Made:
     calls = [_call(layer.query, one, scale) for one in (segments, *others)]
     tensors = [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())]
     calls[0]()
-    counted = touched.count(calls[0], tensors) if cell.device.type == "cpu" else None
+    seen = backend(cell.device.type) != "triton"
+    counted = touched.count(calls[0], tensors) if seen else None
     return Made(name, calls, held, formula.of(name, cell, method), gate.error(calls[0](), truth), counted)
 
 

@@ -5,6 +5,7 @@ caches of the processor, as it has when a decode step comes back to a layer afte
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -16,7 +17,7 @@ COLD = 2
 """Times the last-level cache that the copies of a contender's data fill at least."""
 LEAST = 3
 """Rounds that every contender takes part in, however slow it is."""
-_BURST = 2e-3
+BURST = 2e-3
 """Seconds that one reading of the clock covers at least."""
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE = 64 * 2**20
@@ -29,6 +30,10 @@ class Contender(NamedTuple):
     name: str
     calls: Sequence[Callable[[], Any]]
     """The same work on copies of the data."""
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """What must be entered for the calls; not timed."""
+    graph: bool = True
+    """Whether the calls can be captured as a CUDA graph."""
 
 
 class Times(NamedTuple):
@@ -54,7 +59,7 @@ class Times(NamedTuple):
 
 
 def interleave(
-    contenders: Sequence[Contender], device: torch.device, rounds: int, seconds: float, done: Callable[[], None] = lambda: None
+    contenders: Sequence[Contender], device: torch.device, rounds: int, seconds: float, burst: float = BURST
 ) -> dict[str, Times]:
     """Time all contenders, one after the other, again and again.
 
@@ -63,20 +68,17 @@ def interleave(
         device: where they run.
         rounds: readings of each.
         seconds: after so many a contender rests, if it had LEAST rounds.
-        done: called after each contender's warm-up, which visits every copy once.
+        burst: seconds that one reading of the clock covers at least, by as many calls as that takes; 0: a reading is one call.
     """
-    bursts = []
-    for contender in contenders:
-        bursts.append(_Burst(contender, device))
-        done()
+    timers = [_Burst(contender, device, burst) for contender in contenders]
     found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(rounds):
         # The order turns, so that nobody always runs in the wake of the same other.
-        start = turn % len(bursts)
-        for burst in [*bursts[start:], *bursts[:start]]:
-            times = found[burst.name]
-            if len(times) == turn and (turn < LEAST or burst.spent < seconds):
-                times.append(burst.time())
+        start = turn % len(timers)
+        for timer in [*timers[start:], *timers[:start]]:
+            times = found[timer.name]
+            if len(times) == turn and (turn < LEAST or timer.spent < seconds):
+                times.append(timer.time())
     return {name: Times(times) for name, times in found.items()}
 
 
@@ -86,28 +88,28 @@ class _Burst:
     On CUDA one pass through the copies is captured as a graph, so that what the host does between launches is not timed.
     """
 
-    def __init__(self, contender: Contender, device: torch.device) -> None:
-        self.name, self.device = contender.name, device
+    def __init__(self, contender: Contender, device: torch.device, burst: float) -> None:
+        self.name, self.device, self.around = contender.name, device, contender.around
         self.next, self.spent, self.length = 0, 0.0, 1
-        for call in contender.calls:
-            call()
-        self.calls, self.each = contender.calls, 1
-        if device.type == "cuda":
-            self.calls, self.each = [_captured(contender.calls)], len(contender.calls)
-        while (took := self.time() * self.length * self.each) < _BURST:
-            self.length *= max(2, min(64, int(_BURST / max(took, 1e-9))))
+        with self.around():
+            for call in contender.calls:
+                call()
+            self.calls, self.each = contender.calls, 1
+            if device.type == "cuda" and contender.graph:
+                self.calls, self.each = [_captured(contender.calls)], len(contender.calls)
+        while (took := self.time() * self.length * self.each) < burst:
+            self.length *= max(2, min(64, int(burst / max(took, 1e-9))))
         self.spent = 0.0
 
     def time(self) -> float:
         """Seconds of one call."""
         order = [(self.next + i) % len(self.calls) for i in range(self.length)]
         self.next = (self.next + self.length) % len(self.calls)
-        _synchronize(self.device)
-        started = perf_counter()
-        for place in order:
-            self.calls[place]()
-        _synchronize(self.device)
-        took = perf_counter() - started
+        with self.around():
+            started = now(self.device)
+            for place in order:
+                self.calls[place]()
+            took = now(self.device) - started
         self.spent += took
         return took / self.length / self.each
 
@@ -121,9 +123,11 @@ def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     return replay
 
 
-def _synchronize(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """Seconds of the clock once the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return perf_counter()
 
 
 def last_level_cache(device: torch.device) -> int:

@@ -11,9 +11,12 @@ from kvcapsule.models import DTYPES
 
 from .. import plot
 from .methods import METHODS
-from .shapes import SHAPES
+from .shapes import SHAPES, Shape
+from .stored import Cell
+from .subjects import PAGES, known
 
 LEVELS = ("operator", "encode", "step", "end-to-end", "serving")
+_LEAST_STEPS = 3
 QUICK: dict[str, Any] = {
     "geometry": ["qwen2.5-vl-7b"],
     "visual_tokens": [576],
@@ -22,9 +25,10 @@ QUICK: dict[str, Any] = {
     "rounds": 3,
     "seconds": 1.0,
     "steps": 3,
-    "images": 2,
+    "images": [2],
+    "model": [PAGES],
     "memory_mib": 4.0,
-    "encode_tokens": 256,
+    "encode_tokens": 64,
 }
 """Defaults of a quick run."""
 
@@ -53,10 +57,11 @@ class BenchConfig:
     """After so many a contender of one cell takes no more readings, if it has three."""
     steps: int = 32
     """Tokens that are written at step level and above."""
-    images: int = 8
-    """Sequences of a batch, an image each, at step level and end to end."""
+    images: list[int] = field(default_factory=lambda: [8])
+    """Sequences of a batch, each with images of its own, at step level and end to end; with commas or repeated."""
     model: list[str] = field(default_factory=list)
-    """Models at step level and above: pages-vlm, kv-bound, or on CUDA any geometry; by default both of the CPU's, or all geometries."""
+    """Models at step level and above: pages-vlm, kv-bound, or a geometry with random weights; by default the first two, on CUDA all
+    geometries."""
     compiled: bool = False
     """Whether the StaticCache is also timed with a compiled forward; that takes minutes."""
     memory_mib: float = 64.0
@@ -83,22 +88,25 @@ class BenchConfig:
     """Of random data and weights."""
 
     def __post_init__(self) -> None:
-        for name, given, known in (
+        for name, given, choices in (
             ("level", self.level, LEVELS),
             ("geometry", self.geometry, tuple(SHAPES)),
             ("methods", self.methods, tuple(METHODS)),
+            ("model", self.model or [PAGES], tuple(known())),
         ):
             if not given:
-                raise InputError(f"--{name}: name at least one of {', '.join(known)}.")
-            if wrong := [x for x in given if x not in known]:
-                raise InputError(f"--{name} {wrong[0]}: there is {', '.join(known)}.")
-        for name, counts in (("visual_tokens", self.visual_tokens), ("batch", self.batch)):
+                raise InputError(f"--{name}: name at least one of {', '.join(choices)}.")
+            if wrong := [x for x in given if x not in choices]:
+                raise InputError(f"--{name} {wrong[0]}: there is {', '.join(choices)}.")
+        for name, counts in (("visual_tokens", self.visual_tokens), ("batch", self.batch), ("images", self.images)):
             if not counts or min(counts) < 1:
                 raise InputError(f"--{name} {counts}: at least one number, each at least 1, is needed.")
-        for name in ("text", "tile", "rounds", "steps", "images", "threads", "seconds", "memory_mib", "memory_gib", "encode_tokens"):
+        for name in ("text", "tile", "rounds", "steps", "threads", "seconds", "memory_mib", "memory_gib", "encode_tokens"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"--{name} {value}: more than 0 is needed.")
+        if self.steps < _LEAST_STEPS:
+            raise InputError(f"--steps {self.steps}: at least {_LEAST_STEPS} are needed, of which two warm up.")
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(f"--dtype {self.dtype}: choose auto, {', '.join(DTYPES)}.")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -107,6 +115,10 @@ class BenchConfig:
             raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
         if self.plot is not None and "serving" not in self.level:
             raise InputError("--plot draws what --level serving measures: ask for that level too.")
+
+    def cell(self, shape: Shape, visual: int, batch: int) -> Cell:
+        """A layer of a shape, with so many sequences of so many visual tokens."""
+        return Cell(shape, batch, visual, self.text, self.tile, self.precision, self.place, self.seed)
 
     @property
     def place(self) -> torch.device:

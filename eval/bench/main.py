@@ -11,13 +11,16 @@ from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.files import to_json
 
+from ..plot import draw
 from ..words import normal, on_purpose
+from . import page
 from .config import LEVELS, QUICK, BenchConfig
+from .picture import picture
 from .report import tables
 from .run import run
 
 PROG = "kvcapsule bench"
-_LISTS = {f"--{name}": True for name in ("level", "geometry", "visual_tokens", "batch", "methods", "model")}
+_LISTS = {f"--{name}": True for name in ("level", "geometry", "visual_tokens", "batch", "methods", "model", "images")}
 _WIDE = 160
 """Columns of a table that is not printed to a terminal."""
 
@@ -85,5 +88,14 @@ def _write(found: dict[str, Any], config: BenchConfig) -> None:
     try:
         if config.json is not None:
             write_whole(Path(config.json), to_json(found))
+        if config.plot is not None:
+            served = [row for row in found["rows"] if row["level"] == "serving"]
+            if not served:
+                raise InputError(
+                    f"--plot {config.plot}: nothing to draw, as not one sequence fits into --memory_mib {config.memory_mib:g}."
+                )
+            draw(picture(served, page.place(found)), Path(config.plot))
+        if config.report is not None:
+            page.refresh(Path(config.report), found, config.level, config.json, config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error

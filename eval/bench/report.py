@@ -20,9 +20,53 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "iqr_seconds": ("IQR", "{:.3f}"),
         "bandwidth_fraction": ("of read GB/s", "{:.0%}"),
     },
+    "encode": {
+        "geometry": ("geometry", "{}"),
+        "visual_tokens": ("visual", "{:,}"),
+        "method": ("method", "{}"),
+        "share": ("of prefill", "{:.1%}"),
+        "seconds": ("ms", "{:.3f}"),
+        "iqr_seconds": ("IQR", "{:.3f}"),
+    },
+    "step": {
+        "geometry": ("model", "{}"),
+        "batch": ("batch", "{}"),
+        "method": ("method", "{}"),
+        "ratio": ("faster", "{:.2f}x"),
+        "bound": ("at most", "{:.2f}x"),
+        "bytes_ratio": ("fewer bytes", "{:.2f}x"),
+        "bytes": ("bytes", "{:,}"),
+        "seconds": ("ms", "{:.3f}"),
+        "iqr_seconds": ("IQR", "{:.3f}"),
+        "tokens_s": ("tokens/s", "{:.1f}"),
+        "bandwidth_fraction": ("of read GB/s", "{:.0%}"),
+    },
+    "end-to-end": {
+        "geometry": ("model", "{}"),
+        "batch": ("batch", "{}"),
+        "method": ("method", "{}"),
+        "ratio": ("faster", "{:.2f}x"),
+        "whole_ratio": ("with prefill", "{:.2f}x"),
+        "ttft_seconds": ("TTFT ms", "{:.1f}"),
+        "ttft_overhead": ("longer", "{:+.1%}"),
+        "seconds": ("TPOT ms", "{:.3f}"),
+        "tokens_s": ("tokens/s", "{:.1f}"),
+        "bytes": ("bytes", "{:,}"),
+        "peak_bytes": ("peak bytes", "{:,}"),
+    },
+    "serving": {
+        "geometry": ("model", "{}"),
+        "budget_mib": ("MiB", "{:g}"),
+        "method": ("method", "{}"),
+        "batch": ("largest batch", "{:,}"),
+        "batch_ratio": ("larger", "{:.1f}x"),
+        "tokens_s": ("tokens/s", "{:,.1f}"),
+        "ratio": ("more", "{:.2f}x"),
+        "bytes": ("bytes", "{:,}"),
+    },
 }
 """Of each level's table: keys of a row, with title and format. Seconds are shown in ms."""
-_MS = ("seconds", "iqr_seconds")
+_MS = ("seconds", "iqr_seconds", "ttft_seconds")
 
 
 def tables(found: Mapping[str, Any]) -> list[Table | str]:

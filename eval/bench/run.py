@@ -1,11 +1,13 @@
 """One run: from what was asked for to the object that docs/bench.md describes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -15,9 +17,11 @@ from kvcapsule.kernels import backend
 from kvcapsule.machine import machine, versions
 from kvcapsule.models import require_device
 
-from . import calls, ceilings
+from . import calls, ceilings, encode, generation, page, serving, steps, subjects
 from .config import BenchConfig
-from .stored import Cell
+from .ladder import Measured
+from .shapes import SHAPES, distinct
+from .subjects import Subject
 
 _MEMORY = Path("/proc/meminfo")
 _FREE = 0.8
@@ -34,6 +38,11 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
         raise InputError(f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use --device cpu.")
     require_device(config.device)
     require_writable([config.json, config.plot, config.report])
+    if config.report is not None:
+        page.require_places(Path(config.report), config.device, config.level)
+    if not console.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -81,19 +90,8 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-Measured = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-"""Rows, and what was left out."""
-
-
 def _operator(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
-    grid = list(
-        calls.cells(
-            config.geometry,
-            config.visual_tokens,
-            config.batch,
-            lambda shape, visual, batch: Cell(shape, batch, visual, config.text, config.tile, config.precision, config.place, config.seed),
-        )
-    )
+    grid = list(calls.cells(config.geometry, config.visual_tokens, config.batch, config.cell))
     limits = calls.Limits(memory_limit(config), config.rounds, config.seconds)
     rows, skipped = [], calls.alike(config.geometry)
     task = progress.add_task("operator", total=len(grid))
@@ -106,4 +104,60 @@ def _operator(config: BenchConfig, read_gb_s: float, progress: Progress) -> Meas
     return rows, skipped
 
 
-_LEVELS: dict[str, Callable[[BenchConfig, float, Progress], Measured]] = {"operator": _operator}
+def _encode(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
+    names = [name for name in config.methods if name != "full-segments"]
+    rows, shapes = [], distinct(config.geometry)
+    task = progress.add_task("encode", total=len(shapes))
+    for name in shapes:
+        progress.update(task, description=f"encode: {name}, {config.encode_tokens} visual tokens")
+        rows += encode.measure(config.cell(SHAPES[name], config.encode_tokens, 1), names, config.rounds, config.seconds)
+        progress.advance(task)
+    return rows, []
+
+
+def _step(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
+    def measure(subject: Subject, size: int) -> Measured:
+        return steps.measure(subject, size, config.steps, config.compiled, read_gb_s)
+
+    return _of_models(config, progress, "step", config.images, measure)
+
+
+def _end_to_end(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
+    def measure(subject: Subject, size: int) -> Measured:
+        return generation.measure(subject, size, config.steps, config.rounds, config.seconds, config.compiled)
+
+    return _of_models(config, progress, "end-to-end", config.images, measure)
+
+
+def _serving(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
+    def measure(subject: Subject, size: int) -> Measured:
+        return serving.measure(subject, config.memory_mib, config.steps)
+
+    return _of_models(config, progress, "serving", [1], measure)
+
+
+def _of_models(
+    config: BenchConfig, progress: Progress, level: str, sizes: Sequence[int], measure: Callable[[Subject, int], Measured]
+) -> Measured:
+    """What `measure` gives of each model, which are built one after the other, at each size of a batch."""
+    names = config.model or subjects.default(config.place)
+    task = progress.add_task(level, total=len(names) * len(sizes))
+    found: Measured = [], []
+    for name in names:
+        progress.update(task, description=f"{level}: {name}")
+        subject = subjects.build(name, config.place, config.precision, config.text, config.tile, config.seed)
+        for size in sizes:
+            rows, skipped = measure(subject, size)
+            found[0].extend(rows)
+            found[1].extend(skipped)
+            progress.advance(task)
+    return found
+
+
+_LEVELS: dict[str, Callable[[BenchConfig, float, Progress], Measured]] = {
+    "operator": _operator,
+    "encode": _encode,
+    "step": _step,
+    "end-to-end": _end_to_end,
+    "serving": _serving,
+}
