@@ -93,10 +93,10 @@ def _one_prompt_batches(rows: datasets.Dataset, model: PreTrainedModel, processo
     return made
 
 
-def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps: int) -> Seconds:
+def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps: int, **options: Any) -> Seconds:
     """Write `steps` tokens behind the first one with `generate`, through an empty cache.
 
-    A CapsuleCache needs `with attach(model):` around it.
+    A CapsuleCache needs `with attach(model):` around it. `options`: others of generate.
     """
     clock = _Clock(model.device, steps)
     started = clock.now()
@@ -108,6 +108,7 @@ def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps:
         max_new_tokens=steps + 1,
         logits_processor=LogitsProcessorList([clock]),
         **GREEDY,
+        **options,
     )
     return Seconds(clock.first - started, (clock.last - clock.first) / steps)
 

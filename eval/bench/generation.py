@@ -41,7 +41,9 @@ def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float
         cache = rung.cache(prompt + steps + 1)
         try:
             with rung.on(subject.model):
-                peaks[rung.name] = peak_bytes(partial(run_timed, subject.model, inputs, cache, _MEASURED), subject.model.device)
+                peaks[rung.name] = peak_bytes(
+                    partial(run_timed, subject.model, inputs, cache, _MEASURED, **rung.options()), subject.model.device
+                )
         except torch.OutOfMemoryError:
             skipped.append(ladder.no_room(LEVEL, subject, size, rung))
             continue
@@ -59,7 +61,7 @@ def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float
 
 def _once(subject: Subject, rung: Rung, inputs: BatchFeature, prompt: int, steps: int) -> Seconds:
     with rung.on(subject.model):
-        return run_timed(subject.model, inputs, rung.cache(prompt + steps + 1), steps)
+        return run_timed(subject.model, inputs, rung.cache(prompt + steps + 1), steps, **rung.options())
 
 
 def rows(

@@ -2,7 +2,7 @@
 
     L0  eager attention, DynamicCache      shown so that nobody takes it for the baseline
     L1  sdpa attention, DynamicCache       what generate does by itself
-    L2  sdpa attention, StaticCache        compiled on request; on CUDA generate compiles its decoding by itself
+    L2  sdpa attention, StaticCache        its steps also compiled, on request
 
 What ratios are against is whichever of L1 and L2 is quicker in that very run.
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from kvcapsule.cache import CapsuleCache
@@ -44,25 +44,35 @@ class Rung(NamedTuple):
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """While the block lasts, the model runs as this rung has it."""
+        """While the block lasts, the model attends as this rung has it."""
         before = str(model.config.get_text_config(decoder=True)._attn_implementation)
-        forward = model.forward
         if self.attention != before:
             model.set_attn_implementation(self.attention)
         try:
-            if self.compiled:
-                # As generate compiles decoding with a StaticCache where it does so by itself.
-                model.forward = _compiled(model)
             if self.method is None:
                 yield
             else:
                 with attach(model):
                     yield
         finally:
-            if self.compiled:
-                model.forward = forward
             if self.attention != before:
                 model.set_attn_implementation(before)
+
+    def call(self, model: PreTrainedModel) -> Callable[..., Any]:
+        """The model as a decode step calls it."""
+        call: Callable[..., Any] = model.get_compiled_call(_everywhere()) if self.compiled else model
+        return call
+
+    def options(self) -> dict[str, Any]:
+        """Options of generate. Where it can, it compiles a StaticCache's steps by itself, so it is told."""
+        return {"compile_config": _everywhere()} if self.compiled else {"disable_compile": True}
+
+
+def _everywhere() -> Any:
+    """A CompileConfig for the CPU too, which generate leaves out unless this switch of its own tests is set."""
+    config: Any = CompileConfig()
+    config._compile_all_devices = True
+    return config
 
 
 def rungs(subject: Subject, compiled: bool) -> list[Rung]:
@@ -85,16 +95,6 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
 
 def _of_method(model: PreTrainedModel, name: str, method: Method) -> Rung:
     return Rung(name, lambda room: new_cache(model, method), method)
-
-
-_KNOWN: dict[int, Callable[..., Any]] = {}
-
-
-def _compiled(model: Any) -> Callable[..., Any]:
-    """The model's forward, compiled once."""
-    if id(model) not in _KNOWN:
-        _KNOWN[id(model)] = torch.compile(model.forward, mode="reduce-overhead" if model.device.type == "cuda" else "default")
-    return _KNOWN[id(model)]
 
 
 def held(cache: Cache) -> int:

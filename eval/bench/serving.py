@@ -46,7 +46,7 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
             continue
         cache = widened(prompts, size)
         # Two steps are taken before the first that is timed.
-        contender = Contender(rung.name, [stepper(subject.model, cache, size)], partial(rung.on, subject.model), graph=False)
+        contender = Contender(rung.name, [stepper(subject.model, rung, cache, size)], partial(rung.on, subject.model), graph=False)
         time = interleave([contender], device, steps - 2, float("inf"), burst=0)[rung.name]
         found.append(
             {
@@ -92,7 +92,7 @@ def largest(weigh: Callable[[int], int], budget: int) -> tuple[int, int]:
 def _held(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
     cache = widened(prompts, count)
     with rung.on(subject.model):
-        stepper(subject.model, cache, count)()
+        stepper(subject.model, rung, cache, count)()
     return ladder.held(cache)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from . import ladder
@@ -50,7 +50,7 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
             skipped.append(ladder.no_room(LEVEL, subject, size, rung))
             continue
         caches[rung.name] = cache
-        step = stepper(subject.model, cache, size)
+        step = stepper(subject.model, rung, cache, size)
         contenders[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
     taking_part = [contenders[rung.name] for rung in rungs if rung.name in contenders]
     times = interleave(taking_part, subject.model.device, steps, float("inf"), burst=0)
@@ -58,9 +58,9 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
 
 
 def filled(subject: Subject, rung: Rung, inputs: BatchFeature, cache: Cache) -> Cache:
-    """A cache that holds the prompts of a batch. Prefill is the model's own in any case, so it need be neither eager nor compiled."""
+    """A cache that holds the prompts of a batch. Prefill is the model's own in any case, so it need not be eager."""
     model: Any = subject.model
-    with rung._replace(attention="sdpa", compiled=False).on(subject.model), torch.no_grad():
+    with rung._replace(attention="sdpa").on(subject.model), torch.no_grad():
         model(**inputs, past_key_values=cache, logits_to_keep=1)
     return cache
 
@@ -72,13 +72,13 @@ def widened(prompts: Cache, size: int) -> Cache:
     return cache  # type: ignore[no-any-return]
 
 
-def stepper(model: Any, cache: Cache, size: int) -> Callable[[], Any]:
+def stepper(model: PreTrainedModel, rung: Rung, cache: Cache, size: int) -> Callable[[], Any]:
     """A decode step of the whole batch; the cache grows by a token each time."""
-    token = torch.full((size, 1), _TOKEN, device=model.device)
+    token, call = torch.full((size, 1), _TOKEN, device=model.device), rung.call(model)
 
     @torch.no_grad()
     def step() -> Any:
-        return model(input_ids=token, past_key_values=cache).logits
+        return call(input_ids=token, past_key_values=cache).logits
 
     return step
 
