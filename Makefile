@@ -92,7 +92,7 @@ policies: $(READY) ## compare all policies at equal bytes with the shipped capsu
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite policies --json eval/results/policies.json \
 		--plot eval/results/policies.png --report docs/policies.md $(SUITE_FLAGS)
 
-bench: $(READY) ## time attention, decode steps and serving on the CPU; takes hours, and wants the machine for itself
+bench: $(READY) ## time attention, decode steps and serving on the CPU; takes an hour or more, and wants the machine for itself
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
 		--report docs/bench.md $(BENCH_FLAGS)
 

@@ -53,7 +53,7 @@ class BenchConfig:
     """Visual tokens of a capsule's tile."""
     rounds: int = 15
     """Readings of each time; medians are what is reported."""
-    seconds: float = 20.0
+    seconds: float = 5.0
     """After so many a contender of one cell takes no more readings, if it has three."""
     steps: int = 32
     """Tokens that are written at step level and above."""
