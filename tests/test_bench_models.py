@@ -82,6 +82,7 @@ def test_step_rows(subject: Subject) -> None:
     assert by_name[ladder.L1]["bytes"] == 2 * (PROMPT + written) * TOKEN
     for row in rows:
         assert row["tokens_s"] == pytest.approx(2 / row["seconds"]) and row["rounds"] == 4
+        assert row["weight_bytes"] == subjects.weight_bytes(subject.model)
         assert row["bandwidth_fraction"] == pytest.approx((row["weight_bytes"] + row["bytes"]) / row["seconds"] / 1e10)
         bound = (row["weight_bytes"] + by_name[baseline]["bytes"]) / (row["weight_bytes"] + row["bytes"])
         assert row["bound"] == pytest.approx(bound)
