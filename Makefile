@@ -29,8 +29,9 @@ EVAL_FLAGS ?=
 VLM_FLAGS ?=
 SUITE_FLAGS ?=
 GROWTH_FLAGS ?=
+BENCH_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest style format demo demo-vlm rate-distortion policies long-answer wheel clean
+.PHONY: help venv test test-lower test-newest style format demo demo-vlm rate-distortion policies long-answer bench bench-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +91,14 @@ long-answer: $(READY) ## draw the bytes of the cache over a long answer, with an
 policies: $(READY) ## compare all policies at equal bytes with the shipped capsules
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite policies --json eval/results/policies.json \
 		--plot eval/results/policies.png --report docs/policies.md $(SUITE_FLAGS)
+
+bench: $(READY) ## time attention, decode steps and serving on the CPU; takes an hour or more, and wants the machine for itself
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
+		--report docs/bench.md $(BENCH_FLAGS)
+
+bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --device cuda --images 1,16,64 --rounds 100 --steps 100 --memory-mib 40960 --encode-tokens 4096 \
+		--compiled true --json eval/results/bench-gpu.json --plot eval/results/bench-gpu-serving.png --report eval/results/bench-gpu.md $(BENCH_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

@@ -1,9 +1,7 @@
 """`kvcapsule eval`: capsules and training-free methods against the full cache, on the same questions, in one run."""
 
-import json
 import sys
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -19,6 +17,7 @@ from .compare import run
 from .config import EvalConfig
 from .report import tables
 from .suite import load, name_of, shipped_suites
+from .words import normal, on_purpose
 
 PROG = "kvcapsule eval"
 _LISTS = {"--capsule": False, "--methods": True}
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(*tables(found["rows"], _title(found)), sep="\n")
         _write(found, config)
     except (ArgumentError, ValueError) as error:
-        if not _on_purpose(error):
+        if not on_purpose(error):
             raise
         return complain(PROG, error)
     return 0
@@ -79,27 +78,7 @@ def _parse(words: list[str]) -> EvalConfig:
 
 
 def _normal(words: list[str]) -> list[str]:
-    """The command line as jsonargparse takes it: `--save-metrics` as `--save_metrics`, all that a list is given in one word.
-
-    So that what the command line says of a list replaces what a suite or a file of options says, and is not added to it.
-    """
-    normal: list[str] = []
-    lists: dict[str, tuple[int, list[str]]] = {}
-    rest = iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-        if name in _LISTS and (given := value if equals else next(rest, None)) is not None:
-            if name not in lists:
-                lists[name] = len(normal), []
-                normal.append(name)
-            lists[name][1].extend(given.split(",") if _LISTS[name] else [given])
-        else:
-            normal.append(name + equals + value)
-    for name, (place, values) in lists.items():
-        normal[place] = f"{name}={json.dumps(values)}"
-    return normal
+    return normal(words, _LISTS)
 
 
 def _write(found: dict[str, Any], config: EvalConfig) -> None:
@@ -124,11 +103,3 @@ def _write(found: dict[str, Any], config: EvalConfig) -> None:
 
 def _title(found: dict[str, Any]) -> str:
     return f"{found['model']} on {found['data']['source']}, {found['rows'][0]['n']} questions"
-
-
-def _on_purpose(error: Exception) -> bool:
-    """Whether the project itself refused the input. A ValueError of a library below is a defect, whose traceback is needed."""
-    if isinstance(error, ArgumentError):
-        return True
-    *_, (innermost, _) = walk_tb(error.__traceback__)
-    return str(innermost.f_globals.get("__name__", "")).startswith("kvcapsule")

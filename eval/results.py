@@ -44,9 +44,24 @@ def refresh(path: Path, name: str, found: Mapping[str, Any], json: str | None = 
         InputError: if the file has no such markers.
         OSError: if it cannot be written.
     """
-    text = _text(path) if path.exists() else f"# {name}\n\n{_begin(name)}\n{_END}\n"
+    put(path, name, _block(path, found, json, plot))
+
+
+def put(path: Path, name: str, block: str) -> None:
+    """Write Markdown between the markers of this name; a file that is not there is made.
+
+    Raises:
+        InputError: if the file has no such markers.
+        OSError: if it cannot be written.
+    """
+    text = _text(path) if path.exists() else blank(name, [name])
     before, after = _split(text, path, name)
-    write_whole(path, (f"{before}{_begin(name)}\n{_block(path, found, json, plot)}\n{_END}{after}").encode())
+    write_whole(path, f"{before}{_begin(name)}\n{block}\n{_END}{after}".encode())
+
+
+def blank(title: str, names: Sequence[str]) -> str:
+    """A page with an empty place for each of the tables."""
+    return "\n".join([f"# {title}\n", *(f"{_begin(name)}\n{_END}\n" for name in names)])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -101,18 +116,19 @@ def _block(path: Path, found: Mapping[str, Any], json: str | None, plot: str | N
         f"{found['model']} on {data['source']} ({data['split']}, seed {data['seed']}), {rows[0]['n']} questions in batches of "
         f"{found['batch']}, {found['dtype']}, seed {found['seed']}; {place}, {machine['threads']} threads; {versions}."
     )
-    link = "" if json is None else f" ([JSON]({_link(path, json)}))"
-    parts = [table(rows), f"{facts} Loss is that of the mean accuracy against the full cache. Printed by `{found['command']}`{link}."]
+    source = "" if json is None else f" ([JSON]({link(path, json)}))"
+    parts = [table(rows), f"{facts} Loss is that of the mean accuracy against the full cache. Printed by `{found['command']}`{source}."]
     if rows[0]["prefill_ratio"] is not None:
         parts.append(_TIME_NOTE)
     if is_wide(rows):
         parts.append(_WIDE_NOTE.format(bits=round(16 * rows[0]["compression"] / rows[0]["compression16"])))
     if plot is not None:
-        parts.append(f"![accuracy against visual bytes]({_link(path, plot)})")
+        parts.append(f"![accuracy against visual bytes]({link(path, plot)})")
     return "\n\n".join(parts)
 
 
-def _link(path: Path, target: str) -> str:
+def link(path: Path, target: str) -> str:
+    """How the file `path` names another file."""
     return Path(os.path.relpath(target, path.parent)).as_posix()
 
 

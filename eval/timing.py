@@ -16,6 +16,7 @@ import datasets
 import torch
 from rich.progress import Progress
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers.cache_utils import Cache
 
 from kvcapsule.inference import attach
 
@@ -74,7 +75,7 @@ def time_entries(
             took = {}
             for entry in order:
                 with nullcontext() if entry.method is None else attach(model, entry.method):
-                    took[entry.name] = _run(model, batch.inputs, entry, steps)
+                    took[entry.name] = run_timed(model, batch.inputs, new_cache(model, entry.method), steps)
                 progress.advance(task)
             if turn == 0:
                 continue
@@ -92,9 +93,12 @@ def _one_prompt_batches(rows: datasets.Dataset, model: PreTrainedModel, processo
     return made
 
 
-def _run(model: PreTrainedModel, inputs: BatchFeature, entry: Entry, steps: int) -> Seconds:
+def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps: int, **options: Any) -> Seconds:
+    """Write `steps` tokens behind the first one with `generate`, through an empty cache.
+
+    A CapsuleCache needs `with attach(model):` around it. `options`: others of generate.
+    """
     clock = _Clock(model.device, steps)
-    cache = new_cache(model, entry.method)
     started = clock.now()
     cast("Any", model).generate(
         **inputs,
@@ -104,6 +108,7 @@ def _run(model: PreTrainedModel, inputs: BatchFeature, entry: Entry, steps: int)
         max_new_tokens=steps + 1,
         logits_processor=LogitsProcessorList([clock]),
         **GREEDY,
+        **options,
     )
     return Seconds(clock.first - started, (clock.last - clock.first) / steps)
 

@@ -5,20 +5,18 @@ and at most the full keys and values of one layer.
 """
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from running import Model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
+from kvcapsule.eval.bench.peak import LiveBytes
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
@@ -26,34 +24,6 @@ from kvcapsule.prefill import Compressed, LayerPrefill, Method
 
 LAYERS = 12
 """Enough that the keys and values of all layers are far more than one layer's."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made while it was on and are still alive, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self._known: dict[int, weakref.finalize] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
-                self._note(x.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known[key] = weakref.finalize(storage, self._gone, key, size)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.pop(key, None)
-        self.live -= size
 
 
 @pytest.fixture(scope="module")

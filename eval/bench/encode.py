@@ -1,0 +1,84 @@
+"""What encoding adds to the time to the first token: a method's pass over one layer, against that layer's own prefill, both measured.
+
+The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP. Norms, rotations and
+residuals are left out, so the layer is a little quicker, and the share a little larger, than they really are.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import methods, stored
+from .clock import Contender, interleave
+from .shapes import Shape
+from .stored import Cell
+
+LEVEL = "encode"
+PREFILL = "prefill-of-a-layer"
+
+
+class DecoderLayer(NamedTuple):
+    """The weights of one layer, [outputs, inputs] each."""
+
+    query: torch.Tensor
+    keys_and_values: torch.Tensor
+    output: torch.Tensor
+    gate_and_up: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def draw(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> "DecoderLayer":
+        attended = shape.query_heads * shape.head_dim
+        sizes = (
+            (attended, shape.hidden),
+            (2 * shape.kv_heads * shape.head_dim, shape.hidden),
+            (shape.hidden, attended),
+            (2 * shape.intermediate, shape.hidden),
+            (shape.hidden, shape.intermediate),
+        )
+        return cls(*(torch.randn(size, device=device).to(dtype) * size[1] ** -0.5 for size in sizes))
+
+    def prefill(self, x_BNC: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]."""
+        by_head = partial(torch.Tensor.unflatten, dim=2, sizes=(-1, shape.head_dim))
+        query = by_head(F.linear(x_BNC, self.query)).transpose(1, 2)
+        keys, values = by_head(F.linear(x_BNC, self.keys_and_values)).transpose(1, 2).chunk(2, dim=1)
+        attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=shape.group > 1)
+        x_BNC = x_BNC + F.linear(attended.transpose(1, 2).flatten(2), self.output)
+        gate, up = F.linear(x_BNC, self.gate_and_up).chunk(2, dim=2)
+        return x_BNC + F.linear(F.silu(gate) * up, self.down)
+
+
+@torch.no_grad()
+def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Rows of one shape; `ratio` is the layer's prefill over the method's pass: 20 and more is five percent and less."""
+    shape = cell.shape
+    x_BNC = torch.randn(cell.batch, cell.visual + cell.text, shape.hidden, device=cell.device).to(cell.dtype)
+    layer = DecoderLayer.draw(shape, cell.device, cell.dtype)
+    prompt = stored.prefill(cell, stored.draw(cell), cell.batch)
+    contenders = [Contender(PREFILL, [partial(layer.prefill, x_BNC, shape)], graph=False)]
+    for name in names:
+        method = methods.make(name, shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)
+        contenders.append(Contender(name, [partial(method.compress, prompt)], graph=False))
+    times = interleave(contenders, cell.device, rounds, seconds, burst=0)
+    return [
+        {
+            "level": LEVEL,
+            "geometry": shape.name,
+            "batch": cell.batch,
+            "visual_tokens": cell.visual,
+            "text_tokens": cell.text,
+            "method": name,
+            "baseline": PREFILL,
+            "ratio": time.over(times[PREFILL]),
+            "share": 1 / time.over(times[PREFILL]),
+            "seconds": time.median,
+            "iqr_seconds": time.iqr,
+            "rounds": len(time.rounds),
+            "failed": None,
+        }
+        for name, time in times.items()
+    ]
