@@ -137,7 +137,7 @@ class Segment:
         """The segment of the batch whose row i is the present row rows[i] (beam search, repeated or chosen rows)."""
         rows = rows.to(self.owner.device)
         match = self.owner[None, :] == rows[:, None]
-        owner, index = (t.contiguous() for t in match.nonzero(as_tuple=True))
+        owner, index = (t.clone() for t in match.nonzero(as_tuple=True))
         return replace(
             self,
             owner=owner,

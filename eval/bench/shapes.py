@@ -44,8 +44,8 @@ SHAPES = {
         Shape("llava-1.5-7b", 32, 32, 32, 128, 4096, 11008, 32064),
         Shape("llava-next-vicuna-7b", 32, 32, 32, 128, 4096, 11008, 32064),
         Shape("llava-next-mistral-7b", 32, 32, 8, 128, 4096, 14336, 32064),
-        Shape("internvl3-8b", 28, 28, 4, 128, 3584, 18944, 151674),
         Shape("qwen2.5-vl-7b", 28, 28, 4, 128, 3584, 18944, 152064),
+        Shape("internvl3-8b", 28, 28, 4, 128, 3584, 18944, 151674),
     )
 }
 """Of what users run; layers that are alike are timed once (`distinct`)."""
