@@ -418,7 +418,7 @@ def _valid(mask: Any, new: int) -> torch.Tensor | None:
 
 
 def _rows(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> Segment:
-    return Segment(keys, values, torch.arange(keys.shape[0], device=keys.device), mask=mask)
+    return Segment(keys, values, torch.arange(keys.shape[0], device=keys.device), mask=mask, each_row=True)
 
 
 def _latest(mask: torch.Tensor | None, new: int, device: torch.device) -> torch.Tensor:

@@ -103,7 +103,7 @@ def keep(prefill: LayerPrefill, kept: torch.Tensor, slack: float = _SLACK) -> li
     if rows.numel() == 0:
         return []
     if bool(kept.all()):
-        return [Segment(prefill.keys.contiguous(), prefill.values.contiguous(), rows)]
+        return [Segment(prefill.keys.contiguous(), prefill.values.contiguous(), rows, each_row=True)]
     present = counts[rows]
     if int(present.max()) * len(rows) <= slack * int(present.sum()):
         return [_gather(prefill, kept, rows)]
@@ -123,7 +123,7 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
     def take(x_BHND: torch.Tensor) -> torch.Tensor:
         return x_BHND.transpose(1, 2)[rows[:, None], order].transpose(1, 2).contiguous()
 
-    return Segment(take(prefill.keys), take(prefill.values), rows, mask=mask)
+    return Segment(take(prefill.keys), take(prefill.values), rows, mask=mask, each_row=len(rows) == len(kept))
 
 
 UNEVEN = 1.02

@@ -93,6 +93,8 @@ class Segment:
     """The tiles' frames, where the keys are stored in the canonical one."""
     head: torch.Tensor | None = None
     """[E] int64: the one KV head that each entry is of, where heads store unlike counts; H is then 1. None: entries hold all heads."""
+    each_row: bool = False
+    """Whether entry i is of batch row i, one for every row: said by who makes the segment, so that nobody has to ask the device."""
 
     def __post_init__(self) -> None:
         entries, heads = self.keys.shape[:2]
@@ -127,6 +129,12 @@ class Segment:
     def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> "Segment":
         """The segment that this query reads: itself, but for those that fetch their rows query by query."""
         return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows are one run of tokens for every batch row, to be read as they are."""
+        extra = (self.score_map, self.value_map, self.value_mean, self.q_map, self.out_map, self.frame)
+        return self.each_row and all(x is None for x in extra)
 
     @property
     def tokens(self) -> int:

@@ -38,7 +38,7 @@ class Tail:
 
     def segment(self) -> Segment:
         """What attention reads."""
-        return Segment(*self.written(), self._every_row())
+        return Segment(*self.written(), self._every_row(), each_row=True)
 
     def mask_length(self, new: int) -> int:
         """Tokens of the segment once `new` more are written."""
@@ -99,7 +99,7 @@ class StaticTail(Tail):
         """Tokens written."""
         self._owner = None
         self._place = torch.arange(room, device=keys.device)
-        self._whole = Segment(self.keys, self.values, self._every_row())
+        self._whole = Segment(self.keys, self.values, self._every_row(), each_row=True)
         for tensor in (self.keys, self.values, self.count):
             torch._dynamo.mark_static_address(tensor)
 

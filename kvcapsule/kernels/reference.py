@@ -37,16 +37,27 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
     last = len(segments) - 1
     fetched = [(s.for_query(q_BHGQD, scale), visible if i == last else None) for i, s in enumerate(segments)]
     # Segments without a token add nothing, and have no greatest score.
-    parts = [(s, seen, _slots(s, heads)) for s, seen in fetched if s.tokens and len(s.owner)]
-    scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen, _ in parts]
-    top = _greatest(scores, [slot for _, _, slot in parts], batch * heads, q_BHGQD)
-    out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[1], dim), torch.zeros_like(top)
-    for (segment, seen, slot), score in zip(parts, scores, strict=True):
-        weights = (score - top[slot].view(*score.shape[:3], 1)).exp_()
+    fetched = [(s, seen) for s, seen in fetched if s.tokens and len(s.owner)]
+    plain = [(s, seen) for s, seen in fetched if s.plain]
+    tiles = [(s, seen, _slots(s, heads)) for s, seen in fetched if not s.plain]
+    # Runs of tokens that every row has one of are joined before the softmax, tiles behind it.
+    runs = [segment_scores(q_BHGQD, s, scale, seen) for s, seen in plain]
+    scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen, _ in tiles]
+    joined = torch.cat(runs, dim=-1) if len(runs) > 1 else runs[0] if runs else None
+    top = _greatest(joined, scores, [slot for *_, slot in tiles], q_BHGQD)
+    out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[2], dim), torch.zeros_like(top)
+    if joined is not None:
+        weights = (joined - top[..., None]).exp_()
+        mass = weights.sum(dim=-1)
+        parts = weights.split([s.tokens for s, _ in plain], dim=-1)
+        for (segment, seen), part in zip(plain, parts, strict=True):
+            out = out + _times(part, _seen_values(segment, seen, work))
+    for (segment, seen, slot), score in zip(tiles, scores, strict=True):
+        weights = (score - top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         sums = weights.sum(dim=-1).flatten(0, 1)
-        mass = mass.index_add(0, slot, sums)
+        mass = mass.flatten(0, 1).index_add(0, slot, sums).view_as(mass)
         out = out + _weighted(weights, sums, segment, slot, seen, (batch, heads))
-    out = out / mass.clamp_min(torch.finfo(work).tiny).view(*out.shape[:3], 1)
+    out = out / mass.clamp_min(torch.finfo(work).tiny)[..., None]
     return out.view(batch, query_heads, n_queries, dim).to(query.dtype)
 
 
@@ -70,7 +81,8 @@ def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visibl
     groups, hidden = q_BHGQD.shape[2:4], torch.finfo(work).min
     # Scaled before a row's queries become those of all its tiles.
     q = q_BHGQD.flatten(2, 3) * scale
-    q = q[segment.owner] if segment.head is None else q[segment.owner, segment.head][:, None]
+    if not segment.each_row:
+        q = q[segment.owner] if segment.head is None else q[segment.owner, segment.head][:, None]
     if segment.frame is not None:
         q = segment.frame.back(q)
     if segment.q_map is not None:
@@ -87,14 +99,17 @@ def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visibl
     return scores
 
 
-def _greatest(scores: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], count: int, query: torch.Tensor) -> torch.Tensor:
-    """[B * H, G * Q]: each query's greatest score over all segments; infinite where it sees no token, so that nothing weighs anything."""
-    hidden = torch.finfo(query.dtype).min
-    top = query.new_full((count, query.shape[2] * query.shape[3]), hidden)
+def _greatest(
+    joined: torch.Tensor | None, scores: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], q_BHGQD: torch.Tensor
+) -> torch.Tensor:
+    """[B, H, G * Q]: each query's greatest score over all segments; infinite where it sees no token, so that nothing weighs anything."""
+    hidden = torch.finfo(q_BHGQD.dtype).min
+    batch, heads, groups, queries, _ = q_BHGQD.shape
+    # What it is does not matter to the result, so no gradient goes through it.
+    top = q_BHGQD.new_full((batch, heads, groups * queries), hidden) if joined is None else joined.detach().amax(dim=-1)
     for score, slot in zip(scores, slots, strict=True):
-        # What it is does not matter to the result, so no gradient goes through it.
         peak = score.detach().amax(dim=-1).flatten(0, 1)
-        top = top.scatter_reduce(0, slot[:, None].expand_as(peak), peak, "amax")
+        top = top.flatten(0, 1).scatter_reduce(0, slot[:, None].expand_as(peak), peak, "amax").view_as(top)
     return top.masked_fill(top == hidden, torch.inf)
 
 
