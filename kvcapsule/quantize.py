@@ -1,5 +1,6 @@
 """Few-bit rows: asymmetric codes, one step and one zero for each channel of an entry, really packed into bytes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ class QuantizedRows:
     """Rows [E, H, M, D] as codes of `bits` bits: x = step * code + zero, step and zero per channel over the M tokens.
 
     Per channel, because keys (and values of video) have outlier channels (KIVI, arXiv 2402.02750; VidKV, arXiv 2503.16257), and because
-    step and zero then leave the inner loop of attention. `read` builds all M rows in the working precision: this saves memory, not time.
+    step and zero then leave the inner loop of attention. Plain PyTorch builds the codes as numbers in the working precision, one of each
+    byte's at a time (`planes`), or all M rows (`read`): this saves memory, not time.
     """
 
     codes: torch.Tensor
@@ -55,6 +57,19 @@ class QuantizedRows:
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         codes = unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3)[..., : self.tokens]
         return codes.transpose(2, 3).to(dtype) * self.step.to(dtype) + self.zero.to(dtype)
+
+    @property
+    def lanes(self) -> int:
+        """Codes of a byte; those of 3 bits lie across bytes, and are one plane."""
+        return 1 if self.bits == 3 else 8 // self.bits
+
+    def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """See `kvcapsule.segment.Stepped`."""
+        if self.bits == 3:
+            yield unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3).to(dtype)
+            return
+        for place in range(self.lanes):
+            yield ((self.codes >> (place * self.bits)) & (2**self.bits - 1)).to(dtype)
 
     def select(self, index: torch.Tensor) -> "QuantizedRows":
         return QuantizedRows(self.codes[index], self.step[index], self.zero[index], self.bits, self.tokens)

@@ -37,6 +37,22 @@ class Packed(Protocol):
         """Parameters that reading needs, the same for all sequences."""
 
 
+@runtime_checkable
+class Stepped(Packed, Protocol):
+    """Packed rows whose elements are step * code + zero, with one step and zero for each channel: a product can leave both to its ends."""
+
+    step: torch.Tensor
+    """[E, H, 1, D]."""
+    zero: torch.Tensor
+    """[E, H, 1, D]."""
+
+    lanes: int
+    """P: planes that the codes come in."""
+
+    def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The codes as numbers, [E, H, D, n] in each plane: token t is column t // P of plane t % P; columns past the last mean nothing."""
+
+
 Rows = torch.Tensor | Packed
 
 

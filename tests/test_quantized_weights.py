@@ -7,31 +7,21 @@ from typing import Any
 import pytest
 import torch
 from running import EXACT, Model, assert_same, run
-from transformers import AutoModelForImageTextToText, BatchFeature, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForImageTextToText, BatchFeature, BitsAndBytesConfig
 
 from kvcapsule import Capsule
 from kvcapsule.policy import Full
 
-
-def torchao(**options: Any) -> TorchAoConfig:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig(), **options)
-
-
 OWN = ["vision_tower", "multi_modal_projector", "lm_head"]
 """Modules that stay as they are."""
-CONFIGS: dict[str, Callable[..., Any]] = {
-    "torchao int8": lambda: torchao(modules_to_not_convert=OWN),
-    "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=OWN),
-}
+CONFIG = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=OWN)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def quantized(request: pytest.FixtureRequest, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def quantized(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("plain")
     model.save_pretrained(folder)
-    loaded = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=CONFIGS[request.param](), dtype=torch.float32)
+    loaded = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=CONFIG, dtype=torch.float32)
     kept = model.model.language_model.layers[0].self_attn.k_proj.weight
     assert type(loaded.model.language_model.layers[0].self_attn.k_proj.weight) is not type(kept), "nothing was quantised"
     return loaded

@@ -185,6 +185,19 @@ def test_segments_share_one_softmax() -> None:
     torch.testing.assert_close(attend(torch.ones(1, 1, 1, 1), [two], SCALE), torch.full((1, 1, 1, 1), 5.0))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 17])
+def test_few_bit_rows_of_any_length(bits: int, tokens: int) -> None:
+    """As the rows that they are read to."""
+    generator = torch.Generator().manual_seed(tokens)
+    keys, values = (
+        QuantizedRows.pack(torch.randn(3, HEADS, tokens, DIM, generator=generator, dtype=torch.float64), bits) for _ in range(2)
+    )
+    owner, query = torch.tensor([2, 0, 1]), query_of(2, 2)
+    plain = Segment(keys.read(torch.float64), values.read(torch.float64), owner)
+    torch.testing.assert_close(attend(query, [Segment(keys, values, owner)], SCALE), attend(query, [plain], SCALE), rtol=0, atol=1e-12)
+
+
 def test_errors(random_segment: Callable[..., Segment]) -> None:
     with pytest.raises(ValueError, match="at least one segment"):
         attend(query_of(1, 1), [], SCALE)

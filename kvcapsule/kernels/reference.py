@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..segment import Segment, read_sets
+from ..segment import Rows, Segment, Stepped, read_sets
 
 
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -51,7 +51,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
         mass = weights.sum(dim=-1)
         parts = weights.split([s.tokens for s, _ in plain], dim=-1)
         for (segment, seen), part in zip(plain, parts, strict=True):
-            out = out + _times(part, _seen_values(segment, seen, work))
+            out = out + _sums(part, segment, seen)
     for (segment, seen, slot), score in zip(tiles, scores, strict=True):
         weights = (score - top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         sums = weights.sum(dim=-1).flatten(0, 1)
@@ -87,7 +87,7 @@ def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visibl
         q = segment.frame.back(q)
     if segment.q_map is not None:
         q = _mapped(q, segment.q_map)
-    scores = _times(q, read_sets(segment.keys, work).transpose(-1, -2))
+    scores = _products(q, segment.keys)
     if segment.score_map is not None:
         scores = _mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
@@ -120,7 +120,7 @@ def _weighted(
     batch, heads = shape
     if segment.value_map is not None:
         weights = _mapped(weights, segment.value_map)
-    parts = _times(weights, _seen_values(segment, visible, weights.dtype)).flatten(0, 1)
+    parts = _sums(weights, segment, visible).flatten(0, 1)
     if segment.mask is not None and segment.value_map is not None:
         # An entry that has no token at all may hold anything.
         parts = parts.masked_fill((sums == 0)[..., None], 0.0)
@@ -141,6 +141,29 @@ def _slots(segment: Segment, heads: int) -> torch.Tensor:
     if segment.head is not None:
         return segment.owner * heads + segment.head
     return (segment.owner[:, None] * heads + torch.arange(heads, device=segment.owner.device)).flatten()
+
+
+def _products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Of every query with every stored row: [E, H, R, M]."""
+    if isinstance(rows, torch.Tensor) or not isinstance(rows, Stepped):
+        return _times(q_EHRD, read_sets(rows, q_EHRD.dtype).transpose(-1, -2))
+    step, zero = rows.step.to(q_EHRD.dtype), rows.zero.to(q_EHRD.dtype)
+    turned = q_EHRD * step
+    by_plane = torch.stack([turned @ plane for plane in rows.planes(q_EHRD.dtype)], dim=-1)
+    return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * zero).sum(dim=-1, keepdim=True)
+
+
+def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None) -> torch.Tensor:
+    """Of a segment's stored values, with weights: [E, H, R, Dv]."""
+    rows, work = segment.values, weights_EHRM.dtype
+    if isinstance(rows, torch.Tensor) or not isinstance(rows, Stepped):
+        return _times(weights_EHRM, _seen_values(segment, visible, work))
+    step, zero = rows.step.to(work), rows.zero.to(work)
+    found = torch.zeros_like(weights_EHRM[..., :1])
+    for i, plane in enumerate(rows.planes(work)):
+        own = weights_EHRM[..., i :: rows.lanes]
+        found = found + own @ plane[..., : own.shape[3]].transpose(-1, -2)
+    return found * step + weights_EHRM.sum(dim=-1, keepdim=True) * zero
 
 
 def _times(x_EHRM: torch.Tensor, rows_ESMN: torch.Tensor) -> torch.Tensor:
