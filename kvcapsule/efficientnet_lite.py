@@ -35,8 +35,11 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     expansions: list[int] | tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
     feature_stages: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6)
     """Stages whose maps a token is made of; finer ones than the grid are folded into channels, coarser ones are interpolated."""
+    position_waves: int = 8
+    """Cosines over the grid, each way, that are added to a token's channels, for a convolution hardly knows where it is. Not EfficientNet's."""
+    feature_size: int = 0
     hidden_size: int = 0
-    """Width of a token; follows from the above."""
+    """Width of a token, without and with the cosines; both follow from the above."""
     initializer_range: float = 0.1
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -44,7 +47,8 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         lengths = {len(each) for each in (self.channels, self.kernels, self.strides, self.repeats, self.expansions)}
         if len(lengths) != 1:
             raise ValueError(f"channels, kernels, strides, repeats and expansions must have one entry a stage, got {sorted(lengths)} entries.")
-        self.hidden_size = sum(self.channels[stage] * self.folds(stage) ** 2 for stage in self.feature_stages)
+        self.feature_size = sum(self.channels[stage] * self.folds(stage) ** 2 for stage in self.feature_stages)
+        self.hidden_size = self.feature_size + 2 * self.position_waves
 
     def stride(self, stage: int) -> int:
         """Pixels from one position of a stage's map to the next."""
@@ -86,7 +90,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels [B, 3, S, S] to tokens [B, T, hidden_size], standardised channel by channel with constants that come with the weights."""
+    """Pixels [B, 3, S, S] to tokens [B, T, hidden_size], its features standardised with constants that come with the weights."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_tower"
@@ -104,8 +108,8 @@ class EfficientNetLiteModel(PreTrainedModel):
             blocks += [InvertedBottleneck(outside, outside, kernel, 1, expansion) for _ in range(repeats - 1)]
             self.stages.append(nn.Sequential(*blocks))
             inside = outside
-        self.mean = nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False)
-        self.scale = nn.Parameter(torch.ones(config.hidden_size), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(config.feature_size), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(config.feature_size), requires_grad=False)
         self.post_init()
 
     def maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
@@ -135,8 +139,17 @@ class EfficientNetLiteModel(PreTrainedModel):
             if at.shape[-1] != grid:
                 at = F.interpolate(at, size=(grid, grid), mode="bilinear", align_corners=False)
             parts.append(at.flatten(2).transpose(1, 2))
-        tokens_BTC = (torch.cat(parts, dim=-1) - self.mean) * self.scale
+        features_BTC = (torch.cat(parts, dim=-1) - self.mean) * self.scale
+        places = positions(grid, self.config.position_waves).to(features_BTC)
+        tokens_BTC = torch.cat([features_BTC, places.expand(len(features_BTC), -1, -1)], dim=-1)
         return BaseModelOutput(last_hidden_state=tokens_BTC, hidden_states=(tokens_BTC,))
+
+
+def positions(grid: int, waves: int) -> torch.Tensor:
+    """[W * W, 2 * waves]: cosines of 1 to `waves` half periods from the top to the bottom, then from left to right."""
+    at = (torch.arange(grid) + 0.5) / grid
+    wave = torch.cos(torch.pi * at[:, None] * torch.arange(1, waves + 1))
+    return torch.cat([wave[:, None].expand(-1, grid, -1), wave[None].expand(grid, -1, -1)], dim=-1).flatten(0, 1)
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
