@@ -36,17 +36,19 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     feature_stages: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6)
     """Stages whose maps a token is made of; finer ones than the grid are folded into channels, coarser ones are interpolated."""
     position_waves: int = 8
-    """Cosines over the grid, each way, that are added to a token's channels, for a convolution hardly knows where it is. Not EfficientNet's."""
+    """Cosines over the grid, each way, beside a token's features, for a convolution hardly knows where it is. EfficientNet has none."""
     feature_size: int = 0
     hidden_size: int = 0
     """Width of a token, without and with the cosines; both follow from the above."""
     initializer_range: float = 0.1
 
     def __post_init__(self, **kwargs: object) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         lengths = {len(each) for each in (self.channels, self.kernels, self.strides, self.repeats, self.expansions)}
         if len(lengths) != 1:
-            raise ValueError(f"channels, kernels, strides, repeats and expansions must have one entry a stage, got {sorted(lengths)} entries.")
+            raise ValueError(
+                f"channels, kernels, strides, repeats and expansions must have one entry a stage, got {sorted(lengths)} entries."
+            )
         self.feature_size = sum(self.channels[stage] * self.folds(stage) ** 2 for stage in self.feature_stages)
         self.hidden_size = self.feature_size + 2 * self.position_waves
 
@@ -95,7 +97,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
-    _no_split_modules = ("InvertedBottleneck",)
+    _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012  transformers wants a list.
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
@@ -110,7 +112,7 @@ class EfficientNetLiteModel(PreTrainedModel):
             inside = outside
         self.mean = nn.Parameter(torch.zeros(config.feature_size), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(config.feature_size), requires_grad=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """The output of each stage, [B, C, S / stride, S / stride]."""

@@ -122,7 +122,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _member(archive: bytes, name: str) -> bytes:
-    """One file of a Debian package, which is an ar archive: a magic line, then entries of a 60-byte header and their bytes, padded to two."""
+    """One file of a Debian package: an ar archive, a magic line, then entries of a 60-byte header and their bytes, padded to two."""
     at = 8
     while at < len(archive):
         size = int(archive[at + 48 : at + 58])

