@@ -56,6 +56,9 @@ class SmolVlmConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("name_steps", "connector_steps", "lora_steps"):
+            if getattr(self, name) % self.every:
+                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of every {self.every}.")
         if self.batch % self.at_once:
             raise ValueError(f"batch {self.batch} must be a multiple of at_once {self.at_once}.")
 
@@ -116,10 +119,12 @@ def _fit(stage: Stage, data: _Data, work: Path, config: SmolVlmConfig, rounds: i
         accelerator=config.accelerator,
         devices=1,
         precision="bf16-mixed",
-        max_steps=stage.steps,
+        # Not max_steps: bounded by steps, Lightning runs a part of an epoch once more when it is started again.
+        max_epochs=stage.steps // config.every,
         accumulate_grad_batches=rounds,
         default_root_dir=work,
-        logger=CSVLogger(work, name="log", version=""),
+        # A version for each start: a logger deletes what an earlier one left in its folder.
+        logger=CSVLogger(work, name="log"),
         callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
         gradient_clip_val=1.0,
         log_every_n_steps=10,

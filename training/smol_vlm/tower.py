@@ -33,7 +33,7 @@ def build_tower(published: Mapping[str, torch.Tensor], config: EfficientNetLiteC
             for ours, conv, norm in pairs:
                 folded = _folded(published, f"{at}.{conv}", f"{at}.{norm}")
                 state |= {f"stages.{index}.{place}.{ours}.{name}": tensor for name, tensor in folded.items()}
-            # What a batch norm puts out has its bias for a mean and its weight for a deviation; blocks that are added up count as independent.
+            # What a batch norm puts out has its bias for a mean and its weight for a deviation; summed blocks count as independent.
             mean = mean * block.skips + published[f"{at}._bn2.bias"]
             variance = variance * block.skips + published[f"{at}._bn2.weight"] ** 2
             number += 1
