@@ -120,7 +120,16 @@ def _tiny(tmp_path, name: str, **changes) -> SmolVlmConfig:
 def test_training_goes_on_where_it_was_stopped_and_ships_what_it_learned(halves, tmp_path, monkeypatch) -> None:
     """Stopped in the middle of stage 2 and started again, it ends with the weights of a run that was never stopped."""
     before = {name: p.clone() for name, p in halves[0].named_parameters()}
-    train(_tiny(tmp_path, "whole"), *halves, Draw())
+    seen: list[int] = []
+
+    class Recording(Draw):
+        def __call__(self, index):
+            seen.append(index)
+            return super().__call__(index)
+
+    train(_tiny(tmp_path, "whole"), *halves, Recording())
+    assert seen == list(range(3 * 4 * 2))
+    seen.clear()
 
     def fresh():
         language, tokenizer = language_model()
@@ -138,7 +147,8 @@ def test_training_goes_on_where_it_was_stopped_and_ships_what_it_learned(halves,
     with pytest.raises(ConnectionAbortedError):
         train(_tiny(tmp_path, "stopped"), *fresh(), Draw())
     monkeypatch.setattr(stages.ReadStage, "training_step", step)
-    train(_tiny(tmp_path, "stopped"), *fresh(), Draw())
+    train(_tiny(tmp_path, "stopped"), *fresh(), Recording())
+    assert seen == [20, 21, 22, 23]  # Two pictures a step, and the LoRA's last two steps of four.
     whole, stopped = tmp_path / "whole" / "out", tmp_path / "stopped" / "out"
     for name in (CONNECTOR, f"{LORA}/adapter_model.safetensors"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
