@@ -56,13 +56,13 @@ class NameStage(Stage):
         table = vlm.get_input_embeddings().weight.detach().float()
         rows = [table[tokenizer.encode(f" {name}", add_special_tokens=False)].mean(0) for name in names]
         self.length = float(table.norm(dim=-1).mean())
-        # Names share much of their direction; what tells them apart is what is left without their mean.
         self.register_buffer("names_ND", torch.stack(rows), persistent=False)
         vlm.requires_grad_(False)
         vlm.model.multi_modal_projector.requires_grad_(True)
 
     def training_step(self, batch: NameBatch, _: int) -> torch.Tensor:
         tokens = torch.stack(self.vlm.get_image_features(batch.pixel_values).pooler_output).float()
+        # Names share much of their direction; what tells them apart is what is left without their mean.
         centre = self.names_ND.mean(0)
         cosines = F.normalize(tokens - centre, dim=-1) @ F.normalize(self.names_ND - centre, dim=-1).T
         known = batch.names != IGNORE
