@@ -35,8 +35,8 @@ class SmolVlmConfig:
     """Pictures a step of the first."""
     batch: int = 8
     """Pictures a step of stages 1 and 2, with up to nine questions each."""
-    at_once: int = 2
-    """Of these, how many run at once; on one CPU core more is slower."""
+    at_once: int = 1
+    """Of these, how many run at once; on a CPU more takes more memory and no less time."""
     rank: int = 8
     """Rank of the LoRA."""
     name_lr: float = 2e-3
