@@ -87,11 +87,12 @@ class CapsuleLayer(CacheLayerMixin):
 
     @property
     def fresh(self) -> bool:
-        return self.before == 0 and (not self.is_initialized or self.tail_length == 0)
+        return self.before == 0 and self.tail_length == 0
 
     @property
     def tail_length(self) -> int:
-        return self.tail.length
+        """Tokens written since the last compression."""
+        return self.tail.length if self.is_initialized else 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -501,7 +501,7 @@ def test_later_turns(model: LlavaForConditionalGeneration, make_batch: Callable[
         for layer, before in zip(own(cache), first, strict=True):
             assert layer.text[: len(before)] == before
             assert written_rows(layer) + layer.tail_length <= 24 + 16
-            assert layer.keys.shape[2] <= 16 + 64, "the buffer that a long turn took is given back"
+            assert layer.tail.keys.shape[2] <= 16 + 64, "the buffer that a long turn took is given back"
         for number in range(5):
             said = go_on("And here?", images[number])
             for layer in own(cache):
