@@ -19,7 +19,7 @@ from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.geometry import GeometryError
 from kvcapsule.grouped import GroupedRows
 from kvcapsule.method import start
-from kvcapsule.policy import H2O, POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
+from kvcapsule.policy import H2O, POLICIES, TEXT_POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
 from kvcapsule.policy import snapkv as snapkv_module
 from kvcapsule.policy.pyramid import pyramid_counts
 from kvcapsule.policy.snapkv import attention_received
@@ -343,7 +343,7 @@ def test_a_run_can_name_them_and_by_default_does_not() -> None:
 def test_methods_prints_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
-    for name in (*FAMILIES, *POLICIES):
+    for name in (*FAMILIES, *POLICIES, *TEXT_POLICIES):
         assert re.search(rf"│ {re.escape(name)} +│ (codec|policy) +│", out), name
     assert "2404.14469" in out and "kernel=7" in out
 
@@ -351,7 +351,8 @@ def test_methods_prints_every_method(capsys: pytest.CaptureFixture[str]) -> None
 def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [(m["name"], m["kind"]) for m in found] == [*((n, "codec") for n in FAMILIES), *((n, "policy") for n in POLICIES)]
+    kinds = {"codec": FAMILIES, "policy": POLICIES, "text policy": TEXT_POLICIES}
+    assert [(m["name"], m["kind"]) for m in found] == [(name, kind) for kind, names in kinds.items() for name in names]
     by_name = {m["name"]: m for m in found}
     assert by_name["snapkv"] == {
         "name": "snapkv",
@@ -389,7 +390,7 @@ def test_methods_takes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_page_has_a_short_section_for_each() -> None:
     text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^### `([^`]+)`[^\n]*\n(.*?)(?=^##|\Z)", text, flags=re.M | re.S))
-    assert list(sections) == [*FAMILIES, *POLICIES]
+    assert list(sections) == [*FAMILIES, *POLICIES, *TEXT_POLICIES]
     for method in known_methods():
         section = sections[method.name]
         assert 0 < len(section.strip().splitlines()) <= 10, method.name

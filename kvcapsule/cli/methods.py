@@ -1,8 +1,8 @@
 """`kvcapsule methods`: every codec family and policy, what it is, whose it is and what it takes.
 
-All of it is read from the registries: the summary is the first line of a method's module, papers are those that this line or the first
-line of its class names, settings are the fields of its config or the arguments of its constructor. The registries are imported inside
-`main`: `--help` and a mistyped option do not wait for them.
+All of it is read from the registries: the summary is the first line of a method's module (of its class, for a policy of the text alone),
+papers are those that this line or the first line of its class names, settings are the fields of its config or the arguments of its
+constructor. The registries are imported inside `main`: `--help` and a mistyped option do not wait for them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class MethodInfo:
     name: str
     """In its registry."""
     kind: str
-    """"codec" (trained; a capsule is made of it) or "policy" (training-free)."""
+    """"codec" (trained; a capsule is made of it), "policy" (training-free) or "text policy" (likewise; stands beside one of the others)."""
     summary: str
     papers: list[str]
     """arXiv numbers."""
@@ -57,22 +57,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def known_methods() -> Iterator[MethodInfo]:
-    """Codec families, then policies, in the order of their registries."""
+    """Codec families, then policies, then those for the text alone, in the order of their registries."""
     from ..codec import FAMILIES
-    from ..policy import POLICIES
+    from ..policy import POLICIES, TEXT_POLICIES
 
     for name, family in FAMILIES.items():
         with_default = {f.name: f.default for f in fields(family) if f.default is not MISSING}
         yield _info(name, "codec", family, [f.name for f in fields(family) if f.name not in with_default], with_default)
-    for name, policy in POLICIES.items():
-        taken = inspect.signature(policy).parameters.values()
-        required = [p.name for p in taken if p.default is p.empty]
-        yield _info(name, "policy", policy, required, {p.name: p.default for p in taken if p.default is not p.empty})
+    for kind, policies in (("policy", POLICIES), ("text policy", TEXT_POLICIES)):
+        for name, policy in policies.items():
+            taken = inspect.signature(policy).parameters.values()
+            required = [p.name for p in taken if p.default is p.empty]
+            yield _info(name, kind, policy, required, {p.name: p.default for p in taken if p.default is not p.empty})
 
 
 def _info(name: str, kind: str, method: type, required: list[str], defaults: dict[str, Any]) -> MethodInfo:
-    summary, of_class = (_first_line(documented) for documented in (sys.modules[method.__module__], method))
-    papers = list(dict.fromkeys(_PAPER.findall(f"{summary} {of_class}")))
+    of_module, of_class = (_first_line(documented) for documented in (sys.modules[method.__module__], method))
+    # The two policies of the text share a module, and one paper is named further down.
+    summary, source = (of_class, inspect.getdoc(method) or "") if kind == "text policy" else (of_module, of_class)
+    papers = list(dict.fromkeys(_PAPER.findall(f"{summary} {source}")))
     return MethodInfo(name, kind, summary, papers, required, defaults)
 
 
