@@ -114,6 +114,21 @@ def test_compiled_steps_are_asked_for() -> None:
     assert plain.call(model) is model and compiled.call(model) == ("compiled", True)
 
 
+def test_compiled_methods_write_into_a_room(subject: Subject) -> None:
+    """Of what comes behind the prompt; a batch that was widened goes on as the growing tail does."""
+    rungs = {rung.name: rung for rung in ladder.rungs(subject, compiled=True)}
+    grown, fixed = rungs["kept-10%"], rungs["kept-10%-static-compiled"]
+    assert fixed.compiled and not grown.compiled
+    seen = []
+    for rung in (grown, fixed._replace(compiled=False)):
+        cache = steps.widened(steps.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 5)), 3)
+        with rung.on(subject.model):
+            step = steps.stepper(subject.model, rung, cache, 3)
+            seen.append([step(), step()][1])
+    assert cache.layers[0].room == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
+
+
 def test_what_does_not_fit_into_memory_is_left_out(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     right = generation.peak_bytes
 

@@ -2,7 +2,7 @@
 
     L0  eager attention, DynamicCache      shown so that nobody takes it for the baseline
     L1  sdpa attention, DynamicCache       what generate does by itself
-    L2  sdpa attention, StaticCache        its steps also compiled, on request
+    L2  sdpa attention, StaticCache        its steps also compiled, on request; those of methods too, whose tails then have a fixed room
 
 What ratios are against is whichever of L1 and L2 is quicker in that very run.
 """
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.inference import attach
+from kvcapsule.method import Revises
 from kvcapsule.prefill import Method
 from kvcapsule.segment import storage_bytes
 
@@ -88,13 +89,21 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
         Rung(L1, lambda room: new_cache(model, None)),
         Rung(L2, static),
     ]
+    found += [_of_method(model, name, method) for name, method in subject.methods.items()]
     if compiled:
+        prompt = subject.batch(1)["input_ids"].shape[1]
         found.append(Rung(L2_COMPILED, static, compiled=True))
-    return found + [_of_method(model, name, method) for name, method in subject.methods.items()]
+        found += [_compiled(model, name, method, prompt) for name, method in subject.methods.items() if not isinstance(method, Revises)]
+    return found
 
 
 def _of_method(model: PreTrainedModel, name: str, method: Method) -> Rung:
     return Rung(name, lambda room: new_cache(model, method), method)
+
+
+def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) -> Rung:
+    """A method whose tail has a fixed room, for what is written behind the prompt."""
+    return Rung(f"{name}-static-compiled", lambda room: CapsuleCache(model.config, method, room=room - prompt), method, compiled=True)
 
 
 def held(cache: Cache) -> int:
