@@ -35,7 +35,7 @@ from kvcapsule.segment import Segment
 from kvcapsule.training.demo_vlm.model import build_model, build_processor
 
 # Helper modules whose fixtures several test files share.
-pytest_plugins = ["capsule_files", "keepers"]
+pytest_plugins = ["capsule_files", "keepers", "noise_capsules"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -65,6 +65,15 @@ def model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 def model64(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """The same in float64, where rounding cannot hide an error nor make one."""
     return copy.deepcopy(model).double()
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
+    """The folder of `model` and its processor."""
+    folder = tmp_path_factory.mktemp("vlm")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
