@@ -35,7 +35,7 @@ from kvcapsule.segment import Segment
 from kvcapsule.training.demo_vlm.model import build_model, build_processor
 
 # Helper modules whose fixtures several test files share.
-pytest_plugins = ["capsule_files", "keepers", "noise_capsules"]
+pytest_plugins = ["capsule_files", "keepers", "noise_capsules", "suites"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
