@@ -34,6 +34,9 @@ from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Segment
 from kvcapsule.training.demo_vlm.model import build_model, build_processor
 
+# Helper modules whose fixtures several test files share.
+pytest_plugins = ["capsule_files", "keepers", "noise_capsules", "suites"]
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 GAIN = 2.5
@@ -62,6 +65,15 @@ def model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 def model64(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """The same in float64, where rounding cannot hide an error nor make one."""
     return copy.deepcopy(model).double()
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
+    """The folder of `model` and its processor."""
+    folder = tmp_path_factory.mktemp("vlm")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from builders import rand
+from witness import Witness
 
 from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
@@ -114,17 +114,9 @@ def test_h2o_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_h2o_keeps_no_scores_of_all_queries() -> None:
     """2,000 tokens: the widest tensor of its scores has 256 queries."""
     of = tokens([(0, 10, 1900)], [0], 2000)
-    seen: list[int] = []
-
-    class Witness(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            seen.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
-
-    with Witness():
+    with Witness() as witness:
         H2O(0.1).compress(of)
-    assert HEADS * GROUP * 200 * 2000 < max(seen) <= HEADS * GROUP * 256 * 2000
+    assert HEADS * GROUP * 200 * 2000 < witness.most() <= HEADS * GROUP * 256 * 2000
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])

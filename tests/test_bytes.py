@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BatchFeature, LlavaForConditionalGeneration
+from witness import Witness
 
 from kvcapsule import cache as cache_module
 from kvcapsule.cache import CapsuleCache
@@ -21,25 +21,6 @@ VISUAL, TILE, STORED = 196, 49, 13
 HEADS, GROUP, DIM, LAYERS = 2, 2, 32, 4
 TILES = 3 * VISUAL // TILE
 """The batch holds three images."""
-
-
-class Witness(TorchDispatchMode):
-    """Notes the shape of every tensor that an operation gives, and the storages that operations read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[str, torch.Size]] = []
-        self.read: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.made.append((str(func), tensor.shape))
-        for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self.read[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return out
 
 
 def written_out(made: list[tuple[str, torch.Size]]) -> list[tuple[str, torch.Size]]:

@@ -1,7 +1,7 @@
 """transformers' own cache tests, re-stated for CapsuleCache with methods that keep everything and with some that do not.
 
 From tests/utils/test_cache_utils.py and tests/generation/test_utils.py of transformers; docs/generation.md lists those that do not apply.
-Crop, reset and chosen rows are in test_cache.py, beams and samples too.
+Crop, reset and chosen rows are in test_cache_interface.py, beams and samples in test_cache.py.
 """
 
 import copy

@@ -28,14 +28,6 @@ def main(words: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory, model, processor) -> str:
-    folder = tmp_path_factory.mktemp("vlm")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def batch(processor):
     rows = pages.pages("train", 3)
     return encode(processor, [conversation([r["image"]], r["prompt"], r["answer"]) for r in rows])

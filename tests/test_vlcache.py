@@ -13,6 +13,7 @@ from builders import prefill as two_rows
 from builders import transform_capsule
 from rows import HEADS, alone, attention, mixed, places, run, same_answers, scripted, stored_bytes, tokens
 from transformers import BatchFeature, LlavaForConditionalGeneration
+from witness import Witness
 
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache
@@ -271,17 +272,9 @@ def test_bytes_fall_as_promised(budget: float, sets: str) -> None:
 def test_only_the_ranking_queries_attend() -> None:
     """2,000 tokens, of which ten are behind the image: nothing is as large as the scores of 60 queries."""
     of = tokens([(0, 10, 1980)], [0], 2000)
-    seen: list[int] = []
-
-    class Witness(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            seen.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
-
-    with Witness():
+    with Witness() as witness:
         attention_of(of, ranking_queries(of))
-    assert 4 * 10 * 2000 <= max(seen) < 4 * 60 * 2000
+    assert 4 * 10 * 2000 <= witness.most() < 4 * 60 * 2000
 
 
 def test_half_precision_is_scored_in_single() -> None:
