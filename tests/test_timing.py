@@ -1,5 +1,6 @@
 """Times of an evaluation: relative to the full cache, prefill and decode apart."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from time import perf_counter
 
@@ -52,9 +53,9 @@ class SlowPrefill(Full):
 class SlowRows(QuantizedRows):
     clock: Late
 
-    def read(self, dtype: torch.dtype) -> torch.Tensor:
+    def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         self.clock.by += 10.0
-        return super().read(dtype)
+        return super().planes(dtype)
 
 
 class SlowDecode(Full):
