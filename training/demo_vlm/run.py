@@ -1,4 +1,4 @@
-"""Train pages-vlm: `python -m kvcapsule.training.demo_vlm.run`; started again, it goes on where it stopped."""
+"""Train a pages-vlm: `python -m kvcapsule.training.demo_vlm.run`; started again, it goes on where it stopped."""
 
 import os
 from collections.abc import Callable
@@ -26,15 +26,15 @@ EASY_LINES = (1, 3)
 class DemoVlmConfig:
     """How pages-vlm is trained."""
 
-    output: str = "checkpoints/pages-vlm"
+    output: str = "runs/pages-vlm/model"
     """Where the finished model and processor go."""
     work: str = "runs/pages-vlm"
     """Where Lightning's checkpoints and logs go."""
     start: str | None = None
     """A folder with a trained model to go on from, such as checkpoints/pages-vlm; stage 1 and the easy pages are then left out."""
-    patch_steps: int = 1700
+    patch_steps: int = 2300
     """Steps of stage 1 (what each patch shows)."""
-    reader_steps: int = 3000
+    reader_steps: int = 6000
     """Steps of stage 2 (the questions)."""
     easy_steps: int = 600
     """Of these, how many on pages of few lines."""

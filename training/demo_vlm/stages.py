@@ -76,7 +76,7 @@ class ReaderStage(Stage):
         vlm: LlavaForConditionalGeneration,
         steps: int,
         lr: float = 1.5e-3,
-        vision_lr: float = 0.25,
+        vision_lr: float = 0.5,
         naming: float = 0.5,
         keys: float = 0.5,
     ) -> None:
