@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .kernels import pack
+from .kernels.pack import pack
 from .packing import GROUP, WIDTHS, unpack
 
 BITS = WIDTHS

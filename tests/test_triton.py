@@ -12,7 +12,7 @@ import torch
 from builders import random_widths
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
-from kvcapsule import kernels
+from kvcapsule import backend as choice
 from kvcapsule.capsule import Capsule
 from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.frame import Frame
@@ -379,41 +379,41 @@ def test_packing_is_the_references(bits: int) -> None:
 class TestChoice:
     @pytest.fixture(autouse=True)
     def unset(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.delenv(kernels.VARIABLE, raising=False)
-        kernels._chosen.clear()
+        monkeypatch.delenv(choice.VARIABLE, raising=False)
+        choice._chosen.clear()
         yield
-        kernels._chosen.clear()
+        choice._chosen.clear()
 
     def test_by_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert kernels.backend("cpu") == "reference"
+        assert choice.backend("cpu") == "reference"
         monkeypatch.setattr(device, "INTERPRETED", False)
-        assert kernels.backend("cuda") == "triton"
+        assert choice.backend("cuda") == "triton"
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-        assert kernels.backend("cuda") == "reference"
-        monkeypatch.setenv(kernels.VARIABLE, "triton")
+        monkeypatch.setattr(choice, "find_spec", lambda name: None)
+        assert choice.backend("cuda") == "reference"
+        monkeypatch.setenv(choice.VARIABLE, "triton")
         with pytest.raises(RuntimeError, match=r"pip install 'kvcapsule\[triton\]'"):
-            kernels.backend("cpu")
+            choice.backend("cpu")
 
     def test_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(device, "INTERPRETED", True)
-        monkeypatch.setenv(kernels.VARIABLE, "triton")
-        assert kernels.backend("cpu") == "triton"
+        monkeypatch.setenv(choice.VARIABLE, "triton")
+        assert choice.backend("cpu") == "triton"
         with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-            kernels.backend("cuda")
+            choice.backend("cuda")
         monkeypatch.setattr(device, "INTERPRETED", False)
-        kernels._chosen.clear()
+        choice._chosen.clear()
         with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
-            kernels.backend("cpu")
-        monkeypatch.setenv(kernels.VARIABLE, "reference")
-        kernels._chosen.clear()
-        assert kernels.backend("cuda") == "reference"
+            choice.backend("cpu")
+        monkeypatch.setenv(choice.VARIABLE, "reference")
+        choice._chosen.clear()
+        assert choice.backend("cuda") == "reference"
 
     def test_a_wrong_name_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(kernels.VARIABLE, "cuda")
+        monkeypatch.setenv(choice.VARIABLE, "cuda")
         with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, triton"):
-            kernels.backend("cpu")
+            choice.backend("cpu")
 
     @pytest.mark.parametrize("method", ["transform", "spaced"])
     def test_a_model_writes_what_it_writes_with_the_reference(
@@ -432,9 +432,9 @@ class TestChoice:
         compress = random_transform(98, (16, 12), (24, 20)) if method == "transform" else EvenlySpaced(0.1)
         options = greedy | {"max_new_tokens": 3, "min_new_tokens": 3}
         called = []
-        for name in kernels.BACKENDS:
-            monkeypatch.setenv(kernels.VARIABLE, name)
-            kernels._chosen.clear()
+        for name in choice.BACKENDS:
+            monkeypatch.setenv(choice.VARIABLE, name)
+            choice._chosen.clear()
             with attach(model, compress):
                 called.append(model.generate(**batch, **options))
         plain, by_kernels = called

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from ..kernels import pack
+from ..kernels.pack import pack
 from ..packing import GROUP, WIDTHS, spread
 
 
