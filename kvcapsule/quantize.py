@@ -63,13 +63,22 @@ class QuantizedRows:
         """Codes of a byte; those of 3 bits lie across bytes, and are one plane."""
         return 1 if self.bits == 3 else 8 // self.bits
 
+    @property
+    def middle(self) -> torch.Tensor:
+        """[E, H, 1, D]: what the code 2^(bits - 1) stands for; in fp32 or better, for a product adds it to what may be small."""
+        work = torch.promote_types(self.step.dtype, torch.float32)
+        middle: torch.Tensor = self.zero.to(work) + 2 ** (self.bits - 1) * self.step.to(work)
+        return middle
+
     def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """See `kvcapsule.segment.Stepped`."""
+        """Codes less 2^(bits - 1); see `kvcapsule.segment.Stepped`."""
+        half = 2 ** (self.bits - 1)
         if self.bits == 3:
-            yield unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3).to(dtype)
+            yield unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3).to(dtype) - half
             return
         for place in range(self.lanes):
-            yield ((self.codes >> (place * self.bits)) & (2**self.bits - 1)).to(dtype)
+            # Bytes wrap around, and are then read as signed.
+            yield (((self.codes >> (place * self.bits)) & (2**self.bits - 1)) - half).view(torch.int8).to(dtype)
 
     def select(self, index: torch.Tensor) -> "QuantizedRows":
         return QuantizedRows(self.codes[index], self.step[index], self.zero[index], self.bits, self.tokens)

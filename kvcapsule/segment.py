@@ -39,18 +39,20 @@ class Packed(Protocol):
 
 @runtime_checkable
 class Stepped(Packed, Protocol):
-    """Packed rows whose elements are step * code + zero, with one step and zero for each channel: a product can leave both to its ends."""
+    """Packed rows whose elements are step * number + middle, both the same for all tokens of a channel: a product leaves them to its ends.
+
+    Numbers lie around 0, so that what they add up to is not lost beside the middle.
+    """
 
     step: torch.Tensor
     """[E, H, 1, D]."""
-    zero: torch.Tensor
+    middle: torch.Tensor
     """[E, H, 1, D]."""
-
     lanes: int
     """P: planes that the codes come in."""
 
     def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The codes as numbers, [E, H, D, n] in each plane: token t is column t // P of plane t % P; columns past the last mean nothing."""
+        """The numbers, [E, H, D, n] in each plane: token t is column t // P of plane t % P; columns past the last mean nothing."""
 
 
 Rows = torch.Tensor | Packed

@@ -198,6 +198,18 @@ def test_few_bit_rows_of_any_length(bits: int, tokens: int) -> None:
     torch.testing.assert_close(attend(query, [Segment(keys, values, owner)], SCALE), attend(query, [plain], SCALE), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_few_bit_rows_keep_a_mean_that_is_almost_zero(bits: int) -> None:
+    """The mean of thousands of values is small beside the least of them, which a channel's codes count from."""
+    generator = torch.Generator().manual_seed(bits)
+    keys, values = (torch.randn(1, HEADS, 8192, DIM, generator=generator) for _ in range(2))
+    segment = Segment(QuantizedRows.pack(keys, bits), QuantizedRows.pack(values, bits), torch.tensor([0]))
+    query = 0.1 * torch.randn(1, HEADS, 1, DIM, generator=generator)
+    truth = ordinary(query.double(), [segment])
+    error = (attend(query, [segment], SCALE) - truth).norm() / truth.norm()
+    assert error < 1e-5
+
+
 def test_errors(random_segment: Callable[..., Segment]) -> None:
     with pytest.raises(ValueError, match="at least one segment"):
         attend(query_of(1, 1), [], SCALE)

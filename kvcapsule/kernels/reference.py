@@ -147,10 +147,10 @@ def _products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Of every query with every stored row: [E, H, R, M]."""
     if isinstance(rows, torch.Tensor) or not isinstance(rows, Stepped):
         return _times(q_EHRD, read_sets(rows, q_EHRD.dtype).transpose(-1, -2))
-    step, zero = rows.step.to(q_EHRD.dtype), rows.zero.to(q_EHRD.dtype)
+    step, middle = rows.step.to(q_EHRD.dtype), rows.middle.to(q_EHRD.dtype)
     turned = q_EHRD * step
     by_plane = torch.stack([turned @ plane for plane in rows.planes(q_EHRD.dtype)], dim=-1)
-    return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * zero).sum(dim=-1, keepdim=True)
+    return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * middle).sum(dim=-1, keepdim=True)
 
 
 def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None) -> torch.Tensor:
@@ -158,12 +158,12 @@ def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | 
     rows, work = segment.values, weights_EHRM.dtype
     if isinstance(rows, torch.Tensor) or not isinstance(rows, Stepped):
         return _times(weights_EHRM, _seen_values(segment, visible, work))
-    step, zero = rows.step.to(work), rows.zero.to(work)
+    step, middle = rows.step.to(work), rows.middle.to(work)
     found = torch.zeros_like(weights_EHRM[..., :1])
     for i, plane in enumerate(rows.planes(work)):
         own = weights_EHRM[..., i :: rows.lanes]
         found = found + own @ plane[..., : own.shape[3]].transpose(-1, -2)
-    return found * step + weights_EHRM.sum(dim=-1, keepdim=True) * zero
+    return found * step + weights_EHRM.sum(dim=-1, keepdim=True) * middle
 
 
 def _times(x_EHRM: torch.Tensor, rows_ESMN: torch.Tensor) -> torch.Tensor:
