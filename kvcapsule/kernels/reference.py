@@ -6,11 +6,14 @@ behind the values to a batch row's sum over its tiles. Nothing waits for the dev
 compiled or captured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..segment import Rows, Segment, Stepped, read_sets
+from ..segment import Packed, Rows, Segment, Stepped, read_sets
+
+_AT_ONCE = 2**21
+"""Numbers that packed rows are read to at once, where they are of many entries."""
 
 
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -145,8 +148,15 @@ def _slots(segment: Segment, heads: int) -> torch.Tensor:
 
 def _products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Of every query with every stored row: [E, H, R, M]."""
-    if isinstance(rows, torch.Tensor) or not isinstance(rows, Stepped):
-        return _times(q_EHRD, read_sets(rows, q_EHRD.dtype).transpose(-1, -2))
+    if isinstance(rows, torch.Tensor):
+        return _times(q_EHRD, rows.to(q_EHRD.dtype).transpose(-1, -2))
+    parts = [_packed_products(q, part) for q, part in _chunks(q_EHRD, rows)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _packed_products(q_EHRD: torch.Tensor, rows: Packed) -> torch.Tensor:
+    if not isinstance(rows, Stepped):
+        return _times(q_EHRD, rows.read(q_EHRD.dtype).transpose(-1, -2))
     step, middle = rows.step.to(q_EHRD.dtype), rows.middle.to(q_EHRD.dtype)
     turned = q_EHRD * step
     by_plane = torch.stack([turned @ plane for plane in rows.planes(q_EHRD.dtype)], dim=-1)
@@ -155,15 +165,34 @@ def _products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None) -> torch.Tensor:
     """Of a segment's stored values, with weights: [E, H, R, Dv]."""
-    rows, work = segment.values, weights_EHRM.dtype
-    if isinstance(rows, torch.Tensor) or not isinstance(rows, Stepped):
-        return _times(weights_EHRM, _seen_values(segment, visible, work))
-    step, middle = rows.step.to(work), rows.middle.to(work)
+    rows = segment.values
+    # Of packed rows only those that are expanded whole can hold what is not a number where no token is.
+    if isinstance(rows, torch.Tensor) or (segment.value_map is None and not isinstance(rows, Stepped)):
+        return _times(weights_EHRM, _seen_values(segment, visible, weights_EHRM.dtype))
+    parts = [_packed_sums(weights, part) for weights, part in _chunks(weights_EHRM, rows)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
+    work = weights_EHRM.dtype
+    if not isinstance(rows, Stepped):
+        return _times(weights_EHRM, rows.read(work))
     found = torch.zeros_like(weights_EHRM[..., :1])
     for i, plane in enumerate(rows.planes(work)):
         own = weights_EHRM[..., i :: rows.lanes]
         found = found + own @ plane[..., : own.shape[3]].transpose(-1, -2)
-    return found * step + weights_EHRM.sum(dim=-1, keepdim=True) * middle
+    return found * rows.step.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.middle.to(work)
+
+
+def _chunks(x_EHRM: torch.Tensor, rows: Packed) -> Iterator[tuple[torch.Tensor, Packed]]:
+    """Entries of both, so many at a time that the numbers that are read are still in a CPU's cache when they are used."""
+    entries, most = rows.shape[0], max(1, _AT_ONCE // rows.shape[1:].numel())
+    if entries <= most:
+        yield x_EHRM, rows
+        return
+    every = torch.arange(entries, device=x_EHRM.device)
+    for first in range(0, entries, most):
+        yield x_EHRM[first : first + most], rows.select(every[first : first + most])
 
 
 def _times(x_EHRM: torch.Tensor, rows_ESMN: torch.Tensor) -> torch.Tensor:
