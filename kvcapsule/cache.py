@@ -343,7 +343,7 @@ class CapsuleCache(Cache):
                     "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not show."
                 )
         elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
-            valid = _valid(attention_mask, input_ids.shape[1])
+            valid = _valid(attention_mask, *input_ids.shape)
             turn = turn._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
         self._set(turn)
 
@@ -399,8 +399,8 @@ class CapsuleCache(Cache):
             layer.turn = turn
 
 
-def _valid(mask: Any, new: int) -> torch.Tensor | None:
-    """[B, new] bool: which of a forward's tokens are no padding, from a mask of any form that models take; None: all are."""
+def _valid(mask: Any, batch: int, new: int) -> torch.Tensor | None:
+    """[batch, new] bool: which of a forward's tokens are no padding, from a mask of any form that models take; None: all are."""
     if isinstance(mask, Mapping):
         # One for each kind of layer: of layers with full attention, the last query sees every token but padding.
         mask = mask.get("full_attention")
@@ -414,7 +414,8 @@ def _valid(mask: Any, new: int) -> torch.Tensor | None:
     if mask.dim() == 4:
         last = mask[:, 0, -1]
         mask = last if last.dtype == torch.bool else last == 0
-    valid: torch.Tensor = mask[:, -new:].bool()
+    # One mask may stand for all rows.
+    valid: torch.Tensor = mask[:, -new:].bool().expand(batch, -1)
     return valid
 
 

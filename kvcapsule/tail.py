@@ -150,9 +150,6 @@ class StaticTail(Tail):
     def move(self, device: torch.device) -> None:
         raise NotImplementedError("a static tail stays at its address: make the CapsuleCache without room to offload it.")
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.keys, self.values)
-
 
 def _grown(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:
     grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])

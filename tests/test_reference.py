@@ -9,6 +9,7 @@ import torch
 
 from kvcapsule.codec.cells import CodedRows
 from kvcapsule.codec.kvcapsule import MlpRows
+from kvcapsule.kernels import reference
 from kvcapsule.kernels.reference import attend
 from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Segment
@@ -208,6 +209,17 @@ def test_few_bit_rows_keep_a_mean_that_is_almost_zero(bits: int) -> None:
     truth = ordinary(query.double(), [segment])
     error = (attend(query, [segment], SCALE) - truth).norm() / truth.norm()
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["coded", "joint", "quantized", "mlp", "everything"])
+@pytest.mark.parametrize("at_once", [1, 300])
+def test_packed_rows_in_pieces(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch, random_segment: Callable[..., Segment]) -> None:
+    """As all at once: an entry at a time, or a few with fewer left at the end."""
+    segments = [random_segment(kind, [2, 0, 1, 1, 0], 1), random_segment("raw", [0, 1, 2], 2)]
+    query = query_of(2, 2)
+    whole = attend(query, segments, SCALE)
+    monkeypatch.setattr(reference, "_AT_ONCE", at_once)
+    torch.testing.assert_close(attend(query, segments, SCALE), whole, rtol=0, atol=1e-12)
 
 
 def test_errors(random_segment: Callable[..., Segment]) -> None:

@@ -11,7 +11,7 @@ from transformers.generation import CompileConfig
 
 import kvcapsule.cache as cache_module
 from kvcapsule import Capsule
-from kvcapsule.cache import CapsuleCache
+from kvcapsule.cache import CapsuleCache, _valid
 from kvcapsule.inference import attach
 from kvcapsule.policy import RKV, Full, PostVisionAttention
 from kvcapsule.prefill import Method
@@ -124,6 +124,19 @@ def test_no_mask_of_full_length(attached: Model, mixed: BatchFeature, monkeypatc
         seen.clear()
         step(attached, cache, torch.tensor([[43, 44]] * 3), mask)
         assert [tuple(visible.shape) for visible in seen] == [(3, 2, length)] * 4
+
+
+def test_padding_from_masks_of_any_form() -> None:
+    """Two rows of three tokens, the first of the second padding; queries of padding see nothing."""
+    wanted = torch.tensor([[1, 1, 1], [0, 1, 1]], dtype=torch.bool)
+    seen = torch.ones(3, 3, dtype=torch.bool).tril() & wanted[:, None, None]
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (wanted.int(), seen, added, {"full_attention": seen, "sliding_attention": None}):
+        assert torch.equal(_valid(mask, 2, 3), wanted)
+    assert torch.equal(_valid(seen[1:], 2, 2), wanted[[1, 1], 1:]), "one mask for all rows, of the latest tokens"
+    assert _valid(None, 2, 3) is None and _valid({"full_attention": None}, 2, 3) is None
+    with pytest.raises(NotImplementedError, match="a mask of the type object"):
+        _valid(object(), 2, 3)
 
 
 def test_more_than_the_room(attached: Model, mixed: BatchFeature) -> None:
