@@ -15,6 +15,7 @@ from kvcapsule.cache import CapsuleCache, _valid
 from kvcapsule.inference import attach
 from kvcapsule.policy import RKV, Full, PostVisionAttention
 from kvcapsule.prefill import Method
+from kvcapsule.tail import StaticTail
 
 ROOM = 24
 TOKENS = torch.tensor([[40], [41], [42]])
@@ -124,6 +125,14 @@ def test_no_mask_of_full_length(attached: Model, mixed: BatchFeature, monkeypatc
         seen.clear()
         step(attached, cache, torch.tensor([[43, 44]] * 3), mask)
         assert [tuple(visible.shape) for visible in seen] == [(3, 2, length)] * 4
+
+
+def test_what_is_seen_without_a_mask() -> None:
+    """By hand: three tokens written in a room of five, of which the last two ask; and a mask that covers what is written alone."""
+    tail = StaticTail(torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0, 2), room=5)
+    tail.append(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    assert tail.visible(None, 2).int().tolist() == [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]]
+    assert tail.visible(torch.tensor([[[[False, True, True]]]]), 1).int().tolist() == [[[0, 1, 1, 0, 0]]]
 
 
 def test_padding_from_masks_of_any_form() -> None:
