@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from builders import kv_capsule, random_widths, transform_capsule
 from PIL import Image
+from running import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
@@ -99,6 +100,18 @@ def greedy(processor: LlavaProcessor) -> dict[str, Any]:
     banned = processor.tokenizer.convert_tokens_to_ids("<image>")
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "suppress_tokens": [banned], "do_sample": False}
     return {**options, "output_logits": True, "return_dict_in_generate": True}
+
+
+@pytest.fixture(scope="session")
+def mixed(make_batch: Callable[..., BatchFeature]) -> BatchFeature:
+    """Prompts with one image, several and none."""
+    return make_batch(*MIXED)
+
+
+@pytest.fixture(scope="session")
+def expected(model: LlavaForConditionalGeneration, mixed: BatchFeature, greedy: dict[str, Any]) -> Any:
+    """The model's own greedy answer to the mixed batch."""
+    return model.generate(**mixed, **greedy)
 
 
 @pytest.fixture(scope="session")

@@ -22,17 +22,6 @@ Model = LlavaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
-def mixed(make_batch: Batch) -> BatchFeature:
-    return make_batch(*MIXED)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> Any:
-    """The model's own greedy answer to the mixed batch."""
-    return model.generate(**mixed, **greedy)
-
-
-@pytest.fixture(scope="module")
 def expected64(model64: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> Any:
     return model64.generate(**in_dtype(mixed, torch.float64), **greedy)
 

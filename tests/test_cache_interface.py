@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import EXACT, MIXED, assert_same, longer, prefill, step
+from running import EXACT, assert_same, longer, prefill, step
 from transformers import BatchFeature, DynamicCache, Gemma3nConfig, LlavaForConditionalGeneration
 
 from kvcapsule.cache import CapsuleCache
@@ -17,17 +17,6 @@ from kvcapsule.prefill import Method
 
 Batch = Callable[..., BatchFeature]
 Model = LlavaForConditionalGeneration
-
-
-@pytest.fixture(scope="module")
-def mixed(make_batch: Batch) -> BatchFeature:
-    return make_batch(*MIXED)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> Any:
-    """The model's own greedy answer to the mixed batch."""
-    return model.generate(**mixed, **greedy)
 
 
 class TestCacheInterface:

@@ -75,17 +75,6 @@ COMPRESSING: dict[str, tuple[Callable[[Any, Any], Method], int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def mixed(make_batch: Batch) -> BatchFeature:
-    return make_batch(*MIXED)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> Any:
-    """The model's own greedy answer to the mixed batch."""
-    return model.generate(**mixed, **greedy)
-
-
 @pytest.fixture(scope="module", params=COMPRESSING)
 def compressed(
     request: pytest.FixtureRequest,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import EXACT, MIXED, Model, assert_same, in_dtype, longer, prefill, ready, run, step, tiny_gemma
+from running import EXACT, Model, assert_same, in_dtype, longer, prefill, ready, run, step, tiny_gemma
 from transformers import AttentionInterface, AttentionMaskInterface, BatchFeature, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,11 +38,6 @@ def running(model: Any, implementation: str) -> Iterator[None]:
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def mixed(make_batch: Callable[..., BatchFeature]) -> BatchFeature:
-    return make_batch(*MIXED)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import EXACT, MIXED, Model, longer, prefill, step
+from running import EXACT, Model, longer, prefill, step
 from transformers import BatchFeature
 from transformers.generation import CompileConfig
 
@@ -25,11 +25,6 @@ TOKENS = torch.tensor([[40], [41], [42]])
 def attached(model: Model) -> Iterator[Model]:
     with attach(model):
         yield model
-
-
-@pytest.fixture(scope="module")
-def mixed(make_batch: Callable[..., BatchFeature]) -> BatchFeature:
-    return make_batch(*MIXED)
 
 
 @pytest.fixture(params=["full", "attention", "kvcapsule", "transform"])
