@@ -6,7 +6,8 @@ behind the values to a batch row's sum over its tiles. Nothing waits for the dev
 compiled or captured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,19 @@ _AT_ONCE = 2**21
 """Numbers that packed rows are read to at once, where they are of many entries."""
 
 
-def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
+class Reading(NamedTuple):
+    """How stored rows are multiplied: the part of attention that reads the cache."""
+
+    products: Callable[[torch.Tensor, Rows], torch.Tensor]
+    """x [E, H, R, D] with every stored row [E, H, M, D]: [E, H, R, M]."""
+    sums: Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor | None]]
+    """Sums of the rows [E, H, M, D] with weights [E, H, R, M]: [E, H, R, D]; and what is not in them yet, rows [S, M, D] that every entry's
+    own are added to, for each of S sets of neighbouring heads."""
+
+
+def attend(
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None, reading: Reading | None = None
+) -> torch.Tensor:
     """Softmax attention of queries over all tokens of their row's segments jointly.
 
     Args:
@@ -24,9 +37,11 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
         segments: one segment must hold all KV heads (the tail does). A query that sees no token at all, as padding may, gets 0.
         scale: factor of the scores.
         visible: [E, Q, N] bool of the LAST segment (the tail): which of its tokens each query sees. None: all.
+        reading: how rows are multiplied. None: by PyTorch.
 
     Returns: [B, H * G, Q, D] in the query's dtype.
     """
+    reading = reading or PLAIN
     if not segments:
         raise ValueError("attention needs at least one segment.")
     heads = max(s.keys.shape[1] if s.head is None else 0 for s in segments)
@@ -44,8 +59,8 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
     plain = [(s, seen) for s, seen in fetched if s.plain]
     tiles = [(s, seen, _slots(s, heads)) for s, seen in fetched if not s.plain]
     # Runs of tokens that every row has one of are joined before the softmax, tiles behind it.
-    runs = [segment_scores(q_BHGQD, s, scale, seen) for s, seen in plain]
-    scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen, _ in tiles]
+    runs = [segment_scores(q_BHGQD, s, scale, seen, reading) for s, seen in plain]
+    scores = [segment_scores(q_BHGQD, s, scale, seen, reading) for s, seen, _ in tiles]
     joined = torch.cat(runs, dim=-1) if len(runs) > 1 else runs[0] if runs else None
     top = _greatest(joined, scores, [slot for *_, slot in tiles], q_BHGQD)
     out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[2], dim), torch.zeros_like(top)
@@ -54,12 +69,13 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
         mass = weights.sum(dim=-1)
         parts = weights.split([s.tokens for s, _ in plain], dim=-1)
         for (segment, seen), part in zip(plain, parts, strict=True):
-            out = out + _sums(part, segment, seen)
+            own, common = _sums(part, segment, seen, reading)
+            out = out + (own if common is None else own + _times(part, common[None]))
     for (segment, seen, slot), score in zip(tiles, scores, strict=True):
         weights = (score - top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
-        sums = weights.sum(dim=-1).flatten(0, 1)
-        mass = mass.flatten(0, 1).index_add(0, slot, sums).view_as(mass)
-        out = out + _weighted(weights, sums, segment, slot, seen, (batch, heads))
+        masses = weights.sum(dim=-1).flatten(0, 1)
+        mass = mass.flatten(0, 1).index_add(0, slot, masses).view_as(mass)
+        out = out + _weighted(weights, masses, segment, slot, seen, (batch, heads), reading)
     out = out / mass.clamp_min(torch.finfo(work).tiny)[..., None]
     return out.view(batch, query_heads, n_queries, dim).to(query.dtype)
 
@@ -74,11 +90,13 @@ def segment_partial(
     weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0.0)
     entries, heads = scores.shape[:2]
     each = torch.arange(entries * heads, device=scores.device)
-    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, each, visible, (entries, heads))
+    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, each, visible, (entries, heads), PLAIN)
     return out, lse.masked_fill(nothing, -torch.inf)
 
 
-def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
+def segment_scores(
+    q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None, reading: Reading | None = None
+) -> torch.Tensor:
     """Scores of a segment's tokens, [E, H, G * Q, N]; those of tokens that a query does not see are the least number of the dtype."""
     work = q_BHGQD.dtype
     groups, hidden = q_BHGQD.shape[2:4], torch.finfo(work).min
@@ -90,7 +108,7 @@ def segment_scores(q_BHGQD: torch.Tensor, segment: Segment, scale: float, visibl
         q = segment.frame.back(q)
     if segment.q_map is not None:
         q = _mapped(q, segment.q_map)
-    scores = _products(q, segment.keys)
+    scores = (reading or PLAIN).products(q, segment.keys)
     if segment.score_map is not None:
         scores = _mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
@@ -117,19 +135,29 @@ def _greatest(
 
 
 def _weighted(
-    weights: torch.Tensor, sums: torch.Tensor, segment: Segment, slot: torch.Tensor, visible: torch.Tensor | None, shape: tuple[int, int]
+    weights: torch.Tensor,
+    masses: torch.Tensor,
+    segment: Segment,
+    slot: torch.Tensor,
+    visible: torch.Tensor | None,
+    shape: tuple[int, int],
+    reading: Reading,
 ) -> torch.Tensor:
-    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; sums [E * H, G * Q] of these."""
+    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G * Q] their sums."""
     batch, heads = shape
     if segment.value_map is not None:
         weights = _mapped(weights, segment.value_map)
-    parts = _sums(weights, segment, visible).flatten(0, 1)
+    parts, common = _sums(weights, segment, visible, reading)
+    parts = parts.flatten(0, 1)
     if segment.mask is not None and segment.value_map is not None:
         # An entry that has no token at all may hold anything.
-        parts = parts.masked_fill((sums == 0)[..., None], 0.0)
+        parts = parts.masked_fill((masses == 0)[..., None], 0.0)
     out = parts.new_zeros(batch * heads, *parts.shape[1:]).index_add(0, slot, parts).view(batch, heads, *parts.shape[1:])
+    if common is not None:
+        of_row = weights.new_zeros(batch * heads, *weights.shape[2:]).index_add(0, slot, weights.flatten(0, 1))
+        out = out + _times(of_row.view(batch, heads, *weights.shape[2:]), common[None])
     if segment.value_mean is not None:
-        mass = sums.new_zeros(batch * heads, sums.shape[1]).index_add(0, slot, sums)
+        mass = masses.new_zeros(batch * heads, masses.shape[1]).index_add(0, slot, masses)
         out = out + mass.view(batch, heads, -1, 1) * segment.value_mean.to(out.dtype)[:, None]
     if segment.out_map is None:
         return out
@@ -146,8 +174,8 @@ def _slots(segment: Segment, heads: int) -> torch.Tensor:
     return (segment.owner[:, None] * heads + torch.arange(heads, device=segment.owner.device)).flatten()
 
 
-def _products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Of every query with every stored row: [E, H, R, M]."""
+def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """See Reading."""
     if isinstance(rows, torch.Tensor):
         return _times(q_EHRD, rows.to(q_EHRD.dtype).transpose(-1, -2))
     parts = [_packed_products(q, part) for q, part in _chunks(q_EHRD, rows)]
@@ -163,14 +191,12 @@ def _packed_products(q_EHRD: torch.Tensor, rows: Packed) -> torch.Tensor:
     return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * middle).sum(dim=-1, keepdim=True)
 
 
-def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None) -> torch.Tensor:
-    """Of a segment's stored values, with weights: [E, H, R, Dv]."""
-    rows = segment.values
-    # Of packed rows only those that are expanded whole can hold what is not a number where no token is.
-    if isinstance(rows, torch.Tensor) or (segment.value_map is None and not isinstance(rows, Stepped)):
-        return _times(weights_EHRM, _seen_values(segment, visible, weights_EHRM.dtype))
+def sums(weights_EHRM: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, None]:
+    """See Reading."""
+    if isinstance(rows, torch.Tensor):
+        return _times(weights_EHRM, rows.to(weights_EHRM.dtype)), None
     parts = [_packed_sums(weights, part) for weights, part in _chunks(weights_EHRM, rows)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.cat(parts) if len(parts) > 1 else parts[0], None
 
 
 def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
@@ -182,6 +208,10 @@ def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
         own = weights_EHRM[..., i :: rows.lanes]
         found = found + own @ plane[..., : own.shape[3]].transpose(-1, -2)
     return found * rows.step.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.middle.to(work)
+
+
+PLAIN = Reading(products, sums)
+"""By PyTorch's products."""
 
 
 def _chunks(x_EHRM: torch.Tensor, rows: Packed) -> Iterator[tuple[torch.Tensor, Packed]]:
@@ -209,13 +239,20 @@ def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
     return torch.einsum("esgrm,smn->esgrn", x_ESGRM, map_HMN.to(x_EHRM.dtype)).flatten(1, 2)
 
 
-def _seen_values(segment: Segment, visible: torch.Tensor | None, work: torch.dtype) -> torch.Tensor:
-    """The stored values, zero where no query sees the token: a weight of 0 would not silence what is not a number there."""
-    values = read_sets(segment.values, work)
-    if segment.value_map is not None:
-        return values
+def _sums(
+    weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None, reading: Reading
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of a segment's stored values; see Reading.
+
+    Values are zero where no query sees the token: a weight of 0 would not silence what is not a number there. Codes are always numbers.
+    """
+    rows = segment.values
+    always = not isinstance(rows, torch.Tensor) and isinstance(rows, Stepped)
+    if segment.value_map is not None or always or (segment.mask is None and visible is None):
+        return reading.sums(weights_EHRM, rows)
+    values = read_sets(rows, weights_EHRM.dtype)
     if segment.mask is not None:
         values = values.masked_fill(~segment.mask[:, None, :, None], 0.0)
     if visible is not None:
         values = values.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
-    return values
+    return reading.sums(weights_EHRM, values)
