@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 
 VARIABLE = "KVCAPSULE_KERNELS"
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "numba", "triton")
 
 
 _chosen: dict[str, str] = {}

@@ -12,6 +12,7 @@ scores.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -55,6 +56,23 @@ class CellLayout:
         return torch.cat(runs, dim=1) if runs else codes.new_empty(len(codes), 0)
 
 
+class Walk(NamedTuple):
+    """The coded cells in the order of their bytes: n in all, of the widths 8, 4, 3, 2 and 1, within a width set by set; int64."""
+
+    start: torch.Tensor
+    """[5, S]: where the bytes of a width and a set begin in an entry."""
+    first: torch.Tensor
+    """[5, S]: the first cell of a width and a set."""
+    count: torch.Tensor
+    """[5, S]."""
+    group: torch.Tensor
+    """[n]: each cell's group of eight rows."""
+    channel: torch.Tensor
+    """[n]."""
+    cells: torch.Tensor
+    """[n]: each cell's number over sets, groups and channels."""
+
+
 @dataclass(frozen=True)
 class Coding:
     """What coded rows are read with, the same for all entries."""
@@ -80,6 +98,20 @@ class Coding:
             first = kind.start + kind.width * torch.arange(len(kind.cells), dtype=torch.int32, device=cells.device)
             cells[kind.cells] += 16 * first
         return cells.view(self.widths.shape)
+
+    @cached_property
+    def walk(self) -> "Walk":
+        """For those who go through an entry's bytes from front to back."""
+        kinds, (sets, groups, channels) = {kind.width: kind for kind in self.layout.classes}, self.widths.shape
+        empty = CellClass(0, 0, self.widths.new_zeros(0, dtype=torch.int64))
+        listed = [kinds.get(width, empty) for width in sorted(WIDTHS, reverse=True)]
+        cells = torch.cat([kind.cells for kind in listed])
+        counts = torch.stack([(kind.cells // (groups * channels)).bincount(minlength=sets) for kind in listed])
+        firsts = counts.flatten().cumsum(0).view_as(counts) - counts
+        place = (cells // channels % groups, cells % channels)
+        ends = torch.stack([count * kind.width for count, kind in zip(counts, listed, strict=True)]).cumsum(1)
+        starts = torch.tensor([[kind.start] for kind in listed]) + ends - counts * torch.tensor([[kind.width] for kind in listed])
+        return Walk(starts, firsts, counts, *place, cells)
 
     @cached_property
     def order(self) -> torch.Tensor:

@@ -19,10 +19,19 @@ __all__ = ["attend", "backend"]
 
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend, by the backend of the query's device."""
-    if backend(query.device.type) == "triton":
+    chosen = backend(query.device.type)
+    if chosen == "triton":
         out: torch.Tensor = _attend_by_triton(query, segments, scale, visible)
         return out
+    if chosen == "numba" and not torch.compiler.is_compiling():
+        return _attend_by_numba(query, segments, scale, visible)
     return reference_attend(query, segments, scale, visible)
+
+
+def _attend_by_numba(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None) -> torch.Tensor:
+    from .native.read import COMPILED
+
+    return reference_attend(query, segments, scale, visible, COMPILED)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

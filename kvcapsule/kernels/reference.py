@@ -22,9 +22,11 @@ class Reading(NamedTuple):
 
     products: Callable[[torch.Tensor, Rows], torch.Tensor]
     """x [E, H, R, D] with every stored row [E, H, M, D]: [E, H, R, M]."""
-    sums: Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor | None]]
-    """Sums of the rows [E, H, M, D] with weights [E, H, R, M]: [E, H, R, D]; and what is not in them yet, rows [S, M, D] that every entry's
-    own are added to, for each of S sets of neighbouring heads."""
+    sums: Callable[[torch.Tensor, Rows], torch.Tensor]
+    """Sums of the rows [E, H, M, D] with weights [E, H, R, M]: [E, H, R, D]."""
+    totals: Callable[[torch.Tensor, Rows, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
+    """The sums of each batch row's entries, [B, H, R, D]: of weights, rows, owner [E], B, and where an entry has no token [E, H, R, 1] or
+    None."""
 
 
 def attend(
@@ -69,8 +71,7 @@ def attend(
         mass = weights.sum(dim=-1)
         parts = weights.split([s.tokens for s, _ in plain], dim=-1)
         for (segment, seen), part in zip(plain, parts, strict=True):
-            own, common = _sums(part, segment, seen, reading)
-            out = out + (own if common is None else own + _times(part, common[None]))
+            out = out + _sums(part, segment, seen, reading)
     for (segment, seen, slot), score in zip(tiles, scores, strict=True):
         weights = (score - top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         masses = weights.sum(dim=-1).flatten(0, 1)
@@ -107,10 +108,10 @@ def segment_scores(
     if segment.frame is not None:
         q = segment.frame.back(q)
     if segment.q_map is not None:
-        q = _mapped(q, segment.q_map)
+        q = mapped(q, segment.q_map)
     scores = (reading or PLAIN).products(q, segment.keys)
     if segment.score_map is not None:
-        scores = _mapped(scores, segment.score_map.transpose(-1, -2))
+        scores = mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
         scores = scores + segment.bias.to(work)[:, :, None]
     if segment.mask is not None:
@@ -145,26 +146,21 @@ def _weighted(
 ) -> torch.Tensor:
     """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G * Q] their sums."""
     batch, heads = shape
-    if segment.value_map is not None:
-        weights = _mapped(weights, segment.value_map)
-    parts, common = _sums(weights, segment, visible, reading)
-    parts = parts.flatten(0, 1)
-    if segment.mask is not None and segment.value_map is not None:
-        # An entry that has no token at all may hold anything.
-        parts = parts.masked_fill((masses == 0)[..., None], 0.0)
-    out = parts.new_zeros(batch * heads, *parts.shape[1:]).index_add(0, slot, parts).view(batch, heads, *parts.shape[1:])
-    if common is not None:
-        of_row = weights.new_zeros(batch * heads, *weights.shape[2:]).index_add(0, slot, weights.flatten(0, 1))
-        out = out + _times(of_row.view(batch, heads, *weights.shape[2:]), common[None])
+    if segment.value_map is None:
+        parts = _sums(weights, segment, visible, reading).flatten(0, 1)
+        out = parts.new_zeros(batch * heads, *parts.shape[1:]).index_add(0, slot, parts).view(batch, heads, *parts.shape[1:])
+    else:
+        absent = None if segment.mask is None else (masses == 0).view(*weights.shape[:3], 1)
+        out = reading.totals(mapped(weights, segment.value_map), segment.values, segment.owner, batch, absent)
     if segment.value_mean is not None:
         mass = masses.new_zeros(batch * heads, masses.shape[1]).index_add(0, slot, masses)
         out = out + mass.view(batch, heads, -1, 1) * segment.value_mean.to(out.dtype)[:, None]
     if segment.out_map is None:
         return out
     if segment.head is None:
-        return _mapped(out, segment.out_map)
+        return mapped(out, segment.out_map)
     # Single heads have one map between them.
-    return _mapped(out.flatten(0, 1)[:, None], segment.out_map).view(batch, heads, *out.shape[2:3], -1)
+    return mapped(out.flatten(0, 1)[:, None], segment.out_map).view(batch, heads, *out.shape[2:3], -1)
 
 
 def _slots(segment: Segment, heads: int) -> torch.Tensor:
@@ -191,12 +187,24 @@ def _packed_products(q_EHRD: torch.Tensor, rows: Packed) -> torch.Tensor:
     return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * middle).sum(dim=-1, keepdim=True)
 
 
-def sums(weights_EHRM: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, None]:
+def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
     """See Reading."""
     if isinstance(rows, torch.Tensor):
-        return _times(weights_EHRM, rows.to(weights_EHRM.dtype)), None
+        return _times(weights_EHRM, rows.to(weights_EHRM.dtype))
     parts = [_packed_sums(weights, part) for weights, part in _chunks(weights_EHRM, rows)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0], None
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def totals(weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
+    """See Reading."""
+    return added_up(sums(weights_EHRM, rows), owner, batch, absent)
+
+
+def added_up(parts_EHRD: torch.Tensor, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
+    """Entries' own sums to those of batch rows, [B, H, R, D]; an entry that has no token at all may hold anything."""
+    if absent is not None:
+        parts_EHRD = parts_EHRD.masked_fill(absent, 0.0)
+    return parts_EHRD.new_zeros(batch, *parts_EHRD.shape[1:]).index_add(0, owner, parts_EHRD)
 
 
 def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
@@ -210,7 +218,7 @@ def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
     return found * rows.step.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.middle.to(work)
 
 
-PLAIN = Reading(products, sums)
+PLAIN = Reading(products, sums, totals)
 """By PyTorch's products."""
 
 
@@ -233,22 +241,20 @@ def _times(x_EHRM: torch.Tensor, rows_ESMN: torch.Tensor) -> torch.Tensor:
     return by_head.flatten(1, 2)
 
 
-def _mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
+def mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
     """x map, where all entries share the map (and neighbouring heads, where it has fewer): a broadcast product would copy it for each."""
     x_ESGRM = x_EHRM.unflatten(1, (map_HMN.shape[0], -1))
     return torch.einsum("esgrm,smn->esgrn", x_ESGRM, map_HMN.to(x_EHRM.dtype)).flatten(1, 2)
 
 
-def _sums(
-    weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None, reading: Reading
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of a segment's stored values; see Reading.
+def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None, reading: Reading) -> torch.Tensor:
+    """Of a segment's stored values that are one for each token.
 
     Values are zero where no query sees the token: a weight of 0 would not silence what is not a number there. Codes are always numbers.
     """
     rows = segment.values
     always = not isinstance(rows, torch.Tensor) and isinstance(rows, Stepped)
-    if segment.value_map is not None or always or (segment.mask is None and visible is None):
+    if always or (segment.mask is None and visible is None):
         return reading.sums(weights_EHRM, rows)
     values = read_sets(rows, weights_EHRM.dtype)
     if segment.mask is not None:

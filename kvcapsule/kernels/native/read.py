@@ -1,0 +1,154 @@
+"""Products with stored rows as `kvcapsule.kernels.reference` takes them, by the compiled kernels where these cover the rows.
+
+What they cover is fp32: raw rows that are dense along the channels, `QuantizedRows` and `CodedRows`, for up to 64 query rows; anything else
+is the reference's, by its form alone.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...codec.cells import CodedRows
+from ...packing import GROUP
+from ...quantize import QuantizedRows
+from ...segment import Rows
+from .. import reference
+from . import cells, fewbit, raw
+from .jit import Kernel, U
+from .share import Piece, pieces, run
+
+_MOST_ROWS = 64
+"""Query rows of a KV head; more is work for matrix products."""
+
+
+def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """See `reference.Reading`."""
+    if not _covers(q_EHRD, rows):
+        return reference.products(q_EHRD, rows)
+    q = q_EHRD.contiguous()
+    if isinstance(rows, CodedRows):
+        return _cell_products(q, rows).add_(reference.mapped(q, rows.coding.offset.transpose(-1, -2)))
+    out = q.new_zeros(*q.shape[:3], rows.shape[2])
+    if isinstance(rows, QuantizedRows):
+        _few_bits(fewbit.KERNELS[rows.bits].products, q, rows, out[None])
+        return out.add_((q * _middle(rows)).sum(dim=-1, keepdim=True))
+    assert isinstance(rows, torch.Tensor)
+    _raw(raw.products, q, rows, out[None])
+    return out
+
+
+def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """See `reference.Reading`."""
+    if not _covers(weights_EHRM, rows) or isinstance(rows, CodedRows):
+        return reference.sums(weights_EHRM, rows)
+    weights = weights_EHRM.contiguous()
+    parts = weights.new_zeros(torch.get_num_threads(), *weights.shape[:3], rows.shape[3])
+    if isinstance(rows, QuantizedRows):
+        _few_bits(fewbit.KERNELS[rows.bits].sums, weights, rows, parts)
+        return parts.sum(dim=0).add_(weights.sum(dim=-1, keepdim=True) * _middle(rows))
+    assert isinstance(rows, torch.Tensor)
+    _raw(raw.sums, weights, rows, parts)
+    return parts.sum(dim=0)
+
+
+def totals(weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
+    """See `reference.Reading`."""
+    if not isinstance(rows, CodedRows) or not _covers(weights_EHRM, rows):
+        return reference.added_up(sums(weights_EHRM, rows), owner, batch, absent)
+    # Codes are numbers whatever they are the codes of, and have no weight where there is no token.
+    heads, queries, components = weights_EHRM.shape[1:]
+    of_row = weights_EHRM.new_zeros(batch, heads, queries, components).index_add(0, owner, weights_EHRM)
+    return _cell_totals(weights_EHRM.contiguous(), rows, owner, batch).add_(reference.mapped(of_row, rows.coding.offset))
+
+
+COMPILED = reference.Reading(products, sums, totals)
+
+
+def _covers(x_EHRN: torch.Tensor, rows: Rows) -> bool:
+    if x_EHRN.dtype != torch.float32 or x_EHRN.shape[2] > _MOST_ROWS or not x_EHRN.numel():
+        return False
+    if isinstance(rows, torch.Tensor):
+        dense = rows.stride(3) == 1 or rows.shape[3] == 1
+        return dense and rows.dtype == torch.float32 and rows.shape[:2] == x_EHRN.shape[:2] and not _learning(x_EHRN, rows)
+    if isinstance(rows, QuantizedRows):
+        return rows.codes.is_contiguous() and not _learning(x_EHRN, rows.step, rows.zero)
+    if isinstance(rows, CodedRows):
+        coding = rows.coding
+        return rows.packed.stride(1) == 1 and coding.offset.dtype == torch.float32 and not _learning(x_EHRN, coding.step, coding.offset)
+    return False
+
+
+def _learning(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _raw(kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, parts: torch.Tensor) -> None:
+    entries, heads, tokens, dim = rows.shape
+    # Where there is one of a kind, how far the next is away may be any number.
+    strides = [stride if length > 1 else 0 for stride, length in zip(rows.stride()[:3], rows.shape[:3], strict=True)]
+    given = (_flat(x), U(x.shape[2]), _flat(rows), *map(U, (*strides, heads, dim, tokens)))
+    _share(kernel, given, parts, entries * heads, tokens, x.shape[2] * rows.numel())
+
+
+def _few_bits(kernel: Kernel, x: torch.Tensor, rows: QuantizedRows, parts: torch.Tensor) -> None:
+    entries, heads, dim, line = rows.codes.shape
+    step = rows.step.to(torch.float32).contiguous()
+    given = (_flat(x), U(x.shape[2]), _flat(rows.codes), U(line), _flat(step), U(dim), U(rows.tokens))
+    _share(kernel, given, parts, entries * heads, rows.tokens, x.shape[2] * rows.shape.numel())
+
+
+def _share(kernel: Kernel, given: tuple[Any, ...], parts: torch.Tensor, units: int, tokens: int, work: int) -> None:
+    """Kernels add to what is there, each part to its own of `parts` [P, ...]: one for all where they write in different places."""
+
+    def call(piece: Piece) -> None:
+        out = parts[min(piece.part, len(parts) - 1)]
+        kernel(*given, _flat(out), U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
+
+    run(call, pieces(units, tokens, work))
+
+
+def _cell_products(q: torch.Tensor, rows: CodedRows) -> torch.Tensor:
+    out = q.new_zeros(*q.shape[:3], rows.shape[2])
+    sets, together, walk, sizes = _walk(q, rows)
+
+    def call(piece: Piece) -> None:
+        cells.products(*walk, _flat(q), *sizes, _flat(out), U(piece.begin), U(piece.end))
+
+    units = len(rows.packed) * sets
+    run(call, pieces(units, 1, units * together, partable=False))
+    return out
+
+
+def _cell_totals(weights: torch.Tensor, rows: CodedRows, owner: torch.Tensor, batch: int) -> torch.Tensor:
+    sets, together, walk, sizes = _walk(weights, rows)
+    work = pieces(sets, len(owner), len(owner) * sets * together, block=1)
+    parts = weights.new_zeros(work[-1].part + 1, batch, *weights.shape[1:3], rows.shape[3])
+
+    def call(piece: Piece) -> None:
+        places = (U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
+        cells.totals(*walk, _flat(owner), _flat(weights), *sizes, _flat(parts[piece.part]), *places)
+
+    run(call, work)
+    return parts.sum(dim=0)
+
+
+def _walk(x: torch.Tensor, rows: CodedRows) -> tuple[int, int, tuple[Any, ...], tuple[Any, ...]]:
+    """S; multiply-adds of an average set of an entry; the cells, and what they are multiplied in, as the kernels take them."""
+    coding, together = rows.coding, rows.coding.heads * x.shape[2]
+    sets, groups, channels = coding.widths.shape
+    walk, step = coding.walk, coding.step.detach().flatten()
+    tables = (*(table.numpy().view(U) for table in walk[:-1]), step[walk.cells].numpy())
+    sizes = tuple(map(U, (together, GROUP * groups, channels)))
+    return sets, len(walk.cells) * GROUP * together // sets, (_flat(rows.packed), U(rows.packed.stride(0)), *tables), sizes
+
+
+def _middle(rows: QuantizedRows) -> torch.Tensor:
+    """[E, H, 1, D]: what is left out of the numbers."""
+    return rows.zero.to(torch.float32) + rows.step.to(torch.float32) * ((2**rows.bits - 1) / 2)
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    """What lies in memory from the first element to the last."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    return torch.as_strided(tensor.detach(), (length,), (1,)).numpy()

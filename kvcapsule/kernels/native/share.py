@@ -1,0 +1,62 @@
+"""A kernel's work shared out among the threads that PyTorch is given.
+
+Plain Python threads, for the kernels let go of the interpreter's lock: Numba's own pools may not be entered by two threads at once, and not
+all of them survive a fork.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+_LEAST = 2**20
+"""Multiply-adds that are worth another thread: handing work over takes some 50 microseconds."""
+
+
+class Piece(NamedTuple):
+    """Units begin to end, of each of them the tokens since to until; pieces of one part have no unit in common."""
+
+    begin: int
+    end: int
+    since: int
+    until: int
+    part: int
+
+
+def pieces(units: int, tokens: int, work: int, partable: bool = True, block: int = 64) -> list[Piece]:
+    """Pieces of about equal size.
+
+    Args:
+        units: entries times heads.
+        tokens: of each unit.
+        work: multiply-adds in all.
+        partable: whether a unit's tokens may be shared out, where there are fewer units than threads.
+        block: tokens that stay together.
+    """
+    threads = max(1, min(torch.get_num_threads(), work // _LEAST))
+    if units >= threads or not partable:
+        cuts = _cuts(units, min(threads, units), 1)
+        return [Piece(begin, end, 0, tokens, 0) for begin, end in cuts]
+    return [Piece(0, units, since, until, part) for part, (since, until) in enumerate(_cuts(tokens, threads, block))]
+
+
+def _cuts(length: int, number: int, block: int) -> list[tuple[int, int]]:
+    step = -(-length // (number * block)) * block
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
+
+
+def run(kernel: Callable[[Piece], None], work: Sequence[Piece]) -> None:
+    """The kernel on every piece; back when all are done."""
+    if len(work) == 1:
+        kernel(work[0])
+    else:
+        list(_pool(os.getpid(), len(work)).map(kernel, work))
+
+
+@lru_cache(maxsize=8)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """A forked process has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="kvcapsule")
