@@ -1,4 +1,4 @@
-"""Which implementation of attention and of packing serves a type of device: the kernels or plain PyTorch (docs/kernels.md)."""
+"""Which implementation of attention and of packing serves a type of device: kernels or plain PyTorch (docs/kernels.md)."""
 
 import os
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ def backend(device: str) -> str:
 
     Raises:
         ValueError: for a value of KVCAPSULE_KERNELS that names no backend.
-        RuntimeError: if KVCAPSULE_KERNELS asks for triton where it is not installed, or Triton is set up for another device.
+        RuntimeError: if KVCAPSULE_KERNELS asks for what is not installed, or what does not serve the device.
     """
     if device not in _chosen:
         _chosen[device] = _choose(device)
@@ -27,16 +27,25 @@ def _choose(device: str) -> str:
     asked = os.environ.get(VARIABLE)
     if asked and asked not in BACKENDS:
         raise ValueError(f"{VARIABLE}={asked}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide.")
-    installed = find_spec("triton") is not None
-    chosen = asked or ("triton" if device == "cuda" and installed else "reference")
+    own = {"cpu": "numba", "cuda": "triton"}.get(device, "reference")
+    chosen = asked or (own if _installed(own) else "reference")
+    if chosen != "reference" and not _installed(chosen):
+        extra = {"numba": "cpu", "triton": "triton"}[chosen]
+        raise RuntimeError(
+            f"{VARIABLE}={chosen}, but {chosen.capitalize()} is not installed: pip install 'kvcapsule[{extra}]', or unset the variable."
+        )
+    if chosen == "numba" and device != "cpu":
+        raise RuntimeError(f"{VARIABLE}=numba serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference.")
     if chosen == "triton":
-        _require_triton(device, installed)
+        _require_triton(device)
     return chosen
 
 
-def _require_triton(device: str, installed: bool) -> None:
-    if not installed:
-        raise RuntimeError(f"{VARIABLE}=triton, but Triton is not installed: pip install 'kvcapsule[triton]', or unset the variable.")
+def _installed(name: str) -> bool:
+    return name == "reference" or find_spec(name) is not None
+
+
+def _require_triton(device: str) -> None:
     from .kernels.fused.device import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:

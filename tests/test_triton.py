@@ -9,29 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_widths
-from transformers import BatchFeature, LlavaForConditionalGeneration
+from drawn import DIM, HEADS, OWNERS, SCALE, Draw, quantised, query_of
 
-from kvcapsule import backend as choice
-from kvcapsule.capsule import Capsule
-from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.frame import Frame
-from kvcapsule.inference import attach
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.fused import attend as fused
 from kvcapsule.kernels.fused import device, plan, rowed
 from kvcapsule.kernels.fused.packing import pack
 from kvcapsule.packing import WIDTHS
 from kvcapsule.packing import pack as pack_reference
-from kvcapsule.policy import EvenlySpaced
 from kvcapsule.policy.kivi import GroupedRows
-from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Rows, Segment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HEADS, DIM, SCALE = 2, 8, 0.3
-OWNERS = ([0, 1, 1, 3], [3, 0])
-"""Batch rows of two segments' entries: several for one row, none for another, in any order."""
 SINGLE, HALF = 1e-5, 2e-3
 
 
@@ -71,46 +61,6 @@ def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | 
         expected = reference.attend(query.double(), segments, SCALE, visible)
     assert expected.norm() > 0.1
     return float((attended(query, segments, visible, left).double() - expected).norm() / expected.norm())
-
-
-def query_of(group: int = 2, queries: int = 1, dtype: torch.dtype = torch.float32, batch: int = 4, dim: int = DIM) -> torch.Tensor:
-    """Laid out as models hand it over: heads behind tokens."""
-    query = torch.randn(batch, queries, HEADS * group, dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return query.to(dtype).transpose(1, 2)
-
-
-class Draw:
-    """Random segments of any size."""
-
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
-
-    def __call__(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-
-    def raw(self, owner: list[int], tokens: int, bias: bool = False, dim: int = DIM) -> Segment:
-        entries = len(owner)
-        b = self(entries, HEADS, tokens) if bias else None
-        return Segment(self(entries, HEADS, tokens, dim), self(entries, HEADS, tokens, dim), torch.tensor(owner), bias=b)
-
-    def coded(self, entries: int, widths: torch.Tensor, joint: int = 1) -> CodedRows:
-        sets, groups, channels = widths.shape
-        step = 4 * self(*widths.shape).abs() / 2.0**widths
-        return CodedRows.encode(self(entries, sets, 8 * groups, channels), Coding(widths, step, self(sets, 8 * groups, channels), joint))
-
-    def transform(self, owner: list[int], tile: int, keys: tuple[int, int], values: tuple[int, int], joint: int = 1) -> Segment:
-        """Coded keys and values of (groups, channels)."""
-        sets = HEADS // joint
-        rows = [self.coded(len(owner), random_widths((sets, *size), self.generator), joint) for size in (keys, values)]
-        return Segment(
-            *rows, torch.tensor(owner), score_map=self(sets, tile, 8 * keys[0]), value_map=self(sets, tile, 8 * values[0]),
-            q_map=self(HEADS, DIM, keys[1]), out_map=self(HEADS, values[1], DIM),
-        )  # fmt: skip
-
-
-def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
-    assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-    return replace(segment, keys=QuantizedRows.pack(segment.keys, key_bits), values=QuantizedRows.pack(segment.values, value_bits))
 
 
 def test_the_kernels_are_interpreted_or_there_is_a_gpu() -> None:
@@ -374,70 +324,3 @@ def test_packing_is_the_references(bits: int) -> None:
     assert torch.equal(pack(strided.to(DEVICE), bits).cpu(), pack_reference(strided, bits))
     with pytest.raises(ValueError, match="can be packed"):
         pack(codes[:, :7], bits)
-
-
-class TestChoice:
-    @pytest.fixture(autouse=True)
-    def unset(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.delenv(choice.VARIABLE, raising=False)
-        choice._chosen.clear()
-        yield
-        choice._chosen.clear()
-
-    def test_by_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert choice.backend("cpu") == "reference"
-        monkeypatch.setattr(device, "INTERPRETED", False)
-        assert choice.backend("cuda") == "triton"
-
-    def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(choice, "find_spec", lambda name: None)
-        assert choice.backend("cuda") == "reference"
-        monkeypatch.setenv(choice.VARIABLE, "triton")
-        with pytest.raises(RuntimeError, match=r"pip install 'kvcapsule\[triton\]'"):
-            choice.backend("cpu")
-
-    def test_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(device, "INTERPRETED", True)
-        monkeypatch.setenv(choice.VARIABLE, "triton")
-        assert choice.backend("cpu") == "triton"
-        with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-            choice.backend("cuda")
-        monkeypatch.setattr(device, "INTERPRETED", False)
-        choice._chosen.clear()
-        with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
-            choice.backend("cpu")
-        monkeypatch.setenv(choice.VARIABLE, "reference")
-        choice._chosen.clear()
-        assert choice.backend("cuda") == "reference"
-
-    def test_a_wrong_name_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(choice.VARIABLE, "cuda")
-        with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, triton"):
-            choice.backend("cpu")
-
-    @pytest.mark.parametrize("method", ["transform", "spaced"])
-    def test_a_model_writes_what_it_writes_with_the_reference(
-        self,
-        method: str,
-        model: LlavaForConditionalGeneration,
-        random_transform: Callable[..., Capsule],
-        make_batch: Callable[..., BatchFeature],
-        greedy: dict[str, Any],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """Left-padded rows, one with an image and one without; prefill encodes with the packing kernel too."""
-        if DEVICE != "cpu":
-            model = model.to(DEVICE)
-        batch = make_batch((1, "Read."), (0, "What is there?")).to(DEVICE)
-        compress = random_transform(98, (16, 12), (24, 20)) if method == "transform" else EvenlySpaced(0.1)
-        options = greedy | {"max_new_tokens": 3, "min_new_tokens": 3}
-        called = []
-        for name in choice.BACKENDS:
-            monkeypatch.setenv(choice.VARIABLE, name)
-            choice._chosen.clear()
-            with attach(model, compress):
-                called.append(model.generate(**batch, **options))
-        plain, by_kernels = called
-        assert torch.equal(plain.sequences, by_kernels.sequences)
-        torch.testing.assert_close(torch.stack(by_kernels.logits), torch.stack(plain.logits), rtol=0, atol=2e-4)
-        assert not torch.equal(torch.stack(by_kernels.logits), torch.stack(plain.logits)), "the kernels were not asked"

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvcapsule.kernels.native.flat import watched
+
 _MANY = 2**16
 """Runs of a tensor past which the whole from its first to its last element counts."""
 
@@ -25,8 +27,8 @@ class Touched(NamedTuple):
 
 
 def count(call: Callable[[], Any], held: Iterable[torch.Tensor]) -> Touched:
-    """Run `call` and count. Operations that PyTorch does not dispatch, such as kernels in Triton, are not seen."""
-    with _Counter(held) as counter:
+    """Run `call` and count. Kernels in Triton, which PyTorch does not dispatch, are not seen."""
+    with _Counter(held) as counter, watched(counter.see):
         call()
     return Touched(sum(_length(ranges) for ranges in counter.read.values()), counter.traffic)
 
@@ -45,11 +47,15 @@ class _Counter(TorchDispatchMode):
         if func.is_view or (made and all(x.untyped_storage().data_ptr() in places for x in made) and not func._schema.is_mutable):
             return out
         for x in given:
-            self.traffic += _elements(x) * x.itemsize
-            if (ranges := self.read.get(x.untyped_storage().data_ptr())) is not None:
-                ranges.extend(_ranges(x))
+            self.see(x)
         self.traffic += sum(_elements(x) * x.itemsize for x in made)
         return out
+
+    def see(self, x: torch.Tensor) -> None:
+        """A tensor is read (or, by a compiled kernel, written)."""
+        self.traffic += _elements(x) * x.itemsize
+        if (ranges := self.read.get(x.untyped_storage().data_ptr())) is not None:
+            ranges.extend(_ranges(x))
 
 
 def _elements(x: torch.Tensor) -> int:

@@ -63,8 +63,8 @@ class Walk(NamedTuple):
     """[5, S]: where the bytes of a width and a set begin in an entry."""
     first: torch.Tensor
     """[5, S]: the first cell of a width and a set."""
-    count: torch.Tensor
-    """[5, S]."""
+    number: torch.Tensor
+    """[5, S]: of its cells."""
     group: torch.Tensor
     """[n]: each cell's group of eight rows."""
     channel: torch.Tensor
@@ -157,6 +157,8 @@ class CodedRows:
     @classmethod
     def encode(cls, coefficients: torch.Tensor, coding: Coding) -> "CodedRows":
         """Coefficients [E, S, 8 G, C] to the nearest codes."""
+        # Made by now: a step that is compiled cannot make what is kept.
+        _ = coding.order
         return cls(coding.layout.pack(coding.codes(coefficients)), coding)
 
     @property

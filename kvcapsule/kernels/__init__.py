@@ -1,9 +1,9 @@
-"""Attention over segments, and the packing of codes: a reference in plain PyTorch, and Triton kernels that agree with it.
+"""Attention over segments, and the packing of codes: a reference in plain PyTorch, and kernels in Triton and in Numba that agree with it.
 
-What runs is chosen once for each kind of device: the kernels on CUDA where Triton is installed (`pip install kvcapsule[triton]`), the
-reference everywhere else. The environment variable KVCAPSULE_KERNELS=reference or =triton, read at the first call, overrides the choice;
-on the CPU `triton` needs TRITON_INTERPRET=1 besides, and is for tests. What the kernels do not cover, they leave to the reference by the
-predicates of kvcapsule.kernels.fused.plan: nothing falls back because something failed.
+What runs is chosen once for each kind of device: Triton's kernels on CUDA and Numba's on the CPU, where these are installed
+(`pip install kvcapsule[triton]`, `kvcapsule[cpu]`), the reference everywhere else. The environment variable KVCAPSULE_KERNELS=reference,
+=numba or =triton, read at the first call, overrides the choice; on the CPU `triton` needs TRITON_INTERPRET=1 besides, and is for tests.
+What kernels do not cover, they leave to the reference, by its form alone: nothing falls back because something failed.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
 
 
 def _attend_by_numba(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None) -> torch.Tensor:
+    """The reference's steps, with products by compiled kernels; a step that PyTorch compiles whole is the reference's."""
     from .native.read import COMPILED
 
     return reference_attend(query, segments, scale, visible, COMPILED)

@@ -82,8 +82,8 @@ def sums(w, w0, ws, R, x, x0, xs, K, N, out, o0, os):
         k += U(4)
     while k < K:
         b = x0 + k * xs
-        for r in range(R):
-            p, o = w[w0 + r * ws + k], o0 + r * os
+        for row in range(R):
+            p, o = w[w0 + row * ws + k], o0 + row * os
             for n in range(N):
                 out[o + n] += p * x[b + n]
         k += U(1)

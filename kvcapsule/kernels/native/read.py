@@ -1,12 +1,11 @@
 """Products with stored rows as `kvcapsule.kernels.reference` takes them, by the compiled kernels where these cover the rows.
 
-What they cover is fp32: raw rows that are dense along the channels, `QuantizedRows` and `CodedRows`, for up to 64 query rows; anything else
-is the reference's, by its form alone.
+What they cover: queries and weights in fp32, up to 64 rows of them; raw fp32 rows that are dense along the channels, `QuantizedRows` and
+`CodedRows`; no gradients. Anything else is the reference's, by its form alone.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...codec.cells import CodedRows
@@ -15,6 +14,7 @@ from ...quantize import QuantizedRows
 from ...segment import Rows
 from .. import reference
 from . import cells, fewbit, raw
+from .flat import flat
 from .jit import Kernel, U
 from .share import Piece, pieces, run
 
@@ -74,8 +74,7 @@ def _covers(x_EHRN: torch.Tensor, rows: Rows) -> bool:
     if isinstance(rows, QuantizedRows):
         return rows.codes.is_contiguous() and not _learning(x_EHRN, rows.step, rows.zero)
     if isinstance(rows, CodedRows):
-        coding = rows.coding
-        return rows.packed.stride(1) == 1 and coding.offset.dtype == torch.float32 and not _learning(x_EHRN, coding.step, coding.offset)
+        return rows.packed.stride(1) == 1 and not _learning(x_EHRN, rows.coding.step, rows.coding.offset)
     return False
 
 
@@ -87,14 +86,14 @@ def _raw(kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, parts: torch.Tenso
     entries, heads, tokens, dim = rows.shape
     # Where there is one of a kind, how far the next is away may be any number.
     strides = [stride if length > 1 else 0 for stride, length in zip(rows.stride()[:3], rows.shape[:3], strict=True)]
-    given = (_flat(x), U(x.shape[2]), _flat(rows), *map(U, (*strides, heads, dim, tokens)))
+    given = (flat(x), U(x.shape[2]), flat(rows), *map(U, (*strides, heads, dim, tokens)))
     _share(kernel, given, parts, entries * heads, tokens, x.shape[2] * rows.numel())
 
 
 def _few_bits(kernel: Kernel, x: torch.Tensor, rows: QuantizedRows, parts: torch.Tensor) -> None:
     entries, heads, dim, line = rows.codes.shape
     step = rows.step.to(torch.float32).contiguous()
-    given = (_flat(x), U(x.shape[2]), _flat(rows.codes), U(line), _flat(step), U(dim), U(rows.tokens))
+    given = (flat(x), U(x.shape[2]), flat(rows.codes), U(line), flat(step), U(dim), U(rows.tokens))
     _share(kernel, given, parts, entries * heads, rows.tokens, x.shape[2] * rows.shape.numel())
 
 
@@ -103,7 +102,7 @@ def _share(kernel: Kernel, given: tuple[Any, ...], parts: torch.Tensor, units: i
 
     def call(piece: Piece) -> None:
         out = parts[min(piece.part, len(parts) - 1)]
-        kernel(*given, _flat(out), U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
+        kernel(*given, flat(out), U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
 
     run(call, pieces(units, tokens, work))
 
@@ -113,7 +112,7 @@ def _cell_products(q: torch.Tensor, rows: CodedRows) -> torch.Tensor:
     sets, together, walk, sizes = _walk(q, rows)
 
     def call(piece: Piece) -> None:
-        cells.products(*walk, _flat(q), *sizes, _flat(out), U(piece.begin), U(piece.end))
+        cells.products(*walk, flat(q), *sizes, flat(out), U(piece.begin), U(piece.end))
 
     units = len(rows.packed) * sets
     run(call, pieces(units, 1, units * together, partable=False))
@@ -127,7 +126,7 @@ def _cell_totals(weights: torch.Tensor, rows: CodedRows, owner: torch.Tensor, ba
 
     def call(piece: Piece) -> None:
         places = (U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
-        cells.totals(*walk, _flat(owner), _flat(weights), *sizes, _flat(parts[piece.part]), *places)
+        cells.totals(*walk, flat(owner), flat(weights), *sizes, flat(parts[piece.part]), *places)
 
     run(call, work)
     return parts.sum(dim=0)
@@ -137,18 +136,13 @@ def _walk(x: torch.Tensor, rows: CodedRows) -> tuple[int, int, tuple[Any, ...], 
     """S; multiply-adds of an average set of an entry; the cells, and what they are multiplied in, as the kernels take them."""
     coding, together = rows.coding, rows.coding.heads * x.shape[2]
     sets, groups, channels = coding.widths.shape
-    walk, step = coding.walk, coding.step.detach().flatten()
+    walk, step = coding.walk, coding.step.detach().to(torch.float32).flatten()
     tables = (*(table.numpy().view(U) for table in walk[:-1]), step[walk.cells].numpy())
     sizes = tuple(map(U, (together, GROUP * groups, channels)))
-    return sets, len(walk.cells) * GROUP * together // sets, (_flat(rows.packed), U(rows.packed.stride(0)), *tables), sizes
+    return sets, len(walk.cells) * GROUP * together // sets, (flat(rows.packed), U(rows.packed.stride(0)), *tables), sizes
 
 
 def _middle(rows: QuantizedRows) -> torch.Tensor:
     """[E, H, 1, D]: what is left out of the numbers."""
-    return rows.zero.to(torch.float32) + rows.step.to(torch.float32) * ((2**rows.bits - 1) / 2)
-
-
-def _flat(tensor: torch.Tensor) -> np.ndarray:
-    """What lies in memory from the first element to the last."""
-    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    return torch.as_strided(tensor.detach(), (length,), (1,)).numpy()
+    middle: torch.Tensor = rows.zero.to(torch.float32) + rows.step.to(torch.float32) * ((2**rows.bits - 1) / 2)
+    return middle

@@ -1,10 +1,8 @@
 """A kernel's work shared out among the threads that PyTorch is given.
 
-Plain Python threads, for the kernels let go of the interpreter's lock: Numba's own pools may not be entered by two threads at once, and not
-all of them survive a fork.
+Plain Python threads, for the kernels let go of the interpreter's lock: not all of Numba's own pools may be entered by two threads at once.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -53,10 +51,9 @@ def run(kernel: Callable[[Piece], None], work: Sequence[Piece]) -> None:
     if len(work) == 1:
         kernel(work[0])
     else:
-        list(_pool(os.getpid(), len(work)).map(kernel, work))
+        list(_pool(len(work)).map(kernel, work))
 
 
 @lru_cache(maxsize=8)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """A forked process has none of its parent's threads."""
+def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kvcapsule")
