@@ -13,7 +13,7 @@ from kvcapsule.prefill import Method
 from kvcapsule.segment import storage_bytes
 
 from .matching import Layout
-from .replay import Keeper, Prefill, recording, replaying
+from .replay import Keeper, Made, Prefill, recording, replaying
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 """The likeliest token at every step. The last three silence warnings of models whose saved defaults are for sampling."""
@@ -56,6 +56,7 @@ def generate(
     max_new_tokens: int,
     forced: torch.Tensor | None = None,
     prefill: Prefill | None = None,
+    made: Made | None = None,
 ) -> Generated:
     """Answer a batch greedily; a CapsuleCache needs `with attach(model):` around it.
 
@@ -67,13 +68,14 @@ def generate(
         max_new_tokens: most tokens of an answer, the end token included.
         forced: [B, A] tokens to write whatever the model says (teacher forcing), one step at a time like any others.
         prefill: of the same batch, in place of the forward over the prompt; None runs it.
+        made: see `replaying`.
     """
     watch = _AfterPrefill(cache, layout)
     processors: list[LogitsProcessor] = [watch]
     if forced is not None:
         processors.append(_Forced(forced, inputs["input_ids"].shape[1]))
         max_new_tokens = forced.shape[1]
-    with replaying(model, prefill):
+    with replaying(model, prefill, made):
         output = cast("Any", model).generate(
             **inputs,
             past_key_values=cache,

@@ -4,9 +4,10 @@ What a method sees of a prefill (LayerPrefill) is recorded layer by layer, with 
 cache is then given both in place of the forward over its prompt; the steps behind the prompt are run as ever.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule import attention
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.method import Run
 from kvcapsule.prefill import Compressed, LayerPrefill
 
 
@@ -24,6 +26,10 @@ class Prefill(NamedTuple):
     """Of each layer; every method reads the same tensors and changes none."""
     output: Any
     """What the model returned."""
+
+
+Made = dict[int, Sequence[tuple[int, Compressed]]]
+"""What a method made of a prefill as each layer ended, by that layer: empty at first, then what it would make of the same prefill again."""
 
 
 class Keeper:
@@ -56,8 +62,11 @@ def recording(model: PreTrainedModel) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def replaying(model: PreTrainedModel, prefill: Prefill | None) -> Iterator[None]:
-    """Within the block, a forward over an empty cache is the recorded prefill; with None, every forward is run."""
+def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None = None) -> Iterator[None]:
+    """Within the block, a forward over an empty cache is the recorded prefill; with None, every forward is run.
+
+    made: kept from one call to the next of the same method and prefill, it saves the compression too.
+    """
     if prefill is None:
         yield
         return
@@ -68,9 +77,12 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None) -> Iterator[None]
         cache = kwargs.get("past_key_values")
         if cache is None or cache.get_seq_length() > 0:
             return forward(*args, **kwargs)
-        _fill(cache, prefill.layers)
+        _fill(cache, prefill.layers, {} if made is None else made)
         return type(prefill.output)(**{**prefill.output, "past_key_values": cache})
 
+    # By this parameter generate knows models whose images it may encode before the forward, which here needs none.
+    known = signature(forward)
+    replay.__dict__["__signature__"] = known.replace(parameters=[p for n, p in known.parameters.items() if n != "mm_encoder_outputs"])
     model.__dict__["forward"] = replay
     try:
         yield
@@ -81,7 +93,19 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None) -> Iterator[None]
             model.__dict__["forward"] = own
 
 
-def _fill(cache: Cache, layers: list[LayerPrefill]) -> None:
+class _Known:
+    """A run that was done before, where it was."""
+
+    def __init__(self, run: Run, made: Made) -> None:
+        self.run, self.made = run, made
+
+    def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
+        if prefill.layer not in self.made:
+            self.made[prefill.layer] = self.run.add(prefill)
+        return self.made[prefill.layer]
+
+
+def _fill(cache: Cache, layers: list[LayerPrefill], made: Made) -> None:
     """What the layers' attention would do to an empty cache, without the attention."""
     for seen in layers:
         layer = cache.layers[seen.layer]
@@ -90,6 +114,7 @@ def _fill(cache: Cache, layers: list[LayerPrefill]) -> None:
                 cache.set_position_embeddings(*seen.position_embeddings)
             if seen.hidden is not None:
                 cache.set_hidden(seen.layer, seen.hidden)
+            layer.turn = layer.turn._replace(run=_Known(layer.turn.run, made))
             layer.update(seen.keys, seen.values)
             attention.forget()
             layer.commit(seen.query, seen.scale)

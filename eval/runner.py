@@ -19,7 +19,7 @@ from .generation import Generated, Held, generate, new_cache, record
 from .methods import FULL, Entry
 from .metrics import accuracy, divergence
 from .questions import Batch, batches
-from .replay import Prefill
+from .replay import Made, Prefill
 
 
 @dataclass
@@ -103,13 +103,15 @@ def evaluate(
         prefill = record(model, batch.inputs, batch.layout, hidden) if share else None
         reference: Generated | None = None
         for entry in entries:
+            made: Made = {}
             with nullcontext() if entry.method is None else attach(model, entry.method):
-                given = generate(model, batch.inputs, new_cache(model, entry.method), batch.layout, max_new_tokens, prefill=prefill)
+                cache = new_cache(model, entry.method)
+                given = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, prefill=prefill, made=made)
                 reference = reference or given
                 teacher_forced = given
                 if not torch.equal(given.tokens, reference.tokens):
                     cache = new_cache(model, entry.method)
-                    teacher_forced = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill)
+                    teacher_forced = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, made)
             _add(tallies[entry.name], model, processor, batch, given, teacher_forced, reference)
             progress.advance(task, len(batch.questions))
     return tallies

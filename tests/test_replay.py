@@ -15,7 +15,7 @@ from kvcapsule.eval.generation import Generated, generate, new_cache, record
 from kvcapsule.eval.matching import Layout
 from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.questions import batches
-from kvcapsule.eval.replay import Keeper, Prefill, replayable, replaying
+from kvcapsule.eval.replay import Keeper, Made, Prefill, replayable, replaying
 from kvcapsule.eval.runner import by_task, evaluate, prompt_bytes
 from kvcapsule.inference import attach
 from kvcapsule.policy import POLICIES
@@ -29,9 +29,10 @@ METHODS = {
     "akvq-vl": {"recent": 8},
     "r-kv": {"budget_tokens": 4, "buffer": 2, "window": 2},
     "quantized": {"bits": 2},
+    "hybridkv": {"budget": 0.5},
 }
 """One that stores the recorded tensors themselves, one that prunes, one that shares a budget, one that reads hidden states, one that acts
-again, one that quantises."""
+again, one that quantises, one that fetches rows from the host."""
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,10 @@ def test_a_shared_prefill_changes_nothing(model, mixed, layout, prefill, name) -
     assert len(MIXED) == len(mixed["input_ids"])
     method = None if name is None else POLICIES[name](**METHODS[name])
     before = [t.clone() for layer in prefill.layers for t in (layer.query, layer.keys, layer.values)]
-    own, shared = (_run(model, mixed, layout, method, prefill=given) for given in (None, prefill))
+    made: Made = {}
+    own, shared = (_run(model, mixed, layout, method, prefill=given, made=made) for given in (None, prefill))
     _same(own, shared)
-    _same(*(_run(model, mixed, layout, method, forced=own.tokens.flip(1), prefill=given) for given in (None, prefill)))
+    _same(*(_run(model, mixed, layout, method, forced=own.tokens.flip(1), prefill=given, made=made) for given in (None, prefill)))
     # The next method finds what this one was given.
     assert all(map(torch.equal, before, (t for layer in prefill.layers for t in (layer.query, layer.keys, layer.values))))
 
@@ -77,14 +79,22 @@ def test_a_codec_reads_the_shared_prefill_in_its_frames(model, mixed, layout, pr
 
 
 def test_the_prompt_is_not_run_again(model, mixed, layout, prefill, monkeypatch) -> None:
-    lengths = []
+    """Neither are its images encoded, nor is it compressed twice by one method."""
+    lengths, encoded, compressed = [], [], []
+    tower = model.model.vision_tower.register_forward_hook(lambda *given: encoded.append(1))
     handle = model.get_decoder().register_forward_hook(lambda module, args, output: lengths.append(output.last_hidden_state.shape[1]))
+    full = POLICIES["full"]
+    compress = full.compress
+    monkeypatch.setattr(full, "compress", lambda self, layer: compressed.append(layer.layer) or compress(self, layer))
+    made: Made = {}
     try:
-        for method in (None, POLICIES["full"]()):
-            _run(model, mixed, layout, method, prefill=prefill)
+        for method in (None, full(), full()):
+            _run(model, mixed, layout, method, prefill=prefill, made=made if method is not None else None)
     finally:
         handle.remove()
+        tower.remove()
     assert lengths and set(lengths) == {1}
+    assert encoded == [] and compressed == [layer.layer for layer in prefill.layers]
     assert "forward" not in vars(model)
 
 

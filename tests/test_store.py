@@ -9,6 +9,7 @@ from kvcapsule.capsule import Capsule
 from kvcapsule.data import pages
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.training import store
+from kvcapsule.training.datamodule import Shares
 from kvcapsule.training.harvest import LayerHarvest, harvest
 from kvcapsule.training.main import main
 from kvcapsule.training.store import HarvestStore
@@ -83,3 +84,17 @@ def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, fami
     for other in others:
         for name, tensor in own.items():
             torch.testing.assert_close(other[name], tensor, rtol=0, atol=0)
+
+
+def test_later_epochs_have_the_batches_that_are_kept() -> None:
+    """The same ones in another order, which loses no row; without a store every epoch cuts its own."""
+    for fixed in (True, False):
+        shares = Shares(30, 4, seed=1, fixed=fixed)
+        epochs = []
+        for epoch in range(3):
+            shares.set_epoch(epoch)
+            epochs.append([tuple(step) for step in shares])
+        assert all(len(steps) == 7 and len({row for step in steps for row in step}) == 28 for steps in epochs)
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+        assert (set(epochs[0]) == set(epochs[1]) == set(epochs[2])) == fixed
+    assert list(Shares(30, 4, seed=1, fixed=True)) == list(Shares(30, 4, seed=1))
