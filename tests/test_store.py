@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from transformers import BatchFeature
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.data import pages
@@ -59,9 +60,22 @@ def test_half_of_a_file_is_never_there(model, batch, tmp_path, monkeypatch) -> N
         raise OSError("the disk is full")
 
     monkeypatch.setattr(store, "save_file", fail)
-    with pytest.raises(OSError, match="full"):
-        HarvestStore(tmp_path, model, 50, True).harvest(batch)
+    kept = HarvestStore(tmp_path, model, 50, True)
+    with pytest.raises(ValueError, match=r"no harvest can be kept in .*: the disk is full. Free some space"):
+        kept.harvest(batch)
     assert list(tmp_path.iterdir()) == []
+    kept.path(batch).write_bytes(b"what another program left")
+    with pytest.raises(ValueError, match=r"cannot be read: .* Delete it"):
+        kept.harvest(batch)
+
+
+def test_the_first_harvest_says_how_large_it_is(model, batch, tmp_path) -> None:
+    said: list[str] = []
+    kept = HarvestStore(tmp_path, model, 50, True, said.append)
+    kept.harvest(batch)
+    kept.harvest(BatchFeature({**batch, "pixel_values": batch["pixel_values"] + 1e-3}))
+    size = kept.path(batch).stat().st_size / len(batch["input_ids"])
+    assert said == [f"harvests are kept in {tmp_path}: {size / 2**20:.1f} MiB a question"]
 
 
 @pytest.mark.parametrize("family", ["transform", "kvcapsule", "compact"])

@@ -128,7 +128,8 @@ class CapsuleFit(L.LightningModule, ABC):
         if task.recipe.harvests is None:
             return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
         if self._store is None:
-            self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, task.recipe.codec.canonical_frame)
+            canonical = task.recipe.codec.canonical_frame
+            self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, canonical, self.show)
         return self._store.harvest(batch.inputs)
 
     def harvest_and_kl(self, batch: Batch) -> tuple[list[LayerHarvest], torch.Tensor]:

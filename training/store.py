@@ -6,12 +6,13 @@ capsules of any family and ratio share one folder.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
@@ -30,21 +31,37 @@ _FRAME, _REST = ("frame.cos", "frame.sin"), ("rest.keys", "rest.values", "rest.o
 class HarvestStore:
     """A folder of harvests of one model."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, tell: Callable[[str], None] = print) -> None:
+        """tell: is told how large the first harvest is."""
+        self.tell: Callable[[str], None] | None = tell
         self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
         self._begun = hashlib.blake2b(f"{FORMAT} {tile} {canonical}".encode(), digest_size=20)
         for name, tensor in model.state_dict().items():
             _add(self._begun, name, tensor)
 
     def harvest(self, inputs: BatchFeature) -> list[LayerHarvest]:
-        """The harvest of a batch, read if it is there, else made and written."""
+        """The harvest of a batch, read if it is there, else made and written.
+
+        Raises:
+            ValueError: if a file cannot be written or read.
+        """
         path = self.path(inputs)
-        if not path.is_file():
-            made = harvest(self.model, inputs, self.tile, self.canonical)
+        if path.is_file():
+            try:
+                return _read(path, self.model.device)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew.") from error
+        made = harvest(self.model, inputs, self.tile, self.canonical)
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(made, path)
-            return made
-        return _read(path, self.model.device)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out.") from error
+        if self.tell is not None:
+            size, questions = path.stat().st_size / 2**20, len(inputs["input_ids"])
+            self.tell(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
+            self.tell = None
+        return made
 
     def path(self, inputs: BatchFeature) -> Path:
         """Where the harvest of these inputs lies, or would."""
