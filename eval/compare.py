@@ -25,9 +25,11 @@ from kvcapsule.prefill import Method
 
 from . import results
 from .config import EvalConfig
+from .generation import record
 from .matching import TOLERANCE, Build, match
 from .methods import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
 from .questions import batches
+from .replay import replayable
 from .report import answer_tokens, rows
 from .runner import evaluate, prompt_bytes
 from .specs import Bench, Capsules
@@ -84,7 +86,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         for entry in taking_part:
             if (check := getattr(entry.method, "require_geometry", None)) is not None:
                 check(KVGeometry.from_config(model.config))
-        tallies = evaluate(model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress)
+        shared = config.share_prefill and replayable(model)
+        tallies = evaluate(model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress, shared)
         timings = time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
     found = rows(taking_part, tallies, timings, model.dtype)
     _warn_unequal(found, console)
@@ -118,9 +121,12 @@ class Scales:
         first = questions.select(range(min(SAMPLE, len(questions))))
         # Read when they are first needed: not every run matches bytes.
         self._prompts = cache(lambda: list(batches(first, model, processor, config.batch)))
+        shared = config.share_prefill and replayable(model)
+        # With hidden states, as nobody knows yet which methods will be weighed.
+        self._prefills = cache(lambda: [record(model, p.inputs, p.layout, hidden=True) for p in self._prompts()] if shared else [])
 
     def weigh(self, method: Method) -> int:
-        return prompt_bytes(self.model, self._prompts(), method)
+        return prompt_bytes(self.model, self._prompts(), method, self._prefills())
 
     def match(self, target: int, make: Build, name: str) -> Method:
         """What `make` makes, at the dial where it stores `target` bytes."""

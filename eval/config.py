@@ -46,6 +46,9 @@ class EvalConfig:
     """Questions that are answered together."""
     max_new_tokens: int = 64
     """Most tokens of an answer, the end token included."""
+    share_prefill: bool = True
+    """Whether a batch's prefill, which is the same for all methods, is run once for all. It takes memory for the queries, keys and values
+    of all layers; false runs it for each method."""
     timing: bool = True
     """Whether prefill and decode are timed."""
     json: str | None = None

@@ -8,10 +8,12 @@ from transformers import BatchFeature, DynamicCache, LogitsProcessor, LogitsProc
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule.cache import CapsuleCache
+from kvcapsule.inference import attach
 from kvcapsule.prefill import Method
 from kvcapsule.segment import storage_bytes
 
 from .matching import Layout
+from .replay import Keeper, Made, Prefill, recording, replaying
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 """The likeliest token at every step. The last three silence warnings of models whose saved defaults are for sampling."""
@@ -53,6 +55,8 @@ def generate(
     layout: Layout,
     max_new_tokens: int,
     forced: torch.Tensor | None = None,
+    prefill: Prefill | None = None,
+    made: Made | None = None,
 ) -> Generated:
     """Answer a batch greedily; a CapsuleCache needs `with attach(model):` around it.
 
@@ -63,23 +67,37 @@ def generate(
         layout: of the batch.
         max_new_tokens: most tokens of an answer, the end token included.
         forced: [B, A] tokens to write whatever the model says (teacher forcing), one step at a time like any others.
+        prefill: of the same batch, in place of the forward over the prompt; None runs it.
+        made: see `replaying`.
     """
     watch = _AfterPrefill(cache, layout)
     processors: list[LogitsProcessor] = [watch]
     if forced is not None:
         processors.append(_Forced(forced, inputs["input_ids"].shape[1]))
         max_new_tokens = forced.shape[1]
-    output = cast("Any", model).generate(
-        **inputs,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        logits_processor=LogitsProcessorList(processors),
-        return_dict_in_generate=True,
-        output_logits=True,
-        **GREEDY,
-    )
+    with replaying(model, prefill, made):
+        output = cast("Any", model).generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList(processors),
+            return_dict_in_generate=True,
+            output_logits=True,
+            **GREEDY,
+        )
     assert watch.held is not None
     return Generated(output.sequences[:, inputs["input_ids"].shape[1] :], output.logits, watch.held)
+
+
+def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden: bool) -> Prefill:
+    """Run a batch's prefill through the model's own attention and keep all that methods may see of it.
+
+    hidden: whether hidden states are kept too.
+    """
+    keeper = Keeper(hidden)
+    with attach(model), recording(model) as outputs:
+        generate(model, inputs, CapsuleCache(model.config, keeper), layout, max_new_tokens=1)
+    return Prefill(keeper.layers, outputs[0])
 
 
 def held_bytes(cache: Cache, layout: Layout) -> Held:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import datasets
 import torch
@@ -11,12 +12,14 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.inference import attach
+from kvcapsule.method import reads_hidden
 from kvcapsule.prefill import Method
 
-from .generation import Generated, Held, generate, new_cache
+from .generation import Generated, Held, generate, new_cache, record
 from .methods import FULL, Entry
 from .metrics import accuracy, divergence
 from .questions import Batch, batches
+from .replay import Made, Prefill
 
 
 @dataclass
@@ -54,10 +57,16 @@ class Tally:
         self.parameters = max(self.parameters, held.parameters)
 
 
-def prompt_bytes(model: PreTrainedModel, prompts: Sequence[Batch], method: Method) -> int:
-    """Bytes that a method stores of prompts, visual and text together, measured right after prefill."""
+def prompt_bytes(model: PreTrainedModel, prompts: Sequence[Batch], method: Method, prefills: Sequence[Prefill | None] = ()) -> int:
+    """Bytes that a method stores of prompts, visual and text together, measured right after prefill.
+
+    prefills: one for each of the prompts, or none at all; without, it is run.
+    """
     with attach(model, method):
-        return sum(generate(model, p.inputs, new_cache(model, method), p.layout, max_new_tokens=1).held.total for p in prompts)
+        return sum(
+            generate(model, p.inputs, new_cache(model, method), p.layout, max_new_tokens=1, prefill=prefill).held.total
+            for p, prefill in zip_longest(prompts, prefills)
+        )
 
 
 def evaluate(
@@ -68,6 +77,7 @@ def evaluate(
     size: int,
     max_new_tokens: int,
     progress: Progress,
+    share: bool = False,
 ) -> dict[str, Tally]:
     """Let every entry answer every row.
 
@@ -79,6 +89,7 @@ def evaluate(
         size: questions in a batch.
         max_new_tokens: most tokens of an answer.
         progress: shows a bar.
+        share: run the prefill of a batch once and give it to all entries, where the model allows it (`replay.replayable`).
 
     Returns:
         By name of the entry.
@@ -87,19 +98,30 @@ def evaluate(
         raise ValueError("the full cache must be the first entry: the others are compared with its answers.")
     tallies = {entry.name: Tally() for entry in entries}
     task = progress.add_task("answers", total=len(rows) * len(entries))
-    for batch in batches(rows, model, processor, size):
+    hidden = any(reads_hidden(entry.method) for entry in entries)
+    for batch in batches(by_task(rows), model, processor, size):
+        prefill = record(model, batch.inputs, batch.layout, hidden) if share else None
         reference: Generated | None = None
         for entry in entries:
+            made: Made = {}
             with nullcontext() if entry.method is None else attach(model, entry.method):
-                given = generate(model, batch.inputs, new_cache(model, entry.method), batch.layout, max_new_tokens)
+                cache = new_cache(model, entry.method)
+                given = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, prefill=prefill, made=made)
                 reference = reference or given
                 teacher_forced = given
                 if not torch.equal(given.tokens, reference.tokens):
                     cache = new_cache(model, entry.method)
-                    teacher_forced = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, forced=reference.tokens)
+                    teacher_forced = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, made)
             _add(tallies[entry.name], model, processor, batch, given, teacher_forced, reference)
             progress.advance(task, len(batch.questions))
     return tallies
+
+
+def by_task(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows, those of a task together: a batch takes as many steps as its longest answer, and a task's answers are alike in length."""
+    tasks = list(rows["task"])
+    places = {task: place for place, task in enumerate(dict.fromkeys(tasks))}
+    return rows.select(sorted(range(len(rows)), key=lambda i: places[tasks[i]]))
 
 
 def _add(

@@ -140,6 +140,7 @@ def test_sources_are_known_by_name(monkeypatch) -> None:
     monkeypatch.setattr(source, "PICTURES", {name: draws(name) for name in source.PICTURES})
     assert load(SourceConfig("emoji", "test", 2))["task"] == ["emoji"] * 2
     mixed = load(SourceConfig("pictures", "test", 7))
-    assert mixed["task"] == ["emoji", "easy-vqa", "words"] * 2 + ["emoji"]
+    assert mixed["task"] == ["emoji-emoji", "easy-vqa-easy-vqa", "words-words"] * 2 + ["emoji-emoji"]
+    assert mixed.column_names == ["image", "prompt", "answer", "task"] and mixed[0]["image"].size == (emoji.SIDE, emoji.SIDE)
     with pytest.raises(DataError, match="has no split 'dev'"):
         load(SourceConfig("words", "dev"))

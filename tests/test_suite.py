@@ -1,16 +1,20 @@
 """Suites: what a file may say, and what is refused."""
 
 import shlex
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from suites import CAPSULE, refused_line
 
+from kvcapsule.data.source import PICTURES
 from kvcapsule.eval import main as command
 from kvcapsule.eval import results
 from kvcapsule.eval.methods import RIVALS
 from kvcapsule.eval.suite import Suite, load, shipped_suites
+from kvcapsule.training.recipe import FAMILIES
 
 
 def test_the_shipped_suites_are_sound() -> None:
@@ -33,6 +37,24 @@ def test_rate_distortion() -> None:
     assert by_name["kvcapsule-2.4x"].arguments == ("kvcapsule",)
     config = command._parse(["--suite", "rate-distortion"])
     assert (config.model, config.dtype, config.batch, config.data.size, config.data.split) == ("pages-vlm", "float32", 16, 400, "test")
+
+
+def test_smol_vlm() -> None:
+    """Three families at the ratios of the issue, and at 20x a capsule of each data set alone: the same arguments but for the data."""
+    by_name = {spec.name: spec for spec in load("smol-vlm").specs}
+    for family, ratios in {"transform": "5 10 20 40", "kvcapsule": "2.4 5 10 20 40", "compact": "5 10 20 40"}.items():
+        for ratio in ratios.split():
+            assert by_name[f"{family}-{ratio}x"].arguments[:3] == (f"smol-vlm-{family}", "--ratio", ratio)
+    transfer = {spec.name: spec.arguments for spec in load("smol-transfer").specs}
+    assert transfer.pop("transform-20x") == by_name["transform-20x"].arguments
+    assert transfer == {f"transform-20x@{source}": (*by_name["transform-20x"].arguments, "--data.source", source) for source in PICTURES}
+    folders = {command._parse(["--suite", name]).suite_capsules for name in ("smol-vlm", "smol-transfer")}
+    assert folders == {"runs/smol-vlm-capsules"}
+    # All learn from the same pictures, so that one harvest serves them.
+    recipes = [yaml.safe_load((files("kvcapsule.training.recipes") / f"smol-vlm-{family}.yaml").read_text()) for family in FAMILIES]
+    assert [r["family"] for r in recipes] == list(FAMILIES)
+    for shared in ("model", "batch", "moment_batches", "held_out", "harvests", "data"):
+        assert recipes[0][shared] == recipes[1][shared] == recipes[2][shared]
 
 
 def test_policies() -> None:

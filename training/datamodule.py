@@ -36,16 +36,18 @@ class Questions(L.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        fixed: bool = False,
     ) -> None:
-        """dtype: of the model, which not every vision tower casts its pixels to."""
+        """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares."""
         super().__init__()
+        self.fixed = fixed
         self.rows, self.held_out, self.processor = rows, held_out, processor
         self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's share of every step, shuffled anew in each epoch."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(self.rows, Shares(len(self.rows), self.batch, self.seed, rank, world))
+        return self._loader(self.rows, Shares(len(self.rows), self.batch, self.seed, rank, world, self.fixed))
 
     def val_dataloader(self) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -68,12 +70,12 @@ class Shares(Sampler[list[int]]):
     Whole steps only where the order is shuffled, so that all ranks take as many steps; the last step of a fixed order may be short.
     """
 
-    def __init__(self, length: int, batch: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
-        """seed: of the shuffle; None keeps the order."""
+    def __init__(self, length: int, batch: int, seed: int | None, rank: int = 0, world: int = 1, fixed: bool = False) -> None:
+        """seed: of the shuffle; None keeps the order. fixed: later epochs have the first one's steps, in another order."""
         if batch % world:
             raise ValueError(f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}.")
         self.length, self.batch, self.seed, self.rank, self.world = length, batch, seed, rank, world
-        self.epoch = 0
+        self.epoch, self.fixed = 0, fixed
 
     @property
     def sampler(self) -> "Shares":
@@ -89,13 +91,18 @@ class Shares(Sampler[list[int]]):
         return max(1, steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.arange(self.length)
+        order, steps = torch.arange(self.length), torch.arange(len(self))
         if self.seed is not None:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
-        for step in range(len(self)):
+            order = self._shuffled(self.length, 0 if self.fixed else self.epoch)
+            steps = self._shuffled(len(self), self.epoch) if self.fixed and self.epoch else steps
+        for step in steps.tolist():
             share = order[step * self.batch : (step + 1) * self.batch][self.rank :: self.world].tolist()
             # A rank that the last rows do not reach measures one of them again, so that no rank waits for another.
             yield share or [int(order[-1])]
+
+    def _shuffled(self, count: int, epoch: int) -> torch.Tensor:
+        assert self.seed is not None
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
 
 
 class _Indexed:

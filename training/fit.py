@@ -64,7 +64,9 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         raise source.DataError(f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data.")
     kept = len(rows) - recipe.held_out
     held_out = rows.select(range(kept, len(rows)))
-    data = Questions(rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype)
+    # What is kept on disk is whole batches: those of later epochs are then the same ones.
+    fixed = recipe.harvests is not None
+    data = Questions(rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype, fixed)
     fit = FITS[recipe.family](Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console))
     trainer = _run(recipe, fit, data)
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ from .datamodule import Batch, Questions
 from .harvest import LayerHarvest, harvest, harvest_with_logits
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe
+from .store import HarvestStore
 from .through import divergence, logits_through
 
 
@@ -59,6 +61,7 @@ class CapsuleFit(L.LightningModule, ABC):
         super().__init__()
         # In a tuple, so that Lightning neither saves nor moves nor trains the model.
         self._frozen = (task,)
+        self._store: HarvestStore | None = None
         self.prepared = False
 
     @property
@@ -122,7 +125,12 @@ class CapsuleFit(L.LightningModule, ABC):
 
     def harvest(self, batch: Batch) -> list[LayerHarvest]:
         task = self.task
-        return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
+        if task.recipe.harvests is None:
+            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
+        if self._store is None:
+            canonical = task.recipe.codec.canonical_frame
+            self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, canonical, self.show)
+        return self._store.harvest(batch.inputs)
 
     def harvest_and_kl(self, batch: Batch) -> tuple[list[LayerHarvest], torch.Tensor]:
         """A batch's harvest, and the KL divergence of the answers' logits with the codecs' segments in the frozen VLM's attention."""

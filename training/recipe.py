@@ -194,6 +194,9 @@ class Recipe:
     """Questions a step."""
     moment_batches: int = 40
     """Batches that the closed-form parts (PCA, first reconstruction) are computed from."""
+    harvests: str | None = None
+    """Folder where the keys, values and queries of each batch are kept, for later runs of any family and ratio on the same model and data,
+    which then need not run the model for them; they are large (the first run says how large). Without it they are made when needed."""
     workers: int = 0
     """Processes that prepare batches."""
     threads: int | None = None

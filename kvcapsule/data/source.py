@@ -22,7 +22,7 @@ PICTURES: dict[str, Callable[[str, int, int], datasets.Dataset]] = {
 }
 """The sources of smol-vlm, by name: (split, size, seed) to a data set. They are fetched as packages when first asked for."""
 MIXED = "pictures"
-"""The name of these three, a question of each in turn."""
+"""The name of these three, a question of each in turn; its tasks have the source in front: emoji-place."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -97,11 +97,17 @@ def _pictures(config: SourceConfig) -> datasets.Dataset:
         if config.source != MIXED:
             return PICTURES[config.source](config.split, config.size, config.seed)
         share = -(-config.size // len(PICTURES))
-        parts = [draw(config.split, share, config.seed) for draw in PICTURES.values()]
+        parts = [_of(name, draw(config.split, share, config.seed)) for name, draw in PICTURES.items()]
     except PackageError as error:
         raise DataError(f"{config.source} cannot be fetched: {error}") from error
     mixed = datasets.interleave_datasets(parts)
     return mixed.select(range(min(config.size, len(mixed))))
+
+
+def _of(name: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows, their tasks named after the source too."""
+    tasks = [f"{name}-{task}" for task in rows["task"]]
+    return rows.remove_columns("task").add_column("task", tasks, feature=rows.features["task"])
 
 
 def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
