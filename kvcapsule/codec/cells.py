@@ -10,6 +10,7 @@ Whole classes of equal cells are what a kernel can walk without a branch; a cell
 scores.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -39,6 +40,8 @@ class CellLayout:
     def __init__(self, widths: torch.Tensor) -> None:
         self.shape = widths.shape
         flat = widths.flatten()
+        self.none = flat.nonzero()[:0, 0]
+        """Of cells."""
         if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
             raise ValueError(f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits.")
         self.classes: list[CellClass] = []
@@ -57,20 +60,22 @@ class CellLayout:
 
 
 class Walk(NamedTuple):
-    """The coded cells in the order of their bytes: n in all, of the widths 8, 4, 3, 2 and 1, within a width set by set; int64."""
+    """The coded cells in an order to go through them, n in all: widths 8, 4, 3, 2 and 1, within a width set by set; int64."""
 
     start: torch.Tensor
-    """[5, S]: where the bytes of a width and a set begin in an entry."""
+    """[5, S]: where a width's bytes begin in an entry."""
     first: torch.Tensor
     """[5, S]: the first cell of a width and a set."""
     number: torch.Tensor
     """[5, S]: of its cells."""
+    rank: torch.Tensor
+    """[n]: each cell's place among those of its width in an entry's bytes."""
     group: torch.Tensor
-    """[n]: each cell's group of eight rows."""
+    """[n]: its group of eight rows."""
     channel: torch.Tensor
     """[n]."""
     cells: torch.Tensor
-    """[n]: each cell's number over sets, groups and channels."""
+    """[n]: its number over sets, groups and channels."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +105,25 @@ class Coding:
         return cells.view(self.widths.shape)
 
     @cached_property
-    def walk(self) -> "Walk":
-        """For those who go through an entry's bytes from front to back."""
+    def by_group(self) -> "Walk":
+        """Within a width and a set a group after the other: as they are stored."""
+        return self._walk(lambda cells: cells)
+
+    @cached_property
+    def by_channel(self) -> "Walk":
+        """Within a width and a set a channel after the other."""
+        _, groups, channels = self.widths.shape
+        return self._walk(lambda cells: cells // (groups * channels) * channels + cells % channels)
+
+    def _walk(self, key: Callable[[torch.Tensor], torch.Tensor]) -> "Walk":
         kinds, (sets, groups, channels) = {kind.width: kind for kind in self.layout.classes}, self.widths.shape
-        empty = CellClass(0, 0, self.widths.new_zeros(0, dtype=torch.int64))
-        listed = [kinds.get(width, empty) for width in sorted(WIDTHS, reverse=True)]
-        cells = torch.cat([kind.cells for kind in listed])
+        listed = [kinds.get(width, CellClass(width, 0, self.layout.none)) for width in sorted(WIDTHS, reverse=True)]
+        orders = [key(kind.cells).argsort(stable=True) for kind in listed]
+        cells = torch.cat([kind.cells[order] for kind, order in zip(listed, orders, strict=True)])
         counts = torch.stack([(kind.cells // (groups * channels)).bincount(minlength=sets) for kind in listed])
         firsts = counts.flatten().cumsum(0).view_as(counts) - counts
-        place = (cells // channels % groups, cells % channels)
-        ends = torch.stack([count * kind.width for count, kind in zip(counts, listed, strict=True)]).cumsum(1)
-        starts = torch.tensor([[kind.start] for kind in listed]) + ends - counts * torch.tensor([[kind.width] for kind in listed])
-        return Walk(starts, firsts, counts, *place, cells)
+        starts = torch.tensor([[kind.start] * sets for kind in listed])
+        return Walk(starts, firsts, counts, torch.cat(orders), cells // channels % groups, cells % channels, cells)
 
     @cached_property
     def order(self) -> torch.Tensor:

@@ -204,7 +204,13 @@ def added_up(parts_EHRD: torch.Tensor, owner: torch.Tensor, batch: int, absent: 
     """Entries' own sums to those of batch rows, [B, H, R, D]; an entry that has no token at all may hold anything."""
     if absent is not None:
         parts_EHRD = parts_EHRD.masked_fill(absent, 0.0)
-    return parts_EHRD.new_zeros(batch, *parts_EHRD.shape[1:]).index_add(0, owner, parts_EHRD)
+    return by_row(parts_EHRD, owner, batch)
+
+
+def by_row(x_E: torch.Tensor, owner: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B, ...]: the sums of x [E, ...] over each batch row's entries."""
+    # Of one row all entries are.
+    return x_E.sum(dim=0, keepdim=True) if batch == 1 else x_E.new_zeros(batch, *x_E.shape[1:]).index_add(0, owner, x_E)
 
 
 def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ...packing import WIDTHS
 from .dense import dots
 from .dense import sums as weighted
 from .jit import Kernel, U, jit
-from .lanes import unpack
+from .lanes import store, unpack
 
 _TOKENS = U(64)
 """Of a block of keys, which has all channels."""
@@ -37,7 +37,7 @@ def _of(bits: int) -> FewBits:
         """Of one channel, the tokens m .. m + n, and what fills up their last eight."""
         at = base + (m // U(8)) * each
         for group in range((n + U(7)) // U(8)):
-            unpack(codes, at, bits, step, x, x0 + group * U(8))
+            store(x, x0 + group * U(8), unpack(codes, at, bits, step))
             at += each
 
     @jit

@@ -1,13 +1,29 @@
-"""Eight codes at a time, as vector instructions: what Numba's own loops over eight numbers do not become."""
+"""Eight fp32 numbers in a vector register, as a type of Numba's: what its own loops over eight numbers do not become."""
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 
 from ...packing import GROUP
 
 _BYTE, _INT, _FLOAT, _LONG = ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.IntType(64)
 _INTS, _FLOATS = ir.VectorType(_INT, GROUP), ir.VectorType(_FLOAT, GROUP)
+
+
+class Lanes(types.Type):
+    """The type of a vector."""
+
+    def __init__(self) -> None:
+        super().__init__("Lanes")
+
+
+@register_model(Lanes)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager, numba_type):
+        super().__init__(manager, numba_type, _FLOATS)
+
+
+_LANES = Lanes()
 
 
 def _place(context, builder, array_type, array, position, element):
@@ -35,18 +51,14 @@ def _fields(builder, word, width):
 
 
 @intrinsic
-def unpack(typing_context, packed, position, width, step, x, at):
-    """x[at : at + 8] = step * (code - (2^width - 1) / 2) of the eight codes in packed[position : position + width] (kvcapsule.packing).
-
-    `width` is a literal.
-    """
+def unpack(typing_context, packed, position, width, step):
+    """step * (code - (2^width - 1) / 2) of the eight codes in packed[position : position + width] (kvcapsule.packing); a literal width."""
     if not isinstance(width, types.IntegerLiteral):
         return None
     bits = width.literal_value
-    signature = types.void(packed, types.uint64, width, types.float32, x, types.uint64)
 
     def generate(context, builder, signature, arguments):
-        array, position, _, step, x, at = arguments
+        array, position, _, step = arguments
 
         def load(element, beyond=0):
             first = builder.add(position, ir.Constant(_LONG, beyond)) if beyond else position
@@ -61,41 +73,62 @@ def unpack(typing_context, packed, position, width, step, x, at):
         else:
             codes = _fields(builder, load(ir.IntType(8 * bits)), bits)
         middle = ir.Constant(_FLOATS, [ir.Constant(_FLOAT, (2**bits - 1) / 2)] * GROUP)
-        numbers = builder.fmul(builder.fsub(builder.sitofp(codes, _FLOATS), middle), _each(builder, step, _FLOATS))
-        builder.store(numbers, _place(context, builder, signature.args[4], x, at, _FLOATS), align=4)
+        return builder.fmul(builder.fsub(builder.sitofp(codes, _FLOATS), middle), _each(builder, step, _FLOATS))
+
+    return _LANES(packed, types.uint64, width, types.float32), generate
+
+
+@intrinsic
+def zeros(typing_context):
+    """Eight times 0."""
+    return _LANES(), lambda context, builder, signature, arguments: ir.Constant(_FLOATS, [ir.Constant(_FLOAT, 0.0)] * GROUP)
+
+
+@intrinsic
+def load(typing_context, array, at):
+    """array[at : at + 8]."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_place(context, builder, signature.args[0], *arguments, _FLOATS), align=4)
+
+    return _LANES(array, types.uint64), generate
+
+
+@intrinsic
+def store(typing_context, array, at, lanes):
+    """array[at : at + 8] = lanes."""
+
+    def generate(context, builder, signature, arguments):
+        *place, lanes = arguments
+        builder.store(lanes, _place(context, builder, signature.args[0], *place, _FLOATS), align=4)
         return context.get_dummy_value()
 
-    return signature, generate
+    return types.void(array, types.uint64, _LANES), generate
 
 
 @intrinsic
-def add_scaled(typing_context, out, o, x, at, factor):
-    """out[o : o + 8] += factor * x[at : at + 8]."""
-    signature = types.void(out, types.uint64, x, types.uint64, types.float32)
+def plus(typing_context, lanes, x, y):
+    """lanes + x * y, for vectors x and y, or a vector x and a number y."""
 
     def generate(context, builder, signature, arguments):
-        out, o, x, at, factor = arguments
-        return _accumulate(context, builder, signature, out, o, x, at, _each(builder, factor, _FLOATS))
+        lanes, x, y = arguments
+        factors = _each(builder, y, _FLOATS) if signature.args[2] == types.float32 else y
+        return builder.fadd(lanes, builder.fmul(x, factors, flags=("contract",)), flags=("contract",))
 
-    return signature, generate
+    return _LANES(_LANES, _LANES, y), generate
 
 
 @intrinsic
-def add_product(typing_context, out, o, x, at, y, where):
-    """out[o : o + 8] += x[at : at + 8] * y[where : where + 8]."""
-    signature = types.void(out, types.uint64, x, types.uint64, y, types.uint64)
+def total(typing_context, lanes):
+    """The sum of the lanes."""
 
     def generate(context, builder, signature, arguments):
-        out, o, x, at, y, where = arguments
-        factors = builder.load(_place(context, builder, signature.args[4], y, where, _FLOATS), align=4)
-        return _accumulate(context, builder, signature, out, o, x, at, factors)
+        (rest,) = arguments
+        for width in (4, 2, 1):
+            order = ir.VectorType(_INT, width)
+            halves = [ir.Constant(order, [ir.Constant(_INT, first + i) for i in range(width)]) for first in (0, width)]
+            low, high = (builder.shuffle_vector(rest, rest, half) for half in halves)
+            rest = builder.fadd(low, high)
+        return builder.extract_element(rest, ir.Constant(_INT, 0))
 
-    return signature, generate
-
-
-def _accumulate(context, builder, signature, out, o, x, at, factors):
-    to = _place(context, builder, signature.args[0], out, o, _FLOATS)
-    numbers = builder.load(_place(context, builder, signature.args[2], x, at, _FLOATS), align=4)
-    product = builder.fmul(numbers, factors, flags=("contract",))
-    builder.store(builder.fadd(builder.load(to, align=4), product, flags=("contract",)), to, align=4)
-    return context.get_dummy_value()
+    return types.float32(_LANES), generate

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...codec.cells import CodedRows
+from ...codec.cells import CodedRows, Walk
 from ...packing import GROUP
 from ...quantize import QuantizedRows
 from ...segment import Rows
@@ -26,9 +26,9 @@ def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
     """See `reference.Reading`."""
     if not _covers(q_EHRD, rows):
         return reference.products(q_EHRD, rows)
-    q = q_EHRD.contiguous()
     if isinstance(rows, CodedRows):
-        return _cell_products(q, rows).add_(reference.mapped(q, rows.coding.offset.transpose(-1, -2)))
+        return _cell_products(q_EHRD, rows).add_(reference.mapped(q_EHRD, rows.coding.offset.transpose(-1, -2)))
+    q = q_EHRD.contiguous()
     out = q.new_zeros(*q.shape[:3], rows.shape[2])
     if isinstance(rows, QuantizedRows):
         _few_bits(fewbit.KERNELS[rows.bits].products, q, rows, out[None])
@@ -57,9 +57,8 @@ def totals(weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: i
     if not isinstance(rows, CodedRows) or not _covers(weights_EHRM, rows):
         return reference.added_up(sums(weights_EHRM, rows), owner, batch, absent)
     # Codes are numbers whatever they are the codes of, and have no weight where there is no token.
-    heads, queries, components = weights_EHRM.shape[1:]
-    of_row = weights_EHRM.new_zeros(batch, heads, queries, components).index_add(0, owner, weights_EHRM)
-    return _cell_totals(weights_EHRM.contiguous(), rows, owner, batch).add_(reference.mapped(of_row, rows.coding.offset))
+    of_row = reference.by_row(weights_EHRM, owner, batch)
+    return _cell_totals(weights_EHRM, rows, owner, batch).add_(reference.mapped(of_row, rows.coding.offset))
 
 
 COMPILED = reference.Reading(products, sums, totals)
@@ -109,37 +108,45 @@ def _share(kernel: Kernel, given: tuple[Any, ...], parts: torch.Tensor, units: i
 
 def _cell_products(q: torch.Tensor, rows: CodedRows) -> torch.Tensor:
     out = q.new_zeros(*q.shape[:3], rows.shape[2])
-    sets, together, walk, sizes = _walk(q, rows)
+    sets, work, tables, given = _walk(q, rows, rows.coding.by_group)
 
     def call(piece: Piece) -> None:
-        cells.products(*walk, flat(q), *sizes, flat(out), U(piece.begin), U(piece.end))
+        cells.products(*tables, *given, flat(out), U(piece.begin), U(piece.end))
 
     units = len(rows.packed) * sets
-    run(call, pieces(units, 1, units * together, partable=False))
+    run(call, pieces(units, 1, units * work, partable=False))
     return out
 
 
 def _cell_totals(weights: torch.Tensor, rows: CodedRows, owner: torch.Tensor, batch: int) -> torch.Tensor:
-    sets, together, walk, sizes = _walk(weights, rows)
-    work = pieces(sets, len(owner), len(owner) * sets * together, block=1)
-    parts = weights.new_zeros(work[-1].part + 1, batch, *weights.shape[1:3], rows.shape[3])
+    sets, work, tables, given = _walk(weights, rows, rows.coding.by_channel)
+    shared = pieces(sets, len(owner), len(owner) * sets * work, block=1)
+    parts = weights.new_zeros(shared[-1].part + 1, batch, *weights.shape[1:3], rows.shape[3])
 
     def call(piece: Piece) -> None:
         places = (U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
-        cells.totals(*walk, flat(owner), flat(weights), *sizes, flat(parts[piece.part]), *places)
+        cells.totals(*tables, flat(owner), *given, flat(parts[piece.part]), *places)
 
-    run(call, work)
+    run(call, shared)
     return parts.sum(dim=0)
 
 
-def _walk(x: torch.Tensor, rows: CodedRows) -> tuple[int, int, tuple[Any, ...], tuple[Any, ...]]:
-    """S; multiply-adds of an average set of an entry; the cells, and what they are multiplied in, as the kernels take them."""
-    coding, together = rows.coding, rows.coding.heads * x.shape[2]
+def _walk(x_EHRN: torch.Tensor, rows: CodedRows, walk: Walk) -> tuple[int, int, tuple[Any, ...], tuple[Any, ...]]:
+    """S; multiply-adds of an average set of an entry; the cells, and what they are multiplied with, as the kernels take them."""
+    coding, together = rows.coding, rows.coding.heads * x_EHRN.shape[2]
     sets, groups, channels = coding.widths.shape
-    walk, step = coding.walk, coding.step.detach().to(torch.float32).flatten()
-    tables = (*(table.numpy().view(U) for table in walk[:-1]), step[walk.cells].numpy())
-    sizes = tuple(map(U, (together, GROUP * groups, channels)))
-    return sets, len(walk.cells) * GROUP * together // sets, (flat(rows.packed), U(rows.packed.stride(0)), *tables), sizes
+    step = coding.step.detach().to(torch.float32).flatten()[walk.cells]
+    tables = (flat(rows.packed), U(rows.packed.stride(0)), *(table.numpy().view(U) for table in walk[:-1]), step.numpy())
+    x, strides = _by_set(x_EHRN, sets)
+    return sets, len(walk.cells) * GROUP * together // sets, tables, (flat(x), *map(U, (*strides, together, GROUP * groups, channels)))
+
+
+def _by_set(x_EHRN: torch.Tensor, sets: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A tensor whose sets' rows lie one behind the other, and how far entries and sets are apart: products with maps put sets outermost."""
+    x_ESHRN = x_EHRN.unflatten(1, (sets, -1))
+    if not x_ESHRN[0, 0].is_contiguous():
+        x_ESHRN = x_ESHRN.contiguous()
+    return x_ESHRN, (x_ESHRN.stride(0), x_ESHRN.stride(1))
 
 
 def _middle(rows: QuantizedRows) -> torch.Tensor:
