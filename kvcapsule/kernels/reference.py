@@ -67,13 +67,13 @@ def attend(
     top = _greatest(joined, scores, [slot for *_, slot in tiles], q_BHGQD)
     out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[2], dim), torch.zeros_like(top)
     if joined is not None:
-        weights = (joined - top[..., None]).exp_()
+        weights = joined.sub_(top[..., None]).exp_()
         mass = weights.sum(dim=-1)
         parts = weights.split([s.tokens for s, _ in plain], dim=-1)
         for (segment, seen), part in zip(plain, parts, strict=True):
             out = out + _sums(part, segment, seen, reading)
     for (segment, seen, slot), score in zip(tiles, scores, strict=True):
-        weights = (score - top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
+        weights = score.sub_(top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         masses = weights.sum(dim=-1).flatten(0, 1)
         mass = mass.flatten(0, 1).index_add(0, slot, masses).view_as(mass)
         out = out + _weighted(weights, masses, segment, slot, seen, (batch, heads), reading)

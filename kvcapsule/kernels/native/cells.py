@@ -5,10 +5,9 @@ taken in an order in which those that add to the same sums follow each other: `r
 what it is; first, count and start [5, S] say which cells and where their bytes begin, for the widths 8, 4, 3, 2, 1.
 """
 
-import numpy as np
-
+from .dense import add
 from .jit import U, jit
-from .lanes import load, plus, store, total, unpack, zeros
+from .lanes import load, plus, total, unpack, zeros
 
 _TOGETHER = U(8)
 """Entries whose weights are in a core's first cache while all their cells pass."""
@@ -19,7 +18,7 @@ def _scores(width):
     bytes_ = U(width)
 
     @jit
-    def add(packed, at, first, count, rank, group, channel, step, q, q0, rows, M, C, out, o0):
+    def scores(packed, at, first, count, rank, group, channel, step, q, q0, rows, M, C, out, o0):
         last = rows - U(1)
         r = U(0)
         while r < rows:
@@ -41,21 +40,16 @@ def _scores(width):
                     )
                     i += U(1)
                 o = o0 + U(8) * U(here)
-                _add(out, o + r * M, z_0)
+                add(out, o + r * M, z_0)
                 if r + U(1) < rows:
-                    _add(out, o + r1 * M, z_1)
+                    add(out, o + r1 * M, z_1)
                 if r + U(2) < rows:
-                    _add(out, o + r2 * M, z_2)
+                    add(out, o + r2 * M, z_2)
                 if r + U(3) < rows:
-                    _add(out, o + r3 * M, z_3)
+                    add(out, o + r3 * M, z_3)
             r += U(4)
 
-    return add
-
-
-@jit
-def _add(out, at, lanes):
-    store(out, at, plus(load(out, at), lanes, np.float32(1)))
+    return scores
 
 
 _score_8, _score_4, _score_3, _score_2, _score_1 = map(_scores, (8, 4, 3, 2, 1))
@@ -82,7 +76,7 @@ def _weights(width):
     bytes_ = U(width)
 
     @jit
-    def add(packed, size, at, first, count, rank, group, channel, step, w, we, w0, many, rows, M, C, out, o0):
+    def weigh(packed, size, at, first, count, rank, group, channel, step, w, we, w0, many, rows, M, C, out, o0):
         last, end = rows - U(1), first + count
         r = U(0)
         while r < rows:
@@ -112,7 +106,7 @@ def _weights(width):
                 i = stop
             r += U(4)
 
-    return add
+    return weigh
 
 
 _weigh_8, _weigh_4, _weigh_3, _weigh_2, _weigh_1 = map(_weights, (8, 4, 3, 2, 1))

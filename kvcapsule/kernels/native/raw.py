@@ -4,8 +4,8 @@ from .dense import dots
 from .dense import sums as weighted
 from .jit import U, jit
 
-_BLOCK = U(16)
-"""Rows that are in a core's first cache while all queries' weights pass over them."""
+_BLOCK = U(256)
+"""Rows that are in a core's second cache while all queries' weights pass over them."""
 
 
 @jit

@@ -46,10 +46,10 @@ def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
     parts = weights.new_zeros(torch.get_num_threads(), *weights.shape[:3], rows.shape[3])
     if isinstance(rows, QuantizedRows):
         _few_bits(fewbit.KERNELS[rows.bits].sums, weights, rows, parts)
-        return parts.sum(dim=0).add_(weights.sum(dim=-1, keepdim=True) * _middle(rows))
+        return _joined(parts).add_(weights.sum(dim=-1, keepdim=True) * _middle(rows))
     assert isinstance(rows, torch.Tensor)
     _raw(raw.sums, weights, rows, parts)
-    return parts.sum(dim=0)
+    return _joined(parts)
 
 
 def totals(weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _cell_totals(weights: torch.Tensor, rows: CodedRows, owner: torch.Tensor, ba
         cells.totals(*tables, flat(owner), *given, flat(parts[piece.part]), *places)
 
     run(call, shared)
-    return parts.sum(dim=0)
+    return _joined(parts)
 
 
 def _walk(x_EHRN: torch.Tensor, rows: CodedRows, walk: Walk) -> tuple[int, int, tuple[Any, ...], tuple[Any, ...]]:
@@ -147,6 +147,10 @@ def _by_set(x_EHRN: torch.Tensor, sets: int) -> tuple[torch.Tensor, tuple[int, i
     if not x_ESHRN[0, 0].is_contiguous():
         x_ESHRN = x_ESHRN.contiguous()
     return x_ESHRN, (x_ESHRN.stride(0), x_ESHRN.stride(1))
+
+
+def _joined(parts: torch.Tensor) -> torch.Tensor:
+    return parts.sum(dim=0) if len(parts) > 1 else parts[0]
 
 
 def _middle(rows: QuantizedRows) -> torch.Tensor:
