@@ -1,8 +1,7 @@
 """Times of an evaluation: relative to the full cache, prefill and decode apart."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from time import perf_counter
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -15,7 +14,6 @@ from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.timing import time_entries
 from kvcapsule.policy import Full
 from kvcapsule.prefill import Compressed, LayerPrefill
-from kvcapsule.quantize import QuantizedRows
 from kvcapsule.segment import Segment
 
 
@@ -50,21 +48,21 @@ class SlowPrefill(Full):
         return super().compress(prefill)
 
 
-class SlowRows(QuantizedRows):
-    clock: Late
+class SlowSegment(Segment):
+    clock: ClassVar[Late]
 
-    def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> Segment:
         self.clock.by += 10.0
-        return super().planes(dtype)
+        return self
 
 
 class SlowDecode(Full):
     def __init__(self, clock: Late) -> None:
-        SlowRows.clock = clock
+        SlowSegment.clock = clock
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         (segment,), text = super().compress_visual(prefill, text)
-        return Compressed([replace(segment, keys=SlowRows.pack(segment.keys, 8))], text)
+        return Compressed([SlowSegment(segment.keys, segment.values, segment.owner)], text)
 
 
 @pytest.mark.parametrize("slow", [SlowPrefill, SlowDecode])
