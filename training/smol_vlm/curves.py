@@ -70,14 +70,14 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     naming, reading = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
     named = [(int(row["step"]), float(row["named"])) for row in rows if row["stage"] == "names" and "named" in row]
     naming.plot(*zip(*named, strict=True) if named else ([], []), color="#0072b2", label="of what is shown")
-    naming.set(title="visual tokens named", xlabel="step", ylabel="right")
+    naming.set(title="visual tokens named", xlabel="step of the names", ylabel="right")
     last = max((int(row["step"]) for row in rows if row["stage"] == "connector"), default=-1) + 1
     for task in TASKS:
         seen = [(int(row["step"]) + last * (row["stage"] == "lora"), float(row[task])) for row in rows if task in row]
         if seen:
             reading.plot(*zip(*seen, strict=True), marker="o", markersize=3, label=task)
     reading.axvline(last, color="#999999", linestyle=":", linewidth=1)
-    reading.set(title="answers right in training, connector alone and (behind the line) with the LoRA", xlabel="step", ylim=(0, 1))
+    reading.set(title="answers, in training", xlabel="step of the connector, and behind the line of connector and LoRA", ylim=(0, 1))
     reading.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for axes in (naming, reading):
         axes.spines[["top", "right"]].set_visible(False)

@@ -27,9 +27,9 @@ class SmolVlmConfig:
     """Where Lightning's checkpoints and logs go."""
     name_steps: int = 1500
     """Steps in which visual tokens learn the names of what they show; the language model does not run."""
-    connector_steps: int = 400
+    connector_steps: int = 100
     """Steps of stage 1: the connector through the frozen language model."""
-    lora_steps: int = 1600
+    lora_steps: int = 550
     """Steps of stage 2: the connector and a LoRA."""
     name_batch: int = 16
     """Pictures a step of the first."""
