@@ -30,6 +30,10 @@ def require_device(device: str | None) -> None:
         raise ModelError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+_MADE = "smol-vlm"
+"""A model that is made on the spot, and not shipped."""
+
+
 def load_vlm(
     name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None, resize: bool = True
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -55,6 +59,8 @@ def load_vlm(
             place, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
         )
     except (OSError, ValueError, KeyError) as error:
+        if Path(name).name == _MADE and not Path(place).exists():
+            raise ModelError(f"there is no folder {name!r}: `make {_MADE}` makes it.") from error
         kind = "folder" if Path(place).exists() else "model"
         raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
     if not isinstance(processor, ProcessorMixin):

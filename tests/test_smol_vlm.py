@@ -10,7 +10,7 @@ from kvcapsule.data.packages import PackageError
 from kvcapsule.data.photos import photos
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.efficientnet_lite import EfficientNetLiteConfig
-from kvcapsule.models import load_vlm
+from kvcapsule.models import ModelError, load_vlm
 from kvcapsule.training.smol_vlm import stages
 from kvcapsule.training.smol_vlm.assemble import EFFICIENTNET_LITE0, join, pretrained_halves, save
 from kvcapsule.training.smol_vlm.language import IMAGE_TOKEN, SmolError, template_with_parts
@@ -194,6 +194,11 @@ def test_a_missing_or_foreign_connector_is_refused(halves, tmp_path) -> None:
         SmolVlmConfig(batch=3, at_once=2)
     with pytest.raises(ValueError, match="lora_steps 30 must be a multiple of every 50"):
         SmolVlmConfig(lora_steps=30)
+
+
+def test_where_it_was_not_made_the_error_says_how(tmp_path) -> None:
+    with pytest.raises(ModelError, match="there is no folder .*smol-vlm.*: `make smol-vlm` makes it"):
+        load_vlm(str(tmp_path / "smol-vlm"))
 
 
 @pytest.mark.slow
