@@ -9,6 +9,8 @@ from . import efficientnet_lite as _  # noqa: F401  Registers the vision tower o
 from .checkpoints import shipped
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MADE = "smol-vlm"
+"""A model that is made on the spot, and not shipped."""
 
 
 class ModelError(ValueError):
@@ -28,10 +30,6 @@ def require_device(device: str | None) -> None:
     # A build of torch without CUDA answers with an AssertionError.
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-_MADE = "smol-vlm"
-"""A model that is made on the spot, and not shipped."""
 
 
 def load_vlm(

@@ -197,7 +197,7 @@ def test_a_missing_or_foreign_connector_is_refused(halves, tmp_path) -> None:
 
 
 def test_where_it_was_not_made_the_error_says_how(tmp_path) -> None:
-    with pytest.raises(ModelError, match="there is no folder .*smol-vlm.*: `make smol-vlm` makes it"):
+    with pytest.raises(ModelError, match=r"there is no folder .*smol-vlm.*: `make smol-vlm` makes it"):
         load_vlm(str(tmp_path / "smol-vlm"))
 
 
