@@ -115,6 +115,18 @@ def test_materialize_is_what_attention_reads(kind: str, random_segment: Callable
             torch.testing.assert_close(values[entry, head][there], v, rtol=1e-10, atol=1e-10)
 
 
+def test_entries_apart_are_what_they_are_together(kind: str, random_segment: Callable[..., Segment]) -> None:
+    """Each entry attended to alone, and merged by the mass of its softmax: also where entries share an owner."""
+    segment, query = random_segment(kind, OWNERS[2]), torch.randn(3, HEADS * 2, 1, DIM, dtype=torch.float64)
+    out, mass = reference.segment_partial(query.view(3, HEADS, 2, 1, DIM), segment, SCALE)
+    for row in range(3):
+        own = (segment.owner == row).nonzero()[:, 0]
+        weights = mass[own].softmax(dim=0)[..., None]
+        merged = torch.where(weights > 0, weights * out[own], 0.0).sum(dim=0)
+        expected = attend(query, [segment], SCALE)[row].view(HEADS, 2, DIM)
+        torch.testing.assert_close(merged, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_no_query_sees_may_hold_nan(dtype: torch.dtype, random_segment: Callable[..., Segment]) -> None:
     masked = random_segment("mask", [0, 1, 1, 2], 3, dtype)

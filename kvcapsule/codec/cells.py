@@ -41,7 +41,7 @@ class CellLayout:
         self.shape = widths.shape
         flat = widths.flatten()
         self.none = flat.nonzero()[:0, 0]
-        """Of cells."""
+        """No cells."""
         if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
             raise ValueError(f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits.")
         self.classes: list[CellClass] = []

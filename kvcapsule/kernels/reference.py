@@ -76,7 +76,7 @@ def attend(
         weights = score.sub_(top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         masses = weights.sum(dim=-1).flatten(0, 1)
         mass = mass.flatten(0, 1).index_add(0, slot, masses).view_as(mass)
-        out = out + _weighted(weights, masses, segment, slot, seen, (batch, heads), reading)
+        out = out + _weighted(weights, masses, segment, (segment.owner, slot), seen, (batch, heads), reading)
     out = out / mass.clamp_min(torch.finfo(work).tiny)[..., None]
     return out.view(batch, query_heads, n_queries, dim).to(query.dtype)
 
@@ -90,8 +90,8 @@ def segment_partial(
     lse = scores.logsumexp(dim=-1)
     weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0.0)
     entries, heads = scores.shape[:2]
-    each = torch.arange(entries * heads, device=scores.device)
-    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, each, visible, (entries, heads), PLAIN)
+    alone = (torch.arange(entries, device=scores.device), torch.arange(entries * heads, device=scores.device))
+    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, alone, visible, (entries, heads), PLAIN)
     return out, lse.masked_fill(nothing, -torch.inf)
 
 
@@ -139,19 +139,22 @@ def _weighted(
     weights: torch.Tensor,
     masses: torch.Tensor,
     segment: Segment,
-    slot: torch.Tensor,
+    whose: tuple[torch.Tensor, torch.Tensor],
     visible: torch.Tensor | None,
     shape: tuple[int, int],
     reading: Reading,
 ) -> torch.Tensor:
-    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G * Q] their sums."""
-    batch, heads = shape
+    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G * Q] their sums.
+
+    whose: the batch row of each entry, [E], and row and KV head, counted through, of each entry's heads, [E * H].
+    """
+    (batch, heads), (owner, slot) = shape, whose
     if segment.value_map is None:
         parts = _sums(weights, segment, visible, reading).flatten(0, 1)
         out = parts.new_zeros(batch * heads, *parts.shape[1:]).index_add(0, slot, parts).view(batch, heads, *parts.shape[1:])
     else:
         absent = None if segment.mask is None else (masses == 0).view(*weights.shape[:3], 1)
-        out = reading.totals(mapped(weights, segment.value_map), segment.values, segment.owner, batch, absent)
+        out = reading.totals(mapped(weights, segment.value_map), segment.values, owner, batch, absent)
     if segment.value_mean is not None:
         mass = masses.new_zeros(batch * heads, masses.shape[1]).index_add(0, slot, masses)
         out = out + mass.view(batch, heads, -1, 1) * segment.value_mean.to(out.dtype)[:, None]
