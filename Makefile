@@ -90,7 +90,7 @@ smol-vlm-training: $(VENV)/.smol-ready ## train smol-vlm's connector and LoRA; s
 	$(BIN)/python -m kvcapsule.training.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
 
 smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm): full cache, all suites, analysis; trains the capsules that are missing
-	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --methods full --data.size 1260 --data.seed 1 --json eval/results/smol-vlm-full.json $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --methods full --data.size 630 --data.seed 1 --json eval/results/smol-vlm-full.json $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --json eval/results/smol-vlm.json \
 		--plot eval/results/smol-vlm.png --report docs/results.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer --json eval/results/smol-transfer.json $(SUITE_FLAGS)
