@@ -18,7 +18,7 @@ class Lanes(types.Type):
 
 
 @register_model(Lanes)
-class _Model(models.PrimitiveModel):
+class _Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager, numba_type):
         super().__init__(manager, numba_type, _FLOATS)
 
@@ -89,7 +89,8 @@ def load(typing_context, array, at):
     """array[at : at + 8]."""
 
     def generate(context, builder, signature, arguments):
-        return builder.load(_place(context, builder, signature.args[0], *arguments, _FLOATS), align=4)
+        array, at = arguments
+        return builder.load(_place(context, builder, signature.args[0], array, at, _FLOATS), align=4)
 
     return _LANES(array, types.uint64), generate
 
@@ -99,8 +100,8 @@ def store(typing_context, array, at, lanes):
     """array[at : at + 8] = lanes."""
 
     def generate(context, builder, signature, arguments):
-        *place, lanes = arguments
-        builder.store(lanes, _place(context, builder, signature.args[0], *place, _FLOATS), align=4)
+        array, at, lanes = arguments
+        builder.store(lanes, _place(context, builder, signature.args[0], array, at, _FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.uint64, _LANES), generate
