@@ -34,6 +34,12 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw rows are read by kernels however few they are."""
+    monkeypatch.setattr(read, "_LEAST", 1)
+
+
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Threads that share even the least work."""
@@ -174,6 +180,16 @@ def test_what_no_kernel_covers_is_the_reference_itself(random_segment: Callable[
         out = attended(query, [rows])
         assert left == calls
         torch.testing.assert_close(out, reference.attend(query, [rows], SCALE), rtol=0, atol=1e-6)
+
+
+def test_few_raw_rows_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, left: list[str]) -> None:
+    """By their number alone: 2 heads of 2 queries, 8 channels."""
+    monkeypatch.setattr(read, "_LEAST", 2 * 2 * 8 * 100)
+    draw = Draw()
+    for tokens, calls in ((99, ["products", "sums"]), (100, [])):
+        left.clear()
+        attended(query_of(batch=1), [draw.raw([0], tokens)])
+        assert left == calls
 
 
 def test_gradients_are_the_references(random_segment: Callable[..., Segment]) -> None:

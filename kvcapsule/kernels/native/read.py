@@ -1,7 +1,7 @@
 """Products with stored rows as `kvcapsule.kernels.reference` takes them, by the compiled kernels where these cover the rows.
 
-What they cover: queries and weights in fp32, up to 64 rows of them; raw fp32 rows that are dense along the channels, `QuantizedRows` and
-`CodedRows`; no gradients. Anything else is the reference's, by its form alone.
+What they cover: queries and weights in fp32, up to 64 rows of them; raw fp32 rows that are dense along the channels and not too few,
+`QuantizedRows` and `CodedRows`; no gradients. Anything else is the reference's, by its form alone.
 """
 
 from typing import Any
@@ -20,6 +20,8 @@ from .share import Piece, pieces, run
 
 _MOST_ROWS = 64
 """Query rows of a KV head; more is work for matrix products."""
+_LEAST = 2**19
+"""Multiply-adds with raw rows: for less, handing tensors over takes longer than PyTorch's product."""
 
 
 def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -69,7 +71,8 @@ def _covers(x_EHRN: torch.Tensor, rows: Rows) -> bool:
         return False
     if isinstance(rows, torch.Tensor):
         dense = rows.stride(3) == 1 or rows.shape[3] == 1
-        return dense and rows.dtype == torch.float32 and rows.shape[:2] == x_EHRN.shape[:2] and not _learning(x_EHRN, rows)
+        much = x_EHRN.shape[2] * rows.numel() >= _LEAST
+        return much and dense and rows.dtype == torch.float32 and rows.shape[:2] == x_EHRN.shape[:2] and not _learning(x_EHRN, rows)
     if isinstance(rows, QuantizedRows):
         return rows.codes.is_contiguous() and not _learning(x_EHRN, rows.step, rows.zero)
     if isinstance(rows, CodedRows):
