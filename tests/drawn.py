@@ -52,3 +52,38 @@ class Draw:
 def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
     assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
     return replace(segment, keys=QuantizedRows.pack(segment.keys, key_bits), values=QuantizedRows.pack(segment.values, value_bits))
+
+
+def of_odd_size(tokens: int) -> list[Segment]:
+    """Few-bit rows, maps, coded cells and raw rows of so many tokens, for 4 batch rows."""
+    draw = Draw(tokens)
+    rows = quantised(draw.raw([1, 0, 1], tokens, bias=True), 4, 2)
+    stored = max(1, tokens // 3)
+    maps = {"score_map": draw(HEADS, tokens, stored), "value_map": draw(HEADS, stored + 1, tokens).transpose(1, 2)}
+    mapped = Segment(draw(3, HEADS, stored, DIM), draw(3, HEADS, stored + 1, DIM), torch.tensor([2, 2, 0]), **maps)
+    transform = draw.transform([3, 1], tokens, (1 + tokens // 21, 5), (1 + tokens // 16, 7))
+    return [rows, mapped, transform, draw.raw([0, 1, 2, 3], tokens)]
+
+
+def of_cell_width(width: int) -> list[Segment]:
+    """Coded cells of one width, beside raw rows, for 1 batch row."""
+    draw = Draw(width)
+    segment = draw.transform([0], 6, (1, 3), (2, 3))
+    widths = [torch.full((HEADS, groups, 3), width, dtype=torch.uint8) for groups in (1, 2)]
+    return [replace(segment, keys=draw.coded(1, widths[0]), values=draw.coded(1, widths[1])), draw.raw([0], 3)]
+
+
+def with_hidden_tokens(poison: float) -> tuple[list[Segment], torch.Tensor]:
+    """A masked segment and a tail in a larger buffer, for 3 rows of 3 queries, `poison` where nobody looks; and what each query sees."""
+    draw, written, room = Draw(), 67, 96
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[1, 5:], mask[3] = False, False
+    capsule, tail = draw.raw([0, 1, 1, 2], 9, bias=True), draw.raw([0, 1, 2], room)
+    seen = torch.ones(3, 3, room, dtype=torch.bool).tril(written - 3)
+    seen[1, :, :3] = False
+    parts = []
+    for segment, hidden, own in ((capsule, ~mask, mask), (tail, ~seen.any(dim=1), None)):
+        assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
+        keys, values = (x.masked_fill(hidden[:, None, :, None], poison) for x in (segment.keys, segment.values))
+        parts.append(replace(segment, keys=keys, values=values, mask=own))
+    return parts, seen

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from drawn import DIM, HEADS, OWNERS, SCALE, Draw, quantised, query_of
+from drawn import DIM, HEADS, OWNERS, SCALE, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
 
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.native import dense, read, share
@@ -83,14 +83,8 @@ def test_each_kind(kind: str, random_segment: Callable[..., Segment], threads: i
 
 @pytest.mark.parametrize("tokens", [1, 63, 65, 517])
 def test_odd_sizes(tokens: int, threads: int) -> None:
-    draw = Draw(tokens)
-    rows = quantised(draw.raw([1, 0, 1], tokens, bias=True), 4, 2)
-    stored = max(1, tokens // 3)
-    maps = {"score_map": draw(HEADS, tokens, stored), "value_map": draw(HEADS, stored + 1, tokens).transpose(1, 2)}
-    mapped = Segment(draw(3, HEADS, stored, DIM), draw(3, HEADS, stored + 1, DIM), torch.tensor([2, 2, 0]), **maps)
-    transform = draw.transform([3, 1], tokens, (1 + tokens // 21, 5), (1 + tokens // 16, 7))
     for group in (1, 7):
-        assert error(query_of(group=group), [rows, mapped, transform, draw.raw([0, 1, 2, 3], tokens)]) < SINGLE
+        assert error(query_of(group=group), of_odd_size(tokens)) < SINGLE
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -101,11 +95,7 @@ def test_widths_of_few_bit_rows(bits: int, threads: int) -> None:
 
 @pytest.mark.parametrize("width", [0, *WIDTHS])
 def test_widths_of_cells(width: int) -> None:
-    draw = Draw(width)
-    segment = draw.transform([0], 6, (1, 3), (2, 3))
-    widths = [torch.full((HEADS, groups, 3), width, dtype=torch.uint8) for groups in (1, 2)]
-    segment = replace(segment, keys=draw.coded(1, widths[0]), values=draw.coded(1, widths[1]))
-    assert error(query_of(batch=1), [segment, draw.raw([0], 3)]) < SINGLE
+    assert error(query_of(batch=1), of_cell_width(width)) < SINGLE
 
 
 def test_many_tiles_of_many_rows(threads: int) -> None:
@@ -118,24 +108,9 @@ def test_many_tiles_of_many_rows(threads: int) -> None:
 
 def test_several_queries_see_a_causal_tail_in_a_larger_buffer(threads: int) -> None:
     """What lies past the written tokens, before a row's first one, or outside a mask may be anything."""
-    draw, written, room = Draw(), 67, 96
-    mask = torch.ones(4, 9, dtype=torch.bool)
-    mask[1, 5:], mask[3] = False, False
-    capsule, tail = draw.raw([0, 1, 1, 2], 9, bias=True), draw.raw([0, 1, 2], room)
-    seen = torch.ones(3, 3, room, dtype=torch.bool).tril(written - 3)
-    seen[1, :, :3] = False
-    query = query_of(3, 3, batch=3)
-
-    def build(poison: float) -> list[Segment]:
-        parts = []
-        for segment, hidden in ((capsule, ~mask), (tail, ~seen.any(dim=1))):
-            assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-            keys, values = (x.masked_fill(hidden[:, None, :, None], poison) for x in (segment.keys, segment.values))
-            parts.append(replace(segment, keys=keys, values=values, mask=mask if segment is capsule else None))
-        return parts
-
-    assert error(query, build(0.0), seen) < SINGLE
-    assert torch.equal(attended(query, build(torch.nan), seen), attended(query, build(0.0), seen))
+    query, (clean, seen) = query_of(3, 3, batch=3), with_hidden_tokens(0.0)
+    assert error(query, clean, seen) < SINGLE
+    assert torch.equal(attended(query, with_hidden_tokens(torch.nan)[0], seen), attended(query, clean, seen))
 
 
 def test_nan_that_a_query_sees_is_not_hidden() -> None:
