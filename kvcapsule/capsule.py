@@ -1,16 +1,18 @@
 """Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .codec import FAMILIES, CodecConfig, LayerCodec
+from .codec import FAMILIES, CodecConfig, LayerCodec, StackCodec
 from .geometry import KVGeometry
-from .prefill import Compressed, LayerPrefill, cut_tiles, keep, tiled
+from .method import LayerByLayer, Run
+from .prefill import Compressed, LayerPrefill
+from .tiles import StackRun, canonical_tiles
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not raise it."""
@@ -80,40 +82,42 @@ class CapsuleConfig:
 
 
 class Capsule(nn.Module):
-    """Codecs for every layer of a model. Give it to `attach` or `CapsuleCache`."""
+    """Codecs for every layer of a model, or for every stack of layers. Give it to `attach` or `CapsuleCache`."""
 
     def __init__(self, config: CapsuleConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in range(config.geometry.layers))
+        first = range(0, config.geometry.layers, max(1, config.codec.stacked))
+        self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         """Raises GeometryError, with both geometries, unless the capsule fits."""
         self.config.geometry.require(geometry)
 
+    def start(self, layers: Sequence[int]) -> Run:
+        """One forward's compression of these layers (indices in the model)."""
+        codecs = [codec for codec in self.layers if isinstance(codec, StackCodec)]
+        return StackRun(codecs, self.config.codec, self.config.geometry, layers) if codecs else LayerByLayer(self)
+
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        """Visual tiles to latents; text, and what fills no tile, raw."""
+        """One layer's visual tiles to latents; text, and what fills no tile, raw.
+
+        Raises:
+            ValueError: if its codec is one of several layers, which `start` compresses together.
+        """
         config = self.config.codec
-        tiles = cut_tiles(prefill, config.tile, config.canonical_frame)
-        visual = prefill.visual()
-        text = keep(prefill, prefill.valid & ~visual)
+        if config.stacked:
+            raise ValueError(f"layer {prefill.layer} has no codec of its own: a {self.config.family} capsule compresses all layers of a forward.")
+        tiles, raw = canonical_tiles(prefill, config, self.config.geometry)
         if tiles is None:
-            return Compressed(keep(prefill, visual), text)
+            return raw
         codec = self.layers[prefill.layer]
         assert isinstance(codec, LayerCodec)
-        frame = tiles.frame
-        if config.canonical_frame and frame is None and self.config.geometry.rotary != "none":
-            raise RuntimeError(
-                "no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`."
-            )
-        keys = tiles.keys if frame is None else frame.back(tiles.keys)
-        encoded = codec.encode(keys, tiles.values)
+        encoded = codec.encode(tiles.keys, tiles.values)
         if config.latent_bits:
             encoded = encoded.quantised(config.latent_bits)
-        segment = encoded.segment(tiles.owner, frame)
-        remainder = keep(prefill, visual & ~tiled(prefill, config.tile))
-        return Compressed([segment, *remainder], text)
+        return Compressed([encoded.segment(tiles.owner, tiles.frame), *raw.visual], raw.text)
 
     def save_pretrained(
         self,

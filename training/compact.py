@@ -1,5 +1,6 @@
 """Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of tokens."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,13 +64,14 @@ class CompactFit(CapsuleFit):
     def codec_config(self) -> CompactConfig:
         return self.config
 
-    def codec(self, layer: int) -> CompactLayer:
-        codec = self.layers[layer]
+    def codec(self, index: int) -> CompactLayer:
+        codec = self.layers[index]
         assert isinstance(codec, CompactLayer)
         return codec
 
-    def segment(self, index: int, layer: LayerHarvest) -> Segment:
-        return self.codec(index).encode(layer.keys.float(), layer.values.float()).segment(layer.owner, layer.frame)
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        encoded = [self.codec(i).encode(layer.keys.float(), layer.values.float()) for i, layer in enumerate(layers)]
+        return [tiles.segment(layer.owner, layer.frame) for tiles, layer in zip(encoded, layers, strict=True)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         losses = []

@@ -24,13 +24,19 @@ from kvcapsule.models import load_vlm
 from kvcapsule.spans import find_spans
 
 from .compact import CompactFit
+from .crosslayer import CrossLayerFit
 from .datamodule import Questions
 from .kvcapsule import KVCapsuleFit
 from .module import CapsuleFit, FitOf, Task
 from .recipe import Recipe
 from .transform import TransformFit
 
-FITS: dict[str, FitOf] = {"transform": TransformFit, "kvcapsule": KVCapsuleFit, "compact": CompactFit}
+FITS: dict[str, FitOf] = {
+    "transform": TransformFit,
+    "cross-layer": CrossLayerFit,
+    "kvcapsule": KVCapsuleFit,
+    "compact": CompactFit,
+}
 """How each family is trained: the one place where a family's training is registered."""
 _NEVER = 10**9
 _CHECKPOINT_EVERY = 50

@@ -1,6 +1,7 @@
 """Training of the kvcapsule family: closed form, then a soft mask, then a hard mask."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class KVCapsuleFit(CapsuleFit):
         super().__init__(task)
         self.config = task.recipe.kvcapsule_config(task.geometry.layers, task.tile)
         self.optim = task.recipe.optim
+        self.has_kl = self.optim.kl_weight > 0
         self.register_buffer("hardened", torch.tensor(False))
 
     @property
@@ -76,11 +78,12 @@ class KVCapsuleFit(CapsuleFit):
     def codec_config(self) -> KVCapsuleConfig:
         return self.config
 
-    def codec(self, layer: int) -> PairCodec:
-        return self._layer(layer).codec
+    def codec(self, index: int) -> PairCodec:
+        return self._layer(index).codec
 
-    def segment(self, index: int, layer: LayerHarvest) -> Segment:
-        return self.codec(index).encode(layer.keys.float(), layer.values.float()).segment(layer.owner, layer.frame)
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        encoded = [self.codec(i).encode(layer.keys.float(), layer.values.float()) for i, layer in enumerate(layers)]
+        return [tiles.segment(layer.owner, layer.frame) for tiles, layer in zip(encoded, layers, strict=True)]
 
     def finish(self) -> None:
         if not self.hardened:
@@ -145,19 +148,14 @@ class KVCapsuleFit(CapsuleFit):
         return (lost + self.optim.mask_weight * mask + self.optim.ratio_weight * ratio) / n
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
-        layers, kl = self.harvest_and_kl(batch) if self.optim.kl_weight else (self.harvest(batch), None)
-        errors = mean([self.errors(self.segment(index, layer), layer) for index, layer in enumerate(layers)])
+        layers, segments, kl = self.read(batch, self.has_kl)
+        errors = mean([self.errors(segment, layer) for segment, layer in zip(segments, layers, strict=True)])
         self.log_errors("train", errors, len(batch.answers))
         loss = errors["keys_unexplained"] + self.optim.output_weight * errors["output_error"]
         if kl is not None:
             self.log("train/kl", kl, prog_bar=True)
             loss = loss + self.optim.kl_weight * kl
         return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        if self.optim.kl_weight:
-            self.log("validation/kl", self.harvest_and_kl(batch)[1], batch_size=len(batch.answers), sync_dist=True)
 
 
 def _initial(how: str, gram: torch.Tensor, stored: int) -> torch.Tensor:

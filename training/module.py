@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcapsule.codec import CodecConfig, LayerCodec
+from kvcapsule.codec import CodecConfig, LayerCodec, StackCodec
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.segment import Segment
 
@@ -39,6 +39,15 @@ class Task:
     tile: int
     """Visual tokens of a tile."""
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+
+class Read(NamedTuple):
+    """A batch as the frozen VLM left it, and as the codecs would have it read."""
+
+    layers: list[LayerHarvest]
+    segments: list[Segment]
+    kl: torch.Tensor | None
+    """KL divergence of the answers' logits, where it was asked for."""
 
 
 Errors = dict[str, torch.Tensor]
@@ -68,6 +77,9 @@ class CapsuleFit(L.LightningModule, ABC):
     def task(self) -> Task:
         return self._frozen[0]
 
+    has_kl = False
+    """Whether the KL of the logits is measured on held-out questions."""
+
     @property
     @abstractmethod
     def steps(self) -> int:
@@ -82,12 +94,12 @@ class CapsuleFit(L.LightningModule, ABC):
         """The sizes of the codecs, known once they are prepared."""
 
     @abstractmethod
-    def codec(self, layer: int) -> LayerCodec:
-        """The codecs of a layer, as they are to be saved."""
+    def codec(self, index: int) -> LayerCodec | StackCodec:
+        """The codec of a layer, or of a stack of layers, as it is to be saved."""
 
     @abstractmethod
-    def segment(self, index: int, layer: LayerHarvest) -> Segment:
-        """A layer's tiles as attention would read them, differentiable in the codecs."""
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        """The tiles of all layers as attention would read them, differentiable in the codecs."""
 
     @abstractmethod
     def derived(self) -> Table:
@@ -132,12 +144,16 @@ class CapsuleFit(L.LightningModule, ABC):
             self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, canonical, self.show)
         return self._store.harvest(batch.inputs)
 
-    def harvest_and_kl(self, batch: Batch) -> tuple[list[LayerHarvest], torch.Tensor]:
-        """A batch's harvest, and the KL divergence of the answers' logits with the codecs' segments in the frozen VLM's attention."""
+    def read(self, batch: Batch, with_kl: bool) -> "Read":
+        """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its attention."""
+        if not with_kl:
+            layers = self.harvest(batch)
+            return Read(layers, self.segments(layers), None)
         task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
         layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last)
-        through = logits_through(task.model, batch.inputs, task.tile, canonical, self.segment, last)
-        return layers, divergence(logits, through, batch.answers)
+        segments = self.segments(layers)
+        through = logits_through(task.model, batch.inputs, task.tile, canonical, segments, last)
+        return Read(layers, segments, divergence(logits, through, batch.answers))
 
     @rank_zero_only
     def show(self, what: object) -> None:
@@ -151,11 +167,13 @@ class CapsuleFit(L.LightningModule, ABC):
                 torch.distributed.all_reduce(buffer, op=reduction)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        found = []
-        for index, layer in enumerate(self.harvest(batch)):
-            found.append(self.errors(self.segment(index, layer), layer))
-            self.log_errors(f"validation/layer{index}", found[-1], len(batch.answers))
+        read = self.read(batch, self.has_kl)
+        found = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
+        for index, errors in enumerate(found):
+            self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
         self.log_errors("validation", mean(found), len(batch.answers))
+        if read.kl is not None:
+            self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)
 
     def errors(self, segment: Segment, layer: LayerHarvest) -> Errors:
         """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of attention's output."""

@@ -6,8 +6,10 @@ from pathlib import Path
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, pyramid, weighted
 from kvcapsule.data.source import SourceConfig
 
-FAMILIES = ("transform", "kvcapsule", "compact")
+FAMILIES = ("transform", "cross-layer", "kvcapsule", "compact")
 """Families that can be trained."""
+CODED = ("transform", "cross-layer")
+"""Those whose stored numbers have few bits each."""
 REFERENCE_BITS = 16
 """Bits of an element of the cache that compression is counted against, whatever precision the model runs in."""
 
@@ -60,6 +62,8 @@ class TransformRecipe:
 
     joint_heads: int = 0
     """KV heads that are coded together; 0 takes as many as have 128 channels in all."""
+    joint_layers: int = 0
+    """Layers that a cross-layer code codes together, keys and values alike; 0 takes as many as have 512 channels in all."""
     allocation: str = "output"
     """How layers share the bits: "output" (by what each bit saves in attention's output), "pyramid" (see --codec.pyramid) or "uniform"."""
     key_bits: float | None = None
@@ -85,7 +89,7 @@ class TransformRecipe:
             raise ValueError(f"--transform.allocation {self.allocation!r} is neither output, pyramid nor uniform.")
         if (self.key_bits is None) != (self.value_bits is None):
             raise ValueError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
-        for name in ("joint_heads", "steps", "lr", "output_weight", "kl_weight"):
+        for name in ("joint_heads", "joint_layers", "steps", "lr", "output_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
         if self.probe_batches < 1:
@@ -218,7 +222,7 @@ class Recipe:
                 f"--ratio {self.ratio}: give the retention ratio in (0, 1] (0.05 stores a twentieth), or from 2 on how many times less is "
                 "stored (20 is the same)."
             )
-        if self.bits is not None and (self.family != "transform" or not 0 < self.bits <= 8):
+        if self.bits is not None and (self.family not in CODED or not 0 < self.bits <= 8):
             raise ValueError(f"--bits {self.bits}: mean bits of an element of a transform code, above 0 and at most 8; else give --ratio.")
         if not 0 < self.codec.key_share < 1:
             raise ValueError(f"--codec.key_share {self.codec.key_share} is outside (0, 1).")

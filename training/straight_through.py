@@ -5,16 +5,16 @@ The step learns as in LSQ (arXiv 1902.08153): inside the range from the rounding
 
 import torch
 
-from kvcapsule.codec.transform import Transform
+from kvcapsule.codec.transform import CellTransform
 from kvcapsule.packing import GROUP
 
 
-def coded(transform: Transform, x_EHTD: torch.Tensor) -> torch.Tensor:
-    """The rows [E, H, M, C] that reading the encoded tiles would give, differentiable in all of the transform's parameters."""
+def coded(transform: CellTransform, coefficients_ESMC: torch.Tensor) -> torch.Tensor:
+    """The rows [E, H, M, C] that reading the codes of coefficients would give, differentiable in these and in all that codes them."""
     width = transform.widths.repeat_interleave(GROUP, dim=1)
     step = transform.step.repeat_interleave(GROUP, dim=1)
-    half = (2.0 ** (width.float() - 1)).to(x_EHTD.dtype)
-    scaled = (transform.coefficients(x_EHTD) - transform.offset) / step
+    half = (2.0 ** (width.float() - 1)).to(coefficients_ESMC.dtype)
+    scaled = (coefficients_ESMC - transform.offset) / step
     inside = torch.maximum(torch.minimum(scaled, half - 0.5), 0.5 - half)
     rounded = torch.maximum(torch.minimum(scaled.floor(), half - 1), -half) + 0.5
     passed = inside + (rounded - inside).detach()

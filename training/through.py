@@ -1,6 +1,6 @@
 """A forward through the frozen VLM in which the tokens behind the images read codecs' segments, with gradients to the codecs."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +12,14 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segment import Segment
 
-from .harvest import LayerHarvest, Recorder
-
-SegmentOf = Callable[[int, LayerHarvest], Segment]
-"""The visual tiles of a layer (its number, its harvest) as they are to be read."""
-
+from .harvest import Recorder
 
 class _ReadingLayer(CapsuleLayer):
     """Visual tokens and what comes before them attend as ever; what comes behind reads segments."""
 
-    def __init__(self, index: int, recorder: Recorder, segment_of: SegmentOf) -> None:
+    def __init__(self, index: int, recorder: Recorder, tiles: Segment) -> None:
         super().__init__(index, recorder)
-        self.recorder, self.segment_of = recorder, segment_of
+        self.recorder, self.tiles = recorder, tiles
 
     @property
     def fresh(self) -> bool:
@@ -41,18 +37,18 @@ class _ReadingLayer(CapsuleLayer):
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
         first = query.shape[2] - layer.query.shape[2]
-        read = attend(layer.query, [self.segment_of(self.index, layer), layer.rest], scale, layer.visible)
+        read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
         return torch.cat([exact[:, :, :first], torch.where(layer.reads[:, None, :, None], read, exact[:, :, first:])], dim=2)
 
 
 def logits_through(
-    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, segment_of: SegmentOf, last: int
+    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, segments: Sequence[Segment], last: int
 ) -> torch.Tensor:
-    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs."""
+    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs; segments: each layer's tiles as they are to be read."""
     with attach(model):
         cache = CapsuleCache(model.config, Recorder(tile, canonical))
         cache.layers = [
-            _ReadingLayer(i, Recorder(tile, canonical), segment_of) if isinstance(own, CapsuleLayer) else own
+            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
             for i, own in enumerate(cache.layers)
         ]
         logits: torch.Tensor = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last).logits

@@ -1,16 +1,17 @@
 """Training of the transform family: bases and widths in closed form, then gradient descent through the quantiser."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec import PairCodec
+from kvcapsule.codec import LayerCodec, PairCodec, StackCodec
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.kvcapsule import pyramid
-from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues, side_by_side
+from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig, TransformKeys, TransformValues, side_by_side
 from kvcapsule.packing import GROUP
 from kvcapsule.segment import Segment
 
@@ -44,27 +45,39 @@ class Unit(nn.Module):
 
     def transform(self, widths: torch.Tensor, heads: int, dim: int) -> Transform:
         """The transform code of given widths [S, G, D], cut to the rows and channels that have any."""
-        used = (widths > 0).any(0)
-        groups = int(used.any(1).nonzero().amax()) + 1 if used.any() else 1
-        channels = int(used.any(0).nonzero().amax()) + 1 if used.any() else 1
-        tile = self.variance.shape[1]
-        built = Transform(len(widths), heads, tile, dim, groups * GROUP, channels).to(self.variance.device)
-        rows = min(groups * GROUP, tile)
-        kept = widths[:, :groups, :channels].to(self.variance.device)
+        rows, channels = used(widths)
+        built = Transform(len(widths), heads, self.variance.shape[1], dim, rows, channels).to(self.variance.device)
+        self.fill(built, widths)
         with torch.no_grad():
-            built.tokens_in[:, :rows] = self.bases.tokens[:, :rows].float()
-            built.tokens_out[:, :, :rows] = self.bases.tokens[:, :rows].transpose(-1, -2).float()
             built.channels_in.copy_(self.bases.channels_in[:, :, :channels])
             built.channels_out.copy_(self.bases.channels_out[:, :, :channels])
-            built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
-            deviation = (self.cells[:, :groups, :channels] / GROUP).sqrt()
-            built.step.copy_(step_size(kept, deviation, self.reach[:, :groups, :channels]).clamp_min(_LEAST_STEP))
-            built.widths.copy_(kept)
         return built
+
+    @torch.no_grad()
+    def fill(self, built: CellTransform, widths: torch.Tensor) -> None:
+        """All of a transform code but its channels."""
+        _, groups, channels = built.widths.shape
+        rows = min(groups * GROUP, self.variance.shape[1])
+        kept = widths[:, :groups, :channels].to(self.variance.device)
+        built.tokens_in[:, :rows] = self.bases.tokens[:, :rows].float()
+        built.tokens_out[:, :, :rows] = self.bases.tokens[:, :rows].transpose(-1, -2).float()
+        built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
+        deviation = (self.cells[:, :groups, :channels] / GROUP).sqrt()
+        built.step.copy_(step_size(kept, deviation, self.reach[:, :groups, :channels]).clamp_min(_LEAST_STEP))
+        built.widths.copy_(kept)
+
+
+def used(widths: torch.Tensor) -> tuple[int, int]:
+    """Rows (a multiple of 8) and channels up to the last that has bits in widths [S, G, D]; at least one cell of them."""
+    coded = (widths > 0).any(0)
+    groups, channels = (int(coded.any(axis).nonzero().amax()) + 1 if coded.any() else 1 for axis in (1, 0))
+    return groups * GROUP, channels
 
 
 class TransformFit(CapsuleFit):
     """Closed form from two passes over the same batches, allocation, then Adam on all that is continuous."""
+
+    has_kl = True
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -105,19 +118,16 @@ class TransformFit(CapsuleFit):
             bits=round(sum(_bytes(t) for pair in transforms for t in pair) * 8 / self._elements(2 * len(transforms)), 4),
         )
 
-    def codec(self, layer: int) -> PairCodec:
-        codec = self.layers[layer]
-        assert isinstance(codec, PairCodec)
-        return codec
+    def codec(self, index: int) -> LayerCodec | StackCodec:
+        return self._pair(index)
 
-    def segment(self, index: int, layer: LayerHarvest) -> Segment:
-        return self._read(index, layer, True, True)
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        return [self._read(i, layer, True, True) for i, layer in enumerate(layers)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         recipe, loss = self.recipe, torch.zeros((), device=self.device)
-        layers, kl = self.harvest_and_kl(batch) if recipe.kl_weight else (self.harvest(batch), None)
+        layers, segments, kl = self.read(batch, recipe.kl_weight > 0)
         if recipe.output_weight:
-            segments = [self.segment(i, layer) for i, layer in enumerate(layers)]
             error = torch.stack([output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]).mean()
             self.log("train/output_error", error, prog_bar=True)
             loss = loss + recipe.output_weight * error * len(layers)
@@ -127,10 +137,6 @@ class TransformFit(CapsuleFit):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        self.log("validation/kl", self.harvest_and_kl(batch)[1], batch_size=len(batch.answers), sync_dist=True)
-
     def configure_optimizers(self) -> dict[str, Any]:
         # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code worse.
         lr = self.recipe.lr * min(1.0, 2.0 ** (_COARSE - self.task.recipe.element_bits))
@@ -138,9 +144,9 @@ class TransformFit(CapsuleFit):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
-            for index in range(len(self.layers)):
-                for transform in self._transforms(index):
-                    transform.step.clamp_min_(_LEAST_STEP)
+            for codec in self.layers.modules():
+                if isinstance(codec, CellTransform):
+                    codec.step.clamp_min_(_LEAST_STEP)
 
     def derived(self) -> Table:
         task = self.task
@@ -161,20 +167,25 @@ class TransformFit(CapsuleFit):
         """A short rise, then a cosine to zero."""
         return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
 
+    def _pair(self, layer: int) -> PairCodec:
+        codec = self.layers[layer]
+        assert isinstance(codec, PairCodec)
+        return codec
+
     def _transforms(self, layer: int) -> tuple[Transform, Transform]:
-        codec = self.codec(layer)
+        codec = self._pair(layer)
         assert isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
         return codec.keys.transform, codec.values.transform
 
     def _read(self, index: int, layer: LayerHarvest, keys: bool, values: bool) -> Segment:
         """A layer's tiles with its keys or values coded, or both, as reading the codes would give them."""
-        codec = self.codec(index)
+        codec = self._pair(index)
         assert isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
         key_part, value_part = KeyPart(layer.keys), ValuePart(layer.values)
         if keys:
-            key_part = codec.keys.part(coded(codec.keys.transform, layer.keys.float()))
+            key_part = codec.keys.part(coded(codec.keys.transform, codec.keys.transform.coefficients(layer.keys.float())))
         if values:
-            value_part = codec.values.part(coded(codec.values.transform, layer.values.float()))
+            value_part = codec.values.part(coded(codec.values.transform, codec.values.transform.coefficients(layer.values.float())))
         return Segment(owner=layer.owner, frame=layer.frame, **key_part._asdict(), **value_part._asdict())
 
     def _elements(self, units: int) -> int:
@@ -232,15 +243,9 @@ class TransformFit(CapsuleFit):
             keys = allocate(costs[::2], int(self.recipe.key_bits * self._elements(n // 2) / 8))
             values = allocate(costs[1::2], int(self.recipe.value_bits * self._elements(n // 2) / 8))
             return [w for pair in zip(keys, values, strict=True) for w in pair]
-        overhead = self._overhead()
-        budget = recipe.element_bits * self._elements(n) / 8 - overhead
-        if budget < n:
-            raise ValueError(
-                f"{recipe.element_bits:.3g} bit an element are {recipe.element_bits * self._elements(n) / 8:.0f} bytes a tile, of which "
-                f"{overhead:.0f} are its address and frame: store more (--bits, --ratio) or take a larger --codec.tile."
-            )
+        budget = self.budget(n)
         if self.recipe.allocation == "output":
-            return allocate(self._costs(units), int(budget))
+            return allocate(self._costs(units), budget)
         slope = recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0
         shares = pyramid(1 / n, n // 2, slope)
         # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they compare.
@@ -248,16 +253,33 @@ class TransformFit(CapsuleFit):
         pairs = [allocate(cells[2 * i : 2 * i + 2], int(budget * 2 * share)) for i, share in enumerate(shares)]
         return [w for pair in pairs for w in pair]
 
+    def budget(self, units: int) -> int:
+        """Bytes of one tile's codes in so many units.
+
+        Raises:
+            ValueError: if they do not come to one for each.
+        """
+        stored, overhead = self.task.recipe.element_bits * self._elements(units) / 8, self._overhead()
+        if stored - overhead < units:
+            raise ValueError(
+                f"{self.task.recipe.element_bits:.3g} bit an element are {stored:.0f} bytes a tile, of which {overhead:.0f} are its address "
+                "and frame: store more (--bits, --ratio) or take a larger --codec.tile."
+            )
+        return int(stored - overhead)
+
     def _overhead(self) -> float:
         """Bytes of a tile besides its codes: its owner and, where it has one, its frame; stored once for all layers."""
         rotary = self.task.geometry.rotary != "none" and self.task.recipe.codec.canonical_frame
         return 8 + (self.task.geometry.head_dim * 4 if rotary else 0)
 
     def _costs(self, units: list[Unit]) -> list[torch.Tensor]:
-        """What leaving out each cell adds to the error of its layer's attention output, relative to the output's energy.
+        """What leaving out each cell adds to the error of its layer's attention output: in proportion to its variance."""
+        return [unit.cells.cpu() * of_set[:, None, None] for unit, of_set in zip(units, self.sensitivities(units), strict=True)]
 
-        Measured unit by unit: coded alone, at the budget's mean rate, under the queries that really read it; a cell's part is in proportion
-        to its variance.
+    def sensitivities(self, units: list[Unit]) -> list[torch.Tensor]:
+        """What an energy of one that a unit's sets of heads [S] lose adds to the error of attention's output, relative to its energy.
+
+        Measured unit by unit: coded alone, at the budget's mean rate, under the queries that really read it.
         """
         dim, sets = self.task.geometry.head_dim, len(units[0].cells)
         budget = int(min(self.task.recipe.element_bits, _PROBE) * self._elements(1) / 8)
@@ -276,11 +298,8 @@ class TransformFit(CapsuleFit):
                         sums.errors[unit] += errors
                         sums.energy[unit] += energy
         self.reduce(sums)
-        costs = []
-        for known, probe, error in zip(units, probes, sums.errors / sums.energy[:, None], strict=True):
-            left = (known.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12)
-            costs.append(known.cells.cpu() * (error.cpu() / left)[:, None, None])
-        return costs
+        lost = [(unit.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12) for unit, probe in zip(units, probes, strict=True)]
+        return [error.cpu() / left for error, left in zip(sums.errors / sums.energy[:, None], lost, strict=True)]
 
 
 class _Sums(nn.Module):

@@ -1,6 +1,7 @@
-"""What a codec is: an encoder and a linear decoder for the keys or the values of one layer's tiles."""
+"""What a codec is: an encoder and a linear decoder for the tiles of one layer, or of a stack of layers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
@@ -90,6 +91,26 @@ class PairCodec(LayerCodec):
         return Encoded(self.keys.encode(k_EHTD), self.values.encode(v_EHTD))
 
 
+class StackEncoding(ABC):
+    """One forward's tiles of a stack of layers on their way to what is stored."""
+
+    @abstractmethod
+    def add(self, place: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
+        """Take the tiles of the layer at `place` in the stack."""
+
+    @abstractmethod
+    def finish(self, places: Sequence[int]) -> list[tuple[KeyPart, ValuePart]]:
+        """What the layers at these places read, once all were added; what they have in common is stored once."""
+
+
+class StackCodec(nn.Module, ABC):
+    """What encodes the tiles of a stack of neighbouring layers together."""
+
+    @abstractmethod
+    def start(self) -> StackEncoding:
+        """Begin with the tiles of one forward."""
+
+
 @dataclass(frozen=True)
 class CodecConfig(ABC):
     """All that fixes the shapes of a family's codecs. Subclasses add their fields; unknown ones are refused by name."""
@@ -107,9 +128,14 @@ class CodecConfig(ABC):
         if self.latent_bits:
             check_bits(self.latent_bits)
 
+    @property
+    def stacked(self) -> int:
+        """Layers that have a codec together; 0 where each has its own."""
+        return 0
+
     @abstractmethod
-    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
-        """Untrained codecs of one layer."""
+    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec | StackCodec:
+        """The untrained codec of one layer, or of the stack that begins with it."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

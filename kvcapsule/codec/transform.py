@@ -28,8 +28,8 @@ from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePa
 from .cells import CodedRows, Coding
 
 
-class Transform(nn.Module):
-    """Encoder, decoder and coding of the keys or of the values of one layer.
+class CellTransform(nn.Module):
+    """What every transform code has: a basis along tokens, the coding of its coefficients, and the mean tile.
 
     S sets of `heads` KV heads each; M rows (a multiple of 8) and C channels are those with at least one coded cell. The encoder and the
     decoder begin as each other's inverses and are trained apart.
@@ -37,34 +37,17 @@ class Transform(nn.Module):
 
     widths: torch.Tensor
 
-    def __init__(self, sets: int, heads: int, tile: int, dim: int, rows: int, channels: int) -> None:
+    def __init__(self, sets: int, heads: int, tile: int, rows: int, channels: int) -> None:
         super().__init__()
         groups = rows // GROUP
         self.heads = heads
         self.tokens_in = nn.Parameter(torch.zeros(sets, rows, tile))
-        self.channels_in = nn.Parameter(torch.zeros(sets, heads * dim, channels))
         self.tokens_out = nn.Parameter(torch.zeros(sets, tile, rows))
-        self.channels_out = nn.Parameter(torch.zeros(sets, heads * dim, channels))
         self.offset = nn.Parameter(torch.zeros(sets, rows, channels))
         self.step = nn.Parameter(torch.ones(sets, groups, channels))
         self.register_buffer("widths", torch.zeros(sets, groups, channels, dtype=torch.uint8))
         self._coding: Coding | None = None
         self._coded_widths = 0
-
-    def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
-        """[E, S, M, C], in fp32 or better."""
-        work = torch.promote_types(x_EHTD.dtype, torch.float32)
-        rows: torch.Tensor = self.tokens_in.to(work) @ side_by_side(x_EHTD.to(work), self.heads) @ self.channels_in.to(work)
-        return rows
-
-    def head_maps(self) -> torch.Tensor:
-        """channels_out of each KV head, [H, D, C]."""
-        by_head: torch.Tensor = self.channels_out.unflatten(1, (self.heads, -1))
-        return by_head.flatten(0, 1)
-
-    def decoder_bytes(self) -> int:
-        """Bytes of all that reading needs, in the present precision."""
-        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
 
     def coding(self) -> Coding:
         """Made once, so that its layout is, too; anew where the parameters are others (loaded, moved, cast) or the widths written to."""
@@ -75,6 +58,29 @@ class Transform(nn.Module):
             self._coding, self._coded_widths = known, version
         return known
 
+
+class Transform(CellTransform):
+    """Encoder, decoder and coding of the keys or of the values of one layer."""
+
+    def __init__(self, sets: int, heads: int, tile: int, dim: int, rows: int, channels: int) -> None:
+        super().__init__(sets, heads, tile, rows, channels)
+        self.channels_in = nn.Parameter(torch.zeros(sets, heads * dim, channels))
+        self.channels_out = nn.Parameter(torch.zeros(sets, heads * dim, channels))
+
+    def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
+        """[E, S, M, C], in fp32 or better."""
+        work = torch.promote_types(x_EHTD.dtype, torch.float32)
+        rows: torch.Tensor = self.tokens_in.to(work) @ side_by_side(x_EHTD.to(work), self.heads) @ self.channels_in.to(work)
+        return rows
+
+    def head_maps(self) -> torch.Tensor:
+        """channels_out of each KV head, [H, D, C]."""
+        return by_head(self.channels_out, self.heads)
+
+    def decoder_bytes(self) -> int:
+        """Bytes of all that reading needs, in the present precision."""
+        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
+
     def encode(self, x_EHTD: torch.Tensor) -> CodedRows:
         return CodedRows.encode(self.coefficients(x_EHTD), self.coding())
 
@@ -83,6 +89,12 @@ def side_by_side(x_EHTD: torch.Tensor, heads: int) -> torch.Tensor:
     """Sets of KV heads as one head of many channels: [E, H, T, D] to [E, H / heads, T, heads * D]."""
     sets: torch.Tensor = x_EHTD.unflatten(1, (-1, heads)).transpose(2, 3)
     return sets.flatten(3)
+
+
+def by_head(channels_SWC: torch.Tensor, heads: int) -> torch.Tensor:
+    """A map of sets of KV heads side by side as one for each head: [S, heads * D, C] to [S * heads, D, C]."""
+    maps: torch.Tensor = channels_SWC.unflatten(1, (heads, -1))
+    return maps.flatten(0, 1)
 
 
 class TransformKeys(KeyCodec):
