@@ -1,7 +1,8 @@
 """CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .geometry import KVGeometry
 from .kernels import attend
 from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
-from .segment import Segment, storage_bytes
+from .segment import Segment, Shared, storage_bytes
 from .spans import VisualSpan, find_spans
 from .tail import StaticTail, Tail
 
@@ -82,6 +83,8 @@ class CapsuleLayer(CacheLayerMixin):
         """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
         self.hidden: torch.Tensor | None = None
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
+        self.shared: Shared | None = None
+        """What the cache's layers have in common while their rows are selected, so that it stays in one place."""
         self.record_past = False
         self._held: LayerPrefill | None = None
 
@@ -263,8 +266,8 @@ class CapsuleLayer(CacheLayerMixin):
             return
         self.settle()
         rows = rows.to(self.tail.keys.device)
-        self.visual = [s.select(rows) for s in self.visual]
-        self.text = [s.select(rows) for s in self.text]
+        self.visual = [s.select(rows, self.shared) for s in self.visual]
+        self.text = [s.select(rows, self.shared) for s in self.text]
         self.tail.select(rows)
         if self.queries is not None:
             self.queries = self.queries.index_select(0, rows)
@@ -371,6 +374,30 @@ class CapsuleCache(Cache):
         layer = self.layers[index]
         if isinstance(layer, CapsuleLayer) and reads_hidden(layer.method):
             layer.hidden = hidden
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        with self._selecting():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with self._selecting():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        with self._selecting():
+            super().batch_select_indices(indices)
+
+    @contextmanager
+    def _selecting(self) -> Iterator[None]:
+        """While rows of the batch are selected: all layers select the same ones."""
+        shared = Shared()
+        for layer in self._own():
+            layer.shared = shared
+        try:
+            yield
+        finally:
+            for layer in self._own():
+                layer.shared = None
 
     def bytes(self) -> CacheBytes:
         """Measured from storages; a storage that layers share counts once."""

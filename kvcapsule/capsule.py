@@ -108,7 +108,7 @@ class Capsule(nn.Module):
         """
         config = self.config.codec
         if config.stacked:
-            raise ValueError(f"layer {prefill.layer} has no codec of its own: a {self.config.family} capsule compresses all layers of a forward.")
+            raise ValueError(f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `start`.")
         tiles, raw = canonical_tiles(prefill, config, self.config.geometry)
         if tiles is None:
             return raw

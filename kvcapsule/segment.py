@@ -4,13 +4,15 @@ Shapes, here and wherever the suffixes appear: B batch rows, E entries (pieces o
 heads per KV head, Q queries, N logical tokens of an entry, M stored rows, D head dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from .frame import Frame
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -159,19 +161,29 @@ class Segment:
         """N: logical tokens of an entry, absent ones included."""
         return int(self.keys.shape[2] if self.score_map is None else self.score_map.shape[1])
 
-    def select(self, rows: torch.Tensor) -> "Segment":
-        """The segment of the batch whose row i is the present row rows[i] (beam search, repeated or chosen rows)."""
-        rows = rows.to(self.owner.device)
-        match = self.owner[None, :] == rows[:, None]
-        owner, index = (t.clone() for t in match.nonzero(as_tuple=True))
+    def select(self, rows: torch.Tensor, shared: "Shared | None" = None) -> "Segment":
+        """The segment of the batch whose row i is the present row rows[i] (beam search, repeated or chosen rows).
+
+        shared: given to the segments of all layers, it keeps what they have in common in one place.
+        """
+        shared = Shared() if shared is None else shared
+        owner, index = shared.once(self.owner, lambda: _owned(self.owner, rows.to(self.owner.device)))
+
+        def chosen(rows: Rows) -> Rows:
+            if isinstance(rows, torch.Tensor):
+                return rows[index]
+            # Rows that are read as keys and as values are those of a stack of layers.
+            return shared.once(rows, lambda: rows.select(index)) if self.keys is self.values else rows.select(index)
+
+        frame = self.frame
         return replace(
             self,
             owner=owner,
-            keys=self.keys[index] if isinstance(self.keys, torch.Tensor) else self.keys.select(index),
-            values=self.values[index] if isinstance(self.values, torch.Tensor) else self.values.select(index),
+            keys=chosen(self.keys),
+            values=chosen(self.values),
             bias=None if self.bias is None else self.bias[index],
             mask=None if self.mask is None else self.mask[index],
-            frame=None if self.frame is None else self.frame.select(index),
+            frame=None if frame is None else shared.once(frame, lambda: frame.select(index)),
             head=None if self.head is None else self.head[index],
         )
 
@@ -225,6 +237,27 @@ class Segment:
         if self.out_map is not None:
             values = values @ self.out_map.to(dtype)
         return keys, values
+
+
+class Shared:
+    """What was already made anew of things that several segments have in common."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[object, Any]] = {}
+
+    def once(self, thing: object, make: Callable[[], T]) -> T:
+        """What `make` makes of a thing: made at the first call, the same at later ones."""
+        if id(thing) not in self.made:
+            # With the thing itself, which must live for its id to be its own.
+            self.made[id(thing)] = (thing, make())
+        made: T = self.made[id(thing)][1]
+        return made
+
+
+def _owned(owner: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new owner of each selected entry, and which entry it was."""
+    owner, index = (t.clone() for t in (owner[None, :] == rows[:, None]).nonzero(as_tuple=True))
+    return owner, index
 
 
 def _spread(map_: torch.Tensor, heads: int) -> torch.Tensor:

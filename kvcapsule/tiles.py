@@ -13,8 +13,9 @@ from .segment import Segment
 
 
 def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry) -> tuple[Tiles | None, Compressed]:
-    """A layer's visual tiles, keys as if each tile began at position 0 where the config says so (None: nothing fills a tile), and what is in
-    none of them, raw.
+    """A layer's visual tiles, and what is in none of them, raw. None: nothing fills a tile.
+
+    Keys are as if each tile began at position 0, where the config says so.
 
     Raises:
         RuntimeError: if the model rotates its keys and the rotation is not known.

@@ -134,8 +134,8 @@ class CrossLayerFit(TransformFit):
     def _tiles(self, batches: int, into: list[torch.Tensor], title: str) -> Iterator[list[torch.Tensor]]:
         """The tiles of each stack, [E, S, T, P W], in its coordinates."""
         for batch in self.batches(batches, title):
-            layers = self.harvest(batch)
-            parts = [side_by_side(x.double(), self.heads) @ into[2 * i + p] for i, of in enumerate(layers) for p, x in enumerate((of.keys, of.values))]
+            units = [x for layer in self.harvest(batch) for x in (layer.keys, layer.values)]
+            parts = [side_by_side(x.double(), self.heads) @ own for x, own in zip(units, into, strict=True)]
             yield [torch.cat(parts[2 * stack[0] : 2 * stack[-1] + 2], dim=3) for stack in self.stacks]
 
     def _transform(self, unit: Unit, widths: torch.Tensor, factors: list[tuple[torch.Tensor, torch.Tensor]]) -> CrossLayerTransform:

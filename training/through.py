@@ -14,6 +14,7 @@ from kvcapsule.segment import Segment
 
 from .harvest import Recorder
 
+
 class _ReadingLayer(CapsuleLayer):
     """Visual tokens and what comes before them attend as ever; what comes behind reads segments."""
 

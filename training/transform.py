@@ -262,8 +262,8 @@ class TransformFit(CapsuleFit):
         stored, overhead = self.task.recipe.element_bits * self._elements(units) / 8, self._overhead()
         if stored - overhead < units:
             raise ValueError(
-                f"{self.task.recipe.element_bits:.3g} bit an element are {stored:.0f} bytes a tile, of which {overhead:.0f} are its address "
-                "and frame: store more (--bits, --ratio) or take a larger --codec.tile."
+                f"{self.task.recipe.element_bits:.3g} bit an element are {stored:.0f} bytes a tile, of which {overhead:.0f} are its "
+                "address and frame: store more (--bits, --ratio) or take a larger --codec.tile."
             )
         return int(stored - overhead)
 
