@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig
 from kvcapsule.geometry import KVGeometry
@@ -39,21 +40,24 @@ def random_widths(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
     return widths[torch.randperm(cells, generator=generator)].view(shape)
 
 
-def randomise(transform: Transform, generator: torch.Generator) -> None:
+def randomise(transform: Transform | CrossLayerTransform, generator: torch.Generator) -> None:
     """Orthonormal axes, decoders that are nearly their transposes, and steps whose range covers coefficients of about one."""
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     sets, rows, tile = transform.tokens_in.shape
-    dim, channels = transform.channels_in.shape[1:]
+    *parts, dim, channels = transform.channels_in.shape
+    wide = torch.Size(parts).numel() // sets * dim
     tokens = torch.linalg.qr(rand(sets, max(rows, tile), max(rows, tile))).Q[:, :rows, :tile]
-    axes = torch.linalg.qr(rand(sets, max(dim, channels), max(dim, channels))).Q[:, :dim, :channels]
+    axes = torch.linalg.qr(rand(sets, max(wide, channels), max(wide, channels))).Q[:, :wide, :channels]
+    # Parts of a stack share axes that are orthonormal over all of them.
+    axes = axes.unflatten(1, (-1, dim)).transpose(0, 1).reshape(*parts, dim, channels)
     transform.widths.copy_(random_widths(tuple(transform.widths.shape), generator))
     transform.tokens_in.data.copy_(tokens)
     transform.tokens_out.data.copy_(tokens.transpose(-1, -2) + 0.02 * rand(sets, tile, rows))
     transform.channels_in.data.copy_(axes)
-    transform.channels_out.data.copy_(axes + 0.02 * rand(sets, dim, channels))
+    transform.channels_out.data.copy_(axes + 0.02 * rand(*axes.shape))
     transform.offset.data.copy_(0.3 * rand(*transform.offset.shape))
     spread = 0.5 + torch.rand(transform.step.shape, generator=generator)
     transform.step.data.copy_(6 * spread / 2.0 ** transform.widths.float())
@@ -86,4 +90,17 @@ def transform_capsule(
     for layer in capsule.layers:
         randomise(layer.keys.transform, generator)
         randomise(layer.values.transform, generator)
+    return capsule.requires_grad_(False)
+
+
+def cross_layer_capsule(
+    geometry: KVGeometry = GEOMETRY, tile: int = TILE, rows: int = 16, channels: int = 20, joint_layers: int = 2, **options: Any
+) -> Capsule:
+    """A capsule of the family "cross-layer" whose parameters and widths are drawn at random; the same sizes in every stack."""
+    stacks = -(-geometry.layers // joint_layers)
+    config = CrossLayerConfig(tile, joint_layers=joint_layers, rows=(rows,) * stacks, channels=(channels,) * stacks, **options)
+    capsule = Capsule(CapsuleConfig("cross-layer", config, geometry, "tiny"))
+    generator = torch.Generator().manual_seed(0)
+    for stack in capsule.layers:
+        randomise(stack.transform, generator)
     return capsule.requires_grad_(False)

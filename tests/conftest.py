@@ -19,7 +19,7 @@ if sys.platform != "linux":
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from builders import kv_capsule, random_widths, transform_capsule
+from builders import cross_layer_capsule, kv_capsule, random_widths, transform_capsule
 from PIL import Image
 from running import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
@@ -143,6 +143,12 @@ def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
 def random_transform(geometry: KVGeometry) -> Callable[..., Capsule]:
     """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows, channels)."""
     return functools.partial(transform_capsule, geometry)
+
+
+@pytest.fixture(scope="session")
+def random_cross_layer(geometry: KVGeometry) -> Callable[..., Capsule]:
+    """random_cross_layer(tile, rows, channels): a cross-layer transform code drawn at random."""
+    return functools.partial(cross_layer_capsule, geometry)
 
 
 SEGMENTS = "raw score_map value_map maps channels bias mask frame quantized mlp coded joint everything".split()

@@ -78,7 +78,7 @@ def test_the_first_harvest_says_how_large_it_is(model, batch, tmp_path) -> None:
     assert said == [f"harvests are kept in {tmp_path}: {size / 2**20:.1f} MiB a question"]
 
 
-@pytest.mark.parametrize("family", ["transform", "kvcapsule", "compact"])
+@pytest.mark.parametrize("family", ["transform", "cross-layer", "kvcapsule", "compact"])
 def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, family: str) -> None:
     """The second run finds all, and what it learns is what a run without a store learns."""
     quick = [family, "--data.size", "36", "--held_out", "4", "--batch", "4", "--moment_batches", "8", "--model", vlm, "--device", "cpu"]

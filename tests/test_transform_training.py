@@ -163,9 +163,10 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for(trained: Path) 
     assert metrics["output_error"] < 0.1 and metrics["kl"] < 0.1
 
 
-def test_two_processes_solve_the_same_bases_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["transform", "cross-layer"])
+def test_two_processes_solve_the_same_bases_as_one(family: str, tmp_path: Path) -> None:
     """Through the installed command, as torch.distributed with gloo: every step's rows are shared out, sums are added up."""
-    arguments = ["train", "transform", *QUICK, "--ratio", "20", "--transform.steps", "0"]
+    arguments = ["train", family, *QUICK, "--ratio", "20", "--transform.steps", "0"]
     found = []
     for extra in ([], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]):
         output = tmp_path / f"ranks{len(found)}"
@@ -190,7 +191,7 @@ def test_two_processes_solve_the_same_bases_as_one(tmp_path: Path) -> None:
         (["--transform.joint_heads", "3"], "does not divide the model's 2 KV heads"),
         (["--transform.allocation", "best"], "neither output, pyramid nor uniform"),
         (["--transform.key_bits", "1"], "give both or neither"),
-        (["--family", "magic"], "choose one of transform, kvcapsule, compact"),
+        (["--family", "magic"], "choose one of transform, cross-layer, kvcapsule, compact"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,8 +43,7 @@ class CrossLayerFit(TransformFit):
 
     def prepare(self) -> None:
         batches = self.task.recipe.moment_batches
-        # How much an error costs needs no more than a sound guess of each part's axes.
-        alone = self._units(max(1, batches // 2))
+        alone = self._units(batches)
         factors = self._factors(alone, self.sensitivities(alone))
         units = self._stacks(batches, [into for into, _ in factors])
         widths = allocate([unit.cells for unit in units], self.budget(2 * self.task.geometry.layers))
