@@ -255,7 +255,7 @@ def test_encoding_costs_the_multiply_adds_that_it_says() -> None:
 
 
 def test_the_maps_of_a_7b_class_model_are_small() -> None:
-    """32 layers of 8 KV heads of 128 in bfloat16, two layers and one head together, tiles of 64, half of the channels coded: 20x leaves fewer."""
+    """32 layers of 8 KV heads of 128 in bfloat16, two layers and one head together, tiles of 64, half of the channels coded."""
     layers, heads, dim, tile = 32, 8, 128, 64
     stack = CrossLayerTransform(2, heads, 1, tile, dim, tile, 2 * dim).to(torch.bfloat16)
     assert layers // 2 * stack.decoder_bytes() <= 64e6

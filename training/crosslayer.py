@@ -102,8 +102,10 @@ class CrossLayerFit(TransformFit):
     def _factors(self, units: list[Unit], costs: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For the keys and the values of each layer in turn: into the coordinates of the stack and back, [S, W, W] each."""
         factors = []
+        # Numbers keep the size that they had, for which rates of learning are made.
+        usual = torch.stack(costs).mean().clamp_min(1e-12)
         for unit, cost in zip(units, costs, strict=True):
-            root = cost.clamp_min(1e-12).sqrt()[:, None, None].to(unit.bases.channels_in)
+            root = (cost / usual).clamp_min(1e-12).sqrt()[:, None, None].to(unit.bases.channels_in)
             factors.append((unit.bases.channels_in * root, unit.bases.channels_out / root))
         return factors
 
