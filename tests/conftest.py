@@ -151,7 +151,7 @@ def random_cross_layer(geometry: KVGeometry) -> Callable[..., Capsule]:
     return functools.partial(cross_layer_capsule, geometry)
 
 
-SEGMENTS = "raw score_map value_map maps channels bias mask frame quantized mlp coded joint everything".split()
+SEGMENTS = "raw score_map value_map maps channels bias mask frame quantized mlp coded joint stack everything".split()
 
 
 @pytest.fixture(params=SEGMENTS)
@@ -192,10 +192,15 @@ def random_segment() -> Callable[..., Segment]:
             for parameter in codec.parameters():
                 parameter.data.copy_(rand(*parameter.shape))
             keys = MlpRows(rand(entries, heads, stored, dim), codec)
-        if kind in ("coded", "joint"):
-            sets, channels = (1 if kind == "joint" else heads), 3
+        in_cells = kind in ("coded", "joint", "stack")
+        if in_cells:
+            sets, channels = (heads if kind == "coded" else 1), 3
             score_map, value_map = rand(sets, tokens, 8), rand(sets, tokens, 16)
             keys, values = coded(sets, 1), coded(sets, 2)
+        if kind == "stack":
+            # One code is read as keys and as values.
+            score_map = value_map
+            keys = values
         return Segment(
             keys,
             values,
@@ -203,8 +208,8 @@ def random_segment() -> Callable[..., Segment]:
             score_map=score_map,
             value_map=value_map,
             value_mean=rand(heads, channels) if kind == "value_map" or whole else None,
-            q_map=rand(heads, dim, channels) if kind in ("channels", "coded", "joint") or whole else None,
-            out_map=rand(heads, channels, dim) if kind in ("channels", "coded", "joint") or whole else None,
+            q_map=rand(heads, dim, channels) if kind == "channels" or in_cells or whole else None,
+            out_map=rand(heads, channels, dim) if kind == "channels" or in_cells or whole else None,
             bias=rand(entries, heads, tokens) if kind == "bias" or whole else None,
             mask=there if kind == "mask" or whole else None,
             frame=Frame(angle.cos(), angle.sin()) if kind == "frame" or whole else None,
