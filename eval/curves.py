@@ -22,6 +22,7 @@ from .plot import Label, around, dress, place
 _DOT = 7
 """Size of a marker, in points."""
 _LOOKS = {
+    "cross-layer": ("D", "#e69f00"),
     "transform": ("o", "#000000"),
     "kvcapsule": ("d", "#009e73"),
     "compact": ("v", "#56b4e9"),
@@ -30,7 +31,7 @@ _LOOKS = {
     "evenly-spaced": ("s", "#cc79a7"),
 }
 """Marker and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of each line."""
-_MARKERS = "X*<>PhD8H"
+_MARKERS = "X*<>Ph8H"
 _COLOURS = ("#b8860b", "#882255", "#117733", "#332288", "#aa4499", "#44aa99", "#661100")
 """Of the rest, in turn; as many of each as have no common divisor, so that no pair soon comes again."""
 _WIDTHS = "quantized"

@@ -29,8 +29,9 @@ def test_the_shipped_suites_are_sound() -> None:
 
 def test_rate_distortion() -> None:
     names = [spec.name for spec in load("rate-distortion").specs]
-    assert len(names) == len(set(names)) == 29
+    assert len(names) == len(set(names)) == 36
     assert {f"transform-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80")} < set(names)
+    assert {f"cross-layer-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80", "160")} < set(names)
     assert {"kvcapsule-2.4x+int4", "compact-5x+int4", "int3", "post-vision-attention-2.4x", "evenly-spaced-10x"} < set(names)
     by_name = {spec.name: spec for spec in load("rate-distortion").specs}
     assert by_name["transform-20x"].arguments == ("transform", "--ratio", "20")
@@ -40,9 +41,9 @@ def test_rate_distortion() -> None:
 
 
 def test_smol_vlm() -> None:
-    """Three families at the ratios of the issue, and at 20x a capsule of each data set alone: the same arguments but for the data."""
+    """Four families at the ratios of the issue, and at 20x a capsule of each data set alone: the same arguments but for the data."""
     by_name = {spec.name: spec for spec in load("smol-vlm").specs}
-    for family, ratios in {"transform": "5 10 20 40", "kvcapsule": "2.4 5 10 20 40", "compact": "5 10 20 40"}.items():
+    for family, ratios in {"transform": "5 10 20 40", "cross-layer": "10 20 40 80", "kvcapsule": "2.4 5 10 20 40", "compact": "5 10 20 40"}.items():
         for ratio in ratios.split():
             assert by_name[f"{family}-{ratio}x"].arguments[:3] == (f"smol-vlm-{family}", "--ratio", ratio)
     transfer = {spec.name: spec.arguments for spec in load("smol-transfer").specs}
@@ -54,7 +55,7 @@ def test_smol_vlm() -> None:
     recipes = [yaml.safe_load((files("kvcapsule.training.recipes") / f"smol-vlm-{family}.yaml").read_text()) for family in FAMILIES]
     assert [r["family"] for r in recipes] == list(FAMILIES)
     for shared in ("model", "batch", "moment_batches", "held_out", "harvests", "data"):
-        assert recipes[0][shared] == recipes[1][shared] == recipes[2][shared]
+        assert recipes[0][shared] == recipes[1][shared] == recipes[2][shared] == recipes[3][shared]
 
 
 def test_policies() -> None:
