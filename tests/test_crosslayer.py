@@ -124,6 +124,13 @@ def test_what_waits_for_the_last_layer_is_not_keys_and_values() -> None:
     assert run.encoding.sums.shape == (3, HEADS, TILE, 20)
 
 
+def test_a_stack_on_two_devices_is_refused() -> None:
+    encoding, tile = cross_layer_capsule().layers[0].start(), rand(1, HEADS, TILE, DIM)
+    encoding.add(0, tile, tile)
+    with pytest.raises(ValueError, match="layers of one stack lie on cpu and meta: keep them on one device"):
+        encoding.add(1, tile.to("meta"), tile.to("meta"))
+
+
 def test_images_that_fill_no_tile_stay_raw() -> None:
     of = [dataclasses.replace(p, shared={}) for p in prefills(2)]
     run = cross_layer_capsule(tile=25).start(range(2))

@@ -79,9 +79,13 @@ class _Encoding(StackEncoding):
         self.sums: torch.Tensor | None = None
 
     def add(self, place: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
+        if self.sums is not None and self.sums.device != k_EHTD.device:
+            raise ValueError(
+                f"layers of one stack lie on {self.sums.device} and {k_EHTD.device}: keep them on one device (device_map), or train a "
+                "capsule of the transform family, whose layers are apart."
+            )
         added = self.transform.across(place, k_EHTD, v_EHTD)
-        # Where a model's layers lie on several devices, the sums follow the layers.
-        self.sums = added if self.sums is None else added.add_(self.sums.to(added.device))
+        self.sums = added if self.sums is None else added.add_(self.sums)
 
     def finish(self, places: Sequence[int]) -> list[tuple[KeyPart, ValuePart]]:
         assert self.sums is not None
