@@ -20,7 +20,7 @@ from kvcapsule.policy import EvenlySpaced, Full, Quantized
 from kvcapsule.prefill import Method
 
 Batch = Callable[..., BatchFeature]
-METHODS = ["full", "identity", "spaced", "quantized", "kvcapsule", "mlp", "transform", "few bits"]
+METHODS = ["full", "identity", "spaced", "quantized", "kvcapsule", "mlp", "transform", "cross-layer", "few bits"]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -29,6 +29,7 @@ def method(
     identity: Callable[..., Capsule],
     random_capsule: Callable[..., Capsule],
     random_transform: Callable[..., Capsule],
+    random_cross_layer: Callable[..., Capsule],
 ) -> Method:
     made: dict[str, Callable[[], Method]] = {
         "full": Full,
@@ -38,6 +39,7 @@ def method(
         "kvcapsule": random_capsule,
         "mlp": lambda: random_capsule(key_decoder="mlp", hidden=8),
         "transform": random_transform,
+        "cross-layer": random_cross_layer,
         "few bits": lambda: random_capsule(latent_bits=3),
     }
     return made[request.param]()

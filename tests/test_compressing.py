@@ -57,21 +57,22 @@ def transform_bytes(keys: tuple[int, int], values: tuple[int, int], tile: int, j
     return tile_bytes(sum(cells) * 18 // 6, tile)
 
 
-COMPRESSING: dict[str, tuple[Callable[[Any, Any], Method], int]] = {
+COMPRESSING: dict[str, tuple[Callable[[Any, Any, Any], Method], int]] = {
     "post-vision-attention 0.4": (lambda *_: PostVisionAttention(0.4), row_bytes(3 * 78, 2)),
     "evenly-spaced 0.4": (lambda *_: EvenlySpaced(0.4), row_bytes(3 * 78, 2)),
     "quantized 2": (lambda *_: Quantized(2), code_bytes(2)),
     "quantized 4": (lambda *_: Quantized(4), code_bytes(4)),
     "quantized 8": (lambda *_: Quantized(8), code_bytes(8)),
-    "kvcapsule 0.25": (lambda capsule, _: capsule(0.25, 0.25, 49), capsule_bytes(13, 13, 49)),
-    "kvcapsule 0.1 and 0.4, tile 50": (lambda capsule, _: capsule(0.1, 0.4, 50), capsule_bytes(5, 20, 50)),
-    "kvcapsule with mlp": (lambda capsule, _: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8), capsule_bytes(13, 13, 49)),
-    "kvcapsule in 3 bits": (lambda capsule, _: capsule(0.25, 0.25, 49, latent_bits=3), latent_bytes(13, 3, 49)),
-    "transform, tile 50": (lambda _, transform: transform(50, (16, 12), (24, 20)), transform_bytes((16, 12), (24, 20), 50)),
+    "kvcapsule 0.25": (lambda capsule, *_: capsule(0.25, 0.25, 49), capsule_bytes(13, 13, 49)),
+    "kvcapsule 0.1 and 0.4, tile 50": (lambda capsule, *_: capsule(0.1, 0.4, 50), capsule_bytes(5, 20, 50)),
+    "kvcapsule with mlp": (lambda capsule, *_: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8), capsule_bytes(13, 13, 49)),
+    "kvcapsule in 3 bits": (lambda capsule, *_: capsule(0.25, 0.25, 49, latent_bits=3), latent_bytes(13, 3, 49)),
+    "transform, tile 50": (lambda _, transform, cross: transform(50, (16, 12), (24, 20)), transform_bytes((16, 12), (24, 20), 50)),
     "transform of all heads": (
-        lambda _, transform: transform(49, (16, 48), (24, 20), joint_heads=2),
+        lambda _, transform, cross: transform(49, (16, 48), (24, 20), joint_heads=2),
         transform_bytes((16, 48), (24, 20), 49, joint=2),
     ),
+    "cross-layer": (lambda _, transform, cross: cross(49, 16, 24, joint_layers=4), tile_bytes(H * 2 * 24 * 3 // L, 49)),
 }
 
 
@@ -80,13 +81,14 @@ def compressed(
     request: pytest.FixtureRequest,
     random_capsule: Callable[..., Capsule],
     random_transform: Callable[..., Capsule],
+    random_cross_layer: Callable[..., Capsule],
     model: Model,
     mixed: BatchFeature,
     greedy: dict[str, Any],
 ) -> tuple[Method, int, Any]:
     """A method, the bytes that it promises for the mixed batch, and its answer."""
     build, promised = COMPRESSING[request.param]
-    method = build(random_capsule, random_transform)
+    method = build(random_capsule, random_transform, random_cross_layer)
     return method, promised, run(model, method, mixed, **greedy)
 
 

@@ -27,13 +27,19 @@ def attached(model: Model) -> Iterator[Model]:
         yield model
 
 
-@pytest.fixture(params=["full", "attention", "kvcapsule", "transform"])
-def method(request: pytest.FixtureRequest, random_capsule: Callable[..., Capsule], random_transform: Callable[..., Capsule]) -> Method:
+@pytest.fixture(params=["full", "attention", "kvcapsule", "transform", "cross-layer"])
+def method(
+    request: pytest.FixtureRequest,
+    random_capsule: Callable[..., Capsule],
+    random_transform: Callable[..., Capsule],
+    random_cross_layer: Callable[..., Capsule],
+) -> Method:
     made: dict[str, Callable[[], Method]] = {
         "full": Full,
         "attention": lambda: PostVisionAttention(0.2),
         "kvcapsule": lambda: random_capsule(0.25, 0.25, 49),
         "transform": lambda: random_transform(49, (16, 12), (24, 20)),
+        "cross-layer": lambda: random_cross_layer(49, joint_heads=2),
     }
     return made[request.param]()
 
