@@ -1,6 +1,6 @@
 """Every method that loses something, through every property of a CapsuleCache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
+from kvcapsule.method import Run, start
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.segment import Segment
@@ -153,9 +154,19 @@ class _WrittenOut:
     def __init__(self, method: Method) -> None:
         self.method = method
 
-    def compress(self, prefill: LayerPrefill) -> Compressed:
-        visual, text = self.method.compress(prefill)
-        return Compressed([Segment(*s.materialize(), s.owner, bias=s.bias, mask=s.mask) for s in visual], text)
+    def start(self, layers: Sequence[int]) -> "_WrittenOutRun":
+        return _WrittenOutRun(start(self.method, layers))
+
+
+class _WrittenOutRun:
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def add(self, prefill: LayerPrefill) -> list[tuple[int, Compressed]]:
+        return [
+            (layer, Compressed([Segment(*s.materialize(), s.owner, bias=s.bias, mask=s.mask) for s in visual], text))
+            for layer, (visual, text) in self.run.add(prefill)
+        ]
 
 
 def test_eight_bits_are_close_to_all(model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
