@@ -82,7 +82,9 @@ def test_the_shipped_model_is_what_was_promised(shipped_vlm) -> None:
     assert (inputs["input_ids"] == model.config.image_token_id).sum() >= 196
 
 
-@pytest.mark.parametrize(("name", "smaller", "agreeing"), [("pages-vlm-kvcapsule", 2.4, 17), ("pages-vlm-transform", 40, 22)])
+@pytest.mark.parametrize(
+    ("name", "smaller", "agreeing"), [("pages-vlm-kvcapsule", 2.4, 17), ("pages-vlm-transform", 40, 22), ("pages-vlm-cross-layer", 40, 23)]
+)
 def test_the_shipped_model_and_capsules_read(shipped_vlm, name: str, smaller: float, agreeing: int) -> None:
     """On 24 held-out questions: most are right, and the capsule, at so many times fewer bytes (of float32), mostly agrees."""
     model, processor = shipped_vlm

@@ -14,7 +14,7 @@ from kvcapsule.models import ModelError
 from .fit import train
 from .recipe import Recipe
 
-DEFAULT_RECIPE = "transform"
+DEFAULT_RECIPE = "cross-layer"
 """Recipe of `kvcapsule train` without arguments."""
 _USAGE = "kvcapsule train [RECIPE] [--ratio R] [--model ID_OR_PATH] [--output DIR] [options]"
 

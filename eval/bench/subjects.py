@@ -86,7 +86,8 @@ def _pages(device: torch.device, dtype: torch.dtype) -> Subject:
         return make_batch([q._replace(prompt=asked[0].prompt) for q in asked], model, processor).inputs
 
     methods: dict[str, Method] = {"int4": Quantized(4), "kept-10%": EvenlySpaced(KEPT)}
-    for row, capsule in (("kvcapsule-r0.4", "pages-vlm-kvcapsule"), ("transform-20x", "pages-vlm-transform")):
+    shipped = {"kvcapsule-r0.4": "pages-vlm-kvcapsule", "transform-20x": "pages-vlm-transform", "cross-layer-20x": "pages-vlm-cross-layer"}
+    for row, capsule in shipped.items():
         methods[row] = Capsule.from_pretrained(capsule).to(device, dtype)
     return Subject(PAGES, model, batch, int(model.config.image_seq_length), methods, _shape(model))
 
