@@ -17,12 +17,13 @@ by what a token adds to those above it: the paper's orthogonal matching pursuit 
 choose from a shortlist of C tokens, those that the first ranking puts first: 4 for each that is kept, and 112 at least.
 
 Cost of encoding, in multiplications for one tile and KV head: Q T (D + m) + Q m^2 + 2 T m D + m^3 / 3; with passes C T (Q + D) once, and
-C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory three times, for as many tiles as are encoded at once.
+C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory three times, for as many as are encoded at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from itertools import product
+from math import prod, sqrt
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ _SHORTEST = 112
 """... and at least."""
 _LEAST_MASS = 1e-8
 """Mean attention below which tokens count as equally unread."""
-_AT_ONCE = 2**22
-"""Numbers of A at once on a CPU (16 MB of fp32), or one tile's: few enough for its last cache, many enough that calls do not show."""
+_AT_ONCE = 2**20
+"""Numbers of A at once on a CPU, or one head's: three times 4 MB of fp32 stay in its last cache, and calls hardly show."""
 _AT_ONCE_ELSEWHERE = 2**27
 """The same on other devices, whose calls are dearer: a bound of the memory."""
 
@@ -129,23 +130,28 @@ class CompactLayer(LayerCodec):
         self.selector = Selector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        """Encode tiles, some at a time; the keys in the frame that the bank's queries were taken to.
+        """Encode tiles, some tiles and heads at a time; the keys in the frame that the bank's queries were taken to.
 
         Raises:
             RuntimeError: before the bank is filled.
         """
         queries = self.queries(k_EHTD.dtype)
-        tile = k_EHTD.shape[2]
-        most = _AT_ONCE if k_EHTD.device.type == "cpu" else _AT_ONCE_ELSEWHERE
-        tiles = max(1, min(len(k_EHTD), most // (queries[..., 0].numel() * tile)))
+        (entries, heads, tile, _), bank = k_EHTD.shape, queries.shape[1]
+        ranking = None if self.selector is None else self.selector(k_EHTD, v_EHTD)
+        pairs = max(1, (_AT_ONCE if k_EHTD.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // (bank * tile))
+        by_heads = min(heads, pairs)
+        by_tiles = min(entries, max(1, pairs // by_heads))
         # Memory for all to use in turn: fresh pages would cost a quarter of the time.
-        room = queries.new_empty(3, tiles, *queries.shape[:2], tile)
-        parts = []
-        for keys, values in zip(k_EHTD.split(tiles), v_EHTD.split(tiles), strict=True):
-            reading = read_by(queries, keys, room[:, : len(keys)])
-            found = self.fit(reading, keys, values, *self.choose(reading, keys, values))
-            parts.append((found.keys.keys, found.values.values, found.bias))
-        keys, values, bias = (torch.cat(part) for part in zip(*parts, strict=True))
+        room = queries.new_empty(3, by_tiles * by_heads * bank * tile)
+        keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
+        bias = keys.new_empty(keys.shape[:3])
+        for head, entry in product(range(0, heads, by_heads), range(0, entries, by_tiles)):
+            at = slice(entry, entry + by_tiles), slice(head, head + by_heads)
+            k, v = k_EHTD[at], v_EHTD[at]
+            shape = (*k.shape[:2], bank, tile)
+            reading = read_by(queries[at[1]], k, room[:, : prod(shape)].view(3, *shape))
+            found = self.fit(reading, k, v, *self.choose(reading, k, v, None if ranking is None else ranking[at]))
+            keys[at], values[at], bias[at] = found.keys.keys, found.values.values, found.bias
         return Encoded(KeyPart(keys), ValuePart(values), bias)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
@@ -165,9 +171,10 @@ class CompactLayer(LayerCodec):
         """How the bank reads tiles of keys; raises RuntimeError before the bank is filled."""
         return read_by(self.queries(k_EHTD.dtype), k_EHTD)
 
-    def choose(self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Choice:
-        """The tokens to keep; of equals the earlier one."""
-        ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
+    def choose(self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ranking: torch.Tensor | None = None) -> Choice:
+        """The tokens to keep; of equals the earlier one. ranking [E, H, T]: the selector's, where it has spoken already."""
+        if ranking is None:
+            ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
         if not self.passes:
             return Choice(highest(ranking, self.stored))
         among = highest(ranking, min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1]))
