@@ -150,8 +150,8 @@ class CompactLayer(LayerCodec):
             k, v = k_EHTD[at], v_EHTD[at]
             shape = (*k.shape[:2], bank, tile)
             reading = read_by(queries[at[1]], k, room[:, : prod(shape)].view(3, *shape))
-            found = self.fit(reading, k, v, *self.choose(reading, k, v, None if ranking is None else ranking[at]))
-            keys[at], values[at], bias[at] = found.keys.keys, found.values.values, found.bias
+            choice = self.choose(reading, k, v, None if ranking is None else ranking[at])
+            keys[at], values[at], bias[at] = self._matched(reading, k, v, *choice)
         return Encoded(KeyPart(keys), ValuePart(values), bias)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
@@ -189,6 +189,13 @@ class CompactLayer(LayerCodec):
         self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
     ) -> Encoded:
         """Biases and values for a choice of tokens, fitted to the keys as they will be read: quantised where latent_bits says so."""
+        keys, values, bias = self._matched(reading, k_EHTD, v_EHTD, kept_EHM, shared_EHMT)
+        return Encoded(KeyPart(keys), ValuePart(values), bias)
+
+    def _matched(
+        self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and bias of `fit`."""
         work, tile = reading.attention.dtype, k_EHTD.shape[2]
         keys = rows_at(k_EHTD, kept_EHM)
         if self.bits:
@@ -217,7 +224,7 @@ class CompactLayer(LayerCodec):
         ridge = self.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         gram = gram + ridge * torch.eye(gram.shape[-1], dtype=work, device=gram.device)
         values = means + torch.linalg.solve(gram, left)
-        return Encoded(KeyPart(keys), ValuePart(values.to(v_EHTD.dtype)), bias)
+        return keys, values.to(v_EHTD.dtype), bias
 
 
 @dataclass(frozen=True)
