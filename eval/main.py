@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
+from kvcapsule.cli.tables import report_console
 from kvcapsule.files import to_json
 from kvcapsule.hub import update_metrics
 
@@ -22,8 +24,6 @@ from .words import normal, on_purpose
 PROG = "kvcapsule eval"
 _LISTS = {"--capsule": False, "--methods": True}
 """Options that may be given several times, and whether commas part what one of them is given."""
-_WIDE = 160
-"""Columns of a table that is not printed to a terminal."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = _parse(_normal(words))
         found = run(config, Console(stderr=True), command_line(PROG, words))
-        # A file has no edge to wrap at.
-        console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
-        console.print(*tables(found["rows"], _title(found)), sep="\n")
+        report_console().print(*tables(found["rows"], _title(found)), sep="\n")
         _write(found, config)
     except (ArgumentError, ValueError) as error:
         if not on_purpose(error):
@@ -45,17 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> ArgumentParser:
     """Every field of EvalConfig as an option, explained by its docstring."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=PROG,
+    return option_parser(
+        EvalConfig,
+        PROG,
         usage=f"{PROG} [--capsule ID]... [--methods A,B --budget SHARE] [--suite NAME] [--model ID] [--json FILE] [--plot FILE] [options]",
         description="Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one run. "
         f"A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression ratios.",
-        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML file of these options")
-    parser.add_class_arguments(EvalConfig, None)
-    return parser
 
 
 def _parse(words: list[str]) -> EvalConfig:
@@ -73,8 +67,7 @@ def _parse(words: list[str]) -> EvalConfig:
             raise InputError(f"the suite {values.suite} cannot be used: options: {error}") from error
         parser.set_defaults(dict(options.items()))
         values = parser.parse_args(words)
-    values.pop("config", None)
-    return EvalConfig(**vars(parser.instantiate(values)))
+    return instance(EvalConfig, parser, values)
 
 
 def _normal(words: list[str]) -> list[str]:

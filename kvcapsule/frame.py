@@ -68,7 +68,8 @@ class Frame:
         shape = (-1,) + (1,) * (x.dim() - 2) + (half,)
         cos, sin = self.cos.to(work).view(shape), self.sin.to(work).view(shape) * sign
         (first, second), rest = _pairs(x[..., : 2 * half].to(work), self.neighbours), x[..., 2 * half :]
-        pair = (first * cos - second * sin, second * cos + first * sin)
+        # Into the products themselves: a layer's keys are large, and fresh memory costs more than the arithmetic.
+        pair = ((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin))
         turned = (torch.stack(pair, dim=-1).flatten(-2) if self.neighbours else torch.cat(pair, dim=-1)).to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 

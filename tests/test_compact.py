@@ -12,9 +12,10 @@ from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 
 from kvcapsule import attach
 from kvcapsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec import FAMILIES, Encoded
+from kvcapsule.codec import FAMILIES, Encoded, compact
+from kvcapsule.codec.bank import added, targets
 from kvcapsule.codec.base import KeyPart, ValuePart
-from kvcapsule.codec.compact import CompactConfig, CompactLayer, added, fit_masses, targets
+from kvcapsule.codec.compact import CompactConfig, CompactLayer, fit_masses
 from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.kernels.reference import attend
@@ -100,7 +101,7 @@ def test_matching_beats_selection_alone_and_even_spacing(ratio: float, passes: i
     keys, values, query = low_rank()
     codec = layer(ratio, tile=LONG, passes=passes)
     reading = codec.read(keys)
-    kept = codec.choose(reading, keys, values)
+    kept = codec.choose(reading, keys, values).kept
     matched = codec.fit(reading, keys, values, kept)
     plain = selected(keys, values, kept)
     found = error(matched, keys, values, query)
@@ -179,9 +180,9 @@ def test_attention_ranks_by_root_mean_square() -> None:
     torch.testing.assert_close(attention[1:], torch.tensor([[0, 0.5, 0.5, 0]] * 4, dtype=torch.float64))
     values = rand(1, 1, 4, 4)
     assert codec.stored == 2
-    assert codec.choose(codec.read(keys), keys, values).tolist() == [[[0, 1]]], "1 and 2 are equal: the earlier one"
+    assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[0, 1]]], "1 and 2 are equal: the earlier one"
     codec.bank[:, 0] = codec.bank[:, 1]
-    assert codec.choose(codec.read(keys), keys, values).tolist() == [[[1, 2]]]
+    assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[1, 2]]]
 
 
 def test_what_a_token_adds_is_what_a_fit_says() -> None:
@@ -189,7 +190,7 @@ def test_what_a_token_adds_is_what_a_fit_says() -> None:
     keys, values, _ = low_rank(1)
     codec = layer(0.5, tile=LONG)
     reading = codec.read(keys)
-    gram, target = targets(reading, values)
+    gram, target, _ = targets(reading, values)
     ranking = rand(1, HEADS, LONG, seed=3)
     gains = added(gram, target, ranking)
     attention = reading.attention[0, 1]
@@ -221,6 +222,64 @@ def test_greedy_choice_takes_the_most_explaining_token_next() -> None:
     assert greedy_choice(reading, values, 5)[1, 0].tolist() == sorted(kept)
 
 
+def plainly(codec: CompactLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One head's tile [T, D] as the formulas have it: kept tokens, bias and values. With attention as the ranking and raw latents."""
+    tile, bank = len(keys), codec.bank[0]
+    attention = (codec.scale * bank @ keys.T).softmax(-1)
+    ranking = attention.square().mean(0)
+    among = ranking.argsort(descending=True, stable=True)[: max(112, 4 * codec.stored)].sort().values
+    output = attention @ torch.cat([values, (0.3 * values.square().sum(-1).mean().sqrt()).expand(tile, 1)], dim=1)
+    columns = attention[:, among] / attention[:, among].norm(dim=0)
+    ranking = ranking[among]
+    for _ in range(codec.passes):
+        order = ranking.argsort(descending=True, stable=True)
+        gram = columns[:, order].T @ columns[:, order] + 1e-4 * torch.eye(len(order))
+        gains = torch.linalg.solve(torch.linalg.cholesky(gram), columns[:, order].T @ output).square().sum(1)
+        ranking = torch.zeros_like(gains).index_put((order,), gains)
+    kept = among[ranking.argsort(descending=True, stable=True)[: codec.stored]].sort().values
+
+    scores = codec.scale * bank @ keys[kept].T
+    mass = (codec.scale * bank @ keys.T).exp().sum(1, keepdim=True)
+    rows = scores.exp() / mass
+    cosine = (attention / attention.norm(dim=0)).T @ (rows / rows.norm(dim=0))
+    nearest = cosine.argmax(1)
+    nearest[kept] = torch.arange(len(kept))
+    share = attention.mean(0)[:, None] * (nearest[:, None] == torch.arange(len(kept)))
+    ones = torch.ones(1, 1, len(bank), 1, dtype=rows.dtype)
+    bias = fit_masses(rows[None, None], ones, (share.sum(0) / rows.mean(0))[None, None], tile)[0, 0].log()
+    means = (share / share.sum(0)).T @ values
+    weights = (scores + bias).softmax(1)
+    gram = weights.T @ weights
+    gram = gram + codec.ridge * gram.diagonal().mean() * torch.eye(len(kept))
+    return kept, bias, means + torch.linalg.solve(gram, weights.T @ (attention @ values - weights @ means))
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+@pytest.mark.parametrize(("tile", "ratio"), [(LONG, 0.3), (320, 0.05)], ids=["all compete", "a shortlist competes"])
+def test_encoding_is_what_the_formulas_say(passes: int, tile: int, ratio: float) -> None:
+    # Some values are far greater than others whatever attention they get, so that a shortlist leaves out tokens that would be kept.
+    keys, values = 2 * rand(4, 1, tile, DIM, seed=1), rand(4, 1, tile, DIM, seed=2) * rand(4, 1, tile, 1, seed=3).mul(2).exp()
+    codec = layer(ratio, heads=1, tile=tile, passes=passes, bank=400)
+    found = codec.encode(keys, values)
+    for i in range(4):
+        kept, bias, refit = plainly(codec, keys[i, 0], values[i, 0])
+        torch.testing.assert_close(found.keys.keys[i, 0], keys[i, 0][kept], rtol=0, atol=0)
+        torch.testing.assert_close(found.bias[i, 0], bias, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.values.values[i, 0], refit, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"passes": 0}, {"selector": "learned"}, {"latent_bits": 4}], ids=str)
+def test_tiles_encoded_in_turn_are_those_encoded_together(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share memory: six tiles by fours, the last two of which are fewer, and one by one."""
+    keys, values, _ = low_rank()
+    codec = layer(0.3, tile=LONG, **options)
+    together = codec.encode(keys, values)
+    for at_once in (4 * HEADS * BANK * LONG, 1):
+        monkeypatch.setattr(compact, "_AT_ONCE", at_once)
+        for one, other in zip(codec.encode(keys, values), together, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("options", [{}, {"passes": 0}, {"selector": "learned"}, {"latent_bits": 4}], ids=str)
 def test_a_batch_is_its_entries_one_by_one(options: dict[str, Any]) -> None:
     keys, values, _ = low_rank()
@@ -237,7 +296,7 @@ def test_a_batch_is_its_entries_one_by_one(options: dict[str, Any]) -> None:
 def test_heads_and_images_keep_tokens_of_their_own() -> None:
     keys, values, _ = low_rank()
     codec = layer(0.25, tile=LONG)
-    kept = codec.choose(codec.read(keys), keys, values)
+    kept = codec.choose(codec.read(keys), keys, values).kept
     assert (kept.diff(dim=-1) > 0).all()
     assert not torch.equal(kept[:, 0], kept[:, 1])
     assert not torch.equal(kept[0], kept[1])
@@ -422,7 +481,7 @@ def test_a_bank_of_the_readers_serves_them(harvested: LayerHarvest) -> None:
     codec.bank.copy_(bank.bank())
     encoded = codec.encode(harvested.keys.float(), harvested.values.float())
     of = replace(harvested, keys=harvested.keys.float(), values=harvested.values.float(), query=harvested.query.float())
-    kept = codec.choose(codec.read(of.keys), of.keys, of.values)
+    kept = codec.choose(codec.read(of.keys), of.keys, of.values).kept
     errors = [output_error(of, e.segment(of.owner, of.frame), full_output(of)) for e in (encoded, selected(of.keys, of.values, kept))]
     assert errors[0] < 0.3 * errors[1]
 
@@ -438,7 +497,7 @@ def test_a_selector_learns_its_teachers_choice() -> None:
     begin(codec.selector, keys, values)
 
     def agreement() -> float:
-        own = codec.choose(codec.read(keys.float()), keys.float(), values.float())
+        own = codec.choose(codec.read(keys.float()), keys.float(), values.float()).kept
         return float(chosen.gather(-1, own).float().mean())
 
     before = agreement()

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from kvcapsule.codec.compact import CompactLayer, Reading, Selector, targets
+from kvcapsule.codec.bank import Reading, targets
+from kvcapsule.codec.compact import CompactLayer, Selector
 from kvcapsule.kernels.reference import segment_scores
 from kvcapsule.segment import Segment
 
@@ -90,7 +91,7 @@ def greedy_choice(reading: Reading, v_EHTD: torch.Tensor, count: int) -> torch.T
     Orthogonal matching pursuit with the paper's mass and the output as targets; one step for each token kept, on all tiles and heads at
     once, T (D + M) multiplications a step. Returns [E, H, count] in rising order.
     """
-    gram, target = targets(reading, v_EHTD)
+    gram, target, _ = targets(reading, v_EHTD)
     left = gram.diagonal(dim1=-2, dim2=-1)
     floor = 1e-6 * left.amax(-1, keepdim=True)
     free = torch.ones_like(left, dtype=torch.bool)

@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
+from kvcapsule.cli.tables import report_console
 from kvcapsule.files import to_json
 
 from ..plot import draw
@@ -21,8 +23,6 @@ from .run import run
 
 PROG = "kvcapsule bench"
 _LISTS = {f"--{name}": True for name in ("level", "geometry", "visual_tokens", "batch", "methods", "model", "images")}
-_WIDE = 160
-"""Columns of a table that is not printed to a terminal."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,9 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse(words)
         found = run(config, Console(stderr=True), command_line(PROG, words))
-        # A file has no edge to wrap at.
-        console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
-        console.print(*tables(found), sep="\n")
+        report_console().print(*tables(found), sep="\n")
         _write(found, config)
     except (ArgumentError, ValueError) as error:
         if not on_purpose(error):
@@ -44,17 +42,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> ArgumentParser:
     """Every field of BenchConfig as an option, explained by its docstring."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=PROG,
+    return option_parser(
+        BenchConfig,
+        PROG,
         usage=f"{PROG} [--level {'|'.join(LEVELS)}] [--quick true] [--json FILE] [--plot FILE] [options]",
         description="Time and bytes of attention over segments against in-place full attention, of decode steps and generation against "
         "transformers' caches, and of serving within a memory budget. What gives wrong outputs is not timed.",
-        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML file of these options")
-    parser.add_class_arguments(BenchConfig, None)
-    return parser
 
 
 def parse(words: list[str]) -> BenchConfig:
@@ -70,8 +64,7 @@ def parse(words: list[str]) -> BenchConfig:
     if values.quick:
         parser.set_defaults(QUICK)
         values = parser.parse_args(words)
-    values.pop("config", None)
-    return BenchConfig(**vars(parser.instantiate(values)))
+    return instance(BenchConfig, parser, values)
 
 
 def _is_last(rest: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Printing a table: as wide as the terminal, or, into a file or a pipe, as wide as it was made for."""
+"""Printing tables: as wide as the terminal, or, into a file or a pipe, as wide as they were made for."""
 
 import sys
 from typing import NoReturn
@@ -6,11 +6,20 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
+REPORT_WIDTH = 160
+"""Columns of the tables of a report where stdout is no terminal."""
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
         # rich would end the process by itself; `kvcapsule.cli.main` says how every command ends.
         raise BrokenPipeError
+
+
+def report_console() -> Console:
+    """Stdout, for the tables of a report."""
+    # A file has no edge to wrap at.
+    return _Console(width=None if sys.stdout.isatty() else REPORT_WIDTH, highlight=False)
 
 
 def print_table(table: Table, width: int, below: str = "") -> None:

@@ -13,15 +13,17 @@ context that it compacts). Matched freely they are matched too closely, so the w
 the values towards the means that it gives. Tiles are matched each for itself: that they share one softmax enters through the masses alone.
 
 Which tokens are kept matters most. Ranked by attention alone, tokens that do the same work are all kept; each of `passes` ranks them anew
-by what a token adds to those above it: the paper's orthogonal matching pursuit with a fixed order in place of its loop over tokens.
+by what a token adds to those above it: the paper's orthogonal matching pursuit with a fixed order in place of its loop over tokens. They
+choose from a shortlist of C tokens, those that the first ranking puts first: 4 for each that is kept, and 112 at least.
 
-Cost of encoding, in multiplications for one tile and KV head: 2 Q T D + Q T m + 2 Q m (m + D) + m^3 / 3; with passes Q T^2 once, and
-T^3 / 6 + T^2 D for each. Q T fp32 numbers for every tile and head of a layer are in memory at once, a few times over.
+Cost of encoding, in multiplications for one tile and KV head: Q T (D + m) + Q m^2 + 2 T m D + m^3 / 3; with passes C T (Q + D) once, and
+C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory three times, for as many as are encoded at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from itertools import product
+from math import prod, sqrt
 from typing import NamedTuple
 
 import torch
@@ -30,68 +32,30 @@ from torch import nn
 
 from ..geometry import KVGeometry
 from ..quantize import QuantizedRows
+from .bank import Reading, added, columns_at, highest, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained
 
 SELECTORS = ("attention", "learned")
-_JITTER = 1e-4
-"""Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies stable in fp32."""
-_MASS = 0.3
-"""Weight of the tile's mass beside its output where tokens are ranked by what they add, in units of the values' own size."""
 _STEPS = 16
 """Projected gradient steps of the fit of the masses."""
+_SHORTLIST = 4
+"""Tokens that the passes choose from, those that the first ranking puts first, for each that is kept ..."""
+_SHORTEST = 112
+"""... and at least."""
 _LEAST_MASS = 1e-8
 """Mean attention below which tokens count as equally unread."""
+_AT_ONCE = 2**20
+"""Numbers of A at once on a CPU, or one head's: three times 4 MB of fp32 stay in its last cache, and calls hardly show."""
+_AT_ONCE_ELSEWHERE = 2**27
+"""The same on other devices, whose calls are dearer: a bound of the memory."""
 
 
-class Reading(NamedTuple):
-    """How the bank reads tiles whose tokens are all there. fp32, or fp64 for fp64 keys."""
-
-    queries: torch.Tensor
-    """[H, Q, D], times the scale of the scores."""
-    attention: torch.Tensor
-    """A [E, H, Q, T]."""
-    log_mass: torch.Tensor
-    """[E, H, Q, 1]: log of the sum that A was divided by."""
-
-
-def read_by(bank_HQD: torch.Tensor, k_EHTD: torch.Tensor, scale: float) -> Reading:
-    work = torch.promote_types(k_EHTD.dtype, torch.float32)
-    queries = bank_HQD.to(work) * scale
-    scores = queries @ k_EHTD.to(work).transpose(-1, -2)
-    log_mass = scores.logsumexp(-1, keepdim=True)
-    return Reading(queries, (scores - log_mass).exp(), log_mass)
-
-
-def targets(reading: Reading, v_EHTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What kept tokens have to explain: the Gram matrix A^T A [E, H, T, T], and A^T of the tile's output and mass, [E, H, T, D + 1]."""
-    values = v_EHTD.to(reading.attention.dtype)
-    gram = reading.attention.transpose(-1, -2) @ reading.attention
-    size = values.square().sum(-1).mean(-1).sqrt()[..., None, None]
-    return gram, gram @ torch.cat([values, (_MASS * size).expand(*values.shape[:3], 1)], dim=-1)
-
-
-def added(gram_EHTT: torch.Tensor, target_EHTC: torch.Tensor, ranking_EHT: torch.Tensor) -> torch.Tensor:
-    """What each token explains of the targets that those ranked above it do not, [E, H, T]: one Cholesky factorisation in that order."""
-    norm = gram_EHTT.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram_EHTT.dtype).tiny).sqrt()[..., None]
-    order = ranking_EHT.argsort(dim=-1, descending=True, stable=True)[..., None]
-    gram = (gram_EHTT / norm / norm.transpose(-1, -2)).gather(2, order.expand_as(gram_EHTT))
-    gram = gram.gather(3, order.transpose(-1, -2).expand_as(gram))
-    gram = gram + _JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # Not cholesky: it would wait for the device to look for failures, which the jitter rules out.
-    root = torch.linalg.cholesky_ex(gram).L
-    target = (target_EHTC / norm).gather(2, order.expand_as(target_EHTC))
-    gain = torch.linalg.solve_triangular(root, target, upper=False).square().sum(-1)
-    return torch.zeros_like(gain).scatter(-1, order[..., 0], gain)
-
-
-def assignment(reading: Reading, kept_EHQM: torch.Tensor, kept_EHM: torch.Tensor) -> torch.Tensor:
-    """[E, H, T, M] of 0 and 1: the kept key that the bank's queries read most alike stands for a token; a kept token for itself."""
-    attention, kept = F.normalize(reading.attention, dim=2), F.normalize(kept_EHQM, dim=2)
-    nearest = (attention.transpose(-1, -2) @ kept).argmax(-1)
+def assignment(alike_EHMT: torch.Tensor, kept_EHM: torch.Tensor) -> torch.Tensor:
+    """[E, H, T, M] of 0 and 1: the kept key that is most alike stands for a token; a kept token for itself."""
     stored = kept_EHM.shape[-1]
-    nearest = nearest.scatter(-1, kept_EHM, torch.arange(stored, device=nearest.device).expand_as(kept_EHM))
-    return F.one_hot(nearest, stored).to(attention.dtype)
+    own = torch.arange(stored, device=kept_EHM.device).expand_as(kept_EHM)
+    return F.one_hot(alike_EHMT.argmax(2).scatter(-1, kept_EHM, own), stored).to(alike_EHMT.dtype)
 
 
 def fit_masses(rows_EHQM: torch.Tensor, target_EHQ1: torch.Tensor, start_EHM: torch.Tensor, tile: int) -> torch.Tensor:
@@ -114,6 +78,15 @@ def fit_masses(rows_EHQM: torch.Tensor, target_EHQ1: torch.Tensor, start_EHM: to
         ahead = moved + (momentum - 1) / following * (moved - weights)
         weights, momentum = moved, following
     return weights
+
+
+class Choice(NamedTuple):
+    """The tokens of tiles that are kept."""
+
+    kept: torch.Tensor
+    """[E, H, M] in rising order."""
+    shared: torch.Tensor | None = None
+    """A_kept^T A, [E, H, M, T], where choosing them took it."""
 
 
 class Selector(nn.Module):
@@ -157,43 +130,87 @@ class CompactLayer(LayerCodec):
         self.selector = Selector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        """Encode tiles; the keys in the frame that the bank's queries were taken to.
+        """Encode tiles, some tiles and heads at a time; the keys in the frame that the bank's queries were taken to.
 
         Raises:
             RuntimeError: before the bank is filled.
         """
-        reading = self.read(k_EHTD)
-        return self.fit(reading, k_EHTD, v_EHTD, self.choose(reading, k_EHTD, v_EHTD))
+        queries = self.queries(k_EHTD.dtype)
+        (entries, heads, tile, _), bank = k_EHTD.shape, queries.shape[1]
+        ranking = None if self.selector is None else self.selector(k_EHTD, v_EHTD)
+        pairs = max(1, (_AT_ONCE if k_EHTD.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // (bank * tile))
+        by_heads = min(heads, pairs)
+        by_tiles = min(entries, max(1, pairs // by_heads))
+        # Memory for all to use in turn: fresh pages would cost a quarter of the time.
+        room = queries.new_empty(3, by_tiles * by_heads * bank * tile)
+        keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
+        bias = keys.new_empty(keys.shape[:3])
+        for head, entry in product(range(0, heads, by_heads), range(0, entries, by_tiles)):
+            at = slice(entry, entry + by_tiles), slice(head, head + by_heads)
+            k, v = k_EHTD[at], v_EHTD[at]
+            shape = (*k.shape[:2], bank, tile)
+            reading = read_by(queries[at[1]], k, room[:, : prod(shape)].view(3, *shape))
+            choice = self.choose(reading, k, v, None if ranking is None else ranking[at])
+            keys[at], values[at], bias[at] = self._matched(reading, k, v, *choice)
+        return Encoded(KeyPart(keys), ValuePart(values), bias)
 
-    def read(self, k_EHTD: torch.Tensor) -> Reading:
-        """How the bank reads tiles of keys; raises RuntimeError before the bank is filled."""
+    def queries(self, dtype: torch.dtype) -> torch.Tensor:
+        """The bank's, times the scale of the scores, in the precision that keys of `dtype` are read in: fp32, or fp64 for fp64.
+
+        Raises:
+            RuntimeError: before the bank is filled.
+        """
         if not bool(self.bank.any()):
             raise RuntimeError(
                 "this compact codec's bank of queries is empty, so there is nothing to match: train the capsule, or fill `bank` with "
                 "kvcapsule.training.matching.QueryBank."
             )
-        return read_by(self.bank, k_EHTD, self.scale)
+        return self.bank.to(torch.promote_types(dtype, torch.float32)) * self.scale
 
-    def choose(self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
-        """The tokens to keep, [E, H, M] in rising order; of equals the earlier one."""
-        ranking = reading.attention.square().mean(2) if self.selector is None else self.selector(k_EHTD, v_EHTD)
-        if self.passes:
-            gram, target = targets(reading, v_EHTD)
-            for _ in range(self.passes):
-                ranking = added(gram, target, ranking)
-        return ranking.argsort(dim=-1, descending=True, stable=True)[..., : self.stored].sort(-1).values
+    def read(self, k_EHTD: torch.Tensor) -> Reading:
+        """How the bank reads tiles of keys; raises RuntimeError before the bank is filled."""
+        return read_by(self.queries(k_EHTD.dtype), k_EHTD)
 
-    def fit(self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor) -> Encoded:
-        """Biases and values for kept tokens, fitted to the keys as they will be read: quantised where latent_bits says so."""
+    def choose(self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ranking: torch.Tensor | None = None) -> Choice:
+        """The tokens to keep; of equals the earlier one. ranking [E, H, T]: the selector's, where it has spoken already."""
+        if ranking is None:
+            ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
+        if not self.passes:
+            return Choice(highest(ranking, self.stored))
+        among = highest(ranking, min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1]))
+        gram, target, shared = targets(reading, v_EHTD, among if among.shape != ranking.shape else None)
+        ranking = ranking.gather(-1, among)
+        for _ in range(self.passes):
+            ranking = added(gram, target, ranking)
+        first = highest(ranking, self.stored)
+        return Choice(among.gather(-1, first), rows_at(shared, first))
+
+    def fit(
+        self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
+    ) -> Encoded:
+        """Biases and values for a choice of tokens, fitted to the keys as they will be read: quantised where latent_bits says so."""
+        keys, values, bias = self._matched(reading, k_EHTD, v_EHTD, kept_EHM, shared_EHMT)
+        return Encoded(KeyPart(keys), ValuePart(values), bias)
+
+    def _matched(
+        self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and bias of `fit`."""
         work, tile = reading.attention.dtype, k_EHTD.shape[2]
-        keys = k_EHTD.gather(2, kept_EHM[..., None].expand(-1, -1, -1, k_EHTD.shape[3]))
-        as_read = QuantizedRows.pack(keys, self.bits).read(work) if self.bits else keys.to(work)
-        scores = reading.queries @ as_read.transpose(-1, -2)
-        # Coarsely quantised keys may outweigh the whole tile.
-        top = torch.maximum(reading.log_mass, scores.logsumexp(-1, keepdim=True))
+        keys = rows_at(k_EHTD, kept_EHM)
+        if self.bits:
+            scores = reading.queries @ QuantizedRows.pack(keys, self.bits).read(work).transpose(-1, -2)
+            # Coarsely quantised keys may outweigh the whole tile.
+            top = torch.maximum(reading.log_mass, scores.logsumexp(-1, keepdim=True))
+        else:
+            scores, top = columns_at(reading.scores, kept_EHM), reading.log_mass
         rows, whole = (scores - top).exp(), (reading.log_mass - top).exp()
 
-        stands_for = assignment(reading, rows, kept_EHM)
+        # By the cosine of the columns of A, or as the bank reads the quantised keys; that of the token itself makes no difference.
+        if self.bits or shared_EHMT is None:
+            shared_EHMT = rows.transpose(-1, -2) @ reading.attention
+        length = torch.linalg.vector_norm(rows, dim=2).clamp_min(1e-12)
+        stands_for = assignment(shared_EHMT / length[..., None], kept_EHM)
         mass = reading.attention.mean(2).clamp_min(_LEAST_MASS)
         share = stands_for * mass[..., None]
         start = share.sum(2) / (scores - reading.log_mass).exp().mean(2).clamp(_LEAST_MASS, tile)
@@ -202,12 +219,12 @@ class CompactLayer(LayerCodec):
         values = v_EHTD.to(work)
         means = (share / share.sum(2, keepdim=True)).transpose(-1, -2) @ values
         weights = (scores + bias.to(work)[:, :, None]).softmax(-1)
-        left = reading.attention @ values - weights @ means
         gram = weights.transpose(-1, -2) @ weights
+        left = (weights.transpose(-1, -2) @ reading.attention) @ values - gram @ means
         ridge = self.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         gram = gram + ridge * torch.eye(gram.shape[-1], dtype=work, device=gram.device)
-        values = means + torch.linalg.solve(gram, weights.transpose(-1, -2) @ left)
-        return Encoded(KeyPart(keys), ValuePart(values.to(v_EHTD.dtype)), bias)
+        values = means + torch.linalg.solve(gram, left)
+        return keys, values.to(v_EHTD.dtype), bias
 
 
 @dataclass(frozen=True)
