@@ -21,6 +21,10 @@ from ..kernels.pack import pack
 from ..packing import GROUP, WIDTHS, spread
 
 
+TOGETHER = 16
+"""Channels whose sums stay in a core's first cache."""
+
+
 class CellClass:
     """The cells of one width: where they are in the matrix, and where their bytes begin."""
 
@@ -78,6 +82,21 @@ class Walk(NamedTuple):
     """[n]: its number over sets, groups and channels."""
 
 
+class Runs(NamedTuple):
+    """All cells of the matrix, n in all, set by set in runs of one width: 8, 4, 3, 2, 1 and 0; int32."""
+
+    bounds: torch.Tensor
+    """[S, blocks, 7]: where each run begins, and where the last one ends."""
+    byte: torch.Tensor
+    """[n]: where a cell's bytes begin in an entry; nothing for one of width 0."""
+    group: torch.Tensor
+    """[n]: its group of eight rows."""
+    channel: torch.Tensor
+    """[n]."""
+    cell: torch.Tensor
+    """[n]: its number over sets, groups and channels."""
+
+
 @dataclass(frozen=True)
 class Coding:
     """What coded rows are read with, the same for all entries."""
@@ -114,6 +133,33 @@ class Coding:
         """Within a width and a set a channel after the other."""
         _, groups, channels = self.widths.shape
         return self._walk(lambda cells: cells // (groups * channels) * channels + cells % channels)
+
+    @cached_property
+    def runs_of_groups(self) -> Runs:
+        """Of each group of eight rows."""
+        groups = self.widths.shape[1]
+        return self._runs(torch.arange(groups)[:, None], groups)
+
+    @cached_property
+    def runs_of_channels(self) -> Runs:
+        """Of each `TOGETHER` channels, within a run group by group."""
+        channels = self.widths.shape[2]
+        return self._runs(torch.arange(channels)[None] // TOGETHER, -(-channels // TOGETHER))
+
+    def _runs(self, block: torch.Tensor, blocks: int) -> Runs:
+        """block [G or 1, C or 1]: that a cell is in."""
+        sets, groups, channels = self.widths.shape
+        order = (*sorted(WIDTHS, reverse=True), 0)
+        number = torch.zeros(max(order) + 1, dtype=torch.int64)
+        number[list(order)] = torch.arange(len(order))
+        line = torch.arange(sets)[:, None, None] * blocks + block
+        run = (line * len(order) + number[self.widths.to(torch.int64)]).flatten()
+        cell = run.argsort(stable=True)
+        ends = run.bincount(minlength=sets * blocks * len(order)).cumsum(0).view(sets, blocks, len(order))
+        first = torch.cat([ends.new_zeros(1), ends.flatten()[:-1]]).view_as(ends)
+        bounds = torch.cat([first, ends[..., -1:]], dim=-1)
+        tables = (bounds, self.cells.flatten()[cell] // 16, cell // channels % groups, cell % channels, cell)
+        return Runs(*(table.to(torch.int32).contiguous() for table in tables))
 
     def _walk(self, key: Callable[[torch.Tensor], torch.Tensor]) -> "Walk":
         kinds, (sets, groups, channels) = {kind.width: kind for kind in self.layout.classes}, self.widths.shape

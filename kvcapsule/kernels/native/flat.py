@@ -13,6 +13,9 @@ def flat(tensor: torch.Tensor) -> np.ndarray:
     """What lies in memory from the first element to the last."""
     for tell in _watching:
         tell(tensor)
+    if tensor.is_contiguous():
+        dense: np.ndarray = tensor.detach().numpy().reshape(-1)
+        return dense
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     return torch.as_strided(tensor.detach(), (length,), (1,)).numpy()
 

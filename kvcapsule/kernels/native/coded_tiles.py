@@ -1,0 +1,156 @@
+"""The part of a kernel over mapped tiles that reads coded cells. `ROWS` is put in by `tiles.kernel`; see there for the buffers."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ...codec.cells import TOGETHER
+from .coded import RUNS, key_cells, value_cells
+from .forms import TILES, Array, Size
+from .jit import U
+from .products import turn_tiles
+from .softmax import fall
+from .turned import features, in_lanes, row_map, turns
+from .wide import each, load, plus, store, total
+
+ROWS = 8
+_BOUNDS = U(len(RUNS) + 1)
+
+
+class Room(NamedTuple):
+    """Buffers, and tables of a coding that hold what may be learned."""
+
+    lanes: Array
+    maps: Array
+    """[blocks, turns, apart]."""
+    apart: Size
+    features: Array
+    """[TILES, turns]."""
+    queries: Array
+    """[P, blocks, C, ROWS, 2]: mapped, and filled up to vectors."""
+    shift: Array
+    """[n, 16]: the offset of a key cell's rows less the middle of its codes, twice each."""
+    key_step: Array
+    value_step: Array
+    key_base: Array
+    value_base: Array
+    weights: Array
+    """[blocks, M' / 8, ROWS, 8, 2]: of a batch row's tiles together."""
+
+
+def make(form, keys, values, turn, blocks, width):
+    length, columns = turns(turn.half, form.dim), (form.key_channels * U(ROWS) + U(15)) // U(16) * U(16)
+    shift, key_step = np.empty(len(keys.cell) * 16, np.float32), np.empty(len(keys.cell), np.float32)
+    value_step = np.empty(len(values.cell), np.float32)
+    groups, channels = form.key_rows // U(8), form.key_channels
+    for i in range(U(len(keys.cell))):
+        cell, bits = U(keys.cell[i]), keys.width[keys.cell[i]]
+        key_step[i] = keys.step[cell]
+        middle = key_step[i] * np.float32((1 << bits) - 1) * np.float32(0.5)
+        at = cell // channels * U(8) * channels + cell % channels
+        for m in range(U(8)):
+            shift[i * U(16) + U(2) * m] = shift[i * U(16) + U(2) * m + U(1)] = keys.offset[at + m * channels] - middle
+    for i in range(U(len(values.cell))):
+        value_step[i] = values.step[values.cell[i]]
+    return Room(
+        np.empty(form.heads * form.dim * U(16), np.float32),
+        np.empty(blocks * length * (columns + U(16)), np.float32),
+        columns + U(16),
+        np.empty(U(TILES) * length, np.float32),
+        np.empty(U(TILES) * blocks * columns, np.float32),
+        shift,
+        key_step,
+        value_step,
+        np.empty(TILES, np.uint64),
+        np.empty(TILES, np.uint64),
+        np.empty(blocks * width * U(2 * ROWS), np.float32),
+    )  # fmt: skip
+
+
+def begin(form, room, turn, set_, row, blocks):
+    """A batch row and a set."""
+    rows, length = form.heads * form.each, turns(turn.half, form.dim)
+    for block in range(blocks):
+        in_lanes(turn.query, (row * form.sets + set_) * rows * form.dim, form.dim, form.heads, form.each, block * U(ROWS), U(ROWS), room.lanes)
+        first = block * length * room.apart
+        row_map(form, turn, set_ * form.heads * form.dim * form.key_channels, room.lanes, U(ROWS), room.maps, first, room.apart)
+    room.weights[:] = np.float32(0)
+
+
+def meet(form, room, turn, keys, values, order, first, tiles, set_, blocks, z):
+    """z [P, blocks, ROWS, M, 2]: products of the queries with the key rows of `tiles` tiles."""
+    length, pairs = turns(turn.half, form.dim), (tiles + U(1)) // U(2)
+    for tile in range(U(2) * pairs):
+        entry = order[first + min(tile, tiles - U(1))]
+        room.key_base[tile], room.value_base[tile] = entry * keys.size, entry * values.size
+        features(turn, entry, length, room.features, tile * length)
+    columns = room.apart - U(16)
+    many = columns * U(2)
+    groups, row = form.key_rows // U(8), form.key_rows * U(2)
+    beyond = blocks * U(ROWS) * row
+    for block in range(blocks):
+        turn_tiles(
+            room.features, U(0), length, pairs, room.maps, block * length * room.apart, room.apart, columns, room.queries, block * many, blocks * many
+        )  # fmt: skip
+        for group in range(groups):
+            run, o = (set_ * groups + group) * _BOUNDS, block * U(ROWS) * row + group * U(16)
+            p = U(0)
+            while p + U(2) <= pairs:
+                key_cells(
+                    keys.packed, room.key_base, p * U(2), keys.bounds, run, keys.byte, keys.channel, room.key_step, room.shift,
+                    room.queries, (p * blocks + block) * many, blocks * many, z, o + p * beyond, beyond, row, ROWS, 2,
+                )  # fmt: skip
+                p += U(2)
+            if p < pairs:
+                key_cells(
+                    keys.packed, room.key_base, p * U(2), keys.bounds, run, keys.byte, keys.channel, room.key_step, room.shift,
+                    room.queries, (p * blocks + block) * many, blocks * many, z, o + p * beyond, beyond, row, ROWS, 1,
+                )  # fmt: skip
+
+
+def add(form, room, values, order, first, tiles, set_, blocks, width, weights, sums):
+    """sums [blocks, C', ROWS, 16] += the value rows of `tiles` tiles with weights [P, blocks, M' / 8, ROWS, 8, 2]."""
+    pairs, size = (tiles + U(1)) // U(2), width * U(2 * ROWS)
+    at, one = U(0), each(np.float32(1))
+    while at < blocks * size:
+        found = load(room.weights, at)
+        for p in range(pairs):
+            found = plus(found, load(weights, p * blocks * size + at), one)
+        store(room.weights, at, found)
+        at += U(16)
+    parts = (form.value_channels + U(TOGETHER) - U(1)) // U(TOGETHER)
+    for block in range(blocks):
+        for part in range(parts):
+            run, o = (set_ * parts + part) * _BOUNDS, block * form.value_channels * U(16 * ROWS)
+            p = U(0)
+            while p + U(4) <= pairs:
+                value_cells(
+                    values.packed, room.value_base, p * U(2), values.bounds, run, values.byte, values.group, values.channel, room.value_step,
+                    weights, (p * blocks + block) * size, blocks * size, sums, o, ROWS, 4,
+                )  # fmt: skip
+                p += U(4)
+            while p < pairs:
+                value_cells(
+                    values.packed, room.value_base, p * U(2), values.bounds, run, values.byte, values.group, values.channel, room.value_step,
+                    weights, (p * blocks + block) * size, blocks * size, sums, o, ROWS, 1,
+                )  # fmt: skip
+                p += U(1)
+
+
+def lower(form, room, sums, factors, rows, width):
+    """What has been added up, times a factor for each row."""
+    for row in range(rows):
+        if factors[row] != np.float32(1):
+            block, r = row // U(ROWS), row % U(ROWS) * U(16)
+            fall(sums, factors[row], block * form.value_channels * U(16 * ROWS) + r, form.value_channels, U(16 * ROWS))
+            fall(room.weights, factors[row], block * width * U(2 * ROWS) + r, width // U(8), U(16 * ROWS))
+
+
+def end(form, room, sums, width, found, place):
+    for row in range(form.heads * form.each):
+        block, r = row // U(ROWS), row % U(ROWS) * U(16)
+        for c in range(form.value_channels):
+            found.out[(place + row) * form.value_channels + c] = total(load(sums, (block * form.value_channels + c) * U(16 * ROWS) + r))
+        for m in range(form.value_rows):
+            at = (block * width // U(8) + m // U(8)) * U(16 * ROWS) + r + m % U(8) * U(2)
+            found.weights[(place + row) * form.value_rows + m] = room.weights[at] + room.weights[at + U(1)]
