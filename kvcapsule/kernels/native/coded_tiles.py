@@ -6,12 +6,12 @@ import numpy as np
 
 from ...codec.cells import TOGETHER
 from .coded import RUNS, key_cells, value_cells
-from .forms import TILES, Array, Size
-from .jit import U
+from .forms import TILES, Array, Size, buffer
+from .jit import U, jit
 from .products import turn_tiles
 from .softmax import fall
 from .turned import features, in_lanes, row_map, turns
-from .wide import each, load, plus, store, total
+from .wide import each, fetch, load, plus, store, total
 
 ROWS = 8
 _BOUNDS = U(len(RUNS) + 1)
@@ -32,16 +32,44 @@ class Room(NamedTuple):
     """[n, 16]: the offset of a key cell's rows less the middle of its codes, twice each."""
     key_step: Array
     value_step: Array
+    key_bytes: Array
+    """[S, 6, 2]: where the bytes of a set's cells of a width begin and end in an entry."""
+    value_bytes: Array
     key_base: Array
     value_base: Array
     weights: Array
     """[blocks, M' / 8, ROWS, 8, 2]: of a batch row's tiles together."""
 
 
+@jit
+def stretches(rows, sets, cells):
+    """Cells of one set and width lie one behind the other."""
+    found = np.empty(sets * U(2 * len(RUNS)), np.uint64)
+    for i in range(sets * U(len(RUNS))):
+        found[U(2) * i], found[U(2) * i + U(1)] = rows.size, U(0)
+    for i in range(U(len(rows.cell))):
+        cell = U(rows.cell[i])
+        first, bits = U(rows.byte[i]), U(rows.width[cell])
+        if bits:
+            at = (cell // cells * U(len(RUNS)) + min(bits, U(5))) * U(2)
+            found[at], found[at + U(1)] = min(found[at], first), max(found[at + U(1)], first + bits)
+    return found
+
+
+@jit
+def expect(rows, bytes_, set_, entry):
+    """Fetches the cells of a set of an entry."""
+    for i in range(set_ * U(len(RUNS)), (set_ + U(1)) * U(len(RUNS))):
+        at, end = entry * rows.size + bytes_[U(2) * i], entry * rows.size + bytes_[U(2) * i + U(1)]
+        while at < end + U(63):
+            fetch(rows.packed, min(at, end - U(1)))
+            at += U(64)
+
+
 def make(form, keys, values, turn, blocks, width):
     length, columns = turns(turn.half, form.dim), (form.key_channels * U(ROWS) + U(15)) // U(16) * U(16)
-    shift, key_step = np.empty(len(keys.cell) * 16, np.float32), np.empty(len(keys.cell), np.float32)
-    value_step = np.empty(len(values.cell), np.float32)
+    shift, key_step = buffer(U(len(keys.cell)) * U(16)), buffer(U(len(keys.cell)))
+    value_step = buffer(U(len(values.cell)))
     groups, channels = form.key_rows // U(8), form.key_channels
     for i in range(U(len(keys.cell))):
         cell, bits = U(keys.cell[i]), keys.width[keys.cell[i]]
@@ -53,17 +81,19 @@ def make(form, keys, values, turn, blocks, width):
     for i in range(U(len(values.cell))):
         value_step[i] = values.step[values.cell[i]]
     return Room(
-        np.empty(form.heads * form.dim * U(16), np.float32),
-        np.empty(blocks * length * (columns + U(16)), np.float32),
+        buffer(form.heads * form.dim * U(16)),
+        buffer(blocks * length * (columns + U(16))),
         columns + U(16),
-        np.empty(U(TILES) * length, np.float32),
-        np.empty(U(TILES) * blocks * columns, np.float32),
+        buffer(U(TILES) * length),
+        buffer(U(TILES) * blocks * columns),
         shift,
         key_step,
         value_step,
+        stretches(keys, form.sets, groups * channels),
+        stretches(values, form.sets, form.value_rows // U(8) * form.value_channels),
         np.empty(TILES, np.uint64),
         np.empty(TILES, np.uint64),
-        np.empty(blocks * width * U(2 * ROWS), np.float32),
+        buffer(blocks * width * U(2 * ROWS)),
     )  # fmt: skip
 
 
@@ -80,6 +110,9 @@ def begin(form, room, turn, set_, row, blocks):
 def meet(form, room, turn, keys, values, order, first, tiles, set_, blocks, z):
     """z [P, blocks, ROWS, M, 2]: products of the queries with the key rows of `tiles` tiles."""
     length, pairs = turns(turn.half, form.dim), (tiles + U(1)) // U(2)
+    for tile in range(first + tiles, min(first + tiles + U(TILES), U(len(order)))):
+        expect(keys, room.key_bytes, set_, order[tile])
+        expect(values, room.value_bytes, set_, order[tile])
     for tile in range(U(2) * pairs):
         entry = order[first + min(tile, tiles - U(1))]
         room.key_base[tile], room.value_base[tile] = entry * keys.size, entry * values.size

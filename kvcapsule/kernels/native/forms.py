@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .jit import U, jit
+
 Size = np.uint64
 Array = np.ndarray
 
@@ -102,3 +104,11 @@ class Sums(NamedTuple):
     """[B, S, R]: the greatest score; -inf before."""
     mass: Array
     """[B, S, R]: of the weights; 0 before."""
+
+
+@jit
+def buffer(length):
+    """fp32 numbers that begin with a line of the cache: a vector that lies across two is read in twice the time."""
+    numbers = np.empty(length + U(16), np.float32)
+    first = (U(64) - U(numbers.ctypes.data) % U(64)) % U(64) // U(4)
+    return numbers[first : first + length]

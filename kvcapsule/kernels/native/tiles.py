@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import coded_tiles, products
-from .forms import TILES
+from .forms import TILES, buffer
 from .jit import Kernel, U, jit, special
 from .softmax import ceilings, soften
 
@@ -41,13 +41,13 @@ def attend(form, entries, turn, score_map, value_map, keys, values, found, begin
     blocks = (form.heads * form.each + row_size - U(1)) // row_size
     rows, count = blocks * row_size, U(len(entries.order))
     length, width = (form.tokens + U(15)) // U(16) * U(16), (form.value_rows + U(15)) // U(16) * U(16)
-    z = np.empty(U(TILES) * rows * form.key_rows, np.float32)
-    p = np.empty(U(TILES) * rows * length, np.float32)
-    w = np.empty(U(TILES) * rows * width, np.float32)
-    cap = np.empty(U(TILES) * length, np.float32)
-    sums = np.empty(rows * form.value_channels * U(SUM), np.float32)
-    top, mass, factors = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    to_tokens, to_rows = np.empty(form.key_rows * length, np.float32), np.empty(form.tokens * width, np.float32)
+    z = buffer(U(TILES) * rows * form.key_rows)
+    p = buffer(U(TILES) * rows * length)
+    w = buffer(U(TILES) * rows * width)
+    cap = buffer(U(TILES) * length)
+    sums = buffer(rows * form.value_channels * U(SUM))
+    top, mass, factors = buffer(rows), buffer(rows), buffer(rows)
+    to_tokens, to_rows = buffer(form.key_rows * length), buffer(form.tokens * width)
     room = make(form, keys, values, turn, blocks, width)
     tile_step, row_step = (U(1), U(2)) if CODED else (form.key_rows, U(1))
     at, known = begin_, form.sets

@@ -4,7 +4,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
-from .emit import FLOATS, INT, INTS, Array, constant, fma, ints, splat
+from .emit import BYTE, FLOATS, INT, INTS, Array, constant, fma, ints, splat
 
 _U = types.uint64
 
@@ -129,3 +129,17 @@ def exp(typing_context, lanes):
 
     return _WIDE(_WIDE), generate
 
+
+
+@intrinsic
+def fetch(typing_context, array, at):
+    """Brings the line of the cache that array[at] is in, without waiting for it; what lies beyond the array is nobody's concern."""
+
+    def generate(context, builder, signature, arguments):
+        place = Array(context, builder, array, arguments[0]).place(arguments[1], BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
+        read, near, data = (ir.Constant(INT, n) for n in (0, 3, 1))
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [place, read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(array, _U), generate
