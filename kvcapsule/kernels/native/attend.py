@@ -1,13 +1,20 @@
-"""Attention over segments on the CPU: mapped segments in one pass each, all others by the reference's steps with compiled products."""
+"""Attention over segments on the CPU: one pass over each segment that a kernel covers, the reference's steps for all others."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ...segment import Segment
 from .. import reference
-from . import mapped
+from .flat import flat
+from .forms import Sums
+from .given import Given, form, given, seen
+from .jit import U
+from .joined import finish
 from .read import COMPILED
+from .share import run, threads
+from .tiles import BLOCKS, kernel
 
 _MOST_ROWS = 64
 """Query rows of a KV head; more is work for matrix products."""
@@ -15,29 +22,51 @@ _MOST_ROWS = 64
 
 def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend."""
-    one_pass = [s for s in segments[: None if visible is None else -1] if _covered(query, s)]
-    if not one_pass:
+    covered, rest = _parted(query, segments, visible)
+    if not covered:
         return reference.attend(query, segments, scale, visible, COMPILED)
-    batch, dim = query.shape[0], query.shape[3]
-    q_BHRD = (query * scale).reshape(batch, one_pass[0].keys.shape[1], -1, dim)
-    parts = [mapped.attend(q_BHRD, s) for s in one_pass]
-    rest = [s for s in segments if not any(s is covered for covered in one_pass)]
+    batch, query_heads, queries, dim = query.shape
+    heads = covered[0].sets * covered[0].heads
+    rows = query_heads // heads * queries
+    q = flat(query.contiguous())
+    parts = [_empty(batch * query_heads * queries, dim)]
+    for each in covered:
+        shares = threads(each.work * rows)
+        while len(parts) < shares:
+            parts.append(_empty(batch * query_heads * queries, dim))
+        call, sizes = kernel(_block(each.heads * rows), each.kind), form(each, batch, rows)
+
+        def one(piece: int, each: Given = each, shares: int = shares, call=call, sizes=sizes) -> None:  # type: ignore[no-untyped-def]
+            call(sizes, each.entries, q, np.float32(scale), *each.arrays, parts[piece], U(piece), U(shares))
+
+        run(one, range(shares))
     if rest:
         out, top, mass = reference.summed(query, rest, scale, visible, COMPILED)
-        parts.append((out, top.masked_fill(top == torch.inf, -torch.inf), mass))
-    outs, tops, masses = zip(*parts, strict=True)
-    if len(parts) == 1:
-        total, mass = outs[0], masses[0]
-    else:
-        highest = torch.stack(tops).amax(dim=0).clamp_min(torch.finfo(query.dtype).min)
-        factors = [(top - highest).exp_() for top in tops]
-        total = sum(out * factor[..., None] for out, factor in zip(outs, factors, strict=True))
-        mass = sum(mass * factor for mass, factor in zip(masses, factors, strict=True))
-    return (total / mass.clamp_min(torch.finfo(query.dtype).tiny)[..., None]).view(query.shape)
+        parts.append(Sums(*(flat(x.contiguous()) for x in (out, top.masked_fill(top == torch.inf, -torch.inf), mass))))
+    result = torch.empty_like(query, memory_format=torch.contiguous_format)
+    finish(tuple(parts), U(batch * query_heads * queries), U(dim), flat(result))
+    return result
 
 
-def _covered(query: torch.Tensor, segment: Segment) -> bool:
-    if query.dtype != torch.float32 or (torch.is_grad_enabled() and query.requires_grad):
-        return False
-    rows = query.shape[1] // segment.keys.shape[1] * query.shape[2]
-    return 0 < rows <= _MOST_ROWS and mapped.covers(segment)
+def _parted(query: torch.Tensor, segments: Sequence[Segment], visible: torch.Tensor | None) -> tuple[list[Given], list[Segment]]:
+    """What kernels are given, and segments that they do not cover."""
+    if query.dtype != torch.float32 or (torch.is_grad_enabled() and query.requires_grad) or not query.numel():
+        return [], list(segments)
+    covered, rest = [], []
+    for i, segment in enumerate(segments):
+        made = given(segment)
+        if made is None or query.shape[1] // (made.sets * made.heads) * query.shape[2] > _MOST_ROWS:
+            rest.append(segment)
+        else:
+            last = visible is not None and i == len(segments) - 1
+            covered.append(made._replace(entries=seen(made.entries, visible)) if last and visible is not None else made)
+    return covered, rest
+
+
+def _empty(rows: int, dim: int) -> Sums:
+    return Sums(np.zeros(rows * dim, np.float32), np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32))
+
+
+def _block(rows: int) -> int:
+    """The block size that fills up least; the largest of those."""
+    return min(BLOCKS, key=lambda size: (-(-rows // size) * (size + 1), -size))

@@ -3,10 +3,11 @@
 A row has two numbers, a < A and b < B, for rows are the queries of two tiles: x[x0 + a xa + b xb + k xk] meets map[m0 + k mk : ... + 16 V].
 """
 
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .emit import FLOAT, NONE, WIDE, Array, Sums, along, literal, pairs, splat, whole
+from .emit import FLOAT, INT, NONE, WIDE, Array, Sums, along, ints, literal, pairs, splat, whole
 
 _U = types.uint64
 
@@ -77,3 +78,46 @@ def pairs_by_map(typing_context, x, x0, xa, xb, xk, map_, m0, mk, K, out, o0, oa
 
     return _types(x, map_, out, A, V), generate
 
+
+
+def _four(builder, lanes):
+    """The sums of four vectors' lanes, as one vector of four: within quarters of the vectors first."""
+
+    def picked(x, y, order):
+        return builder.shuffle_vector(x, y, ints([4 * q + i % 4 + WIDE * (i // 4) for q in range(4) for i in order]))
+
+    a, b, c, d = lanes
+    first = builder.fadd(picked(a, b, (0, 4, 1, 5)), picked(a, b, (2, 6, 3, 7)))
+    second = builder.fadd(picked(c, d, (0, 4, 1, 5)), picked(c, d, (2, 6, 3, 7)))
+    quarters = builder.fadd(picked(first, second, (0, 1, 4, 5)), picked(first, second, (2, 3, 6, 7)))
+    for width in (8, 4):
+        low, high = (builder.shuffle_vector(quarters, quarters, ints(range(i, i + width))) for i in (0, width))
+        quarters = builder.fadd(low, high)
+    return quarters
+
+
+@intrinsic
+def rows_by_rows(typing_context, x, x0, xa, y, y0, yn, K, out, o0, oa, A, N):
+    """out[o0 + a oa : ... + N] = x[x0 + a xa : ... + K] times N rows y[y0 + n yn : ... + K], N 4 or 1; K a multiple of 16."""
+    if not literal(A, N):
+        return None
+    rows, many = A.literal_value, N.literal_value
+
+    def generate(context, builder, signature, arguments):
+        x, x0, xa, y, y0, yn, length, out, o0, oa, _, _ = arguments
+        x, y, out = (Array(context, builder, signature.args[i], array) for i, array in ((0, x), (3, y), (7, out)))
+        total = Sums(builder, [NONE] * (many * rows))
+        with along(builder, whole(0), builder.udiv(length, whole(WIDE))) as loop:
+            k = builder.mul(loop.index, whole(WIDE))
+            lanes = [y.load(builder.add(builder.add(y0, k), builder.mul(yn, whole(n)))) for n in range(many)]
+            for a in range(rows):
+                row = x.load(builder.add(builder.add(x0, k), builder.mul(xa, whole(a))))
+                for n in range(many):
+                    total.add(many * a + n, row, lanes[n])
+        for a in range(rows):
+            four = _four(builder, [total[many * a + n % many] for n in range(4)])
+            found = four if many == 4 else builder.extract_element(four, ir.Constant(INT, 0))
+            out.store(builder.add(o0, builder.mul(oa, whole(a))), found)
+        return context.get_dummy_value()
+
+    return types.void(x, _U, _U, y, _U, _U, _U, out, _U, _U, A, N), generate

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...codec.cells import TOGETHER
+from .blocks import rows_by_map
 from .coded import RUNS, key_cells, value_cells
 from .forms import TILES, Array, Size, buffer
 from .jit import U, jit
@@ -22,8 +23,8 @@ class Room(NamedTuple):
 
     lanes: Array
     maps: Array
-    """[blocks, turns, apart]."""
-    apart: Size
+    """[blocks, turns, beyond]."""
+    beyond: Size
     features: Array
     """[TILES, turns]."""
     queries: Array
@@ -39,6 +40,21 @@ class Room(NamedTuple):
     value_base: Array
     weights: Array
     """[blocks, M' / 8, ROWS, 8, 2]: of a batch row's tiles together."""
+    step: Size
+    """From the product with a key row to that with the next, and from those of a tile to those of its neighbour."""
+    apart: Size
+    offset: Array
+    """[M', C']: of the values, filled up to vectors."""
+    maps_out: Array
+    """[heads of a set, C', D]: filled up to vectors."""
+    found: Array
+    """[rows, C'] and then [rows, D]: filled up to vectors."""
+    out: Array
+
+
+@jit
+def filled(length):
+    return (length + U(15)) // U(16) * U(16)
 
 
 @jit
@@ -66,8 +82,8 @@ def expect(rows, bytes_, set_, entry):
             at += U(64)
 
 
-def make(form, keys, values, turn, blocks, width):
-    length, columns = turns(turn.half, form.dim), (form.key_channels * U(ROWS) + U(15)) // U(16) * U(16)
+def make(form, keys, values, turn, blocks, length, width):
+    features_, columns = turns(turn.half, form.dim), (form.key_channels * U(ROWS) + U(15)) // U(16) * U(16)
     shift, key_step = buffer(U(len(keys.cell)) * U(16)), buffer(U(len(keys.cell)))
     value_step = buffer(U(len(values.cell)))
     groups, channels = form.key_rows // U(8), form.key_channels
@@ -82,9 +98,9 @@ def make(form, keys, values, turn, blocks, width):
         value_step[i] = values.step[values.cell[i]]
     return Room(
         buffer(form.heads * form.dim * U(16)),
-        buffer(blocks * length * (columns + U(16))),
+        buffer(blocks * features_ * (columns + U(16))),
         columns + U(16),
-        buffer(U(TILES) * length),
+        buffer(U(TILES) * features_),
         buffer(U(TILES) * blocks * columns),
         shift,
         key_step,
@@ -94,36 +110,57 @@ def make(form, keys, values, turn, blocks, width):
         np.empty(TILES, np.uint64),
         np.empty(TILES, np.uint64),
         buffer(blocks * width * U(2 * ROWS)),
+        U(2),
+        U(1),
+        buffer(form.value_rows * filled(form.value_channels)),
+        buffer(form.heads * form.value_channels * filled(form.dim)),
+        buffer(blocks * U(ROWS) * (filled(form.value_channels) + width)),
+        buffer(blocks * U(ROWS) * filled(form.dim)),
     )  # fmt: skip
 
 
-def begin(form, room, turn, set_, row, blocks):
+def open_set(form, room, values, after, set_, width):
+    """What follows the sums of a set."""
+    C, columns, dim = form.value_channels, filled(form.value_channels), filled(form.dim)
+    room.offset[:], room.maps_out[:] = np.float32(0), np.float32(0)
+    for m in range(form.value_rows):
+        for c in range(C):
+            room.offset[m * columns + c] = values.offset[(set_ * form.value_rows + m) * C + c]
+    for head in range(form.heads):
+        first = (set_ * form.heads + head) * after.steps[0]
+        for c in range(C):
+            for d in range(form.dim):
+                room.maps_out[(head * C + c) * dim + d] = after.map[first + c * after.steps[1] + d * after.steps[2]]
+
+
+def begin(form, room, query, scale, turn, set_, row, blocks):
     """A batch row and a set."""
-    rows, length = form.heads * form.each, turns(turn.half, form.dim)
+    first, mine = (row * form.sets + set_) * form.heads * form.each * form.dim, turns(turn.half, form.dim) * room.beyond
     for block in range(blocks):
-        in_lanes(turn.query, (row * form.sets + set_) * rows * form.dim, form.dim, form.heads, form.each, block * U(ROWS), U(ROWS), room.lanes)
-        first = block * length * room.apart
-        row_map(form, turn, set_ * form.heads * form.dim * form.key_channels, room.lanes, U(ROWS), room.maps, first, room.apart)
+        in_lanes(query, scale, first, form.dim, form.heads, form.each, block * U(ROWS), U(ROWS), room.lanes)
+        m0 = set_ * form.heads * form.dim * form.key_channels
+        row_map(form, turn, m0, room.lanes, U(ROWS), room.maps, block * mine, room.beyond)
     room.weights[:] = np.float32(0)
 
 
-def meet(form, room, turn, keys, values, order, first, tiles, set_, blocks, z):
+def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set_, blocks, z):
     """z [P, blocks, ROWS, M, 2]: products of the queries with the key rows of `tiles` tiles."""
     length, pairs = turns(turn.half, form.dim), (tiles + U(1)) // U(2)
-    for tile in range(first + tiles, min(first + tiles + U(TILES), U(len(order)))):
+    for tile in range(first + tiles, min(first + tiles + U(TILES), stop)):
         expect(keys, room.key_bytes, set_, order[tile])
         expect(values, room.value_bytes, set_, order[tile])
     for tile in range(U(2) * pairs):
         entry = order[first + min(tile, tiles - U(1))]
         room.key_base[tile], room.value_base[tile] = entry * keys.size, entry * values.size
         features(turn, entry, length, room.features, tile * length)
-    columns = room.apart - U(16)
+    columns = room.beyond - U(16)
     many = columns * U(2)
     groups, row = form.key_rows // U(8), form.key_rows * U(2)
     beyond = blocks * U(ROWS) * row
     for block in range(blocks):
         turn_tiles(
-            room.features, U(0), length, pairs, room.maps, block * length * room.apart, room.apart, columns, room.queries, block * many, blocks * many
+            room.features, U(0), length, pairs, room.maps, block * length * room.beyond, room.beyond, columns,
+            room.queries, block * many, blocks * many,
         )  # fmt: skip
         for group in range(groups):
             run, o = (set_ * groups + group) * _BOUNDS, block * U(ROWS) * row + group * U(16)
@@ -141,7 +178,7 @@ def meet(form, room, turn, keys, values, order, first, tiles, set_, blocks, z):
                 )  # fmt: skip
 
 
-def add(form, room, values, order, first, tiles, set_, blocks, width, weights, sums):
+def add(form, room, values, entries, order, first, tiles, set_, blocks, length, width, cap, weights, sums):
     """sums [blocks, C', ROWS, 16] += the value rows of `tiles` tiles with weights [P, blocks, M' / 8, ROWS, 8, 2]."""
     pairs, size = (tiles + U(1)) // U(2), width * U(2 * ROWS)
     at, one = U(0), each(np.float32(1))
@@ -179,11 +216,24 @@ def lower(form, room, sums, factors, rows, width):
             fall(room.weights, factors[row], block * width * U(2 * ROWS) + r, width // U(8), U(16 * ROWS))
 
 
-def end(form, room, sums, width, found, place):
+def end(form, room, after, set_, sums, mass, width):
+    """The sums with the offset, mapped: [rows, D]."""
+    C, columns, dim = form.value_channels, filled(form.value_channels), filled(form.dim)
+    apart = columns + width
     for row in range(form.heads * form.each):
         block, r = row // U(ROWS), row % U(ROWS) * U(16)
-        for c in range(form.value_channels):
-            found.out[(place + row) * form.value_channels + c] = total(load(sums, (block * form.value_channels + c) * U(16 * ROWS) + r))
+        x, o = row * apart, row * dim
+        for c in range(C):
+            room.found[x + c] = total(load(sums, (block * C + c) * U(16 * ROWS) + r))
+        room.found[x + C : x + columns] = np.float32(0)
         for m in range(form.value_rows):
             at = (block * width // U(8) + m // U(8)) * U(16 * ROWS) + r + m % U(8) * U(2)
-            found.weights[(place + row) * form.value_rows + m] = room.weights[at] + room.weights[at + U(1)]
+            room.found[x + columns + m] = room.weights[at] + room.weights[at + U(1)]
+        for c in range(U(0), columns, U(16)):
+            rows_by_map(
+                room.found, x + columns, U(0), U(0), U(1), room.offset, c, columns, form.value_rows, room.found, x + c, U(0), U(0), 1, 1, 1, 1
+            )  # fmt: skip
+        head = row // form.each * C * dim
+        for d in range(U(0), dim, U(16)):
+            rows_by_map(room.found, x, U(0), U(0), U(1), room.maps_out, head + d, dim, C, room.out, o + d, U(0), U(0), 1, 1, 1, 0)
+    return room.out

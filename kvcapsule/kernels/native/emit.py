@@ -32,7 +32,7 @@ class Array:
         return self.builder.load(self.place(position, element), align=1 if small else None if element == LONG else 4)
 
     def store(self, position: Any, lanes: Any) -> None:
-        self.builder.store(lanes, self.place(position, FLOATS), align=4)
+        self.builder.store(lanes, self.place(position, lanes.type), align=4)
 
     def index(self, position: Any) -> Any:
         """A number of a table of 32 bits."""

@@ -1,12 +1,19 @@
 """Tensors as the flat arrays that compiled kernels take; whoever counts what is read is told here, for PyTorch does not see it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 _watching: list[Callable[[torch.Tensor], None]] = []
+
+
+def told(tensors: Iterable[torch.Tensor]) -> None:
+    """Tells of tensors that kernels read as arrays made before."""
+    for tell in _watching:
+        for tensor in tensors:
+            tell(tensor)
 
 
 def flat(tensor: torch.Tensor) -> np.ndarray:

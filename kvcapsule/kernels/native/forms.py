@@ -16,6 +16,7 @@ TILES = 8
 class Form(NamedTuple):
     """Sizes; a set is the KV heads that read the same rows."""
 
+    batch: Size
     sets: Size
     heads: Size
     """KV heads of a set."""
@@ -33,22 +34,30 @@ class Form(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The entries in the order in which they are read: those of a batch row follow each other."""
+    """What is stored of the sequences beside rows, and who it is of."""
 
-    order: Array
-    """[E'] uint64: those that have a token."""
     owner: Array
-    """[E] uint64."""
+    """[E] int64."""
+    tokens: Size
+    """Of an entry that is read in parts of `Form.tokens`; those of a mapped one are one part."""
     mask: Array
-    """[E, N] bool; whatever, where all tokens are there."""
+    """[E, N] bool."""
     masked: bool
+    visible: Array
+    """[E, Q, N] bool."""
+    hidden: bool
+    """Whether `visible` says anything."""
+    queries: Size
+    """Q."""
+    bias: Array
+    """[E, H, N] as it lies in memory; one number where there is none."""
+    bias_steps: tuple[Size, Size, Size]
+    """How far entries, heads and tokens are apart."""
 
 
 class Turn(NamedTuple):
-    """Queries, and the frames that they are turned into."""
+    """What queries are turned with: the frames, and the map behind them."""
 
-    query: Array
-    """[B, S, R, D], scaled."""
     cos: Array
     """[E, half]."""
     sin: Array
@@ -93,17 +102,25 @@ class Raw(NamedTuple):
     row: Size
 
 
+class After(NamedTuple):
+    """What follows a set's sums of values: nothing where these are arrays of one number."""
+
+    mean: Array
+    """[H, D], for raw rows."""
+    map: Array
+    """[H, C', D] as it lies in memory, for coded rows."""
+    steps: tuple[Size, Size, Size]
+
+
 class Sums(NamedTuple):
-    """What a kernel finds, of each batch row, set and query row."""
+    """What has been found of all segments before, of each batch row and query head."""
 
     out: Array
-    """[B, S, R, C']: values without what they have in common, weighted; 0 before."""
-    weights: Array
-    """[B, S, R, M']: of each stored row; for coded rows alone."""
+    """[B, H, G Q, D]."""
     top: Array
-    """[B, S, R]: the greatest score; -inf before."""
+    """[B, H, G Q]: the greatest score; -inf before."""
     mass: Array
-    """[B, S, R]: of the weights; 0 before."""
+    """[B, H, G Q]: of the weights; 0 before."""
 
 
 @jit
@@ -112,3 +129,36 @@ def buffer(length):
     numbers = np.empty(length + U(16), np.float32)
     first = (U(64) - U(numbers.ctypes.data) % U(64)) % U(64) // U(4)
     return numbers[first : first + length]
+
+
+@jit
+def part(entries, order, counter, rows, mapped):
+    """Entry, first row and number of rows of a tile."""
+    if mapped:
+        return order[counter], U(0), rows
+    parts = (entries.tokens + rows - U(1)) // rows
+    first = counter % parts * rows
+    return order[counter // parts], first, min(rows, entries.tokens - first)
+
+
+@jit
+def sorted_entries(entries, batch):
+    """Entries with a token in the order of their batch rows."""
+    count = U(len(entries.owner))
+    found, some = np.empty(count, np.uint64), U(0)
+    first = np.zeros(batch + U(1), np.uint64)
+    there = np.ones(count, np.bool_)
+    for e in range(count):
+        if entries.masked:
+            there[e] = entries.mask[e * entries.tokens : (e + U(1)) * entries.tokens].any()
+        if there[e]:
+            first[U(entries.owner[e]) + U(1)] += U(1)
+            some += U(1)
+    for b in range(batch):
+        first[b + U(1)] += first[b]
+    for e in range(count):
+        if there[e]:
+            b = U(entries.owner[e])
+            found[first[b]] = e
+            first[b] += U(1)
+    return found[:some]

@@ -53,12 +53,34 @@ def fall(sums, factor, first, many, apart):
 
 
 @jit
-def ceilings(cap, tile, room, tokens, mask, masked, entry, there):
-    """cap[tile] of a tile that is there, or only fills up a pair."""
-    at = tile * room
+def ceilings(cap, tile, room, many, entries, entry, token):
+    """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees."""
+    at, first = tile * room, entry * entries.tokens + token
     for n in range(room):
-        cap[at + n] = np.float32(np.inf) if there and n < tokens else _NONE
-    if there and masked:
-        for n in range(tokens):
-            if not mask[entry * tokens + n]:
+        cap[at + n] = np.float32(np.inf) if n < many else _NONE
+    for n in range(many):
+        if entries.masked and not entries.mask[first + n]:
+            cap[at + n] = _NONE
+        if entries.hidden:
+            seen = False
+            for q in range(entries.queries):
+                seen = seen or entries.visible[(entry * entries.queries + q) * entries.tokens + token + n]
+            if not seen:
                 cap[at + n] = _NONE
+
+
+@jit
+def corrected(scores, s0, apart, rows, entries, entry, head, token, many):
+    """Scores of an entry's tokens, rows `apart`, with their bias, and -inf where a query does not see a token."""
+    if len(entries.bias) > 1:
+        of_entry, of_head, of_token = entries.bias_steps
+        for n in range(many):
+            more = entries.bias[entry * of_entry + head * of_head + (token + n) * of_token]
+            for row in range(rows):
+                scores[s0 + row * apart + n] += more
+    if entries.hidden:
+        for row in range(rows):
+            seen = (entry * entries.queries + row % entries.queries) * entries.tokens + token
+            for n in range(many):
+                if not entries.visible[seen + n]:
+                    scores[s0 + row * apart + n] = _NONE

@@ -27,14 +27,14 @@ def features(turn, entry, length, out, o0):
 
 
 @jit
-def in_lanes(query, q0, dim, heads, each_, first, rows, out):
+def in_lanes(query, scale, q0, dim, heads, each_, first, rows, out):
     """out [heads, D, 16]: of `rows` rows from `first` on, a lane each; 0 in those of other heads and behind the last row."""
     for head in range(heads):
         for lane in range(U(16)):
             row = first + lane
             mine = lane < rows and row < heads * each_ and row // each_ == head
             for d in range(dim):
-                out[(head * dim + d) * U(16) + lane] = query[q0 + row * dim + d] if mine else np.float32(0)
+                out[(head * dim + d) * U(16) + lane] = query[q0 + row * dim + d] * scale if mine else np.float32(0)
 
 
 @jit
@@ -64,11 +64,11 @@ def row_map(form, turn, m0, lanes, rows, out, o0, apart):
 
 
 @jit
-def turned_back(turn, entry, query, q0, rows, dim, out, o0):
+def turned_back(turn, entry, query, rows, dim, out, o0):
     """Rows of queries [rows, D] turned back by a tile's frame."""
     half = turn.half
     for row in range(rows):
-        q, o = q0 + row * dim, o0 + row * dim
+        q, o = row * dim, o0 + row * dim
         for i in range(half):
             a, b = (U(2) * i, U(2) * i + U(1)) if turn.neighbours else (i, i + half)
             c, s = turn.cos[entry * half + i], turn.sin[entry * half + i]

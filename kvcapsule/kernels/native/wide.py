@@ -133,7 +133,7 @@ def exp(typing_context, lanes):
 
 @intrinsic
 def fetch(typing_context, array, at):
-    """Brings the line of the cache that array[at] is in, without waiting for it; what lies beyond the array is nobody's concern."""
+    """Brings the line of the cache that array[at] is in, without waiting for it."""
 
     def generate(context, builder, signature, arguments):
         place = Array(context, builder, array, arguments[0]).place(arguments[1], BYTE)
