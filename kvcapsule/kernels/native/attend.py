@@ -1,6 +1,7 @@
 """Attention over segments on the CPU: one pass over each segment that a kernel covers, the reference's steps for all others."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
         shares = threads(each.work * rows)
         while len(parts) < shares:
             parts.append(_empty(batch * query_heads * queries, dim))
-        call, sizes = kernel(_block(each.heads * rows), each.kind), form(each, batch, rows)
+        call, sizes = kernel(_block(each.heads * rows), each.kind), form(each.sets, each.heads, each.sizes, batch, rows)
 
         def one(piece: int, each: Given = each, shares: int = shares, call=call, sizes=sizes) -> None:  # type: ignore[no-untyped-def]
             call(sizes, each.entries, q, np.float32(scale), *each.arrays, parts[piece], U(piece), U(shares))
@@ -67,6 +68,7 @@ def _empty(rows: int, dim: int) -> Sums:
     return Sums(np.zeros(rows * dim, np.float32), np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32))
 
 
+@lru_cache(maxsize=None)
 def _block(rows: int) -> int:
     """The block size that fills up least; the largest of those."""
     return min(BLOCKS, key=lambda size: (-(-rows // size) * (size + 1), -size))

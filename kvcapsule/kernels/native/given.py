@@ -6,8 +6,10 @@ Plain segments, and those whose entries are not one for each row, of raw rows. A
 
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ...codec.cells import CodedRows, Runs
@@ -18,7 +20,10 @@ from .jit import U
 
 CHUNK = 64
 """Tokens of a plain segment that are read at once."""
-_NO, _NOT, _ZERO = torch.zeros(1), torch.zeros(1, dtype=torch.bool), U(0)
+_ZERO, _NO, _NOT = U(0), np.zeros(1, np.float32), np.zeros(1, np.bool_)
+_NOWHERE = (_ZERO, _ZERO, _ZERO)
+_NO_TURN, _NO_MAP, _NOTHING_AFTER = Turn(_NO, _NO, _ZERO, False, _NO), Map(_NO, *_NOWHERE), After(_NO, _NO, _NOWHERE)
+"""What stands where a segment has nothing of a kind."""
 
 
 class Given(NamedTuple):
@@ -47,7 +52,7 @@ class _Known(NamedTuple):
 
 
 _known: dict[int, _Known] = {}
-"""Of segments with maps, which stay for a whole answer."""
+"""Of segments that are still there: most stay for a whole answer."""
 
 
 def given(segment: Segment) -> Given | None:
@@ -63,9 +68,8 @@ def given(segment: Segment) -> Given | None:
     if kind is None:
         return None
     made = {"coded": _coded, "raw": _raw, "plain": _plain}[kind](segment)
-    if kind != "plain":
-        number = id(segment)
-        _known[number] = _Known(weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, tuple(t.data_ptr() for t in tensors), made)
+    number = id(segment)
+    _known[number] = _Known(weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, tuple(t.data_ptr() for t in tensors), made)
     return made
 
 
@@ -109,7 +113,7 @@ def _coded(s: Segment) -> Given:
     assert isinstance(keys, CodedRows) and isinstance(values, CodedRows) and s.q_map is not None and s.out_map is not None
     (sets, _, channels), heads = keys.coding.widths.shape, keys.coding.heads
     sizes = (s.q_map.shape[1], s.tokens, keys.shape[2], values.shape[2], channels, values.shape[3])
-    after = After(flat(_NO), flat(s.out_map), _steps(s.out_map))
+    after = After(_NO, flat(s.out_map), _steps(s.out_map))
     arrays = (_turn(s), _map(s.score_map), _map(s.value_map), _cells(keys, keys.coding.runs_of_groups))
     return Given("coded", sizes, sets, heads, _entries(s), (*arrays, _cells(values, values.coding.runs_of_channels), after), _work(s))
 
@@ -119,7 +123,7 @@ def _raw(s: Segment) -> Given:
     assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
     dim = keys.shape[3]
     sizes = (dim, s.tokens, keys.shape[2], values.shape[2], dim, dim)
-    after = After(flat(_NO if s.value_mean is None else s.value_mean.contiguous()), flat(_NO), (_ZERO,) * 3)
+    after = _NOTHING_AFTER if s.value_mean is None else After(flat(s.value_mean.contiguous()), _NO, _NOWHERE)
     arrays = (_turn(s), _map(s.score_map), _map(s.value_map), _rows(keys), _rows(values), after)
     return Given("raw", sizes, keys.shape[1], 1, _entries(s), arrays, _work(s))
 
@@ -128,13 +132,13 @@ def _plain(s: Segment) -> Given:
     keys, values = s.keys, s.values
     assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
     dim = keys.shape[3]
-    nothing = Map(flat(_NO), _ZERO, _ZERO, _ZERO)
-    arrays = (_turn(s), nothing, nothing, _rows(keys), _rows(values), After(flat(_NO), flat(_NO), (_ZERO,) * 3))
+    arrays = (_NO_TURN, _NO_MAP, _NO_MAP, _rows(keys), _rows(values), _NOTHING_AFTER)
     return Given("plain", (dim, CHUNK, CHUNK, CHUNK, dim, dim), keys.shape[1], 1, _entries(s), arrays, _work(s))
 
 
-def form(made: Given, batch: int, each: int) -> Form:
-    return Form(U(batch), U(made.sets), U(made.heads), U(each), *map(U, made.sizes))
+@lru_cache(maxsize=256)
+def form(sets: int, heads: int, sizes: tuple[int, ...], batch: int, each: int) -> Form:
+    return Form(*map(U, (batch, sets, heads, each, *sizes)))
 
 
 def _work(s: Segment) -> int:
@@ -144,8 +148,8 @@ def _work(s: Segment) -> int:
 def _entries(s: Segment) -> Entries:
     mask, bias = s.mask, s.bias
     return Entries(
-        s.owner.numpy(), U(s.tokens), flat(_NOT if mask is None else mask.contiguous()), mask is not None, flat(_NOT), False, U(1),
-        flat(_NO if bias is None else bias), (_ZERO,) * 3 if bias is None else _steps(bias),
+        flat(s.owner.contiguous()), U(s.tokens), _NOT if mask is None else flat(mask.contiguous()), mask is not None, _NOT, False, U(1),
+        _NO if bias is None else flat(bias), _NOWHERE if bias is None else _steps(bias),
     )  # fmt: skip
 
 
@@ -155,10 +159,9 @@ def seen(entries: Entries, visible: torch.Tensor) -> Entries:
 
 
 def _turn(s: Segment) -> Turn:
-    frame = s.frame
-    q_map = flat(_NO if s.q_map is None else s.q_map.contiguous())
+    frame, q_map = s.frame, _NO if s.q_map is None else flat(s.q_map.contiguous())
     if frame is None:
-        return Turn(flat(_NO), flat(_NO), _ZERO, False, q_map)
+        return _NO_TURN._replace(q_map=q_map)
     return Turn(flat(frame.cos.contiguous()), flat(frame.sin.contiguous()), U(frame.cos.shape[1]), frame.neighbours, q_map)
 
 
