@@ -79,7 +79,6 @@ def pairs_by_map(typing_context, x, x0, xa, xb, xk, map_, m0, mk, K, out, o0, oa
     return _types(x, map_, out, A, V), generate
 
 
-
 def _four(builder, lanes):
     """The sums of four vectors' lanes, as one vector of four: within quarters of the vectors first."""
 

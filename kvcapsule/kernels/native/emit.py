@@ -92,4 +92,3 @@ class Sums:
 def literal(*sizes: Any) -> bool:
     """Whether sizes are known when the kernel is compiled: Numba asks again where they are not given as such."""
     return all(isinstance(size, types.IntegerLiteral) for size in sizes)
-

@@ -58,7 +58,11 @@ _known: dict[int, _Known] = {}
 def given(segment: Segment) -> Given | None:
     """None for a segment that no kernel covers."""
     known = _known.get(id(segment))
-    if known is not None and known.segment() is segment and all(t.data_ptr() == at for t, at in zip(known.tensors, known.places, strict=True)):
+    if (
+        known is not None
+        and known.segment() is segment
+        and all(t.data_ptr() == at for t, at in zip(known.tensors, known.places, strict=True))
+    ):
         told(known.tensors)
         return None if _learning(known.tensors) else known.given
     tensors = (*segment.entry_tensors(), *segment.parameter_tensors())

@@ -53,8 +53,11 @@ def fall(sums, factor, first, many, apart):
 
 
 @jit
-def ceilings(cap, tile, room, many, entries, entry, token):
-    """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees."""
+def ceilings(cap, tile, room, many, entries, entry, token, there):
+    """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees; there[tile]: how many there were."""
+    if there[tile] == many and not entries.masked and not entries.hidden:
+        return
+    there[tile] = many
     at, first = tile * room, entry * entries.tokens + token
     for n in range(room):
         cap[at + n] = np.float32(np.inf) if n < many else _NONE

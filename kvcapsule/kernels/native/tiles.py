@@ -46,7 +46,7 @@ def attend(form, entries, query, scale, turn, score_map, value_map, keys, values
     length, width = (form.tokens + U(15)) // U(16) * U(16), (form.value_rows + U(15)) // U(16) * U(16)
     p = buffer(U(TILES) * rows * length)
     z, w = (buffer(U(TILES) * rows * form.key_rows), buffer(U(TILES) * rows * width)) if MAPPED else (p, p)
-    cap = buffer(U(TILES) * length)
+    cap, there = buffer(U(TILES) * length), np.full(TILES, length + U(1), np.uint64)
     sums = buffer(rows * form.value_channels * U(SUM))
     top, mass, factors = buffer(rows), buffer(rows), buffer(rows)
     to_tokens, to_rows = buffer(form.key_rows * length if MAPPED else U(0)), buffer(form.tokens * width if MAPPED else U(0))
@@ -72,7 +72,7 @@ def attend(form, entries, query, scale, turn, score_map, value_map, keys, values
             pairs = (tiles + U(1)) // U(2)
             for tile in range(U(2) * pairs):
                 entry, token, many = part(entries, order, first + min(tile, tiles - U(1)), form.tokens, MAPPED)
-                ceilings(cap, tile, length, many if tile < tiles else U(0), entries, entry, token)
+                ceilings(cap, tile, length, many if tile < tiles else U(0), entries, entry, token, there)
             meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set_, blocks, z)
             if MAPPED:
                 for i in range(pairs * blocks):
@@ -83,7 +83,9 @@ def attend(form, entries, query, scale, turn, score_map, value_map, keys, values
             else:
                 for tile in range(tiles):
                     entry, token, many = part(entries, order, first + tile, form.tokens, MAPPED)
-                    corrected(p, (tile // U(2) * rows * U(2) + tile % U(2)) * length, U(2) * length, form.each, entries, entry, set_, token, many)
+                    corrected(
+                        p, (tile // U(2) * rows * U(2) + tile % U(2)) * length, U(2) * length, form.each, entries, entry, set_, token, many
+                    )
             if soften(p, rows, U(2) * pairs, length, cap, top, mass, factors):
                 lower(form, room, sums, factors, rows, width)
             if MAPPED:

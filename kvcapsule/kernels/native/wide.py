@@ -130,7 +130,6 @@ def exp(typing_context, lanes):
     return _WIDE(_WIDE), generate
 
 
-
 @intrinsic
 def fetch(typing_context, array, at):
     """Brings the line of the cache that array[at] is in, without waiting for it."""
