@@ -20,7 +20,6 @@ import torch
 from ..kernels.pack import pack
 from ..packing import GROUP, WIDTHS, spread
 
-
 TOGETHER = 16
 """Channels whose sums stay in a core's first cache."""
 

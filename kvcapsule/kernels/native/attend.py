@@ -1,7 +1,7 @@
 """Attention over segments on the CPU: one pass over each segment that a kernel covers, the reference's steps for all others."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def _empty(rows: int, dim: int) -> Sums:
     return Sums(np.zeros(rows * dim, np.float32), np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _block(rows: int) -> int:
     """The block size that fills up least; the largest of those."""
     return min(BLOCKS, key=lambda size: (-(-rows // size) * (size + 1), -size))

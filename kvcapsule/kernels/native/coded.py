@@ -5,10 +5,9 @@ width, 8, 4, 3, 2, 1 and 0, that add to the same sums; tables of 32 bits say whe
 of rows it meets (`place`).
 """
 
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
-
-from llvmlite import ir
 
 from ...packing import GROUP, WIDTHS
 from .emit import BYTE, FLOAT, FLOATS, HALF, INT, INTS, LONG, Array, Sums, along, constant, fma, ints, literal, splat, whole
@@ -23,19 +22,20 @@ def _each(numbers):
     return ints([n for n in numbers for _ in (0, 1)])
 
 
-def _codes(builder, packed, first, second, width):
+def _codes(builder, packed, at, width):
     """The codes of two cells that begin at two bytes, as integers."""
+    first, second = at
     if width == 8:
         eight = ir.VectorType(BYTE, GROUP)
-        low, high = (packed.load(at, eight) for at in (first, second))
+        low, high = (packed.load(begin, eight) for begin in (first, second))
         order = [i + GROUP * j for i in range(GROUP) for j in (0, 1)]
         return builder.zext(builder.shuffle_vector(low, high, ints(order)), INTS)
     words = []
-    for at in (first, second):
-        word = packed.load(at, {1: BYTE, 2: HALF, 3: HALF, 4: INT}[width])
+    for begin in (first, second):
+        word = packed.load(begin, {1: BYTE, 2: HALF, 3: HALF, 4: INT}[width])
         word = word if width == 4 else builder.zext(word, INT)
         if width == 3:
-            beyond = builder.zext(packed.load(builder.add(at, whole(2)), BYTE), INT)
+            beyond = builder.zext(packed.load(builder.add(begin, whole(2)), BYTE), INT)
             word = builder.or_(word, builder.shl(beyond, ir.Constant(INT, 16)))
         words.append(word)
     # Both words as one number of 64 bits are sent to all lanes at once.
@@ -77,7 +77,7 @@ def key_cells(typing_context, packed, base, base0, runs, runs0, byte, place, ste
                 for pair in range(many):
                     numbers = moved
                     if width:
-                        codes = _codes(builder, packed, *(builder.add(b, at) for b in bases[2 * pair : 2 * pair + 2]), width)
+                        codes = _codes(builder, packed, [builder.add(b, at) for b in bases[2 * pair : 2 * pair + 2]], width)
                         codes = builder.sitofp(codes, FLOATS)
                         numbers = builder.fadd(builder.fmul(codes, scale, flags=("contract",)), moved, flags=("contract",))
                     here = builder.add(builder.add(q0, builder.mul(qp, whole(pair))), channel)
@@ -118,7 +118,7 @@ def value_cells(typing_context, packed, base, base0, runs, runs0, byte, group, c
                 spots = [builder.add(spot, whole(16 * r)) for r in range(rows)]
                 total = [out.load(here) for here in spots]
                 for pair in range(many):
-                    codes = _codes(builder, packed, *(builder.add(b, at) for b in bases[2 * pair : 2 * pair + 2]), width)
+                    codes = _codes(builder, packed, [builder.add(b, at) for b in bases[2 * pair : 2 * pair + 2]], width)
                     codes = builder.fsub(builder.sitofp(codes, FLOATS), constant((2**width - 1) / 2))
                     numbers = builder.fmul(codes, scale)
                     here = builder.add(weights, builder.mul(wp, whole(pair)))

@@ -30,4 +30,5 @@ def special(function: Callable[..., Any], suffix: str, **names: Any) -> Kernel:
     made = FunctionType(function.__code__, {**function.__globals__, **names}, f"{function.__name__}_{suffix}", function.__defaults__)
     # Machine code is kept under this name.
     made.__qualname__, made.__module__ = made.__name__, function.__module__
-    return jit(made)
+    compiled: Kernel = jit(made)
+    return compiled

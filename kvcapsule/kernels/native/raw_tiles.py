@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .blocks import rows_by_map, rows_by_rows
-from .forms import TILES, Array, Size, buffer, part
+from .entries import part
+from .forms import TILES, Array, Size, buffer
 from .jit import U
 from .softmax import fall
 from .turned import turned_back
-from .wide import fetch
 
 ROWS, PART, MAPPED = 8, 4, True
 
@@ -31,7 +31,8 @@ class Room(NamedTuple):
 def make(form, keys, values, turn, blocks, length, width):
     rows = blocks * U(ROWS)
     return Room(
-        buffer(rows * form.dim), buffer(U(TILES) * rows * form.dim), buffer(form.value_rows * form.dim), U(1), form.key_rows if MAPPED else length
+        buffer(rows * form.dim), buffer(U(TILES) * rows * form.dim), buffer(form.value_rows * form.dim),
+        U(1), form.key_rows if MAPPED else length,
     )  # fmt: skip
 
 
@@ -80,8 +81,8 @@ def add(form, room, values, entries, order, first, tiles, set_, blocks, length, 
             if not seen:
                 for n in range(many):
                     there = cap[tile * length + n] > 0
-                    for d in range(dim):
-                        room.values[n * dim + d] = x[x0 + n * apart + d] if there else np.float32(0)
+                    for i in range(dim):
+                        room.values[n * dim + i] = x[x0 + n * apart + i] if there else np.float32(0)
                 x, x0, apart = room.values, U(0), dim
         for row in range(U(0), rows, U(PART)):
             w0 = ((tile // U(2) * rows + row) * U(2) + tile % U(2)) * width

@@ -54,7 +54,10 @@ def fall(sums, factor, first, many, apart):
 
 @jit
 def ceilings(cap, tile, room, many, entries, entry, token, there):
-    """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees; there[tile]: how many there were."""
+    """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees.
+
+    there[tile] is how many there were before.
+    """
     if there[tile] == many and not entries.masked and not entries.hidden:
         return
     there[tile] = many

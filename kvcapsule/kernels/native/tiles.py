@@ -7,15 +7,22 @@ up falls. Rows are query rows of the set, in blocks of a literal size (`ROWS`) t
 `kernel` makes the kernel for a block size and a kind of stored rows; what reads these is in coded_tiles.py and raw_tiles.py.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
 from . import coded_tiles, products, raw_tiles
-from .forms import TILES, buffer, part, sorted_entries
-from .joined import join
+from .coded_tiles import add, begin, end, lower, make, meet, open_set
+from .entries import part, sorted_entries
+from .forms import TILES, buffer
 from .jit import Kernel, U, jit, special
+from .joined import join
+from .products import score
+from .products import weigh_pairs as weigh
 from .softmax import ceilings, corrected, soften
+
+ROWS, MAPPED, SUM = 8, True, 16
+"""Of coded rows, as are the functions that are imported; `kernel` puts others in their place. SUM: numbers that a sum is kept as."""
 
 BLOCKS = {1: (1, 4), 2: (2, 4), 4: (4, 2), 7: (7, 2), 8: (4, 2)}
 """Rows of a block, and how many of them and of vectors behind them have their sums in registers at once (for pairs of tiles)."""
@@ -101,7 +108,7 @@ KINDS = {"coded": (coded_tiles, True), "raw": (raw_tiles, True), "plain": (raw_t
 """Kinds of stored rows, and whether there are maps along the tokens."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(block: int, kind: str) -> Kernel:
     """The kernel for a kind of KINDS, with query rows in blocks of a size of BLOCKS."""
     (reading, mapped), suffix = KINDS[kind], f"{kind}_{block}"

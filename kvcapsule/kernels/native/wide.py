@@ -51,7 +51,12 @@ def store(typing_context, array, at, lanes):
 @intrinsic
 def plus(typing_context, z, x, y):
     """z + x y."""
-    return _WIDE(_WIDE, _WIDE, _WIDE), lambda context, builder, signature, arguments: fma(builder, *arguments[1:], arguments[0])
+
+    def generate(context, builder, signature, arguments):
+        z, x, y = arguments
+        return fma(builder, x, y, z)
+
+    return _WIDE(_WIDE, _WIDE, _WIDE), generate
 
 
 @intrinsic
