@@ -10,7 +10,6 @@ Whole classes of equal cells are what a kernel can walk without a branch; a cell
 scores.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -62,25 +61,6 @@ class CellLayout:
         return torch.cat(runs, dim=1) if runs else codes.new_empty(len(codes), 0)
 
 
-class Walk(NamedTuple):
-    """The coded cells in an order to go through them, n in all: widths 8, 4, 3, 2 and 1, within a width set by set; int64."""
-
-    start: torch.Tensor
-    """[5, S]: where a width's bytes begin in an entry."""
-    first: torch.Tensor
-    """[5, S]: the first cell of a width and a set."""
-    number: torch.Tensor
-    """[5, S]: of its cells."""
-    rank: torch.Tensor
-    """[n]: each cell's place among those of its width in an entry's bytes."""
-    group: torch.Tensor
-    """[n]: its group of eight rows."""
-    channel: torch.Tensor
-    """[n]."""
-    cells: torch.Tensor
-    """[n]: its number over sets, groups and channels."""
-
-
 class Runs(NamedTuple):
     """All cells of the matrix, n in all, set by set in runs of one width: 8, 4, 3, 2, 1 and 0; int32."""
 
@@ -123,17 +103,6 @@ class Coding:
         return cells.view(self.widths.shape)
 
     @cached_property
-    def by_group(self) -> "Walk":
-        """Within a width and a set a group after the other: as they are stored."""
-        return self._walk(lambda cells: cells)
-
-    @cached_property
-    def by_channel(self) -> "Walk":
-        """Within a width and a set a channel after the other."""
-        _, groups, channels = self.widths.shape
-        return self._walk(lambda cells: cells // (groups * channels) * channels + cells % channels)
-
-    @cached_property
     def runs_of_groups(self) -> Runs:
         """Of each group of eight rows."""
         groups = self.widths.shape[1]
@@ -159,16 +128,6 @@ class Coding:
         bounds = torch.cat([first, ends[..., -1:]], dim=-1)
         tables = (bounds, self.cells.flatten()[cell] // 16, cell // channels % groups, cell % channels, cell)
         return Runs(*(table.to(torch.int32).contiguous() for table in tables))
-
-    def _walk(self, key: Callable[[torch.Tensor], torch.Tensor]) -> "Walk":
-        kinds, (sets, groups, channels) = {kind.width: kind for kind in self.layout.classes}, self.widths.shape
-        listed = [kinds.get(width, CellClass(width, 0, self.layout.none)) for width in sorted(WIDTHS, reverse=True)]
-        orders = [key(kind.cells).argsort(stable=True) for kind in listed]
-        cells = torch.cat([kind.cells[order] for kind, order in zip(listed, orders, strict=True)])
-        counts = torch.stack([(kind.cells // (groups * channels)).bincount(minlength=sets) for kind in listed])
-        firsts = counts.flatten().cumsum(0).view_as(counts) - counts
-        starts = torch.tensor([[kind.start] * sets for kind in listed])
-        return Walk(starts, firsts, counts, torch.cat(orders), cells // channels % groups, cells % channels, cells)
 
     @cached_property
     def order(self) -> torch.Tensor:

@@ -27,18 +27,17 @@ class Piece(NamedTuple):
     part: int
 
 
-def pieces(units: int, tokens: int, work: int, partable: bool = True, block: int = 64) -> list[Piece]:
+def pieces(units: int, tokens: int, work: int, block: int = 64) -> list[Piece]:
     """Pieces of about equal size.
 
     Args:
         units: entries times heads.
         tokens: of each unit.
         work: multiply-adds in all.
-        partable: whether a unit's tokens may be shared out, where there are fewer units than threads.
         block: tokens that stay together.
     """
     many = threads(work)
-    if units >= many or not partable:
+    if units >= many:
         cuts = _cuts(units, min(many, units), 1)
         return [Piece(begin, end, 0, tokens, 0) for begin, end in cuts]
     return [Piece(0, units, since, until, part) for part, (since, until) in enumerate(_cuts(tokens, many, block))]
