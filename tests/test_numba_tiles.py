@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import HEADS, OWNERS, Draw, of_cell_width, of_odd_size, query_of, with_hidden_tokens
+from drawn import HEADS, OWNERS, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
 
 from kvcapsule.frame import Frame
 from kvcapsule.kernels import reference
@@ -171,6 +171,27 @@ def test_what_is_covered() -> None:
         half = replace(plain, keys=plain.keys.half(), values=plain.values.half())  # type: ignore[union-attr]
         for other in (draw.raw([0], 5, dim=8), half, replace(raw, bias=draw(1, HEADS, 9)), replace(coded, out_map=None)):
             assert given(other) is None
+
+
+def test_beside_what_is_not_covered() -> None:
+    """Few-bit rows, entries of single heads and a masked tail, each with what it needs to know of the others."""
+    draw, query = Draw(), query_of(3, 2, batch=2, dim=DIM)
+    tail = draw.raw([0, 1], 7, dim=DIM)
+    seen = torch.rand(2, 2, 7, generator=draw.generator) > 0.4
+    few = quantised(draw.raw([1, 0], 30, dim=DIM), 4, 2)
+    alone = Segment(draw(3, 1, 6, DIM), draw(3, 1, 6, DIM), torch.tensor([0, 1, 1]), head=torch.tensor([1, 0, 1]))
+    for rest in ([few], [alone], [few, alone]):
+        assert error(query, [retained(draw, [0, 1, 1], 20, 5, 6), *rest, tail], seen) < SINGLE
+
+
+def test_rows_that_are_fetched_for_a_query_are_the_references() -> None:
+    class Fetching(Segment):
+        def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> Segment:
+            return replace(self, keys=-self.keys)  # type: ignore[operator]
+
+    plain = Draw().raw([0, 1], 7, dim=DIM)
+    fetching = Fetching(plain.keys, plain.values, plain.owner)
+    assert error(query_of(batch=2, dim=DIM), [fetching, Draw(1).raw([0, 1], 3, dim=DIM)]) < SINGLE
 
 
 def test_gradients_are_the_references() -> None:

@@ -42,7 +42,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
 
         run(one, range(shares))
     if rest:
-        out, top, mass = reference.summed(query, rest, scale, visible, COMPILED)
+        out, top, mass = reference.summed(query, rest, scale, visible if rest[-1] is segments[-1] else None, COMPILED)
         parts.append(Sums(*(flat(x.contiguous()) for x in (out, top.masked_fill(top == torch.inf, -torch.inf), mass))))
     result = torch.empty_like(query, memory_format=torch.contiguous_format)
     finish(tuple(parts), U(batch * query_heads * queries), U(dim), flat(result))
@@ -53,15 +53,18 @@ def _parted(query: torch.Tensor, segments: Sequence[Segment], visible: torch.Ten
     """What kernels are given, and segments that they do not cover."""
     if query.dtype != torch.float32 or (torch.is_grad_enabled() and query.requires_grad) or not query.numel():
         return [], list(segments)
-    covered, rest = [], []
-    for i, segment in enumerate(segments):
-        made = given(segment)
-        if made is None or query.shape[1] // (made.sets * made.heads) * query.shape[2] > _MOST_ROWS:
-            rest.append(segment)
-        else:
-            last = visible is not None and i == len(segments) - 1
-            covered.append(made._replace(entries=seen(made.entries, visible)) if last and visible is not None else made)
-    return covered, rest
+    made = [given(segment) for segment in segments]
+    for i, one in enumerate(made):
+        if one is not None and query.shape[1] // (one.sets * one.heads) * query.shape[2] > _MOST_ROWS:
+            made[i] = None
+    rest = [segment for segment, one in zip(segments, made, strict=True) if one is None]
+    if rest and all(segment.head is not None for segment in rest):
+        # How many KV heads there are, the reference learns from one that holds all of them.
+        made = [*made[:-1], None]
+        rest.append(segments[-1])
+    if visible is not None and (tail := made[-1]) is not None:
+        made[-1] = tail._replace(entries=seen(tail.entries, visible))
+    return [one for one in made if one is not None], rest
 
 
 def _empty(rows: int, dim: int) -> Sums:

@@ -82,6 +82,8 @@ def _learning(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _kind(s: Segment) -> str | None:
+    if type(s).for_query is not Segment.for_query:
+        return None
     if any(t is not None and t.dtype != torch.float32 for t in (s.score_map, s.value_map, s.q_map, s.out_map, s.value_mean, s.bias)):
         return None
     if s.frame is not None and s.frame.cos.dtype != torch.float32:
