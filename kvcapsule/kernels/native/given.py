@@ -72,9 +72,19 @@ def given(segment: Segment) -> Given | None:
     if kind is None:
         return None
     made = {"coded": _coded, "raw": _raw, "plain": _plain}[kind](segment)
-    number = id(segment)
-    _known[number] = _Known(weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, tuple(t.data_ptr() for t in tensors), made)
+    if _in_place(segment):
+        number = id(segment)
+        _known[number] = _Known(
+            weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, tuple(t.data_ptr() for t in tensors), made
+        )
     return made
+
+
+def _in_place(s: Segment) -> bool:
+    """Whether a kernel reads all where it is: of a copy nobody would know when it is out of date."""
+    small = [s.owner, s.mask, s.value_mean, s.q_map, *(() if s.frame is None else s.frame.tensors())]
+    codings = [rows.coding for rows in (s.keys, s.values) if isinstance(rows, CodedRows)]
+    return all(t is None or t.is_contiguous() for t in (*small, *(t for c in codings for t in (c.widths, c.step, c.offset))))
 
 
 def _learning(tensors: Sequence[torch.Tensor]) -> bool:
