@@ -78,7 +78,7 @@ def test_each_kind(kind: str, random_segment: Callable[..., Segment], threads: i
     with torch.no_grad():
         attended(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)])
     # Coded cells are read in one pass over their tiles (test_numba_tiles.py), or by the reference.
-    assert ("products" in left) == (kind in ("coded", "joint", "mlp"))
+    assert ("products" in left) == (kind in ("coded", "joint", "stack", "mlp"))
     assert error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)]) < SINGLE
 
 

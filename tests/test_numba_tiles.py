@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from builders import cross_layer_capsule, prefill
 from drawn import HEADS, OWNERS, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
 
 from kvcapsule.frame import Frame
@@ -19,6 +20,7 @@ from kvcapsule.kernels.native.flat import watched
 from kvcapsule.kernels.native.given import given
 from kvcapsule.kernels.native.jit import U, jit
 from kvcapsule.packing import WIDTHS
+from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segment import Segment
 
 SINGLE, DIM = 1e-5, 16
@@ -240,3 +242,25 @@ def test_exponentials() -> None:
     _exponentials(x, out)
     np.testing.assert_allclose(out[:4096], np.exp(x[:4096].astype(np.float64)), rtol=3e-7)
     assert not out[4096:].any()
+
+
+@pytest.mark.parametrize("joint_heads", [1, 2])
+def test_a_stack_is_read_in_one_pass_by_each_of_its_layers(joint_heads: int, threads: int) -> None:
+    """One code as keys and as values, and a part of the maps each."""
+    capsule = cross_layer_capsule(joint_heads=joint_heads, channels=37)
+    of = [single(prefill(layer)) for layer in (0, 1)]
+    run = capsule.start([0, 1])
+    done = [compressed for p in of for _, compressed in run.add(p)]
+    outputs = []
+    for p, (visual, text) in zip(of, done, strict=True):
+        assert visual[0].keys is visual[0].values and given(visual[0]) is not None
+        assert error(p.query[:, :, -1:].contiguous(), [*visual, *text], scale=p.scale) < SINGLE
+        outputs.append(native.attend(of[0].query[:, :, -1:].contiguous(), [visual[0], *text], p.scale))
+    assert not torch.allclose(*outputs, atol=1e-2)
+
+
+def single(of: LayerPrefill) -> LayerPrefill:
+    rotation = of.position_embeddings
+    assert rotation is not None
+    floats = {name: getattr(of, name).float() for name in ("keys", "values", "query")}
+    return replace(of, **floats, position_embeddings=(rotation[0].float(), rotation[1].float()), shared={})
