@@ -191,6 +191,7 @@ def test_two_processes_solve_the_same_bases_as_one(family: str, tmp_path: Path) 
         (["--transform.joint_heads", "3"], "does not divide the model's 2 KV heads"),
         (["--transform.allocation", "best"], "neither output, pyramid nor uniform"),
         (["--transform.key_bits", "1"], "give both or neither"),
+        (["--transform.joint_layers", "2"], "the family transform codes each layer by itself"),
         (["--family", "magic"], "choose one of transform, cross-layer, kvcapsule, compact"),
     ],
 )
