@@ -71,14 +71,12 @@ class CrossLayerFit(TransformFit):
         return codec
 
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
-        found = []
+        found: list[Segment] = []
         for index, stack in enumerate(self.stacks):
             transform = self._of(index)
             sums = torch.stack([transform.across(p, layers[i].keys.float(), layers[i].values.float()) for p, i in enumerate(stack)]).sum(0)
             rows = coded(transform, transform.coefficients(sums))
-            for place, i in enumerate(stack):
-                keys, values = transform.parts(place, rows)
-                found.append(Segment(owner=layers[i].owner, frame=layers[i].frame, **keys._asdict(), **values._asdict()))
+            found += [transform.encoded(place, rows).segment(layers[i].owner, layers[i].frame) for place, i in enumerate(stack)]
         return found
 
     def derived(self) -> Table:
