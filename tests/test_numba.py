@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from drawn import DIM, HEADS, OWNERS, SCALE, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
+from drawn import DIM, HEADS, OWNERS, SCALE, Draw, of_odd_size, quantised, query_of, with_hidden_tokens
 
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.native import dense, read, share
@@ -77,7 +77,8 @@ def test_each_kind(kind: str, random_segment: Callable[..., Segment], threads: i
     segments = [random_segment(kind, owner, seed, torch.float32) for seed, owner in enumerate(OWNERS)]
     with torch.no_grad():
         attended(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)])
-    assert left == ["products"] * 2 * (kind == "mlp")
+    # Coded cells are read in one pass over their tiles (test_numba_tiles.py), or by the reference.
+    assert ("products" in left) == (kind in ("coded", "joint", "mlp"))
     assert error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)]) < SINGLE
 
 
@@ -91,19 +92,6 @@ def test_odd_sizes(tokens: int, threads: int) -> None:
 def test_widths_of_few_bit_rows(bits: int, threads: int) -> None:
     draw = Draw(bits)
     assert error(query_of(batch=1), [quantised(draw.raw([0], 77), bits, bits), draw.raw([0], 3)]) < SINGLE
-
-
-@pytest.mark.parametrize("width", [0, *WIDTHS])
-def test_widths_of_cells(width: int) -> None:
-    assert error(query_of(batch=1), of_cell_width(width)) < SINGLE
-
-
-def test_many_tiles_of_many_rows(threads: int) -> None:
-    """Tiles of one row are added up before their channels are: whether they lie together or not."""
-    draw = Draw()
-    for owner in ([0, 0, 0, 1, 1, 2], [2, 0, 1, 0, 2, 0]):
-        segments = [draw.transform(owner, 12, (2, 5), (3, 4), joint=2), draw.raw([0, 1, 2], 4)]
-        assert error(query_of(batch=3), segments) < SINGLE
 
 
 def test_several_queries_see_a_causal_tail_in_a_larger_buffer(threads: int) -> None:
@@ -175,16 +163,6 @@ def test_gradients_are_the_references(random_segment: Callable[..., Segment]) ->
         reference.attend(query, [segment], SCALE, reading=reading).square().sum().backward()
         gradients.append(query.grad)
     assert gradients[0] is not None and gradients[0].norm() > 0 and torch.equal(*gradients)
-
-
-def test_a_step_that_was_trained_since_is_read() -> None:
-    """The tables of a coding are made once; what may be learned is not in them."""
-    draw = Draw()
-    segment = draw.transform([0], 6, (1, 3), (2, 3))
-    before = attended(query_of(batch=1), [segment])
-    segment.keys.coding.step.mul_(2)  # type: ignore[union-attr]
-    assert error(query_of(batch=1), [segment]) < SINGLE
-    assert not torch.allclose(attended(query_of(batch=1), [segment]), before)
 
 
 def test_many_threads_may_attend_at_once(threads: int) -> None:

@@ -12,7 +12,6 @@ scores.
 
 import copy
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,6 +20,9 @@ import torch
 
 from ..kernels.pack import pack
 from ..packing import GROUP, WIDTHS, spread
+
+TOGETHER = 16
+"""Channels whose sums stay in a core's first cache."""
 
 
 class CellClass:
@@ -61,22 +63,18 @@ class CellLayout:
         return torch.cat(runs, dim=1) if runs else codes.new_empty(len(codes), 0)
 
 
-class Walk(NamedTuple):
-    """The coded cells in an order to go through them, n in all: widths 8, 4, 3, 2 and 1, within a width set by set; int64."""
+class Runs(NamedTuple):
+    """All cells of the matrix, n in all, set by set in runs of one width: 8, 4, 3, 2, 1 and 0; int32."""
 
-    start: torch.Tensor
-    """[5, S]: where a width's bytes begin in an entry."""
-    first: torch.Tensor
-    """[5, S]: the first cell of a width and a set."""
-    number: torch.Tensor
-    """[5, S]: of its cells."""
-    rank: torch.Tensor
-    """[n]: each cell's place among those of its width in an entry's bytes."""
+    bounds: torch.Tensor
+    """[S, blocks, 7]: where each run begins, and where the last one ends."""
+    byte: torch.Tensor
+    """[n]: where a cell's bytes begin in an entry; nothing for one of width 0."""
     group: torch.Tensor
     """[n]: its group of eight rows."""
     channel: torch.Tensor
     """[n]."""
-    cells: torch.Tensor
+    cell: torch.Tensor
     """[n]: its number over sets, groups and channels."""
 
 
@@ -107,25 +105,31 @@ class Coding:
         return cells.view(self.widths.shape)
 
     @cached_property
-    def by_group(self) -> "Walk":
-        """Within a width and a set a group after the other: as they are stored."""
-        return self._walk(lambda cells: cells)
+    def runs_of_groups(self) -> Runs:
+        """Of each group of eight rows."""
+        groups = self.widths.shape[1]
+        return self._runs(torch.arange(groups)[:, None], groups)
 
     @cached_property
-    def by_channel(self) -> "Walk":
-        """Within a width and a set a channel after the other."""
-        _, groups, channels = self.widths.shape
-        return self._walk(lambda cells: cells // (groups * channels) * channels + cells % channels)
+    def runs_of_channels(self) -> Runs:
+        """Of each `TOGETHER` channels, within a run group by group."""
+        channels = self.widths.shape[2]
+        return self._runs(torch.arange(channels)[None] // TOGETHER, -(-channels // TOGETHER))
 
-    def _walk(self, key: Callable[[torch.Tensor], torch.Tensor]) -> "Walk":
-        kinds, (sets, groups, channels) = {kind.width: kind for kind in self.layout.classes}, self.widths.shape
-        listed = [kinds.get(width, CellClass(width, 0, self.layout.none)) for width in sorted(WIDTHS, reverse=True)]
-        orders = [key(kind.cells).argsort(stable=True) for kind in listed]
-        cells = torch.cat([kind.cells[order] for kind, order in zip(listed, orders, strict=True)])
-        counts = torch.stack([(kind.cells // (groups * channels)).bincount(minlength=sets) for kind in listed])
-        firsts = counts.flatten().cumsum(0).view_as(counts) - counts
-        starts = torch.tensor([[kind.start] * sets for kind in listed])
-        return Walk(starts, firsts, counts, torch.cat(orders), cells // channels % groups, cells % channels, cells)
+    def _runs(self, block: torch.Tensor, blocks: int) -> Runs:
+        """block [G or 1, C or 1]: that a cell is in."""
+        sets, groups, channels = self.widths.shape
+        order = (*sorted(WIDTHS, reverse=True), 0)
+        number = torch.zeros(max(order) + 1, dtype=torch.int64)
+        number[list(order)] = torch.arange(len(order))
+        line = torch.arange(sets)[:, None, None] * blocks + block
+        run = (line * len(order) + number[self.widths.to(torch.int64)]).flatten()
+        cell = run.argsort(stable=True)
+        ends = run.bincount(minlength=sets * blocks * len(order)).cumsum(0).view(sets, blocks, len(order))
+        first = torch.cat([ends.new_zeros(1), ends.flatten()[:-1]]).view_as(ends)
+        bounds = torch.cat([first, ends[..., -1:]], dim=-1)
+        tables = (bounds, self.cells.flatten()[cell] // 16, cell // channels % groups, cell % channels, cell)
+        return Runs(*(table.to(torch.int32).contiguous() for table in tables))
 
     @cached_property
     def order(self) -> torch.Tensor:

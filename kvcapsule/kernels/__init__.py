@@ -30,9 +30,9 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
 
 def _attend_by_numba(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None) -> torch.Tensor:
     """The reference's steps, with products by compiled kernels; a step that PyTorch compiles whole is the reference's."""
-    from .native.read import COMPILED
+    from .native.attend import attend as chosen
 
-    return reference_attend(query, segments, scale, visible, COMPILED)
+    return chosen(query, segments, scale, visible)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

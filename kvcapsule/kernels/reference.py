@@ -43,6 +43,18 @@ def attend(
 
     Returns: [B, H * G, Q, D] in the query's dtype.
     """
+    out, _, mass = summed(query, segments, scale, visible, reading)
+    out = out / mass.clamp_min(torch.finfo(out.dtype).tiny)[..., None]
+    return out.view(query.shape).to(query.dtype)
+
+
+def summed(
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None, reading: Reading | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention divides: sums of the values [B, H, G * Q, D], each query's greatest score and the sum of its weights [B, H, G * Q].
+
+    A token's weight is e^(score - greatest score). The greatest score of a query that sees no token is infinite.
+    """
     reading = reading or PLAIN
     if not segments:
         raise ValueError("attention needs at least one segment.")
@@ -77,8 +89,7 @@ def attend(
         masses = weights.sum(dim=-1).flatten(0, 1)
         mass = mass.flatten(0, 1).index_add(0, slot, masses).view_as(mass)
         out = out + _weighted(weights, masses, segment, (segment.owner, slot), seen, (batch, heads), reading)
-    out = out / mass.clamp_min(torch.finfo(work).tiny)[..., None]
-    return out.view(batch, query_heads, n_queries, dim).to(query.dtype)
+    return out, top, mass
 
 
 def segment_partial(

@@ -6,6 +6,7 @@ access, and then no loop becomes vector instructions. An unsigned number beside 
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -18,3 +19,16 @@ Kernel = Callable[..., Any]
 
 # Sums may be taken in any order; what is not a number stays so.
 jit = partial(numba.njit, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+def special(function: Callable[..., Any], suffix: str, **names: Any) -> Kernel:
+    """A function compiled with constants and functions of its own under some global names.
+
+    As a closure it would be compiled anew in every process: what a closure holds is part of Numba's key, and a compiled function in it has
+    another identity in each.
+    """
+    made = FunctionType(function.__code__, {**function.__globals__, **names}, f"{function.__name__}_{suffix}", function.__defaults__)
+    # Machine code is kept under this name.
+    made.__qualname__, made.__module__ = made.__name__, function.__module__
+    compiled: Kernel = jit(made)
+    return compiled

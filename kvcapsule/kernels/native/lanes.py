@@ -117,19 +117,3 @@ def plus(typing_context, lanes, x, y):
         return builder.fadd(lanes, builder.fmul(x, factors, flags=("contract",)), flags=("contract",))
 
     return _LANES(_LANES, _LANES, y), generate
-
-
-@intrinsic
-def total(typing_context, lanes):
-    """The sum of the lanes."""
-
-    def generate(context, builder, signature, arguments):
-        (rest,) = arguments
-        for width in (4, 2, 1):
-            order = ir.VectorType(_INT, width)
-            halves = [ir.Constant(order, [ir.Constant(_INT, first + i) for i in range(width)]) for first in (0, width)]
-            low, high = (builder.shuffle_vector(rest, rest, half) for half in halves)
-            rest = builder.fadd(low, high)
-        return builder.extract_element(rest, ir.Constant(_INT, 0))
-
-    return types.float32(_LANES), generate

@@ -1,19 +1,17 @@
 """Products with stored rows as `kvcapsule.kernels.reference` takes them, by the compiled kernels where these cover the rows.
 
 What they cover: queries and weights in fp32, up to 64 rows of them; raw fp32 rows that are dense along the channels and not too few,
-`QuantizedRows` and `CodedRows`; no gradients. Anything else is the reference's, by its form alone.
+`QuantizedRows`; no gradients. Anything else is the reference's, by its form alone.
 """
 
 from typing import Any
 
 import torch
 
-from ...codec.cells import CodedRows, Walk
-from ...packing import GROUP
 from ...quantize import QuantizedRows
 from ...segment import Rows
 from .. import reference
-from . import cells, fewbit, raw
+from . import fewbit, raw
 from .flat import flat
 from .jit import Kernel, U
 from .share import Piece, pieces, run
@@ -28,8 +26,6 @@ def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
     """See `reference.Reading`."""
     if not _covers(q_EHRD, rows):
         return reference.products(q_EHRD, rows)
-    if isinstance(rows, CodedRows):
-        return _cell_products(q_EHRD, rows).add_(reference.mapped(q_EHRD, rows.coding.offset.transpose(-1, -2)))
     q = q_EHRD.contiguous()
     out = q.new_zeros(*q.shape[:3], rows.shape[2])
     if isinstance(rows, QuantizedRows):
@@ -42,7 +38,7 @@ def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
     """See `reference.Reading`."""
-    if not _covers(weights_EHRM, rows) or isinstance(rows, CodedRows):
+    if not _covers(weights_EHRM, rows):
         return reference.sums(weights_EHRM, rows)
     weights = weights_EHRM.contiguous()
     parts = weights.new_zeros(torch.get_num_threads(), *weights.shape[:3], rows.shape[3])
@@ -56,11 +52,7 @@ def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def totals(weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
     """See `reference.Reading`."""
-    if not isinstance(rows, CodedRows) or not _covers(weights_EHRM, rows):
-        return reference.added_up(sums(weights_EHRM, rows), owner, batch, absent)
-    # Codes are numbers whatever they are the codes of, and have no weight where there is no token.
-    of_row = reference.by_row(weights_EHRM, owner, batch)
-    return _cell_totals(weights_EHRM, rows, owner, batch).add_(reference.mapped(of_row, rows.coding.offset))
+    return reference.added_up(sums(weights_EHRM, rows), owner, batch, absent)
 
 
 COMPILED = reference.Reading(products, sums, totals)
@@ -75,8 +67,6 @@ def _covers(x_EHRN: torch.Tensor, rows: Rows) -> bool:
         return much and dense and rows.dtype == torch.float32 and rows.shape[:2] == x_EHRN.shape[:2] and not _learning(x_EHRN, rows)
     if isinstance(rows, QuantizedRows):
         return rows.codes.is_contiguous() and not _learning(x_EHRN, rows.step, rows.zero)
-    if isinstance(rows, CodedRows):
-        return rows.packed.stride(1) == 1 and not _learning(x_EHRN, rows.coding.step, rows.coding.offset)
     return False
 
 
@@ -107,49 +97,6 @@ def _share(kernel: Kernel, given: tuple[Any, ...], parts: torch.Tensor, units: i
         kernel(*given, flat(out), U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
 
     run(call, pieces(units, tokens, work))
-
-
-def _cell_products(q: torch.Tensor, rows: CodedRows) -> torch.Tensor:
-    out = q.new_zeros(*q.shape[:3], rows.shape[2])
-    sets, work, tables, given = _walk(q, rows, rows.coding.by_group)
-
-    def call(piece: Piece) -> None:
-        cells.products(*tables, *given, flat(out), U(piece.begin), U(piece.end))
-
-    units = len(rows.packed) * sets
-    run(call, pieces(units, 1, units * work, partable=False))
-    return out
-
-
-def _cell_totals(weights: torch.Tensor, rows: CodedRows, owner: torch.Tensor, batch: int) -> torch.Tensor:
-    sets, work, tables, given = _walk(weights, rows, rows.coding.by_channel)
-    shared = pieces(sets, len(owner), len(owner) * sets * work, block=1)
-    parts = weights.new_zeros(shared[-1].part + 1, batch, *weights.shape[1:3], rows.shape[3])
-
-    def call(piece: Piece) -> None:
-        places = (U(piece.begin), U(piece.end), U(piece.since), U(piece.until))
-        cells.totals(*tables, flat(owner), *given, flat(parts[piece.part]), *places)
-
-    run(call, shared)
-    return _joined(parts)
-
-
-def _walk(x_EHRN: torch.Tensor, rows: CodedRows, walk: Walk) -> tuple[int, int, tuple[Any, ...], tuple[Any, ...]]:
-    """S; multiply-adds of an average set of an entry; the cells, and what they are multiplied with, as the kernels take them."""
-    coding, together = rows.coding, rows.coding.heads * x_EHRN.shape[2]
-    sets, groups, channels = coding.widths.shape
-    step = coding.step.detach().to(torch.float32).flatten()[walk.cells]
-    tables = (flat(rows.packed), U(rows.packed.stride(0)), *(table.numpy().view(U) for table in walk[:-1]), step.numpy())
-    x, strides = _by_set(x_EHRN, sets)
-    return sets, len(walk.cells) * GROUP * together // sets, tables, (flat(x), *map(U, (*strides, together, GROUP * groups, channels)))
-
-
-def _by_set(x_EHRN: torch.Tensor, sets: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """A tensor whose sets' rows lie one behind the other, and how far entries and sets are apart: products with maps put sets outermost."""
-    x_ESHRN = x_EHRN.unflatten(1, (sets, -1))
-    if not x_ESHRN[0, 0].is_contiguous():
-        x_ESHRN = x_ESHRN.contiguous()
-    return x_ESHRN, (x_ESHRN.stride(0), x_ESHRN.stride(1))
 
 
 def _joined(parts: torch.Tensor) -> torch.Tensor:

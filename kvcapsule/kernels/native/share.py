@@ -6,12 +6,15 @@ Plain Python threads, for the kernels let go of the interpreter's lock: not all 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 _LEAST = 2**20
 """Multiply-adds that are worth another thread: handing work over takes some 50 microseconds."""
+
+
+_Work = TypeVar("_Work")
 
 
 class Piece(NamedTuple):
@@ -24,21 +27,20 @@ class Piece(NamedTuple):
     part: int
 
 
-def pieces(units: int, tokens: int, work: int, partable: bool = True, block: int = 64) -> list[Piece]:
+def pieces(units: int, tokens: int, work: int, block: int = 64) -> list[Piece]:
     """Pieces of about equal size.
 
     Args:
         units: entries times heads.
         tokens: of each unit.
         work: multiply-adds in all.
-        partable: whether a unit's tokens may be shared out, where there are fewer units than threads.
         block: tokens that stay together.
     """
-    threads = max(1, min(torch.get_num_threads(), work // _LEAST))
-    if units >= threads or not partable:
-        cuts = _cuts(units, min(threads, units), 1)
+    many = threads(work)
+    if units >= many:
+        cuts = _cuts(units, min(many, units), 1)
         return [Piece(begin, end, 0, tokens, 0) for begin, end in cuts]
-    return [Piece(0, units, since, until, part) for part, (since, until) in enumerate(_cuts(tokens, threads, block))]
+    return [Piece(0, units, since, until, part) for part, (since, until) in enumerate(_cuts(tokens, many, block))]
 
 
 def _cuts(length: int, number: int, block: int) -> list[tuple[int, int]]:
@@ -46,7 +48,12 @@ def _cuts(length: int, number: int, block: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def run(kernel: Callable[[Piece], None], work: Sequence[Piece]) -> None:
+def threads(work: int) -> int:
+    """How many threads that many multiply-adds are worth."""
+    return max(1, min(torch.get_num_threads(), work // _LEAST))
+
+
+def run(kernel: Callable[[_Work], None], work: Sequence[_Work]) -> None:
     """The kernel on every piece; back when all are done."""
     if len(work) == 1:
         kernel(work[0])

@@ -1,0 +1,74 @@
+"""Products of the queries' rows with the maps of a set, for rows in blocks of a literal size: what is left out of a block is padding.
+
+`ROWS` (of a block), `PART` and `VECTORS` (rows and vectors of sums that are in registers at once) are put in by `tiles.kernel`.
+"""
+
+from .blocks import pairs_by_map, rows_by_map
+from .jit import U, jit
+
+ROWS, PART, VECTORS = 8, 4, 2
+
+
+def score(z, z0, tile, step, length, map_, room, out, o0):
+    """A pair of tiles: out [R, 2, room] = z [R, ...] map [length, room]; a row's products are `step` apart, those of the tiles `tile`."""
+    row = U(2) * length
+    for a in range(U(0), U(ROWS), U(PART)):
+        x, o = z0 + a * row, o0 + a * U(2) * room
+        n = U(0)
+        while n + U(16 * VECTORS) <= room:
+            rows_by_map(z, x, row, tile, step, map_, n, room, length, out, o + n, U(2) * room, room, PART, 2, VECTORS, 0)
+            n += U(16 * VECTORS)
+        while n < room:
+            rows_by_map(z, x, row, tile, step, map_, n, room, length, out, o + n, U(2) * room, room, PART, 2, 1, 0)
+            n += U(16)
+
+
+def weigh(p, p0, room, length, map_, width, out, o0):
+    """A pair of tiles: out [R, 2, width] = p [R, 2, room] map [length, width]."""
+    row = U(2) * room
+    for a in range(U(0), U(ROWS), U(PART)):
+        x, o = p0 + a * row, o0 + a * U(2) * width
+        n = U(0)
+        while n + U(16 * VECTORS) <= width:
+            rows_by_map(p, x, row, room, U(1), map_, n, width, length, out, o + n, U(2) * width, width, PART, 2, VECTORS, 0)
+            n += U(16 * VECTORS)
+        while n < width:
+            rows_by_map(p, x, row, room, U(1), map_, n, width, length, out, o + n, U(2) * width, width, PART, 2, 1, 0)
+            n += U(16)
+
+
+def weigh_pairs(p, p0, room, length, map_, width, out, o0):
+    """The same with the tiles side by side and groups of eight outside: out [width / 8, R, 8, 2]."""
+    row, group = U(2) * room, U(16 * ROWS)
+    for a in range(U(0), U(ROWS), U(PART)):
+        x, o = p0 + a * row, o0 + a * U(16)
+        n = U(0)
+        while n + U(16 * VECTORS) <= width:
+            pairs_by_map(p, x, row, room, U(1), map_, n, width, length, out, o + n // U(8) * group, U(16), group, PART, VECTORS)
+            n += U(16 * VECTORS)
+        while n < width:
+            pairs_by_map(p, x, row, room, U(1), map_, n, width, length, out, o + n // U(8) * group, U(16), group, PART, 1)
+            n += U(16)
+
+
+@jit
+def turn_tiles(x, x0, length, pairs, map_, m0, apart, width, out, o0, beyond):
+    """`pairs` pairs of tiles, x [2 pairs, length] with a row's map [length, width]: out [pairs, width, 2], pairs `beyond` apart."""
+    n = U(0)
+    while n < width:
+        p = U(0)
+        while p + U(4) <= pairs and n + U(32) <= width:
+            pairs_by_map(
+                x, x0 + p * U(2) * length, U(2) * length, length, U(1), map_, m0 + n, apart, length,
+                out, o0 + p * beyond + n * U(2), beyond, U(16), 4, 2,
+            )  # fmt: skip
+            p += U(4)
+        while p < pairs:
+            first, many = x0 + p * U(2) * length, min(U(2), (width - n) // U(16))
+            for v in range(many):
+                pairs_by_map(
+                    x, first, U(2) * length, length, U(1), map_, m0 + n + v * U(16), apart, length,
+                    out, o0 + p * beyond + n * U(2) + v * U(32), beyond, U(16), 1, 1,
+                )  # fmt: skip
+            p += U(1)
+        n += U(32)
