@@ -70,7 +70,7 @@ class CapsuleLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.method, self.room = index, method, room
         self.is_compileable = room is not None
-        self.turn = Turn([], None, None, {}, LayerByLayer(method), {index: self})
+        self.turn = self.idle()
         self.visual: list[Segment] = []
         self.text: list[Segment] = []
         self.before = 0
@@ -87,6 +87,15 @@ class CapsuleLayer(CacheLayerMixin):
         """What the cache's layers have in common while their rows are selected, so that it stays in one place."""
         self.record_past = False
         self._held: LayerPrefill | None = None
+
+    def idle(self) -> Turn:
+        """Of no forward."""
+        return Turn([], None, None, {}, LayerByLayer(self.method), {self.index: self})
+
+    @property
+    def waits(self) -> bool:
+        """Whether a prefill is yet to be compressed (see activate_past_recording)."""
+        return self._held is not None
 
     @property
     def fresh(self) -> bool:
@@ -336,8 +345,7 @@ class CapsuleCache(Cache):
             ValueError: if the forward brings embeddings alone, from which visual tokens cannot be told.
         """
         attention.forget()
-        for layer in self._own():
-            layer.settle()
+        self._settle()
         layers = {layer.index: layer for layer in self._own()}
         turn = Turn([], None, None, {}, start(self.method, list(layers)), layers)
         if input_ids is None:
@@ -351,9 +359,9 @@ class CapsuleCache(Cache):
         self._set(turn)
 
     def end(self) -> None:
-        """The forward is over: what it brought is not of the next; called by the hook that `attach` sets."""
+        """The forward is over: what it brought is let go, but for layers that wait; called by the hook that `attach` sets."""
         for layer in self._own():
-            layer.turn = layer.turn._replace(spans=[])
+            layer.turn = layer.turn._replace(spans=[]) if layer.waits else layer.idle()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must be known."""
@@ -387,9 +395,19 @@ class CapsuleCache(Cache):
         with self._selecting():
             super().batch_select_indices(indices)
 
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        self._settle()
+        super().offload(layer_idx, only_non_sliding)
+
+    def _settle(self) -> None:
+        """Compress prefills that waited, in all layers: a method may give what it makes of one layer with that of a later one."""
+        for layer in self._own():
+            layer.settle()
+
     @contextmanager
     def _selecting(self) -> Iterator[None]:
         """While rows of the batch are selected: all layers select the same ones."""
+        self._settle()
         shared = Shared()
         for layer in self._own():
             layer.shared = shared

@@ -19,7 +19,7 @@ class Run(Protocol):
     """One forward's compression, layer by layer."""
 
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        """Take the next layer; returns the layers that are compressed now, by their index: this one, none yet, or all at the last."""
+        """Take the next layer; returns the layers that are compressed now, by their index: this one, none yet, or several at their last."""
 
 
 class LayerByLayer:

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from .codec import CodecConfig, KeyPart, StackCodec, StackEncoding, ValuePart
+from .codec import CodecConfig, StackCodec, StackEncoding
 from .frame import Frame
 from .geometry import KVGeometry
 from .prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
-from .segment import Segment
 
 
 def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry) -> tuple[Tiles | None, Compressed]:
@@ -67,12 +66,10 @@ class StackRun:
         self.waiting.append(_Waiting(prefill.layer, tiles.owner, tiles.frame, raw))
         if prefill.layer != self.last[stack]:
             return []
-        parts = self.encoding.finish([of.layer % self.config.stacked for of in self.waiting])
-        done = [(of.layer, _compressed(of, *part)) for of, part in zip(self.waiting, parts, strict=True)]
+        all_encoded = self.encoding.finish([of.layer % self.config.stacked for of in self.waiting])
+        done = [
+            (of.layer, Compressed([encoded.segment(of.owner, of.frame), *of.raw.visual], of.raw.text))
+            for of, encoded in zip(self.waiting, all_encoded, strict=True)
+        ]
         self.encoding, self.waiting = None, []
         return done
-
-
-def _compressed(of: _Waiting, keys: KeyPart, values: ValuePart) -> Compressed:
-    segment = Segment(owner=of.owner, frame=of.frame, **keys._asdict(), **values._asdict())
-    return Compressed([segment, *of.raw.visual], of.raw.text)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from builders import cross_layer_capsule
 from running import Model
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
@@ -90,6 +91,13 @@ METHODS: dict[str, Callable[[Any], Method]] = {
 def test_a_layer_is_compressed_before_the_next_one_runs(name: str, deep: Any, batch: BatchFeature, bare: int) -> None:
     most, stored = peak(deep, batch, CapsuleCache(deep.config, METHODS[name](deep)))
     assert most <= bare + stored + one_layer(batch)
+
+
+def test_of_a_stack_of_layers_its_sum_waits(deep: Any, batch: BatchFeature, bare: int) -> None:
+    """Beside what is held of one layer: of six images of 196 tokens, 20 numbers of float32 a token and KV head."""
+    method = cross_layer_capsule(KVGeometry.from_config(deep.config), 49, joint_layers=4)
+    most, stored = peak(deep, batch, CapsuleCache(deep.config, method))
+    assert most <= bare + stored + one_layer(batch) + 6 * 196 * 2 * 20 * 4
 
 
 def test_the_measure_sees_what_is_held(deep: Any, batch: BatchFeature, bare: int) -> None:

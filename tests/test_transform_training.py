@@ -163,9 +163,12 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for(trained: Path) 
     assert metrics["output_error"] < 0.1 and metrics["kl"] < 0.1
 
 
-@pytest.mark.parametrize("family", ["transform", "cross-layer"])
-def test_two_processes_solve_the_same_bases_as_one(family: str, tmp_path: Path) -> None:
-    """Through the installed command, as torch.distributed with gloo: every step's rows are shared out, sums are added up."""
+@pytest.mark.parametrize(("family", "tolerance"), [("transform", 1e-5), ("cross-layer", 5e-3)])
+def test_two_processes_solve_the_same_bases_as_one(family: str, tolerance: float, tmp_path: Path) -> None:
+    """Through the installed command, as torch.distributed with gloo: every step's rows are shared out, sums are added up.
+
+    A stack has many axes of nearly equal weight, which rounding turns into each other by a thousandth; what they span it leaves.
+    """
     arguments = ["train", family, *QUICK, "--ratio", "20", "--transform.steps", "0"]
     found = []
     for extra in ([], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]):
@@ -177,7 +180,13 @@ def test_two_processes_solve_the_same_bases_as_one(family: str, tmp_path: Path) 
     one, two = found
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+        atol = tolerance * float(tensor.abs().max())
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    if family == "cross-layer":
+        span, other = (
+            torch.einsum("pswc,qsvc->pswqv", *(x[f"layers.0.transform.channels_{end}"].double() for end in ("in", "out"))) for x in found
+        )
+        torch.testing.assert_close(other, span, rtol=0, atol=1e-4 * float(span.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +200,7 @@ def test_two_processes_solve_the_same_bases_as_one(family: str, tmp_path: Path) 
         (["--transform.joint_heads", "3"], "does not divide the model's 2 KV heads"),
         (["--transform.allocation", "best"], "neither output, pyramid nor uniform"),
         (["--transform.key_bits", "1"], "give both or neither"),
+        (["--transform.joint_layers", "2"], "the family transform codes each layer by itself"),
         (["--family", "magic"], "choose one of transform, cross-layer, kvcapsule, compact"),
     ],
 )

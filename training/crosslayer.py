@@ -71,14 +71,12 @@ class CrossLayerFit(TransformFit):
         return codec
 
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
-        found = []
+        found: list[Segment] = []
         for index, stack in enumerate(self.stacks):
             transform = self._of(index)
             sums = torch.stack([transform.across(p, layers[i].keys.float(), layers[i].values.float()) for p, i in enumerate(stack)]).sum(0)
             rows = coded(transform, transform.coefficients(sums))
-            for place, i in enumerate(stack):
-                keys, values = transform.parts(place, rows)
-                found.append(Segment(owner=layers[i].owner, frame=layers[i].frame, **keys._asdict(), **values._asdict()))
+            found += [transform.encoded(place, rows).segment(layers[i].owner, layers[i].frame) for place, i in enumerate(stack)]
         return found
 
     def derived(self) -> Table:
@@ -114,30 +112,29 @@ class CrossLayerFit(TransformFit):
         sets, tile, device = len(into[0]), self.task.tile, self.task.model.device
         sizes = [2 * len(stack) * into[0].shape[2] for stack in self.stacks]
         moments = [Moments(sets, tile, size).to(device) for size in sizes]
-        for tiles in self._tiles(batches, into, "moments of stacks of layers"):
-            for own, x in zip(moments, tiles, strict=True):
-                own.add(x)
+        for stack, x in self._tiles(batches, into, "moments of stacks of layers"):
+            moments[stack].add(x)
         for sums in moments:
             self.reduce(sums)
         bases = [own.bases() for own in moments]
         coefficients = [CoefficientMoments(sets, tile, size).to(device) for size in sizes]
         extremes = [Extremes(sets, tile, size).to(device) for size in sizes]
-        for tiles in self._tiles(batches, into, "variances of their coefficients"):
-            for base, own, ends, x in zip(bases, coefficients, extremes, tiles, strict=True):
-                found = base.coefficients(x)
-                own.add(found)
-                ends.add(found)
+        for stack, x in self._tiles(batches, into, "variances of their coefficients"):
+            found = bases[stack].coefficients(x)
+            coefficients[stack].add(found)
+            extremes[stack].add(found)
         for sums, ends in zip(coefficients, extremes, strict=True):
             self.reduce(sums)
             self.reduce(ends, greatest=True)
         return [Unit(b, c, e) for b, c, e in zip(bases, coefficients, extremes, strict=True)]
 
-    def _tiles(self, batches: int, into: list[torch.Tensor], title: str) -> Iterator[list[torch.Tensor]]:
-        """The tiles of each stack, [E, S, T, P W], in its coordinates."""
+    def _tiles(self, batches: int, into: list[torch.Tensor], title: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each stack's number and its tiles of each batch, [E, S, T, P W], in its coordinates: one stack after another, to hold one."""
         for batch in self.batches(batches, title):
-            units = [x for layer in self.harvest(batch) for x in (layer.keys, layer.values)]
-            parts = [side_by_side(x.double(), self.heads) @ own for x, own in zip(units, into, strict=True)]
-            yield [torch.cat(parts[2 * stack[0] : 2 * stack[-1] + 2], dim=3) for stack in self.stacks]
+            layers = self.harvest(batch)
+            for stack, own in enumerate(self.stacks):
+                parts = [(x, into[2 * i + part]) for i in own for part, x in enumerate((layers[i].keys, layers[i].values))]
+                yield stack, torch.cat([side_by_side(x.double(), self.heads) @ factor for x, factor in parts], dim=3)
 
     def _transform(self, unit: Unit, widths: torch.Tensor, factors: list[tuple[torch.Tensor, torch.Tensor]]) -> CrossLayerTransform:
         rows, channels = used(widths)

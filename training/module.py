@@ -56,6 +56,8 @@ Errors = dict[str, torch.Tensor]
 
 _FIXED = ("family", "model", "revision", "ratio", "bits", "codec", "data", "batch", "moment_batches", "seed")
 """Fields of a recipe that a resumed run may not change."""
+_FIXED_TRANSFORM = ("joint_heads", "joint_layers", "allocation", "key_bits", "value_bits", "query_metric", "probe_batches")
+"""And of its `transform`: what shapes the code, not what the descent from there is like."""
 
 
 class CapsuleFit(L.LightningModule, ABC):
@@ -114,7 +116,9 @@ class CapsuleFit(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError for a checkpoint of another recipe: its tensors would have other shapes, or another meaning."""
         then, now = checkpoint.get("recipe", {}), asdict(self.task.recipe)
-        if other := [name for name in _FIXED if then.get(name) != now[name]]:
+        other = [name for name in _FIXED if then.get(name) != now[name]]
+        other += [f"transform.{name}" for name in _FIXED_TRANSFORM if then.get("transform", {}).get(name) != now["transform"][name]]
+        if other:
             raise ValueError(f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force true.")
 
     def setup(self, stage: str) -> None:

@@ -224,6 +224,11 @@ class Recipe:
             )
         if self.bits is not None and (self.family not in CODED or not 0 < self.bits <= 8):
             raise ValueError(f"--bits {self.bits}: mean bits of an element of a transform code, above 0 and at most 8; else give --ratio.")
+        if self.transform.joint_layers and self.family != "cross-layer":
+            raise ValueError(
+                f"--transform.joint_layers {self.transform.joint_layers}: the family {self.family} codes each layer by itself; leave it "
+                "out, or train cross-layer."
+            )
         if not 0 < self.codec.key_share < 1:
             raise ValueError(f"--codec.key_share {self.codec.key_share} is outside (0, 1).")
         for name, count in (("batch", self.batch), ("moment_batches", self.moment_batches), ("held_out", self.held_out)):

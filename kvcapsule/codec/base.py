@@ -99,7 +99,7 @@ class StackEncoding(ABC):
         """Take the tiles of the layer at `place` in the stack."""
 
     @abstractmethod
-    def finish(self, places: Sequence[int]) -> list[tuple[KeyPart, ValuePart]]:
+    def finish(self, places: Sequence[int]) -> list[Encoded]:
         """What the layers at these places read, once all were added; what they have in common is stored once."""
 
 

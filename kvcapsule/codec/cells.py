@@ -10,9 +10,11 @@ Whole classes of equal cells are what a kernel can walk without a branch; a cell
 scores.
 """
 
+import copy
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -169,6 +171,8 @@ class CodedRows:
     def __init__(self, packed: torch.Tensor, coding: Coding) -> None:
         """packed [E, size] uint8."""
         self.packed, self.coding = packed, coding
+        self._twin: weakref.ref[CodedRows] | None = None
+        """Weakly, the same rows on the device that they were last moved from or to."""
 
     @classmethod
     def encode(cls, coefficients: torch.Tensor, coding: Coding) -> "CodedRows":
@@ -198,7 +202,18 @@ class CodedRows:
         return CodedRows(self.packed[index], self.coding)
 
     def to(self, device: torch.device | str) -> "CodedRows":
-        return CodedRows(self.packed.to(device), self.coding)
+        """The same rows for all who ask for them, as the layers of a stack do one after the other, while anybody holds them there."""
+        if self.packed.device == torch.device(device):
+            return self
+        twin = self._twin() if self._twin else None
+        if twin is None or twin.packed.device != torch.device(device):
+            twin = CodedRows(self.packed.to(device), self.coding)
+            self._twin, twin._twin = weakref.ref(twin), weakref.ref(self)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodedRows":
+        """Codes of their own; what all entries are read with is not copied."""
+        return CodedRows(copy.deepcopy(self.packed, memo), self.coding)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.packed,)

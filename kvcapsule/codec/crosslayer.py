@@ -25,7 +25,7 @@ from torch import nn
 
 from ..geometry import KVGeometry
 from ..packing import GROUP
-from .base import CodecConfig, KeyPart, StackCodec, StackEncoding, ValuePart
+from .base import CodecConfig, Encoded, KeyPart, StackCodec, StackEncoding, ValuePart
 from .cells import CodedRows
 from .transform import CellTransform, by_head, side_by_side
 
@@ -51,11 +51,11 @@ class CrossLayerTransform(CellTransform):
         rows: torch.Tensor = self.tokens_in.to(sums_ESTC.dtype) @ sums_ESTC
         return rows
 
-    def parts(self, place: int, rows: CodedRows | torch.Tensor) -> tuple[KeyPart, ValuePart]:
+    def encoded(self, place: int, rows: CodedRows | torch.Tensor) -> Encoded:
         """Rows of coefficients with the maps by which the layer at `place` reads its keys and its values."""
         key_map, value_map = (by_head(channels, self.heads) for channels in self.channels_out[2 * place : 2 * place + 2])
         keys = KeyPart(rows, score_map=self.tokens_out, q_map=key_map)
-        return keys, ValuePart(rows, value_map=self.tokens_out, out_map=value_map.transpose(-1, -2))
+        return Encoded(keys, ValuePart(rows, value_map=self.tokens_out, out_map=value_map.transpose(-1, -2)))
 
     def decoder_bytes(self) -> int:
         """Bytes of all that reading needs, in the present precision."""
@@ -87,10 +87,10 @@ class _Encoding(StackEncoding):
         added = self.transform.across(place, k_EHTD, v_EHTD)
         self.sums = added if self.sums is None else added.add_(self.sums)
 
-    def finish(self, places: Sequence[int]) -> list[tuple[KeyPart, ValuePart]]:
+    def finish(self, places: Sequence[int]) -> list[Encoded]:
         assert self.sums is not None
         rows = CodedRows.encode(self.transform.coefficients(self.sums), self.transform.coding())
-        return [self.transform.parts(place, rows) for place in places]
+        return [self.transform.encoded(place, rows) for place in places]
 
 
 @dataclass(frozen=True)
