@@ -116,7 +116,7 @@ policies: $(READY) ## compare all policies at equal bytes with the shipped capsu
 
 bench: $(READY) ## time attention, decode steps and serving on the CPU; takes half an hour, and wants the machine for itself
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --geometry qwen2.5-vl-7b,llava-next-vicuna-7b,llava-next-mistral-7b \
-		--visual-tokens 576,2880,16384 --batch 1,4,8,16 --rounds 7 --seconds 1 --threads 1 --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
+		--visual-tokens 576,2880,16384 --batch 1,4,8 --rounds 7 --seconds 1 --threads 1 --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
 		--report docs/bench.md $(BENCH_FLAGS)
 
 bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights

@@ -49,7 +49,7 @@ class BenchConfig:
     """Methods at operator level; with commas or repeated."""
     text: int = 128
     """Tokens of text in a prompt."""
-    tile: int = 256
+    tile: int = 64
     """Visual tokens of a capsule's tile."""
     rounds: int = 15
     """Readings of each time; medians are what is reported."""
