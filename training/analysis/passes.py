@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.cli.errors import InputError
+from kvcapsule.geometry import KVGeometry, full_attention_layers
 from kvcapsule.inference import attach
 from kvcapsule.prefill import Compressed, LayerPrefill
 
 from ..harvest import LayerHarvest, Recorder
+from ..sets import joint_heads, joint_layers, stacks
 from .layer import LayerStudy
 from .questions import Batch, Reader
+from .stack import StackStudy
 
 SAMPLES = 8
 """Samples of an axis for each of its components: one tile gives the token axis as many as the head has channels, and the other way round.
@@ -80,8 +83,16 @@ def one_size(lengths: set[int]) -> int:
     return next(iter(lengths))
 
 
-def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console: Console) -> list[LayerStudy]:
-    """Every layer's study: a pass for moments, raw similarity and drift, and one for what is measured with the moments.
+def stacks_of(model: PreTrainedModel) -> list[StackStudy]:
+    """The stacks that `kvcapsule train cross-layer` forms by default, of the layers with full attention."""
+    geometry, layers = KVGeometry.from_config(model.config), full_attention_layers(model.config)
+    heads = joint_heads(geometry.kv_heads, geometry.head_dim)
+    runs = stacks(len(layers), joint_layers(heads, geometry.head_dim))
+    return [StackStudy(layers[run.start : run.stop], heads) for run in runs]
+
+
+def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console: Console) -> tuple[list[LayerStudy], list[StackStudy]]:
+    """The studies of every layer and of every stack: a pass for moments, raw similarity and drift, one for what is measured with them.
 
     Args:
         reader: the questions and the model.
@@ -94,6 +105,8 @@ def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console:
         InputError, DataError: for questions or activations that cannot be studied.
     """
     layers: dict[int, LayerStudy] = {}
+    joint = stacks_of(reader.model)
+    stack = {layer: study for study in joint for layer in study.layers}
     lengths: set[int] = set()
     answers: Sequence[range] = ()
 
@@ -101,9 +114,11 @@ def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console:
         if prefill.layer not in layers:
             layers[prefill.layer] = LayerStudy(prefill)
         layers[prefill.layer].first(prefill, tiles, answers)
+        stack[prefill.layer].first(tiles)
 
     def second(prefill: LayerPrefill, tiles: LayerHarvest | None) -> None:
         layers[prefill.layer].second(prefill, tiles)
+        stack[prefill.layer].second(tiles)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -119,11 +134,13 @@ def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console:
         _require_visual(lengths, reader.model)
         _require_layers(found, reader.model)
         _require_samples(found[0].count, tile, max(lengths), len(reader.rows), found[0].dim)
+        for study in joint:
+            study.solve([layers[index] for index in study.layers])
         bar = progress.add_task("coefficients", total=len(reader))
         for batch in reader.batches(answers=False):
             watch(reader.model, batch, Observer(tile, canonical, second))
             progress.advance(bar)
-    return found
+    return found, joint
 
 
 def _require_visual(lengths: set[int], model: PreTrainedModel) -> None:
