@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from kvcapsule.codec.transform import side_by_side
+from kvcapsule.geometry import KVGeometry, full_attention_layers
 
 from ..harvest import LayerHarvest
+from ..sets import joint_heads, joint_layers, stacks
 from ..spectra import Moments
 from .distortion import BITS, FULL_BITS, bits_for, water_fill
 from .layer import NAMES, LayerStudy
@@ -80,7 +83,7 @@ class StackStudy:
             totals.append(scale * side_by_side(unit.moments.total[None].to(channels.device), self.heads)[0])
             tokens.append(scale**2 * unit.moments.tokens.to(channels.device).unflatten(0, (-1, self.heads)).sum(1))
         width, count = totals[0].shape[2], units[0].tiles
-        self._scaling = torch.tensor(self._scales).to(channels).repeat_interleave(width)
+        self._scaling = torch.tensor(self._scales, dtype=channels.dtype, device=channels.device).repeat_interleave(width)
         channels *= self._scaling * self._scaling[:, None]
         self._together = Source(torch.cat(totals, 2), torch.stack(tokens).sum(0), channels, count)
         self._places = [slice(i * width, (i + 1) * width) for i in range(len(units))]
@@ -134,6 +137,14 @@ class StackStudy:
             for index in range(self.held[0].shape[1]):
                 yield index, torch.cat([x[:, index].to(device).double() for x in self.held], 2)
             self.held = []
+
+
+def stacks_of(model: PreTrainedModel) -> list[StackStudy]:
+    """The stacks that `kvcapsule train cross-layer` forms by default, of the layers with full attention."""
+    geometry, layers = KVGeometry.from_config(model.config), full_attention_layers(model.config)
+    heads = joint_heads(geometry.kv_heads, geometry.head_dim)
+    runs = stacks(len(layers), joint_layers(heads, geometry.head_dim))
+    return [StackStudy(layers[run.start : run.stop], heads) for run in runs]
 
 
 def _scale(unit: TileMoments) -> float:
