@@ -15,6 +15,7 @@ import pytest
 from kvcapsule.cli import results
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import write_whole
+from kvcapsule.training import sets
 from kvcapsule.training.analysis import passes, questions
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.analysis.distortion import BITS
@@ -168,6 +169,16 @@ def test_pages_vlm_reads_on_while_prefill_stays(tmp_path: Path) -> None:
         keys = layer["spectra"]["keys"]
         ranks = [sum(keys[name]["effective_rank"]) for name in ("channels_unrotated", "channels", "channels_rotated")]
         assert ranks == sorted(ranks)
+
+
+def test_stacks_of_a_model_of_several(run, vlm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers and the one that is left; the same layers by themselves as in any other study."""
+    monkeypatch.setattr(sets, "_LAYERS", 384)
+    assert main(["--model", vlm, *ENOUGH, "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [(entry["first"], entry["last"]) for entry in found["stacks"]] == [(0, 2)] * len(BITS) + [(3, 3)] * len(BITS)
+    assert found["predicted"] == run[0]["predicted"]
+    assert all(0 < entry["together"] < entry["apart"] < 1 for entry in found["stacks"])
 
 
 def test_stacks_are_left_out_of_few_samples(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
