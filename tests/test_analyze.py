@@ -15,6 +15,7 @@ import pytest
 from kvcapsule.cli import results
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import write_whole
+from kvcapsule.training import sets
 from kvcapsule.training.analysis import passes, questions
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.analysis.distortion import BITS
@@ -27,6 +28,8 @@ from kvcapsule.training.analysis.study import _rounded
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "analyze.md"
 QUICK = ["--device", "cpu", "--questions", "8", "--tile", "49"]
+ENOUGH = [*QUICK, "--questions", "21"]
+"""For axes of stacks of layers too."""
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +37,12 @@ def run(vlm: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, A
     """A study of the tiny VLM: its JSON object, the folder of its files and what was printed."""
     folder = tmp_path_factory.mktemp("study")
     with redirect_stdout(StringIO()) as printed:
-        assert main(["--model", vlm, *QUICK, "--json", str(folder / "new" / "study.json"), "--plots", str(folder / "plots")]) == 0
+        assert main(["--model", vlm, *ENOUGH, "--json", str(folder / "new" / "study.json"), "--plots", str(folder / "plots")]) == 0
     return json.loads((folder / "new" / "study.json").read_text()), folder, printed.getvalue()
 
 
 SPECTRUM = {"effective_rank", "components_90", "components_99", "ranks", "energy"}
-TOP = {"model", "geometry", "data", "versions", "seed", "machine", "tile", "layers", "drift", "predicted"}
+TOP = {"model", "geometry", "data", "versions", "seed", "machine", "tile", "layers", "drift", "predicted", "stacks"}
 TOP |= {"questions", "tiles", "frame", "revision", "dtype", "command"}
 
 
@@ -50,9 +53,9 @@ def test_contract_keys(run) -> None:
     assert set(found["data"]) == {"source", "split", "size", "seed", "image", "prompt", "answer", "task"}
     assert set(found["versions"]) == {"python", "kvcapsule", "torch", "transformers", "datasets"}
     assert set(found["machine"]) == {"cpu", "cores", "threads", "memory_gib", "accelerator"}
-    assert (found["tile"], found["questions"], found["tiles"], found["frame"]) == (49, 8, 32, "canonical")
+    assert (found["tile"], found["questions"], found["tiles"], found["frame"]) == (49, 21, 84, "canonical")
     assert (found["seed"], found["revision"], found["dtype"], found["geometry"]["rotary"]) == (0, None, "float32", "1d")
-    assert found["data"]["size"] == 8
+    assert found["data"]["size"] == 21
 
 
 def test_contract_layers(run) -> None:
@@ -81,7 +84,7 @@ def test_contract_drift(run) -> None:
     drift = run[0]["drift"]
     assert set(drift) == {"steps", "questions", "top", "kept", "layers"}
     steps = len(drift["steps"])
-    assert drift["steps"] == list(range(steps)) and drift["questions"][0] == 8 and len(drift["questions"]) == steps > 10
+    assert drift["steps"] == list(range(steps)) and drift["questions"][0] == 21 and len(drift["questions"]) == steps > 10
     assert (drift["top"], drift["kept"]) == (0.1, [0.1, 0.25, 0.4])
     for layer in drift["layers"]:
         assert set(layer) == {"layer", "visual_mass", "overlap", "held"}
@@ -104,6 +107,15 @@ def test_contract_predicted(run) -> None:
         for of in ("keys", "values"):
             assert set(entry[of]) == {"transform", "per_channel", "token_pca"}
             assert 0 < entry[of]["transform"] < min(entry[of]["per_channel"], entry[of]["token_pca"]) < 1
+
+
+def test_contract_stacks(run) -> None:
+    found, _, _ = run
+    assert [(entry["first"], entry["last"], entry["bits"]) for entry in found["stacks"]] == [(0, 3, bits) for bits in BITS]
+    for entry in found["stacks"]:
+        assert set(entry) == {"first", "last", "bits", "compression", "apart", "together", "apart_bits"}
+        assert entry["compression"] * entry["bits"] == pytest.approx(16)
+        assert 0 < entry["together"] < entry["apart"] < 1 and entry["apart_bits"] > entry["bits"]
 
 
 def test_contract_numbers_are_short_and_json() -> None:
@@ -135,10 +147,12 @@ def test_contract_files_are_whole_and_alone(run) -> None:
 
 def test_contract_what_is_printed(run) -> None:
     found, _, printed = run
-    assert heading(found) in printed and "rotary 1d" in heading(found) and "32 tiles of 49 visual tokens" in heading(found)
+    assert heading(found) in printed and "rotary 1d" in heading(found) and "84 tiles of 49 visual tokens" in heading(found)
     shown = tables(found)
-    assert [str(table.title) in printed for table in shown] == [True] * 4
-    assert [table.row_count for table in shown] == [4, 4, 4, 4 + 3]
+    assert [str(table.title) in printed for table in shown] == [True] * 5
+    assert [table.row_count for table in shown] == [4, 4, 4, 4 + 3, 1]
+    further = [{**entry, "first": 4, "last": 4} for entry in found["stacks"]]
+    assert tables({**found, "stacks": found["stacks"] + further})[-1].row_count == 2 + 1
     assert "RoPE: 1d" in str(shown[1].title)
 
 
@@ -155,6 +169,24 @@ def test_pages_vlm_reads_on_while_prefill_stays(tmp_path: Path) -> None:
         keys = layer["spectra"]["keys"]
         ranks = [sum(keys[name]["effective_rank"]) for name in ("channels_unrotated", "channels", "channels_rotated")]
         assert ranks == sorted(ranks)
+
+
+def test_stacks_of_a_model_of_several(run, vlm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers and the one that is left; the same layers by themselves as in any other study."""
+    monkeypatch.setattr(sets, "_LAYERS", 384)
+    assert main(["--model", vlm, *ENOUGH, "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [(entry["first"], entry["last"]) for entry in found["stacks"]] == [(0, 2)] * len(BITS) + [(3, 3)] * len(BITS)
+    assert found["predicted"] == run[0]["predicted"]
+    assert all(0 < entry["together"] < entry["apart"] < 1 for entry in found["stacks"])
+
+
+def test_stacks_are_left_out_of_few_samples(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All else is studied, and what would do is said."""
+    assert main(["--model", vlm, *QUICK, "--json", str(tmp_path / "a.json")]) == 0
+    said, found = capsys.readouterr(), json.loads((tmp_path / "a.json").read_text())
+    assert found["stacks"] == [] and len(found["predicted"]) == 4 * len(BITS) and len(tables(found)) == 4
+    assert "1568 visual tokens in full tiles are too few" in said.err and "--questions 21 or more" in " ".join(said.err.split())
 
 
 @pytest.mark.parametrize(
@@ -246,11 +278,13 @@ def test_refused_few_samples_say_how_many_would_do(tile: int, dim: int, needed: 
 
 def test_batches_and_seed_change_nothing(run, vlm: str, tmp_path: Path) -> None:
     """Other batches are padded otherwise, which moves positions; the tiles' frames take that back."""
-    assert main(["--model", vlm, *QUICK, "--batch", "3", "--seed", "1", "--json", str(tmp_path / "a.json")]) == 0
+    assert main(["--model", vlm, *ENOUGH, "--batch", "3", "--seed", "1", "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     for one, other in zip(found["predicted"], run[0]["predicted"], strict=True):
         for of in ("keys", "values"):
             assert one[of] == pytest.approx(other[of], rel=1e-3)
+    for one, other in zip(found["stacks"], run[0]["stacks"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
     for one, other in zip(found["drift"]["layers"], run[0]["drift"]["layers"], strict=True):
         assert one["visual_mass"] == pytest.approx(other["visual_mass"], rel=1e-3)
 

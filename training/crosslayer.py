@@ -13,12 +13,10 @@ from kvcapsule.segment import Segment
 from .allocation import allocate
 from .harvest import LayerHarvest
 from .module import Task
+from .sets import joint_layers, stacks
 from .spectra import CoefficientMoments, Extremes, Moments
 from .straight_through import coded
 from .transform import TransformFit, Unit, used
-
-_JOINT = 512
-"""Most channels of a stack, keys and values of one set of heads, unless asked otherwise."""
 
 
 class CrossLayerFit(TransformFit):
@@ -37,9 +35,8 @@ class CrossLayerFit(TransformFit):
                 "a cross-layer code shares its bits out by what they save in attention's output: leave --transform.allocation, "
                 "--transform.key_bits and --transform.value_bits out, or train the transform family."
             )
-        width = 2 * self.heads * geometry.head_dim
-        self.joint = min(geometry.layers, recipe.joint_layers or max(1, _JOINT // width))
-        self.stacks = [range(first, min(first + self.joint, geometry.layers)) for first in range(0, geometry.layers, self.joint)]
+        self.joint = min(geometry.layers, recipe.joint_layers or joint_layers(self.heads, geometry.head_dim))
+        self.stacks = stacks(geometry.layers, self.joint)
 
     def prepare(self) -> None:
         batches = self.task.recipe.moment_batches

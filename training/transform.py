@@ -20,11 +20,10 @@ from .datamodule import Batch
 from .harvest import LayerHarvest
 from .losses import error_and_energy, full_output, output_error, require_finite
 from .module import CapsuleFit, Task, scheduled
+from .sets import joint_heads
 from .spectra import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
 from .straight_through import coded
 
-_JOINT = 128
-"""Most channels that are coded together unless asked otherwise: their map grows with the square."""
 _COARSE = 0.8
 """Bits an element up to which the learning rate is the recipe's."""
 _LEAST_STEP = 1e-6
@@ -83,9 +82,7 @@ class TransformFit(CapsuleFit):
         super().__init__(task)
         self.recipe = task.recipe.transform
         heads = task.geometry.kv_heads
-        self.heads = self.recipe.joint_heads or next(
-            n for n in range(heads, 0, -1) if heads % n == 0 and (n == 1 or n * task.geometry.head_dim <= _JOINT)
-        )
+        self.heads = self.recipe.joint_heads or joint_heads(heads, task.geometry.head_dim)
         if heads % self.heads:
             raise ValueError(f"--transform.joint_heads {self.heads} does not divide the model's {heads} KV heads: choose a divisor.")
 

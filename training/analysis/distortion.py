@@ -43,6 +43,20 @@ def water_fill(variances: torch.Tensor, bits: float) -> Water:
     return Water(level, k * level + float(found[k:].sum()))
 
 
+def bits_for(variances: torch.Tensor, distortion: float) -> float:
+    """The bits a component (mean over all of them) at which `water_fill` comes to this distortion; infinite for one that no bits reach."""
+    found = variances.double().flatten().sort(descending=True).values
+    found = found[found > 0]
+    if distortion >= float(found.sum()):
+        return 0.0
+    coded = torch.arange(1, len(found) + 1, dtype=found.dtype, device=found.device)
+    # What the components behind the first k lose, added up from the least.
+    left = found.flip(0).cumsum(0).flip(0) - found
+    levels = (distortion - left) / coded
+    k = max(1, int((levels <= found).sum()))
+    return float((found[:k] / levels[k - 1].clamp_min(0)).log2().sum()) / 2 / variances.numel()
+
+
 class Predicted(NamedTuple):
     """Unexplained variance of one layer's keys or values at some bits, in [0, 1]."""
 

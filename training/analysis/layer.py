@@ -84,17 +84,21 @@ class LayerStudy:
             "layer": self.layer,
             "similarity": {name: self._similarity(name) for name in NAMES},
             "spectra": {"keys": self._key_spectra(), "values": self._tile_spectra("values")},
-            "fixed_share": {name: fixed_share(self.tiles[name], self._variances(name)) for name in NAMES},
+            "fixed_share": {name: fixed_share(self.tiles[name], self.variances(name)) for name in NAMES},
         }
 
     def predicted(self) -> list[dict[str, Any]]:
         """The layer's entries under "predicted"."""
-        of = {name: (self.tiles[name], self._variances(name)) for name in NAMES}
+        of = {name: (self.tiles[name], self.variances(name)) for name in NAMES}
         found = []
         for bits in BITS:
             each = {name: predict(*of[name], bits)._asdict() for name in NAMES}
             found.append({"layer": self.layer, "bits": bits, "compression": FULL_BITS / bits, **each})
         return found
+
+    def variances(self, name: str) -> torch.Tensor:
+        """[H, T, D] of the coefficients of the keys or the values, without the bias of a mean that was measured on the same tiles."""
+        return self._solved[name].coefficients.variance() * (self.count / (self.count - 1))
 
     def _solve(self, name: str) -> Solved:
         if name not in self._solved:
@@ -102,10 +106,6 @@ class LayerStudy:
             fresh = CoefficientMoments(*moments.total.shape).to(moments.total.device)
             self._solved[name] = Solved(moments.bases(), Similarity(self.tokens[name].mean()), fresh)
         return self._solved[name]
-
-    def _variances(self, name: str) -> torch.Tensor:
-        """[H, T, D], without the bias of a mean that was measured on the same tiles."""
-        return self._solved[name].coefficients.variance() * (self.count / (self.count - 1))
 
     def _similarity(self, name: str) -> dict[str, list[float]]:
         raw, centred = self.raw[name].means(), self._solved[name].centred.means()

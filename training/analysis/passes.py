@@ -16,6 +16,7 @@ from kvcapsule.prefill import Compressed, LayerPrefill
 from ..harvest import LayerHarvest, Recorder
 from .layer import LayerStudy
 from .questions import Batch, Reader
+from .stack import StackStudy, stacks_of
 
 SAMPLES = 8
 """Samples of an axis for each of its components: one tile gives the token axis as many as the head has channels, and the other way round.
@@ -80,20 +81,22 @@ def one_size(lengths: set[int]) -> int:
     return next(iter(lengths))
 
 
-def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console: Console) -> list[LayerStudy]:
-    """Every layer's study: a pass for moments, raw similarity and drift, and one for what is measured with the moments.
+def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console: Console) -> tuple[list[LayerStudy], list[StackStudy]]:
+    """The studies of every layer and of every stack: a pass for moments, raw similarity and drift, one for what is measured with them.
 
     Args:
         reader: the questions and the model.
         tile: visual tokens of a tile.
         whole: whether a tile is to be a whole image.
         canonical: whether keys are studied in their tile's frame.
-        console: where progress is shown.
+        console: where progress is shown, and why there are no stacks if there are none.
 
     Raises:
         InputError, DataError: for questions or activations that cannot be studied.
     """
     layers: dict[int, LayerStudy] = {}
+    joint = stacks_of(reader.model)
+    stack = {layer: study for study in joint for layer in study.layers}
     lengths: set[int] = set()
     answers: Sequence[range] = ()
 
@@ -101,9 +104,12 @@ def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console:
         if prefill.layer not in layers:
             layers[prefill.layer] = LayerStudy(prefill)
         layers[prefill.layer].first(prefill, tiles, answers)
+        stack[prefill.layer].first(tiles)
 
     def second(prefill: LayerPrefill, tiles: LayerHarvest | None) -> None:
         layers[prefill.layer].second(prefill, tiles)
+        if joint:
+            stack[prefill.layer].second(tiles)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -119,11 +125,16 @@ def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console:
         _require_visual(lengths, reader.model)
         _require_layers(found, reader.model)
         _require_samples(found[0].count, tile, max(lengths), len(reader.rows), found[0].dim)
+        if lacking := _lacking_for_stacks(found, joint, tile, len(reader.rows)):
+            console.print(lacking)
+            joint = []
+        for study in joint:
+            study.solve([layers[index] for index in study.layers])
         bar = progress.add_task("coefficients", total=len(reader))
         for batch in reader.batches(answers=False):
             watch(reader.model, batch, Observer(tile, canonical, second))
             progress.advance(bar)
-    return found
+    return found, joint
 
 
 def _require_visual(lengths: set[int], model: PreTrainedModel) -> None:
@@ -153,3 +164,14 @@ def _require_samples(tiles: int, tile: int, longest: int, questions: int, dim: i
             f"(at least {LEAST_TILES}; tiles x head dim >= {SAMPLES} x tile; tiles x tile >= {SAMPLES} x head dim; head dim {dim}). "
             f"Give --questions {ceil(needed * questions / tiles)} or more{', or a smaller --tile' if tile > dim else ''}."
         )
+
+
+def _lacking_for_stacks(layers: Sequence[LayerStudy], joint: Sequence[StackStudy], tile: int, questions: int) -> str:
+    """Why stacks cannot be studied, or nothing: they have more channels than a layer, and few samples flatter the more of them."""
+    tokens, channels = layers[0].count * tile, max(2 * len(study.layers) * study.heads for study in joint) * layers[0].dim
+    if tokens >= SAMPLES * channels:
+        return ""
+    return (
+        f"Stacks of layers are left out: {tokens} visual tokens in full tiles are too few for axes of their {channels} channels, which ask "
+        f"for {SAMPLES} each. For these too, give --questions {ceil(SAMPLES * channels * questions / tokens)} or more."
+    )

@@ -26,7 +26,7 @@ def heading(found: Mapping[str, Any]) -> str:
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    return [_similarity(found), _spectra(found), _drift(found), _predicted(found)]
+    return [_similarity(found), _spectra(found), _drift(found), _predicted(found), *([_stacks(found)] if found["stacks"] else [])]
 
 
 def followed(drift: Mapping[str, Any]) -> int:
@@ -132,9 +132,38 @@ def _predicted(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def _stacks(found: Mapping[str, Any]) -> Table:
+    entries = found["stacks"]
+    settings = sorted({(entry["bits"], entry["compression"]) for entry in entries})
+    by = {(entry["first"], entry["last"], entry["bits"]): entry for entry in entries}
+    stacks = sorted({(entry["first"], entry["last"]) for entry in entries})
+    table = _table(
+        "Does one code for a stack of layers pay? Predicted unexplained variance, keys and values of each layer apart, all together",
+        [f"{title}\n{bits:g} ({compression:.0f}x)" for title in ("apart, together", "bits apart") for bits, compression in settings],
+        "layers",
+    )
+
+    def add(name: str, means: Mapping[tuple[float, str], float | None]) -> None:
+        both = [", ".join(_cell(means[bits, of], ".4f") for of in ("apart", "together")) for bits, _ in settings]
+        table.add_row(name, *both, *(_cell(means[bits, "apart_bits"], ".2f") for bits, _ in settings))
+
+    names = ("apart", "together", "apart_bits")
+    for stack in stacks:
+        add(" to ".join(map(str, sorted(set(stack)))), {(bits, name): by[*stack, bits][name] for bits, _ in settings for name in names})
+    if len(stacks) > 1:
+        table.add_section()
+        add("mean", {(bits, name): mean([by[*stack, bits][name] for stack in stacks]) for bits, _ in settings for name in names})
+    table.caption = (
+        "Stacks are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what their errors cost the "
+        "answer is not measured here, and training weighs it. bits apart: bits for each element with which codes apart come to the error "
+        "of the code together; the rest is saved. In memory, that is: each layer reads the code of its whole stack."
+    )
+    return table
+
+
+def _table(title: str, columns: Sequence[str], of: str = "layer") -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True)
+    table.add_column(of, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table

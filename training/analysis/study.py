@@ -51,7 +51,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         raise DataError(f"{len(rows)} questions (of {data.source}, split {data.split!r}): a study needs at least {LEAST_QUESTIONS}.")
     reader = Reader(rows, model, processor, config.batch)
     tile = config.tile or whole_image(reader)
-    layers = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
+    layers, stacks = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
     return {
         "model": shown_path(config.model),
         "geometry": geometry.to_dict(),
@@ -63,6 +63,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         "layers": [_rounded(layer.result()) for layer in layers],
         "drift": _rounded(_drift(layers)),
         "predicted": [_rounded(entry) for layer in layers for entry in layer.predicted()],
+        "stacks": [_rounded(entry) for stack in stacks for entry in stack.predicted()],
         "questions": len(rows),
         "tiles": layers[0].count,
         "frame": "canonical" if layers[0].framed else "none",
