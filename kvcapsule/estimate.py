@@ -5,7 +5,8 @@ A decode step reads the weights once and the cache of every sequence. If it is b
     S = (W + B (F + T)) / (W + B (F / c + T))
 
 times as fast with capsules: W bytes of weights that a step reads, F and T bytes of the visual tokens and the text of one sequence, c times
-less for the visual tokens. Whatever else takes time is the same on both sides or more with capsules, so S is an upper bound at equal batch.
+less for the visual tokens. Whatever else takes time is the same on both sides or more with capsules, so S is an upper bound at equal batch;
+a loose one for a cross-layer code, all of which each layer of a stack reads.
 At batch 1 it is near 1 wherever weights outweigh the cache.
 """
 
