@@ -175,6 +175,17 @@ def test_what_is_covered() -> None:
             assert given(other) is None
 
 
+@pytest.mark.parametrize("rows", [3, 7, 70])
+def test_rows_in_the_frames_of_their_tiles(rows: int, threads: int) -> None:
+    """A compact capsule's: few rows of each tile, with a bias, keys as if the tile began at position 0."""
+    draw, owner = Draw(rows), torch.tensor([1, 0, 1, 1, 0])
+    raw = [draw(5, HEADS, rows, DIM) for _ in range(2)]
+    segment = Segment(*raw, owner, bias=draw(5, HEADS, rows), frame=frames(draw, 5, DIM // 2, False), mask=draw(5, rows) > -1)
+    with torch.no_grad():
+        assert given(segment) is not None
+    assert error(query_of(7, batch=2, dim=DIM), [segment, draw.raw([0, 1], 4, dim=DIM)]) < SINGLE
+
+
 def test_beside_what_is_not_covered() -> None:
     """Few-bit rows, entries of single heads and a masked tail, each with what it needs to know of the others."""
     draw, query = Draw(), query_of(3, 2, batch=2, dim=DIM)

@@ -104,7 +104,7 @@ def _kind(s: Segment) -> str | None:
         if s.keys.shape[3] != s.values.shape[3]:
             return None
         if s.score_map is None and s.value_map is None:
-            return "plain" if s.value_mean is None and s.frame is None else None
+            return "plain" if s.value_mean is None else None
         return "raw" if _mapped(s, s.keys.shape[1]) else None
     if isinstance(s.keys, CodedRows) and isinstance(s.values, CodedRows) and s.q_map is not None and s.value_mean is None:
         keys, values = s.keys.coding, s.values.coding
@@ -148,7 +148,7 @@ def _plain(s: Segment) -> Given:
     keys, values = s.keys, s.values
     assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
     dim = keys.shape[3]
-    arrays = (_NO_TURN, _NO_MAP, _NO_MAP, _rows(keys), _rows(values), _NOTHING_AFTER)
+    arrays = (_turn(s), _NO_MAP, _NO_MAP, _rows(keys), _rows(values), _NOTHING_AFTER)
     return Given("plain", (dim, CHUNK, CHUNK, CHUNK, dim, dim), keys.shape[1], 1, _entries(s), arrays, _work(s))
 
 
