@@ -10,7 +10,7 @@ import yaml
 from kvcapsule import Capsule
 from kvcapsule.training.main import main
 
-QUICK = ["--data.size", "80", "--held_out", "16", "--batch", "8", "--moment_batches", "8", "--codec.tile", "28", "--threads", "1"]
+QUICK = ["--data.size", "48", "--held_out", "8", "--batch", "8", "--moment_batches", "5", "--codec.tile", "28", "--threads", "1"]
 
 
 def run(family: str, output: Path, *options: str) -> dict[str, float]:
