@@ -1,7 +1,8 @@
 """Cross-layer transform code: one code for the keys and values of a stack of neighbouring layers, each of which reads all of it.
 
-Layers that follow each other, and the keys and values of one layer, are made from residual streams that differ little, so what their
-coefficients have in common is most of what there is to store. For one set of KV heads and one tile, with X_p [T, D] the keys (in the tile's
+Layers that follow each other, and the keys and values of one layer, are made from residual streams that differ little, so their
+coefficients have something in common, and it need be stored only once: half of the bits on the demo VLM, little on smol-vlm
+(docs/results.md; `kvcapsule analyze` predicts it). For one set of KV heads and one tile, with X_p [T, D] the keys (in the tile's
 canonical frame) and the values of every layer of the stack, side by side (P = 2 x layers parts, D channels each for all heads of the set):
 
     stored  codes of   C = A (sum over parts of X_p P_p)     A [M, T] along tokens, P_p [D, C]     encoder
@@ -56,10 +57,6 @@ class CrossLayerTransform(CellTransform):
         key_map, value_map = (by_head(channels, self.heads) for channels in self.channels_out[2 * place : 2 * place + 2])
         keys = KeyPart(rows, score_map=self.tokens_out, q_map=key_map)
         return Encoded(keys, ValuePart(rows, value_map=self.tokens_out, out_map=value_map.transpose(-1, -2)))
-
-    def decoder_bytes(self) -> int:
-        """Bytes of all that reading needs, in the present precision."""
-        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
 
 
 class CrossLayerCodec(StackCodec):

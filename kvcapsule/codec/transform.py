@@ -35,6 +35,8 @@ class CellTransform(nn.Module):
     decoder begin as each other's inverses and are trained apart.
     """
 
+    channels_out: nn.Parameter
+    """Of the decoder; subclasses make it beside channels_in."""
     widths: torch.Tensor
 
     def __init__(self, sets: int, heads: int, tile: int, rows: int, channels: int) -> None:
@@ -58,6 +60,10 @@ class CellTransform(nn.Module):
             self._coding, self._coded_widths = known, version
         return known
 
+    def decoder_bytes(self) -> int:
+        """Bytes of all that reading needs, in the present precision."""
+        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
+
 
 class Transform(CellTransform):
     """Encoder, decoder and coding of the keys or of the values of one layer."""
@@ -76,10 +82,6 @@ class Transform(CellTransform):
     def head_maps(self) -> torch.Tensor:
         """channels_out of each KV head, [H, D, C]."""
         return by_head(self.channels_out, self.heads)
-
-    def decoder_bytes(self) -> int:
-        """Bytes of all that reading needs, in the present precision."""
-        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
 
     def encode(self, x_EHTD: torch.Tensor) -> CodedRows:
         return CodedRows.encode(self.coefficients(x_EHTD), self.coding())
