@@ -151,6 +151,16 @@ def random_cross_layer(geometry: KVGeometry) -> Callable[..., Capsule]:
     return functools.partial(cross_layer_capsule, geometry)
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Threads of the compiled kernels, which share even the least work."""
+    monkeypatch.setattr("kvcapsule.kernels.native.share._LEAST", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    return int(request.param)
+
+
 SEGMENTS = "raw score_map value_map maps channels bias mask frame quantized mlp coded joint stack everything".split()
 
 

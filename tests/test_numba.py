@@ -40,16 +40,6 @@ def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "_LEAST", 1)
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Threads that share even the least work."""
-    monkeypatch.setattr(share, "_LEAST", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    request.addfinalizer(lambda: torch.set_num_threads(before))
-    return int(request.param)
-
-
 def attended(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return reference.attend(query, segments, SCALE, visible, read.COMPILED)

@@ -15,7 +15,7 @@ from drawn import HEADS, OWNERS, Draw, of_cell_width, of_odd_size, quantised, qu
 from kvcapsule.frame import Frame
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.native import attend as native
-from kvcapsule.kernels.native import share, wide
+from kvcapsule.kernels.native import wide
 from kvcapsule.kernels.native.flat import watched
 from kvcapsule.kernels.native.given import given
 from kvcapsule.kernels.native.jit import U, jit
@@ -35,16 +35,6 @@ def poisoned() -> Iterator[None]:
     del spoilt
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Threads that share even the least work."""
-    monkeypatch.setattr(share, "_LEAST", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    request.addfinalizer(lambda: torch.set_num_threads(before))
-    return int(request.param)
 
 
 def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, scale: float = 0.3) -> float:

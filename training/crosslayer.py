@@ -14,7 +14,7 @@ from .allocation import allocate
 from .harvest import LayerHarvest
 from .module import Task
 from .sets import joint_layers, stacks
-from .spectra import CoefficientMoments, Extremes, Moments
+from .spectra import Moments
 from .straight_through import coded
 from .transform import TransformFit, Unit, used
 
@@ -113,17 +113,7 @@ class CrossLayerFit(TransformFit):
             moments[stack].add(x)
         for sums in moments:
             self.reduce(sums)
-        bases = [own.bases() for own in moments]
-        coefficients = [CoefficientMoments(sets, tile, size).to(device) for size in sizes]
-        extremes = [Extremes(sets, tile, size).to(device) for size in sizes]
-        for stack, x in self._tiles(batches, into, "variances of their coefficients"):
-            found = bases[stack].coefficients(x)
-            coefficients[stack].add(found)
-            extremes[stack].add(found)
-        for sums, ends in zip(coefficients, extremes, strict=True):
-            self.reduce(sums)
-            self.reduce(ends, greatest=True)
-        return [Unit(b, c, e) for b, c, e in zip(bases, coefficients, extremes, strict=True)]
+        return self.measured([own.bases() for own in moments], self._tiles(batches, into, "variances of their coefficients"))
 
     def _tiles(self, batches: int, into: list[torch.Tensor], title: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Each stack's number and its tiles of each batch, [E, S, T, P W], in its coordinates: one stack after another, to hold one."""

@@ -1,7 +1,7 @@
 """Training of the transform family: bases and widths in closed form, then gradient descent through the quantiser."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -209,14 +209,24 @@ class TransformFit(CapsuleFit):
             metric = query.metric().unflatten(0, (sets, self.heads)) if self.recipe.query_metric else None
             by_set = None if metric is None else torch.stack([torch.block_diag(*heads) for heads in metric])
             bases += [moments[2 * i].bases(by_set), moments[2 * i + 1].bases()]
-        coefficients = [CoefficientMoments(sets, tile, width).to(device) for _ in bases]
-        extremes = [Extremes(sets, tile, width).to(device) for _ in bases]
-        for batch in self.batches(batches, "variances of their coefficients"):
+        return self.measured(bases, self._sides(batches, "variances of their coefficients"))
+
+    def _sides(self, batches: int, title: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each unit's number and its tiles of each batch, [E, S, T, D], a set's heads side by side."""
+        for batch in self.batches(batches, title):
             for i, layer in enumerate(self.harvest(batch)):
-                for unit, x in ((2 * i, layer.keys), (2 * i + 1, layer.values)):
-                    found = bases[unit].coefficients(side_by_side(x.double(), self.heads))
-                    coefficients[unit].add(found)
-                    extremes[unit].add(found)
+                for part, x in enumerate((layer.keys, layer.values)):
+                    yield 2 * i + part, side_by_side(x.double(), self.heads)
+
+    def measured(self, bases: Sequence[Bases], tiles: Iterator[tuple[int, torch.Tensor]]) -> list[Unit]:
+        """Units with the variances and extremes of their coefficients in given bases, over all ranks; tiles come with their unit's place."""
+        sizes = [(*b.tokens.shape[:2], b.channels_in.shape[2]) for b in bases]
+        coefficients = [CoefficientMoments(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
+        extremes = [Extremes(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
+        for unit, x in tiles:
+            found = bases[unit].coefficients(x)
+            coefficients[unit].add(found)
+            extremes[unit].add(found)
         for sums, ends in zip(coefficients, extremes, strict=True):
             self.reduce(sums)
             self.reduce(ends, greatest=True)

@@ -49,6 +49,12 @@ def _codes(builder, packed, at, width):
     return builder.or_(codes, high)
 
 
+def _opened(context, builder, signature, arguments, tiles):
+    """Where the bytes of so many tiles begin, and the arrays that both intrinsics are given at the same places."""
+    packed, base, *others = (Array(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 3, 5, 6, 7, 8, 9, 12))
+    return [base.load(builder.add(arguments[2], whole(i)), LONG) for i in range(tiles)], (packed, *others)
+
+
 @intrinsic
 def key_cells(typing_context, packed, base, base0, runs, runs0, byte, place, step, shift, q, q0, qp, out, o0, op, os, R, P):
     """The products of one group of rows with the queries of P pairs of tiles: out[o0 + pair op + r os : ... + 16].
@@ -61,10 +67,8 @@ def key_cells(typing_context, packed, base, base0, runs, runs0, byte, place, ste
     rows, many = R.literal_value, P.literal_value
 
     def generate(context, builder, signature, arguments):
-        arrays = {i: Array(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 3, 5, 6, 7, 8, 9, 12)}
-        packed, base, runs, byte, place, step, shift, q, out = arrays.values()
-        base0, runs0, q0, qp, o0, op, os = (arguments[i] for i in (2, 4, 10, 11, 13, 14, 15))
-        bases = [base.load(builder.add(base0, whole(i)), LONG) for i in range(2 * many)]
+        bases, (packed, runs, byte, place, step, shift, q, out) = _opened(context, builder, signature, arguments, 2 * many)
+        runs0, q0, qp, o0, op, os = (arguments[i] for i in (4, 10, 11, 13, 14, 15))
         total = Sums(builder, [constant(0.0)] * (rows * many))
         ends = [runs.index(builder.add(runs0, whole(i))) for i in range(len(RUNS) + 1)]
         two = ir.VectorType(FLOAT, 2)
@@ -105,10 +109,8 @@ def value_cells(typing_context, packed, base, base0, runs, runs0, byte, group, c
     rows, many = R.literal_value, P.literal_value
 
     def generate(context, builder, signature, arguments):
-        arrays = {i: Array(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 3, 5, 6, 7, 8, 9, 12)}
-        packed, base, runs, byte, group, channel, step, w, out = arrays.values()
-        base0, runs0, w0, wp, o0 = (arguments[i] for i in (2, 4, 10, 11, 13))
-        bases = [base.load(builder.add(base0, whole(i)), LONG) for i in range(2 * many)]
+        bases, (packed, runs, byte, group, channel, step, w, out) = _opened(context, builder, signature, arguments, 2 * many)
+        runs0, w0, wp, o0 = (arguments[i] for i in (4, 10, 11, 13))
         ends = [runs.index(builder.add(runs0, whole(i))) for i in range(len(RUNS))]
         for width, begin, end in zip(RUNS[:-1], ends[:-1], ends[1:], strict=True):
             with along(builder, begin, end) as loop:
