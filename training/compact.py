@@ -56,7 +56,7 @@ class CompactFit(CapsuleFit):
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
         for index, (bank, layer) in enumerate(zip(banks, first, strict=True)):
             codec = self.codec(index)
-            self._merge(bank)
+            bank.gather()
             codec.bank.copy_(bank.bank())
             if codec.selector is not None:
                 begin(codec.selector, layer.keys, layer.values, seed)
@@ -94,15 +94,3 @@ class CompactFit(CapsuleFit):
         for layer, ratio in enumerate(config.ratios):
             table.add_row(str(layer), str(retained(ratio, tile)), str(tile))
         return table
-
-    def _merge(self, bank: QueryBank) -> None:
-        """Join the samples of all ranks."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
-            return
-        assert bank.queries is not None and bank.priority is not None
-        found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (bank.queries.cpu(), bank.priority.cpu()))
-        device = bank.queries.device
-        for rank, (queries, priority) in enumerate(found):
-            if rank != torch.distributed.get_rank():
-                bank.merge(queries.to(device), priority.to(device))

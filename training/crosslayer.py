@@ -1,6 +1,7 @@
 """Training of the cross-layer family: what each layer's errors cost, one basis for a stack of layers, then gradient descent."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -16,7 +17,20 @@ from .module import Task
 from .sets import joint_layers, stacks
 from .spectra import Moments
 from .straight_through import coded
-from .transform import TransformFit, Unit, used
+from .transform import TransformFit
+from .units import Unit, used
+
+_FIRST = 10
+"""Batches that show the variances of a first code, which is only where what the logits feel is measured."""
+
+
+class Coordinates(NamedTuple):
+    """Linear coordinates of a stack's parts side by side: y = x into, x = y back^T."""
+
+    into: torch.Tensor
+    """[S, W, W]."""
+    back: torch.Tensor
+    """[S, W, W]."""
 
 
 class CrossLayerFit(TransformFit):
@@ -41,13 +55,17 @@ class CrossLayerFit(TransformFit):
     def prepare(self) -> None:
         batches = self.task.recipe.moment_batches
         alone = self._units(batches)
-        factors = self._factors(alone, self.sensitivities(alone))
-        units = self._stacks(batches, [into for into, _ in factors])
-        widths = allocate([unit.cells for unit in units], self.budget(2 * self.task.geometry.layers))
-        self.layers = nn.ModuleList(
-            CrossLayerCodec(self._transform(unit, w, [factors[i] for layer in stack for i in (2 * layer, 2 * layer + 1)]))
-            for unit, w, stack in zip(units, widths, self.stacks, strict=True)
-        )
+        self.coordinates = self._coordinates(alone, self.sensitivities(alone))
+        moments = self._moments(batches)
+        first = batches if not self.recipe.logit_batches else min(batches, _FIRST)
+        units = self.measured([own.bases() for own in moments], self.tiles(first, "variances of stacks of layers", self.sources))
+        if self.recipe.logit_batches:
+            self.layers = self._codecs(units, readers=False)
+            # In these coordinates the metric by attention's output is one.
+            usual = [torch.eye(m.channels.shape[1], dtype=torch.float64, device=m.channels.device).expand_as(m.channels) for m in moments]
+            bases = [own.bases(metric) for own, metric in zip(moments, self.felt(usual, moments), strict=True)]
+            units = self.measured(bases, self.tiles(batches, "variances of what the logits feel", self.sources))
+        self.layers = self._codecs(units, readers=True)
 
     def codec_config(self) -> CrossLayerConfig:
         transforms, task = [self._of(stack) for stack in range(len(self.layers))], self.task
@@ -59,6 +77,7 @@ class CrossLayerFit(TransformFit):
             joint_heads=self.heads,
             rows=tuple(t.tokens_in.shape[1] for t in transforms),
             channels=tuple(t.channels_in.shape[3] for t in transforms),
+            readers=self.recipe.readers,
             bits=round(coded_bytes * 8 / self._elements(2 * task.geometry.layers), 4),
         )
 
@@ -70,9 +89,12 @@ class CrossLayerFit(TransformFit):
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
         found: list[Segment] = []
         for index, stack in enumerate(self.stacks):
-            transform = self._of(index)
+            transform, readers = self._of(index), self.codec(index).readers
             sums = torch.stack([transform.across(p, layers[i].keys.float(), layers[i].values.float()) for p, i in enumerate(stack)]).sum(0)
-            rows = coded(transform, transform.coefficients(sums))
+            weights = None
+            if readers is not None:
+                weights = torch.stack([readers(layers[i].keys.float(), p) for p, i in enumerate(stack)]).mean(0)
+            rows = coded(transform, transform.coefficients(sums), weights)
             found += [transform.encoded(place, rows).segment(layers[i].owner, layers[i].frame) for place, i in enumerate(stack)]
         return found
 
@@ -94,43 +116,52 @@ class CrossLayerFit(TransformFit):
     def _of(self, stack: int) -> CrossLayerTransform:
         return self.codec(stack).transform
 
-    def _factors(self, units: list[Unit], costs: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For the keys and the values of each layer in turn: into the coordinates of the stack and back, [S, W, W] each."""
-        factors = []
+    def _coordinates(self, units: list[Unit], costs: list[torch.Tensor]) -> list[Coordinates]:
+        """Of each stack: in which an error of one costs attention's output the same in all its parts."""
         # Numbers keep the size that they had, for which rates of learning are made.
         usual = torch.stack(costs).mean().clamp_min(1e-12)
-        for unit, cost in zip(units, costs, strict=True):
-            root = (cost / usual).clamp_min(1e-12).sqrt()[:, None, None].to(unit.bases.channels_in)
-            factors.append((unit.bases.channels_in * root, unit.bases.channels_out / root))
-        return factors
+        roots = [(c / usual).clamp_min(1e-12).sqrt()[:, None, None].to(u.bases.channels_in) for u, c in zip(units, costs, strict=True)]
+        into = [unit.bases.channels_in * root for unit, root in zip(units, roots, strict=True)]
+        back = [unit.bases.channels_out / root for unit, root in zip(units, roots, strict=True)]
 
-    def _stacks(self, batches: int, into: list[torch.Tensor]) -> list[Unit]:
-        """Bases, variances and extremes of the stacks, from two passes over the same batches."""
-        sets, tile, device = len(into[0]), self.task.tile, self.task.model.device
-        sizes = [2 * len(stack) * into[0].shape[2] for stack in self.stacks]
-        moments = [Moments(sets, tile, size).to(device) for size in sizes]
-        for stack, x in self._tiles(batches, into, "moments of stacks of layers"):
+        def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([torch.block_diag(*own) for own in zip(*parts, strict=True)])
+
+        parts = [slice(2 * stack[0], 2 * stack[-1] + 2) for stack in self.stacks]
+        return [Coordinates(joined(into[own]), joined(back[own])) for own in parts]
+
+    def _moments(self, batches: int) -> list[Moments]:
+        moments = [Moments(len(c.into), self.task.tile, c.into.shape[1]).to(c.into.device) for c in self.coordinates]
+        for stack, x in self.tiles(batches, "moments of stacks of layers", self.sources):
             moments[stack].add(x)
         for sums in moments:
             self.reduce(sums)
-        return self.measured([own.bases() for own in moments], self._tiles(batches, into, "variances of their coefficients"))
+        return moments
 
-    def _tiles(self, batches: int, into: list[torch.Tensor], title: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each stack's number and its tiles of each batch, [E, S, T, P W], in its coordinates: one stack after another, to hold one."""
-        for batch in self.batches(batches, title):
-            layers = self.harvest(batch)
-            for stack, own in enumerate(self.stacks):
-                parts = [(x, into[2 * i + part]) for i in own for part, x in enumerate((layers[i].keys, layers[i].values))]
-                yield stack, torch.cat([side_by_side(x.double(), self.heads) @ factor for x, factor in parts], dim=3)
+    def sources(self, layers: Sequence[LayerHarvest], gradients: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """The stacks, one after another, to hold one."""
+        for number, (stack, own) in enumerate(zip(self.stacks, self.coordinates, strict=True)):
+            parts = [side_by_side(x.double(), self.heads) for i in stack for x in (layers[i].keys, layers[i].values)]
+            yield number, torch.cat(parts, dim=3) @ (own.back if gradients else own.into)
 
-    def _transform(self, unit: Unit, widths: torch.Tensor, factors: list[tuple[torch.Tensor, torch.Tensor]]) -> CrossLayerTransform:
+    def _codecs(self, units: list[Unit], readers: bool) -> nn.ModuleList:
+        """The stacks' codecs: each cell of each stack has the bits that it is worth."""
+        widths = allocate([unit.cells for unit in units], self.budget(2 * self.task.geometry.layers))
+        parts = zip(units, widths, self.coordinates, self.stacks, strict=True)
+        return nn.ModuleList(
+            CrossLayerCodec(self._transform(unit, w, own, len(stack)), self.readers(stack) if readers else None)
+            for unit, w, own, stack in parts
+        )
+
+    def _transform(self, unit: Unit, widths: torch.Tensor, own: Coordinates, layers: int) -> CrossLayerTransform:
         rows, channels = used(widths)
         sizes = (self.task.tile, self.task.geometry.head_dim, rows, channels)
-        built = CrossLayerTransform(len(factors) // 2, len(widths), self.heads, *sizes).to(unit.variance.device)
+        built = CrossLayerTransform(layers, len(widths), self.heads, *sizes).to(unit.variance.device)
         unit.fill(built, widths)
         with torch.no_grad():
-            for part, (into, back) in enumerate(factors):
-                own = slice(part * into.shape[2], (part + 1) * into.shape[2])
-                built.channels_in[part].copy_(into @ unit.bases.channels_in[:, own, :channels])
-                built.channels_out[part].copy_(back @ unit.bases.channels_out[:, own, :channels])
+            for axes, parts in (
+                (own.into @ unit.bases.channels_in, built.channels_in),
+                (own.back @ unit.bases.channels_out, built.channels_out),
+            ):
+                parts.copy_(axes[:, :, :channels].unflatten(1, (2 * layers, -1)).transpose(0, 1))
         return built

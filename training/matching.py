@@ -1,5 +1,8 @@
 """What a compact capsule is trained with: the bank of queries that it matches, and a selector that imitates a slower choice of tokens."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +15,8 @@ from .harvest import LayerHarvest
 
 _CHUNK = 32
 """Tiles whose choice is made at once."""
+_SEEDS = 1_000_003
+"""Between the seeds of two rows: more than there are layers."""
 _LEAST_SHARE = 1e-4
 """Share of attention below which queries read a tile equally little."""
 
@@ -26,15 +31,19 @@ class QueryBank:
 
     def __init__(self, size: int, seed: int = 0) -> None:
         """seed: another one for every layer and rank."""
-        self.size, self.seen = size, 0
+        self.size, self.seed, self.seen = size, seed, 0
         self.queries: torch.Tensor | None = None
         """[H, Q, D], Q <= size."""
         self.priority: torch.Tensor | None = None
         """[H, Q]."""
         self._random = torch.Generator().manual_seed(seed)
 
-    def add(self, layer: LayerHarvest) -> None:
-        """Offer the queries that read a layer's tiles; each tile is offered those of its own row."""
+    def add(self, layer: LayerHarvest, numbers: Sequence[int] | None = None) -> None:
+        """Offer the queries that read a layer's tiles; each tile is offered those of its own row.
+
+        numbers: of the batch's rows; what is drawn then depends on them and not on the order in which rows come, so that several ranks
+        draw together what one would.
+        """
         heads = layer.keys.shape[1]
         reads = layer.reads[layer.owner][:, None].expand(-1, layer.query.shape[1] // heads, -1)  # [E, G, Q]
         query = layer.query.float()[layer.owner]
@@ -42,9 +51,20 @@ class QueryBank:
         query = query.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4)[reads].transpose(0, 1)  # [H, n, D]
         share = _shares(layer).permute(0, 2, 3, 1)[reads].transpose(0, 1)
         # In fp64 and by its log: with shares this uneven, powers of a random number would all round to 0.
-        drawn = torch.rand(query.shape[1], generator=self._random, dtype=torch.float64).to(share.device)
+        drawn = self._drawn(layer, reads, numbers).to(share.device)
         self.merge(query, drawn.log() / share.double().clamp_min(_LEAST_SHARE).square())
         self.seen += query.shape[1]
+
+    def _drawn(self, layer: LayerHarvest, reads_EGQ: torch.Tensor, numbers: Sequence[int] | None) -> torch.Tensor:
+        """A random number for each query of each tile, in fp64."""
+        counts = reads_EGQ.sum((1, 2)).tolist()
+        if numbers is None:
+            return torch.rand(sum(counts), generator=self._random, dtype=torch.float64)
+        seen: dict[int, torch.Generator] = {}
+        for row in layer.owner.tolist():
+            seen.setdefault(row, torch.Generator().manual_seed(self.seed + _SEEDS * numbers[row]))
+        each = zip(counts, layer.owner.tolist(), strict=True)
+        return torch.cat([torch.rand(count, generator=seen[row], dtype=torch.float64) for count, row in each])
 
     def merge(self, queries: torch.Tensor, priority: torch.Tensor) -> None:
         """Take in queries [H, n, D] with their priorities [H, n], those of another rank's bank for one."""
@@ -53,6 +73,18 @@ class QueryBank:
         best = priority.argsort(dim=1, descending=True, stable=True)[:, : self.size]
         self.queries = queries.gather(1, best[..., None].expand(-1, -1, queries.shape[2]))
         self.priority = priority.gather(1, best)
+
+    def gather(self) -> None:
+        """Join the samples of all ranks."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+            return
+        assert self.queries is not None and self.priority is not None
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (self.queries.cpu(), self.priority.cpu()))
+        device = self.queries.device
+        for rank, (queries, priority) in enumerate(found):
+            if rank != torch.distributed.get_rank():
+                self.merge(queries.to(device), priority.to(device))
 
     def bank(self) -> torch.Tensor:
         """[H, size, D].

@@ -56,7 +56,17 @@ Errors = dict[str, torch.Tensor]
 
 _FIXED = ("family", "model", "revision", "ratio", "bits", "codec", "data", "batch", "moment_batches", "seed")
 """Fields of a recipe that a resumed run may not change."""
-_FIXED_TRANSFORM = ("joint_heads", "joint_layers", "allocation", "key_bits", "value_bits", "query_metric", "probe_batches")
+_FIXED_TRANSFORM = (
+    "joint_heads",
+    "joint_layers",
+    "allocation",
+    "key_bits",
+    "value_bits",
+    "query_metric",
+    "readers",
+    "logit_batches",
+    "probe_batches",
+)
 """And of its `transform`: what shapes the code, not what the descent from there is like."""
 
 
@@ -138,6 +148,11 @@ class CapsuleFit(L.LightningModule, ABC):
         loader = self.task.data.train_dataloader()
         count = min(count, len(loader))
         return iter(track(islice(loader, count), title, total=count, console=self.task.console, disable=self.global_rank != 0))
+
+    def numbers(self, step: int, count: int) -> list[int]:
+        """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""
+        world = 1 if self._trainer is None else self.trainer.world_size
+        return [step * self.task.recipe.batch + self.global_rank + i * world for i in range(count)]
 
     def harvest(self, batch: Batch) -> list[LayerHarvest]:
         task = self.task

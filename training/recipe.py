@@ -72,6 +72,11 @@ class TransformRecipe:
     """Mean bits of an element of the values, likewise; give both or neither."""
     query_metric: bool = True
     """Weigh the channels of keys by the queries that read them; False weighs all alike."""
+    readers: int = 64
+    """Training queries of each KV head whose attention tells the encoder how much each token matters; 0 treats all alike."""
+    logit_batches: int = 12
+    """Batches on which it is measured how much the answers' logits feel errors of the keys and values, through the frozen VLM and back; the
+    closed form then codes for them. 0 codes for each layer's attention output alone. Only with --transform.allocation output."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
     steps: int = 200
@@ -89,7 +94,7 @@ class TransformRecipe:
             raise ValueError(f"--transform.allocation {self.allocation!r} is neither output, pyramid nor uniform.")
         if (self.key_bits is None) != (self.value_bits is None):
             raise ValueError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
-        for name in ("joint_heads", "joint_layers", "steps", "lr", "output_weight", "kl_weight"):
+        for name in ("joint_heads", "joint_layers", "readers", "logit_batches", "steps", "lr", "output_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
         if self.probe_batches < 1:

@@ -48,6 +48,11 @@ class Moments(nn.Module):
         self.channels += torch.einsum("ehtd,ehtf->hdf", x, x)
         self.count += len(x)
 
+    def spread(self) -> torch.Tensor:
+        """[H, D, D]: sum of (x - mean)^T (x - mean) over tiles and their tokens."""
+        mean = self.total / self.count
+        return self.channels - self.count * mean.transpose(-1, -2) @ mean
+
     def bases(self, metric: torch.Tensor | None = None) -> Bases:
         """Principal axes of the tiles about their mean tile.
 
@@ -55,8 +60,7 @@ class Moments(nn.Module):
             metric: [H, D, D], how much a squared error in each direction of the channels matters; None: alike in all.
         """
         mean = self.total / self.count
-        tokens = self.tokens - self.count * mean @ mean.transpose(-1, -2)
-        channels = self.channels - self.count * mean.transpose(-1, -2) @ mean
+        tokens, channels = self.tokens - self.count * mean @ mean.transpose(-1, -2), self.spread()
         root, inverse = _root(channels if metric is None else metric, metric is None)
         principal = torch.linalg.eigh(root @ channels @ root).eigenvectors.flip(-1)
         axes = torch.linalg.eigh(tokens).eigenvectors.flip(-1).transpose(-1, -2)

@@ -9,8 +9,15 @@ from kvcapsule.codec.transform import CellTransform
 from kvcapsule.packing import GROUP
 
 
-def coded(transform: CellTransform, coefficients_ESMC: torch.Tensor) -> torch.Tensor:
-    """The rows [E, H, M, C] that reading the codes of coefficients would give, differentiable in these and in all that codes them."""
+def coded(transform: CellTransform, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None = None) -> torch.Tensor:
+    """The rows [E, H, M, C] that reading the codes of coefficients would give, differentiable in these and in all that codes them.
+
+    weights: of the tokens, by which the codes are chosen together; what that moves the coefficients by is passed on as a constant.
+    """
+    if weights_EST is not None:
+        with torch.no_grad():
+            moved = transform.shaped(coefficients_ESMC, weights_EST) - coefficients_ESMC
+        coefficients_ESMC = coefficients_ESMC + moved
     width = transform.widths.repeat_interleave(GROUP, dim=1)
     step = transform.step.repeat_interleave(GROUP, dim=1)
     half = (2.0 ** (width.float() - 1)).to(coefficients_ESMC.dtype)

@@ -1,76 +1,50 @@
 """Training of the transform family: bases and widths in closed form, then gradient descent through the quantiser."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec import LayerCodec, PairCodec, StackCodec
+from kvcapsule.codec import LayerCodec, StackCodec
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.kvcapsule import pyramid
-from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig, TransformKeys, TransformValues, side_by_side
-from kvcapsule.packing import GROUP
+from kvcapsule.codec.shaping import Readers
+from kvcapsule.codec.transform import (
+    CellTransform,
+    Transform,
+    TransformConfig,
+    TransformKeys,
+    TransformLayer,
+    TransformValues,
+    side_by_side,
+)
 from kvcapsule.segment import Segment
 
-from .allocation import allocate, cell_reach, cell_variance, distortion, step_size
+from .allocation import allocate, distortion
 from .datamodule import Batch
+from .felt import Felt, gradients, mixed
 from .harvest import LayerHarvest
 from .losses import error_and_energy, full_output, output_error, require_finite
+from .matching import QueryBank
 from .module import CapsuleFit, Task, scheduled
 from .sets import joint_heads
 from .spectra import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
 from .straight_through import coded
+from .units import LEAST_STEP, Unit
 
 _COARSE = 0.8
 """Bits an element up to which the learning rate is the recipe's."""
-_LEAST_STEP = 1e-6
-"""No step of a quantiser is less, or descent could carry it through 0."""
 _WARMUP = 10
 """Steps over which the learning rate rises."""
 _PROBE = 2.0
 """Most bits an element at which the allocation probes: with more, a layer's error is lost among rounding errors."""
 
 
-class Unit(nn.Module):
-    """The keys or the values of one layer: what the closed form knows of them."""
-
-    def __init__(self, bases: Bases, moments: CoefficientMoments, extremes: Extremes) -> None:
-        super().__init__()
-        self.bases, self.mean, self.variance = bases, moments.mean(), moments.variance()
-        self.cells, self.reach = cell_variance(self.variance), cell_reach(extremes.reach(self.mean))
-
-    def transform(self, widths: torch.Tensor, heads: int, dim: int) -> Transform:
-        """The transform code of given widths [S, G, D], cut to the rows and channels that have any."""
-        rows, channels = used(widths)
-        built = Transform(len(widths), heads, self.variance.shape[1], dim, rows, channels).to(self.variance.device)
-        self.fill(built, widths)
-        with torch.no_grad():
-            built.channels_in.copy_(self.bases.channels_in[:, :, :channels])
-            built.channels_out.copy_(self.bases.channels_out[:, :, :channels])
-        return built
-
-    @torch.no_grad()
-    def fill(self, built: CellTransform, widths: torch.Tensor) -> None:
-        """All of a transform code but its channels."""
-        _, groups, channels = built.widths.shape
-        rows = min(groups * GROUP, self.variance.shape[1])
-        kept = widths[:, :groups, :channels].to(self.variance.device)
-        built.tokens_in[:, :rows] = self.bases.tokens[:, :rows].float()
-        built.tokens_out[:, :, :rows] = self.bases.tokens[:, :rows].transpose(-1, -2).float()
-        built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
-        deviation = (self.cells[:, :groups, :channels] / GROUP).sqrt()
-        built.step.copy_(step_size(kept, deviation, self.reach[:, :groups, :channels]).clamp_min(_LEAST_STEP))
-        built.widths.copy_(kept)
-
-
-def used(widths: torch.Tensor) -> tuple[int, int]:
-    """Rows (a multiple of 8) and channels up to the last that has bits in widths [S, G, D]; at least one cell of them."""
-    coded = (widths > 0).any(0)
-    groups, channels = (int(coded.any(axis).nonzero().amax()) + 1 if coded.any() else 1 for axis in (1, 0))
-    return groups * GROUP, channels
+Sources = Callable[[Sequence[LayerHarvest], bool], Iterator[tuple[int, torch.Tensor]]]
+"""Of a harvest, the number and the tiles [E, S, T, W] of each source."""
 
 
 class TransformFit(CapsuleFit):
@@ -91,14 +65,27 @@ class TransformFit(CapsuleFit):
         return self.recipe.steps
 
     def prepare(self) -> None:
-        recipe = self.task.recipe
-        units = self._units(recipe.moment_batches)
-        widths = self._widths(units)
-        dim = self.task.geometry.head_dim
-        transforms = [unit.transform(w, self.heads, dim) for unit, w in zip(units, widths, strict=True)]
-        self.layers = nn.ModuleList(
-            PairCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
-        )
+        batches, dim = self.task.recipe.moment_batches, self.task.geometry.head_dim
+        units = self._units(batches)
+
+        def code(units: list[Unit], widths: list[torch.Tensor], readers: Sequence[Readers | None]) -> nn.ModuleList:
+            return _layers([unit.transform(w, self.heads, dim) for unit, w in zip(units, widths, strict=True)], readers)
+
+        layers = self.task.geometry.layers
+        if self.recipe.allocation != "output" and self.recipe.key_bits is None:
+            widths = self._shared_by_rule(units)
+        else:
+            costs = self.sensitivities(units)
+            usual = torch.stack(costs).mean().clamp_min(1e-12)
+            by_set = [(cost / usual)[:, None, None] for cost in costs]
+            widths = self._shared([unit.cells * cost.to(unit.cells) for unit, cost in zip(units, by_set, strict=True)])
+            if self.recipe.logit_batches:
+                self.layers = code(units, widths, [None] * layers)
+                metrics = self.felt([metric * cost.to(metric) for metric, cost in zip(self.metrics, by_set, strict=True)], self.moments)
+                bases = [moments.bases(metric) for moments, metric in zip(self.moments, metrics, strict=True)]
+                units = self.measured(bases, self.tiles(batches, "variances of what the logits feel", self.sources))
+                widths = self._shared([unit.cells for unit in units])
+        self.layers = code(units, widths, [self.readers([i]) for i in range(layers)])
 
     def codec_config(self) -> TransformConfig:
         task, transforms = self.task, [self._transforms(i) for i in range(len(self.layers))]
@@ -112,6 +99,7 @@ class TransformFit(CapsuleFit):
             value_rows=tuple(v for _, v in rows),
             value_channels=tuple(v for _, v in channels),
             joint_heads=self.heads,
+            readers=self.recipe.readers,
             bits=round(sum(_bytes(t) for pair in transforms for t in pair) * 8 / self._elements(2 * len(transforms)), 4),
         )
 
@@ -143,7 +131,7 @@ class TransformFit(CapsuleFit):
         with torch.no_grad():
             for codec in self.layers.modules():
                 if isinstance(codec, CellTransform):
-                    codec.step.clamp_min_(_LEAST_STEP)
+                    codec.step.clamp_min_(LEAST_STEP)
 
     def derived(self) -> Table:
         task = self.task
@@ -164,26 +152,36 @@ class TransformFit(CapsuleFit):
         """A short rise, then a cosine to zero."""
         return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
 
-    def _pair(self, layer: int) -> PairCodec:
+    def _pair(self, layer: int) -> TransformLayer:
         codec = self.layers[layer]
-        assert isinstance(codec, PairCodec)
+        assert isinstance(codec, TransformLayer)
         return codec
 
     def _transforms(self, layer: int) -> tuple[Transform, Transform]:
         codec = self._pair(layer)
-        assert isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
         return codec.keys.transform, codec.values.transform
 
     def _read(self, index: int, layer: LayerHarvest, keys: bool, values: bool) -> Segment:
         """A layer's tiles with its keys or values coded, or both, as reading the codes would give them."""
         codec = self._pair(index)
-        assert isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
         key_part, value_part = KeyPart(layer.keys), ValuePart(layer.values)
+        weights = None if codec.readers is None else codec.readers(layer.keys.float())
         if keys:
-            key_part = codec.keys.part(coded(codec.keys.transform, codec.keys.transform.coefficients(layer.keys.float())))
+            transform = codec.keys.transform
+            key_part = codec.keys.part(coded(transform, transform.coefficients(layer.keys.float()), weights))
         if values:
-            value_part = codec.values.part(coded(codec.values.transform, codec.values.transform.coefficients(layer.values.float())))
+            transform = codec.values.transform
+            value_part = codec.values.part(coded(transform, transform.coefficients(layer.values.float()), weights))
         return Segment(owner=layer.owner, frame=layer.frame, **key_part._asdict(), **value_part._asdict())
+
+    def readers(self, layers: Sequence[int]) -> Readers | None:
+        """The bank of these layers, which one code serves."""
+        if not self.banks:
+            return None
+        queries = torch.stack([self.banks[i].bank() for i in layers]) * self.scale
+        built = Readers(*queries.shape, self.heads).to(queries.device)
+        built.queries.copy_(queries)
+        return built
 
     def _elements(self, units: int) -> int:
         """Elements of one tile in so many units (the keys or the values of a layer)."""
@@ -193,33 +191,68 @@ class TransformFit(CapsuleFit):
         """Keys and values of every layer in turn: bases from one pass, variances and extremes of their coefficients from a second."""
         geometry, tile, device = self.task.geometry, self.task.tile, self.task.model.device
         sets, width = geometry.kv_heads // self.heads, geometry.head_dim * self.heads
-        moments = [Moments(sets, tile, width).to(device) for _ in range(2 * geometry.layers)]
+        self.moments = moments = [Moments(sets, tile, width).to(device) for _ in range(2 * geometry.layers)]
         queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
-        for batch in self.batches(batches, "moments of keys and values"):
+        seed = self.task.recipe.seed
+        self.banks = [QueryBank(self.recipe.readers, seed + i) for i in range(geometry.layers)] if self.recipe.readers else []
+        for step, batch in enumerate(self.batches(batches, "moments of keys and values")):
+            numbers = self.numbers(step, len(batch.answers))
             for i, layer in enumerate(self.harvest(batch)):
                 require_finite(layer, i)
                 moments[2 * i].add(side_by_side(layer.keys, self.heads))
                 moments[2 * i + 1].add(side_by_side(layer.values, self.heads))
                 queries[i].add(layer)
+                for bank in self.banks[i : i + 1]:
+                    bank.add(layer, numbers)
+                    self.scale = layer.scale
+        for bank in self.banks:
+            bank.gather()
         for sums in (*moments, *queries):
             self.reduce(sums)
         self._require_samples(moments[0])
-        bases = []
-        for i, query in enumerate(queries):
-            metric = query.metric().unflatten(0, (sets, self.heads)) if self.recipe.query_metric else None
-            by_set = None if metric is None else torch.stack([torch.block_diag(*heads) for heads in metric])
-            bases += [moments[2 * i].bases(by_set), moments[2 * i + 1].bases()]
-        return self.measured(bases, self._sides(batches, "variances of their coefficients"))
+        one = torch.eye(width, dtype=torch.float64, device=device).expand(sets, width, width)
+        self.metrics = []
+        for query in queries:
+            heads = query.metric().unflatten(0, (sets, self.heads))
+            self.metrics += [torch.stack([torch.block_diag(*own) for own in heads]) if self.recipe.query_metric else one, one]
+        bases = [own.bases(None if metric is one else metric) for own, metric in zip(moments, self.metrics, strict=True)]
+        return self.measured(bases, self.tiles(batches, "variances of their coefficients", self.units_of))
 
-    def _sides(self, batches: int, title: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each unit's number and its tiles of each batch, [E, S, T, D], a set's heads side by side."""
+    def tiles(self, batches: int, title: str, of: Sources) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each source's number and its tiles of each batch."""
         for batch in self.batches(batches, title):
-            for i, layer in enumerate(self.harvest(batch)):
-                for part, x in enumerate((layer.keys, layer.values)):
-                    yield 2 * i + part, side_by_side(x.double(), self.heads)
+            yield from of(self.harvest(batch), False)
+
+    def units_of(self, layers: Sequence[LayerHarvest], gradients: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """Keys and values of each layer in turn, a set's heads side by side: [E, S, T, W]."""
+        for i, layer in enumerate(layers):
+            for part, x in enumerate((layer.keys, layer.values)):
+                yield 2 * i + part, side_by_side(x.double(), self.heads)
+
+    def sources(self, layers: Sequence[LayerHarvest], gradients: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number and tiles [E, S, T, W] of each source, in its coordinates.
+
+        gradients: whether the layers hold gradients in place of keys and values: in other coordinates these turn the other way.
+        """
+        return self.units_of(layers, gradients)
+
+    def felt(self, usual: list[torch.Tensor], moments: list[Moments]) -> list[torch.Tensor]:
+        """Metrics [S, W, W] of the sources: what the logits feel where the present layers' code leaves them, mixed with the usual ones."""
+        task, canonical = self.task, self.task.recipe.codec.canonical_frame
+        sums = [Felt(*metric.shape[:2]).to(metric.device) for metric in usual]
+        for step, batch in enumerate(self.batches(self.recipe.logit_batches, "what the logits feel")):
+            layers = self.harvest(batch)
+            with torch.no_grad():
+                read = self.segments(layers)
+            seeds = [task.recipe.seed + n for n in self.numbers(step, len(batch.answers))]
+            for source, g in self.sources(gradients(task.model, batch, task.tile, canonical, layers, read, seeds), True):
+                sums[source].add(g)
+        for own in sums:
+            self.reduce(own)
+        return mixed(sums, usual, moments)
 
     def measured(self, bases: Sequence[Bases], tiles: Iterator[tuple[int, torch.Tensor]]) -> list[Unit]:
-        """Units with the variances and extremes of their coefficients in given bases, over all ranks; tiles come with their unit's place."""
+        """Units with the variances and extremes of their coefficients in given bases, over all ranks; tiles come with their number."""
         sizes = [(*b.tokens.shape[:2], b.channels_in.shape[2]) for b in bases]
         coefficients = [CoefficientMoments(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
         extremes = [Extremes(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
@@ -241,23 +274,22 @@ class TransformFit(CapsuleFit):
                 "(--data.size), look at more of them (--moment_batches), or choose a smaller --codec.tile."
             )
 
-    def _widths(self, units: list[Unit]) -> list[torch.Tensor]:
-        """Bits of every cell of every unit."""
-        recipe, n = self.task.recipe, len(units)
-        cells = [unit.cells for unit in units]
-        if self.recipe.key_bits is not None and self.recipe.value_bits is not None:
-            costs = self._costs(units)
-            keys = allocate(costs[::2], int(self.recipe.key_bits * self._elements(n // 2) / 8))
-            values = allocate(costs[1::2], int(self.recipe.value_bits * self._elements(n // 2) / 8))
-            return [w for pair in zip(keys, values, strict=True) for w in pair]
-        budget = self.budget(n)
-        if self.recipe.allocation == "output":
-            return allocate(self._costs(units), budget)
-        slope = recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0
-        shares = pyramid(1 / n, n // 2, slope)
+    def _shared(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Bits of every cell of every unit, by what leaving it out costs."""
+        keys, values = self.recipe.key_bits, self.recipe.value_bits
+        if keys is None or values is None:
+            return allocate(costs, self.budget(len(costs)))
+        one = self._elements(len(costs) // 2) / 8
+        pairs = zip(allocate(costs[::2], int(keys * one)), allocate(costs[1::2], int(values * one)), strict=True)
+        return [w for pair in pairs for w in pair]
+
+    def _shared_by_rule(self, units: list[Unit]) -> list[torch.Tensor]:
+        """The same, where a rule says what each layer gets."""
+        n = len(units)
+        shares = pyramid(1 / n, n // 2, self.task.recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0)
         # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they compare.
-        cells = [c / c.sum().clamp_min(1e-12) for c in cells]
-        pairs = [allocate(cells[2 * i : 2 * i + 2], int(budget * 2 * share)) for i, share in enumerate(shares)]
+        cells = [unit.cells / unit.cells.sum().clamp_min(1e-12) for unit in units]
+        pairs = [allocate(cells[2 * i : 2 * i + 2], int(self.budget(n) * 2 * share)) for i, share in enumerate(shares)]
         return [w for pair in pairs for w in pair]
 
     def budget(self, units: int) -> int:
@@ -279,10 +311,6 @@ class TransformFit(CapsuleFit):
         rotary = self.task.geometry.rotary != "none" and self.task.recipe.codec.canonical_frame
         return 8 + (self.task.geometry.head_dim * 4 if rotary else 0)
 
-    def _costs(self, units: list[Unit]) -> list[torch.Tensor]:
-        """What leaving out each cell adds to the error of its layer's attention output: in proportion to its variance."""
-        return [unit.cells.cpu() * of_set[:, None, None] for unit, of_set in zip(units, self.sensitivities(units), strict=True)]
-
     def sensitivities(self, units: list[Unit]) -> list[torch.Tensor]:
         """What an energy of one that a unit's sets of heads [S] lose adds to the error of attention's output, relative to its energy.
 
@@ -292,9 +320,7 @@ class TransformFit(CapsuleFit):
         budget = int(min(self.task.recipe.element_bits, _PROBE) * self._elements(1) / 8)
         probes = [allocate([unit.cells], budget)[0] for unit in units]
         transforms = [unit.transform(w, self.heads, dim) for unit, w in zip(units, probes, strict=True)]
-        self.layers = nn.ModuleList(
-            PairCodec(TransformKeys(k), TransformValues(v)) for k, v in zip(transforms[::2], transforms[1::2], strict=True)
-        )
+        self.layers = _layers(transforms, [None] * self.task.geometry.layers)
         sums = _Sums(len(units), sets).to(self.task.model.device)
         with torch.no_grad():
             for batch in self.batches(self.recipe.probe_batches, "what each layer costs"):
@@ -319,6 +345,12 @@ class _Sums(nn.Module):
         super().__init__()
         self.register_buffer("errors", torch.zeros(units, sets, dtype=torch.float64))
         self.register_buffer("energy", torch.zeros(units, dtype=torch.float64))
+
+
+def _layers(transforms: Sequence[Transform], readers: Sequence[Readers | None]) -> nn.ModuleList:
+    """Layers of transforms of their keys and their values in turn."""
+    pairs = zip(transforms[::2], transforms[1::2], readers, strict=True)
+    return nn.ModuleList(TransformLayer(TransformKeys(k), TransformValues(v), r) for k, v, r in pairs)
 
 
 def _bytes(transform: Transform) -> int:

@@ -28,6 +28,7 @@ from ..geometry import KVGeometry
 from ..packing import GROUP
 from .base import CodecConfig, Encoded, KeyPart, StackCodec, StackEncoding, ValuePart
 from .cells import CodedRows
+from .shaping import Readers, check_readers
 from .transform import CellTransform, by_head, side_by_side
 
 
@@ -62,18 +63,19 @@ class CrossLayerTransform(CellTransform):
 class CrossLayerCodec(StackCodec):
     """The codec of a stack."""
 
-    def __init__(self, transform: CrossLayerTransform) -> None:
+    def __init__(self, transform: CrossLayerTransform, readers: Readers | None) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.readers = transform, readers
 
     def start(self) -> "_Encoding":
-        return _Encoding(self.transform)
+        return _Encoding(self.transform, self.readers)
 
 
 class _Encoding(StackEncoding):
-    def __init__(self, transform: CrossLayerTransform) -> None:
-        self.transform = transform
+    def __init__(self, transform: CrossLayerTransform, readers: Readers | None) -> None:
+        self.transform, self.readers = transform, readers
         self.sums: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
 
     def add(self, place: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
         if self.sums is not None and self.sums.device != k_EHTD.device:
@@ -83,10 +85,14 @@ class _Encoding(StackEncoding):
             )
         added = self.transform.across(place, k_EHTD, v_EHTD)
         self.sums = added if self.sums is None else added.add_(self.sums)
+        if self.readers is not None:
+            weights = self.readers(k_EHTD, place)
+            self.weights = weights if self.weights is None else weights.add_(self.weights)
 
     def finish(self, places: Sequence[int]) -> list[Encoded]:
         assert self.sums is not None
-        rows = CodedRows.encode(self.transform.coefficients(self.sums), self.transform.coding())
+        weights = None if self.weights is None else self.weights / len(places)
+        rows = CodedRows.encode(self.transform.shaped(self.transform.coefficients(self.sums), weights), self.transform.coding())
         return [self.transform.encoded(place, rows) for place in places]
 
 
@@ -104,9 +110,12 @@ class CrossLayerConfig(CodecConfig):
     """Channels of the coefficients, stack by stack."""
     bits: float = 0.0
     """Mean bits of codes for one element of the keys and values: for the reader; the widths are among the weights."""
+    readers: int = 0
+    """Queries of each KV head and layer that tell how much each token matters (see `shaping`); 0: all tokens matter alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_readers(self.readers)
         if self.latent_bits:
             raise ValueError(f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave it 0.")
         if self.joint_layers < 1:
@@ -138,4 +147,6 @@ class CrossLayerConfig(CodecConfig):
         if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
             raise ValueError(f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into sets.")
         sizes = (self.tile, geometry.head_dim, self.rows[stack], self.channels[stack])
-        return CrossLayerCodec(CrossLayerTransform(depths[stack], geometry.kv_heads // self.joint_heads, self.joint_heads, *sizes))
+        transform = CrossLayerTransform(depths[stack], geometry.kv_heads // self.joint_heads, self.joint_heads, *sizes)
+        of_readers = (depths[stack], geometry.kv_heads, self.readers, geometry.head_dim, self.joint_heads)
+        return CrossLayerCodec(transform, Readers(*of_readers) if self.readers else None)

@@ -24,8 +24,9 @@ from torch import nn
 
 from ..geometry import KVGeometry
 from ..packing import GROUP
-from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
+from .base import CodecConfig, Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 from .cells import CodedRows, Coding
+from .shaping import Readers, check_readers, shaped
 
 
 class CellTransform(nn.Module):
@@ -60,6 +61,10 @@ class CellTransform(nn.Module):
             self._coding, self._coded_widths = known, version
         return known
 
+    def shaped(self, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None) -> torch.Tensor:
+        """The coefficients to be rounded where tokens weigh unlike (see `shaping`); None: as they are."""
+        return coefficients_ESMC if weights_EST is None else shaped(coefficients_ESMC, self.tokens_out, weights_EST, self.coding())
+
     def decoder_bytes(self) -> int:
         """Bytes of all that reading needs, in the present precision."""
         return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
@@ -83,8 +88,9 @@ class Transform(CellTransform):
         """channels_out of each KV head, [H, D, C]."""
         return by_head(self.channels_out, self.heads)
 
-    def encode(self, x_EHTD: torch.Tensor) -> CodedRows:
-        return CodedRows.encode(self.coefficients(x_EHTD), self.coding())
+    def encode(self, x_EHTD: torch.Tensor, weights_EST: torch.Tensor | None = None) -> CodedRows:
+        """weights: of the tokens, for each set of heads; None: all alike."""
+        return CodedRows.encode(self.shaped(self.coefficients(x_EHTD), weights_EST), self.coding())
 
 
 def side_by_side(x_EHTD: torch.Tensor, heads: int) -> torch.Tensor:
@@ -106,8 +112,8 @@ class TransformKeys(KeyCodec):
         super().__init__()
         self.transform = transform
 
-    def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
-        return self.part(self.transform.encode(k_EHTD))
+    def encode(self, k_EHTD: torch.Tensor, weights_EST: torch.Tensor | None = None) -> KeyPart:
+        return self.part(self.transform.encode(k_EHTD, weights_EST))
 
     def part(self, rows: CodedRows | torch.Tensor) -> KeyPart:
         """Rows of coefficients with the maps that read them."""
@@ -121,12 +127,27 @@ class TransformValues(ValueCodec):
         super().__init__()
         self.transform = transform
 
-    def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
-        return self.part(self.transform.encode(v_EHTD))
+    def encode(self, v_EHTD: torch.Tensor, weights_EST: torch.Tensor | None = None) -> ValuePart:
+        return self.part(self.transform.encode(v_EHTD, weights_EST))
 
     def part(self, rows: CodedRows | torch.Tensor) -> ValuePart:
         """Rows of coefficients with the maps that read them."""
         return ValuePart(rows, value_map=self.transform.tokens_out, out_map=self.transform.head_maps().transpose(-1, -2))
+
+
+class TransformLayer(PairCodec):
+    """Keys and values of one layer: each coded by itself, with one weight a token for both where there are readers."""
+
+    keys: TransformKeys
+    values: TransformValues
+
+    def __init__(self, keys: TransformKeys, values: TransformValues, readers: Readers | None) -> None:
+        super().__init__(keys, values)
+        self.readers = readers
+
+    def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
+        weights = None if self.readers is None else self.readers(k_EHTD)
+        return Encoded(self.keys.encode(k_EHTD, weights), self.values.encode(v_EHTD, weights))
 
 
 @dataclass(frozen=True)
@@ -145,9 +166,12 @@ class TransformConfig(CodecConfig):
     """KV heads that are coded together as a set; divides their number."""
     bits: float = 0.0
     """Mean bits of codes for one element of the keys and values: for the reader; the widths are among the weights."""
+    readers: int = 0
+    """Queries of each KV head that tell how much each token matters (see `shaping`); 0: all tokens matter alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_readers(self.readers)
         if self.latent_bits:
             raise ValueError(f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave it 0.")
         for name, channels in (("key_channels", self.key_channels), ("value_channels", self.value_channels)):
@@ -163,7 +187,7 @@ class TransformConfig(CodecConfig):
         rows, channels = (*self.key_rows, *self.value_rows), (*self.key_channels, *self.value_channels)
         return sum(sets * r * width * (self.tile + c) for r, c in zip(rows, channels, strict=True))
 
-    def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
+    def build(self, geometry: KVGeometry, layer: int) -> TransformLayer:
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
             if len(getattr(self, name)) != geometry.layers:
                 raise ValueError(f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer.")
@@ -175,6 +199,8 @@ class TransformConfig(CodecConfig):
         def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:
             return Transform(sets, self.joint_heads, self.tile, geometry.head_dim, rows[layer], channels[layer])
 
-        return PairCodec(
-            TransformKeys(transform(self.key_rows, self.key_channels)), TransformValues(transform(self.value_rows, self.value_channels))
+        return TransformLayer(
+            TransformKeys(transform(self.key_rows, self.key_channels)),
+            TransformValues(transform(self.value_rows, self.value_channels)),
+            Readers(1, geometry.kv_heads, self.readers, geometry.head_dim, self.joint_heads) if self.readers else None,
         )
