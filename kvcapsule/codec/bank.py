@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..backend import backend
+
 _JITTER = 1e-4
 """Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies stable in fp32."""
 _MASS = 0.3
@@ -45,6 +47,11 @@ class Targets(NamedTuple):
 
 def read_by(queries_HQD: torch.Tensor, k_EHTD: torch.Tensor, room: torch.Tensor | None = None) -> Reading:
     """Read tiles with queries that are scaled already; room: memory for two of [E, H, T, Q], which the reading then lives in."""
+    if queries_HQD.dim() == 4 and _compiled(queries_HQD, k_EHTD, 16):
+        from ..kernels.native.bank import read
+
+        scores, attention = k_EHTD.new_empty(2, *k_EHTD.shape[:3], queries_HQD.shape[2]) if room is None else room
+        return Reading(queries_HQD, scores, attention, *read(queries_HQD[:, 0], k_EHTD, scores, attention))
     first, second = (None, None) if room is None else room
     scores = torch.matmul(k_EHTD.to(queries_HQD.dtype), queries_HQD.transpose(-1, -2), out=first)
     attention = torch.softmax(scores, -2, out=second)
@@ -58,6 +65,11 @@ def targets(reading: Reading, v_EHTD: torch.Tensor, among_EHC: torch.Tensor | No
     """For the tokens `among`, by default for all of the tile."""
     attention, values = reading.attention, v_EHTD.to(reading.attention.dtype)
     chosen = attention if among_EHC is None else rows_at(attention, among_EHC)
+    if _compiled(attention, values, 16):
+        from ..kernels.native.bank import targets as compiled
+
+        shared, target = compiled(attention, values, None if among_EHC is None else chosen, _MASS)
+        return Targets(shared if among_EHC is None else columns_at(shared, among_EHC), target, shared)
     shared = chosen @ attention.transpose(-1, -2)
     gram = shared if among_EHC is None else columns_at(shared, among_EHC)
     size = torch.linalg.vector_norm(values, dim=(2, 3))[..., None, None] / sqrt(values.shape[2])
@@ -84,6 +96,10 @@ def added(gram_EHTT: torch.Tensor, target_EHTC: torch.Tensor, ranking_EHT: torch
 
     It is a ranking itself: with more passes, tokens are put in its order again.
     """
+    if _compiled(gram_EHTT, target_EHTC, 1):
+        from ..kernels.native.bank import added as compiled
+
+        return compiled(gram_EHTT, target_EHTC, ranking_EHT, passes, _JITTER)
     norm = gram_EHTT.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram_EHTT.dtype).tiny).rsqrt()[..., None]
     alike, wanted = gram_EHTT * norm * norm.transpose(-1, -2), target_EHTC * norm
     alike.diagonal(dim1=-2, dim2=-1).add_(_JITTER)
@@ -101,3 +117,10 @@ def added(gram_EHTT: torch.Tensor, target_EHTC: torch.Tensor, ranking_EHT: torch
 def highest(ranking_EHT: torch.Tensor, count: int) -> torch.Tensor:
     """Where the greatest are, [E, H, count] in rising order; of equals the earlier one."""
     return ranking_EHT.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
+
+
+def _compiled(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
+    """Whether kernels of the CPU serve tensors of four axes, of which the last has to be in groups of so many numbers."""
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(3) == 1 and t.shape[3] % group == 0 for t in (x, y))
+    learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend("cpu") == "numba"
