@@ -45,7 +45,7 @@ def however_little(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels that were called."""
     made: list[str] = []
-    for name in ("read", "targets", "added"):
+    for name in ("read", "targets", "products", "added"):
         plain = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *given, name=name, plain=plain: (made.append(name), plain(*given))[1])
     return made
@@ -80,6 +80,9 @@ def test_kernels_agree_with_pytorch(size: tuple[int, ...], shortlist: bool, thre
         gains = bank.added(wanted.gram.float(), wanted.target.float(), ranking.float(), passes)
         near(gains, bank.added(wanted.gram, wanted.target, ranking, passes), 1e-5)
     assert calls == ["read", "targets", "added", "added"]
+    rows = found.attention[:, :, : max(1, size[2] // 7)]
+    near(bank.products(rows, found.attention), bank.products(rows.double(), found.attention.double()))
+    assert calls[4:] == ["products"]
 
 
 def test_of_equals_the_earlier_one_is_ranked_first() -> None:
@@ -109,7 +112,7 @@ def test_the_same_rows_are_kept(tile: int, options: dict[str, Any], calls: list[
     _, keys, values = drawn(2, 5, tile, 16, 16)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     found = codec.encode(keys, values)
-    assert set(calls) == {"read", "targets", "added"}
+    assert set(calls) == {"read", "targets", "products", "added"}
     calls.clear()
     backends("reference")
     expected = codec.encode(keys, values)

@@ -53,7 +53,13 @@ def read_by(queries_HQD: torch.Tensor, k_EHTD: torch.Tensor, room: torch.Tensor 
         scores, attention = k_EHTD.new_empty(2, *k_EHTD.shape[:3], queries_HQD.shape[2]) if room is None else room
         return Reading(queries_HQD, scores, attention, *read(queries_HQD[:, 0], k_EHTD, scores, attention))
     first, second = (None, None) if room is None else room
-    scores = torch.matmul(k_EHTD.to(queries_HQD.dtype), queries_HQD.transpose(-1, -2), out=first)
+    keys = k_EHTD.to(queries_HQD.dtype)
+    if queries_HQD.dim() == 4:
+        # One product a head: for one a tile, PyTorch would repeat the queries.
+        room = None if first is None else first.flatten(1, 2)
+        scores = torch.matmul(keys.flatten(1, 2), queries_HQD[:, 0].transpose(-1, -2), out=room).unflatten(1, keys.shape[1:3])
+    else:
+        scores = torch.matmul(keys, queries_HQD.transpose(-1, -2))
     attention = torch.softmax(scores, -2, out=second)
     # A query's greatest score has its greatest share, at least 1 / T: that takes a third of the time of logsumexp.
     log_mass = scores.amax(-2, keepdim=True) - attention.amax(-2, keepdim=True).log()
@@ -70,13 +76,22 @@ def targets(reading: Reading, v_EHTD: torch.Tensor, among_EHC: torch.Tensor | No
 
         shared, target = compiled(attention, values, None if among_EHC is None else chosen, _MASS)
         return Targets(shared if among_EHC is None else columns_at(shared, among_EHC), target, shared)
-    shared = chosen @ attention.transpose(-1, -2)
+    shared = products(chosen, attention)
     gram = shared if among_EHC is None else columns_at(shared, among_EHC)
     size = torch.linalg.vector_norm(values, dim=(2, 3))[..., None, None] / sqrt(values.shape[2])
     target = shared.new_empty(*shared.shape[:3], values.shape[3] + 1)
     torch.matmul(shared, values, out=target[..., :-1])
     torch.mul(shared.sum(-1, keepdim=True), _MASS * size, out=target[..., -1:])
     return Targets(gram, target, shared)
+
+
+def products(x_EHMQ: torch.Tensor, y_EHTQ: torch.Tensor) -> torch.Tensor:
+    """[E, H, M, T]: of each row of x with each of y."""
+    if _compiled(x_EHMQ, y_EHTQ, 16):
+        from ..kernels.native.bank import products as compiled
+
+        return compiled(x_EHMQ, y_EHTQ)
+    return x_EHMQ @ y_EHTQ.transpose(-1, -2)
 
 
 def rows_at(x_EHTN: torch.Tensor, at_EHM: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch import nn
 
 from ..geometry import KVGeometry
 from ..quantize import QuantizedRows
-from .bank import Reading, added, highest, read_by, rows_at, targets
+from .bank import Reading, added, highest, products, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained
 
@@ -64,9 +64,9 @@ def fit_masses(rows_EHMQ: torch.Tensor, target_EH1Q: torch.Tensor, start_EHM: to
     Accelerated projected gradient (Nesterov), a fixed number of steps: near the least-squares solution, not at it.
     """
     start = start_EHM.clamp(1 / tile, tile)
-    gram = rows_EHMQ @ rows_EHMQ.transpose(-1, -2)
+    gram = products(rows_EHMQ, rows_EHMQ)
     pull = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    wanted = (rows_EHMQ @ target_EH1Q.transpose(-1, -2))[..., 0] + pull * start
+    wanted = products(rows_EHMQ, target_EH1Q)[..., 0] + pull * start
     # No entry is negative, so the greatest row sum bounds the greatest eigenvalue.
     rate = 1 / (gram.sum(-1).amax(-1, keepdim=True) + pull)
     weights = ahead = start
@@ -180,11 +180,12 @@ class CompactLayer(LayerCodec):
             ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
         if not self.passes:
             return Choice(highest(ranking, self.stored))
-        among = highest(ranking, min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1]))
-        gram, target, shared = targets(reading, v_EHTD, among if among.shape != ranking.shape else None)
-        ranking = added(gram, target, ranking.gather(-1, among), self.passes)
+        competing = min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1])
+        among = highest(ranking, competing) if competing < ranking.shape[-1] else None
+        gram, target, shared = targets(reading, v_EHTD, among)
+        ranking = added(gram, target, ranking if among is None else ranking.gather(-1, among), self.passes)
         first = highest(ranking, self.stored)
-        return Choice(among.gather(-1, first), rows_at(shared, first))
+        return Choice(first if among is None else among.gather(-1, first), rows_at(shared, first))
 
     def fit(
         self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
@@ -203,25 +204,27 @@ class CompactLayer(LayerCodec):
             scores = QuantizedRows.pack(keys, self.bits).read(work) @ reading.queries.transpose(-1, -2)
             # Coarsely quantised keys may outweigh the whole tile.
             top = torch.maximum(reading.log_mass, scores.logsumexp(-2, keepdim=True))
+            rows, whole = (scores - top).exp(), (reading.log_mass - top).exp()
+            weight = (scores - reading.log_mass).exp().mean(-1)
         else:
-            scores, top = rows_at(reading.scores, kept_EHM), reading.log_mass
-        rows, whole = (scores - top).exp(), (reading.log_mass - top).exp()
+            scores, rows = rows_at(reading.scores, kept_EHM), rows_at(reading.attention, kept_EHM)
+            whole, weight = torch.ones_like(reading.log_mass), reading.mass.gather(-1, kept_EHM)
 
         # By the cosine of what tokens get, or as the bank reads the quantised keys; that of the token itself makes no difference.
         if self.bits or shared_EHMT is None:
-            shared_EHMT = rows @ reading.attention.transpose(-1, -2)
+            shared_EHMT = products(rows, reading.attention)
         length = torch.linalg.vector_norm(rows, dim=-1).clamp_min(1e-12)
         stands_for = assignment(shared_EHMT / length[..., None], kept_EHM)
         mass = reading.mass.clamp_min(_LEAST_MASS)
         share = stands_for * mass[..., None]
-        start = share.sum(2) / (scores - reading.log_mass).exp().mean(-1).clamp(_LEAST_MASS, tile)
+        start = share.sum(2) / weight.clamp(_LEAST_MASS, tile)
         bias = fit_masses(rows, whole, start, tile).log().to(k_EHTD.dtype)
 
         values = v_EHTD.to(work)
         means = (share / share.sum(2, keepdim=True)).transpose(-1, -2) @ values
         weights = (scores + bias.to(work)[..., None]).softmax(-2)
-        gram = weights @ weights.transpose(-1, -2)
-        left = (weights @ reading.attention.transpose(-1, -2)) @ values - gram @ means
+        gram = products(weights, weights)
+        left = products(weights, reading.attention) @ values - gram @ means
         ridge = self.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         gram = gram + ridge * torch.eye(gram.shape[-1], dtype=work, device=gram.device)
         values = means + torch.linalg.solve(gram, left)

@@ -45,6 +45,15 @@ def targets(
     return shared, target
 
 
+def products(x_HEMQ: torch.Tensor, y_HETQ: torch.Tensor) -> torch.Tensor:
+    """[H, E, M, T]: of each row of x with each of y."""
+    (heads, tiles, many, length), rows = x_HEMQ.shape, y_HETQ.shape[2]
+    out = x_HEMQ.new_empty(heads, tiles, many, rows)
+    given = flat(x_HEMQ.contiguous()), flat(y_HETQ.contiguous()), U(many), U(rows), U(length), flat(out)
+    _shared_out(heads * tiles, many * rows * length, lambda begin, end: explained.products(*given, begin, end))
+    return out
+
+
 def added(gram: torch.Tensor, target: torch.Tensor, ranking: torch.Tensor, passes: int, jitter: float) -> torch.Tensor:
     """As kvcapsule.codec.bank.added."""
     many, wide = target.shape[2:]

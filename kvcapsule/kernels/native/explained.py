@@ -28,6 +28,13 @@ def _products(x, x0, many, y, y0, rows, length, out, o0, step):
 
 
 @jit
+def products(x, y, many, rows, length, out, begin, end):
+    """Of every pair."""
+    for pair in range(begin, end):
+        _products(x, pair * many * length, many, y, pair * rows * length, rows, length, out, pair * many * rows, rows)
+
+
+@jit
 def _gram(x, x0, rows, length, out, o0):
     """The same of rows with themselves: what lies above the blocks of the diagonal, mirrored."""
     n = U(0)
