@@ -122,6 +122,24 @@ def test_the_same_rows_are_kept(tile: int, options: dict[str, Any], calls: list[
     torch.testing.assert_close(found.values.values, expected.values.values, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [(7, 16), (16, 7), (24, 16)], ids=["queries", "head dim", "queries that fill half a vector"])
+def test_what_fills_no_vector_is_left_to_pytorch(sizes: tuple[int, int], calls: list[str]) -> None:
+    count, dim = sizes
+    queries, keys, values = drawn(2, 2, 9, dim, count)
+    found, expected = bank.read_by(queries, keys), bank.read_by(queries.double(), keys.double())
+    near(found.attention, expected.attention)
+    for one, other in zip(bank.targets(found, values), bank.targets(expected, values.double()), strict=True):
+        near(one, other)
+    assert not set(calls) - {"products"}
+
+
+def test_keys_in_half_precision_are_read_in_single(calls: list[str]) -> None:
+    queries, keys, _ = drawn(2, 2, 9, 16, 16)
+    found = bank.read_by(queries, keys.bfloat16())
+    near(found.attention, bank.read_by(queries.double(), keys.bfloat16().double()).attention)
+    assert calls == ["read"]
+
+
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has another backend serve."""

@@ -47,13 +47,13 @@ class Targets(NamedTuple):
 
 def read_by(queries_HQD: torch.Tensor, k_EHTD: torch.Tensor, room: torch.Tensor | None = None) -> Reading:
     """Read tiles with queries that are scaled already; room: memory for two of [E, H, T, Q], which the reading then lives in."""
-    if queries_HQD.dim() == 4 and _compiled(queries_HQD, k_EHTD, 16):
+    keys = k_EHTD.to(queries_HQD.dtype)
+    if queries_HQD.dim() == 4 and queries_HQD.shape[2] % 16 == 0 and _compiled(queries_HQD, keys, 16):
         from ..kernels.native.bank import read
 
-        scores, attention = k_EHTD.new_empty(2, *k_EHTD.shape[:3], queries_HQD.shape[2]) if room is None else room
-        return Reading(queries_HQD, scores, attention, *read(queries_HQD[:, 0], k_EHTD, scores, attention))
+        scores, attention = keys.new_empty(2, *keys.shape[:3], queries_HQD.shape[2]) if room is None else room
+        return Reading(queries_HQD, scores, attention, *read(queries_HQD[:, 0], keys, scores, attention))
     first, second = (None, None) if room is None else room
-    keys = k_EHTD.to(queries_HQD.dtype)
     if queries_HQD.dim() == 4:
         # One product a head: for one a tile, PyTorch would repeat the queries.
         room = None if first is None else first.flatten(1, 2)
