@@ -53,8 +53,8 @@ class Frame:
         return self._turn(x, -1.0)
 
     def back_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The same into memory of x's shape and precision, which must not be x's: no gradient, and no other memory of that size."""
-        if x.dtype.itemsize < 4:
+        """The same into memory of x's shape and precision, not x's own; where no gradient is wanted, none of that size is used besides."""
+        if x.dtype.itemsize < 4 or (torch.is_grad_enabled() and x.requires_grad):
             out.copy_(self.back(x))
             return
         turned, cos, sin = 2 * self.cos.shape[-1], *self._factors(x, -1.0)

@@ -233,6 +233,21 @@ def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.
     assert len(places) == 1
 
 
+@pytest.mark.parametrize("spans", [[span(1, 2, 7)], [span(0, 3, 4), span(1, 0, 7)]], ids=["one span", "two"])
+def test_gradients_go_through_tiles(spans: list[VisualSpan]) -> None:
+    of = prefill(spans, torch.ones(2, 10, dtype=torch.bool))
+    angles = torch.arange(10.0)[None, :, None].expand(1, 10, of.keys.shape[3])
+    of = replace(of, position_embeddings=(angles.cos(), angles.sin()), keys=of.keys.requires_grad_(), values=of.values.requires_grad_())
+    tiles, plain = cut_tiles(of, 3, turned=True), cut_tiles(of, 3)
+    assert tiles is not None and plain is not None and plain.frame is not None
+    one, other = (
+        torch.autograd.grad((keys * values).sum(), (of.keys, of.values))
+        for keys, values in ((tiles.keys, tiles.values), (plain.frame.back(plain.keys), plain.values))
+    )
+    torch.testing.assert_close(one, other)
+    assert float(one[0].abs().sum()) > 0 and int((one[1] != 0).any(-1).sum()) == 2 * 3 * len(tiles.owner)
+
+
 @pytest.mark.parametrize("policy", [PostVisionAttention, EvenlySpaced])
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, 40])
 def test_ratios_outside_are_refused(policy: type[TokenPruning], ratio: float) -> None:
