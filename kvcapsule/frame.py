@@ -52,7 +52,19 @@ class Frame:
         """Rotate x [E, ..., D] back by the frame."""
         return self._turn(x, -1.0)
 
-    def select(self, index: torch.Tensor) -> "Frame":
+    def back_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The same into memory of x's shape and precision, not x's own; where no gradient is wanted, none of that size is used besides."""
+        if x.dtype.itemsize < 4 or (torch.is_grad_enabled() and x.requires_grad):
+            out.copy_(self.back(x))
+            return
+        turned, cos, sin = 2 * self.cos.shape[-1], *self._factors(x, -1.0)
+        (first, second), pair = (_pairs(t[..., :turned], self.neighbours) for t in (x, out))
+        for product, x_cos, x_sin, sign in ((pair[0], first, second, -1), (pair[1], second, first, 1)):
+            torch.mul(x_cos, cos, out=product).addcmul_(x_sin, sin, value=sign)
+        if turned < x.shape[-1]:
+            out[..., turned:] = x[..., turned:]
+
+    def select(self, index: torch.Tensor | slice) -> "Frame":
         return replace(self, cos=self.cos[index], sin=self.sin[index])
 
     def to(self, device: torch.device | str) -> "Frame":
@@ -65,13 +77,17 @@ class Frame:
         # Half precision would round cos and sin, and what is rounded is no rotation.
         work = torch.promote_types(x.dtype, torch.float32)
         half = self.cos.shape[-1]
-        shape = (-1,) + (1,) * (x.dim() - 2) + (half,)
-        cos, sin = self.cos.to(work).view(shape), self.sin.to(work).view(shape) * sign
+        cos, sin = self._factors(x, sign)
         (first, second), rest = _pairs(x[..., : 2 * half].to(work), self.neighbours), x[..., 2 * half :]
         # Into the products themselves: a layer's keys are large, and fresh memory costs more than the arithmetic.
         pair = ((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin))
         turned = (torch.stack(pair, dim=-1).flatten(-2) if self.neighbours else torch.cat(pair, dim=-1)).to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+    def _factors(self, x: torch.Tensor, sign: float) -> tuple[torch.Tensor, torch.Tensor]:
+        work, half = torch.promote_types(x.dtype, torch.float32), self.cos.shape[-1]
+        shape = (-1,) + (1,) * (x.dim() - 2) + (half,)
+        return self.cos.to(work).view(shape), self.sin.to(work).view(shape) * sign
 
 
 def _pairs(x: torch.Tensor, neighbours: bool) -> tuple[torch.Tensor, torch.Tensor]:

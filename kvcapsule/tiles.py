@@ -19,7 +19,7 @@ def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeom
     Raises:
         RuntimeError: if the model rotates its keys and the rotation is not known.
     """
-    tiles = cut_tiles(prefill, config.tile, config.canonical_frame)
+    tiles = cut_tiles(prefill, config.tile, config.canonical_frame, turned=True, lent=True)
     visual = prefill.visual()
     text = keep(prefill, prefill.valid & ~visual)
     if tiles is None:
@@ -28,8 +28,7 @@ def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeom
         raise RuntimeError(
             "no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`."
         )
-    keys = tiles.keys if tiles.frame is None else tiles.frame.back(tiles.keys)
-    return tiles._replace(keys=keys), Compressed(keep(prefill, visual & ~tiled(prefill, config.tile)), text)
+    return tiles, Compressed(keep(prefill, visual & ~tiled(prefill, config.tile)), text)
 
 
 class _Waiting(NamedTuple):

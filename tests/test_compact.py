@@ -158,7 +158,7 @@ def test_masses_are_a_least_squares_fit_pulled_to_their_start() -> None:
     for wanted in (torch.ones(1, 1, 30, 1, dtype=torch.float64), rows[..., :1] + 0.5):
         right = (rows.transpose(-1, -2) @ wanted)[0, 0, :, 0] + pull * start[0, 0].clamp(0.1, 10)
         expected = torch.linalg.solve(gram + pull * torch.eye(4), right)
-        found = fit_masses(rows, wanted, start, tile=10)[0, 0]
+        found = fit_masses(rows.mT, wanted.mT, start, tile=10)[0, 0]
         if float(expected.min()) < 0.1:
             low = expected < 0.1
             free = ~low
@@ -175,7 +175,7 @@ def test_attention_ranks_by_root_mean_square() -> None:
     codec.bank.copy_(60 * torch.tensor([[1.0, 0, 0, 0], *[[0, 1.0, 0, 0]] * 4]))
     keys = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     keys[0, 0, 0, 0] = keys[0, 0, 1, 1] = keys[0, 0, 2, 1] = 1.0
-    attention = codec.read(keys).attention[0, 0]
+    attention = codec.read(keys).attention[0, 0].T
     torch.testing.assert_close(attention[0], torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
     torch.testing.assert_close(attention[1:], torch.tensor([[0, 0.5, 0.5, 0]] * 4, dtype=torch.float64))
     values = rand(1, 1, 4, 4)
@@ -193,7 +193,7 @@ def test_what_a_token_adds_is_what_a_fit_says() -> None:
     gram, target, _ = targets(reading, values)
     ranking = rand(1, HEADS, LONG, seed=3)
     gains = added(gram, target, ranking)
-    attention = reading.attention[0, 1]
+    attention = reading.attention[0, 1].T
     size = values[0, 1].square().sum(-1).mean().sqrt()
     wanted = attention @ torch.cat([values[0, 1], (0.3 * size).expand(LONG, 1)], dim=1)
     order = ranking[0, 1].argsort(descending=True)
@@ -209,7 +209,7 @@ def test_greedy_choice_takes_the_most_explaining_token_next() -> None:
     keys, values, _ = low_rank(2)
     codec = layer(0.5, tile=LONG)
     reading = codec.read(keys)
-    attention, gram_and_target = reading.attention[1, 0], targets(reading, values)
+    attention, gram_and_target = reading.attention[1, 0].T, targets(reading, values)
     wanted = attention @ torch.linalg.solve(gram_and_target[0], gram_and_target[1])[1, 0]
 
     def unexplained(kept: list[int]) -> float:
@@ -245,8 +245,8 @@ def plainly(codec: CompactLayer, keys: torch.Tensor, values: torch.Tensor) -> tu
     nearest = cosine.argmax(1)
     nearest[kept] = torch.arange(len(kept))
     share = attention.mean(0)[:, None] * (nearest[:, None] == torch.arange(len(kept)))
-    ones = torch.ones(1, 1, len(bank), 1, dtype=rows.dtype)
-    bias = fit_masses(rows[None, None], ones, (share.sum(0) / rows.mean(0))[None, None], tile)[0, 0].log()
+    ones = torch.ones(1, 1, 1, len(bank), dtype=rows.dtype)
+    bias = fit_masses(rows.T[None, None], ones, (share.sum(0) / rows.mean(0))[None, None], tile)[0, 0].log()
     means = (share / share.sum(0)).T @ values
     weights = (scores + bias).softmax(1)
     gram = weights.T @ weights

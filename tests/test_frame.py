@@ -51,6 +51,18 @@ def test_back_is_the_tile_at_position_zero(kind: str) -> None:
     torch.testing.assert_close(frame.back(rotated_query) @ frame.back(rotated).transpose(-1, -2), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("turned", [DIM, DIM // 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_back_into_memory_is_back(neighbours: bool, turned: int, dtype: torch.dtype) -> None:
+    """All channels turned or half of them; memory in which heads are outside."""
+    (keys, _), angles = keys_and_query(), torch.arange(3 * turned // 2).view(3, -1) / 7
+    frame = Frame(angles.cos(), angles.sin(), neighbours)
+    out = torch.full((HEADS, 3, TILE, DIM), torch.nan, dtype=dtype).transpose(0, 1)
+    frame.back_into(keys.to(dtype), out)
+    torch.testing.assert_close(out, frame.back(keys.to(dtype)), rtol=0, atol=1e-6)
+
+
 def test_yarn_has_a_factor_that_the_frame_leaves_out() -> None:
     rope, (keys, _) = llama_rope("yarn"), keys_and_query()
     assert rope.attention_scaling > 1.05

@@ -1,6 +1,7 @@
 """Policies keep what they say: worked out by hand on small prefills, and against the attention weights of the model itself."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,47 @@ def test_tiles() -> None:
     assert tiled(of, 3).nonzero().tolist() == [[0, 3], [0, 4], [0, 5], *([1, i] for i in range(6))]
     assert cut_tiles(of, 8) is None
     assert not tiled(of, 8).any()
+
+
+@pytest.mark.parametrize("spans", [[span(1, 2, 7)], [span(0, 3, 4), span(1, 0, 7)]], ids=["one span", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.dtype) -> None:
+    """One layer after the other has them in the same memory, or in the prefill's own."""
+    of = prefill(spans, torch.ones(2, 10, dtype=torch.bool))
+    angles = torch.arange(10.0)[None, :, None] / 3 ** torch.arange(of.keys.shape[3] // 2)
+    rotation = [torch.cat([x, x], -1) for x in (angles.cos(), angles.sin())]
+    of = replace(of, keys=of.keys.to(dtype), values=of.values.to(dtype), position_embeddings=(rotation[0], rotation[1]))
+    places = set()
+    for layer in (of, replace(of, keys=2 * of.keys, values=of.values + 1)):
+        before = layer.keys.clone()
+        own, lent = cut_tiles(layer, 3, turned=True), cut_tiles(layer, 3, turned=True, lent=True)
+        plain = cut_tiles(layer, 3)
+        assert own is not None and lent is not None and plain is not None and plain.frame is not None
+        torch.testing.assert_close(own.keys, plain.frame.back(plain.keys))
+        for one, other in ((own.keys, lent.keys), (own.values, lent.values), (plain.values, lent.values), (layer.keys, before)):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        kept = {x.untyped_storage().data_ptr() for x in (own.keys, own.values, plain.keys)}
+        given = {x.untyped_storage().data_ptr() for x in (layer.keys, layer.values)}
+        assert not kept & given
+        assert (lent.values.untyped_storage().data_ptr() in given) == (len(spans) == 1)
+        assert lent.keys.untyped_storage().data_ptr() not in given | kept
+        places.add(lent.keys.untyped_storage().data_ptr())
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("spans", [[span(1, 2, 7)], [span(0, 3, 4), span(1, 0, 7)]], ids=["one span", "two"])
+def test_gradients_go_through_tiles(spans: list[VisualSpan]) -> None:
+    of = prefill(spans, torch.ones(2, 10, dtype=torch.bool))
+    angles = torch.arange(10.0)[None, :, None].expand(1, 10, of.keys.shape[3])
+    of = replace(of, position_embeddings=(angles.cos(), angles.sin()), keys=of.keys.requires_grad_(), values=of.values.requires_grad_())
+    tiles, plain = cut_tiles(of, 3, turned=True), cut_tiles(of, 3)
+    assert tiles is not None and plain is not None and plain.frame is not None
+    one, other = (
+        torch.autograd.grad((keys * values).sum(), (of.keys, of.values))
+        for keys, values in ((tiles.keys, tiles.values), (plain.frame.back(plain.keys), plain.values))
+    )
+    torch.testing.assert_close(one, other)
+    assert float(one[0].abs().sum()) > 0 and int((one[1] != 0).any(-1).sum()) == 2 * 3 * len(tiles.owner)
 
 
 @pytest.mark.parametrize("policy", [PostVisionAttention, EvenlySpaced])

@@ -46,14 +46,12 @@ class Recorder:
         self.layers: list[LayerHarvest] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        tiles = cut_tiles(prefill, self.tile, frames=self.canonical)
+        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
         if tiles is None:
             raise ValueError(
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
                 "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
             )
-        frame = tiles.frame if self.canonical else None
-        keys = tiles.keys if frame is None else frame.back(tiles.keys)
         ends = [max((s.start + s.length for s in prefill.spans if s.row == row), default=0) for row in range(prefill.valid.shape[0])]
         first = min(ends)
         positions = torch.arange(prefill.valid.shape[1], device=prefill.valid.device)
@@ -61,7 +59,9 @@ class Recorder:
         rest, order = _rest(prefill, prefill.valid & ~tiled(prefill, self.tile))
         visible = order[:, None, :] <= positions[first:, None]
         self.layers.append(
-            LayerHarvest(keys, tiles.values, tiles.owner, frame, prefill.query[:, :, first:].clone(), reads, rest, visible, prefill.scale)
+            LayerHarvest(
+                tiles.keys, tiles.values, tiles.owner, tiles.frame, prefill.query[:, :, first:].clone(), reads, rest, visible, prefill.scale
+            )
         )
         return Compressed([], [])
 

@@ -77,7 +77,10 @@ class LayerCodec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values."""
+        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values.
+
+        They are lent (kvcapsule.prefill.cut_tiles): what is stored as it is must be a copy.
+        """
 
 
 class PairCodec(LayerCodec):
@@ -96,7 +99,7 @@ class StackEncoding(ABC):
 
     @abstractmethod
     def add(self, place: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
-        """Take the tiles of the layer at `place` in the stack."""
+        """Take the tiles of the layer at `place` in the stack; they are lent, as to LayerCodec.encode."""
 
     @abstractmethod
     def finish(self, places: Sequence[int]) -> list[Encoded]:

@@ -17,7 +17,7 @@ by what a token adds to those above it: the paper's orthogonal matching pursuit 
 choose from a shortlist of C tokens, those that the first ranking puts first: 4 for each that is kept, and 112 at least.
 
 Cost of encoding, in multiplications for one tile and KV head: Q T (D + m) + Q m^2 + 2 T m D + m^3 / 3; with passes C T (Q + D) once, and
-C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory three times, for as many as are encoded at once.
+C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory twice, for as many as are encoded at once.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from torch import nn
 
 from ..geometry import KVGeometry
 from ..quantize import QuantizedRows
-from .bank import Reading, added, columns_at, highest, read_by, rows_at, targets
+from .bank import Reading, added, highest, products, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained
 
@@ -46,7 +46,7 @@ _SHORTEST = 112
 _LEAST_MASS = 1e-8
 """Mean attention below which tokens count as equally unread."""
 _AT_ONCE = 2**20
-"""Numbers of A at once on a CPU, or one head's: three times 4 MB of fp32 stay in its last cache, and calls hardly show."""
+"""Numbers of A at once on a CPU, or one tile's: twice 4 MB of fp32 stay in its last cache, and calls hardly show."""
 _AT_ONCE_ELSEWHERE = 2**27
 """The same on other devices, whose calls are dearer: a bound of the memory."""
 
@@ -58,15 +58,15 @@ def assignment(alike_EHMT: torch.Tensor, kept_EHM: torch.Tensor) -> torch.Tensor
     return F.one_hot(alike_EHMT.argmax(2).scatter(-1, kept_EHM, own), stored).to(alike_EHMT.dtype)
 
 
-def fit_masses(rows_EHQM: torch.Tensor, target_EHQ1: torch.Tensor, start_EHM: torch.Tensor, tile: int) -> torch.Tensor:
-    """w [E, H, M] with |rows w - target|^2 + s |w - start|^2 small, between 1 / tile and tile; s is the mean of |a column of rows|^2.
+def fit_masses(rows_EHMQ: torch.Tensor, target_EH1Q: torch.Tensor, start_EHM: torch.Tensor, tile: int) -> torch.Tensor:
+    """w [E, H, M] with |w rows - target|^2 + s |w - start|^2 small, between 1 / tile and tile; s is the mean of |a row of rows|^2.
 
     Accelerated projected gradient (Nesterov), a fixed number of steps: near the least-squares solution, not at it.
     """
     start = start_EHM.clamp(1 / tile, tile)
-    gram = rows_EHQM.transpose(-1, -2) @ rows_EHQM
+    gram = products(rows_EHMQ, rows_EHMQ)
     pull = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    wanted = (rows_EHQM.transpose(-1, -2) @ target_EHQ1)[..., 0] + pull * start
+    wanted = products(rows_EHMQ, target_EH1Q)[..., 0] + pull * start
     # No entry is negative, so the greatest row sum bounds the greatest eigenvalue.
     rate = 1 / (gram.sum(-1).amax(-1, keepdim=True) + pull)
     weights = ahead = start
@@ -130,7 +130,7 @@ class CompactLayer(LayerCodec):
         self.selector = Selector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        """Encode tiles, some tiles and heads at a time; the keys in the frame that the bank's queries were taken to.
+        """Encode tiles, some heads and tiles at a time; the keys in the frame that the bank's queries were taken to.
 
         Raises:
             RuntimeError: before the bank is filled.
@@ -139,19 +139,22 @@ class CompactLayer(LayerCodec):
         (entries, heads, tile, _), bank = k_EHTD.shape, queries.shape[1]
         ranking = None if self.selector is None else self.selector(k_EHTD, v_EHTD)
         pairs = max(1, (_AT_ONCE if k_EHTD.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // (bank * tile))
-        by_heads = min(heads, pairs)
-        by_tiles = min(entries, max(1, pairs // by_heads))
+        # A head's tiles follow one another, and are read by the same queries.
+        by_tiles = min(entries, pairs)
+        by_heads = min(heads, pairs // by_tiles)
         # Memory for all to use in turn: fresh pages would cost a quarter of the time.
-        room = queries.new_empty(3, by_tiles * by_heads * bank * tile)
+        room = queries.new_empty(2, by_tiles * by_heads * bank * tile)
         keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
         bias = keys.new_empty(keys.shape[:3])
         for head, entry in product(range(0, heads, by_heads), range(0, entries, by_tiles)):
             at = slice(entry, entry + by_tiles), slice(head, head + by_heads)
-            k, v = k_EHTD[at], v_EHTD[at]
-            shape = (*k.shape[:2], bank, tile)
-            reading = read_by(queries[at[1]], k, room[:, : prod(shape)].view(3, *shape))
-            choice = self.choose(reading, k, v, None if ranking is None else ranking[at])
-            keys[at], values[at], bias[at] = self._matched(reading, k, v, *choice)
+            # Heads outside tiles, as they lie.
+            k, v = k_EHTD[at].transpose(0, 1), v_EHTD[at].transpose(0, 1)
+            shape = (*k.shape[:2], tile, bank)
+            reading = read_by(queries[at[1], None], k, room[:, : prod(shape)].view(2, *shape))
+            choice = self.choose(reading, k, v, None if ranking is None else ranking[at].transpose(0, 1))
+            for whole, part in zip((keys, values, bias), self._matched(reading, k, v, *choice), strict=True):
+                whole[at] = part.transpose(0, 1)
         return Encoded(KeyPart(keys), ValuePart(values), bias)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
@@ -177,13 +180,12 @@ class CompactLayer(LayerCodec):
             ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
         if not self.passes:
             return Choice(highest(ranking, self.stored))
-        among = highest(ranking, min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1]))
-        gram, target, shared = targets(reading, v_EHTD, among if among.shape != ranking.shape else None)
-        ranking = ranking.gather(-1, among)
-        for _ in range(self.passes):
-            ranking = added(gram, target, ranking)
+        competing = min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1])
+        among = highest(ranking, competing) if competing < ranking.shape[-1] else None
+        gram, target, shared = targets(reading, v_EHTD, among)
+        ranking = added(gram, target, ranking if among is None else ranking.gather(-1, among), self.passes)
         first = highest(ranking, self.stored)
-        return Choice(among.gather(-1, first), rows_at(shared, first))
+        return Choice(first if among is None else among.gather(-1, first), rows_at(shared, first))
 
     def fit(
         self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
@@ -199,28 +201,30 @@ class CompactLayer(LayerCodec):
         work, tile = reading.attention.dtype, k_EHTD.shape[2]
         keys = rows_at(k_EHTD, kept_EHM)
         if self.bits:
-            scores = reading.queries @ QuantizedRows.pack(keys, self.bits).read(work).transpose(-1, -2)
+            scores = QuantizedRows.pack(keys, self.bits).read(work) @ reading.queries.transpose(-1, -2)
             # Coarsely quantised keys may outweigh the whole tile.
-            top = torch.maximum(reading.log_mass, scores.logsumexp(-1, keepdim=True))
+            top = torch.maximum(reading.log_mass, scores.logsumexp(-2, keepdim=True))
+            rows, whole = (scores - top).exp(), (reading.log_mass - top).exp()
+            weight = (scores - reading.log_mass).exp().mean(-1)
         else:
-            scores, top = columns_at(reading.scores, kept_EHM), reading.log_mass
-        rows, whole = (scores - top).exp(), (reading.log_mass - top).exp()
+            scores, rows = rows_at(reading.scores, kept_EHM), rows_at(reading.attention, kept_EHM)
+            whole, weight = torch.ones_like(reading.log_mass), reading.mass.gather(-1, kept_EHM)
 
-        # By the cosine of the columns of A, or as the bank reads the quantised keys; that of the token itself makes no difference.
+        # By the cosine of what tokens get, or as the bank reads the quantised keys; that of the token itself makes no difference.
         if self.bits or shared_EHMT is None:
-            shared_EHMT = rows.transpose(-1, -2) @ reading.attention
-        length = torch.linalg.vector_norm(rows, dim=2).clamp_min(1e-12)
+            shared_EHMT = products(rows, reading.attention)
+        length = torch.linalg.vector_norm(rows, dim=-1).clamp_min(1e-12)
         stands_for = assignment(shared_EHMT / length[..., None], kept_EHM)
-        mass = reading.attention.mean(2).clamp_min(_LEAST_MASS)
+        mass = reading.mass.clamp_min(_LEAST_MASS)
         share = stands_for * mass[..., None]
-        start = share.sum(2) / (scores - reading.log_mass).exp().mean(2).clamp(_LEAST_MASS, tile)
+        start = share.sum(2) / weight.clamp(_LEAST_MASS, tile)
         bias = fit_masses(rows, whole, start, tile).log().to(k_EHTD.dtype)
 
         values = v_EHTD.to(work)
         means = (share / share.sum(2, keepdim=True)).transpose(-1, -2) @ values
-        weights = (scores + bias.to(work)[:, :, None]).softmax(-1)
-        gram = weights.transpose(-1, -2) @ weights
-        left = (weights.transpose(-1, -2) @ reading.attention) @ values - gram @ means
+        weights = (scores + bias.to(work)[..., None]).softmax(-2)
+        gram = products(weights, weights)
+        left = products(weights, reading.attention) @ values - gram @ means
         ridge = self.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         gram = gram + ridge * torch.eye(gram.shape[-1], dtype=work, device=gram.device)
         values = means + torch.linalg.solve(gram, left)

@@ -12,14 +12,14 @@ class IdentityKeys(KeyCodec):
     """Keys as they are."""
 
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
-        return KeyPart(k_EHTD)
+        return KeyPart(k_EHTD.clone(memory_format=torch.contiguous_format))
 
 
 class IdentityValues(ValueCodec):
     """Values as they are."""
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
-        return ValuePart(v_EHTD)
+        return ValuePart(v_EHTD.clone(memory_format=torch.contiguous_format))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ class PcaValues(ValueCodec):
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
         basis, mean = self.basis.to(v_EHTD.dtype), self.mean.to(v_EHTD.dtype)
-        return ValuePart(basis @ (v_EHTD - mean[:, None]), value_map=basis.transpose(-1, -2), value_mean=mean)
+        # Heads outside, as they lie in memory: a product of the tiles outside would copy them first.
+        stored_HEMD = basis[:, None] @ (v_EHTD - mean[:, None]).transpose(0, 1)
+        return ValuePart(stored_HEMD.transpose(0, 1).contiguous(), value_map=basis.transpose(-1, -2), value_mean=mean)
 
 
 @dataclass(frozen=True)
