@@ -84,10 +84,9 @@ class Coded(NamedTuple):
     size: Size
     """Bytes of an entry."""
     bounds: Array
-    byte: Array
-    group: Array
-    channel: Array
+    line: Array
     cell: Array
+    stretches: Array
     width: Array
     step: Array
     offset: Array

@@ -196,6 +196,6 @@ def _rows(rows: torch.Tensor) -> Raw:
 
 
 def _cells(rows: CodedRows, runs: Runs) -> Coded:
-    tables = (table.numpy().reshape(-1).view("uint32") for table in runs)
+    tables = (table.numpy().reshape(-1).view("uint64" if table.dtype == torch.int64 else "uint32") for table in runs)
     coding = (rows.coding.widths, rows.coding.step, rows.coding.offset)
     return Coded(flat(rows.packed), U(rows.packed.stride(0)), *tables, *(flat(t.contiguous()) for t in coding))

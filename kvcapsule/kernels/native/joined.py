@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from .jit import U, jit
+from .jit import U, lent
 
 _NONE = np.float32(-np.inf)
 
 
-@jit
+@lent
 def join(found, place, rows, dim, out, apart, top, mass):
     """Adds the sums of some rows, out [rows, apart], to what has been found from row `place` on."""
     for row in range(rows):
@@ -24,7 +24,7 @@ def join(found, place, rows, dim, out, apart, top, mass):
             found.out[o + d] = found.out[o + d] * before + out[x + d] * now
 
 
-@jit
+@lent
 def finish(parts, rows, dim, out):
     """out [rows, D]: what the first of some parts holds after all others have been added to it, divided by its mass."""
     for i in range(1, len(parts)):

@@ -104,7 +104,7 @@ def lower(form, room, sums, factors, rows, width):
             fall(sums, factors[row], row * form.dim, form.dim // U(16), U(16))
 
 
-def end(form, room, after, set_, sums, mass, width):
+def end(form, room, after, set_, sums, mass, width, out):
     """The sums [rows, D] as they are, but for what all values have in common."""
     if len(after.mean) > 1:
         for row in range(form.each):
