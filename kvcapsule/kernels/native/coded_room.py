@@ -85,6 +85,14 @@ def expect(rows, set_, entry):
             at += U(64)
 
 
+@lent
+def soon(rows, order, first, stop, set_, part, parts):
+    """Fetches one of some parts of the cells of the next tiles."""
+    for tile in range(part * U(TILES) // parts, (part + U(1)) * U(TILES) // parts):
+        if first + tile < stop:
+            expect(rows, set_, order[first + tile])
+
+
 def make(form, keys, values, turn, blocks, length, width):
     features_, columns = turns(turn.half, form.dim), (form.key_channels * U(ROWS) + U(15)) // U(16) * U(16)
     shift, channels = buffer(U(len(keys.cell)) * U(16)), form.key_channels

@@ -4,7 +4,7 @@ import numpy as np
 
 from .blocks import rows_by_map
 from .coded import key_cells, value_cells
-from .coded_room import expect, filled, make, open_set
+from .coded_room import filled, make, open_set, soon
 from .forms import TILES
 from .jit import U
 from .laid import lay
@@ -33,9 +33,6 @@ def begin(form, room, query, scale, turn, set_, row, blocks):
 def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set_, blocks, z):
     """z [P, blocks, ROWS, M, 2]: products of the queries with the key rows of `tiles` tiles."""
     length, pairs = turns(turn.half, form.dim), (tiles + U(1)) // U(2)
-    for tile in range(first + tiles, min(first + tiles + U(TILES), stop)):
-        expect(keys, set_, order[tile])
-        expect(values, set_, order[tile])
     for tile in range(U(2) * pairs):
         entry = order[first + min(tile, tiles - U(1))]
         room.key_base[tile], room.value_base[tile] = entry * keys.size, entry * values.size
@@ -44,7 +41,6 @@ def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set
     for tile in range(U(2) * pairs, U(TILES)):
         room.key_base[tile], room.value_base[tile] = room.key_base[U(0)], room.value_base[U(0)]
     lay(keys.packed, room.key_base, keys.stretches, set_, room.key_words, room.rest)
-    lay(values.packed, room.value_base, values.stretches, set_, room.value_words, room.rest)
     columns = room.beyond - U(16)
     many = columns * U(2)
     groups, row = form.key_rows // U(8), form.key_rows * U(2)
@@ -55,6 +51,9 @@ def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set
             room.queries, block * many, blocks * many,
         )  # fmt: skip
         for group in range(groups):
+            # The next tiles' cells, a few at a time: what is asked for at once has to be waited for.
+            if not block:
+                soon(keys, order, first + tiles, stop, set_, group, groups)
             run, o = (set_ * groups + group) * _BOUNDS, block * U(ROWS) * row + group * U(16)
             p = U(0)
             while p + U(2) <= pairs:
@@ -70,7 +69,7 @@ def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set
                 )  # fmt: skip
 
 
-def add(form, room, values, entries, order, first, tiles, set_, blocks, length, width, cap, weights, sums):
+def add(form, room, values, entries, order, first, stop, tiles, set_, blocks, length, width, cap, weights, sums):
     """sums [blocks, C', 8] += the value rows of `tiles` tiles with weights [P, blocks, M' / 8, ROWS, 8, 2]."""
     pairs, size = (tiles + U(1)) // U(2), width * U(2 * ROWS)
     at, one = U(0), each(np.float32(1))
@@ -80,8 +79,11 @@ def add(form, room, values, entries, order, first, tiles, set_, blocks, length, 
             found = plus(found, load(weights, pair * blocks * size + at), one)
         store(room.weights, at, found)
         at += U(16)
+    lay(values.packed, room.value_base, values.stretches, set_, room.value_words, room.rest)
     for block in range(blocks):
         for channel in range(form.value_channels):
+            if not block:
+                soon(values, order, first + tiles, stop, set_, channel, form.value_channels)
             run, o = (set_ * form.value_channels + channel) * _BOUNDS, (block * form.value_channels + channel) * U(8)
             p = U(0)
             while p + U(4) <= pairs:

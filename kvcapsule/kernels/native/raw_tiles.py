@@ -68,7 +68,7 @@ def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set
                 n += U(1)
 
 
-def add(form, room, values, entries, order, first, tiles, set_, blocks, length, width, cap, weights, sums):
+def add(form, room, values, entries, order, first, stop, tiles, set_, blocks, length, width, cap, weights, sums):
     """sums [blocks, ROWS, D] += the value rows of `tiles` tiles with weights [P, blocks, ROWS, 2, width]."""
     rows, dim = blocks * U(ROWS), form.dim
     for tile in range(tiles):

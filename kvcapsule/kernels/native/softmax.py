@@ -56,10 +56,8 @@ def fall(sums, factor, first, many, apart):
 def ceilings(cap, tile, room, many, entries, entry, token, there):
     """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees.
 
-    there[tile] is how many there were before.
+    there[tile] becomes how many there are: the caller need not ask again for as many without a mask.
     """
-    if there[tile] == many and not entries.masked and not entries.hidden:
-        return
     there[tile] = many
     at, first = tile * room, entry * entries.tokens + token
     for n in range(room):

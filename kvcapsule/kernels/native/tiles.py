@@ -134,7 +134,10 @@ def through(
             pairs = (tiles + U(1)) // U(2)
             for tile in range(U(2) * pairs):
                 entry, token, many = part(entries, order, first + min(tile, tiles - U(1)), form.tokens, MAPPED)
-                ceilings(cap, tile, length, many if tile < tiles else U(0), entries, entry, token, there)
+                many = many if tile < tiles else U(0)
+                # Asked here, for handing all of it over takes longer than most tiles need.
+                if there[tile] != many or entries.masked or entries.hidden:
+                    ceilings(cap, tile, length, many, entries, entry, token, there)
             meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set_, blocks, z)
             if MAPPED:
                 for i in range(pairs * blocks):
@@ -153,7 +156,7 @@ def through(
             if MAPPED:
                 for i in range(pairs * blocks):
                     weigh(p, i * U(2) * row_size * length, length, form.tokens, to_rows, width, w, i * U(2) * row_size * width)
-            add(form, room, values, entries, order, first, tiles, set_, blocks, length, width, cap, w, sums)
+            add(form, room, values, entries, order, first, stop, tiles, set_, blocks, length, width, cap, w, sums)
             first += tiles
         done = end(form, room, after, set_, sums, mass, width, out)
         place, many = (owner * form.sets + set_) * form.heads * form.each, form.heads * form.each
