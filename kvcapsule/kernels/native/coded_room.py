@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...packing import WIDTHS
-from .forms import TILES, Array, Size, buffer
+from .forms import TILES, Array, Size, buffer, copied
 from .jit import U, jit, lent
 from .laid import Rest, at_the_end
 from .turned import turns
@@ -128,11 +128,7 @@ def open_set(form, room, values, after, set_, width):
     """What follows the sums of a set."""
     C, columns, dim = form.value_channels, filled(form.value_channels), filled(form.dim)
     room.offset[:], room.maps_out[:] = np.float32(0), np.float32(0)
-    for m in range(form.value_rows):
-        for c in range(C):
-            room.offset[m * columns + c] = values.offset[(set_ * form.value_rows + m) * C + c]
+    copied(values.offset, set_ * form.value_rows * C, form.value_rows, C, C, U(1), room.offset, columns)
     for head in range(form.heads):
         first = (set_ * form.heads + head) * after.steps[0]
-        for c in range(C):
-            for d in range(form.dim):
-                room.maps_out[(head * C + c) * dim + d] = after.map[first + c * after.steps[1] + d * after.steps[2]]
+        copied(after.map, first, C, after.steps[1], form.dim, after.steps[2], room.maps_out[head * C * dim :], dim)

@@ -15,7 +15,7 @@ import numpy as np
 from . import coded_tiles, products, raw_tiles
 from .coded_tiles import add, begin, end, lower, make, meet, open_set
 from .entries import part, sorted_entries
-from .forms import TILES, Array, buffer
+from .forms import TILES, Array, buffer, copied
 from .jit import Kernel, U, lent, special, special_maker
 from .joined import join
 from .products import score
@@ -58,13 +58,9 @@ def _map(map_, set_, tokens, rows, width, turned, out):
     out[:] = np.float32(0)
     first = set_ * map_.set
     if turned:
-        for m in range(rows):
-            for n in range(tokens):
-                out[m * width + n] = map_.numbers[first + n * map_.token + m * map_.row]
+        copied(map_.numbers, first, rows, map_.row, tokens, map_.token, out, width)
     else:
-        for n in range(tokens):
-            for m in range(rows):
-                out[n * width + m] = map_.numbers[first + n * map_.token + m * map_.row]
+        copied(map_.numbers, first, tokens, map_.token, rows, map_.row, out, width)
 
 
 def attend(form, entries, query, scale, turn, score_map, value_map, keys, values, after, found, piece, pieces):
