@@ -21,8 +21,10 @@ import torch
 from ..kernels.pack import pack
 from ..packing import GROUP, WIDTHS, spread
 
-TOGETHER = 16
-"""Channels whose sums stay in a core's first cache."""
+TOGETHER = {1: 4, 2: 2, 3: 1, 4: 1}
+"""Cells of a width that a kernel lays out in one word of 32 bits."""
+FIRST_KIND = {1: 0, 2: 4, 3: 6, 4: 7}
+"""The kind of a cell that comes first in its word; that of the next one is one more."""
 
 
 class CellClass:
@@ -64,18 +66,21 @@ class CellLayout:
 
 
 class Runs(NamedTuple):
-    """All cells of the matrix, n in all, set by set in runs of one width: 8, 4, 3, 2, 1 and 0; int32."""
+    """All cells of the matrix, n in all, block by block in three runs: those of 1 to 4 bits, of 8, and of none; and where their bytes are.
+
+    A kernel first lays the cells of 1 to 4 bits out as words of 32 bits: 4 cells of one bit in each, 2 of two, 1 of three or four.
+    """
 
     bounds: torch.Tensor
-    """[S, blocks, 7]: where each run begins, and where the last one ends."""
-    byte: torch.Tensor
-    """[n]: where a cell's bytes begin in an entry; nothing for one of width 0."""
-    group: torch.Tensor
-    """[n]: its group of eight rows."""
-    channel: torch.Tensor
-    """[n]."""
+    """[S, blocks, 4], int32: where each run begins, and where the last one ends."""
+    line: torch.Tensor
+    """[n], int64. The upper half: the group or the channel that a cell meets. The lower: the first byte of a cell of 8 bits in an entry; of
+    one of 1 to 4 bits its word, and in the highest byte its kind (FIRST_KIND)."""
     cell: torch.Tensor
-    """[n]: its number over sets, groups and channels."""
+    """[n], int32: its number over sets, groups and channels."""
+    stretches: torch.Tensor
+    """[S, 5, 3], int32: of a set's cells of 8, 4, 3, 2 and 1 bits, where their bytes begin and end in an entry, and their first word: a
+    multiple of four."""
 
 
 @dataclass(frozen=True)
@@ -106,30 +111,52 @@ class Coding:
 
     @cached_property
     def runs_of_groups(self) -> Runs:
-        """Of each group of eight rows."""
+        """Of each group of eight rows; a cell meets its channel."""
         groups = self.widths.shape[1]
-        return self._runs(torch.arange(groups)[:, None], groups)
+        return self._runs(torch.arange(groups)[:, None], groups, torch.arange(self.widths.shape[2])[None])
 
     @cached_property
     def runs_of_channels(self) -> Runs:
-        """Of each `TOGETHER` channels, within a run group by group."""
+        """Of each channel; a cell meets its group."""
         channels = self.widths.shape[2]
-        return self._runs(torch.arange(channels)[None] // TOGETHER, -(-channels // TOGETHER))
+        return self._runs(torch.arange(channels)[None], channels, torch.arange(self.widths.shape[1])[:, None])
 
-    def _runs(self, block: torch.Tensor, blocks: int) -> Runs:
-        """block [G or 1, C or 1]: that a cell is in."""
-        sets, groups, channels = self.widths.shape
-        order = (*sorted(WIDTHS, reverse=True), 0)
-        number = torch.zeros(max(order) + 1, dtype=torch.int64)
-        number[list(order)] = torch.arange(len(order))
-        line = torch.arange(sets)[:, None, None] * blocks + block
-        run = (line * len(order) + number[self.widths.to(torch.int64)]).flatten()
+    def _runs(self, block: torch.Tensor, blocks: int, met: torch.Tensor) -> Runs:
+        """block and met [G or 1, C or 1]: the block that a cell is in, and the number of what it meets."""
+        sets = len(self.widths)
+        run = torch.where(self.widths == 8, 1, torch.where(self.widths > 0, 0, 2))
+        run = ((torch.arange(sets)[:, None, None] * blocks + block) * 3 + run).flatten()
         cell = run.argsort(stable=True)
-        ends = run.bincount(minlength=sets * blocks * len(order)).cumsum(0).view(sets, blocks, len(order))
+        ends = run.bincount(minlength=sets * blocks * 3).cumsum(0).view(sets, blocks, 3)
         first = torch.cat([ends.new_zeros(1), ends.flatten()[:-1]]).view_as(ends)
-        bounds = torch.cat([first, ends[..., -1:]], dim=-1)
-        tables = (bounds, self.cells.flatten()[cell] // 16, cell // channels % groups, cell % channels, cell)
-        return Runs(*(table.to(torch.int32).contiguous() for table in tables))
+        bounds, stretches = torch.cat([first, ends[..., -1:]], dim=-1), self._stretches()
+        line = (self._words(stretches) + (met.expand_as(self.widths) << 32)).flatten()[cell]
+        return Runs(bounds.to(torch.int32), line, cell.to(torch.int32), stretches.to(torch.int32).contiguous())
+
+    def _stretches(self) -> torch.Tensor:
+        """See Runs. Cells of one width and set lie one behind the other."""
+        found, begin = [], torch.zeros(1, dtype=torch.int64)
+        word = torch.zeros(len(self.widths), dtype=torch.int64)
+        for width in sorted(WIDTHS, reverse=True):
+            cells = (self.widths == width).flatten(1).sum(1)
+            ends = begin + (width * cells).cumsum(0)
+            found.append(torch.stack([ends - width * cells, ends, word], dim=1))
+            begin = ends[-1:]
+            if width < 8:
+                word = word + -(-cells // (4 * TOGETHER[width])) * 4
+        return torch.stack(found, dim=1)
+
+    def _words(self, stretches: torch.Tensor) -> torch.Tensor:
+        """[S, G, C]: the lower half of `Runs.line`."""
+        byte = self.cells.to(torch.int64) // 16
+        found = byte.clone()
+        for place, width in enumerate(sorted(WIDTHS, reverse=True)):
+            if width < 8:
+                begin, _, word = (n[:, None, None] for n in stretches[:, place].unbind(1))
+                number, many = (byte - begin) // width, TOGETHER[width]
+                read = word + number // many + ((FIRST_KIND[width] + number % many) << 24)
+                found = torch.where(self.widths == width, read, found)
+        return found
 
     @cached_property
     def order(self) -> torch.Tensor:

@@ -6,7 +6,8 @@ What runs is chosen once for each kind of device: Triton's kernels on CUDA and N
 What kernels do not cover, they leave to the reference, by its form alone: nothing falls back because something failed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -24,15 +25,16 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
         out: torch.Tensor = _attend_by_triton(query, segments, scale, visible)
         return out
     if chosen == "numba" and not torch.compiler.is_compiling():
-        return _attend_by_numba(query, segments, scale, visible)
+        return _by_numba()(query, segments, scale, visible)
     return reference_attend(query, segments, scale, visible)
 
 
-def _attend_by_numba(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None) -> torch.Tensor:
-    """The reference's steps, with products by compiled kernels; a step that PyTorch compiles whole is the reference's."""
+@cache
+def _by_numba() -> Callable[..., torch.Tensor]:
+    """The compiled kernels, imported when first needed; a step that PyTorch compiles whole is the reference's."""
     from .native.attend import attend as chosen
 
-    return chosen(query, segments, scale, visible)
+    return chosen
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

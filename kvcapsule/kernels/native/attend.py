@@ -30,11 +30,13 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
     heads = covered[0].sets * covered[0].heads
     rows = query_heads // heads * queries
     q = flat(query.contiguous())
-    parts = [_empty(batch * query_heads * queries, dim)]
+    result = torch.empty_like(query, memory_format=torch.contiguous_format)
+    # What is found first is found where the result will be.
+    parts = [_empty(batch * query_heads * queries, flat(result))]
     for each in covered:
         shares = threads(each.work * rows)
         while len(parts) < shares:
-            parts.append(_empty(batch * query_heads * queries, dim))
+            parts.append(_empty(batch * query_heads * queries, np.empty(result.numel(), np.float32)))
         call, sizes = kernel(_block(each.heads * rows), each.kind), form(each.sets, each.heads, each.sizes, batch, rows)
 
         def one(piece: int, each: Given = each, shares: int = shares, call=call, sizes=sizes) -> None:  # type: ignore[no-untyped-def]
@@ -44,8 +46,7 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
     if rest:
         out, top, mass = reference.summed(query, rest, scale, visible if rest[-1] is segments[-1] else None, COMPILED)
         parts.append(Sums(*(flat(x.contiguous()) for x in (out, top.masked_fill(top == torch.inf, -torch.inf), mass))))
-    result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    finish(tuple(parts), U(batch * query_heads * queries), U(dim), flat(result))
+    finish(tuple(parts), U(batch * query_heads * queries), U(dim))
     return result
 
 
@@ -67,8 +68,11 @@ def _parted(query: torch.Tensor, segments: Sequence[Segment], visible: torch.Ten
     return [one for one in made if one is not None], rest
 
 
-def _empty(rows: int, dim: int) -> Sums:
-    return Sums(np.zeros(rows * dim, np.float32), np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32))
+def _empty(rows: int, out: np.ndarray) -> Sums:
+    """Nothing found yet: what `out` holds is not looked at."""
+    top = np.empty(rows, np.float32)
+    top.fill(-np.inf)
+    return Sums(out, top, np.zeros(rows, np.float32))
 
 
 @cache

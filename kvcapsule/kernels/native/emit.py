@@ -74,6 +74,23 @@ def along(builder: Any, begin: Any, end: Any) -> Any:
     return cgutils.for_range(builder, end, start=begin)
 
 
+def totals(builder: Any, lanes: Sequence[Any]) -> Any:
+    """The sums of eight vectors' lanes, as one vector of eight."""
+
+    def picked(x: Any, y: Any, order: Sequence[int], size: int) -> Any:
+        """Parts of so many numbers, those of y counted on from x's."""
+        return builder.shuffle_vector(x, y, ints([size * part + i for part in order for i in range(size)]))
+
+    # Quarters of the registers first: these are moved by one instruction.
+    for low, high in (((0, 1, 4, 5), (2, 3, 6, 7)), ((0, 2, 4, 6), (1, 3, 5, 7))):
+        both = zip(lanes[::2], lanes[1::2], strict=True)
+        lanes = [builder.fadd(picked(x, y, low, 4), picked(x, y, high, 4)) for x, y in both]
+    first, second = ([2 * q + part + place for q in range(4) for place in (0, 8)] for part in (0, 1))
+    found = builder.fadd(picked(lanes[0], lanes[1], first, 2), picked(lanes[0], lanes[1], second, 2))
+    even, odd = (builder.shuffle_vector(found, found, ints([4 * (i % 4) + 2 * (i // 4) + place for i in range(8)])) for place in (0, 1))
+    return builder.fadd(even, odd)
+
+
 class Sums:
     """Vectors that a loop adds to; LLVM keeps them in registers."""
 

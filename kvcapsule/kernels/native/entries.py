@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from .jit import U, jit
+from .jit import U, jit, lent
 
 
-@jit
+@lent
 def part(entries, order, counter, rows, mapped):
     """Entry, first row and number of rows of a tile."""
     if mapped:

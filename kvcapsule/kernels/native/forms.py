@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .jit import U, jit
+from .jit import U, jit, lent
 
 Size = np.uint64
 Array = np.ndarray
@@ -84,10 +84,9 @@ class Coded(NamedTuple):
     size: Size
     """Bytes of an entry."""
     bounds: Array
-    byte: Array
-    group: Array
-    channel: Array
+    line: Array
     cell: Array
+    stretches: Array
     width: Array
     step: Array
     offset: Array
@@ -121,6 +120,23 @@ class Sums(NamedTuple):
     """[B, H, G Q]: the greatest score; -inf before."""
     mass: Array
     """[B, H, G Q]: of the weights; 0 before."""
+
+
+@lent
+def copied(x, x0, lines, line, numbers, step, out, width):
+    """out[i * width + k] = x[x0 + i * line + k * step] for k < numbers, i < lines: read in the order in which it lies in memory."""
+    if line < step:
+        for k in range(numbers):
+            for i in range(lines):
+                out[i * width + k] = x[x0 + i * line + k * step]
+    elif step == U(1):
+        for i in range(lines):
+            for k in range(numbers):
+                out[i * width + k] = x[x0 + i * line + k]
+    else:
+        for i in range(lines):
+            for k in range(numbers):
+                out[i * width + k] = x[x0 + i * line + k * step]
 
 
 @jit

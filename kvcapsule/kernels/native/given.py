@@ -46,7 +46,7 @@ class Given(NamedTuple):
 class _Known(NamedTuple):
     segment: "weakref.ref[Segment]"
     tensors: tuple[torch.Tensor, ...]
-    places: tuple[int, ...]
+    places: list[int]
     """Where these were in memory: parameters may be put elsewhere."""
     given: Given
 
@@ -58,11 +58,7 @@ _known: dict[int, _Known] = {}
 def given(segment: Segment) -> Given | None:
     """None for a segment that no kernel covers."""
     known = _known.get(id(segment))
-    if (
-        known is not None
-        and known.segment() is segment
-        and all(t.data_ptr() == at for t, at in zip(known.tensors, known.places, strict=True))
-    ):
+    if known is not None and known.segment() is segment and [t.data_ptr() for t in known.tensors] == known.places:
         told(known.tensors)
         return None if _learning(known.tensors) else known.given
     tensors = (*segment.entry_tensors(), *segment.parameter_tensors())
@@ -74,9 +70,7 @@ def given(segment: Segment) -> Given | None:
     made = {"coded": _coded, "raw": _raw, "plain": _plain}[kind](segment)
     if _in_place(segment):
         number = id(segment)
-        _known[number] = _Known(
-            weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, tuple(t.data_ptr() for t in tensors), made
-        )
+        _known[number] = _Known(weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, [t.data_ptr() for t in tensors], made)
     return made
 
 
@@ -196,6 +190,6 @@ def _rows(rows: torch.Tensor) -> Raw:
 
 
 def _cells(rows: CodedRows, runs: Runs) -> Coded:
-    tables = (table.numpy().reshape(-1).view("uint32") for table in runs)
+    tables = (table.numpy().reshape(-1).view("uint64" if table.dtype == torch.int64 else "uint32") for table in runs)
     coding = (rows.coding.widths, rows.coding.step, rows.coding.offset)
     return Coded(flat(rows.packed), U(rows.packed.stride(0)), *tables, *(flat(t.contiguous()) for t in coding))

@@ -19,16 +19,29 @@ Kernel = Callable[..., Any]
 
 # Sums may be taken in any order; what is not a number stays so.
 jit = partial(numba.njit, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+# Who holds an array is not counted: an atomic addition each time that one is taken from a tuple or handed on, a sixth of a call. Such a
+# function makes no arrays of its own.
+lent = partial(jit, _nrt=False)
 
 
 def special(function: Callable[..., Any], suffix: str, **names: Any) -> Kernel:
-    """A function compiled with constants and functions of its own under some global names.
+    """A function compiled with constants and functions of its own under some global names; it makes no arrays.
 
     As a closure it would be compiled anew in every process: what a closure holds is part of Numba's key, and a compiled function in it has
     another identity in each.
     """
+    compiled: Kernel = lent(_named(function, suffix, names))
+    return compiled
+
+
+def special_maker(function: Callable[..., Any], suffix: str, **names: Any) -> Kernel:
+    """The same for one that makes arrays."""
+    compiled: Kernel = jit(_named(function, suffix, names))
+    return compiled
+
+
+def _named(function: Callable[..., Any], suffix: str, names: dict[str, Any]) -> FunctionType:
     made = FunctionType(function.__code__, {**function.__globals__, **names}, f"{function.__name__}_{suffix}", function.__defaults__)
     # Machine code is kept under this name.
     made.__qualname__, made.__module__ = made.__name__, function.__module__
-    compiled: Kernel = jit(made)
-    return compiled
+    return made

@@ -4,7 +4,7 @@
 """
 
 from .blocks import pairs_by_map, rows_by_map
-from .jit import U, jit
+from .jit import U, lent
 
 ROWS, PART, VECTORS = 8, 4, 2
 
@@ -51,7 +51,7 @@ def weigh_pairs(p, p0, room, length, map_, width, out, o0):
             n += U(16)
 
 
-@jit
+@lent
 def turn_tiles(x, x0, length, pairs, map_, m0, apart, width, out, o0, beyond):
     """`pairs` pairs of tiles, x [2 pairs, length] with a row's map [length, width]: out [pairs, width, 2], pairs `beyond` apart."""
     n = U(0)

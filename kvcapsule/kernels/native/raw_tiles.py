@@ -68,7 +68,7 @@ def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set
                 n += U(1)
 
 
-def add(form, room, values, entries, order, first, tiles, set_, blocks, length, width, cap, weights, sums):
+def add(form, room, values, entries, order, first, stop, tiles, set_, blocks, length, width, cap, weights, sums):
     """sums [blocks, ROWS, D] += the value rows of `tiles` tiles with weights [P, blocks, ROWS, 2, width]."""
     rows, dim = blocks * U(ROWS), form.dim
     for tile in range(tiles):
@@ -104,7 +104,7 @@ def lower(form, room, sums, factors, rows, width):
             fall(sums, factors[row], row * form.dim, form.dim // U(16), U(16))
 
 
-def end(form, room, after, set_, sums, mass, width):
+def end(form, room, after, set_, sums, mass, width, out):
     """The sums [rows, D] as they are, but for what all values have in common."""
     if len(after.mean) > 1:
         for row in range(form.each):

@@ -1,6 +1,7 @@
 """A kernel's work shared out among the threads that PyTorch is given.
 
-Plain Python threads, for the kernels let go of the interpreter's lock: not all of Numba's own pools may be entered by two threads at once.
+PyTorch's own workers where they can be had (team.py), else plain Python threads, for the kernels let go of the interpreter's lock: not all
+of Numba's own pools may be entered by two threads at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
+
+from .team import together
 
 _LEAST = 2**20
 """Multiply-adds that are worth another thread: handing work over takes some 50 microseconds."""
@@ -57,7 +60,7 @@ def run(kernel: Callable[[_Work], None], work: Sequence[_Work]) -> None:
     """The kernel on every piece; back when all are done."""
     if len(work) == 1:
         kernel(work[0])
-    else:
+    elif not together(lambda i: kernel(work[i]), len(work)):
         list(_pool(len(work)).map(kernel, work))
 
 

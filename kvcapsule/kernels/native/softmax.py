@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from .jit import U, jit
+from .jit import U, lent
 from .wide import each, exp, greatest, least, load, peak, plus, scaled, store, total
 
 _NONE = np.float32(-np.inf)
 
 
-@jit
+@lent
 def soften(scores, rows, tiles, room, cap, top, mass, factors):
     """scores [P, R, 2, N'] of `tiles` tiles to weights; cap [tiles, N'] is infinite, or -inf where there is no token.
 
@@ -44,7 +44,7 @@ def soften(scores, rows, tiles, room, cap, top, mass, factors):
     return risen
 
 
-@jit
+@lent
 def fall(sums, factor, first, many, apart):
     """`many` vectors from `first` on, `apart` from each other, times a factor."""
     for i in range(many):
@@ -52,14 +52,12 @@ def fall(sums, factor, first, many, apart):
         store(sums, at, scaled(load(sums, at), each(factor)))
 
 
-@jit
+@lent
 def ceilings(cap, tile, room, many, entries, entry, token, there):
     """cap[tile] for `many` tokens of an entry from `token` on: -inf where there is none that anyone sees.
 
-    there[tile] is how many there were before.
+    there[tile] becomes how many there are: the caller need not ask again for as many without a mask.
     """
-    if there[tile] == many and not entries.masked and not entries.hidden:
-        return
     there[tile] = many
     at, first = tile * room, entry * entries.tokens + token
     for n in range(room):
@@ -75,7 +73,7 @@ def ceilings(cap, tile, room, many, entries, entry, token, there):
                 cap[at + n] = _NONE
 
 
-@jit
+@lent
 def corrected(scores, s0, apart, rows, entries, entry, head, token, many):
     """Scores of an entry's tokens, rows `apart`, with their bias, and -inf where a query does not see a token."""
     if len(entries.bias) > 1:

@@ -7,17 +7,17 @@ many tiles are one matrix product of [c, s, 1] with it, 1 for what is not turned
 
 import numpy as np
 
-from .jit import U, jit
+from .jit import U, lent
 from .wide import each, load, plus, store
 
 
-@jit
+@lent
 def turns(half, dim):
     """Numbers of a tile's frame."""
     return U(2) * half + (U(1) if U(2) * half < dim else U(0))
 
 
-@jit
+@lent
 def features(turn, entry, length, out, o0):
     half = turn.half
     for i in range(half):
@@ -26,7 +26,7 @@ def features(turn, entry, length, out, o0):
         out[o0 + U(2) * half] = np.float32(1)
 
 
-@jit
+@lent
 def in_lanes(query, scale, q0, dim, heads, each_, first, rows, out):
     """out [heads, D, 16]: of `rows` rows from `first` on, a lane each; 0 in those of other heads and behind the last row."""
     for head in range(heads):
@@ -37,7 +37,7 @@ def in_lanes(query, scale, q0, dim, heads, each_, first, rows, out):
                 out[(head * dim + d) * U(16) + lane] = query[q0 + row * dim + d] * scale if mine else np.float32(0)
 
 
-@jit
+@lent
 def row_map(form, turn, m0, lanes, rows, out, o0, apart):
     """out [turns, C, rows]: what the features of a tile are multiplied with; writes up to fifteen numbers beyond the last row."""
     half, dim, C = turn.half, form.dim, form.key_channels
@@ -63,7 +63,7 @@ def row_map(form, turn, m0, lanes, rows, out, o0, apart):
             store(out, o0 + U(2) * half * apart + c * rows, rest)
 
 
-@jit
+@lent
 def turned_back(turn, entry, query, rows, dim, out, o0):
     """Rows of queries [rows, D] turned back by a tile's frame."""
     half = turn.half
