@@ -11,6 +11,7 @@ from kvcapsule import Capsule
 from kvcapsule.training.main import main
 
 QUICK = ["--data.size", "48", "--held_out", "8", "--batch", "8", "--moment_batches", "5", "--codec.tile", "28", "--threads", "1"]
+QUICK += ["--transform.logit_batches", "2"]
 
 
 def run(family: str, output: Path, *options: str) -> dict[str, float]:
@@ -58,9 +59,22 @@ def test_heads_and_layers_can_be_chosen(tmp_path: Path) -> None:
         torch.testing.assert_close(back, chosen, atol=1e-3, rtol=0, msg="the encoder is the decoder's inverse on what is coded")
 
 
+def test_fewer_channels_are_coded_where_maps_are_bounded(tmp_path: Path) -> None:
+    options = ["--transform.steps", "0", "--transform.logit_batches", "1"]
+    free, bound = (run("cross-layer", tmp_path / n, *options, "--transform.maps", n)["output_error"] for n in ("32", "0.03"))
+    codecs = [Capsule.from_pretrained(tmp_path / n).layers[0].transform for n in ("32", "0.03")]
+    assert codecs[1].channels_out.shape[3] < codecs[0].channels_out.shape[3]
+    assert codecs[1].bfloat16().decoder_bytes() <= 0.03 * 2**20
+    assert free < bound, "what is left out is missed"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--transform.maps", "0.0001"], "the maps of one coded channel of every source take"),
+        (["--transform.maps", "-1"], "--transform.maps -1.0: 0 or more"),
+        (["--transform.logit_batches", "-1"], "--transform.logit_batches -1: 0 or more"),
+        (["--transform.readers", "100000"], "a bank of 100000 queries cannot be filled"),
         (["--transform.allocation", "pyramid"], "shares its bits out by what they save"),
         (["--transform.key_bits", "1", "--transform.value_bits", "1"], "leave --transform.allocation"),
         (["--transform.joint_layers", "-1"], "--transform.joint_layers -1: 0 or more"),

@@ -25,6 +25,7 @@ from kvcapsule.training.through import divergence
 from kvcapsule.training.transform import Unit
 
 QUICK = ["--data.size", "80", "--held_out", "16", "--batch", "8", "--moment_batches", "8", "--codec.tile", "28", "--threads", "1"]
+QUICK += ["--transform.logit_batches", "2"]
 
 
 def test_bases_are_the_principal_axes_of_all_tiles_however_they_were_streamed() -> None:

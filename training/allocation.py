@@ -33,7 +33,8 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
     """Widths of cells that make the whole cost least for the bytes spent.
 
     Args:
-        costs: of each unit [H, G, D], the cost of leaving each cell out; a cell of width w keeps DISTORTION[w] of it and takes w bytes.
+        costs: of each unit [H, G, D], the cost of leaving each cell out; a cell of width w keeps DISTORTION[w] of it and takes w bytes. One
+            that costs nothing gets none.
         budget: bytes of all cells of all units for one tile.
 
     Returns: uint8 widths of each unit, [H, G, D].
@@ -45,7 +46,7 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
     # DISTORTION falls ever more slowly, so a cell's steps are bought in their order.
     order = gains.flatten().argsort(descending=True, stable=True)
     price = torch.tensor(steps)[:, None].expand_as(gains).flatten()[order]
-    bought = order[price.cumsum(0) <= budget]
+    bought = order[(price.cumsum(0) <= budget) & (gains.flatten()[order] > 0)]
     taken = torch.zeros(gains.numel(), dtype=torch.uint8)
     taken[bought] = 1
     widths = (taken.view(len(steps), -1) * torch.tensor(steps, dtype=torch.uint8)[:, None]).sum(0, dtype=torch.uint8)

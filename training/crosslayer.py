@@ -146,7 +146,7 @@ class CrossLayerFit(TransformFit):
 
     def _codecs(self, units: list[Unit], readers: bool) -> nn.ModuleList:
         """The stacks' codecs: each cell of each stack has the bits that it is worth."""
-        widths = allocate([unit.cells for unit in units], self.budget(2 * self.task.geometry.layers))
+        widths = allocate(self.bounded([unit.cells for unit in units]), self.budget(2 * self.task.geometry.layers))
         parts = zip(units, widths, self.coordinates, self.stacks, strict=True)
         return nn.ModuleList(
             CrossLayerCodec(self._transform(unit, w, own, len(stack)), self.readers(stack) if readers else None)

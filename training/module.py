@@ -65,6 +65,7 @@ _FIXED_TRANSFORM = (
     "query_metric",
     "readers",
     "logit_batches",
+    "maps",
     "probe_batches",
 )
 """And of its `transform`: what shapes the code, not what the descent from there is like."""

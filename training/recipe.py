@@ -77,6 +77,8 @@ class TransformRecipe:
     logit_batches: int = 12
     """Batches on which it is measured how much the answers' logits feel errors of the keys and values, through the frozen VLM and back; the
     closed form then codes for them. 0 codes for each layer's attention output alone. Only with --transform.allocation output."""
+    maps: float = 32.0
+    """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0 sets no bound."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
     steps: int = 200
@@ -94,7 +96,7 @@ class TransformRecipe:
             raise ValueError(f"--transform.allocation {self.allocation!r} is neither output, pyramid nor uniform.")
         if (self.key_bits is None) != (self.value_bits is None):
             raise ValueError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
-        for name in ("joint_heads", "joint_layers", "readers", "logit_batches", "steps", "lr", "output_weight", "kl_weight"):
+        for name in ("joint_heads", "joint_layers", "readers", "logit_batches", "maps", "steps", "lr", "output_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
         if self.probe_batches < 1:

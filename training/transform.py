@@ -24,6 +24,7 @@ from kvcapsule.codec.transform import (
 from kvcapsule.segment import Segment
 
 from .allocation import allocate, distortion
+from .bound import most_channels
 from .datamodule import Batch
 from .felt import Felt, gradients, mixed
 from .harvest import LayerHarvest
@@ -275,7 +276,8 @@ class TransformFit(CapsuleFit):
             )
 
     def _shared(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Bits of every cell of every unit, by what leaving it out costs."""
+        """Bits of every cell of every source, by what leaving it out costs."""
+        costs = self.bounded(costs)
         keys, values = self.recipe.key_bits, self.recipe.value_bits
         if keys is None or values is None:
             return allocate(costs, self.budget(len(costs)))
@@ -283,12 +285,17 @@ class TransformFit(CapsuleFit):
         pairs = zip(allocate(costs[::2], int(keys * one)), allocate(costs[1::2], int(values * one)), strict=True)
         return [w for pair in pairs for w in pair]
 
+    def bounded(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Costs of cells [S, G, W] without those of channels whose maps would be too many: the last ones, which matter least."""
+        most = most_channels(self.recipe.maps, [(len(c), c.shape[2]) for c in costs], self.task.tile)
+        return [c * (torch.arange(c.shape[2], device=c.device) < n) for c, n in zip(costs, most, strict=True)]
+
     def _shared_by_rule(self, units: list[Unit]) -> list[torch.Tensor]:
         """The same, where a rule says what each layer gets."""
         n = len(units)
         shares = pyramid(1 / n, n // 2, self.task.recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0)
         # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they compare.
-        cells = [unit.cells / unit.cells.sum().clamp_min(1e-12) for unit in units]
+        cells = self.bounded([unit.cells / unit.cells.sum().clamp_min(1e-12) for unit in units])
         pairs = [allocate(cells[2 * i : 2 * i + 2], int(self.budget(n) * 2 * share)) for i, share in enumerate(shares)]
         return [w for pair in pairs for w in pair]
 
