@@ -36,14 +36,16 @@ class JoinConfig:
     """File for the result."""
     parts: list[str] = field(default_factory=list)
     """Files of `kvcapsule eval --suite NAME --methods ... --json FILE`."""
+    replace: bool = False
+    """Let a later part's row stand in place of an earlier one's."""
     plot: str | None = None
     """File for a picture, as that of `kvcapsule eval`."""
     report: str | None = None
     """Markdown file whose table of the suite is brought up to date."""
 
 
-def join(parts: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
-    """One object of several, its rows in the given order.
+def join(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = False) -> dict[str, Any]:
+    """One object of several, its rows in the given order; replace: of a row that is there twice the last one.
 
     Raises:
         InputError: if the parts are not of one comparison, if a row is there twice, or if one that the order has is missing.
@@ -56,8 +58,8 @@ def join(parts: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str, Any
             raise InputError(f"part {number} is of another run than the first: its full cache answers otherwise.")
     rows: dict[str, dict[str, Any]] = {FULL: _full(first)}
     for row in (row for part in parts for row in part["rows"] if row["method"] != FULL):
-        if row["method"] in rows:
-            raise InputError(f"{row['method']} is there twice: give each row to one part.")
+        if row["method"] in rows and not replace:
+            raise InputError(f"{row['method']} is there twice: give each row to one part, or --replace true.")
         rows[row["method"]] = row
     if missing := [name for name in order if name not in rows]:
         raise InputError(f"no part has {', '.join(missing)}: measure them with --methods {','.join(missing)}.")
@@ -79,7 +81,7 @@ def main(config: JoinConfig) -> None:
         raise InputError("--parts: give two files or more, as in --parts a.json,b.json.")
     require_writable([config.json, config.plot, config.report])
     order = [FULL, *(spec.name for spec in load(config.suite).specs)]
-    found = join([_read(Path(part)) for part in config.parts], order)
+    found = join([_read(Path(part)) for part in config.parts], order, config.replace)
     write_whole(Path(config.json), to_json(found))
     if config.plot is not None:
         title = f"{found['model']} on {found['data']['source']}, {found['rows'][0]['n']} questions"

@@ -39,6 +39,8 @@ def test_what_does_not_belong_together_is_refused(part) -> None:
     other = deepcopy(part)
     with pytest.raises(InputError, match="int2 is there twice"):
         join([part, other], ["full", "int2"])
+    other["rows"][1]["kl"] = 2.0
+    assert join([part, other], ["full", "int2"], replace=True)["rows"] == other["rows"], "the later one"
     with pytest.raises(InputError, match="part 2 is of another run than the first: its batch differs"):
         join([part, {**other, "batch": 8}], ["full", "int2"])
     other["rows"] = [{"method": "full", "n": 5}]

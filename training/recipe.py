@@ -81,10 +81,10 @@ class TransformRecipe:
     """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0 sets no bound."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
-    steps: int = 200
-    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form, the better code where bits
-    are many (on pages-vlm from 3.2 an element on)."""
-    lr: float = 3e-4
+    steps: int = 0
+    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form, the better code unless bits are
+    very few (on pages-vlm down to 0.4 an element)."""
+    lr: float = 1e-4
     """Peak learning rate of Adam up to 0.8 bit an element; half of it for each bit more."""
     output_weight: float = 1.0
     """Weight of the attention-output error."""
