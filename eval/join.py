@@ -36,12 +36,12 @@ class JoinConfig:
     """File for the result."""
     parts: list[str] = field(default_factory=list)
     """Files of `kvcapsule eval --suite NAME --methods ... --json FILE`."""
-    replace: bool = False
-    """Let a later part's row stand in place of an earlier one's."""
     plot: str | None = None
     """File for a picture, as that of `kvcapsule eval`."""
     report: str | None = None
     """Markdown file whose table of the suite is brought up to date."""
+    replace: bool = False
+    """Let a later part's row stand in place of an earlier one's."""
 
 
 def join(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = False) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from builders import DIM, GEOMETRY, HEADS, TILE, cross_layer_capsule, prefill, rand, randomise, transform_capsule
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.codec.crosslayer import CrossLayerConfig
-from kvcapsule.codec.shaping import Readers, shaped
-from kvcapsule.codec.transform import Transform, TransformConfig
+from kvcapsule.codec.shaping import Readers, shaped, shaping_macs
+from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
 from kvcapsule.packing import GROUP
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.training.straight_through import coded
@@ -179,3 +180,25 @@ def test_no_fewer_readers_than_none(kind: type) -> None:
 def test_shapes_of_readers() -> None:
     assert Readers(3, HEADS, 5, DIM, HEADS)(rand(7, HEADS, 9, DIM), 2).shape == (7, 1, 9)
     assert Readers(1, HEADS, 5, DIM, 1)(rand(7, HEADS, 9, DIM)).shape == (7, HEADS, 9)
+
+
+def test_shaping_costs_the_multiply_adds_that_it_says() -> None:
+    """Counted by PyTorch, which does not count a factorisation; on whole codecs, where the two families share it."""
+    tokens, code = basis(2, 30, 24).float(), coding(2, 3, 7)
+    weights = torch.rand(5, 2, 30)
+    with FlopCounterMode(display=False) as counter:
+        shaped(rand(5, 2, 24, 7).float(), tokens, weights, code)
+    products, _ = shaping_macs(30, 24, 7)
+    assert counter.get_total_flops() == 2 * 5 * 2 * products
+    for family, parts in (("transform", 2 * GEOMETRY.layers), ("cross-layer", GEOMETRY.layers // 2)):
+        capsule = with_readers(CAPSULES[family](readers=6))
+        plain = dataclasses.replace(capsule.config.codec, readers=0)
+        reading = GEOMETRY.layers * HEADS * 6 * TILE * DIM
+        added = capsule.config.codec.encode_macs(GEOMETRY) - plain.encode_macs(GEOMETRY) - reading
+        sizes = _sizes(capsule)
+        assert len(sizes) == parts and added == HEADS * sum(sum(shaping_macs(TILE, r, c)) for r, c in sizes)
+
+
+def _sizes(capsule: Capsule) -> list[tuple[int, int]]:
+    codes = [m for m in capsule.modules() if isinstance(m, CellTransform)]
+    return [(m.tokens_out.shape[2], m.channels_out.shape[-1]) for m in codes]

@@ -28,7 +28,7 @@ from ..geometry import KVGeometry
 from ..packing import GROUP
 from .base import CodecConfig, Encoded, KeyPart, StackCodec, StackEncoding, ValuePart
 from .cells import CodedRows
-from .shaping import Readers, check_readers
+from .shaping import Readers, check_readers, shaping_macs
 from .transform import CellTransform, by_head, side_by_side
 
 
@@ -130,10 +130,14 @@ class CrossLayerConfig(CodecConfig):
         return self.joint_layers
 
     def encode_macs(self, geometry: KVGeometry) -> int:
-        """Multiply-adds of encoding one full tile in all layers: the channels of each layer, then the tokens of each stack."""
+        """Multiply-adds of encoding one full tile in all layers: the channels of each layer, then the tokens of each stack; shaping."""
         width, sets = geometry.head_dim * self.joint_heads, geometry.kv_heads // self.joint_heads
-        sizes = zip(self.depths(geometry), self.rows, self.channels, strict=True)
-        return sum(sets * self.tile * c * (2 * depth * width + r) for depth, r, c in sizes)
+        sizes = list(zip(self.depths(geometry), self.rows, self.channels, strict=True))
+        coding = sum(sets * self.tile * c * (2 * depth * width + r) for depth, r, c in sizes)
+        if not self.readers:
+            return coding
+        reading = geometry.layers * geometry.kv_heads * self.readers * self.tile * geometry.head_dim
+        return coding + reading + sets * sum(sum(shaping_macs(self.tile, r, c)) for _, r, c in sizes)
 
     def depths(self, geometry: KVGeometry) -> list[int]:
         """Layers of each stack."""

@@ -51,6 +51,11 @@ class Readers(nn.Module):
         return weights
 
 
+def shaping_macs(tile: int, rows: int, channels: int) -> tuple[int, int]:
+    """Multiply-adds of shaping one tile of one set: of its products, and of the metric's factorisation."""
+    return tile * rows**2 + channels * rows * (rows - GROUP) // 2, rows**3 // 6 + GROUP * rows**2 // 2
+
+
 def check_readers(count: int) -> None:
     """Raises ValueError for a number of readers that there cannot be."""
     if count < 0:

@@ -26,7 +26,7 @@ from ..geometry import KVGeometry
 from ..packing import GROUP
 from .base import CodecConfig, Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 from .cells import CodedRows, Coding
-from .shaping import Readers, check_readers, shaped
+from .shaping import Readers, check_readers, shaped, shaping_macs
 
 
 class CellTransform(nn.Module):
@@ -182,10 +182,14 @@ class TransformConfig(CodecConfig):
                 raise ValueError(f"{name} {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
 
     def encode_macs(self, geometry: KVGeometry) -> int:
-        """Multiply-adds of encoding one full tile in all layers: both products of `Transform.coefficients`, token axis first."""
+        """Multiply-adds of encoding one full tile in all layers: both products of `Transform.coefficients`, token axis first; shaping."""
         width, sets = geometry.head_dim * self.joint_heads, geometry.kv_heads // self.joint_heads
-        rows, channels = (*self.key_rows, *self.value_rows), (*self.key_channels, *self.value_channels)
-        return sum(sets * r * width * (self.tile + c) for r, c in zip(rows, channels, strict=True))
+        sizes = list(zip((*self.key_rows, *self.value_rows), (*self.key_channels, *self.value_channels), strict=True))
+        coding = sum(sets * r * width * (self.tile + c) for r, c in sizes)
+        if not self.readers:
+            return coding
+        reading = geometry.layers * geometry.kv_heads * self.readers * self.tile * geometry.head_dim
+        return coding + reading + sets * sum(sum(shaping_macs(self.tile, r, c)) for r, c in sizes)
 
     def build(self, geometry: KVGeometry, layer: int) -> TransformLayer:
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
