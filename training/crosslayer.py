@@ -1,4 +1,4 @@
-"""Training of the cross-layer family: what each layer's errors cost, one basis for a stack of layers, then gradient descent."""
+"""Training of the cross-layer family: what each layer's errors cost, one basis for a stack of layers, then what the logits feel."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class CrossLayerFit(TransformFit):
 
     They are laid side by side in coordinates in which an error of one costs all parts the same: keys under the metric of their queries, and
     each part times the root of what its errors add to attention's output (`sensitivities`). Principal axes and reverse water-filling then
-    share out the bits among layers, keys and values by themselves.
+    share out the bits among layers, keys and values by themselves; and once more in the metric of the logits over all parts.
     """
 
     def __init__(self, task: Task) -> None:

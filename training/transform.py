@@ -1,4 +1,4 @@
-"""Training of the transform family: bases and widths in closed form, then gradient descent through the quantiser."""
+"""Training of the transform family: bases and widths in closed form, twice; then, if asked, gradient descent through the quantiser."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,11 @@ Sources = Callable[[Sequence[LayerHarvest], bool], Iterator[tuple[int, torch.Ten
 
 
 class TransformFit(CapsuleFit):
-    """Closed form from two passes over the same batches, allocation, then Adam on all that is continuous."""
+    """Closed forms, then Adam on all that is continuous.
+
+    A first code is solved from second moments and shares its bits out by attention's output; a second one by what the logits feel where
+    the first leaves keys and values (`felt`). What is coded as one is a source: the keys or the values of a layer.
+    """
 
     has_kl = True
 

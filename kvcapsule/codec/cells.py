@@ -177,19 +177,19 @@ class Coding:
 
     def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has none."""
-        return self._nearest(coefficients, 0)[0].to(torch.uint8)
+        return self._nearest(coefficients, 0)[0].flatten(2, 3).to(torch.uint8)
 
     def rounded(self, coefficients: torch.Tensor, first: int = 0) -> torch.Tensor:
         """What reading the nearest codes gives, for coefficients [E, S, 8 g, C] of g groups from the group `first` on."""
         codes, step, width, offset = self._nearest(coefficients, first)
-        return (codes - (2.0**width - 1) / 2) * step + offset
+        return ((codes - (2.0**width - 1) / 2) * step).flatten(2, 3) + offset
 
     def _nearest(self, coefficients: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes, and the step, width and offset of each, in the precision of the coefficients."""
+        """Codes [E, S, g, 8, C], step and width of each group [S, g, 1, C], offset [S, 8 g, C], as precise as the coefficients."""
         groups = slice(first, first + coefficients.shape[2] // GROUP)
-        step, width = (self._rows(x[:, groups].to(coefficients.dtype)) for x in (self.step, self.widths))
+        step, width = (x[:, groups, None].to(coefficients.dtype) for x in (self.step, self.widths))
         offset = self.offset[:, groups.start * GROUP : groups.stop * GROUP].to(coefficients.dtype)
-        scaled = (coefficients - offset) / step + 2.0 ** (width - 1)
+        scaled = (coefficients - offset).unflatten(2, (-1, GROUP)) / step + 2.0 ** (width - 1)
         return torch.minimum(scaled.floor().clamp_min(0), 2.0**width - 1), step, width, offset
 
     def _rows(self, cells: torch.Tensor) -> torch.Tensor:

@@ -79,14 +79,13 @@ def shaped(coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_ES
     diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True))
     # Not cholesky: it would wait for the device to look for failures, which the ridge rules out.
     root = torch.linalg.cholesky_ex(metric, upper=True).L
-    # How each group makes up for what those behind it lose: its rows of the factor, its own block solved away.
-    by_group = root.unflatten(2, (-1, GROUP))
-    blocks = root.unflatten(2, (-1, GROUP)).unflatten(4, (-1, GROUP)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
-    gain = torch.linalg.solve_triangular(blocks, by_group, upper=True)
     moved, lost = torch.empty_like(coefficients_ESMC), torch.empty_like(coefficients_ESMC)
-    for group in range(gain.shape[2] - 1, -1, -1):
-        own, later = slice(group * GROUP, (group + 1) * GROUP), slice((group + 1) * GROUP, None)
-        wanted = coefficients_ESMC[:, :, own] + gain[:, :, group, :, later] @ lost[:, :, later]
+    for first in range(coefficients_ESMC.shape[2] - GROUP, -1, -GROUP):
+        own, later = slice(first, first + GROUP), slice(first + GROUP, None)
+        wanted = coefficients_ESMC[:, :, own]
+        if first + GROUP < coefficients_ESMC.shape[2]:
+            made_up = root[:, :, own, later] @ lost[:, :, later]
+            wanted = wanted + torch.linalg.solve_triangular(root[:, :, own, own], made_up, upper=True)
         moved[:, :, own] = wanted
-        lost[:, :, own] = coefficients_ESMC[:, :, own] - coding.rounded(wanted, group)
+        lost[:, :, own] = coefficients_ESMC[:, :, own] - coding.rounded(wanted, first // GROUP)
     return moved
