@@ -7,7 +7,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -143,6 +143,16 @@ def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
 def random_transform(geometry: KVGeometry) -> Callable[..., Capsule]:
     """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows, channels)."""
     return functools.partial(transform_capsule, geometry)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is merely allocated holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(scope="session")

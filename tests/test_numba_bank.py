@@ -3,7 +3,7 @@
 Whatever is allocated and not written holds NaN throughout this file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,13 +26,7 @@ SIZES = {
 """Heads, tiles, tokens, head dim and queries."""
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).new_empty(2).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)

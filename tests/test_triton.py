@@ -3,7 +3,7 @@
 Whatever is allocated and not written holds NaN throughout this file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,13 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINGLE, HALF = 1e-5, 2e-3
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).new_empty(2).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def on_device(segment: Segment) -> Segment:
