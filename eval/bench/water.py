@@ -13,6 +13,7 @@ import torch
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import PairCodec
+from kvcapsule.codec.shaping import Readers
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.packing import GROUP
@@ -63,6 +64,10 @@ def _filled(variances: torch.Tensor, log_water: float) -> torch.Tensor:
     return width
 
 
+_READERS = 64
+"""Queries of each KV head by which encoding weighs tokens: as many as training takes unless told otherwise."""
+
+
 def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.Generator) -> Capsule:
     """A transform code whose cells take at most `tile_bytes` a tile in every layer, for all KV heads; bases are drawn at random.
 
@@ -77,12 +82,15 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
         key_channels=channels[0],
         value_rows=tuple(GROUP * n for n in groups[1]),
         value_channels=channels[1],
+        readers=_READERS,
     )
     built = Capsule(CapsuleConfig("transform", config, geometry, "random"))
     for codec in built.layers:
         assert isinstance(codec, PairCodec) and isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
         for transform, width in zip((codec.keys.transform, codec.values.transform), chosen, strict=True):
             _draw(transform, width, generator)
+        for readers in (m for m in codec.modules() if isinstance(m, Readers)):
+            readers.queries.copy_(torch.randn(readers.queries.shape, generator=generator) * geometry.head_dim**-0.5)
     return built.requires_grad_(False)
 
 
