@@ -127,7 +127,8 @@ class Coding:
         def paired(cells: torch.Tensor) -> torch.Tensor:
             """[S, G, C] as [S, pairs of blocks, 2, what a block meets]; 0 in a block that is not there."""
             blocks = cells.transpose(1, 2) if of_channels else cells
-            return torch.nn.functional.pad(blocks, (0, 0, 0, blocks.shape[1] % 2)).unflatten(1, (-1, 2))
+            found: torch.Tensor = torch.nn.functional.pad(blocks, (0, 0, 0, blocks.shape[1] % 2)).unflatten(1, (-1, 2))
+            return found
 
         stretches, number = self._stretches(), torch.arange(self.widths.numel()).view(self.widths.shape)
         there = torch.stack([paired(few), paired(self.widths == 8)], dim=2)  # [S, pairs, runs, 2, met]
