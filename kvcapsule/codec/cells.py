@@ -66,18 +66,20 @@ class CellLayout:
 
 
 class Runs(NamedTuple):
-    """All cells of the matrix, n in all, block by block in three runs: those of 1 to 4 bits, of 8, and of none; and where their bytes are.
+    """All cells of the matrix, two blocks side by side, in two runs: those of 1 to 4 bits, and of 8; and where their bytes are.
 
+    A block is a group or a channel; what its cells meet are the channels or the groups. A line of a run is what two neighbouring blocks
+    have where they meet the same; where only one has a cell of the run, a cell that does not count stands for the other's.
     A kernel first lays the cells of 1 to 4 bits out as words of 32 bits: 4 cells of one bit in each, 2 of two, 1 of three or four.
     """
 
     bounds: torch.Tensor
-    """[S, blocks, 4], int32: where each run begins, and where the last one ends."""
+    """[S, pairs of blocks, 3], int32: where each run begins, and where the last one ends."""
     line: torch.Tensor
-    """[n], int64. The upper half: the group or the channel that a cell meets. The lower: the first byte of a cell of 8 bits in an entry; of
-    one of 1 to 4 bits its word, and in the highest byte its kind (FIRST_KIND)."""
+    """[n, 2], int64. The upper half: the group or the channel that a cell meets. The lower: the first byte of a cell of 8 bits in an entry;
+    of one of 1 to 4 bits its word, and in the highest byte its kind (FIRST_KIND)."""
     cell: torch.Tensor
-    """[n], int32: its number over sets, groups and channels."""
+    """[n, 2], int32: its number over sets, groups and channels; that behind the last where there is none."""
     stretches: torch.Tensor
     """[S, 5, 3], int32: of a set's cells of 8, 4, 3, 2 and 1 bits, where their bytes begin and end in an entry, and their first word: a
     multiple of four."""
@@ -111,26 +113,33 @@ class Coding:
 
     @cached_property
     def runs_of_groups(self) -> Runs:
-        """Of each group of eight rows; a cell meets its channel."""
-        groups = self.widths.shape[1]
-        return self._runs(torch.arange(groups)[:, None], groups, torch.arange(self.widths.shape[2])[None])
+        """Of groups of eight rows. Cells of no bits are in the run of few: they have an offset, as all have."""
+        return self._runs(self.widths < 8, of_channels=False)
 
     @cached_property
     def runs_of_channels(self) -> Runs:
-        """Of each channel; a cell meets its group."""
-        channels = self.widths.shape[2]
-        return self._runs(torch.arange(channels)[None], channels, torch.arange(self.widths.shape[1])[:, None])
+        """Of channels, without cells of no bits."""
+        return self._runs((self.widths > 0) & (self.widths < 8), of_channels=True)
 
-    def _runs(self, block: torch.Tensor, blocks: int, met: torch.Tensor) -> Runs:
-        """block and met [G or 1, C or 1]: the block that a cell is in, and the number of what it meets."""
-        sets = len(self.widths)
-        run = torch.where(self.widths == 8, 1, torch.where(self.widths > 0, 0, 2))
-        run = ((torch.arange(sets)[:, None, None] * blocks + block) * 3 + run).flatten()
-        cell = run.argsort(stable=True)
-        ends = run.bincount(minlength=sets * blocks * 3).cumsum(0).view(sets, blocks, 3)
+    def _runs(self, few: torch.Tensor, of_channels: bool) -> Runs:
+        """few [S, G, C]: which cells are in the first run."""
+
+        def paired(cells: torch.Tensor) -> torch.Tensor:
+            """[S, G, C] as [S, pairs of blocks, 2, what a block meets]; 0 in a block that is not there."""
+            blocks = cells.transpose(1, 2) if of_channels else cells
+            found: torch.Tensor = torch.nn.functional.pad(blocks, (0, 0, 0, blocks.shape[1] % 2)).unflatten(1, (-1, 2))
+            return found
+
+        stretches, number = self._stretches(), torch.arange(self.widths.numel()).view(self.widths.shape)
+        there = torch.stack([paired(few), paired(self.widths == 8)], dim=2)  # [S, pairs, runs, 2, met]
+        lines = there.any(3)
+        set_, pair, run, met = lines.nonzero().unbind(1)
+        mine, here = there[set_, pair, run, :, met], (set_, pair, slice(None), met)
+        line = torch.where(mine, paired(self._words(stretches))[here], 0) + (met << 32)[:, None]
+        cell = torch.where(mine, paired(number)[here], self.widths.numel())
+        ends = lines.sum(3).flatten().cumsum(0).view(lines.shape[:3])
         first = torch.cat([ends.new_zeros(1), ends.flatten()[:-1]]).view_as(ends)
-        bounds, stretches = torch.cat([first, ends[..., -1:]], dim=-1), self._stretches()
-        line = (self._words(stretches) + (met.expand_as(self.widths) << 32)).flatten()[cell]
+        bounds = torch.cat([first, ends[..., -1:]], dim=-1)
         return Runs(bounds.to(torch.int32), line, cell.to(torch.int32), stretches.to(torch.int32).contiguous())
 
     def _stretches(self) -> torch.Tensor:

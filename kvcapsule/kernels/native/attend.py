@@ -38,9 +38,14 @@ def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visib
         while len(parts) < shares:
             parts.append(_empty(batch * query_heads * queries, np.empty(result.numel(), np.float32)))
         call, sizes = kernel(_block(each.heads * rows), each.kind), form(each.sets, each.heads, each.sizes, batch, rows)
+        if each.kept:
+            call = each.kept.by(call)
 
         def one(piece: int, each: Given = each, shares: int = shares, call=call, sizes=sizes) -> None:  # type: ignore[no-untyped-def]
-            call(sizes, each.entries, q, np.float32(scale), *each.arrays, parts[piece], U(piece), U(shares))
+            if each.kept:
+                call(sizes, each.kept.room, q, np.float32(scale), parts[piece], U(piece), U(shares))
+            else:
+                call(sizes, each.entries, q, np.float32(scale), *each.arrays, parts[piece], U(piece), U(shares))
 
         run(one, range(shares))
     if rest:
@@ -64,7 +69,7 @@ def _parted(query: torch.Tensor, segments: Sequence[Segment], visible: torch.Ten
         made = [*made[:-1], None]
         rest.append(segments[-1])
     if visible is not None and (tail := made[-1]) is not None:
-        made[-1] = tail._replace(entries=seen(tail.entries, visible))
+        made[-1] = tail._replace(entries=seen(tail.entries, visible), kept=None)
     return [one for one in made if one is not None], rest
 
 

@@ -56,10 +56,11 @@ def filled(length):
 
 @jit
 def in_order(rows):
-    """Steps in the order of the runs."""
+    """Steps in the order of the runs: 0 where there is no cell, or one of no bits."""
     found = buffer(U(len(rows.cell)))
     for i in range(U(len(rows.cell))):
-        found[i] = rows.step[rows.cell[i]]
+        cell = U(rows.cell[i])
+        found[i] = rows.step[cell] if cell < U(len(rows.width)) and rows.width[cell] else np.float32(0)
     return found
 
 
@@ -100,7 +101,8 @@ def make(form, keys, values, turn, blocks, length, width):
         cell = U(keys.cell[i])
         at = cell // channels * U(8) * channels + cell % channels
         for m in range(U(8)):
-            shift[i * U(16) + U(2) * m] = shift[i * U(16) + U(2) * m + U(1)] = keys.offset[at + m * channels]
+            moved = keys.offset[at + m * channels] if cell < U(len(keys.width)) else np.float32(0)
+            shift[i * U(16) + U(2) * m] = shift[i * U(16) + U(2) * m + U(1)] = moved
     return Room(
         buffer(form.heads * form.dim * U(16)),
         buffer(blocks * features_ * (columns + U(16))),

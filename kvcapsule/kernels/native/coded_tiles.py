@@ -16,8 +16,8 @@ from .wide import each, load, plus, store
 __all__ = ["add", "begin", "end", "lower", "make", "meet", "open_set"]
 
 ROWS = 8
-_BOUNDS = U(4)
-"""Of the runs of a group or a channel."""
+_BOUNDS = U(3)
+"""Of the runs of two groups or channels."""
 
 
 def begin(form, room, query, scale, turn, set_, row, blocks):
@@ -44,28 +44,23 @@ def meet(form, room, turn, keys, values, entries, order, first, stop, tiles, set
     columns = room.beyond - U(16)
     many = columns * U(2)
     groups, row = form.key_rows // U(8), form.key_rows * U(2)
+    both = (groups + U(1)) // U(2)
     beyond = blocks * U(ROWS) * row
     for block in range(blocks):
         turn_tiles(
             room.features, U(0), length, pairs, room.maps, block * length * room.beyond, room.beyond, columns,
             room.queries, block * many, blocks * many,
         )  # fmt: skip
-        for group in range(groups):
+        for pair in range(both):
             # The next tiles' cells, a few at a time: what is asked for at once has to be waited for.
             if not block:
-                soon(keys, order, first + tiles, stop, set_, group, groups)
-            run, o = (set_ * groups + group) * _BOUNDS, block * U(ROWS) * row + group * U(16)
-            p = U(0)
-            while p + U(2) <= pairs:
+                soon(keys, order, first + tiles, stop, set_, pair, both)
+            run, o = (set_ * both + pair) * _BOUNDS, block * U(ROWS) * row + pair * U(32)
+            next_ = U(16) if pair * U(2) + U(1) < groups else U(0)
+            for p in range(pairs):
                 key_cells(
                     keys.packed, room.key_base, p * U(2), keys.bounds, run, keys.line, room.key_step, room.key_words,
-                    room.shift, room.queries, (p * blocks + block) * many, blocks * many, z, o + p * beyond, beyond, row, ROWS, 2,
-                )  # fmt: skip
-                p += U(2)
-            if p < pairs:
-                key_cells(
-                    keys.packed, room.key_base, p * U(2), keys.bounds, run, keys.line, room.key_step, room.key_words,
-                    room.shift, room.queries, (p * blocks + block) * many, blocks * many, z, o + p * beyond, beyond, row, ROWS, 1,
+                    room.shift, room.queries, (p * blocks + block) * many, z, o + p * beyond, next_, row, ROWS,
                 )  # fmt: skip
 
 
@@ -79,25 +74,18 @@ def add(form, room, values, entries, order, first, stop, tiles, set_, blocks, le
             found = plus(found, load(weights, pair * blocks * size + at), one)
         store(room.weights, at, found)
         at += U(16)
+    both = (form.value_channels + U(1)) // U(2)
     lay(values.packed, room.value_base, values.stretches, set_, room.value_words, room.rest)
     for block in range(blocks):
-        for channel in range(form.value_channels):
+        for pair in range(both):
             if not block:
-                soon(values, order, first + tiles, stop, set_, channel, form.value_channels)
-            run, o = (set_ * form.value_channels + channel) * _BOUNDS, (block * form.value_channels + channel) * U(8)
-            p = U(0)
-            while p + U(4) <= pairs:
-                value_cells(
-                    values.packed, room.value_base, p * U(2), values.bounds, run, values.line, room.value_step, room.value_words,
-                    weights, (p * blocks + block) * size, blocks * size, sums, o, ROWS, 4,
-                )  # fmt: skip
-                p += U(4)
-            while p < pairs:
-                value_cells(
-                    values.packed, room.value_base, p * U(2), values.bounds, run, values.line, room.value_step, room.value_words,
-                    weights, (p * blocks + block) * size, blocks * size, sums, o, ROWS, 1,
-                )  # fmt: skip
-                p += U(1)
+                soon(values, order, first + tiles, stop, set_, pair, both)
+            run, o = (set_ * both + pair) * _BOUNDS, (block * form.value_channels + pair * U(2)) * U(8)
+            next_ = U(8) if pair * U(2) + U(1) < form.value_channels else U(0)
+            value_cells(
+                values.packed, room.value_base, U(0), values.bounds, run, values.line, room.value_step, room.value_words,
+                weights, block * size, blocks * size, pairs, sums, o, next_, ROWS,
+            )  # fmt: skip
 
 
 def lower(form, room, sums, factors, rows, width):

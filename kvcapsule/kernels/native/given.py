@@ -17,6 +17,7 @@ from ...segment import Segment
 from .flat import flat, told
 from .forms import After, Coded, Entries, Form, Map, Raw, Turn
 from .jit import U
+from .kept import Kept, keep
 
 CHUNK = 64
 """Tokens of a plain segment that are read at once."""
@@ -41,6 +42,8 @@ class Given(NamedTuple):
     """Turn, both maps, keys, values and what follows."""
     work: int
     """Multiply-adds of a query row."""
+    kept: Kept | None = None
+    """Entries and arrays in memory, if all of it is known again."""
 
 
 class _Known(NamedTuple):
@@ -69,7 +72,7 @@ def given(segment: Segment) -> Given | None:
         return None
     made = {"coded": _coded, "raw": _raw, "plain": _plain}[kind](segment)
     if _in_place(segment):
-        number = id(segment)
+        made, number = made._replace(kept=keep((made.entries, *made.arrays))), id(segment)
         _known[number] = _Known(weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, [t.data_ptr() for t in tensors], made)
     return made
 

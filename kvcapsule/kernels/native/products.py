@@ -54,21 +54,31 @@ def weigh_pairs(p, p0, room, length, map_, width, out, o0):
 @lent
 def turn_tiles(x, x0, length, pairs, map_, m0, apart, width, out, o0, beyond):
     """`pairs` pairs of tiles, x [2 pairs, length] with a row's map [length, width]: out [pairs, width, 2], pairs `beyond` apart."""
-    n = U(0)
-    while n < width:
-        p = U(0)
-        while p + U(4) <= pairs and n + U(32) <= width:
-            pairs_by_map(
-                x, x0 + p * U(2) * length, U(2) * length, length, U(1), map_, m0 + n, apart, length,
-                out, o0 + p * beyond + n * U(2), beyond, U(16), 4, 2,
-            )  # fmt: skip
-            p += U(4)
-        while p < pairs:
-            first, many = x0 + p * U(2) * length, min(U(2), (width - n) // U(16))
-            for v in range(many):
+    p = U(0)
+    while p < pairs:
+        first, o = x0 + p * U(2) * length, o0 + p * beyond
+        n = U(0)
+        if p + U(4) <= pairs:
+            while n + U(48) <= width:
                 pairs_by_map(
-                    x, first, U(2) * length, length, U(1), map_, m0 + n + v * U(16), apart, length,
-                    out, o0 + p * beyond + n * U(2) + v * U(32), beyond, U(16), 1, 1,
+                    x, first, U(2) * length, length, U(1), map_, m0 + n, apart, length, out, o + n * U(2), beyond, U(16), 4, 3
                 )  # fmt: skip
+                n += U(48)
+            if n + U(32) <= width:
+                pairs_by_map(
+                    x, first, U(2) * length, length, U(1), map_, m0 + n, apart, length, out, o + n * U(2), beyond, U(16), 4, 2
+                )  # fmt: skip
+                n += U(32)
+            while n < width:
+                pairs_by_map(
+                    x, first, U(2) * length, length, U(1), map_, m0 + n, apart, length, out, o + n * U(2), beyond, U(16), 4, 1
+                )  # fmt: skip
+                n += U(16)
+            p += U(4)
+        else:
+            while n < width:
+                pairs_by_map(
+                    x, first, U(2) * length, length, U(1), map_, m0 + n, apart, length, out, o + n * U(2), beyond, U(16), 1, 1
+                )  # fmt: skip
+                n += U(16)
             p += U(1)
-        n += U(32)
