@@ -5,7 +5,7 @@ import pytest
 from kvcapsule.codec.crosslayer import CrossLayerConfig
 from kvcapsule.codec.transform import CellTransform, TransformConfig
 from kvcapsule.geometry import KVGeometry
-from kvcapsule.training.bound import map_bytes, most_channels
+from kvcapsule.training.bound import map_bytes, most_channels, usual_limit
 from kvcapsule.training.sets import joint_heads, joint_layers
 
 LARGE = KVGeometry("llava", layers=32, query_heads=32, kv_heads=8, head_dim=128, rotary="1d")
@@ -33,6 +33,17 @@ def test_the_maps_of_a_7b_class_geometry_keep_within_their_bound(limit: float) -
     alone = TransformConfig(TILE, key_rows=rows, key_channels=columns, value_rows=rows, value_channels=columns, joint_heads=heads)
     for config in (cross, alone):
         assert 0.97 * limit < decoders(config) / 2**20 <= limit or (config is alone and each == heads * LARGE.head_dim)
+
+
+def test_the_usual_bound_grows_with_the_model_and_spares_maps_of_whole_images() -> None:
+    def sources(layers: int, heads: int) -> list[tuple[int, int]]:
+        return [(heads, 2 * 2 * 128)] * (layers // 2)
+
+    assert usual_limit(32 * 8 * 128, sources(32, 8), TILE) == usual_limit(4 * 2 * 32, [(1, 512)], 196) == 32
+    assert usual_limit(32 * 32 * 128, sources(32, 32), TILE) == 128, "a 7B whose heads have keys of their own"
+    (share,) = {n / 512 for n in most_channels(128, sources(32, 32), TILE)}
+    assert 0.35 < share < 0.5
+    assert usual_limit(32 * 32 * 128, sources(32, 32), 576) == 0
 
 
 def test_bytes_are_those_of_the_decoder() -> None:

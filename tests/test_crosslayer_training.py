@@ -27,7 +27,7 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for_and_moves_every
     form, moved = (Capsule.from_pretrained(tmp_path / name) for name in ("form", "moved"))
     # The frame and the owner of each tile are paid for out of the same bytes.
     paid = 16 / 20 - (8 + 4 * 32) * 8 / (28 * 2 * 32 * 2 * 4)
-    assert form.config.codec.bits == moved.config.codec.bits == pytest.approx(paid, rel=0.002)
+    assert form.config.codec.bits == moved.config.codec.bits == pytest.approx(paid, rel=0.004)
     assert form.config.codec.joint_layers == 4 and form.config.codec.joint_heads == 2
     for name, was in form.layers[0].transform.named_parameters():
         changed = (moved.layers[0].transform.get_parameter(name) - was).abs()
@@ -59,13 +59,14 @@ def test_heads_and_layers_can_be_chosen(tmp_path: Path) -> None:
         torch.testing.assert_close(back, chosen, atol=1e-3, rtol=0, msg="the encoder is the decoder's inverse on what is coded")
 
 
-def test_fewer_channels_are_coded_where_maps_are_bounded(tmp_path: Path) -> None:
+def test_fewer_channels_are_coded_where_maps_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--transform.steps", "0", "--transform.logit_batches", "1"]
     free, bound = (run("cross-layer", tmp_path / n, *options, "--transform.maps", n)["output_error"] for n in ("32", "0.03"))
     codecs = [Capsule.from_pretrained(tmp_path / n).layers[0].transform for n in ("32", "0.03")]
     assert codecs[1].channels_out.shape[3] < codecs[0].channels_out.shape[3]
     assert codecs[1].bfloat16().decoder_bytes() <= 0.03 * 2**20
     assert free < bound, "what is left out is missed"
+    assert "--transform.maps 0.03 leaves" in capsys.readouterr().err, "bits, too"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,8 @@ def test_fewer_channels_are_coded_where_maps_are_bounded(tmp_path: Path) -> None
         (["--transform.maps", "0.0001"], "the maps of one coded channel of every source take"),
         (["--transform.maps", "-1"], "--transform.maps -1.0: 0 or more"),
         (["--transform.logit_batches", "-1"], "--transform.logit_batches -1: 0 or more"),
-        (["--transform.readers", "100000"], "a bank of 100000 queries cannot be filled"),
+        (["--transform.maps", "nan"], "--transform.maps nan: 0 or more"),
+        (["--transform.readers", "100000"], "--transform.readers 100000: only [0-9]+ queries read the tiles"),
         (["--transform.allocation", "pyramid"], "shares its bits out by what they save"),
         (["--transform.key_bits", "1", "--transform.value_bits", "1"], "leave --transform.allocation"),
         (["--transform.joint_layers", "-1"], "--transform.joint_layers -1: 0 or more"),

@@ -11,7 +11,7 @@ from kvcapsule.data.source import SourceConfig
 from kvcapsule.models import load_vlm
 from kvcapsule.segment import Segment
 from kvcapsule.training.datamodule import Batch, Questions
-from kvcapsule.training.felt import MIX, Felt, gradients, mixed
+from kvcapsule.training.felt import MIX, Felt, gradients, mixed, require_finite_gradients
 from kvcapsule.training.harvest import LayerHarvest, harvest
 from kvcapsule.training.spectra import Moments
 from kvcapsule.training.through import asked, logits_through
@@ -89,6 +89,29 @@ def test_what_no_logit_can_feel_has_no_gradient(model, batches) -> None:
     for name in ("keys", "values"):
         gradient = getattr(found[1], name)
         assert not bool(gradient[:, 1].any()) and bool(gradient[:, 0].any())
+
+
+def test_tokens_are_drawn_from_what_the_model_says(model, batches) -> None:
+    """With a flat distribution other seeds draw other tokens, and none of them are just the likeliest."""
+    batch, head = batches["last"], model.lm_head.weight
+    kept = head.data.clone()
+    try:
+        head.data.mul_(0.02)
+        several = [felt_by(model, batch, [seed])[0].values for seed in range(40)]
+        spread = torch.stack(several).std(0).mean() / torch.stack(several).abs().mean()
+        mean = torch.stack(several).mean(0).square().mean() / torch.stack(several).square().mean()
+    finally:
+        head.data.copy_(kept)
+    assert float(spread) > 0.5, "of 40 draws"
+    assert float(mean) < 0.3, "log p(y) has no slope in the mean over y ~ p: what is left of 40 draws is a fortieth of their size"
+
+
+def test_gradients_that_are_no_numbers_are_named(model, batches) -> None:
+    found = felt_by(model, batches["last"], [0])
+    require_finite_gradients(found)
+    found[2].values[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 2: gradients of its keys or values are NaN"):
+        require_finite_gradients(found)
 
 
 def test_nothing_is_left_of_them_on_the_model(model, batches) -> None:

@@ -156,6 +156,35 @@ def test_the_straight_through_estimator_sees_the_codes_that_are_stored() -> None
         assert float(getattr(transform, name).grad.abs().sum()) > 0, name
 
 
+@pytest.mark.parametrize("gone", [None, 1], ids=["all layers", "a layer missing"])
+def test_a_stack_weighs_tokens_by_the_mean_over_its_layers_readers(gone: int | None) -> None:
+    """As training sees it: each layer's own queries on its own keys, the mean over those that are there."""
+    capsule = with_readers(cross_layer_capsule(dataclasses.replace(GEOMETRY, layers=4), joint_layers=4, readers=6))
+    codec, places = capsule.layers[0], [place for place in range(4) if place != gone]
+    tiles = {place: (rand(2, HEADS, TILE, DIM, seed=place).float(), rand(2, HEADS, TILE, DIM, seed=9 + place).float()) for place in places}
+    run = codec.start()
+    for place, (keys, values) in tiles.items():
+        run.add(place, keys, values)
+    stored = run.finish(places)[0].keys.keys
+    sums = torch.stack([codec.transform.across(place, *tile) for place, tile in tiles.items()]).sum(0)
+    weights = torch.stack([codec.readers(keys, place) for place, (keys, _) in tiles.items()]).mean(0)
+    expected = coded(codec.transform, codec.transform.coefficients(sums), weights)
+    assert isinstance(stored, CodedRows)
+    torch.testing.assert_close(stored.read(torch.float32), expected)
+    assert not torch.allclose(weights, codec.readers(tiles[0][0], 0), atol=0.05), "layers weigh unlike"
+    assert float(weights.mean()) == pytest.approx(1.0)
+
+
+def test_factors_are_never_taken_in_half_precision() -> None:
+    """Under autocast, too, where products are."""
+    tokens, code = basis(2, 24, 24).float(), coding(2, 3, 7)
+    x, weights = rand(4, 2, 24, 7, seed=6), torch.rand(4, 2, 24, generator=torch.Generator().manual_seed(2))
+    plain = shaped(x.bfloat16(), tokens, weights, code)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shaped(x.bfloat16(), tokens, weights, code), plain)
+    assert plain.dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", CAPSULES)
 def test_readers_are_saved_and_loaded(family: str, tmp_path: object) -> None:
     capsule = with_readers(CAPSULES[family](readers=6))
@@ -169,8 +198,9 @@ def test_readers_are_saved_and_loaded(family: str, tmp_path: object) -> None:
 
 @pytest.mark.parametrize("kind", [TransformConfig, CrossLayerConfig])
 def test_no_fewer_readers_than_none(kind: type) -> None:
-    with pytest.raises(ValueError, match="readers -1: queries of each KV head, 0 or more"):
-        kind(TILE, readers=-1)
+    for count in (-1, 2.5, True, float("nan")):
+        with pytest.raises(ValueError, match=f"readers {count}: queries of each KV head, 0 or more"):
+            kind(TILE, readers=count)
     values = CapsuleConfig("transform", TransformConfig(TILE), GEOMETRY, "tiny").to_dict()
     values["codec"]["readers"] = "many"
     with pytest.raises(CapsuleError, match="cannot be used"):

@@ -212,6 +212,8 @@ def test_two_processes_solve_the_same_bases_as_one(
         (["--transform.joint_heads", "3"], "does not divide the model's 2 KV heads"),
         (["--transform.allocation", "best"], "neither output, pyramid nor uniform"),
         (["--transform.key_bits", "1"], "give both or neither"),
+        (["--transform.allocation", "pyramid", "--transform.logit_batches", "5"], "shares the bits out by itself"),
+        (["--transform.allocation", "uniform", "--transform.key_bits", "1", "--transform.value_bits", "1"], "shares the bits out"),
         (["--transform.joint_layers", "2"], "the family transform codes each layer by itself"),
         (["--family", "magic"], "choose one of transform, cross-layer, kvcapsule, compact"),
     ],

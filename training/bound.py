@@ -6,6 +6,21 @@ from kvcapsule.packing import GROUP
 
 _BYTES = 2
 """Of a number of the maps."""
+_USUAL, _CHANNELS = 32.0, 32 * 8 * 128
+"""MiB that maps take at most unless told otherwise, of a model with so many channels in all layers and KV heads (a 7B with grouped queries)
+or fewer; of one with more, as many times more."""
+
+
+def usual_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) -> float:
+    """MiB, 0 for none: where the maps along the tokens take half of it already, as of whole images, fewer channels are no way to save.
+
+    Args:
+        channels: of the model's keys, in all layers and KV heads.
+        sources, tile: as in `most_channels`.
+    """
+    limit = _USUAL * max(1.0, channels / _CHANNELS)
+    along_tokens = sum(map_bytes(sets, width, tile, 0) for sets, width in sources) / 2**20
+    return 0.0 if along_tokens > limit / 2 else limit
 
 
 def map_bytes(sets: int, width: int, tile: int, channels: int) -> int:

@@ -11,7 +11,6 @@ from kvcapsule.codec.crosslayer import CrossLayerCodec, CrossLayerConfig, CrossL
 from kvcapsule.codec.transform import side_by_side
 from kvcapsule.segment import Segment
 
-from .allocation import allocate
 from .harvest import LayerHarvest
 from .module import Task
 from .sets import joint_layers, stacks
@@ -57,9 +56,9 @@ class CrossLayerFit(TransformFit):
         alone = self._units(batches)
         self.coordinates = self._coordinates(alone, self.sensitivities(alone))
         moments = self._moments(batches)
-        first = batches if not self.recipe.logit_batches else min(batches, _FIRST)
+        first = batches if not self.recipe.felt_batches else min(batches, _FIRST)
         units = self.measured([own.bases() for own in moments], self.tiles(first, "variances of stacks of layers", self.sources))
-        if self.recipe.logit_batches:
+        if self.recipe.felt_batches:
             self.layers = self._codecs(units, readers=False)
             # In these coordinates the metric by attention's output is one.
             usual = [torch.eye(m.channels.shape[1], dtype=torch.float64, device=m.channels.device).expand_as(m.channels) for m in moments]
@@ -146,7 +145,7 @@ class CrossLayerFit(TransformFit):
 
     def _codecs(self, units: list[Unit], readers: bool) -> nn.ModuleList:
         """The stacks' codecs: each cell of each stack has the bits that it is worth."""
-        widths = allocate(self.bounded([unit.cells for unit in units]), self.budget(2 * self.task.geometry.layers))
+        widths = self.allocated([unit.cells for unit in units], self.budget(2 * self.task.geometry.layers))
         parts = zip(units, widths, self.coordinates, self.stacks, strict=True)
         return nn.ModuleList(
             CrossLayerCodec(self._transform(unit, w, own, len(stack)), self.readers(stack) if readers else None)

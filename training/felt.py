@@ -81,6 +81,16 @@ def gradients(
     return [replace(layer, keys=k, values=v) for layer, k, v in zip(layers, found[::2], found[1::2], strict=True)]
 
 
+def require_finite_gradients(found: Sequence[LayerHarvest]) -> None:
+    """Raises ValueError that names the first layer whose gradients are not all numbers."""
+    for i, layer in enumerate(found):
+        if not bool(layer.keys.isfinite().all() and layer.values.isfinite().all()):
+            raise ValueError(
+                f"layer {i}: gradients of its keys or values are NaN or infinite. Run the model in another precision (--dtype float32 or "
+                "bfloat16), or leave the logits out with --transform.logit_batches 0."
+            )
+
+
 def mixed(felt: Sequence[Felt], usual: Sequence[torch.Tensor], moments: Sequence[Moments]) -> list[torch.Tensor]:
     """Metrics [S, W, W] of sources: what the logits feel, as large in all as the metric by attention's output, and a share of that.
 

@@ -86,16 +86,20 @@ class QueryBank:
             if rank != torch.distributed.get_rank():
                 self.merge(queries.to(device), priority.to(device))
 
+    @property
+    def found(self) -> int:
+        """Queries of each head so far, at most as many as are wanted."""
+        return 0 if self.queries is None else self.queries.shape[1]
+
     def bank(self) -> torch.Tensor:
         """[H, size, D].
 
         Raises:
             ValueError: if fewer queries were offered.
         """
-        found = 0 if self.queries is None else self.queries.shape[1]
-        if self.queries is None or found < self.size:
+        if self.queries is None or self.found < self.size:
             raise ValueError(
-                f"a bank of {self.size} queries cannot be filled from the {found} that read the tiles: "
+                f"a bank of {self.size} queries cannot be filled from the {self.found} that read the tiles: "
                 "collect from more batches, or ask for a smaller bank."
             )
         return self.queries

@@ -10,6 +10,7 @@ FAMILIES = ("transform", "cross-layer", "kvcapsule", "compact")
 """Families that can be trained."""
 CODED = ("transform", "cross-layer")
 """Those whose stored numbers have few bits each."""
+_LOGIT_BATCHES = 12
 REFERENCE_BITS = 16
 """Bits of an element of the cache that compression is counted against, whatever precision the model runs in."""
 
@@ -71,14 +72,16 @@ class TransformRecipe:
     value_bits: float | None = None
     """Mean bits of an element of the values, likewise; give both or neither."""
     query_metric: bool = True
-    """Weigh the channels of keys by the queries that read them; False weighs all alike."""
+    """Weigh the channels of keys by the queries that read them where attention's output is what counts; False weighs all alike."""
     readers: int = 64
     """Training queries of each KV head whose attention tells the encoder how much each token matters; 0 treats all alike."""
-    logit_batches: int = 12
-    """Batches on which it is measured how much the answers' logits feel errors of the keys and values, through the frozen VLM and back; the
-    closed form then codes for them. 0 codes for each layer's attention output alone. Only with --transform.allocation output."""
-    maps: float = 32.0
-    """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0 sets no bound."""
+    logit_batches: int | None = None
+    """Batches on which it is measured how much the answers' logits feel errors of the keys and values, through the frozen VLM and back (in
+    the memory of a training step of --batch rows); the closed form then codes for them. 0 codes for each layer's attention output alone.
+    Without it 12; none with --transform.allocation pyramid or uniform, which share the bits out without asking what errors cost."""
+    maps: float | None = None
+    """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0 sets no bound.
+    Without it 32, more for models of more KV channels than a 7B with grouped queries has, none where that would leave bits unused."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
     steps: int = 0
@@ -91,13 +94,24 @@ class TransformRecipe:
     kl_weight: float = 5.0
     """Weight of the KL of the answers' logits, through the frozen VLM; 0 leaves it out and is about twice as fast."""
 
+    @property
+    def felt_batches(self) -> int:
+        """Of `logit_batches`, or what stands in for it."""
+        return (_LOGIT_BATCHES if self.allocation == "output" else 0) if self.logit_batches is None else self.logit_batches
+
     def __post_init__(self) -> None:
         if self.allocation not in ("output", "pyramid", "uniform"):
             raise ValueError(f"--transform.allocation {self.allocation!r} is neither output, pyramid nor uniform.")
         if (self.key_bits is None) != (self.value_bits is None):
             raise ValueError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
+        if self.allocation != "output" and (self.logit_batches or self.key_bits is not None):
+            raise ValueError(
+                f"--transform.allocation {self.allocation} shares the bits out by itself: leave --transform.logit_batches, "
+                "--transform.key_bits and --transform.value_bits out, or the allocation."
+            )
         for name in ("joint_heads", "joint_layers", "readers", "logit_batches", "maps", "steps", "lr", "output_weight", "kl_weight"):
-            if getattr(self, name) < 0:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
         if self.probe_batches < 1:
             raise ValueError(f"--transform.probe_batches {self.probe_batches}: at least 1 is needed.")

@@ -23,10 +23,10 @@ from kvcapsule.codec.transform import (
 )
 from kvcapsule.segment import Segment
 
-from .allocation import allocate, distortion
-from .bound import most_channels
+from .allocation import REACHING, allocate, distortion
+from .bound import most_channels, usual_limit
 from .datamodule import Batch
-from .felt import Felt, gradients, mixed
+from .felt import Felt, gradients, mixed, require_finite_gradients
 from .harvest import LayerHarvest
 from .losses import error_and_energy, full_output, output_error, require_finite
 from .matching import QueryBank
@@ -77,14 +77,14 @@ class TransformFit(CapsuleFit):
             return _layers([unit.transform(w, self.heads, dim) for unit, w in zip(units, widths, strict=True)], readers)
 
         layers = self.task.geometry.layers
-        if self.recipe.allocation != "output" and self.recipe.key_bits is None:
+        if self.recipe.allocation != "output":
             widths = self._shared_by_rule(units)
         else:
             costs = self.sensitivities(units)
             usual = torch.stack(costs).mean().clamp_min(1e-12)
             by_set = [(cost / usual)[:, None, None] for cost in costs]
             widths = self._shared([unit.cells * cost.to(unit.cells) for unit, cost in zip(units, by_set, strict=True)])
-            if self.recipe.logit_batches:
+            if self.recipe.felt_batches:
                 self.layers = code(units, widths, [None] * layers)
                 metrics = self.felt([metric * cost.to(metric) for metric, cost in zip(self.metrics, by_set, strict=True)], self.moments)
                 bases = [moments.bases(metric) for moments, metric in zip(self.moments, metrics, strict=True)]
@@ -212,6 +212,11 @@ class TransformFit(CapsuleFit):
                     self.scale = layer.scale
         for bank in self.banks:
             bank.gather()
+            if bank.found < bank.size:
+                raise ValueError(
+                    f"--transform.readers {bank.size}: only {bank.found} queries read the tiles of a KV head. Look at more batches "
+                    "(--moment_batches), or ask for fewer."
+                )
         for sums in (*moments, *queries):
             self.reduce(sums)
         self._require_samples(moments[0])
@@ -245,12 +250,14 @@ class TransformFit(CapsuleFit):
         """Metrics [S, W, W] of the sources: what the logits feel where the present layers' code leaves them, mixed with the usual ones."""
         task, canonical = self.task, self.task.recipe.codec.canonical_frame
         sums = [Felt(*metric.shape[:2]).to(metric.device) for metric in usual]
-        for step, batch in enumerate(self.batches(self.recipe.logit_batches, "what the logits feel")):
+        for step, batch in enumerate(self.batches(self.recipe.felt_batches, "what the logits feel")):
             layers = self.harvest(batch)
             with torch.no_grad():
                 read = self.segments(layers)
             seeds = [task.recipe.seed + n for n in self.numbers(step, len(batch.answers))]
-            for source, g in self.sources(gradients(task.model, batch, task.tile, canonical, layers, read, seeds), True):
+            found = gradients(task.model, batch, task.tile, canonical, layers, read, seeds)
+            require_finite_gradients(found)
+            for source, g in self.sources(found, True):
                 sums[source].add(g)
         for own in sums:
             self.reduce(own)
@@ -281,27 +288,41 @@ class TransformFit(CapsuleFit):
 
     def _shared(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Bits of every cell of every source, by what leaving it out costs."""
-        costs = self.bounded(costs)
         keys, values = self.recipe.key_bits, self.recipe.value_bits
         if keys is None or values is None:
-            return allocate(costs, self.budget(len(costs)))
+            return self.allocated(costs, self.budget(len(costs)))
         one = self._elements(len(costs) // 2) / 8
-        pairs = zip(allocate(costs[::2], int(keys * one)), allocate(costs[1::2], int(values * one)), strict=True)
+        pairs = zip(self.allocated(costs[::2], int(keys * one)), self.allocated(costs[1::2], int(values * one)), strict=True)
         return [w for pair in pairs for w in pair]
-
-    def bounded(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Costs of cells [S, G, W] without those of channels whose maps would be too many: the last ones, which matter least."""
-        most = most_channels(self.recipe.maps, [(len(c), c.shape[2]) for c in costs], self.task.tile)
-        return [c * (torch.arange(c.shape[2], device=c.device) < n) for c, n in zip(costs, most, strict=True)]
 
     def _shared_by_rule(self, units: list[Unit]) -> list[torch.Tensor]:
         """The same, where a rule says what each layer gets."""
         n = len(units)
         shares = pyramid(1 / n, n // 2, self.task.recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0)
         # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they compare.
-        cells = self.bounded([unit.cells / unit.cells.sum().clamp_min(1e-12) for unit in units])
-        pairs = [allocate(cells[2 * i : 2 * i + 2], int(self.budget(n) * 2 * share)) for i, share in enumerate(shares)]
+        cells = [unit.cells / unit.cells.sum().clamp_min(1e-12) for unit in units]
+        pairs = [self.allocated(cells[2 * i : 2 * i + 2], int(self.budget(n) * 2 * share)) for i, share in enumerate(shares)]
         return [w for pair in pairs for w in pair]
+
+    def allocated(self, costs: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
+        """Bits of cells [S, G, W] of sources within a budget; none for the last channels, which matter least, where maps would be too many.
+
+        A bound that leaves bits unused is not kept to unless it was asked for, and then that is said.
+        """
+        geometry, wanted = self.task.geometry, self.recipe.maps
+        sources = [(len(c), c.shape[2]) for c in costs]
+        # Of all the sources' maps, these may take their part.
+        part = sum(len(c) * c.shape[2] for c in costs) / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+        channels = geometry.layers * geometry.kv_heads * geometry.head_dim
+        limit = usual_limit(channels, sources, self.task.tile) if wanted is None else wanted
+        most = most_channels(limit * part, sources, self.task.tile)
+        widths = allocate([c * (torch.arange(c.shape[2], device=c.device) < n) for c, n in zip(costs, most, strict=True)], budget)
+        spent = sum(int(w.long().sum()) for w in widths)
+        if spent < budget - REACHING and any(n < width for n, (_, width) in zip(most, sources, strict=True)):
+            if wanted is None:
+                return allocate(costs, budget)
+            self.show(f"--transform.maps {wanted} leaves {budget - spent} of {budget} bytes of codes a tile unused.")
+        return widths
 
     def budget(self, units: int) -> int:
         """Bytes of one tile's codes in so many units.

@@ -11,8 +11,8 @@ before it, as far as they can make up for it at the tokens that count. That is B
 single rows (within a group each row is rounded by itself: one product a group, and on the demo VLM as good); GPTQ (arXiv 2210.17323)
 does the same to weights.
 
-Nothing changes for who reads the codes. At encoding a tile takes some M^2 (T + M / 3) / 2 multiplications for the metric and its factor,
-M^2 C for the products, and Q T D for each KV head's queries.
+Nothing changes for who reads the codes. At encoding a tile takes some M^2 (T + M / 6) multiplications for the metric and its factor,
+M^2 C / 2 for the products, and Q T D for each KV head's queries.
 
 Approximations: the bank's queries come from other images and questions; all coefficients of a set share one weight a token, though layers,
 keys and values differ.
@@ -45,7 +45,8 @@ class Readers(nn.Module):
     def forward(self, k_EHTD: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """How much errors at each token move what the bank reads, [E, S, T], 1 in the mean of a tile; keys in the queries' frames."""
         work = torch.promote_types(k_EHTD.dtype, torch.float32)
-        attention = (self.queries[layer].to(work) @ k_EHTD.to(work).transpose(-1, -2)).softmax(-1)
+        with torch.autocast(k_EHTD.device.type, enabled=False):
+            attention = (self.queries[layer].to(work) @ k_EHTD.to(work).transpose(-1, -2)).softmax(-1)
         square = attention.square().unflatten(1, (-1, self.joint)).mean((2, 3))
         weights: torch.Tensor = square / square.mean(-1, keepdim=True)
         return weights
@@ -58,7 +59,7 @@ def shaping_macs(tile: int, rows: int, channels: int) -> tuple[int, int]:
 
 def check_readers(count: int) -> None:
     """Raises ValueError for a number of readers that there cannot be."""
-    if count < 0:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"readers {count}: queries of each KV head, 0 or more.")
 
 
@@ -71,6 +72,13 @@ def shaped(coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_ES
         weights_EST: of the tokens, 0 or more and 1 in the mean.
         coding: what they are rounded with.
     """
+    # Factors are never taken in half precision.
+    with torch.autocast(coefficients_ESMC.device.type, enabled=False):
+        return _shaped(coefficients_ESMC, tokens_STM, weights_EST, coding)
+
+
+def _shaped(coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_EST: torch.Tensor, coding: Coding) -> torch.Tensor:
+    coefficients_ESMC = coefficients_ESMC.to(torch.promote_types(coefficients_ESMC.dtype, torch.float32))
     work = coefficients_ESMC.dtype
     basis = tokens_STM.to(work)
     weights = (weights_EST.to(work) + _FLOOR) / (1 + _FLOOR)
