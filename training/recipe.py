@@ -85,8 +85,8 @@ class TransformRecipe:
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
     steps: int = 0
-    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form, the better code unless bits are
-    very few (on pages-vlm down to 0.4 an element)."""
+    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form, as good a code unless bits are very
+    few (on pages-vlm below 0.4 an element) or images of sizes will be read that training has not seen: there 60 steps help much."""
     lr: float = 1e-4
     """Peak learning rate of Adam up to 0.8 bit an element; half of it for each bit more."""
     output_weight: float = 1.0
