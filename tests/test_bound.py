@@ -20,7 +20,10 @@ def decoders(config: TransformConfig | CrossLayerConfig) -> int:
     return sum(m.decoder_bytes() for codec in codecs for m in codec.modules() if isinstance(m, CellTransform))
 
 
-@pytest.mark.parametrize("limit", [32.0, 8.0])
+USUAL = 32e6 / 2**20
+
+
+@pytest.mark.parametrize("limit", [USUAL, 8.0])
 def test_the_maps_of_a_7b_class_geometry_keep_within_their_bound(limit: float) -> None:
     """As training shapes them there unless told otherwise, with every channel coded that may be."""
     heads = joint_heads(LARGE.kv_heads, LARGE.head_dim)
@@ -39,9 +42,9 @@ def test_the_usual_bound_grows_with_the_model_and_spares_maps_of_whole_images() 
     def sources(layers: int, heads: int) -> list[tuple[int, int]]:
         return [(heads, 2 * 2 * 128)] * (layers // 2)
 
-    assert usual_limit(32 * 8 * 128, sources(32, 8), TILE) == usual_limit(4 * 2 * 32, [(1, 512)], 196) == 32
-    assert usual_limit(32 * 32 * 128, sources(32, 32), TILE) == 128, "a 7B whose heads have keys of their own"
-    (share,) = {n / 512 for n in most_channels(128, sources(32, 32), TILE)}
+    assert usual_limit(32 * 8 * 128, sources(32, 8), TILE) == usual_limit(4 * 2 * 32, [(1, 512)], 196) == USUAL
+    assert usual_limit(32 * 32 * 128, sources(32, 32), TILE) == 4 * USUAL, "a 7B whose heads have keys of their own"
+    (share,) = {n / 512 for n in most_channels(4 * USUAL, sources(32, 32), TILE)}
     assert 0.35 < share < 0.5
     assert usual_limit(32 * 32 * 128, sources(32, 32), 576) == 0
 

@@ -6,9 +6,9 @@ from kvcapsule.packing import GROUP
 
 _BYTES = 2
 """Of a number of the maps."""
-_USUAL, _CHANNELS = 32.0, 32 * 8 * 128
-"""MiB that maps take at most unless told otherwise, of a model with so many channels in all layers and KV heads (a 7B with grouped queries)
-or fewer; of one with more, as many times more."""
+_USUAL, _CHANNELS = 32e6 / 2**20, 32 * 8 * 128
+"""MiB (32 million bytes) that maps take at most unless told otherwise, of a model with so many channels in all layers and KV heads (a 7B
+with grouped queries) or fewer; of one with more, as many times more."""
 
 
 def usual_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) -> float:

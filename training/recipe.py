@@ -81,7 +81,7 @@ class TransformRecipe:
     Without it 12; none with --transform.allocation pyramid or uniform, which share the bits out without asking what errors cost."""
     maps: float | None = None
     """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0 sets no bound.
-    Without it 32, more for models of more KV channels than a 7B with grouped queries has, none where that would leave bits unused."""
+    Without it 30.5 (32 MB), more for models of more KV channels than a 7B with grouped queries has, none where bits would be left."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
     steps: int = 0
