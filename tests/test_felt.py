@@ -1,6 +1,7 @@
 """What the logits feel: gradients through the frozen VLM, their second moments, and the metric that a code is solved in."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.models import load_vlm
 from kvcapsule.segment import Segment
+from kvcapsule.training.crosslayer import Coordinates, CrossLayerFit
 from kvcapsule.training.datamodule import Batch, Questions
 from kvcapsule.training.felt import MIX, Felt, gradients, mixed, require_finite_gradients
 from kvcapsule.training.harvest import LayerHarvest, harvest
@@ -152,3 +154,20 @@ def test_logits_that_feel_nothing_are_refused() -> None:
     own.add(rand(5, 1, 4, 3))
     with pytest.raises(ValueError, match="do not depend on the visual tokens"):
         mixed([Felt(1, 3)], [torch.eye(3, dtype=torch.float64)[None]], [own])
+
+
+def test_gradients_turn_the_other_way_than_what_they_are_of() -> None:
+    """In a stack's coordinates, too, a step along x adds g . x to what is felt."""
+    generator = torch.Generator().manual_seed(3)
+    into = torch.randn(1, 8, 8, generator=generator, dtype=torch.float64)
+    own = Coordinates(into, torch.linalg.inv(into).transpose(1, 2))
+    fit = SimpleNamespace(stacks=[range(2)], coordinates=[own], heads=1)
+
+    def layers(seed: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(keys=rand(3, 1, 4, 2, seed=seed + i), values=rand(3, 1, 4, 2, seed=seed + 10 + i)) for i in range(2)]
+
+    step, slope = layers(0), layers(50)
+    ((_, x),) = CrossLayerFit.sources(fit, step, False)
+    ((_, g),) = CrossLayerFit.sources(fit, slope, True)
+    felt = sum((getattr(a, name) * getattr(b, name)).sum() for a, b in zip(step, slope, strict=True) for name in ("keys", "values"))
+    torch.testing.assert_close((x * g).sum(), felt)
