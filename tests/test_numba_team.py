@@ -52,9 +52,13 @@ def test_the_team_is_pytorchs(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: torch.set_num_threads(was))
     torch.set_num_threads(2)
     torch.ones(2**22).sum()
-    before = _threads()
-    share.run(lambda _: None, range(2))
-    assert _threads() == before
+    before, done = _threads(), [0, 0]
+
+    def work(i: int) -> None:
+        done[i] += 1
+
+    assert team.together(work, 2), "in the team, not in threads of Python's"
+    assert done == [1, 1] and _threads() == before
 
 
 def _threads() -> int:
