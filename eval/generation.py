@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.inference import attach
 from kvcapsule.prefill import Method
-from kvcapsule.segment import storage_bytes
+from kvcapsule.segments.segment import storage_bytes
 
 from .matching import Layout
 from .replay import Keeper, Made, Prefill, recording, replaying

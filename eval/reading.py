@@ -9,7 +9,7 @@ from typing import Any
 
 from kvcapsule.cli.errors import InputError
 from kvcapsule.policy import POLICIES
-from kvcapsule.quantize import BITS
+from kvcapsule.segments.quantized_rows import BITS
 
 from .methods import FIXED, FULL, RIVALS, TEXT, build
 from .specs import Beside, Dialled, Fixed, Pretrained, Requantised, Rule, Spec, Trained, dial

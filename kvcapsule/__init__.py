@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .capsule import Capsule, CapsuleConfig, CapsuleError
     from .geometry import GeometryError, KVGeometry
     from .inference import attach
-    from .segment import Segment
+    from .segments.segment import Segment
     from .spans import VisualSpan, find_spans
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOME = {
     "CapsuleError": "capsule",
     "GeometryError": "geometry",
     "KVGeometry": "geometry",
-    "Segment": "segment",
+    "Segment": "segments.segment",
     "VisualSpan": "spans",
     "attach": "inference",
     "find_spans": "spans",

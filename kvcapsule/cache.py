@@ -14,7 +14,7 @@ from .geometry import KVGeometry
 from .kernels import attend
 from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
-from .segment import Segment, Shared, storage_bytes
+from .segments.segment import Segment, Shared, storage_bytes
 from .spans import VisualSpan, find_spans
 from .tail import StaticTail, Tail
 

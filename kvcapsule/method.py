@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import torch
 
 from .prefill import Compressed, LayerPrefill, Method
-from .segment import Segment
+from .segments.segment import Segment
 
 Observed = TypeVar("Observed")
 

@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .frame import Frame
-from .segment import Segment
+from .segments.rotary_frame import Frame
+from .segments.segment import Segment
 from .spans import VisualSpan
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .prefill import LayerPrefill
-from .segment import Segment, Shared
+from .segments.segment import Segment, Shared
 
 
 class HostRows(NamedTuple):

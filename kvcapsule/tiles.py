@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 
 from .codec import CodecConfig, StackCodec, StackEncoding
-from .frame import Frame
 from .geometry import KVGeometry
 from .prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
+from .segments.rotary_frame import Frame
 
 
 def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry) -> tuple[Tiles | None, Compressed]:

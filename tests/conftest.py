@@ -25,14 +25,14 @@ from running import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
 from kvcapsule.data.pages import page
-from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segments.coefficient_rows import CodedRows, Coding
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 from kvcapsule.training.demo_vlm.model import build_model, build_processor
 
 # Helper modules whose fixtures several test files share.

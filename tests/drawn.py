@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from builders import random_widths
 
-from kvcapsule.codec.cells import CodedRows, Coding
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segments.coefficient_rows import CodedRows, Coding
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.segment import Segment
 
 HEADS, DIM, SCALE = 2, 8, 0.3
 OWNERS = ([0, 1, 1, 3], [3, 0])

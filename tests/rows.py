@@ -10,7 +10,7 @@ from builders import rand
 from kvcapsule.kernels.reference import attend
 from kvcapsule.method import start
 from kvcapsule.prefill import Compressed, LayerPrefill
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8

@@ -2,8 +2,8 @@
 
 import torch
 
-from kvcapsule.codec.cells import CodedRows
-from kvcapsule.quantize import QuantizedRows
+from kvcapsule.segments.coefficient_rows import CodedRows
+from kvcapsule.segments.quantized_rows import QuantizedRows
 
 
 def code(packed: list[int], bits: int, index: int) -> int:

@@ -13,7 +13,7 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.policy import AdaKV, LookM, SnapKV
 from kvcapsule.policy import lookm as lookm_module
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.segment import Segment, read, storage_bytes
+from kvcapsule.segments.segment import Segment, read, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
-from kvcapsule import backend as choice
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
+from kvcapsule.kernels import backend as choice
 from kvcapsule.kernels.fused import device
 from kvcapsule.kernels.native import read
 from kvcapsule.policy import EvenlySpaced

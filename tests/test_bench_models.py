@@ -11,7 +11,7 @@ from kvcapsule.eval.bench import encode, generation, ladder, peak, serving, step
 from kvcapsule.eval.bench.shapes import SHAPES, Shape
 from kvcapsule.eval.bench.stored import Cell
 from kvcapsule.eval.bench.subjects import Subject
-from kvcapsule.segment import storage_bytes
+from kvcapsule.segments.segment import storage_bytes
 from kvcapsule.spans import find_spans
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 
 from kvcapsule.eval.bench import calls, clock, formula, full, gate, methods, stored, touched, water
 from kvcapsule.eval.bench.shapes import SHAPES, Shape, distinct
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 from kvcapsule.training.allocation import allocate
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.kernels import reference
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 VISUAL, TILE, STORED = 196, 49, 13
 """Visual tokens of an image; tokens of a tile; rows of it that a retention ratio of 0.25 stores."""

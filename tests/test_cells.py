@@ -5,10 +5,10 @@ import slow_decode
 import torch
 from builders import LADDER, random_widths
 
-from kvcapsule.codec.cells import CellLayout, CodedRows, Coding
-from kvcapsule.packing import GROUP, WIDTHS
-from kvcapsule.segment import Packed, storage_bytes
-from kvcapsule.segment import read as read_rows
+from kvcapsule.segments.bit_packing import GROUP, WIDTHS
+from kvcapsule.segments.coefficient_rows import CellLayout, CodedRows, Coding
+from kvcapsule.segments.segment import Packed, storage_bytes
+from kvcapsule.segments.segment import read as read_rows
 
 SETS, GROUPS, CHANNELS, ENTRIES = 2, 3, 5, 4
 ROWS = GROUPS * GROUP

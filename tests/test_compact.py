@@ -16,10 +16,10 @@ from kvcapsule.codec import FAMILIES, Encoded, compact
 from kvcapsule.codec.bank import added, targets
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.compact import CompactConfig, CompactLayer, fit_masses
-from kvcapsule.frame import Frame
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.kernels.reference import attend
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main as train

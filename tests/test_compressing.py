@@ -14,7 +14,7 @@ from kvcapsule.inference import attach
 from kvcapsule.method import Run, start
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 Batch = Callable[..., BatchFeature]
 Model = LlavaForConditionalGeneration

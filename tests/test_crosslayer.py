@@ -16,14 +16,14 @@ from transformers import BatchFeature
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec.cells import CodedRows
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.kernels.reference import attend
 from kvcapsule.policy.paired import Paired, TextPruning
 from kvcapsule.prefill import Compressed, LayerPrefill
-from kvcapsule.segment import Segment, Shared, storage_bytes
+from kvcapsule.segments.coefficient_rows import CodedRows
+from kvcapsule.segments.segment import Segment, Shared, storage_bytes
 
 FOUR = dataclasses.replace(GEOMETRY, layers=4)
 

@@ -26,7 +26,7 @@ from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.prefill import Compressed, LayerPrefill, Method, cut_tiles
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 from kvcapsule.spans import VisualSpan
 
 EXACT = 1e-5

@@ -10,7 +10,7 @@ from builders import rand
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.models import load_vlm
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 from kvcapsule.training.crosslayer import Coordinates, CrossLayerFit
 from kvcapsule.training.datamodule import Batch, Questions
 from kvcapsule.training.felt import MIX, Felt, gradients, mixed, require_finite_gradients

@@ -10,9 +10,9 @@ from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as r
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
-from kvcapsule.frame import Frame
 from kvcapsule.kernels.reference import attend
-from kvcapsule.segment import Segment
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 
 HEADS, TILE, DIM = 2, 5, 16
 ROPES = {

@@ -12,7 +12,7 @@ from kvcapsule.policy.head_budgets import nearest_power, share_out
 from kvcapsule.policy.paired import Paired, TextPruning
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.retrieval import Retrieved
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 from kvcapsule.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8

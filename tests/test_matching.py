@@ -14,7 +14,7 @@ from kvcapsule.eval.methods import RIVALS, build
 from kvcapsule.method import start
 from kvcapsule.policy import EvenlySpaced, Full, PyramidKV
 from kvcapsule.prefill import LayerPrefill, Method
-from kvcapsule.segment import storage_bytes
+from kvcapsule.segments.segment import storage_bytes
 from kvcapsule.spans import VisualSpan
 
 

@@ -14,7 +14,7 @@ from kvcapsule.method import LayerByLayer, SharedBudget, Written, start
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.policy.paired import Paired, TextPruning
 from kvcapsule.prefill import Compressed, LayerPrefill, keep, keep_heads
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 
 ROWS, HEADS, GROUP, TOKENS, DIM = 3, 2, 2, 40, 8
 

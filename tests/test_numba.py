@@ -18,9 +18,9 @@ from kvcapsule.kernels import reference
 from kvcapsule.kernels.native import dense, read, share
 from kvcapsule.kernels.native.flat import watched
 from kvcapsule.kernels.native.jit import U, jit
-from kvcapsule.packing import WIDTHS
 from kvcapsule.policy.kivi import GroupedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segments.bit_packing import WIDTHS
+from kvcapsule.segments.segment import Segment
 
 SINGLE = 1e-5
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvcapsule.codec.cells import FIRST_KIND, TOGETHER, CodedRows, Coding
 from kvcapsule.kernels.native.given import _cells
 from kvcapsule.kernels.native.jit import U
 from kvcapsule.kernels.native.laid import TILES, at_the_end, lay
-from kvcapsule.packing import WIDTHS
+from kvcapsule.segments.bit_packing import WIDTHS
+from kvcapsule.segments.coefficient_rows import FIRST_KIND, TOGETHER, CodedRows, Coding
 
 _FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
 

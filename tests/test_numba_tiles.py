@@ -12,16 +12,16 @@ import torch
 from builders import cross_layer_capsule, prefill
 from drawn import HEADS, OWNERS, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
 
-from kvcapsule.frame import Frame
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.native import attend as native
 from kvcapsule.kernels.native import wide
 from kvcapsule.kernels.native.flat import watched
 from kvcapsule.kernels.native.given import given
 from kvcapsule.kernels.native.jit import U, jit
-from kvcapsule.packing import WIDTHS
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.segment import Segment
+from kvcapsule.segments.bit_packing import WIDTHS
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 
 SINGLE, DIM = 1e-5, 16
 

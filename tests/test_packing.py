@@ -4,7 +4,7 @@ import pytest
 import slow_decode
 import torch
 
-from kvcapsule.packing import GROUP, WIDTHS, pack, unpack
+from kvcapsule.segments.bit_packing import GROUP, WIDTHS, pack, unpack
 
 BY_HAND = {
     1: ([1, 0, 1, 1, 0, 0, 1, 0], [0b0_1_0_0_1_1_0_1]),

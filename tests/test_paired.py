@@ -16,8 +16,8 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
 from kvcapsule.policy.paired import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 

@@ -17,8 +17,8 @@ from kvcapsule.policy import (
     VisualPolicy,
 )
 from kvcapsule.prefill import LayerPrefill, cut_tiles, keep, tiled
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.segment import Segment
 from kvcapsule.spans import VisualSpan, find_spans
 
 

@@ -15,7 +15,7 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.method import start
 from kvcapsule.policy import POLICIES, Full
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 EXACT, BYTES, BATCH, DETERMINISM, BEAMS, TURNS = "exact", "bytes", "batch", "determinism", "beams", "turns"

@@ -4,8 +4,8 @@ import pytest
 import slow_decode
 import torch
 
-from kvcapsule.quantize import BITS, QuantizedRows
-from kvcapsule.segment import storage_bytes
+from kvcapsule.segments.quantized_rows import BITS, QuantizedRows
+from kvcapsule.segments.segment import storage_bytes
 
 
 def rows(tokens: int, dim: int = 6, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,12 +7,12 @@ import pytest
 import slow_decode
 import torch
 
-from kvcapsule.codec.cells import CodedRows
 from kvcapsule.codec.kvcapsule import MlpRows
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.reference import attend
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segments.coefficient_rows import CodedRows
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.segment import Segment
 
 HEADS, DIM, SCALE = 2, 8, 0.3
 OWNERS = ([0, 1, 1, 2], [2, 0], [1, 1, 0, 0, 2, 2])

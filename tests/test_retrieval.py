@@ -7,7 +7,7 @@ from builders import rand
 from kvcapsule.kernels.reference import attend
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.retrieval import Retrieved
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 
 HEADS, GROUP, DIM = 2, 2, 8
 

@@ -20,8 +20,8 @@ from kvcapsule.policy.paired import Paired
 from kvcapsule.policy.rkv import Prompt
 from kvcapsule.policy.rows import HeadRows, side_by_side
 from kvcapsule.prefill import Compressed, LayerPrefill
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 GROUP, TOKENS, WINDOW = 2, 30, 4

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcapsule.frame import Frame
 from kvcapsule.kernels.reference import attend
-from kvcapsule.segment import Packed, Segment, storage_bytes
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Packed, Segment, storage_bytes
 
 
 def query(batch: int) -> torch.Tensor:

@@ -9,12 +9,12 @@ from builders import DIM, GEOMETRY, HEADS, TILE, cross_layer_capsule, prefill, r
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
-from kvcapsule.codec.cells import CodedRows, Coding
 from kvcapsule.codec.crosslayer import CrossLayerConfig
 from kvcapsule.codec.shaping import Readers, shaped, shaping_macs
 from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
-from kvcapsule.packing import GROUP
 from kvcapsule.prefill import LayerPrefill
+from kvcapsule.segments.bit_packing import GROUP
+from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.training.straight_through import coded
 
 FLOOR = 0.2

@@ -14,7 +14,7 @@ from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.timing import time_entries
 from kvcapsule.policy import Full
 from kvcapsule.prefill import Compressed, LayerPrefill
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 
 @pytest.fixture(scope="module")

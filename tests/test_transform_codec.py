@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
-from kvcapsule.codec.cells import CodedRows
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformValues
 from kvcapsule.kernels.reference import attend
-from kvcapsule.packing import WIDTHS
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.bit_packing import WIDTHS
+from kvcapsule.segments.coefficient_rows import CodedRows
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.training.allocation import DISTORTION, STEP
 
 SIZES = {"key_rows": (8, 8), "key_channels": (6, 6), "value_rows": (16, 16), "value_channels": (5, 5)}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from kvcapsule import Capsule
 from kvcapsule.codec.transform import Transform
-from kvcapsule.segment import Segment, read
+from kvcapsule.segments.segment import Segment, read
 from kvcapsule.training.allocation import DISTORTION, STEP, allocate, cell_reach, cell_variance, distortion, step_size
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error

@@ -11,15 +11,15 @@ import pytest
 import torch
 from drawn import DIM, HEADS, OWNERS, SCALE, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
 
-from kvcapsule.frame import Frame
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.fused import attend as fused
 from kvcapsule.kernels.fused import device, plan, rowed
 from kvcapsule.kernels.fused.packing import pack
-from kvcapsule.packing import WIDTHS
-from kvcapsule.packing import pack as pack_reference
 from kvcapsule.policy.kivi import GroupedRows
-from kvcapsule.segment import Rows, Segment
+from kvcapsule.segments.bit_packing import WIDTHS
+from kvcapsule.segments.bit_packing import pack as pack_reference
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Rows, Segment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINGLE, HALF = 1e-5, 2e-3

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from kvcapsule.packing import GROUP, WIDTHS
+from kvcapsule.segments.bit_packing import GROUP, WIDTHS
 
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0000877}
 """Squared error of the best uniform quantiser of so many bits, as a share of a Gaussian's variance (Max, 1960; 8 bits: Jayant and Noll)."""

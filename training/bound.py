@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvcapsule.packing import GROUP
+from kvcapsule.segments.bit_packing import GROUP
 
 _BYTES = 2
 """Of a number of the maps."""

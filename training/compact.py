@@ -10,7 +10,7 @@ from torch import nn
 
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import pyramid, retained
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .datamodule import Batch
 from .harvest import LayerHarvest

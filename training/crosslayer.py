@@ -9,7 +9,7 @@ from torch import nn
 
 from kvcapsule.codec.crosslayer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.transform import side_by_side
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .harvest import LayerHarvest
 from .module import Task

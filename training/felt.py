@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .datamodule import Batch
 from .harvest import LayerHarvest

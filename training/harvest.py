@@ -10,10 +10,10 @@ import torch
 from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.frame import Frame
 from kvcapsule.inference import attach
 from kvcapsule.prefill import Compressed, LayerPrefill, cut_tiles, tiled
-from kvcapsule.segment import Segment
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 
 
 @dataclass(frozen=True)

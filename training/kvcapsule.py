@@ -11,7 +11,7 @@ from torch import nn
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, retained
 from kvcapsule.geometry import KVGeometry
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .datamodule import Batch
 from .harvest import LayerHarvest

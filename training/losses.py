@@ -3,7 +3,7 @@
 import torch
 
 from kvcapsule.kernels.reference import attend
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .harvest import LayerHarvest
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kvcapsule.codec.bank import Reading, targets
 from kvcapsule.codec.compact import CompactLayer, Selector
 from kvcapsule.kernels.reference import segment_scores
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .harvest import LayerHarvest
 

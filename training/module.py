@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcapsule.codec import CodecConfig, LayerCodec, StackCodec
 from kvcapsule.geometry import KVGeometry
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .datamodule import Batch, Questions
 from .harvest import LayerHarvest, harvest, harvest_with_logits

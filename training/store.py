@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.files import unique_name
-from kvcapsule.frame import Frame
-from kvcapsule.segment import Segment
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 
 from .harvest import LayerHarvest, harvest
 

@@ -6,7 +6,7 @@ The step learns as in LSQ (arXiv 1902.08153): inside the range from the rounding
 import torch
 
 from kvcapsule.codec.transform import CellTransform
-from kvcapsule.packing import GROUP
+from kvcapsule.segments.bit_packing import GROUP
 
 
 def coded(transform: CellTransform, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None = None) -> torch.Tensor:

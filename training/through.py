@@ -10,7 +10,7 @@ from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference import attach
 from kvcapsule.kernels.reference import attend
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .harvest import Recorder
 

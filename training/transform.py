@@ -21,7 +21,7 @@ from kvcapsule.codec.transform import (
     TransformValues,
     side_by_side,
 )
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from .allocation import REACHING, allocate, distortion
 from .bound import most_channels, usual_limit

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from kvcapsule.codec.transform import CellTransform, Transform
-from kvcapsule.packing import GROUP
+from kvcapsule.segments.bit_packing import GROUP
 
 from .allocation import cell_reach, cell_variance, step_size
 from .spectra import Bases, CoefficientMoments, Extremes

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvcapsule.kernels import attend, backend
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 from . import formula, full, gate, methods, stored, touched
 from .clock import Contender, Times, copies, interleave

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcapsule.segment import Segment
+from kvcapsule.segments.segment import Segment
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest |output - truth| / |truth| by precision."""

@@ -19,7 +19,7 @@ from kvcapsule.cache import CapsuleCache
 from kvcapsule.inference import attach
 from kvcapsule.method import Revises
 from kvcapsule.prefill import Method
-from kvcapsule.segment import storage_bytes
+from kvcapsule.segments.segment import storage_bytes
 
 from ..generation import new_cache
 from .subjects import Subject

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kvcapsule.prefill import LayerPrefill, Method
-from kvcapsule.segment import Segment, storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.spans import VisualSpan
 
 from .shapes import Shape

@@ -16,7 +16,7 @@ from kvcapsule.codec import PairCodec
 from kvcapsule.codec.shaping import Readers
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
 from kvcapsule.geometry import KVGeometry
-from kvcapsule.packing import GROUP
+from kvcapsule.segments.bit_packing import GROUP
 
 _REACH = 6.0
 """Standard deviations that the levels of a cell cover."""

@@ -121,7 +121,8 @@ def estimated(options: Options) -> dict[str, Any]:
 def _read_config(options: Options) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
-    from ..checkpoints import shipped
+    from kvcapsule.checkpoints import shipped
+
     from ..models import ModelError
 
     try:
@@ -182,7 +183,8 @@ def _visual_tokens(config: "PreTrainedConfig", options: Options) -> int:
     from PIL import Image
     from transformers import AutoProcessor, ProcessorMixin
 
-    from ..checkpoints import shipped
+    from kvcapsule.checkpoints import shipped
+
     from ..data.prompts import conversation, encode
     from ..models import ModelError
     from ..spans import find_spans

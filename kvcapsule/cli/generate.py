@@ -281,6 +281,6 @@ def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
 def _measured_bytes(cache: "Cache") -> int:
     import torch
 
-    from ..segment import storage_bytes
+    from ..segments.segment import storage_bytes
 
     return storage_bytes(held for layer in cache.layers for held in vars(layer).values() if isinstance(held, torch.Tensor))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backend import backend
+from ..kernels.backend import backend
 
 _JITTER = 1e-4
 """Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies stable in fp32."""

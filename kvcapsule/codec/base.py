@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from ..frame import Frame
 from ..geometry import KVGeometry
-from ..quantize import QuantizedRows, check_bits
-from ..segment import Rows, Segment
+from ..segments.quantized_rows import QuantizedRows, check_bits
+from ..segments.rotary_frame import Frame
+from ..segments.segment import Rows, Segment
 
 
 class KeyPart(NamedTuple):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry import KVGeometry
-from ..quantize import QuantizedRows
+from ..segments.quantized_rows import QuantizedRows
 from .bank import Reading, added, highest, products, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from ..geometry import KVGeometry
-from ..packing import GROUP
+from ..segments.bit_packing import GROUP
+from ..segments.coefficient_rows import CodedRows
 from .base import CodecConfig, Encoded, KeyPart, StackCodec, StackEncoding, ValuePart
-from .cells import CodedRows
 from .shaping import Readers, check_readers, shaping_macs
 from .transform import CellTransform, by_head, side_by_side
 

@@ -21,8 +21,8 @@ keys and values differ.
 import torch
 from torch import nn
 
-from ..packing import GROUP
-from .cells import Coding
+from ..segments.bit_packing import GROUP
+from ..segments.coefficient_rows import Coding
 
 _FLOOR = 0.2
 """Weight of a token that no query reads, where the mean is 1 + this: queries of later turns may differ."""

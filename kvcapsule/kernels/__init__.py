@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
-from ..backend import backend
-from ..segment import Segment
+from ..segments.segment import Segment
+from .backend import backend
 from .reference import attend as reference_attend
 
 __all__ = ["attend", "backend"]

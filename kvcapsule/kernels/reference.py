@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..segment import Packed, Rows, Segment, Stepped, read_sets
+from ..segments.segment import Packed, Rows, Segment, Stepped, read_sets
 
 _AT_ONCE = 2**21
 """Numbers that packed rows are read to at once, where they are of many entries."""

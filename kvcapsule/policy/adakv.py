@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prefill import Compressed, LayerPrefill, keep_heads
-from ..segment import Segment
+from ..segments.segment import Segment
 from .snapkv import SnapKV
 
 

@@ -17,12 +17,12 @@ from typing import ClassVar, Literal
 import torch
 
 from ..geometry import GeometryError, KVGeometry
-from ..grouped import GroupedRows
-from ..hadamard import hadamard
 from ..method import Written
 from ..prefill import Compressed, LayerPrefill, keep
-from ..quantize import check_bits
-from ..segment import Rows, Segment
+from ..segments.group_quantized_rows import GroupedRows
+from ..segments.hadamard import hadamard
+from ..segments.quantized_rows import check_bits
+from ..segments.segment import Rows, Segment
 from .base import Policy
 from .snapkv import attention_received
 from .window import Exact, cut, entries, exact, joined
@@ -80,7 +80,7 @@ class AkvqVl(Policy):
     group: int = 128
     """Channels of a token that share a step and a zero; a head of fewer is one group."""
     rotate: bool = True
-    """Rotate keys and values before they are coded. Head dims that are no power of two are rotated in blocks (kvcapsule.hadamard)."""
+    """Rotate keys and values before they are coded. Head dims that are no power of two are rotated in blocks (kvcapsule.segments.hadamard)."""
     observed: int = 32
     """Last prompt queries whose attention "auto" measures: they see all, so that early tokens are not favoured as by a mean over all."""
 

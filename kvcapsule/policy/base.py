@@ -8,7 +8,7 @@ import torch
 
 from ..codec.kvcapsule import check_ratio
 from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..segments.segment import Segment
 
 
 class Policy(ABC):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 

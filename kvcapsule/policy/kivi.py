@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..grouped import GroupedRows
 from ..prefill import Compressed, LayerPrefill, keep
-from ..quantize import check_bits
-from ..segment import Segment
+from ..segments.group_quantized_rows import GroupedRows
+from ..segments.quantized_rows import check_bits
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 

@@ -11,8 +11,8 @@ from ..codec.kvcapsule import check_ratio, retained
 from ..geometry import KVGeometry
 from ..method import Revises, Run, Written, reads_hidden, start
 from ..prefill import Compressed, LayerPrefill, Method, keep
-from ..quantize import QuantizedRows, check_bits
-from ..segment import Segment
+from ..segments.quantized_rows import QuantizedRows, check_bits
+from ..segments.segment import Segment
 
 OBSERVED = 16
 """The prompt's last queries that rank its text."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..prefill import Compressed, LayerPrefill, keep
-from ..quantize import QuantizedRows, check_bits
-from ..segment import Segment
+from ..segments.quantized_rows import QuantizedRows, check_bits
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..method import Written
 from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..segments.segment import Segment
 from .base import VisualPolicy
 from .rows import HeadRows, side_by_side
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prefill import LayerPrefill, keep_heads
-from ..segment import Segment
+from ..segments.segment import Segment
 
 
 @dataclass(frozen=True)

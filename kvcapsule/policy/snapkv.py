@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..codec.kvcapsule import check_ratio
 from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 POOLINGS = ("avg", "max")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..grouped import GroupedRows
-from ..segment import Segment
+from ..segments.group_quantized_rows import GroupedRows
+from ..segments.segment import Segment
 
 
 @dataclass(frozen=True)

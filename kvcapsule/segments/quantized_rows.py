@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .kernels.pack import pack
-from .packing import GROUP, WIDTHS, unpack
+from ..kernels.pack import pack
+from .bit_packing import GROUP, WIDTHS, unpack
 
 BITS = WIDTHS
 
@@ -27,7 +27,7 @@ class QuantizedRows:
     """
 
     codes: torch.Tensor
-    """[E, H, D, bytes] uint8: of each channel, every eight consecutive tokens fill `bits` bytes (kvcapsule.packing)."""
+    """[E, H, D, bytes] uint8: of each channel, every eight consecutive tokens fill `bits` bytes (kvcapsule.segments.bit_packing)."""
     step: torch.Tensor
     """[E, H, 1, D]."""
     zero: torch.Tensor
@@ -71,7 +71,7 @@ class QuantizedRows:
         return middle
 
     def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Codes less 2^(bits - 1); see `kvcapsule.segment.Stepped`."""
+        """Codes less 2^(bits - 1); see `kvcapsule.segments.segment.Stepped`."""
         half = 2 ** (self.bits - 1)
         if self.bits == 3:
             yield unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3).to(dtype) - half

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from .packing import GROUP, pack, unpack
-from .quantize import check_bits
+from .bit_packing import GROUP, pack, unpack
+from .quantized_rows import check_bits
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GroupedRows:
     """
 
     codes: torch.Tensor
-    """[E, H, R, bytes] uint8: every eight consecutive codes of a run fill `bits` bytes (kvcapsule.packing)."""
+    """[E, H, R, bytes] uint8: every eight consecutive codes of a run fill `bits` bytes (kvcapsule.segments.bit_packing)."""
     step: torch.Tensor
     """[E, H, R, groups] in the dtype of the rows."""
     zero: torch.Tensor

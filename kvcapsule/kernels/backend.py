@@ -46,7 +46,7 @@ def _installed(name: str) -> bool:
 
 
 def _require_triton(device: str) -> None:
-    from .kernels.fused.device import INTERPRETED
+    from .fused.device import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"

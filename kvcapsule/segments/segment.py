@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from .frame import Frame
+from .rotary_frame import Frame
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """Coded rows: a matrix of coefficients whose cells have few bits each, packed into one run of bytes for each entry.
 
 A cell is eight consecutive rows (token components) of one channel of one set of KV heads that are coded together. All eight coefficients
-have the cell's width, one of 0, 1, 2, 3, 4 or 8 bits, and its step; a cell of width w takes w bytes (kvcapsule.packing). The widths are
+have the cell's width, one of 0, 1, 2, 3, 4 or 8 bits, and its step; a cell of width w takes w bytes (kvcapsule.segments.bit_packing). The widths are
 the capsule's, so every entry has the same layout and an address is a constant:
 
     bytes of an entry = [cells of width 8 | of 4 | of 3 | of 2 | of 1], within a width by heads, group of rows, channel
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.pack import pack
-from ..packing import GROUP, WIDTHS, spread
+from .bit_packing import GROUP, WIDTHS, spread
 
 TOGETHER = {1: 4, 2: 2, 3: 1, 4: 1}
 """Cells of a width that a kernel lays out in one word of 32 bits."""
