@@ -18,10 +18,10 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import load_vlm, require_device
 from kvcapsule.prefill import Method
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.loading import load_vlm, require_device
 
 from . import results
 from .config import EvalConfig

@@ -23,12 +23,12 @@ from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
 from kvcapsule.files import to_json
-from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import ModelError, load_vlm
 from kvcapsule.policy import RKV
 from kvcapsule.policy.paired import Paired
+from kvcapsule.vlm.geometry import GeometryError, KVGeometry
+from kvcapsule.vlm.loading import ModelError, load_vlm
 
 from . import growth_page, plot
 from .generation import GREEDY, held_bytes, new_cache

@@ -13,7 +13,7 @@ import torch
 
 from kvcapsule.method import Revises, Starts
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 TOLERANCE = 0.02
 """Bytes are called equal when they differ by no more than this share of those that are matched."""

@@ -16,11 +16,11 @@ from kvcapsule.cli.results import command_line, require_writable, shown_path, wr
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
 from kvcapsule.files import to_json
-from kvcapsule.geometry import GeometryError
 from kvcapsule.inference import attach
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import ModelError, load_vlm
 from kvcapsule.policy.postvision import THRESHOLD, SparsityMeter
+from kvcapsule.vlm.geometry import GeometryError
+from kvcapsule.vlm.loading import ModelError, load_vlm
 
 from .questions import batches
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import CapsuleCache
     from .capsule import Capsule, CapsuleConfig, CapsuleError
-    from .geometry import GeometryError, KVGeometry
     from .inference import attach
     from .segments.segment import Segment
-    from .spans import VisualSpan, find_spans
+    from .vlm.geometry import GeometryError, KVGeometry
+    from .vlm.spans import VisualSpan, find_spans
 
 __version__ = "0.1.0"
 
@@ -23,12 +23,12 @@ _HOME = {
     "CapsuleCache": "cache",
     "CapsuleConfig": "capsule",
     "CapsuleError": "capsule",
-    "GeometryError": "geometry",
-    "KVGeometry": "geometry",
+    "GeometryError": "vlm.geometry",
+    "KVGeometry": "vlm.geometry",
     "Segment": "segments.segment",
-    "VisualSpan": "spans",
+    "VisualSpan": "vlm.spans",
     "attach": "inference",
-    "find_spans": "spans",
+    "find_spans": "vlm.spans",
 }
 
 __all__ = [

@@ -10,13 +10,13 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import attention
-from .geometry import KVGeometry
 from .kernels import attend
 from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .prefill import Compressed, LayerPrefill, Method
 from .segments.segment import Segment, Shared, storage_bytes
-from .spans import VisualSpan, find_spans
 from .tail import StaticTail, Tail
+from .vlm.geometry import KVGeometry
+from .vlm.spans import VisualSpan, find_spans
 
 _SPARE = 64
 """Tokens by which a tail may be longer than a revision needs before its buffer is given back."""

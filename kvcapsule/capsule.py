@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .codec import FAMILIES, CodecConfig, LayerCodec, StackCodec
-from .geometry import KVGeometry
 from .method import LayerByLayer, Run
 from .prefill import Compressed, LayerPrefill
 from .tiles import StackRun, canonical_tiles
+from .vlm.geometry import KVGeometry
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not raise it."""

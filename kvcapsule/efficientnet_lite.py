@@ -2,7 +2,7 @@
 
 EfficientNet-Lite (Tan and Le, arXiv:1905.11946, in its "lite" form of 2020) has inverted bottlenecks without squeeze-and-excitation, and
 ReLU6 for an activation. transformers' EfficientNet always squeezes, and gives maps where a LLaVA asks for tokens; hence this class, which
-the Auto classes know once this module is imported (kvcapsule.models does). Batch norms are folded into the convolutions: the tower
+the Auto classes know once this module is imported (kvcapsule.vlm.loading does). Batch norms are folded into the convolutions: the tower
 is for inference. Padding is TensorFlow's "same", as the published weights need it.
 
 Shapes: B batch, C channels, S side of an image, W side of the grid, T = W * W tokens.

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generating import generating
-from .geometry import KVGeometry
 from .method import reads_hidden
 from .prefill import Method
+from .vlm.geometry import KVGeometry
 
 _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""

@@ -8,7 +8,7 @@ import torch
 
 from .segments.rotary_frame import Frame
 from .segments.segment import Segment
-from .spans import VisualSpan
+from .vlm.spans import VisualSpan
 
 
 @dataclass(frozen=True)

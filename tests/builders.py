@@ -8,9 +8,9 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.spans import VisualSpan
 
 GEOMETRY = KVGeometry("llava", 2, 4, 2, 8, "1d")
 HEADS, TILE, DIM = 2, 10, 8

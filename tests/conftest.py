@@ -28,12 +28,12 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
 from kvcapsule.data.pages import page
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 from kvcapsule.training.demo_vlm.model import build_model, build_processor
+from kvcapsule.vlm.geometry import KVGeometry
 
 # Helper modules whose fixtures several test files share.
 pytest_plugins = ["capsule_files", "keepers", "noise_capsules", "suites"]

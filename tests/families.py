@@ -471,7 +471,7 @@ BUILDERS: dict[str, tuple[Callable[[], Tiny], ...]] = {
     "Granite Vision": (granite4_vision,),
     "LFM2-VL": (lfm2_vl,),
 }
-"""For each model type of a family that works, in the order of kvcapsule.families.FAMILIES."""
+"""For each model type of a family that works, in the order of kvcapsule.vlm.families.FAMILIES."""
 
 
 def shared_layers() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.method import start
 from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8
 

@@ -14,7 +14,7 @@ from kvcapsule.policy import AdaKV, LookM, SnapKV
 from kvcapsule.policy import lookm as lookm_module
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment, read, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8
 

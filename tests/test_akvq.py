@@ -13,7 +13,6 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.kernels.reference import attend
 from kvcapsule.method import Revises, Written
 from kvcapsule.policy import POLICIES, AkvqVl, Full
@@ -23,7 +22,8 @@ from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.hadamard import hadamard
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.geometry import GeometryError, KVGeometry
+from kvcapsule.vlm.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8
 Line = list[float]

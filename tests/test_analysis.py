@@ -10,7 +10,6 @@ from builders import DIM, HEADS, rand
 from transformers import BatchFeature
 
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.spans import VisualSpan
 from kvcapsule.training.analysis.distortion import BITS, predict, water_fill
 from kvcapsule.training.analysis.drift import KEPT, MAX_STEPS, REFERENCES, Drift, attention_on
 from kvcapsule.training.analysis.passes import Observer, watch
@@ -19,6 +18,7 @@ from kvcapsule.training.analysis.report import over_steps
 from kvcapsule.training.analysis.similarity import Similarity
 from kvcapsule.training.analysis.spectrum import TileMoments, spectrum
 from kvcapsule.training.spectra import CoefficientMoments
+from kvcapsule.vlm.spans import VisualSpan
 
 CPU = torch.device("cpu")
 

@@ -12,13 +12,13 @@ from transformers import BatchFeature
 from kvcapsule.cli.errors import InputError
 from kvcapsule.prefill import LayerPrefill, cut_tiles
 from kvcapsule.segments.rotary_frame import Frame
-from kvcapsule.spans import find_spans
 from kvcapsule.training.analysis.drift import Drift, attention_on
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer, watch
 from kvcapsule.training.analysis.questions import Batch
 from kvcapsule.training.analysis.similarity import Similarity
 from kvcapsule.training.harvest import LayerHarvest
+from kvcapsule.vlm.spans import find_spans
 
 
 def turned() -> LayerPrefill:

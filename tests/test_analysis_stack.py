@@ -12,13 +12,13 @@ from test_analysis import moments_of, variances_of
 
 from kvcapsule.codec.transform import side_by_side
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.spans import VisualSpan
 from kvcapsule.training.analysis.distortion import BITS, bits_for, water_fill
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer
 from kvcapsule.training.analysis.stack import StackStudy, stacks_of
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.sets import joint_heads, joint_layers, stacks
+from kvcapsule.vlm.spans import VisualSpan
 
 TILE, DIM = 5, 4
 Layer = tuple[torch.Tensor, torch.Tensor]

@@ -13,10 +13,10 @@ from kvcapsule import attention
 from kvcapsule.attention import IMPLEMENTATION
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
-from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import Full, PostVisionAttention
 from kvcapsule.prefill import Method
+from kvcapsule.vlm.geometry import GeometryError, KVGeometry
 
 Batch = Callable[..., BatchFeature]
 Model = LlavaForConditionalGeneration

@@ -16,7 +16,6 @@ from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
 from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, chosen
-from kvcapsule.geometry import GeometryError
 from kvcapsule.method import start
 from kvcapsule.policy import H2O, POLICIES, TEXT_POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
 from kvcapsule.policy import snapkv as snapkv_module
@@ -25,7 +24,8 @@ from kvcapsule.policy.snapkv import attention_received
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.geometry import GeometryError
+from kvcapsule.vlm.spans import VisualSpan
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 2, 8
 PRUNING: dict[str, Callable[[float], VisualPolicy]] = {

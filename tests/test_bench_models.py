@@ -12,7 +12,7 @@ from kvcapsule.eval.bench.shapes import SHAPES, Shape
 from kvcapsule.eval.bench.stored import Cell
 from kvcapsule.eval.bench.subjects import Subject
 from kvcapsule.segments.segment import storage_bytes
-from kvcapsule.spans import find_spans
+from kvcapsule.vlm.spans import find_spans
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 2, 4, 2, 16, 32, 64, 60)

@@ -12,10 +12,10 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
+from kvcapsule.vlm.geometry import KVGeometry
 
 Batch = Callable[..., BatchFeature]
 Model = LlavaForConditionalGeneration

@@ -16,7 +16,6 @@ from kvcapsule.codec import FAMILIES, Encoded, compact
 from kvcapsule.codec.bank import added, targets
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.compact import CompactConfig, CompactLayer, fit_masses
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment, storage_bytes
@@ -24,6 +23,7 @@ from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main as train
 from kvcapsule.training.matching import QueryBank, begin, chosen_by_teacher, greedy_choice, imitation_loss
+from kvcapsule.vlm.geometry import KVGeometry
 
 LONG = 24
 """Tokens of the tiles whose fit is measured."""

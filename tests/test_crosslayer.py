@@ -17,13 +17,13 @@ from transformers import BatchFeature
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.kernels.reference import attend
 from kvcapsule.policy.paired import Paired, TextPruning
 from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Segment, Shared, storage_bytes
+from kvcapsule.vlm.geometry import KVGeometry
 
 FOUR = dataclasses.replace(GEOMETRY, layers=4)
 

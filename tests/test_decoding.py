@@ -21,10 +21,10 @@ from transformers import (
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 from kvcapsule.prefill import Compressed, LayerPrefill
+from kvcapsule.vlm.geometry import KVGeometry
 
 Batch = Callable[..., BatchFeature]
 REPEATING = "Transcribe the page. Transcribe the page."

@@ -11,11 +11,11 @@ from kvcapsule.checkpoints import shipped
 from kvcapsule.data.pages import WORDS, page, pages, questions
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.eval.metrics import accuracy
-from kvcapsule.models import ModelError, load_vlm
 from kvcapsule.training.demo_vlm.data import IGNORE, PatchCollator, TurnCollator
 from kvcapsule.training.demo_vlm.run import DemoVlmConfig
 from kvcapsule.training.demo_vlm.run import main as train
 from kvcapsule.training.demo_vlm.stages import PatchStage, ReaderStage
+from kvcapsule.vlm.loading import ModelError, load_vlm
 
 MODEL_BYTES = 12 * 2**20
 

@@ -17,7 +17,7 @@ from kvcapsule.eval import compare
 from kvcapsule.eval import main as command
 from kvcapsule.eval.main import main
 from kvcapsule.eval.matching import TOLERANCE
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 QUICK = ("--data.size", "4", "--batch", "4", "--max-new-tokens", "4", "--timing", "false")
 

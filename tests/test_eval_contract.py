@@ -17,7 +17,7 @@ from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.eval import compare
 from kvcapsule.eval import main as command
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "eval-json.md"
 NUMBER = (int, float)

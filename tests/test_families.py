@@ -1,4 +1,4 @@
-"""Every row of kvcapsule.families: a tiny model of the family's own class answers from capsules as it does from the full cache."""
+"""Every row of kvcapsule.vlm.families: a tiny model of the family's own class answers from capsules as it does from the full cache."""
 
 import functools
 import json
@@ -21,13 +21,13 @@ from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.families import FAMILIES, TRANSFORMERS, Family
-from kvcapsule.geometry import GeometryError, KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.prefill import Compressed, LayerPrefill, Method, cut_tiles
 from kvcapsule.segments.segment import Segment
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.families import FAMILIES, TRANSFORMERS, Family
+from kvcapsule.vlm.geometry import GeometryError, KVGeometry
+from kvcapsule.vlm.spans import VisualSpan
 
 EXACT = 1e-5
 NEW = 5

@@ -9,7 +9,6 @@ from builders import rand
 
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
-from kvcapsule.models import load_vlm
 from kvcapsule.segments.segment import Segment
 from kvcapsule.training.crosslayer import Coordinates, CrossLayerFit
 from kvcapsule.training.datamodule import Batch, Questions
@@ -17,6 +16,7 @@ from kvcapsule.training.felt import MIX, Felt, gradients, mixed, require_finite_
 from kvcapsule.training.harvest import LayerHarvest, harvest
 from kvcapsule.training.spectra import Moments
 from kvcapsule.training.through import asked, logits_through
+from kvcapsule.vlm.loading import load_vlm
 
 TILE = 28
 

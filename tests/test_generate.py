@@ -22,7 +22,7 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec import FAMILIES
 from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 PROMPT = "Transcribe the page."
 VISUAL = 196
@@ -277,7 +277,7 @@ def test_wrong_input(name: str, saved: Saved, capsys: pytest.CaptureFixture[str]
 
 def test_encoder_decoder_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = SimpleNamespace(config=PreTrainedConfig(is_encoder_decoder=True))
-    monkeypatch.setattr("kvcapsule.models.load_vlm", lambda *_, **__: (model, None))
+    monkeypatch.setattr("kvcapsule.vlm.loading.load_vlm", lambda *_, **__: (model, None))
     assert main(saved.arguments()) == 2
     assert "Use a decoder-only VLM" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from kvcapsule.geometry import GeometryError, KVGeometry, full_attention_layers
+from kvcapsule.vlm.geometry import GeometryError, KVGeometry, full_attention_layers
 
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 INTERLEAVED = {**SECTIONS, "mrope_interleaved": True}

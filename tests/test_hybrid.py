@@ -13,7 +13,7 @@ from kvcapsule.policy.paired import Paired, TextPruning
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.retrieval import Retrieved
 from kvcapsule.segments.segment import Segment
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8
 

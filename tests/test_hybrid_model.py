@@ -19,7 +19,7 @@ from kvcapsule.policy import Full, HybridKV
 from kvcapsule.policy.hybrid import Allotment
 from kvcapsule.prefill import Method
 from kvcapsule.retrieval import HostRows, Retrieved
-from kvcapsule.spans import find_spans
+from kvcapsule.vlm.spans import find_spans
 
 Model = LlavaForConditionalGeneration
 Batch = Callable[..., BatchFeature]

@@ -11,11 +11,11 @@ from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted
-from kvcapsule.geometry import GeometryError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.quantized_rows import BITS, QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment, storage_bytes
+from kvcapsule.vlm.geometry import GeometryError
 
 
 def orthonormal(stored: int, tile: int = TILE) -> torch.Tensor:

@@ -15,7 +15,7 @@ from kvcapsule.method import start
 from kvcapsule.policy import EvenlySpaced, Full, PyramidKV
 from kvcapsule.prefill import LayerPrefill, Method
 from kvcapsule.segments.segment import storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 
 def _prefills(visual: int, tokens: int) -> list[LayerPrefill]:

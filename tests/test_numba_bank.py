@@ -11,9 +11,9 @@ import torch
 
 from kvcapsule.codec import bank
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.kernels.native import bank as kernels
 from kvcapsule.kernels.native import share
+from kvcapsule.vlm.geometry import KVGeometry
 
 SIZES = {
     "one of each": (1, 1, 1, 16, 16),

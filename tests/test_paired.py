@@ -11,14 +11,14 @@ from builders import GEOMETRY, prefill, rand, transform_capsule
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
-from kvcapsule.geometry import GeometryError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
 from kvcapsule.policy.paired import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
 from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.geometry import GeometryError
+from kvcapsule.vlm.spans import VisualSpan
 
 
 def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int = 60) -> LayerPrefill:

@@ -18,10 +18,10 @@ from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.eval.bench.peak import LiveBytes
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
+from kvcapsule.vlm.geometry import KVGeometry
 
 LAYERS = 12
 """Enough that the keys and values of all layers are far more than one layer's."""

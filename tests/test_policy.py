@@ -19,7 +19,7 @@ from kvcapsule.policy import (
 from kvcapsule.prefill import LayerPrefill, cut_tiles, keep, tiled
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment
-from kvcapsule.spans import VisualSpan, find_spans
+from kvcapsule.vlm.spans import VisualSpan, find_spans
 
 
 def prefill(spans: list[VisualSpan], valid: torch.Tensor, dim: int = 4, seed: int = 0) -> LayerPrefill:

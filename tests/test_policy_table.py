@@ -16,7 +16,7 @@ from kvcapsule.method import start
 from kvcapsule.policy import POLICIES, Full
 from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 EXACT, BYTES, BATCH, DETERMINISM, BEAMS, TURNS = "exact", "bytes", "batch", "determinism", "beams", "turns"
 PROPERTIES = {

@@ -20,7 +20,7 @@ from kvcapsule.eval.runner import by_task, evaluate, prompt_bytes
 from kvcapsule.inference import attach
 from kvcapsule.policy import POLICIES
 from kvcapsule.prefill import Method
-from kvcapsule.spans import find_spans
+from kvcapsule.vlm.spans import find_spans
 
 METHODS = {
     "full": {},

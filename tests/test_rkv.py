@@ -22,7 +22,7 @@ from kvcapsule.policy.rows import HeadRows, side_by_side
 from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 GROUP, TOKENS, WINDOW = 2, 30, 4
 SMALL = RKV(budget_tokens=12, buffer=8, window=WINDOW, kernel=3, threshold=0.3)

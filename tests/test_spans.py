@@ -7,7 +7,7 @@ import torch
 from transformers import BatchFeature, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from kvcapsule.spans import VisualSpan, find_spans
+from kvcapsule.vlm.spans import VisualSpan, find_spans
 
 TEXT, IMAGE, VIDEO = 5, 90, 91
 LLAVA = LlavaConfig(image_token_index=IMAGE)

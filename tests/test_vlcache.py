@@ -24,7 +24,7 @@ from kvcapsule.policy.paired import Paired
 from kvcapsule.policy.postvision import SparsityMeter, attention_of, layer_sparsity, ranking_queries
 from kvcapsule.policy.vlcache import Observed
 from kvcapsule.prefill import LayerPrefill
-from kvcapsule.spans import find_spans
+from kvcapsule.vlm.spans import find_spans
 
 # By hand
 

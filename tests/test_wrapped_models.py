@@ -17,11 +17,11 @@ from kvcapsule.attention import IMPLEMENTATION
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.prefill import Compressed, LayerPrefill
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.spans import VisualSpan
 
 Batch = Callable[..., BatchFeature]
 LORA = {"r": 4, "target_modules": r".*language_model.*(q_proj|k_proj|v_proj)", "init_lora_weights": False}

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.data import source
-from kvcapsule.geometry import GeometryError, KVGeometry, full_attention_layers
 from kvcapsule.hub import require_replaceable
-from kvcapsule.models import load_vlm
-from kvcapsule.spans import find_spans
+from kvcapsule.vlm.geometry import GeometryError, KVGeometry, full_attention_layers
+from kvcapsule.vlm.loading import load_vlm
+from kvcapsule.vlm.spans import find_spans
 
 from .compact import CompactFit
 from .crosslayer import CrossLayerFit

@@ -10,8 +10,8 @@ from torch import nn
 
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, retained
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.geometry import KVGeometry
 
 from .datamodule import Batch
 from .harvest import LayerHarvest

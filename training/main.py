@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from kvcapsule.capsule import CapsuleError
 from kvcapsule.data.source import DataError
-from kvcapsule.geometry import GeometryError
-from kvcapsule.models import ModelError
+from kvcapsule.vlm.geometry import GeometryError
+from kvcapsule.vlm.loading import ModelError
 
 from .fit import train
 from .recipe import Recipe

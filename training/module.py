@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcapsule.codec import CodecConfig, LayerCodec, StackCodec
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.geometry import KVGeometry
 
 from .datamodule import Batch, Questions
 from .harvest import LayerHarvest, harvest, harvest_with_logits

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, RetainedKeys, retained
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 _CONFIDENCE = 2.0
 """Logit of a token that the initial choice keeps; minus this for one that it drops."""

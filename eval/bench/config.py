@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.models import DTYPES
+from kvcapsule.vlm.loading import DTYPES
 
 from .. import plot
 from .methods import METHODS

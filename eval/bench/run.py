@@ -15,7 +15,7 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable
 from kvcapsule.kernels import backend
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import require_device
+from kvcapsule.vlm.loading import require_device
 
 from . import calls, ceilings, encode, generation, page, serving, steps, subjects
 from .config import BenchConfig

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from kvcapsule.prefill import LayerPrefill, Method
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.spans import VisualSpan
+from kvcapsule.vlm.spans import VisualSpan
 
 from .shapes import Shape
 

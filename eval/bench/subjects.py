@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, BatchFeature, CLIPVisionCo
 from kvcapsule.capsule import Capsule
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
-from kvcapsule.geometry import KVGeometry
-from kvcapsule.models import load_vlm
 from kvcapsule.policy import EvenlySpaced, Quantized
 from kvcapsule.prefill import Method
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.loading import load_vlm
 
 from ..questions import make_batch, read
 from .methods import KEPT, make

@@ -15,8 +15,8 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.shaping import Readers
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.segments.bit_packing import GROUP
+from kvcapsule.vlm.geometry import KVGeometry
 
 _REACH = 6.0
 """Standard deviations that the levels of a cell cover."""

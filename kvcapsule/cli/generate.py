@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv, namespace=Options())
     from ..capsule import CapsuleError
     from ..data.source import DataError
-    from ..geometry import GeometryError
-    from ..models import ModelError
+    from ..vlm.geometry import GeometryError
+    from ..vlm.loading import ModelError
 
     try:
         run(options)
@@ -81,8 +81,8 @@ def run(options: Options) -> None:
     from ..capsule import Capsule
     from ..data.prompts import conversation, encode
     from ..data.source import open_image
-    from ..geometry import KVGeometry
-    from ..models import load_vlm
+    from ..vlm.geometry import KVGeometry
+    from ..vlm.loading import load_vlm
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -271,7 +271,7 @@ def _show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -
 
 def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
     """What the model's own cache would hold for the tokens of `cache`, from its geometry; layers that both hold alike as measured."""
-    from ..geometry import KVGeometry, full_attention_layers
+    from ..vlm.geometry import KVGeometry, full_attention_layers
 
     geometry = KVGeometry.from_config(model.config)
     token: int = 2 * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize

@@ -1,6 +1,6 @@
 """`kvcapsule models`: every family that was looked at, whether it works, and how its visual spans are found.
 
-All of it is the table in `kvcapsule.families`, which the tests build a model of every row of.
+All of it is the table in `kvcapsule.vlm.families`, which the tests build a model of every row of.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ..families import FAMILIES, TRANSFORMERS, Family
+from ..vlm.families import FAMILIES, TRANSFORMERS, Family
 from .errors import Parser
 
 PROG = "kvcapsule models"

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from ..geometry import KVGeometry
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Rows, Segment
+from ..vlm.geometry import KVGeometry
 
 
 class KeyPart(NamedTuple):

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..geometry import KVGeometry
 from ..segments.quantized_rows import QuantizedRows
+from ..vlm.geometry import KVGeometry
 from .bank import Reading, added, highest, products, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained

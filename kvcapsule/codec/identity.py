@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..geometry import KVGeometry
+from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 

@@ -18,7 +18,7 @@ from math import ceil
 import torch
 from torch import nn
 
-from ..geometry import KVGeometry
+from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 

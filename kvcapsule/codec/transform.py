@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..geometry import KVGeometry
 from ..segments.bit_packing import GROUP
 from ..segments.coefficient_rows import CodedRows, Coding
+from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 from .shaping import Readers, check_readers, shaped, shaping_macs
 

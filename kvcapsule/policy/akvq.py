@@ -16,13 +16,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..geometry import GeometryError, KVGeometry
 from ..method import Written
 from ..prefill import Compressed, LayerPrefill, keep
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.hadamard import hadamard
 from ..segments.quantized_rows import check_bits
 from ..segments.segment import Rows, Segment
+from ..vlm.geometry import GeometryError, KVGeometry
 from .base import Policy
 from .snapkv import attention_received
 from .window import Exact, cut, entries, exact, joined

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from ..codec.kvcapsule import check_ratio, retained
-from ..geometry import KVGeometry
 from ..method import Revises, Run, Written, reads_hidden, start
 from ..prefill import Compressed, LayerPrefill, Method, keep
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.segment import Segment
+from ..vlm.geometry import KVGeometry
 
 OBSERVED = 16
 """The prompt's last queries that rank its text."""

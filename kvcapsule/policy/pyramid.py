@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..geometry import GeometryError
 from ..method import Run
 from ..prefill import Compressed, LayerPrefill
+from ..vlm.geometry import GeometryError
 from .snapkv import SnapKV
 
 

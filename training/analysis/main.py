@@ -13,8 +13,8 @@ from kvcapsule.cli.results import command_line, require_writable, write_whole
 from kvcapsule.cli.tables import report_console
 from kvcapsule.data.source import DataError
 from kvcapsule.files import to_json
-from kvcapsule.geometry import GeometryError
-from kvcapsule.models import ModelError
+from kvcapsule.vlm.geometry import GeometryError
+from kvcapsule.vlm.loading import ModelError
 
 from .config import AnalyzeConfig
 from .plot import draw

@@ -11,7 +11,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from kvcapsule.cli.errors import InputError
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.data.source import DataError, images_of
-from kvcapsule.spans import VisualSpan, find_spans
+from kvcapsule.vlm.spans import VisualSpan, find_spans
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcapsule.codec.transform import side_by_side
-from kvcapsule.geometry import KVGeometry, full_attention_layers
+from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
 from ..harvest import LayerHarvest
 from ..sets import joint_heads, joint_layers, stacks

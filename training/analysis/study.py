@@ -13,9 +13,9 @@ from rich.console import Console
 from kvcapsule.cli.results import shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
-from kvcapsule.geometry import KVGeometry
 from kvcapsule.machine import machine, versions
-from kvcapsule.models import load_vlm, require_device
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.loading import load_vlm, require_device
 
 from .config import LEAST_QUESTIONS, AnalyzeConfig
 from .drift import KEPT, REFERENCES, TOP

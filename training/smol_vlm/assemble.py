@@ -75,7 +75,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, side: int, patch: int) -
 
 
 def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
-    """Write a folder that AutoModelForImageTextToText and AutoProcessor load once kvcapsule.models is imported."""
+    """Write a folder that AutoModelForImageTextToText and AutoProcessor load once kvcapsule.vlm.loading is imported."""
     output.mkdir(parents=True, exist_ok=True)
     vlm.save_pretrained(output)
     processor.save_pretrained(output)
