@@ -18,7 +18,7 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
-from kvcapsule.machine import machine, versions
+from kvcapsule.environment import machine, versions
 from kvcapsule.prefill import Method
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm, require_device

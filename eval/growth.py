@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from kvcapsule.atomic_files import to_json
 from kvcapsule.capsule import Capsule, CapsuleError
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
-from kvcapsule.files import to_json
+from kvcapsule.environment import machine, versions
 from kvcapsule.inference import attach
-from kvcapsule.machine import machine, versions
 from kvcapsule.policy import RKV
 from kvcapsule.policy.paired import Paired
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry

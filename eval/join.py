@@ -13,9 +13,9 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, write_whole
-from kvcapsule.files import to_json
 
 from . import curves, plot, results
 from .methods import FULL

@@ -7,11 +7,11 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
-from kvcapsule.files import to_json
 from kvcapsule.hub import update_metrics
 
 from . import curves, plot, results

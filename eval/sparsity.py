@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.results import command_line, require_writable, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
-from kvcapsule.files import to_json
+from kvcapsule.environment import machine, versions
 from kvcapsule.inference import attach
-from kvcapsule.machine import machine, versions
 from kvcapsule.policy.postvision import THRESHOLD, SparsityMeter
 from kvcapsule.vlm.geometry import GeometryError
 from kvcapsule.vlm.loading import ModelError, load_vlm

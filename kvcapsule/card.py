@@ -6,8 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from .atomic_files import to_yaml
 from .capsule import CapsuleConfig
-from .files import to_yaml
 
 CARD_TAGS = ["kv-cache", "compression", "vision-language"]
 LICENSE = "apache-2.0"

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save as safetensors_bytes
 
-from . import files
+from . import atomic_files
 from .capsule import Capsule, CapsuleError
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
 from .folder import CARD_FILE, CONFIG_FILE, FILES, METRICS_FILE, RECIPE_FILE, WEIGHTS_FILE, WEIGHTS_METADATA, require_files
@@ -44,9 +44,9 @@ def save(
     try:
         require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.replace_folder(target, contents)
+        atomic_files.replace_folder(target, contents)
     except OSError as error:
-        raise CapsuleError(files.write_failure(target, sum(map(len, contents.values())), error)) from error
+        raise CapsuleError(atomic_files.write_failure(target, sum(map(len, contents.values())), error)) from error
 
 
 def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
         TypeError: if metrics holds objects that no text file can.
     """
-    folder, plain = Path(directory).expanduser().resolve(), files.plain(metrics, "metrics")
+    folder, plain = Path(directory).expanduser().resolve(), atomic_files.plain(metrics, "metrics")
     require_files(folder, FILES)
     path = folder / METRICS_FILE
     try:
@@ -70,32 +70,32 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
     loads = CARD_LOADS.search(card)
     section = f"{MEASURED_TITLE}\n\n{measured_section(merged, loads['name'] if loads else folder.name)}\n\n"
-    contents = {METRICS_FILE: files.to_json(merged), CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode()}
-    unique = files.unique_name(folder)
+    contents = {METRICS_FILE: atomic_files.to_json(merged), CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode()}
+    unique = atomic_files.unique_name(folder)
     partials = {name: folder.with_name(f"{unique}.{name}.partial") for name in contents}
     try:
         try:
             for name, content in contents.items():
-                files.write(partials[name], content)
+                atomic_files.write(partials[name], content)
             for name, partial in partials.items():
                 partial.replace(folder / name)
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        raise CapsuleError(files.write_failure(folder, sum(map(len, contents.values())), error)) from error
+        raise CapsuleError(atomic_files.write_failure(folder, sum(map(len, contents.values())), error)) from error
 
 
 def contents_of(capsule: Capsule, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str) -> dict[str, bytes]:
     """The five files."""
-    plain_recipe, plain_metrics = files.plain(recipe or {}, "recipe"), files.plain(metrics or {}, "metrics")
+    plain_recipe, plain_metrics = atomic_files.plain(recipe or {}, "recipe"), atomic_files.plain(metrics or {}, "metrics")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in capsule.state_dict().items()}
     return {
-        CONFIG_FILE: files.to_json(files.plain(capsule.config.to_dict(), "config")),
+        CONFIG_FILE: atomic_files.to_json(atomic_files.plain(capsule.config.to_dict(), "config")),
         WEIGHTS_FILE: safetensors_bytes(tensors, WEIGHTS_METADATA),
         CARD_FILE: model_card(capsule.config, plain_recipe, plain_metrics, name).encode(),
-        RECIPE_FILE: files.to_yaml(plain_recipe).encode(),
-        METRICS_FILE: files.to_json(plain_metrics),
+        RECIPE_FILE: atomic_files.to_yaml(plain_recipe).encode(),
+        METRICS_FILE: atomic_files.to_json(plain_metrics),
     }
 
 

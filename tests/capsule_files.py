@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvcapsule import Capsule, CapsuleConfig, KVGeometry, files
+from kvcapsule import Capsule, CapsuleConfig, KVGeometry, atomic_files
 from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
@@ -76,7 +76,7 @@ CODECS: dict[str, tuple[str, CodecConfig]] = {
 def limit_of_file_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system itself stops the write, in the middle of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write = files.write
+    write = atomic_files.write
 
     def limited(path: Path, content: bytes) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -85,4 +85,4 @@ def limit_of_file_size(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(files, "write", limited)
+    monkeypatch.setattr(atomic_files, "write", limited)

@@ -15,7 +15,7 @@ import yaml
 from capsule_files import CODECS, FILES, GEOMETRY, METRICS, RECIPE, configure, equal, fixed_capsule, limit_of_file_size
 from safetensors import safe_open
 
-from kvcapsule import Capsule, CapsuleError, GeometryError, files, hub
+from kvcapsule import Capsule, CapsuleError, GeometryError, atomic_files, hub
 
 # Saving and loading
 
@@ -105,7 +105,7 @@ def test_an_extra_file_beside_a_capsule_is_not_deleted(saved: Path) -> None:
 
 
 def full_disk_in_the_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = files.write
+    write = atomic_files.write
 
     def fail_half_way(path: Path, content: bytes) -> None:
         if path.name == "model.safetensors":
@@ -113,7 +113,7 @@ def full_disk_in_the_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(files, "write", fail_half_way)
+    monkeypatch.setattr(atomic_files, "write", fail_half_way)
 
 
 def full_disk_at_the_last_sync(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
-from kvcapsule.files import unique_name
+from kvcapsule.atomic_files import unique_name
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 

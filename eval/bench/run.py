@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable
+from kvcapsule.environment import machine, versions
 from kvcapsule.kernels import backend
-from kvcapsule.machine import machine, versions
 from kvcapsule.vlm.loading import require_device
 
 from . import calls, ceilings, encode, generation, page, serving, steps, subjects

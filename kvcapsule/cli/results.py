@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..files import unique_name, write
+from ..atomic_files import unique_name, write
 from .errors import InputError
 
 

@@ -7,12 +7,12 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, require_writable, write_whole
 from kvcapsule.cli.tables import report_console
 from kvcapsule.data.source import DataError
-from kvcapsule.files import to_json
 from kvcapsule.vlm.geometry import GeometryError
 from kvcapsule.vlm.loading import ModelError
 

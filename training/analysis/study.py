@@ -13,7 +13,7 @@ from rich.console import Console
 from kvcapsule.cli.results import shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
-from kvcapsule.machine import machine, versions
+from kvcapsule.environment import machine, versions
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm, require_device
 

@@ -8,9 +8,9 @@ from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvcapsule.atomic_files import unique_name
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, write_whole
-from kvcapsule.files import unique_name
 
 from .turns import TASKS
 
