@@ -19,7 +19,7 @@ from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError
 from kvcapsule.environment import machine, versions
-from kvcapsule.prefill import Method
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm, require_device
 

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.inference import attach
-from kvcapsule.prefill import Method
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.segments.segment import storage_bytes
 
 from .matching import Layout

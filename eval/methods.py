@@ -10,8 +10,8 @@ from typing import Any
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import shown_path
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
-from kvcapsule.prefill import Method
 
 from .matching import PerLayer
 

@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule import attention
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.method import Run
-from kvcapsule.prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.method import Run
 
 
 class Prefill(NamedTuple):

@@ -12,8 +12,8 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.inference import attach
-from kvcapsule.method import reads_hidden
-from kvcapsule.prefill import Method
+from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import reads_hidden
 
 from .generation import Generated, Held, generate, new_cache, record
 from .methods import FULL, Entry

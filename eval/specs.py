@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from kvcapsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Paired
-from kvcapsule.prefill import Method
 
 from .matching import Build
 from .methods import FIXED, PRUNING, QUANTISATION, TEXT, Entry, build, capsule_settings, family_of, fixed_entry, policy_settings

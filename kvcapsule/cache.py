@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import attention
 from .kernels import attend
-from .method import LayerByLayer, Revises, Run, Written, reads_hidden, start
-from .prefill import Compressed, LayerPrefill, Method
+from .methods.layer_prefill import Compressed, LayerPrefill, Method
+from .methods.method import LayerByLayer, Revises, Run, Written, reads_hidden, start
 from .segments.segment import Segment, Shared, storage_bytes
 from .tail import StaticTail, Tail
 from .vlm.geometry import KVGeometry

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .codec import FAMILIES, CodecConfig, LayerCodec, StackCodec
-from .method import LayerByLayer, Run
-from .prefill import Compressed, LayerPrefill
+from .methods.layer_prefill import Compressed, LayerPrefill
+from .methods.method import LayerByLayer, Run
 from .tiles import StackRun, canonical_tiles
 from .vlm.geometry import KVGeometry
 

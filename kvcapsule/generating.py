@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .cache import CapsuleCache
-from .prefill import Method
+from .methods.layer_prefill import Method
 
 
 def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:

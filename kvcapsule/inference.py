@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .attention import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generating import generating
-from .method import reads_hidden
-from .prefill import Method
+from .methods.layer_prefill import Method
+from .methods.method import reads_hidden
 from .vlm.geometry import KVGeometry
 
 _FULL_ATTENTION = "full_attention"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .codec import CodecConfig, StackCodec, StackEncoding
-from .prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
+from .methods.layer_prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
 from .segments.rotary_frame import Frame
 from .vlm.geometry import KVGeometry
 

@@ -8,7 +8,7 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig
-from kvcapsule.prefill import LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
 

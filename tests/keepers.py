@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from kvcapsule.capsule import Capsule
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
-from kvcapsule.prefill import Method
 
 EVERYTHING_KEPT = {
     "full": lambda identity: Full(),

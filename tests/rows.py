@@ -8,8 +8,8 @@ import torch
 from builders import rand
 
 from kvcapsule.kernels.reference import attend
-from kvcapsule.method import start
-from kvcapsule.prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.method import start
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from kvcapsule.inference import attach
-from kvcapsule.prefill import Method
+from kvcapsule.methods.layer_prefill import Method
 
 Model = LlavaForConditionalGeneration
 

@@ -13,9 +13,9 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AirCache, Full, aircache
 from kvcapsule.policy.aircache import Observed, skewness
-from kvcapsule.prefill import LayerPrefill
 
 # By hand
 

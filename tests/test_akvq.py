@@ -14,11 +14,11 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
-from kvcapsule.method import Revises, Written
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.method import Revises, Written
 from kvcapsule.policy import POLICIES, AkvqVl, Full
 from kvcapsule.policy.paired import Paired
 from kvcapsule.policy.window import Exact
-from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.hadamard import hadamard
 from kvcapsule.segments.segment import Segment, storage_bytes

@@ -9,7 +9,7 @@ import torch
 from builders import DIM, HEADS, rand
 from transformers import BatchFeature
 
-from kvcapsule.prefill import LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS, predict, water_fill
 from kvcapsule.training.analysis.drift import KEPT, MAX_STEPS, REFERENCES, Drift, attention_on
 from kvcapsule.training.analysis.passes import Observer, watch

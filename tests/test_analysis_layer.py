@@ -10,7 +10,7 @@ from running import tiny_gemma, tiny_qwen
 from transformers import BatchFeature
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.prefill import LayerPrefill, cut_tiles
+from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.training.analysis.drift import Drift, attention_on
 from kvcapsule.training.analysis.layer import LayerStudy

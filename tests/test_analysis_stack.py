@@ -11,7 +11,7 @@ from running import tiny_gemma
 from test_analysis import moments_of, variances_of
 
 from kvcapsule.codec.transform import side_by_side
-from kvcapsule.prefill import LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS, bits_for, water_fill
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer

@@ -14,8 +14,8 @@ from kvcapsule.attention import IMPLEMENTATION
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, PostVisionAttention
-from kvcapsule.prefill import Method
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry
 
 Batch = Callable[..., BatchFeature]

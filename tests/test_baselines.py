@@ -16,12 +16,12 @@ from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
 from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, chosen
-from kvcapsule.method import start
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import start
 from kvcapsule.policy import H2O, POLICIES, TEXT_POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
 from kvcapsule.policy import snapkv as snapkv_module
 from kvcapsule.policy.pyramid import pyramid_counts
 from kvcapsule.policy.snapkv import attention_received
-from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes
 from kvcapsule.vlm.geometry import GeometryError

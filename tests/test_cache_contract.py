@@ -16,8 +16,8 @@ from transformers import BatchFeature, DynamicCache
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
-from kvcapsule.prefill import Method
 
 Batch = Callable[..., BatchFeature]
 METHODS = ["full", "identity", "spaced", "quantized", "kvcapsule", "mlp", "transform", "cross-layer", "few bits"]

@@ -11,8 +11,8 @@ from transformers import BatchFeature, DynamicCache, Gemma3nConfig, LlavaForCond
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, PostVisionAttention, Quantized
-from kvcapsule.prefill import Method
 from kvcapsule.vlm.geometry import GeometryError
 
 Batch = Callable[..., BatchFeature]

@@ -11,9 +11,9 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.inference import attach
-from kvcapsule.method import Run, start
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
+from kvcapsule.methods.method import Run, start
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized
-from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.segments.segment import Segment
 
 Batch = Callable[..., BatchFeature]

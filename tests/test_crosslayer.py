@@ -19,8 +19,8 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.inference import attach
 from kvcapsule.kernels.reference import attend
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy.paired import Paired, TextPruning
-from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Segment, Shared, storage_bytes
 from kvcapsule.vlm.geometry import KVGeometry

@@ -10,8 +10,8 @@ from kvcapsule.cli.results import command_line, shown_path
 from kvcapsule.eval import main as command
 from kvcapsule.eval.matching import PerLayer
 from kvcapsule.eval.methods import FIXED, FULL, RIVALS, TEXT, build, chosen, entries, open_capsules
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES
-from kvcapsule.prefill import Method
 
 
 def test_rows_are_named_after_the_family_unless_that_is_ambiguous(tmp_path, make_capsule) -> None:

@@ -22,8 +22,8 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method, cut_tiles
 from kvcapsule.policy import EvenlySpaced, Full
-from kvcapsule.prefill import Compressed, LayerPrefill, Method, cut_tiles
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.families import FAMILIES, TRANSFORMERS, Family
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry

@@ -15,10 +15,10 @@ from kvcapsule.eval.matching import Layout
 from kvcapsule.eval.methods import Entry, full_entry
 from kvcapsule.eval.report import rows, tables
 from kvcapsule.eval.runner import Tally
+from kvcapsule.methods.host_retrieval import HostRows, Retrieved
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, HybridKV
 from kvcapsule.policy.hybrid import Allotment
-from kvcapsule.prefill import Method
-from kvcapsule.retrieval import HostRows, Retrieved
 from kvcapsule.vlm.spans import find_spans
 
 Model = LlavaForConditionalGeneration

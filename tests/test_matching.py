@@ -11,9 +11,9 @@ from noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 from kvcapsule.cli.errors import InputError
 from kvcapsule.eval.matching import TOLERANCE, PerLayer, match
 from kvcapsule.eval.methods import RIVALS, build
-from kvcapsule.method import start
+from kvcapsule.methods.layer_prefill import LayerPrefill, Method
+from kvcapsule.methods.method import start
 from kvcapsule.policy import EvenlySpaced, Full, PyramidKV
-from kvcapsule.prefill import LayerPrefill, Method
 from kvcapsule.segments.segment import storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 

@@ -10,10 +10,10 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
-from kvcapsule.method import LayerByLayer, SharedBudget, Written, start
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, keep, keep_heads
+from kvcapsule.methods.method import LayerByLayer, SharedBudget, Written, start
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.policy.paired import Paired, TextPruning
-from kvcapsule.prefill import Compressed, LayerPrefill, keep, keep_heads
 from kvcapsule.segments.segment import Segment, storage_bytes
 
 ROWS, HEADS, GROUP, TOKENS, DIM = 3, 2, 2, 40, 8

@@ -18,7 +18,7 @@ from kvcapsule.kernels.native import wide
 from kvcapsule.kernels.native.flat import watched
 from kvcapsule.kernels.native.given import given
 from kvcapsule.kernels.native.jit import U, jit
-from kvcapsule.prefill import LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment

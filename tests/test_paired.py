@@ -12,9 +12,9 @@ from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
 from kvcapsule.kernels.reference import attend
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
 from kvcapsule.policy.paired import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
-from kvcapsule.prefill import LayerPrefill
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.geometry import GeometryError

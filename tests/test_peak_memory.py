@@ -19,8 +19,8 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.eval.bench.peak import LiveBytes
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
-from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.vlm.geometry import KVGeometry
 
 LAYERS = 12

@@ -8,6 +8,7 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles, keep, tiled
 from kvcapsule.policy import (
     EvenlySpaced,
     Full,
@@ -16,7 +17,6 @@ from kvcapsule.policy import (
     TokenPruning,
     VisualPolicy,
 )
-from kvcapsule.prefill import LayerPrefill, cut_tiles, keep, tiled
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.spans import VisualSpan, find_spans

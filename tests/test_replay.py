@@ -18,8 +18,8 @@ from kvcapsule.eval.questions import batches
 from kvcapsule.eval.replay import Keeper, Made, Prefill, replayable, replaying
 from kvcapsule.eval.runner import by_task, evaluate, prompt_bytes
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES
-from kvcapsule.prefill import Method
 from kvcapsule.vlm.spans import find_spans
 
 METHODS = {

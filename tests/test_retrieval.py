@@ -5,8 +5,8 @@ import torch
 from builders import rand
 
 from kvcapsule.kernels.reference import attend
-from kvcapsule.prefill import LayerPrefill
-from kvcapsule.retrieval import Retrieved
+from kvcapsule.methods.host_retrieval import Retrieved
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment, storage_bytes
 
 HEADS, GROUP, DIM = 2, 2, 8

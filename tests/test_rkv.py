@@ -14,12 +14,12 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule
-from kvcapsule.method import Revises, Written
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.method import Revises, Written
 from kvcapsule.policy import RKV, Full, rkv
 from kvcapsule.policy.paired import Paired
 from kvcapsule.policy.rkv import Prompt
 from kvcapsule.policy.rows import HeadRows, side_by_side
-from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan

@@ -12,7 +12,7 @@ from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec.crosslayer import CrossLayerConfig
 from kvcapsule.codec.shaping import Readers, shaped, shaping_macs
 from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
-from kvcapsule.prefill import LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.training.straight_through import coded

@@ -13,8 +13,8 @@ import kvcapsule.cache as cache_module
 from kvcapsule import Capsule
 from kvcapsule.cache import CapsuleCache, _valid
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import RKV, Full, PostVisionAttention
-from kvcapsule.prefill import Method
 from kvcapsule.tail import StaticTail
 
 ROOM = 24

@@ -12,8 +12,8 @@ from kvcapsule.data import pages
 from kvcapsule.eval import timing
 from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.timing import time_entries
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy import Full
-from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.segments.segment import Segment
 
 

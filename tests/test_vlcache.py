@@ -18,12 +18,12 @@ from witness import Witness
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule import Capsule
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import Full, VLCache, postvision
 from kvcapsule.policy.budgets import layer_shares, whole_counts
 from kvcapsule.policy.paired import Paired
 from kvcapsule.policy.postvision import SparsityMeter, attention_of, layer_sparsity, ranking_queries
 from kvcapsule.policy.vlcache import Observed
-from kvcapsule.prefill import LayerPrefill
 from kvcapsule.vlm.spans import find_spans
 
 # By hand

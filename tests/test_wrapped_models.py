@@ -18,8 +18,8 @@ from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference import attach
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full
-from kvcapsule.prefill import Compressed, LayerPrefill
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
 

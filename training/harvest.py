@@ -11,7 +11,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.inference import attach
-from kvcapsule.prefill import Compressed, LayerPrefill, cut_tiles, tiled
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 

@@ -9,7 +9,7 @@ from transformers import BatchFeature, PreTrainedModel
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference import attach
 from kvcapsule.kernels.reference import attend
-from kvcapsule.prefill import LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment
 
 from .harvest import Recorder

@@ -10,7 +10,7 @@ from kvcapsule.capsule import Capsule
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.kvcapsule import retained
 from kvcapsule.codec.transform import TransformKeys, TransformValues
-from kvcapsule.prefill import Method
+from kvcapsule.methods.layer_prefill import Method
 
 from .methods import KEPT, RETAINED
 from .stored import TAIL, Cell

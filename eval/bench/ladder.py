@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.inference import attach
-from kvcapsule.method import Revises
-from kvcapsule.prefill import Method
+from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Revises
 from kvcapsule.segments.segment import storage_bytes
 
 from ..generation import new_cache

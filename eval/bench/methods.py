@@ -13,8 +13,8 @@ from kvcapsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import CodecConfig, PairCodec
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
-from kvcapsule.prefill import Compressed, LayerPrefill, Method
 from kvcapsule.vlm.geometry import KVGeometry
 
 from . import water

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, BatchFeature, CLIPVisionCo
 from kvcapsule.capsule import Capsule
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
+from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import EvenlySpaced, Quantized
-from kvcapsule.prefill import Method
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 

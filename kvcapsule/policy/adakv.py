@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill, keep_heads
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep_heads
 from ..segments.segment import Segment
 from .snapkv import SnapKV
 

@@ -16,8 +16,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..method import Written
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.method import Written
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.hadamard import hadamard
 from ..segments.quantized_rows import check_bits

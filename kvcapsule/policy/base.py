@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ..codec.kvcapsule import check_ratio
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
 from ..segments.segment import Segment
 
 
@@ -21,7 +21,7 @@ class Policy(ABC):
 
     @abstractmethod
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        """A layer's prefill as segments; see kvcapsule.prefill.Method."""
+        """A layer's prefill as segments; see kvcapsule.methods.layer_prefill.Method."""
 
 
 class VisualPolicy(Policy):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..prefill import LayerPrefill
+from ..methods.layer_prefill import LayerPrefill
 
 _CHUNK = 256
 """Queries whose attention is computed at once."""

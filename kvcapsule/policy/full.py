@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
 from ..segments.segment import Segment
 from .base import VisualPolicy
 

@@ -4,7 +4,7 @@ S_h  = mean over text queries of the sum of their top 5 % of attention      stat
 B    = budget * tokens * heads of all layers;  B_dyn = ceil(r * B / heads * N_dyn);  B_stat = B - B_dyn
 b_h  = a * B_stat / N_stat + (1 - a) * B_stat * S_h / sum of S over the static heads
 static:  the last w tokens, all earlier text, and the earlier visual tokens with most attention from the last w queries, b_h in all
-dynamic: B_dyn / N_dyn tokens, to the nearest power of two, loaded at each step as chunks of 8 (kvcapsule.retrieval)
+dynamic: B_dyn / N_dyn tokens, to the nearest power of two, loaded at each step as chunks of 8 (kvcapsule.methods.host_retrieval)
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..method import SharedBudget
-from ..prefill import Compressed, LayerPrefill, keep_heads
-from ..retrieval import Retrieved
+from ..methods.host_retrieval import Retrieved
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep_heads
+from ..methods.method import SharedBudget
 from .base import Policy
 from .concentration import concentration
 from .head_budgets import nearest_power, share_out

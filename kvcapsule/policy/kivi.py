@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.quantized_rows import check_bits
 from ..segments.segment import Segment

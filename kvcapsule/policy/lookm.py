@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..prefill import Compressed, LayerPrefill, keep_heads
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep_heads
 from .base import Policy
 from .snapkv import attention_received
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill
+from ..methods.layer_prefill import Compressed, LayerPrefill
 from .budgets import last_tokens
 from .full import Full
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..method import Run
-from ..prefill import Compressed, LayerPrefill
+from ..methods.layer_prefill import Compressed, LayerPrefill
+from ..methods.method import Run
 from ..vlm.geometry import GeometryError
 from .snapkv import SnapKV
 

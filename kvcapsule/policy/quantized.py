@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.segment import Segment
 from .base import VisualPolicy

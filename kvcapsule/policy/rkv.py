@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from ..method import Written
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.method import Written
 from ..segments.segment import Segment
 from .base import VisualPolicy
 from .rows import HeadRows, side_by_side

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..prefill import LayerPrefill, keep_heads
+from ..methods.layer_prefill import LayerPrefill, keep_heads
 from ..segments.segment import Segment
 
 

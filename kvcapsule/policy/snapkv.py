@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..codec.kvcapsule import check_ratio
-from ..prefill import Compressed, LayerPrefill, keep
+from ..methods.layer_prefill import Compressed, LayerPrefill, keep
 from ..segments.segment import Segment
 from .base import VisualPolicy
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..prefill import LayerPrefill
+from ..methods.layer_prefill import LayerPrefill
 from .base import TokenPruning
 
 

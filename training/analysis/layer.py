@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.prefill import LayerPrefill, cut_tiles
+from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles
 
 from ..harvest import LayerHarvest
 from ..spectra import Bases, CoefficientMoments

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvcapsule.cache import CapsuleCache
 from kvcapsule.cli.errors import InputError
 from kvcapsule.inference import attach
-from kvcapsule.prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 
 from ..harvest import LayerHarvest, Recorder
 from .layer import LayerStudy

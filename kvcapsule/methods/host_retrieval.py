@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .prefill import LayerPrefill
-from .segments.segment import Segment, Shared
+from ..segments.segment import Segment, Shared
+from .layer_prefill import LayerPrefill
 
 
 class HostRows(NamedTuple):

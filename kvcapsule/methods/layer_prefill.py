@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .segments.rotary_frame import Frame
-from .segments.segment import Segment
-from .vlm.spans import VisualSpan
+from ..segments.rotary_frame import Frame
+from ..segments.segment import Segment
+from ..vlm.spans import VisualSpan
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LayerPrefill:
     shared: dict[tuple[int, bool, torch.device], "_Cut"] = field(default_factory=dict)
     """What the layers of one forward (those of one device) have in common, so that it is computed and stored once."""
     hidden: torch.Tensor | None = None
-    """[B, N, C]: the residual stream as it enters the layer, for a method that asks (kvcapsule.method.reads_hidden); None otherwise."""
+    """[B, N, C]: the residual stream as it enters the layer, for a method that asks (kvcapsule.methods.method.reads_hidden); None otherwise."""
 
     def visual(self) -> torch.Tensor:
         """[B, N] bool: True at visual tokens."""

@@ -9,8 +9,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 import torch
 
-from .prefill import Compressed, LayerPrefill, Method
-from .segments.segment import Segment
+from ..segments.segment import Segment
+from .layer_prefill import Compressed, LayerPrefill, Method
 
 Observed = TypeVar("Observed")
 
