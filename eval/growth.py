@@ -18,7 +18,7 @@ from rich.progress import Progress, TaskID
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvcapsule.atomic_files import to_json
-from kvcapsule.capsule import Capsule, CapsuleError
+from kvcapsule.capsule.capsule import Capsule, CapsuleError
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.data import source

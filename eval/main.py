@@ -8,11 +8,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from kvcapsule.atomic_files import to_json
+from kvcapsule.capsule.hub import update_metrics
 from kvcapsule.cli.errors import InputError, complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
-from kvcapsule.hub import update_metrics
 
 from . import curves, plot, results
 from .compare import run

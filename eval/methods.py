@@ -7,7 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import shown_path
 from kvcapsule.methods.layer_prefill import Method

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.hub import CONFIG_FILE
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import shown_path
-from kvcapsule.hub import CONFIG_FILE
 
 from .config import EvalConfig
 from .specs import Capsules, Spec

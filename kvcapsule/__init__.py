@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import CapsuleCache
-    from .capsule import Capsule, CapsuleConfig, CapsuleError
+    from .capsule.capsule import Capsule, CapsuleConfig, CapsuleError
     from .inference import attach
     from .segments.segment import Segment
     from .vlm.geometry import GeometryError, KVGeometry
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Capsule": "capsule",
+    "Capsule": "capsule.capsule",
     "CapsuleCache": "cache",
-    "CapsuleConfig": "capsule",
-    "CapsuleError": "capsule",
+    "CapsuleConfig": "capsule.capsule",
+    "CapsuleError": "capsule.capsule",
     "GeometryError": "vlm.geometry",
     "KVGeometry": "vlm.geometry",
     "Segment": "segments.segment",

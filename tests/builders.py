@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig

@@ -24,7 +24,7 @@ from PIL import Image
 from running import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
 from kvcapsule.data.pages import page

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 

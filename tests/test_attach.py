@@ -12,7 +12,7 @@ from transformers import BatchFeature, DynamicCache, GenerationConfig, LlavaForC
 from kvcapsule import attention
 from kvcapsule.attention import IMPLEMENTATION
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, PostVisionAttention

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.kernels import backend as choice
 from kvcapsule.kernels.fused import device

@@ -11,7 +11,7 @@ from witness import Witness
 
 from kvcapsule import cache as cache_module
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.kernels import reference
 from kvcapsule.segments.segment import Segment

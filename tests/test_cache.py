@@ -10,7 +10,7 @@ from running import EXACT, MIXED, assert_same, in_dtype, longer, prefill, ready,
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference import attach
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method

@@ -9,7 +9,7 @@ from running import EXACT, assert_same, longer, prefill, step
 from transformers import BatchFeature, DynamicCache, Gemma3nConfig, LlavaForConditionalGeneration
 
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, PostVisionAttention, Quantized

@@ -9,7 +9,7 @@ import torch
 from capsule_files import CODECS, FILES, ROW, configure, fixed_capsule
 from safetensors import safe_open
 
-from kvcapsule import hub
+from kvcapsule.capsule import hub
 from kvcapsule.codec import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden" / "capsule-v1"

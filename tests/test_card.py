@@ -9,8 +9,9 @@ import pytest
 import yaml
 from capsule_files import FILES, RECIPE, ROW, configure, fixed_capsule, limit_of_file_size
 
-from kvcapsule import CapsuleError, hub
-from kvcapsule.card import model_card
+from kvcapsule import CapsuleError
+from kvcapsule.capsule import hub
+from kvcapsule.capsule.card import model_card
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 
 from kvcapsule import attach
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import FAMILIES, Encoded, compact
 from kvcapsule.codec.bank import added, targets
 from kvcapsule.codec.base import KeyPart, ValuePart

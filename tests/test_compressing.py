@@ -9,7 +9,7 @@ from running import EXACT, MIXED, assert_same, in_dtype, prefill, run
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.methods.method import Run, start

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference import attach
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.data import pages
 from kvcapsule.eval import compare

@@ -18,7 +18,7 @@ from packaging.version import Version
 from transformers import AutoConfig, BatchFeature, DynamicCache, PreTrainedModel
 
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference import attach

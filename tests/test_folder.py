@@ -8,7 +8,8 @@ import pytest
 from capsule_files import GEOMETRY, equal, fixed_capsule
 from safetensors.torch import load_file, save_file
 
-from kvcapsule import Capsule, CapsuleError, hub
+from kvcapsule import Capsule, CapsuleError
+from kvcapsule.capsule import hub
 from kvcapsule.checkpoints import shipped, shipped_names
 
 # Damaged capsules

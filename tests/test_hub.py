@@ -13,7 +13,8 @@ import pytest
 from capsule_files import FILES, METRICS, RECIPE, configure, fixed_capsule
 from hub_server import TOKEN, HubServer
 
-from kvcapsule import CapsuleError, hub
+from kvcapsule import CapsuleError
+from kvcapsule.capsule import hub
 from kvcapsule.cli import push as push_command
 
 CLIENT = """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 
-from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted

@@ -15,7 +15,7 @@ from running import Model
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.eval.bench.peak import LiveBytes
 from kvcapsule.inference import attach

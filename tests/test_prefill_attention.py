@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from kvcapsule import attention
 from kvcapsule.attention import IMPLEMENTATION
 from kvcapsule.cache import CapsuleCache
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import attach
 from kvcapsule.policy import EvenlySpaced, Full
 

@@ -13,7 +13,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.methods.method import Revises, Written
 from kvcapsule.policy import RKV, Full, rkv

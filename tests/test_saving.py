@@ -15,7 +15,8 @@ import yaml
 from capsule_files import CODECS, FILES, GEOMETRY, METRICS, RECIPE, configure, equal, fixed_capsule, limit_of_file_size
 from safetensors import safe_open
 
-from kvcapsule import Capsule, CapsuleError, GeometryError, atomic_files, hub
+from kvcapsule import Capsule, CapsuleError, GeometryError, atomic_files
+from kvcapsule.capsule import hub
 
 # Saving and loading
 

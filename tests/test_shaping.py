@@ -8,7 +8,7 @@ import torch
 from builders import DIM, GEOMETRY, HEADS, TILE, cross_layer_capsule, prefill, rand, randomise, transform_capsule
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec.crosslayer import CrossLayerConfig
 from kvcapsule.codec.shaping import Readers, shaped, shaping_macs
 from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BatchFeature
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data import pages
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.training import store

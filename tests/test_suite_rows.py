@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from suites import CAPSULE, refused_line, rows_of
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.transform import TransformConfig
 from kvcapsule.eval.matching import TOLERANCE

@@ -10,7 +10,7 @@ import torch
 from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand, random_widths, transform_capsule
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvcapsule.capsule import Capsule, CapsuleConfig, CapsuleError
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformValues
 from kvcapsule.kernels.reference import attend

@@ -15,7 +15,7 @@ from transformers import BatchFeature, DynamicCache
 
 from kvcapsule.attention import IMPLEMENTATION
 from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference import attach
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.hub import require_replaceable
 from kvcapsule.data import source
-from kvcapsule.hub import require_replaceable
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 from kvcapsule.vlm.spans import find_spans

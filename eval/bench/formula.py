@@ -6,7 +6,7 @@ bytes an entry, a tile's frame 4 D. The widths of a transform code have no close
 
 from collections.abc import Callable
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.kvcapsule import retained
 from kvcapsule.codec.transform import TransformKeys, TransformValues

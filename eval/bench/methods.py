@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import CodecConfig, PairCodec
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys

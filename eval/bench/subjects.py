@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForImageTextToText, BatchFeature, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedModel
 
-from kvcapsule.capsule import Capsule
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.methods.layer_prefill import Method

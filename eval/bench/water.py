@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.shaping import Readers
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, Cache, PreTrainedModel, ProcessorMixin
 
     from ..cache import CapsuleCache
-    from ..capsule import Capsule
+    from ..capsule.capsule import Capsule
 
 PROG = "kvcapsule generate"
 
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command with the arguments `argv` (None: those of the process) and return its exit code."""
     options = _parser().parse_args(argv, namespace=Options())
-    from ..capsule import CapsuleError
+    from ..capsule.capsule import CapsuleError
     from ..data.source import DataError
     from ..vlm.geometry import GeometryError
     from ..vlm.loading import ModelError
@@ -78,7 +78,7 @@ def run(options: Options) -> None:
     """
     from transformers.utils import logging
 
-    from ..capsule import Capsule
+    from ..capsule.capsule import Capsule
     from ..data.prompts import conversation, encode
     from ..data.source import open_image
     from ..vlm.geometry import KVGeometry

@@ -22,8 +22,8 @@ class Options(argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Print the address of what was pushed and return 0; if nothing was, say why in one line on stderr and return 2."""
     options = _parser().parse_args(argv, namespace=Options())
-    from ..capsule import CapsuleError
-    from ..hub import push
+    from ..capsule.capsule import CapsuleError
+    from ..capsule.hub import push
 
     try:
         url = push(options.capsule, options.repo_id, private=options.private, revision=options.revision)

@@ -11,10 +11,19 @@ from typing import Any
 
 from safetensors.torch import save as safetensors_bytes
 
-from . import atomic_files
+from .. import atomic_files
 from .capsule import Capsule, CapsuleError
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
-from .folder import CARD_FILE, CONFIG_FILE, FILES, METRICS_FILE, RECIPE_FILE, WEIGHTS_FILE, WEIGHTS_METADATA, require_files
+from .read import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FILES,
+    METRICS_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_METADATA,
+    require_files,
+)
 
 
 def save(

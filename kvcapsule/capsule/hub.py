@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 
-from . import __version__
+from .. import __version__
 from .capsule import Capsule, CapsuleConfig, CapsuleError
 from .card import CARD_LOADS, LIBRARY
-from .folder import (
+from .hub_errors import download_errors, upload_errors
+from .read import (
     CARD_FILE,
     CONFIG_FILE,
     FILES,
@@ -30,8 +31,7 @@ from .folder import (
     missing_files,
     require_files,
 )
-from .hub_errors import download_errors, upload_errors
-from .saving import contents_of, require_replaceable, save, update_metrics
+from .write import contents_of, require_replaceable, save, update_metrics
 
 __all__ = [
     "CARD_FILE",

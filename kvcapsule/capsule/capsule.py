@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .codec import FAMILIES, CodecConfig, LayerCodec, StackCodec
-from .methods.layer_prefill import Compressed, LayerPrefill
-from .methods.method import LayerByLayer, Run
-from .tiles import StackRun, canonical_tiles
-from .vlm.geometry import KVGeometry
+from ..codec import FAMILIES, CodecConfig, LayerCodec, StackCodec
+from ..methods.layer_prefill import Compressed, LayerPrefill
+from ..methods.method import LayerByLayer, Run
+from ..vlm.geometry import KVGeometry
+from .runs import StackRun, canonical_tiles
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not raise it."""
@@ -127,14 +127,14 @@ class Capsule(nn.Module):
         metrics: Mapping[str, Any] | None = None,
         card_name: str | None = None,
     ) -> None:
-        """Write the capsule to a directory; see kvcapsule.hub.save."""
+        """Write the capsule to a directory; see kvcapsule.capsule.hub.save."""
         from . import hub
 
         hub.save(self, directory, recipe=recipe, metrics=metrics, card_name=card_name)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu") -> "Capsule":
-        """Load a capsule from a directory, a shipped name or a repository on the Hub; see kvcapsule.hub.load."""
+        """Load a capsule from a directory, a shipped name or a repository on the Hub; see kvcapsule.capsule.hub.load."""
         from . import hub
 
         return hub.load(name, revision=revision, device=device)
@@ -150,7 +150,7 @@ class Capsule(nn.Module):
         recipe: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> str:
-        """Upload the capsule and return its address; see kvcapsule.hub.push.
+        """Upload the capsule and return its address; see kvcapsule.capsule.hub.push.
 
         A capsule does not remember the recipe and metrics that it was saved with: give them here, or push its directory.
         """

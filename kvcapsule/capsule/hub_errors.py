@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from .capsule import CapsuleError
-from .folder import CONFIG_FILE
+from .read import CONFIG_FILE
 
 DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (HFValidationError, *(e for e in HfHubHTTPError.__bases__ if issubclass(e, Exception)))
 UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, ValueError, *DOWNLOAD_ERRORS)

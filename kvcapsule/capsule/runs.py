@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from .codec import CodecConfig, StackCodec, StackEncoding
-from .methods.layer_prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
-from .segments.rotary_frame import Frame
-from .vlm.geometry import KVGeometry
+from ..codec import CodecConfig, StackCodec, StackEncoding
+from ..methods.layer_prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
+from ..segments.rotary_frame import Frame
+from ..vlm.geometry import KVGeometry
 
 
 def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry) -> tuple[Tiles | None, Compressed]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .atomic_files import to_yaml
+from ..atomic_files import to_yaml
 from .capsule import CapsuleConfig
 
 CARD_TAGS = ["kv-cache", "compression", "vision-language"]
