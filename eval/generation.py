@@ -7,8 +7,8 @@ import torch
 from transformers import BatchFeature, DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvcapsule.cache import CapsuleCache
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.segments.segment import storage_bytes
 

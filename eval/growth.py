@@ -24,7 +24,7 @@ from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.policy import RKV
 from kvcapsule.policy.paired import Paired
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvcapsule import attention
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference import attention_interface
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.methods.method import Run
 
@@ -116,7 +116,7 @@ def _fill(cache: Cache, layers: list[LayerPrefill], made: Made) -> None:
                 cache.set_hidden(seen.layer, seen.hidden)
             layer.turn = layer.turn._replace(run=_Known(layer.turn.run, made))
             layer.update(seen.keys, seen.values)
-            attention.forget()
+            attention_interface.forget()
             layer.commit(seen.query, seen.scale)
         elif type(layer) is DynamicLayer:
             layer.update(seen.keys, seen.values)

@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.methods.method import reads_hidden
 

@@ -17,7 +17,7 @@ from kvcapsule.cli.results import command_line, require_writable, shown_path, wr
 from kvcapsule.data import source
 from kvcapsule.data.source import DataError, SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.policy.postvision import THRESHOLD, SparsityMeter
 from kvcapsule.vlm.geometry import GeometryError
 from kvcapsule.vlm.loading import ModelError, load_vlm

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 
 from .generation import GREEDY, new_cache
 from .methods import FULL, Entry

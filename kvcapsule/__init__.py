@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import CapsuleCache
     from .capsule.capsule import Capsule, CapsuleConfig, CapsuleError
-    from .inference import attach
+    from .inference.attach import attach
+    from .inference.cache import CapsuleCache
     from .segments.segment import Segment
     from .vlm.geometry import GeometryError, KVGeometry
     from .vlm.spans import VisualSpan, find_spans
@@ -20,14 +20,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Capsule": "capsule.capsule",
-    "CapsuleCache": "cache",
+    "CapsuleCache": "inference.cache",
     "CapsuleConfig": "capsule.capsule",
     "CapsuleError": "capsule.capsule",
     "GeometryError": "vlm.geometry",
     "KVGeometry": "vlm.geometry",
     "Segment": "segments.segment",
     "VisualSpan": "vlm.spans",
-    "attach": "inference",
+    "attach": "inference.attach",
     "find_spans": "vlm.spans",
 }
 

@@ -12,7 +12,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import Method
 
 Model = LlavaForConditionalGeneration

@@ -12,7 +12,7 @@ from rows import HEADS, alone, attention, mixed, places, run, same_answers, scri
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
-from kvcapsule.cache import CapsuleCache
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AirCache, Full, aircache
 from kvcapsule.policy.aircache import Observed, skewness

@@ -9,11 +9,11 @@ import torch
 from running import assert_same, prefill, run
 from transformers import BatchFeature, DynamicCache, GenerationConfig, LlavaForConditionalGeneration, pipeline
 
-from kvcapsule import attention
-from kvcapsule.attention import IMPLEMENTATION
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference import attention_interface
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.attention_interface import IMPLEMENTATION
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, PostVisionAttention
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry
@@ -141,7 +141,7 @@ class TestAttach:
             assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
         with attach(model):
-            assert attention._pending.get() is None
+            assert attention_interface._pending.get() is None
 
     def test_pipeline(self, model: Model, processor: Any, images: Any) -> None:
         pipe = pipeline("image-text-to-text", model=model, processor=processor)

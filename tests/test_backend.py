@@ -8,7 +8,7 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.kernels import backend as choice
 from kvcapsule.kernels.fused import device
 from kvcapsule.kernels.native import read

@@ -9,10 +9,10 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 from witness import Witness
 
-from kvcapsule import cache as cache_module
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference import cache as cache_module
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.kernels import reference
 from kvcapsule.segments.segment import Segment
 

@@ -9,10 +9,10 @@ import torch
 from running import EXACT, MIXED, assert_same, in_dtype, longer, prefill, ready, run, step, tiny_gemma, tiny_qwen
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 from kvcapsule.vlm.geometry import KVGeometry

@@ -13,9 +13,9 @@ import torch
 from running import EXACT, Model, assert_same, longer, prefill, run, step
 from transformers import BatchFeature, DynamicCache
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 

@@ -8,9 +8,9 @@ import torch
 from running import EXACT, assert_same, longer, prefill, step
 from transformers import BatchFeature, DynamicCache, Gemma3nConfig, LlavaForConditionalGeneration
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, PostVisionAttention, Quantized
 from kvcapsule.vlm.geometry import GeometryError

@@ -8,9 +8,9 @@ import torch
 from running import EXACT, MIXED, assert_same, in_dtype, prefill, run
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.methods.method import Run, start
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized

@@ -14,10 +14,10 @@ from running import longer, step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BatchFeature
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy.paired import Paired, TextPruning

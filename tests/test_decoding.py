@@ -18,10 +18,10 @@ from transformers import (
     pipeline,
 )
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 from kvcapsule.vlm.geometry import KVGeometry

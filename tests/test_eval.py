@@ -12,7 +12,7 @@ from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.metrics import divergence
 from kvcapsule.eval.questions import Batch, batches
 from kvcapsule.eval.runner import Tally, answered, evaluate, prompt_bytes
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.policy import Full
 
 

@@ -17,11 +17,11 @@ from families import BUILDERS, REFUSED, Picture, Tiny
 from packaging.version import Version
 from transformers import AutoConfig, BatchFeature, DynamicCache, PreTrainedModel
 
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method, cut_tiles
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.segments.segment import Segment

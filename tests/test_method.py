@@ -8,7 +8,7 @@ from builders import rand
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, keep, keep_heads
 from kvcapsule.methods.method import LayerByLayer, SharedBudget, Written, start

@@ -9,8 +9,8 @@ import torch
 from builders import GEOMETRY, prefill, rand, transform_capsule
 
 from kvcapsule import attach
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized

@@ -14,11 +14,11 @@ from builders import cross_layer_capsule
 from running import Model
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.eval.bench.peak import LiveBytes
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 from kvcapsule.vlm.geometry import KVGeometry

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles, keep, tiled
 from kvcapsule.policy import (
     EvenlySpaced,

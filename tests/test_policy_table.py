@@ -10,7 +10,7 @@ from builders import rand
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import attach
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.methods.method import start

@@ -12,11 +12,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, BatchFeatur
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvcapsule import attention
-from kvcapsule.attention import IMPLEMENTATION
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import attach
+from kvcapsule.inference import attention_interface
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.attention_interface import IMPLEMENTATION
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.policy import EvenlySpaced, Full
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
@@ -150,13 +150,13 @@ class TestRefused:
     def test_eager_attention_that_is_nowhere(self) -> None:
         """A layer may be written outside transformers' modeling files."""
         with pytest.raises(NotImplementedError, match=r"Linear has no eager_attention_forward.*sdpa"):
-            attention._function(torch.nn.Linear(1, 1), "eager")
+            attention_interface._function(torch.nn.Linear(1, 1), "eager")
 
     @pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
     def test_scores_that_segments_do_not_make(
         self, option: str, model: Model, mixed: BatchFeature, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        capped = attention.capsule_attention
+        capped = attention_interface.capsule_attention
 
         def asking(*args: Any, **kwargs: Any) -> Any:
             return capped(*args, **{option: 30.0}, **kwargs)

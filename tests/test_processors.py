@@ -24,7 +24,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 
 SMALL, WIDE = (16, 40), (32, 24)
 """Heights and widths of two images."""

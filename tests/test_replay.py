@@ -17,7 +17,7 @@ from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.questions import batches
 from kvcapsule.eval.replay import Keeper, Made, Prefill, replayable, replaying
 from kvcapsule.eval.runner import by_task, evaluate, prompt_bytes
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES
 from kvcapsule.vlm.spans import find_spans

@@ -12,8 +12,8 @@ from builders import DIM, HEADS, rand
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.methods.method import Revises, Written
 from kvcapsule.policy import RKV, Full, rkv

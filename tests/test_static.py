@@ -9,13 +9,13 @@ from running import EXACT, Model, longer, prefill, step
 from transformers import BatchFeature
 from transformers.generation import CompileConfig
 
-import kvcapsule.cache as cache_module
+import kvcapsule.inference.cache as cache_module
 from kvcapsule import Capsule
-from kvcapsule.cache import CapsuleCache, _valid
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache, _valid
+from kvcapsule.inference.tail import StaticTail
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import RKV, Full, PostVisionAttention
-from kvcapsule.tail import StaticTail
 
 ROOM = 24
 TOKENS = torch.tensor([[40], [41], [42]])

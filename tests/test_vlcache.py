@@ -16,8 +16,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from witness import Witness
 
 from kvcapsule import attach
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import Full, VLCache, postvision
 from kvcapsule.policy.budgets import layer_shares, whole_counts

@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from running import EXACT, Model, assert_same, longer, prefill, ready, run, step, tiny_qwen
 from transformers import BatchFeature, DynamicCache
 
-from kvcapsule.attention import IMPLEMENTATION
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.attention_interface import IMPLEMENTATION
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.vlm.geometry import KVGeometry

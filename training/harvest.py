@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature, PreTrainedModel
 
-from kvcapsule.cache import CapsuleCache
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import BatchFeature, PreTrainedModel
 
-from kvcapsule.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment

@@ -15,8 +15,8 @@ import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from kvcapsule.cache import CapsuleCache
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.methods.method import Revises
 from kvcapsule.segments.segment import storage_bytes

@@ -13,8 +13,8 @@ from .errors import InputError, Parser, complain
 if TYPE_CHECKING:
     from transformers import BatchFeature, Cache, PreTrainedModel, ProcessorMixin
 
-    from ..cache import CapsuleCache
     from ..capsule.capsule import Capsule
+    from ..inference.cache import CapsuleCache
 
 PROG = "kvcapsule generate"
 
@@ -189,8 +189,8 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
-    from ..cache import CapsuleCache
-    from ..inference import attach
+    from ..inference.attach import attach
+    from ..inference.cache import CapsuleCache
 
     tokenizer = processor.tokenizer
     # transformers declares `generate` on a mixin that PreTrainedModel's type does not name.
@@ -237,7 +237,7 @@ def _show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -
     from rich.console import Console
     from rich.table import Table
 
-    from ..cache import CapsuleCache
+    from ..inference.cache import CapsuleCache
 
     rows = []
     if isinstance(answer.cache, CapsuleCache):

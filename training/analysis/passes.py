@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from kvcapsule.cache import CapsuleCache
 from kvcapsule.cli.errors import InputError
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 
 from ..harvest import LayerHarvest, Recorder

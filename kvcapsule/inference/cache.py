@@ -9,14 +9,14 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from . import attention
-from .kernels import attend
-from .methods.layer_prefill import Compressed, LayerPrefill, Method
-from .methods.method import LayerByLayer, Revises, Run, Written, reads_hidden, start
-from .segments.segment import Segment, Shared, storage_bytes
+from ..kernels import attend
+from ..methods.layer_prefill import Compressed, LayerPrefill, Method
+from ..methods.method import LayerByLayer, Revises, Run, Written, reads_hidden, start
+from ..segments.segment import Segment, Shared, storage_bytes
+from ..vlm.geometry import KVGeometry
+from ..vlm.spans import VisualSpan, find_spans
+from . import attention_interface
 from .tail import StaticTail, Tail
-from .vlm.geometry import KVGeometry
-from .vlm.spans import VisualSpan, find_spans
 
 _SPARE = 64
 """Tokens by which a tail may be longer than a revision needs before its buffer is given back."""
@@ -117,7 +117,7 @@ class CapsuleLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.prefetch()
         self._new = (key_states, value_states)
-        attention.announce(self)
+        attention_interface.announce(self)
         return key_states, value_states
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
@@ -344,7 +344,7 @@ class CapsuleCache(Cache):
         Raises:
             ValueError: if the forward brings embeddings alone, from which visual tokens cannot be told.
         """
-        attention.forget()
+        attention_interface.forget()
         self._settle()
         layers = {layer.index: layer for layer in self._own()}
         turn = Turn([], None, None, {}, start(self.method, list(layers)), layers)
@@ -366,7 +366,7 @@ class CapsuleCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must be known."""
         layer = self.layers[layer_idx]
-        attention.read_segments(isinstance(layer, CapsuleLayer) and not layer.fresh)
+        attention_interface.read_segments(isinstance(layer, CapsuleLayer) and not layer.fresh)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def set_position_embeddings(self, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .segments.segment import Segment
+from ..segments.segment import Segment
 
 _STEP = 64
 """Tokens by which a full buffer grows."""

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import IMPLEMENTATION, forget, prefilling, read_segments
+from ..methods.layer_prefill import Method
+from ..methods.method import reads_hidden
+from ..vlm.geometry import KVGeometry
+from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
-from .generating import generating
-from .methods.layer_prefill import Method
-from .methods.method import reads_hidden
-from .vlm.geometry import KVGeometry
+from .generate import generating
 
 _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""

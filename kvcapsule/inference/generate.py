@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..methods.layer_prefill import Method
 from .cache import CapsuleCache
-from .methods.layer_prefill import Method
 
 
 def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
