@@ -26,7 +26,7 @@ from kvcapsule.data.source import DataError, SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy import RKV
-from kvcapsule.policy.paired import Paired
+from kvcapsule.policy.combine import Paired
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry
 from kvcapsule.vlm.loading import ModelError, load_vlm
 

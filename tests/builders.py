@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec.crosslayer import CrossLayerConfig, CrossLayerTransform
+from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig
 from kvcapsule.methods.layer_prefill import LayerPrefill

@@ -12,7 +12,7 @@ from builders import rand
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AdaKV, LookM, SnapKV
-from kvcapsule.policy import lookm as lookm_module
+from kvcapsule.policy import look_m as lookm_module
 from kvcapsule.segments.segment import Segment, read, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 

@@ -17,8 +17,8 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.methods.method import Revises, Written
 from kvcapsule.policy import POLICIES, AkvqVl, Full
-from kvcapsule.policy.paired import Paired
-from kvcapsule.policy.window import Exact
+from kvcapsule.policy.combine import Paired
+from kvcapsule.policy.recent_window import Exact
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.hadamard import hadamard
 from kvcapsule.segments.segment import Segment, storage_bytes

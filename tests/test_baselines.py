@@ -20,7 +20,7 @@ from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import start
 from kvcapsule.policy import H2O, POLICIES, TEXT_POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
 from kvcapsule.policy import snapkv as snapkv_module
-from kvcapsule.policy.pyramid import pyramid_counts
+from kvcapsule.policy.pyramidkv import pyramid_counts
 from kvcapsule.policy.snapkv import attention_received
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcapsule.codec.crosslayer import CrossLayerConfig
+from kvcapsule.codec.cross_layer import CrossLayerConfig
 from kvcapsule.codec.transform import CellTransform, TransformConfig
 from kvcapsule.training.bound import map_bytes, most_channels, usual_limit
 from kvcapsule.training.sets import joint_heads, joint_layers

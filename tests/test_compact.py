@@ -13,7 +13,7 @@ from builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import FAMILIES, Encoded, compact
-from kvcapsule.codec.bank import added, targets
+from kvcapsule.codec.attention_matching import added, targets
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.compact import CompactConfig, CompactLayer, fit_masses
 from kvcapsule.kernels.reference import attend

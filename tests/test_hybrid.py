@@ -9,9 +9,9 @@ from builders import rand
 from kvcapsule.methods.host_retrieval import Retrieved
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import HybridKV, StreamingLLM
+from kvcapsule.policy.combine import Paired, TextPruning
 from kvcapsule.policy.concentration import concentration
 from kvcapsule.policy.head_budgets import nearest_power, share_out
-from kvcapsule.policy.paired import Paired, TextPruning
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.spans import VisualSpan
 

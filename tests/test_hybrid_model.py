@@ -18,7 +18,7 @@ from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.host_retrieval import HostRows, Retrieved
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Full, HybridKV
-from kvcapsule.policy.hybrid import Allotment
+from kvcapsule.policy.hybridkv import Allotment
 from kvcapsule.vlm.spans import find_spans
 
 Model = LlavaForConditionalGeneration

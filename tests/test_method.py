@@ -13,7 +13,7 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, keep, keep_heads
 from kvcapsule.methods.method import LayerByLayer, SharedBudget, Written, start
 from kvcapsule.policy import EvenlySpaced, Full
-from kvcapsule.policy.paired import Paired, TextPruning
+from kvcapsule.policy.combine import Paired, TextPruning
 from kvcapsule.segments.segment import Segment, storage_bytes
 
 ROWS, HEADS, GROUP, TOKENS, DIM = 3, 2, 2, 40, 8

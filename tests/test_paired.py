@@ -14,7 +14,7 @@ from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
-from kvcapsule.policy.paired import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
+from kvcapsule.policy.combine import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.geometry import GeometryError

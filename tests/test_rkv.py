@@ -16,10 +16,10 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.methods.method import Revises, Written
-from kvcapsule.policy import RKV, Full, rkv
-from kvcapsule.policy.paired import Paired
-from kvcapsule.policy.rkv import Prompt
-from kvcapsule.policy.rows import HeadRows, side_by_side
+from kvcapsule.policy import RKV, Full, r_kv
+from kvcapsule.policy.combine import Paired
+from kvcapsule.policy.head_rows import HeadRows, side_by_side
+from kvcapsule.policy.r_kv import Prompt
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -111,7 +111,7 @@ CHOICES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "defaults")
 def test_scores_are_those_of_the_formulas(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """In every row and head, padded or not; similarities in chunks of seven tokens."""
-    monkeypatch.setattr(rkv, "_CHUNK", 7)
+    monkeypatch.setattr(r_kv, "_CHUNK", 7)
     method, of = replace(SMALL, **choice), tokens()
     query, asking, scale = asked()
     important = method.importance(query, of.keys[:, :, :-WINDOW], of.valid[:, :, :-WINDOW], asking, scale)

@@ -9,8 +9,8 @@ from builders import DIM, GEOMETRY, HEADS, TILE, cross_layer_capsule, prefill, r
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
-from kvcapsule.codec.crosslayer import CrossLayerConfig
-from kvcapsule.codec.shaping import Readers, shaped, shaping_macs
+from kvcapsule.codec.cross_layer import CrossLayerConfig
+from kvcapsule.codec.noise_shaping import Readers, shaped, shaping_macs
 from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import GROUP

@@ -21,9 +21,9 @@ from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import Full, VLCache, postvision
 from kvcapsule.policy.budgets import layer_shares, whole_counts
-from kvcapsule.policy.paired import Paired
+from kvcapsule.policy.combine import Paired
 from kvcapsule.policy.postvision import SparsityMeter, attention_of, layer_sparsity, ranking_queries
-from kvcapsule.policy.vlcache import Observed
+from kvcapsule.policy.vl_cache import Observed
 from kvcapsule.vlm.spans import find_spans
 
 # By hand

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec.crosslayer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
+from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.transform import side_by_side
 from kvcapsule.segments.segment import Segment
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvcapsule.codec.bank import Reading, targets
+from kvcapsule.codec.attention_matching import Reading, targets
 from kvcapsule.codec.compact import CompactLayer, Selector
 from kvcapsule.kernels.reference import segment_scores
 from kvcapsule.segments.segment import Segment

@@ -11,7 +11,7 @@ from torch import nn
 from kvcapsule.codec import LayerCodec, StackCodec
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.kvcapsule import pyramid
-from kvcapsule.codec.shaping import Readers
+from kvcapsule.codec.noise_shaping import Readers
 from kvcapsule.codec.transform import (
     CellTransform,
     Transform,

@@ -13,7 +13,7 @@ import torch
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec import PairCodec
-from kvcapsule.codec.shaping import Readers
+from kvcapsule.codec.noise_shaping import Readers
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
 from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.vlm.geometry import KVGeometry

@@ -2,7 +2,7 @@
 
 from .base import CodecConfig, Encoded, KeyCodec, KeyPart, LayerCodec, PairCodec, StackCodec, StackEncoding, ValueCodec, ValuePart
 from .compact import CompactConfig
-from .crosslayer import CrossLayerConfig
+from .cross_layer import CrossLayerConfig
 from .identity import IdentityConfig
 from .kvcapsule import KVCapsuleConfig
 from .transform import TransformConfig

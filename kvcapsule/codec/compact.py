@@ -32,7 +32,7 @@ from torch import nn
 
 from ..segments.quantized_rows import QuantizedRows
 from ..vlm.geometry import KVGeometry
-from .bank import Reading, added, highest, products, read_by, rows_at, targets
+from .attention_matching import Reading, added, highest, products, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained
 

@@ -9,7 +9,7 @@ For one layer, one set of KV heads and one tile X [T, D] of keys (in the tile's 
 Decoders are linear along both axes, so attention reads C^ itself: A' is the score map (or value map), each head's part of P' the map of
 its query (or of its output). Heads of one layer see the same tokens, and what they have in common is stored once. The widths of the
 coefficients follow reverse water-filling of what their errors do to the answers' logits (kvcapsule.training.felt, allocation); the codes of
-a tile are chosen together (kvcapsule.codec.shaping); cells and bytes are laid out as kvcapsule.segments.coefficient_rows says.
+a tile are chosen together (kvcapsule.codec.noise_shaping); cells and bytes are laid out as kvcapsule.segments.coefficient_rows says.
 
 Transform coding with reverse water-filling is the textbook's (Goyal, IEEE Signal Processing Magazine, 2001); KVTC (arXiv 2511.01815) and
 SVDq (arXiv 2502.15304) code the channels of text KV with it. The token axis, reading without expansion, and the metric of the logits are
@@ -26,7 +26,7 @@ from ..segments.bit_packing import GROUP
 from ..segments.coefficient_rows import CodedRows, Coding
 from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
-from .shaping import Readers, check_readers, shaped, shaping_macs
+from .noise_shaping import Readers, check_readers, shaped, shaping_macs
 
 
 class CellTransform(nn.Module):

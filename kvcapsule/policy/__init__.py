@@ -2,23 +2,23 @@
 
 from .adakv import AdaKV
 from .aircache import AirCache
-from .akvq import AkvqVl
-from .attended import PostVisionAttention
+from .akvq_vl import AkvqVl
 from .base import Policy, TokenPruning, VisualPolicy
+from .combine import Paired, QuantizedText, TextPolicy, TextPruning
+from .evenly_spaced import EvenlySpaced
 from .full import Full
 from .h2o import H2O
-from .hybrid import HybridKV
+from .hybridkv import HybridKV
 from .kivi import Kivi
-from .lookm import LookM
-from .paired import Paired, QuantizedText, TextPolicy, TextPruning
-from .pyramid import PyramidKV
+from .look_m import LookM
+from .post_vision_attention import PostVisionAttention
+from .pyramidkv import PyramidKV
 from .quantized import Quantized
+from .r_kv import RKV
 from .random import Random
-from .rkv import RKV
 from .snapkv import HeadPruning, SnapKV
-from .spaced import EvenlySpaced
-from .streaming import StreamingLLM
-from .vlcache import VLCache
+from .streaming_llm import StreamingLLM
+from .vl_cache import VLCache
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,

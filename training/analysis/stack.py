@@ -1,6 +1,6 @@
 """What it is worth to code the keys and values of a stack of layers as one source, as the family cross-layer does.
 
-Units are the keys and the values of each layer of the stack, sets of KV heads side by side, as in kvcapsule.codec.crosslayer. Each unit is
+Units are the keys and the values of each layer of the stack, sets of KV heads side by side, as in kvcapsule.codec.cross_layer. Each unit is
 scaled to unit variance, so that what counts is the mean of their unexplained variances: a study has no measure of what a unit's errors cost
 in attention's output, by which training scales them. E tiles, S sets, T tokens of a tile, C channels of a source.
 """

@@ -28,7 +28,7 @@ from ..segments.bit_packing import GROUP
 from ..segments.coefficient_rows import CodedRows
 from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, Encoded, KeyPart, StackCodec, StackEncoding, ValuePart
-from .shaping import Readers, check_readers, shaping_macs
+from .noise_shaping import Readers, check_readers, shaping_macs
 from .transform import CellTransform, by_head, side_by_side
 
 

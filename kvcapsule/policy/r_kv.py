@@ -17,7 +17,7 @@ from ..methods.layer_prefill import Compressed, LayerPrefill, keep
 from ..methods.method import Written
 from ..segments.segment import Segment
 from .base import VisualPolicy
-from .rows import HeadRows, side_by_side
+from .head_rows import HeadRows, side_by_side
 
 CHOICES = {
     "scope": ("generated", "all"),

@@ -24,8 +24,8 @@ from ..segments.quantized_rows import check_bits
 from ..segments.segment import Rows, Segment
 from ..vlm.geometry import GeometryError, KVGeometry
 from .base import Policy
+from .recent_window import Exact, cut, entries, exact, joined
 from .snapkv import attention_received
-from .window import Exact, cut, entries, exact, joined
 
 _CHUNK = 32
 """Written tokens that leave the window together at least, however short it is."""
