@@ -27,11 +27,11 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProce
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
-from kvcapsule.data.pages import page
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
+from kvcapsule.testbeds.pages import page
 from kvcapsule.training.demo_vlm.model import build_model, build_processor
 from kvcapsule.vlm.geometry import KVGeometry
 

@@ -6,9 +6,9 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvcapsule.data import emoji, words
-from kvcapsule.data.picture import Picture, generator
-from kvcapsule.efficientnet_lite import EfficientNetLiteConfig
+from kvcapsule.testbeds import emoji, words
+from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig
+from kvcapsule.testbeds.picture import Picture, generator
 
 TOWER = {
     "image_size": 32,

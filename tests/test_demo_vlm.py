@@ -8,9 +8,9 @@ import torch
 
 from kvcapsule import Capsule, CapsuleCache, attach
 from kvcapsule.checkpoints import shipped
-from kvcapsule.data.pages import WORDS, page, pages, questions
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.eval.metrics import accuracy
+from kvcapsule.testbeds.pages import WORDS, page, pages, questions
 from kvcapsule.training.demo_vlm.data import IGNORE, PatchCollator, TurnCollator
 from kvcapsule.training.demo_vlm.run import DemoVlmConfig
 from kvcapsule.training.demo_vlm.run import main as train

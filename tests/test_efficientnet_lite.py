@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from smol import TOWER, published_tower
 from transformers import AutoConfig, AutoModel
 
-from kvcapsule.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, SameConv2d, positions
+from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, SameConv2d, positions
 from kvcapsule.training.smol_vlm.tower import BATCH_NORM_EPS, build_tower
 
 

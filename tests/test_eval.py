@@ -6,7 +6,6 @@ import torch
 from noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 from rich.progress import Progress
 
-from kvcapsule.data import pages
 from kvcapsule.eval.generation import generate, held_bytes, new_cache
 from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.metrics import divergence
@@ -14,6 +13,7 @@ from kvcapsule.eval.questions import Batch, batches
 from kvcapsule.eval.runner import Tally, answered, evaluate, prompt_bytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy import Full
+from kvcapsule.testbeds import pages
 
 
 @pytest.fixture(scope="module")

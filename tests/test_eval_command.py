@@ -12,11 +12,11 @@ from PIL import Image
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.data import pages
 from kvcapsule.eval import compare
 from kvcapsule.eval import main as command
 from kvcapsule.eval.main import main
 from kvcapsule.eval.matching import TOLERANCE
+from kvcapsule.testbeds import pages
 from kvcapsule.vlm.geometry import KVGeometry
 
 QUICK = ("--data.size", "4", "--batch", "4", "--max-new-tokens", "4", "--timing", "false")

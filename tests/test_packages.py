@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 
-from kvcapsule.data import packages
-from kvcapsule.data.emoji import _member
-from kvcapsule.data.packages import Package, PackageError
 from kvcapsule.data.source import DataError, SourceConfig, load
+from kvcapsule.testbeds import packages
+from kvcapsule.testbeds.emoji import _member
+from kvcapsule.testbeds.packages import Package, PackageError
 
 
 @pytest.fixture

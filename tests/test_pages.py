@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from kvcapsule.data.digits import digit_scans
-from kvcapsule.data.pages import COUNTS, LINES, SIDE, TASKS, WORDS, page, pages, questions
+from kvcapsule.testbeds.digits import digit_scans
+from kvcapsule.testbeds.pages import COUNTS, LINES, SIDE, TASKS, WORDS, page, pages, questions
 
 
 def test_a_page_is_a_function_of_its_arguments() -> None:

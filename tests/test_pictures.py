@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from smol import backgrounds, glyph
 
-from kvcapsule.data import easy_vqa, emoji, photos, words
-from kvcapsule.data.pages import Question
-from kvcapsule.data.picture import data_set, generator, prior_accuracy
 from kvcapsule.data.source import DataError, SourceConfig, load
+from kvcapsule.testbeds import easy_vqa, emoji, photos, words
+from kvcapsule.testbeds.pages import Question
+from kvcapsule.testbeds.picture import data_set, generator, prior_accuracy
 
 
 def _scene(split: str, index: int, seed: int = 0):

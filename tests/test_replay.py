@@ -9,7 +9,6 @@ from rich.progress import Progress
 from running import MIXED, ready, tiny_gemma, tiny_qwen
 from transformers import BatchFeature, LlavaProcessor
 
-from kvcapsule.data import pages
 from kvcapsule.eval import generation
 from kvcapsule.eval.generation import Generated, generate, new_cache, record
 from kvcapsule.eval.matching import Layout
@@ -20,6 +19,7 @@ from kvcapsule.eval.runner import by_task, evaluate, prompt_bytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES
+from kvcapsule.testbeds import pages
 from kvcapsule.vlm.spans import find_spans
 
 METHODS = {

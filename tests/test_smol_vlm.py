@@ -6,10 +6,10 @@ from peft.utils import get_peft_model_state_dict
 from smol import CHAT_TEMPLATE, TOWER, Draw, language_model, published_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from kvcapsule.data.packages import PackageError
-from kvcapsule.data.photos import photos
 from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.efficientnet_lite import EfficientNetLiteConfig
+from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig
+from kvcapsule.testbeds.packages import PackageError
+from kvcapsule.testbeds.photos import photos
 from kvcapsule.training.smol_vlm import stages
 from kvcapsule.training.smol_vlm.assemble import EFFICIENTNET_LITE0, join, pretrained_halves, save
 from kvcapsule.training.smol_vlm.language import IMAGE_TOKEN, SmolError, template_with_parts

@@ -7,8 +7,8 @@ import torch
 from transformers import BatchFeature
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.data import pages
 from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.testbeds import pages
 from kvcapsule.training import store
 from kvcapsule.training.datamodule import Shares
 from kvcapsule.training.harvest import LayerHarvest, harvest

@@ -8,13 +8,13 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from kvcapsule.data import pages
 from kvcapsule.eval import timing
 from kvcapsule.eval.methods import FULL, Entry, full_entry
 from kvcapsule.eval.timing import time_entries
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy import Full
 from kvcapsule.segments.segment import Segment
+from kvcapsule.testbeds import pages
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.data import pages
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.segments.segment import Segment
+from kvcapsule.testbeds import pages
 from kvcapsule.training.harvest import harvest
 from kvcapsule.training.losses import full_output, output_error, unexplained
 from kvcapsule.training.main import build_parser, find_recipe, shipped_recipes

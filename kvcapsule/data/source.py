@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from . import easy_vqa, emoji, pages, words
-from .digits import SPLITS
-from .packages import PackageError
+from ..testbeds import easy_vqa, emoji, pages, words
+from ..testbeds.digits import SPLITS
+from ..testbeds.packages import PackageError
 
 PAGES = "pages"
-"""The name of the source that is taken by default; pages of other heights are called as kvcapsule.data.pages.HEIGHTS has them."""
+"""The name of the source that is taken by default; pages of other heights are called as kvcapsule.testbeds.pages.HEIGHTS has them."""
 PICTURES: dict[str, Callable[[str, int, int], datasets.Dataset]] = {
     "emoji": emoji.emoji,
     "easy-vqa": easy_vqa.easy_vqa,

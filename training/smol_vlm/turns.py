@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
-from kvcapsule.data import easy_vqa, emoji, words
-from kvcapsule.data.pages import Question
-from kvcapsule.data.picture import Picture
 from kvcapsule.data.prompts import conversation
+from kvcapsule.testbeds import easy_vqa, emoji, words
+from kvcapsule.testbeds.pages import Question
+from kvcapsule.testbeds.picture import Picture
 
 IGNORE = -100
 TASKS = tuple(f"{name}-{task}" for name, of in (("emoji", emoji), ("easy-vqa", easy_vqa), ("words", words)) for task in of.TASKS)
