@@ -17,7 +17,7 @@ from kvcapsule.training.analysis.questions import Batch, answer_places
 from kvcapsule.training.analysis.report import over_steps
 from kvcapsule.training.analysis.similarity import Similarity
 from kvcapsule.training.analysis.spectrum import TileMoments, spectrum
-from kvcapsule.training.spectra import CoefficientMoments
+from kvcapsule.training.families.spectra import CoefficientMoments
 from kvcapsule.vlm.spans import VisualSpan
 
 CPU = torch.device("cpu")

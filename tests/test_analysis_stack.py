@@ -16,8 +16,8 @@ from kvcapsule.training.analysis.distortion import BITS, bits_for, water_fill
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer
 from kvcapsule.training.analysis.stack import StackStudy, stacks_of
+from kvcapsule.training.families.grouping import joint_heads, joint_layers, stacks
 from kvcapsule.training.harvest import LayerHarvest
-from kvcapsule.training.sets import joint_heads, joint_layers, stacks
 from kvcapsule.vlm.spans import VisualSpan
 
 TILE, DIM = 5, 4

@@ -15,7 +15,6 @@ import pytest
 from kvcapsule.cli import results
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import write_whole
-from kvcapsule.training import sets
 from kvcapsule.training.analysis import passes, questions
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.analysis.distortion import BITS
@@ -25,6 +24,7 @@ from kvcapsule.training.analysis.passes import one_size
 from kvcapsule.training.analysis.plot import PICTURES
 from kvcapsule.training.analysis.report import heading, over_steps, tables
 from kvcapsule.training.analysis.study import _rounded
+from kvcapsule.training.families import grouping
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "analyze.md"
 QUICK = ["--device", "cpu", "--questions", "8", "--tile", "49"]
@@ -173,7 +173,7 @@ def test_pages_vlm_reads_on_while_prefill_stays(tmp_path: Path) -> None:
 
 def test_stacks_of_a_model_of_several(run, vlm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers and the one that is left; the same layers by themselves as in any other study."""
-    monkeypatch.setattr(sets, "_LAYERS", 384)
+    monkeypatch.setattr(grouping, "_LAYERS", 384)
     assert main(["--model", vlm, *ENOUGH, "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert [(entry["first"], entry["last"]) for entry in found["stacks"]] == [(0, 2)] * len(BITS) + [(3, 3)] * len(BITS)

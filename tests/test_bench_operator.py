@@ -11,7 +11,7 @@ import torch
 from kvcapsule.eval.bench import calls, clock, formula, full, gate, methods, stored, touched, water
 from kvcapsule.eval.bench.shapes import SHAPES, Shape, distinct
 from kvcapsule.segments.segment import Segment
-from kvcapsule.training.allocation import allocate
+from kvcapsule.training.families.allocation import allocate
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 2, 6, 2, 16, 32, 64, 100)

@@ -4,8 +4,8 @@ import pytest
 
 from kvcapsule.codec.cross_layer import CrossLayerConfig
 from kvcapsule.codec.transform import CellTransform, TransformConfig
-from kvcapsule.training.bound import map_bytes, most_channels, usual_limit
-from kvcapsule.training.sets import joint_heads, joint_layers
+from kvcapsule.training.families.grouping import joint_heads, joint_layers
+from kvcapsule.training.families.map_budget import map_bytes, most_channels, usual_limit
 from kvcapsule.vlm.geometry import KVGeometry
 
 LARGE = KVGeometry("llava", layers=32, query_heads=32, kv_heads=8, head_dim=128, rotary="1d")

@@ -22,7 +22,7 @@ from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main as train
-from kvcapsule.training.matching import QueryBank, begin, chosen_by_teacher, greedy_choice, imitation_loss
+from kvcapsule.training.query_bank import QueryBank, begin, chosen_by_teacher, greedy_choice, imitation_loss
 from kvcapsule.vlm.geometry import KVGeometry
 
 LONG = 24

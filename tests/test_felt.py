@@ -10,12 +10,12 @@ from builders import rand
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.segments.segment import Segment
-from kvcapsule.training.crosslayer import Coordinates, CrossLayerFit
 from kvcapsule.training.datamodule import Batch, Questions
-from kvcapsule.training.felt import MIX, Felt, gradients, mixed, require_finite_gradients
+from kvcapsule.training.families.cross_layer import Coordinates, CrossLayerFit
+from kvcapsule.training.families.spectra import Moments
+from kvcapsule.training.fisher import MIX, Felt, gradients, mixed, require_finite_gradients
+from kvcapsule.training.frozen_forward import asked, logits_through
 from kvcapsule.training.harvest import LayerHarvest, harvest
-from kvcapsule.training.spectra import Moments
-from kvcapsule.training.through import asked, logits_through
 from kvcapsule.vlm.loading import load_vlm
 
 TILE = 28

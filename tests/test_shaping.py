@@ -15,7 +15,7 @@ from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
-from kvcapsule.training.straight_through import coded
+from kvcapsule.training.families.straight_through import coded
 
 FLOOR = 0.2
 

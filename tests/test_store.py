@@ -9,11 +9,11 @@ from transformers import BatchFeature
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.testbeds import pages
-from kvcapsule.training import store
+from kvcapsule.training import harvest_store
 from kvcapsule.training.datamodule import Shares
 from kvcapsule.training.harvest import LayerHarvest, harvest
+from kvcapsule.training.harvest_store import HarvestStore
 from kvcapsule.training.main import main
-from kvcapsule.training.store import HarvestStore
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_what_is_read_back_is_what_was_made(model, batch, tmp_path, monkeypatch,
     expected = harvest(model, batch, 50, canonical)
     kept = HarvestStore(tmp_path / "kept", model, 50, canonical)
     kept.harvest(batch)
-    monkeypatch.setattr(store, "harvest", None)
+    monkeypatch.setattr(harvest_store, "harvest", None)
     for mine, own in zip(kept.harvest(batch), expected, strict=True):
         assert mine.scale == own.scale and (mine.frame is None) == (own.frame is None) == (not canonical)
         for a, b in zip(_tensors(mine), _tensors(own), strict=True):
@@ -59,7 +59,7 @@ def test_half_of_a_file_is_never_there(model, batch, tmp_path, monkeypatch) -> N
         path.write_bytes(b"half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(store, "save_file", fail)
+    monkeypatch.setattr(harvest_store, "save_file", fail)
     kept = HarvestStore(tmp_path, model, 50, True)
     with pytest.raises(ValueError, match=r"no harvest can be kept in .*: the disk is full. Free some space"):
         kept.harvest(batch)
@@ -87,7 +87,7 @@ def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, fami
     quick = ["kvcapsule-paper", *quick[1:]] if family == "kvcapsule" else quick
     runs = {"own": [], "first": ["--harvests", str(tmp_path / "kept")], "second": ["--harvests", str(tmp_path / "kept")]}
     made: list[int] = []
-    monkeypatch.setattr(store, "harvest", lambda *given: made.append(0) or harvest(*given))
+    monkeypatch.setattr(harvest_store, "harvest", lambda *given: made.append(0) or harvest(*given))
     counts = []
     for name, options in runs.items():
         assert main([*quick, "--output", str(tmp_path / name), *options]) == 0

@@ -11,13 +11,13 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages
+from kvcapsule.training.families.soft_mask import SoftLinear
 from kvcapsule.training.harvest import harvest
 from kvcapsule.training.losses import full_output, output_error, unexplained
 from kvcapsule.training.main import build_parser, find_recipe, shipped_recipes
 from kvcapsule.training.main import main as command
-from kvcapsule.training.moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 from kvcapsule.training.recipe import CodecRecipe, Recipe
-from kvcapsule.training.relaxed import SoftLinear
+from kvcapsule.training.second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 
 QUICK = ["--data.size", "40", "--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu"]
 

@@ -17,7 +17,7 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.training.allocation import DISTORTION, STEP
+from kvcapsule.training.families.allocation import DISTORTION, STEP
 
 SIZES = {"key_rows": (8, 8), "key_channels": (6, 6), "value_rows": (16, 16), "value_channels": (5, 5)}
 TILES = [(0, 3), (0, 13), (1, 5)]

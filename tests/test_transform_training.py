@@ -15,14 +15,22 @@ from safetensors.torch import load_file
 from kvcapsule import Capsule
 from kvcapsule.codec.transform import Transform
 from kvcapsule.segments.segment import Segment, read
-from kvcapsule.training.allocation import DISTORTION, STEP, allocate, cell_reach, cell_variance, distortion, step_size
+from kvcapsule.training.families.allocation import (
+    DISTORTION,
+    STEP,
+    allocate,
+    cell_reach,
+    cell_variance,
+    distortion,
+    step_size,
+)
+from kvcapsule.training.families.spectra import CoefficientMoments, Extremes, Moments
+from kvcapsule.training.families.straight_through import coded
+from kvcapsule.training.families.transform import Unit
+from kvcapsule.training.frozen_forward import divergence
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main
-from kvcapsule.training.spectra import CoefficientMoments, Extremes, Moments
-from kvcapsule.training.straight_through import coded
-from kvcapsule.training.through import divergence
-from kvcapsule.training.transform import Unit
 
 QUICK = ["--data.size", "80", "--held_out", "16", "--batch", "8", "--moment_batches", "8", "--codec.tile", "28", "--threads", "1"]
 QUICK += ["--transform.logit_batches", "2"]

@@ -23,13 +23,13 @@ from kvcapsule.vlm.geometry import GeometryError, KVGeometry, full_attention_lay
 from kvcapsule.vlm.loading import load_vlm
 from kvcapsule.vlm.spans import find_spans
 
-from .compact import CompactFit
-from .crosslayer import CrossLayerFit
+from .capsule_fit import CapsuleFit, FitOf, Task
 from .datamodule import Questions
-from .kvcapsule import KVCapsuleFit
-from .module import CapsuleFit, FitOf, Task
+from .families.compact import CompactFit
+from .families.cross_layer import CrossLayerFit
+from .families.kvcapsule import KVCapsuleFit
+from .families.transform import TransformFit
 from .recipe import Recipe
-from .transform import TransformFit
 
 FITS: dict[str, FitOf] = {
     "transform": TransformFit,

@@ -92,7 +92,7 @@ class Choice(NamedTuple):
 class Selector(nn.Module):
     """Ranks a tile's tokens in one pass: two layers over a token's key and value, with an embedding of its place, for each KV head.
 
-    All zero until it is trained (kvcapsule.training.matching).
+    All zero until it is trained (kvcapsule.training.query_bank).
     """
 
     mean: torch.Tensor
@@ -166,7 +166,7 @@ class CompactLayer(LayerCodec):
         if not bool(self.bank.any()):
             raise RuntimeError(
                 "this compact codec's bank of queries is empty, so there is nothing to match: train the capsule, or fill `bank` with "
-                "kvcapsule.training.matching.QueryBank."
+                "kvcapsule.training.query_bank.QueryBank."
             )
         return self.bank.to(torch.promote_types(dtype, torch.float32)) * self.scale
 

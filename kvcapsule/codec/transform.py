@@ -8,7 +8,7 @@ For one layer, one set of KV heads and one tile X [T, D] of keys (in the tile's 
 
 Decoders are linear along both axes, so attention reads C^ itself: A' is the score map (or value map), each head's part of P' the map of
 its query (or of its output). Heads of one layer see the same tokens, and what they have in common is stored once. The widths of the
-coefficients follow reverse water-filling of what their errors do to the answers' logits (kvcapsule.training.felt, allocation); the codes of
+coefficients follow reverse water-filling of what their errors do to the answers' logits (kvcapsule.training.fisher, allocation); the codes of
 a tile are chosen together (kvcapsule.codec.noise_shaping); cells and bytes are laid out as kvcapsule.segments.coefficient_rows says.
 
 Transform coding with reverse water-filling is the textbook's (Goyal, IEEE Signal Processing Magazine, 2001); KVTC (arXiv 2511.01815) and

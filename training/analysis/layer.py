@@ -8,8 +8,8 @@ import torch
 from kvcapsule.cli.errors import InputError
 from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles
 
+from ..families.spectra import Bases, CoefficientMoments
 from ..harvest import LayerHarvest
-from ..spectra import Bases, CoefficientMoments
 from .distortion import BITS, FULL_BITS, fixed_share, predict
 from .drift import Drift, attention_on
 from .similarity import Similarity

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from kvcapsule.codec.transform import side_by_side
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
+from ..families.grouping import joint_heads, joint_layers, stacks
+from ..families.spectra import Moments
 from ..harvest import LayerHarvest
-from ..sets import joint_heads, joint_layers, stacks
-from ..spectra import Moments
 from .distortion import BITS, FULL_BITS, bits_for, water_fill
 from .layer import NAMES, LayerStudy
 from .spectrum import TileMoments

@@ -12,11 +12,11 @@ from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import pyramid, retained
 from kvcapsule.segments.segment import Segment
 
-from .datamodule import Batch
-from .harvest import LayerHarvest
-from .losses import require_finite
-from .matching import QueryBank, begin, chosen_by_teacher, imitation_loss
-from .module import CapsuleFit, Task, scheduled
+from ..capsule_fit import CapsuleFit, Task, scheduled
+from ..datamodule import Batch
+from ..harvest import LayerHarvest
+from ..losses import require_finite
+from ..query_bank import QueryBank, begin, chosen_by_teacher, imitation_loss
 
 
 class CompactFit(CapsuleFit):

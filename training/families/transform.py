@@ -23,18 +23,18 @@ from kvcapsule.codec.transform import (
 )
 from kvcapsule.segments.segment import Segment
 
+from ..capsule_fit import CapsuleFit, Task, scheduled
+from ..datamodule import Batch
+from ..fisher import Felt, gradients, mixed, require_finite_gradients
+from ..harvest import LayerHarvest
+from ..losses import error_and_energy, full_output, output_error, require_finite
+from ..query_bank import QueryBank
 from .allocation import REACHING, allocate, distortion
-from .bound import most_channels, usual_limit
-from .datamodule import Batch
-from .felt import Felt, gradients, mixed, require_finite_gradients
-from .harvest import LayerHarvest
-from .losses import error_and_energy, full_output, output_error, require_finite
-from .matching import QueryBank
-from .module import CapsuleFit, Task, scheduled
-from .sets import joint_heads
+from .coding_source import LEAST_STEP, Unit
+from .grouping import joint_heads
+from .map_budget import most_channels, usual_limit
 from .spectra import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
 from .straight_through import coded
-from .units import LEAST_STEP, Unit
 
 _COARSE = 0.8
 """Bits an element up to which the learning rate is the recipe's."""

@@ -11,13 +11,13 @@ from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, Cross
 from kvcapsule.codec.transform import side_by_side
 from kvcapsule.segments.segment import Segment
 
-from .harvest import LayerHarvest
-from .module import Task
-from .sets import joint_layers, stacks
+from ..capsule_fit import Task
+from ..harvest import LayerHarvest
+from .coding_source import Unit, used
+from .grouping import joint_layers, stacks
 from .spectra import Moments
 from .straight_through import coded
 from .transform import TransformFit
-from .units import Unit, used
 
 _FIRST = 10
 """Batches that show the variances of a first code, which is only where what the logits feel is measured."""

@@ -13,13 +13,13 @@ from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, 
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
 
-from .datamodule import Batch
-from .harvest import LayerHarvest
-from .losses import unexplained
-from .module import CapsuleFit, Task, mean, scheduled
-from .moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
-from .recipe import OptimConfig
-from .relaxed import SoftKeys, soft_keys
+from ..capsule_fit import CapsuleFit, Task, mean, scheduled
+from ..datamodule import Batch
+from ..harvest import LayerHarvest
+from ..losses import unexplained
+from ..recipe import OptimConfig
+from ..second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
+from .soft_mask import SoftKeys, soft_keys
 
 
 class LayerFit(nn.Module):

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from kvcapsule.segments.segment import Segment
 
 from .datamodule import Batch
+from .families.spectra import Moments
+from .frozen_forward import asked, logits_through
 from .harvest import LayerHarvest
-from .spectra import Moments
-from .through import asked, logits_through
 
 MIX = 0.1
 """Weight of the metric by attention's output beside the logits', both by what they say of losing everything: of what the logits did not

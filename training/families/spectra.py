@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .harvest import LayerHarvest
+from ..harvest import LayerHarvest
 
 _FLOOR = 1e-4
 """Least eigenvalue of a metric, relative to its greatest: a direction that no query showed is not therefore free."""

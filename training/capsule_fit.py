@@ -21,11 +21,11 @@ from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
 
 from .datamodule import Batch, Questions
+from .frozen_forward import divergence, logits_through
 from .harvest import LayerHarvest, harvest, harvest_with_logits
+from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe
-from .store import HarvestStore
-from .through import divergence, logits_through
 
 
 @dataclass(frozen=True)
