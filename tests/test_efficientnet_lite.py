@@ -7,7 +7,7 @@ from smol import TOWER, published_tower
 from transformers import AutoConfig, AutoModel
 
 from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, SameConv2d, positions
-from kvcapsule.training.smol_vlm.tower import BATCH_NORM_EPS, build_tower
+from kvcapsule.training.testbeds.smol_vlm.tower import BATCH_NORM_EPS, build_tower
 
 
 def test_same_convolution_pads_what_is_missing_and_the_odd_one_behind() -> None:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.training.smol_vlm.curves import CurvesConfig, main, rows_of
+from kvcapsule.training.testbeds.smol_vlm.curves import CurvesConfig, main, rows_of
 
 
 def log(folder: Path, stage: str, version: int, text: str) -> None:

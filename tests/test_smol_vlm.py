@@ -10,13 +10,13 @@ from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig
 from kvcapsule.testbeds.packages import PackageError
 from kvcapsule.testbeds.photos import photos
-from kvcapsule.training.smol_vlm import stages
-from kvcapsule.training.smol_vlm.assemble import EFFICIENTNET_LITE0, join, pretrained_halves, save
-from kvcapsule.training.smol_vlm.language import IMAGE_TOKEN, SmolError, template_with_parts
-from kvcapsule.training.smol_vlm.run import SmolVlmConfig, train
-from kvcapsule.training.smol_vlm.tower import IMAGE_MEAN, IMAGE_STD, build_tower
-from kvcapsule.training.smol_vlm.turns import IGNORE, TASKS, NameCollator, TurnCollator, all_names
-from kvcapsule.training.smol_vlm.weights import CONNECTOR, LORA, add_lora, put_on, save_trained
+from kvcapsule.training.testbeds.smol_vlm import stages
+from kvcapsule.training.testbeds.smol_vlm.assemble import EFFICIENTNET_LITE0, join, pretrained_halves, save
+from kvcapsule.training.testbeds.smol_vlm.language import IMAGE_TOKEN, SmolError, template_with_parts
+from kvcapsule.training.testbeds.smol_vlm.run import SmolVlmConfig, train
+from kvcapsule.training.testbeds.smol_vlm.tower import IMAGE_MEAN, IMAGE_STD, build_tower
+from kvcapsule.training.testbeds.smol_vlm.turns import IGNORE, TASKS, NameCollator, TurnCollator, all_names
+from kvcapsule.training.testbeds.smol_vlm.weights import CONNECTOR, LORA, add_lora, put_on, save_trained
 from kvcapsule.vlm.loading import ModelError, load_vlm
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it

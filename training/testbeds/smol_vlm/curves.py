@@ -1,4 +1,4 @@
-"""The log of smol-vlm's training as one table and one picture: `python -m kvcapsule.training.smol_vlm.curves --help`."""
+"""The log of smol-vlm's training as one table and one picture: `python -m kvcapsule.training.testbeds.smol_vlm.curves --help`."""
 
 import csv
 from dataclasses import dataclass

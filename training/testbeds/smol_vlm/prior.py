@@ -1,4 +1,4 @@
-"""What one would score on smol-vlm's data who never looks: `python -m kvcapsule.training.smol_vlm.prior`."""
+"""What one would score on smol-vlm's data who never looks: `python -m kvcapsule.training.testbeds.smol_vlm.prior`."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Train a pages-vlm: `python -m kvcapsule.training.demo_vlm.run`; started again, it goes on where it stopped."""
+"""Train a pages-vlm: `python -m kvcapsule.training.testbeds.pages_vlm.run`; started again, it goes on where it stopped."""
 
 import os
 from collections.abc import Callable
