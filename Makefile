@@ -94,7 +94,7 @@ smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm):
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --json eval/results/smol-vlm.json \
 		--plot eval/results/smol-vlm.png --report docs/results.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer --json eval/results/smol-transfer.json $(SUITE_FLAGS)
-	$(BIN)/python -m kvcapsule.eval.by_set --json eval/results/smol-transfer.json --report docs/results.md --name smol-transfer-sets
+	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer.json --report docs/results.md --name smol-transfer-sets
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule analyze --model runs/smol-vlm --data.source pictures --data.split validation --questions 48 \
 		--json eval/results/analyze-smol-vlm.json
 
@@ -107,7 +107,7 @@ rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the
 		--plot eval/results/rate-distortion.png --report docs/results.md $(SUITE_FLAGS)
 
 long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
-	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.growth --json eval/results/long-answer.json \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.studies.long_answer --json eval/results/long-answer.json \
 		--plot docs/long-answer.png --report docs/long-answer.md $(GROWTH_FLAGS)
 
 policies: $(READY) ## compare all policies at equal bytes with the shipped capsules

@@ -6,7 +6,7 @@ from pathlib import Path
 from kvcapsule.cli.errors import InputError
 from kvcapsule.data.source import SourceConfig
 
-from . import plot
+from .report import scatter
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EvalConfig:
     """Whether prefill and decode are timed."""
     json: str | None = None
     """File for the result as JSON (docs/eval-json.md says what is in it)."""
-    plot: str | None = None
+    scatter: str | None = None
     """File for a picture, accuracy against bytes: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file whose table of the suite is brought up to date."""
@@ -83,7 +83,7 @@ class EvalConfig:
         for name, count in (("batch", self.batch), ("threads", self.threads)):
             if count is not None and count < 1:
                 raise InputError(f"--{name} {count}: at least 1 is needed.")
-        if self.plot is not None and Path(self.plot).suffix not in plot.SUFFIXES:
+        if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
             raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
         if self.save_metrics and (len(self.capsule) != 1 or not Path(self.capsule[0]).is_dir()):
             raise InputError("--save_metrics needs exactly one --capsule, and that a folder.")

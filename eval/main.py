@@ -14,12 +14,12 @@ from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
 
-from . import curves, plot, results
-from .compare import run
+from .command_line import normal, on_purpose
 from .config import EvalConfig
-from .report import tables
-from .suite import load, name_of, shipped_suites
-from .words import normal, on_purpose
+from .report import curves, markdown, scatter
+from .report.rows import tables
+from .run import run
+from .suite.suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
 _LISTS = {"--capsule": False, "--methods": True}
@@ -84,10 +84,10 @@ def _write(found: dict[str, Any], config: EvalConfig) -> None:
         if config.json is not None:
             write_whole(Path(config.json), to_json(found))
         if config.plot is not None:
-            picture = plot.picture if config.suite is None else curves.picture
-            plot.draw(picture(found["rows"], _title(found)), Path(config.plot))
+            picture = scatter.picture if config.suite is None else curves.picture
+            scatter.draw(picture(found["rows"], _title(found)), Path(config.plot))
         if config.suite is not None and config.report is not None:
-            results.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
+            markdown.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error
     if config.save_metrics:

@@ -20,9 +20,9 @@ from transformers.cache_utils import Cache
 
 from kvcapsule.inference.attach import attach
 
-from .generation import GREEDY, new_cache
-from .methods import FULL, Entry
-from .questions import Batch, make_batch, read
+from .batches import Batch, make_batch, read
+from .entries import FULL, Entry
+from .watched_generate import GREEDY, new_cache
 
 BATCHES = 2
 """Different batches that are timed."""

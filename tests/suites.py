@@ -66,5 +66,5 @@ def fake_training(monkeypatch, random_capsule) -> list[list[str]]:
         random_capsule(0.5, 0.5, 196).save_pretrained(words[words.index("--output") + 1])
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr("kvcapsule.eval.trained.subprocess.run", run)
+    monkeypatch.setattr("kvcapsule.eval.suite.capsules.subprocess.run", run)
     return ran

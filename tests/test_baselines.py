@@ -15,7 +15,7 @@ from witness import Witness
 from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
-from kvcapsule.eval.methods import BY_DEFAULT, FIXED, RIVALS, chosen
+from kvcapsule.eval.entries import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import start
 from kvcapsule.policy import H2O, POLICIES, TEXT_POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy

@@ -9,8 +9,8 @@ from PIL import Image
 from suites import rows_of
 
 from kvcapsule.eval import main as command
-from kvcapsule.eval.curves import curves, picture
-from kvcapsule.eval.plot import draw
+from kvcapsule.eval.report.curves import curves, picture
+from kvcapsule.eval.report.scatter import draw
 from kvcapsule.policy import POLICIES
 
 FULL_BYTES = 400_000

@@ -6,11 +6,11 @@ import torch
 from noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 from rich.progress import Progress
 
-from kvcapsule.eval.generation import generate, held_bytes, new_cache
-from kvcapsule.eval.methods import FULL, Entry, full_entry
+from kvcapsule.eval.batches import Batch, batches
+from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.metrics import divergence
-from kvcapsule.eval.questions import Batch, batches
-from kvcapsule.eval.runner import Tally, answered, evaluate, prompt_bytes
+from kvcapsule.eval.quality import Tally, answered, evaluate, prompt_bytes
+from kvcapsule.eval.watched_generate import generate, held_bytes, new_cache
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy import Full
 from kvcapsule.testbeds import pages

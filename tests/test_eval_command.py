@@ -12,10 +12,10 @@ from PIL import Image
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.eval import compare
 from kvcapsule.eval import main as command
+from kvcapsule.eval import run
+from kvcapsule.eval.equal_bytes import TOLERANCE
 from kvcapsule.eval.main import main
-from kvcapsule.eval.matching import TOLERANCE
 from kvcapsule.testbeds import pages
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -179,7 +179,7 @@ def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
 
 
 def test_no_questions(vlm, rows, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(compare.source, "load", lambda _: rows.select([]))
+    monkeypatch.setattr(run.source, "load", lambda _: rows.select([]))
     assert "holds no questions" in _refused(capsys, "--model", vlm, "--ratio", "0.5")
 
 

@@ -15,8 +15,8 @@ from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.cli.results import command_line
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data.source import SourceConfig
-from kvcapsule.eval import compare
 from kvcapsule.eval import main as command
+from kvcapsule.eval import run
 from kvcapsule.vlm.geometry import KVGeometry
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "eval-json.md"
@@ -78,7 +78,7 @@ def result(tmp_path_factory, model, processor) -> dict[str, Any]:
         max_new_tokens=4,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "time_entries", partial(compare.time_entries, rounds=1, steps=2))
+        patch.setattr(run, "time_entries", partial(run.time_entries, rounds=1, steps=2))
         found = command.run(config, Console(quiet=True), command_line(command.PROG, ["--model", str(folder / "vlm")]))
     return json.loads(json.dumps(found, allow_nan=False))
 

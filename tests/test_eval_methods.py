@@ -8,8 +8,8 @@ import pytest
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import command_line, shown_path
 from kvcapsule.eval import main as command
-from kvcapsule.eval.matching import PerLayer
-from kvcapsule.eval.methods import FIXED, FULL, RIVALS, TEXT, build, chosen, entries, open_capsules
+from kvcapsule.eval.entries import FIXED, FULL, RIVALS, TEXT, build, chosen, entries, open_capsules
+from kvcapsule.eval.equal_bytes import PerLayer
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvcapsule.eval import growth, growth_page
+from kvcapsule.eval.studies import long_answer, long_answer_page
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = 4 * 2 * 2 * 32 * 4
@@ -20,7 +20,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("growth")
     sizes = ["--tokens", str(TOKENS), "--questions", "2", "--budget_tokens", str(BUDGET), "--buffer", str(BUFFER)]
     files = ["--json", str(folder / "long.json"), "--plot", str(folder / "long.png"), "--report", str(folder / "long.md")]
-    assert growth.main([*sizes, *files]) == 0
+    assert long_answer.main([*sizes, *files]) == 0
     return folder
 
 
@@ -63,7 +63,7 @@ def test_the_page_shows_what_was_measured(written: Path, rows: dict[str, dict[st
 def test_the_documents_show_what_is_committed() -> None:
     """docs/long-answer.md is that of eval/results/long-answer.json, and its picture is there."""
     found = json.loads((ROOT / "eval" / "results" / "long-answer.json").read_text())
-    assert (ROOT / "docs" / "long-answer.md").read_text() == growth_page.page(found)
+    assert (ROOT / "docs" / "long-answer.md").read_text() == long_answer_page.page(found)
     assert found["tokens"] >= 300
     assert (ROOT / "docs" / "long-answer.png").is_file()
     assert "](long-answer.png)" in (ROOT / "docs" / "results.md").read_text()
@@ -81,7 +81,7 @@ def test_the_documents_show_what_is_committed() -> None:
 )
 def test_what_cannot_be_used_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        code = growth.main(options)
+        code = long_answer.main(options)
     except SystemExit as ended:
         code = int(str(ended.code))
     assert code == 2

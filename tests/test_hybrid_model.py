@@ -9,11 +9,11 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import attach
-from kvcapsule.eval.generation import generate, new_cache
-from kvcapsule.eval.matching import Layout
-from kvcapsule.eval.methods import Entry, full_entry
-from kvcapsule.eval.report import rows, tables
-from kvcapsule.eval.runner import Tally
+from kvcapsule.eval.entries import Entry, full_entry
+from kvcapsule.eval.equal_bytes import Layout
+from kvcapsule.eval.quality import Tally
+from kvcapsule.eval.report.rows import rows, tables
+from kvcapsule.eval.watched_generate import generate, new_cache
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.host_retrieval import HostRows, Retrieved
 from kvcapsule.methods.layer_prefill import Method

@@ -8,9 +8,9 @@ import pytest
 from suites import QUICK, evaluate, rows_of
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.eval import by_set
-from kvcapsule.eval.by_set import BySetConfig
-from kvcapsule.eval.join import JoinConfig, join, main
+from kvcapsule.eval.report import by_dataset
+from kvcapsule.eval.report.by_dataset import BySetConfig
+from kvcapsule.eval.report.merge_runs import JoinConfig, join, main
 
 ENTRIES = [{"method": "int2"}, {"method": "evenly-spaced", "ratio": 4}, {"method": "int8"}]
 
@@ -61,10 +61,10 @@ def test_accuracy_by_data_set(tmp_path) -> None:
     (tmp_path / "f.json").write_text(json.dumps({"rows": rows, "command": "kvcapsule eval"}))
     report = tmp_path / "docs.md"
     report.write_text("# T\n\n<!-- table: sets -->\n<!-- end of table -->\n")
-    by_set.main(BySetConfig(str(tmp_path / "f.json"), str(report), "sets"))
+    by_dataset.main(BySetConfig(str(tmp_path / "f.json"), str(report), "sets"))
     text = report.read_text()
     assert "| method | emoji | easy-vqa | words | mean |" in text
     assert "| full | 0.600 | 0.900 | 1.000 | 0.833 |" in text
     assert "| a | 0.550 (5.0) | 0.900 (0.0) | 0.400 (60.0) | 0.617 (21.7) |" in text
     with pytest.raises(InputError, match="'line' is of none of emoji, easy-vqa, words"):
-        by_set.by_set({"line": 1.0})
+        by_dataset.by_set({"line": 1.0})

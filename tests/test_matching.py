@@ -9,8 +9,8 @@ from builders import rand
 from noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 
 from kvcapsule.cli.errors import InputError
-from kvcapsule.eval.matching import TOLERANCE, PerLayer, match
-from kvcapsule.eval.methods import RIVALS, build
+from kvcapsule.eval.entries import RIVALS, build
+from kvcapsule.eval.equal_bytes import TOLERANCE, PerLayer, match
 from kvcapsule.methods.layer_prefill import LayerPrefill, Method
 from kvcapsule.methods.method import start
 from kvcapsule.policy import EvenlySpaced, Full, PyramidKV

@@ -129,7 +129,7 @@ def test_packages_are_the_folders_with_an_init() -> None:
     [
         ("kvcapsule.a", False, "def f():\n    import kvcapsule.training", "kvcapsule.training"),
         ("kvcapsule.a", False, "from kvcapsule import training", "kvcapsule.training"),
-        ("kvcapsule.a", False, "from .eval import runner", "kvcapsule.eval.runner"),
+        ("kvcapsule.a", False, "from .eval import runner", "kvcapsule.eval.quality"),
         ("kvcapsule.cli", True, "from ..training.fit import main", "kvcapsule.training.fit.main"),
         ("kvcapsule.cli.train", False, "from .. import training", "kvcapsule.training"),
         ("kvcapsule.eval.suites", True, "from ...training import losses", "kvcapsule.training.losses"),

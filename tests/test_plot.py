@@ -9,7 +9,7 @@ from matplotlib.text import Text
 
 from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.results import write_whole
-from kvcapsule.eval.plot import draw, picture
+from kvcapsule.eval.report.scatter import draw, picture
 
 
 def _row(method: str, size: int, score: float) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from rich.progress import Progress
 from running import MIXED, ready, tiny_gemma, tiny_qwen
 from transformers import BatchFeature, LlavaProcessor
 
-from kvcapsule.eval import generation
-from kvcapsule.eval.generation import Generated, generate, new_cache, record
-from kvcapsule.eval.matching import Layout
-from kvcapsule.eval.methods import FULL, Entry, full_entry
-from kvcapsule.eval.questions import batches
-from kvcapsule.eval.replay import Keeper, Made, Prefill, replayable, replaying
-from kvcapsule.eval.runner import by_task, evaluate, prompt_bytes
+from kvcapsule.eval import watched_generate
+from kvcapsule.eval.batches import batches
+from kvcapsule.eval.entries import FULL, Entry, full_entry
+from kvcapsule.eval.equal_bytes import Layout
+from kvcapsule.eval.quality import by_task, evaluate, prompt_bytes
+from kvcapsule.eval.shared_prefill import Keeper, Made, Prefill, replayable, replaying
+from kvcapsule.eval.watched_generate import Generated, generate, new_cache, record
 from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES
@@ -125,7 +125,7 @@ def rows() -> datasets.Dataset:
 def test_a_run_is_the_same_with_and_without(model, processor: LlavaProcessor, rows, make_capsule, monkeypatch) -> None:
     entries = [full_entry(), Entry("noise", make_capsule(0.2), "kvcapsule"), Entry("akvq-vl", POLICIES["akvq-vl"](recent=8), FULL)]
     prefills = []
-    monkeypatch.setattr(generation, "Keeper", lambda hidden: prefills.append(hidden) or Keeper(hidden))
+    monkeypatch.setattr(watched_generate, "Keeper", lambda hidden: prefills.append(hidden) or Keeper(hidden))
     own, shared = (evaluate(model, processor, rows, entries, 4, 6, Progress(disable=True), share) for share in (False, True))
     assert own == shared
     # One a batch, with the hidden states that one of them asks for.

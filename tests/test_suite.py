@@ -11,9 +11,9 @@ from suites import CAPSULE, refused_line
 
 from kvcapsule.data.source import PICTURES
 from kvcapsule.eval import main as command
-from kvcapsule.eval import results
-from kvcapsule.eval.methods import RIVALS
-from kvcapsule.eval.suite import Suite, load, shipped_suites
+from kvcapsule.eval.entries import RIVALS
+from kvcapsule.eval.report import markdown
+from kvcapsule.eval.suite.suite import Suite, load, shipped_suites
 from kvcapsule.training.recipe import FAMILIES
 
 
@@ -205,4 +205,4 @@ def test_the_makefile_runs_the_suites(suite: str, report: str) -> None:
     words = shlex.split(rule.split("eval ", 1)[1].replace("$(SUITE_FLAGS)", ""))
     config = command._parse(command._normal(words))
     assert (config.suite, config.report, config.json) == (suite, report, f"eval/results/{suite}.json")
-    results.require_place(root / report, suite)
+    markdown.require_place(root / report, suite)

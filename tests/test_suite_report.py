@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from suites import CAPSULE, refused_line, rows_of
 
-from kvcapsule.eval import results
+from kvcapsule.eval.report import markdown
 
 DOCUMENT = (
     "# Title\n\nBefore.\n\n<!-- table: mine -->\nold\n<!-- end of table -->\n\nBehind.\n\n<!-- table: other -->\n<!-- end of table -->\n"
@@ -54,10 +54,10 @@ def test_a_report_has_times_and_the_hosts_bytes_where_there_are_such() -> None:
     """Of all rows."""
     row = {**dict.fromkeys(("compression", "compression16"), 2.0), **dict.fromkeys(("visual_kv_bytes", "kv_bytes", "parameter_bytes"), 5)}
     row |= {"accuracy": {"line": 0.5}, "agreement": 1.0, "kl": None, "host_kv_bytes": 0, "prefill_ratio": None, "tokens_per_s_ratio": None}
-    (plain, *_) = _cells(results.table([{**row, "method": "full"}, {**row, "method": "a"}]))
+    (plain, *_) = _cells(markdown.table([{**row, "method": "full"}, {**row, "method": "a"}]))
     assert not {"on the host", "prefill time", "tokens/s"} & set(plain)
     timed = [{**row, "method": m, "prefill_ratio": p, "tokens_per_s_ratio": 0.5, "host_kv_bytes": 7} for m, p in (("full", 1), ("a", 1.25))]
-    head, _, full, a = _cells(results.table(timed))
+    head, _, full, a = _cells(markdown.table(timed))
     assert [line[head.index("prefill time")] for line in (full, a)] == ["1.00", "1.25"]
     assert [line[head.index("on the host")] for line in (full, a)] == ["7", "7"]
 
@@ -93,4 +93,4 @@ def test_a_report_without_a_place_is_refused_before_the_run(tmp_path, suite_file
 
 
 def test_the_shipped_document_has_the_place() -> None:
-    results.require_place(Path(__file__).resolve().parents[1] / "docs" / "results.md", "rate-distortion")
+    markdown.require_place(Path(__file__).resolve().parents[1] / "docs" / "results.md", "rate-distortion")

@@ -9,10 +9,10 @@ from suites import CAPSULE, refused_line, rows_of
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.transform import TransformConfig
-from kvcapsule.eval.matching import TOLERANCE
-from kvcapsule.eval.methods import RIVALS
-from kvcapsule.eval.specs import Bench
-from kvcapsule.eval.suite import load
+from kvcapsule.eval.entries import RIVALS
+from kvcapsule.eval.equal_bytes import TOLERANCE
+from kvcapsule.eval.suite.entries import Bench
+from kvcapsule.eval.suite.suite import load
 from kvcapsule.policy import POLICIES
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.progress import Progress
 
 from kvcapsule.eval import timing
-from kvcapsule.eval.methods import FULL, Entry, full_entry
+from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.timing import time_entries
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
 from kvcapsule.policy import Full

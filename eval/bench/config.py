@@ -9,7 +9,7 @@ import torch
 from kvcapsule.cli.errors import InputError
 from kvcapsule.vlm.loading import DTYPES
 
-from .. import plot
+from ..report import scatter
 from .methods import METHODS
 from .shapes import SHAPES, Shape
 from .stored import Cell
@@ -78,7 +78,7 @@ class BenchConfig:
     """Precision: auto (float32 on the CPU, bfloat16 on CUDA), float32, float16 or bfloat16."""
     json: str | None = None
     """File for the result as JSON (docs/bench.md says what is in it)."""
-    plot: str | None = None
+    scatter: str | None = None
     """File for a picture, serving within a memory budget: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file whose tables are brought up to date."""
@@ -111,7 +111,7 @@ class BenchConfig:
             raise InputError(f"--dtype {self.dtype}: choose auto, {', '.join(DTYPES)}.")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise InputError(f"--device {self.device}: only cpu and cuda are timed.")
-        if self.plot is not None and Path(self.plot).suffix not in plot.SUFFIXES:
+        if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
             raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
         if self.plot is not None and "serving" not in self.level:
             raise InputError("--plot draws what --level serving measures: ask for that level too.")

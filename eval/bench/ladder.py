@@ -21,7 +21,7 @@ from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.methods.method import Revises
 from kvcapsule.segments.segment import storage_bytes
 
-from ..generation import new_cache
+from ..watched_generate import new_cache
 from .subjects import Subject
 
 L0, L1, L2, L2_COMPILED = "L0-eager-dynamic", "L1-sdpa-dynamic", "L2-sdpa-static", "L2-sdpa-static-compiled"

@@ -13,8 +13,8 @@ from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
 
-from ..plot import draw
-from ..words import normal, on_purpose
+from ..command_line import normal, on_purpose
+from ..report.scatter import draw
 from . import page
 from .config import LEVELS, QUICK, BenchConfig
 from .picture import picture

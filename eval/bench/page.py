@@ -6,7 +6,7 @@ from typing import Any
 
 from kvcapsule.cli.results import write_whole
 
-from .. import results
+from ..report import markdown
 from .report import COLUMNS, ceilings, cells
 
 _WAYS = ("dynamic-cat", "dynamic-cat-repeat", "static-repeat")
@@ -20,7 +20,7 @@ def name_of(device: str, level: str) -> str:
 def require_places(path: Path, device: str, levels: Sequence[str]) -> None:
     """Raises InputError unless the file has a place for the table of each level."""
     for level in levels:
-        results.require_place(path, name_of(device, level))
+        markdown.require_place(path, name_of(device, level))
 
 
 def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: str | None, plot: str | None) -> None:
@@ -31,7 +31,7 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
         OSError: if it cannot be written.
     """
     if not path.exists():
-        write_whole(path, results.blank("kvcapsule bench", [name_of(found["device"], level) for level in levels]).encode())
+        write_whole(path, markdown.blank("kvcapsule bench", [name_of(found["device"], level) for level in levels]).encode())
     for level in levels:
         rows = [row for row in found["rows"] if row["level"] == level]
         table = _grid(rows) if level == "operator" else _plain(rows, level)
@@ -43,7 +43,7 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
             parts.append(f"Left out: {'; '.join(left)}.")
         if level == "serving" and plot is not None:
             parts.append(f"![sequences that fit and tokens a second]({results.link(path, plot)})")
-        results.put(path, name_of(found["device"], level), "\n\n".join(parts))
+        markdown.put(path, name_of(found["device"], level), "\n\n".join(parts))
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from kvcapsule.policy import EvenlySpaced, Quantized
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
-from ..questions import make_batch, read
+from ..batches import make_batch, read
 from .methods import KEPT, make
 from .shapes import SHAPES, Shape
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from .methods import FULL
-from .plot import Label, around, dress, place
+from ..entries import FULL
+from .scatter import Label, around, dress, place
 
 _DOT = 7
 """Size of a marker, in points."""

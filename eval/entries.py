@@ -13,7 +13,7 @@ from kvcapsule.cli.results import shown_path
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
 
-from .matching import PerLayer
+from .equal_bytes import PerLayer
 
 FULL = "full"
 """The row of the full cache: in every run, as all others are measured against it."""

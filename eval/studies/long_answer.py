@@ -1,4 +1,4 @@
-"""Bytes of the cache over a long answer, with and without R-KV: `python -m kvcapsule.eval.growth`, or `make long-answer`.
+"""Bytes of the cache over a long answer, with and without R-KV: `python -m kvcapsule.eval.studies.long_answer`, or `make long-answer`.
 
 Answers are made to be long: the end token is suppressed, so past its own end an answer is whatever the model goes on with. What is
 measured is the cache: its bytes at every token, and how often a method's likeliest next token is the full cache's, while all write the
@@ -30,12 +30,13 @@ from kvcapsule.policy.combine import Paired
 from kvcapsule.vlm.geometry import GeometryError, KVGeometry
 from kvcapsule.vlm.loading import ModelError, load_vlm
 
-from . import growth_page, plot
-from .generation import GREEDY, held_bytes, new_cache
-from .methods import Entry, capsule_settings, full_entry
-from .questions import Batch, make_batch, read
+from ..batches import Batch, make_batch, read
+from ..entries import Entry, capsule_settings, full_entry
+from ..report import scatter
+from ..watched_generate import GREEDY, held_bytes, new_cache
+from . import long_answer_page
 
-PROG = "python -m kvcapsule.eval.growth"
+PROG = "python -m kvcapsule.eval.studies.long_answer"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class GrowthConfig:
     """CPU threads; by default PyTorch's choice."""
     json: str | None = None
     """File for the result as JSON."""
-    plot: str | None = None
+    scatter: str | None = None
     """File for the picture: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file with table and picture, written as a whole; needs --json and --plot, which it shows."""
@@ -67,7 +68,7 @@ class GrowthConfig:
         for name in ("tokens", "questions"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
-        if self.plot is not None and Path(self.plot).suffix not in plot.SUFFIXES:
+        if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
             raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
         if self.report is not None and None in (self.json, self.plot):
             raise InputError("--report shows the files of --json and --plot: give both.")
@@ -81,13 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         found = run(config, Console(stderr=True), command_line(PROG, words))
     except (InputError, CapsuleError, DataError, GeometryError, ModelError) as error:
         return complain(PROG, error)
-    print(growth_page.table(found))
+    print(long_answer_page.table(found))
     if config.json is not None:
         write_whole(Path(config.json), to_json(found))
     if config.plot is not None:
-        plot.draw(growth_page.picture(found), Path(config.plot))
+        scatter.draw(long_answer_page.picture(found), Path(config.plot))
     if config.report is not None:
-        write_whole(Path(config.report), (growth_page.page(found)).encode())
+        write_whole(Path(config.report), (long_answer_page.page(found)).encode())
     return 0
 
 

@@ -12,7 +12,7 @@ from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.data.source import DataError, images_of
 from kvcapsule.vlm.spans import find_spans
 
-from .matching import Layout
+from .equal_bytes import Layout
 
 
 class Question(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import write_whole
 
-from .report import is_wide
+from .rows import is_wide
 
 _END = "<!-- end of table -->"
 _WIDE_NOTE = (

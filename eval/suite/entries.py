@@ -1,4 +1,4 @@
-"""The entries of a suite (kvcapsule.eval.suite shows one of each), each with the method that it stands for."""
+"""The entries of a suite (kvcapsule.eval.suite.suite shows one of each), each with the method that it stands for."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -10,8 +10,19 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.policy import Paired
 
-from .matching import Build
-from .methods import FIXED, PRUNING, QUANTISATION, TEXT, Entry, build, capsule_settings, family_of, fixed_entry, policy_settings
+from ..entries import (
+    FIXED,
+    PRUNING,
+    QUANTISATION,
+    TEXT,
+    Entry,
+    build,
+    capsule_settings,
+    family_of,
+    fixed_entry,
+    policy_settings,
+)
+from ..equal_bytes import Build
 
 Capsules = Mapping[str, tuple[str, Capsule]]
 """By the name of the entry that makes it: the capsule's place, and the capsule."""

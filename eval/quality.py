@@ -15,11 +15,11 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.methods.method import reads_hidden
 
-from .generation import Generated, Held, generate, new_cache, record
-from .methods import FULL, Entry
+from .batches import Batch, batches
+from .entries import FULL, Entry
 from .metrics import accuracy, divergence
-from .questions import Batch, batches
-from .replay import Made, Prefill
+from .shared_prefill import Made, Prefill
+from .watched_generate import Generated, Held, generate, new_cache, record
 
 
 @dataclass

@@ -11,8 +11,8 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.policy import POLICIES
 from kvcapsule.segments.quantized_rows import BITS
 
-from .methods import FIXED, FULL, RIVALS, TEXT, build
-from .specs import Beside, Dialled, Fixed, Pretrained, Requantised, Rule, Spec, Trained, dial
+from ..entries import FIXED, FULL, RIVALS, TEXT, build
+from .entries import Beside, Dialled, Fixed, Pretrained, Requantised, Rule, Spec, Trained, dial
 
 _NAME = re.compile(r"\w[\w.+@-]*")
 _GIVEN = ("--model", "--revision", "--output")

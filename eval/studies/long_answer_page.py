@@ -1,4 +1,4 @@
-"""What `kvcapsule.eval.growth` measured, for people: a picture, a table and the page docs/long-answer.md."""
+"""What `kvcapsule.eval.studies.long_answer` measured, for people: a picture, a table and the page docs/long-answer.md."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from .methods import FIXED, RIVALS
+from ..entries import FIXED, RIVALS
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _DOT = 9

@@ -1,4 +1,4 @@
-"""Accuracy by data set, of a result on several: `python -m kvcapsule.eval.by_set --json FILE --report FILE.md --name PLACE`.
+"""Accuracy by data set, of a result on several: `python -m kvcapsule.eval.report.by_dataset --json FILE --report FILE.md --name PLACE`.
 
 A task of the source "pictures" has the data set's name in front; a set's accuracy is the mean over its tasks.
 """
@@ -15,8 +15,8 @@ from jsonargparse import auto_cli
 from kvcapsule.cli.errors import InputError
 from kvcapsule.data.source import PICTURES
 
-from . import results
-from .methods import FULL
+from ..entries import FULL
+from . import markdown
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main(config: BySetConfig) -> None:
         f"Mean accuracy over the tasks of each data set, {found['rows'][0]['n']} questions in all, and in brackets the points lost "
         f"against the full cache. From `{found['command']}` ([JSON]({results.link(report, config.json)}))."
     )
-    results.put(report, config.name, f"{table(found)}\n\n{note}")
+    markdown.put(report, config.name, f"{table(found)}\n\n{note}")
 
 
 if __name__ == "__main__":

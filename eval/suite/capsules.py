@@ -14,8 +14,8 @@ from kvcapsule.capsule.hub import CONFIG_FILE
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import shown_path
 
-from .config import EvalConfig
-from .specs import Capsules, Spec
+from ..config import EvalConfig
+from .entries import Capsules, Spec
 
 _RECORD = ".train"
 """Suffix of the file beside a capsule's folder that holds what a run trained it with."""

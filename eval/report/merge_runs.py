@@ -1,4 +1,4 @@
-"""One result of several runs of a suite, each with some of its rows: `python -m kvcapsule.eval.join --suite NAME --parts A.json,B.json`.
+"""One result of several runs of a suite, each with some of its rows: `python -m kvcapsule.eval.report.merge_runs --suite NAME --parts A.json,B.json`.
 
 So that the rows of a slow model can be measured in several processes. Every run answers the same questions and has the full cache's row,
 which tells whether they belong together.
@@ -17,10 +17,10 @@ from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, write_whole
 
-from . import curves, plot, results
-from .methods import FULL
-from .suite import load, name_of
-from .words import normal
+from ..command_line import normal
+from ..entries import FULL
+from ..suite.suite import load, name_of
+from . import curves, markdown, scatter
 
 _OWN = ("rows", "command")
 """Keys in which the parts differ."""
@@ -36,7 +36,7 @@ class JoinConfig:
     """File for the result."""
     parts: list[str] = field(default_factory=list)
     """Files of `kvcapsule eval --suite NAME --methods ... --json FILE`."""
-    plot: str | None = None
+    scatter: str | None = None
     """File for a picture, as that of `kvcapsule eval`."""
     report: str | None = None
     """Markdown file whose table of the suite is brought up to date."""
@@ -85,9 +85,9 @@ def main(config: JoinConfig) -> None:
     write_whole(Path(config.json), to_json(found))
     if config.plot is not None:
         title = f"{found['model']} on {found['data']['source']}, {found['rows'][0]['n']} questions"
-        plot.draw(curves.picture(found["rows"], title), Path(config.plot))
+        scatter.draw(curves.picture(found["rows"], title), Path(config.plot))
     if config.report is not None:
-        results.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
+        markdown.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
 
 
 def _read(path: Path) -> dict[str, Any]:

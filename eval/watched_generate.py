@@ -12,8 +12,8 @@ from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.segments.segment import storage_bytes
 
-from .matching import Layout
-from .replay import Keeper, Made, Prefill, recording, replaying
+from .equal_bytes import Layout
+from .shared_prefill import Keeper, Made, Prefill, recording, replaying
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 """The likeliest token at every step. The last three silence warnings of models whose saved defaults are for sampling."""

@@ -23,19 +23,19 @@ from kvcapsule.methods.layer_prefill import Method
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm, require_device
 
-from . import results
+from .batches import batches
 from .config import EvalConfig
-from .generation import record
-from .matching import TOLERANCE, Build, match
-from .methods import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
-from .questions import batches
-from .replay import replayable
-from .report import answer_tokens, rows
-from .runner import evaluate, prompt_bytes
-from .specs import Bench, Capsules
-from .suite import load
+from .entries import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
+from .equal_bytes import TOLERANCE, Build, match
+from .quality import evaluate, prompt_bytes
+from .report import markdown
+from .report.rows import answer_tokens, rows
+from .shared_prefill import replayable
+from .suite.capsules import open_trained
+from .suite.entries import Bench, Capsules
+from .suite.suite import load
 from .timing import time_entries
-from .trained import open_trained
+from .watched_generate import record
 
 RUNS = Path("runs")
 """The folder of a suite's folder of capsules."""
@@ -165,7 +165,7 @@ def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
     suite = load(name)
     specs = suite.chosen(config.methods)
     if config.report is not None:
-        results.require_place(Path(config.report), suite.name)
+        markdown.require_place(Path(config.report), suite.name)
     folder = RUNS / suite.name if config.suite_capsules is None else Path(config.suite_capsules)
     wanted = suite.capsules(specs)
     capsules: Capsules = {

@@ -1,4 +1,4 @@
-"""How sparse each layer's post-vision attention is, which is what VL-Cache shares its budget by: `python -m kvcapsule.eval.sparsity`."""
+"""How sparse each layer's post-vision attention is, which is what VL-Cache shares its budget by: `python -m kvcapsule.eval.studies.attention_sparsity`."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -22,9 +22,9 @@ from kvcapsule.policy.postvision import THRESHOLD, SparsityMeter
 from kvcapsule.vlm.geometry import GeometryError
 from kvcapsule.vlm.loading import ModelError, load_vlm
 
-from .questions import batches
+from ..batches import batches
 
-PROG = "python -m kvcapsule.eval.sparsity"
+PROG = "python -m kvcapsule.eval.studies.attention_sparsity"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .methods import FULL, Entry
-from .runner import Tally
-from .timing import Timing
+from ..entries import FULL, Entry
+from ..quality import Tally
+from ..timing import Timing
 
 QUALITY = {
     "agreement": ("agreement", "{:.3f}"),

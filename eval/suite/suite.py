@@ -26,9 +26,9 @@ import yaml
 
 from kvcapsule.cli.errors import InputError
 
-from .methods import FULL
-from .reading import read
-from .specs import Spec
+from ..entries import FULL
+from .entries import Spec
+from .parser import read
 
 _PACKAGE = "kvcapsule.eval.suites"
 _DEFAULTS = {"timing": False}
