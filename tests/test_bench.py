@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvcapsule.eval.bench import encode, page, report
+from kvcapsule.eval.bench import encode, markdown, report
 from kvcapsule.eval.bench import main as command
 from kvcapsule.eval.bench.config import LEVELS, QUICK, BenchConfig
+from kvcapsule.eval.bench.layer_data import Cell
 from kvcapsule.eval.bench.report import COLUMNS
 from kvcapsule.eval.bench.shapes import Shape
-from kvcapsule.eval.bench.stored import Cell
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
 NUMBER = (int, float)
@@ -173,7 +173,7 @@ def test_a_grid_as_a_table(operator: dict[str, Any], tmp_path: Path) -> None:
     """One line a cell, written anew by each run; the rest of the page stays."""
     file = tmp_path / "page.md"
     file.write_text("before\n<!-- table: bench-cpu operator -->\nold\n<!-- end of table -->\nafter\n")
-    page.refresh(file, operator, ["operator"], None, None)
+    markdown.refresh(file, operator, ["operator"], None, None)
     text = file.read_text()
     (line,) = re.findall(r"^\| qwen2.5-vl-7b .*$", text, flags=re.MULTILINE)
     by_name = {row["method"]: row for row in operator["rows"]}
@@ -186,7 +186,7 @@ def test_a_grid_as_a_table(operator: dict[str, Any], tmp_path: Path) -> None:
 def test_what_failed_is_said_in_the_tables(operator: dict[str, Any], tmp_path: Path) -> None:
     rows = [{**row, "seconds": None, "ratio": None, "failed": "relative error 1"} for row in operator["rows"][-1:]]
     spoilt = {**operator, "rows": [*operator["rows"][:-1], *rows]}
-    page.refresh(tmp_path / "page.md", spoilt, ["operator"], None, None)
+    markdown.refresh(tmp_path / "page.md", spoilt, ["operator"], None, None)
     assert "| wrong output |" in (tmp_path / "page.md").read_text()
     assert "(relative error 1)" in report.cells(rows, "operator")[0][3]
 

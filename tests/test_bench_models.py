@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvcapsule.eval.bench import encode, generation, ladder, peak, serving, steps, subjects
+from kvcapsule.eval.bench import contenders, decode_step, encode, end_to_end, models, peak_memory, serving
+from kvcapsule.eval.bench.layer_data import Cell
+from kvcapsule.eval.bench.models import Subject
 from kvcapsule.eval.bench.shapes import SHAPES, Shape
-from kvcapsule.eval.bench.stored import Cell
-from kvcapsule.eval.bench.subjects import Subject
 from kvcapsule.segments.segment import storage_bytes
 from kvcapsule.vlm.spans import find_spans
 
@@ -21,12 +21,12 @@ PROMPT = IMAGES * (SIDE * SIDE + 1) + TEXT
 TOKEN = 2 * 2 * 2 * 16 * 4
 """Bytes of a token: two layers, keys and values, two KV heads of 16."""
 METHODS = ["int4", "kvcapsule-r0.4", "kept-10%", "compact-10%", "transform-20x"]
-FULL = [ladder.L0, ladder.L1, ladder.L2]
+FULL = [contenders.L0, contenders.L1, contenders.L2]
 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return subjects.random_llava(SMALL, IMAGES, SIDE, CPU, torch.float32, TEXT, TILE, seed=0)
+    return models.random_llava(SMALL, IMAGES, SIDE, CPU, torch.float32, TEXT, TILE, seed=0)
 
 
 def test_a_random_model_sees_its_images(subject: Subject) -> None:
@@ -41,7 +41,7 @@ def test_a_random_model_sees_its_images(subject: Subject) -> None:
 
 
 def test_visual_tokens_are_those_of_the_models_of_that_name() -> None:
-    counts = {name: images * side * side for name, (images, side) in subjects._IMAGES.items()}
+    counts = {name: images * side * side for name, (images, side) in models._IMAGES.items()}
     assert counts == {
         "kv-bound": 2304,
         "llava-1.5-7b": 576,
@@ -50,53 +50,53 @@ def test_visual_tokens_are_those_of_the_models_of_that_name() -> None:
         "internvl3-8b": 3328,
         "qwen2.5-vl-7b": 16384,
     }
-    assert set(SHAPES) < set(counts) and subjects.default(torch.device("cuda")) == list(SHAPES)
+    assert set(SHAPES) < set(counts) and models.default(torch.device("cuda")) == list(SHAPES)
 
 
 def test_weights_that_a_step_reads(subject: Subject) -> None:
     attention, mlp, norms = 32 * 64 * 2 + 32 * 32 * 2, 3 * 32 * 64, 2 * 32
-    assert subjects.weight_bytes(subject.model) == 4 * (2 * (attention + mlp + norms) + 60 * 32)
+    assert models.weight_bytes(subject.model) == 4 * (2 * (attention + mlp + norms) + 60 * 32)
 
 
 def test_the_ladder_leaves_the_model_as_it_was_and_computes_the_same(subject: Subject) -> None:
     text, seen = subject.model.config.get_text_config(decoder=True), {}
     inputs = subject.batch(2)
-    for rung in ladder.rungs(subject, compiled=False)[:3]:
-        cache = steps.filled(subject, rung, inputs, rung.cache(PROMPT + 2))
+    for rung in contenders.rungs(subject, compiled=False)[:3]:
+        cache = decode_step.filled(subject, rung, inputs, rung.cache(PROMPT + 2))
         with rung.on(subject.model):
-            assert text._attn_implementation == ("eager" if rung.name == ladder.L0 else "sdpa")
-            seen[rung.name] = steps.stepper(subject.model, rung, cache, 2)()
+            assert text._attn_implementation == ("eager" if rung.name == contenders.L0 else "sdpa")
+            seen[rung.name] = decode_step.stepper(subject.model, rung, cache, 2)()
         assert text._attn_implementation == "sdpa"
-        assert ladder.held(cache) == pytest.approx(2 * (PROMPT + (2 if rung.name == ladder.L2 else 1)) * TOKEN, abs=100)
+        assert contenders.held(cache) == pytest.approx(2 * (PROMPT + (2 if rung.name == contenders.L2 else 1)) * TOKEN, abs=100)
     for logits in seen.values():
-        torch.testing.assert_close(logits, seen[ladder.L1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, seen[contenders.L1], atol=1e-5, rtol=1e-4)
 
 
 def test_step_rows(subject: Subject) -> None:
-    rows, skipped = steps.measure(subject, 2, 4, False, 10.0)
+    rows, skipped = decode_step.measure(subject, 2, 4, False, 10.0)
     assert [row["method"] for row in rows] == [*FULL, *METHODS] and not skipped
     by_name = {row["method"]: row for row in rows}
     baseline = rows[0]["baseline"]
-    assert baseline in (ladder.L1, ladder.L2) and by_name[baseline]["ratio"] == by_name[baseline]["bound"] == 1.0
+    assert baseline in (contenders.L1, contenders.L2) and by_name[baseline]["ratio"] == by_name[baseline]["bound"] == 1.0
     written = 4 + 2
-    assert by_name[ladder.L1]["bytes"] == 2 * (PROMPT + written) * TOKEN
+    assert by_name[contenders.L1]["bytes"] == 2 * (PROMPT + written) * TOKEN
     for row in rows:
         assert row["tokens_s"] == pytest.approx(2 / row["seconds"]) and row["rounds"] == 4
-        assert row["weight_bytes"] == subjects.weight_bytes(subject.model)
+        assert row["weight_bytes"] == models.weight_bytes(subject.model)
         assert row["bandwidth_fraction"] == pytest.approx((row["weight_bytes"] + row["bytes"]) / row["seconds"] / 1e10)
         bound = (row["weight_bytes"] + by_name[baseline]["bytes"]) / (row["weight_bytes"] + row["bytes"])
         assert row["bound"] == pytest.approx(bound)
-    assert by_name["kept-10%"]["bytes"] < by_name["int4"]["bytes"] < by_name[ladder.L1]["bytes"]
+    assert by_name["kept-10%"]["bytes"] < by_name["int4"]["bytes"] < by_name[contenders.L1]["bytes"]
 
 
 def test_end_to_end_rows(subject: Subject) -> None:
-    rows, skipped = generation.measure(subject, 2, 3, 3, 60.0, False)
+    rows, skipped = end_to_end.measure(subject, 2, 3, 3, 60.0, False)
     assert [row["method"] for row in rows] == [*FULL, *METHODS] and not skipped
     for row in rows:
         assert row["new_tokens"] == 4 and row["rounds"] == 3 and row["ttft_seconds"] > 0
         assert row["tokens_s"] == pytest.approx(2 / row["seconds"])
         assert row["peak_bytes"] > row["bytes"] - 100_000
-    assert any(row["ttft_overhead"] == 0.0 for row in rows if row["method"] in ladder.BASELINES)
+    assert any(row["ttft_overhead"] == 0.0 for row in rows if row["method"] in contenders.BASELINES)
     baseline = next(row for row in rows if row["method"] == row["baseline"])
     assert baseline["ratio"] == 1.0
 
@@ -108,7 +108,7 @@ def test_compiled_steps_are_asked_for() -> None:
         def get_compiled_call(self, config: Any) -> tuple[str, bool]:
             return "compiled", config._compile_all_devices
 
-    plain, compiled = (ladder.Rung("x", lambda room: None, compiled=yes) for yes in (False, True))
+    plain, compiled = (contenders.Rung("x", lambda room: None, compiled=yes) for yes in (False, True))
     assert plain.options() == {"disable_compile": True} and compiled.options()["compile_config"]._compile_all_devices
     model: Any = Model()
     assert plain.call(model) is model and compiled.call(model) == ("compiled", True)
@@ -116,31 +116,31 @@ def test_compiled_steps_are_asked_for() -> None:
 
 def test_compiled_methods_write_into_a_room(subject: Subject) -> None:
     """Of what comes behind the prompt; a batch that was widened goes on as the growing tail does."""
-    rungs = {rung.name: rung for rung in ladder.rungs(subject, compiled=True)}
+    rungs = {rung.name: rung for rung in contenders.rungs(subject, compiled=True)}
     grown, fixed = rungs["kept-10%"], rungs["kept-10%-static-compiled"]
     assert fixed.compiled and not grown.compiled
     seen = []
     for rung in (grown, fixed._replace(compiled=False)):
-        cache = steps.widened(steps.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 5)), 3)
+        cache = decode_step.widened(decode_step.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 5)), 3)
         with rung.on(subject.model):
-            step = steps.stepper(subject.model, rung, cache, 3)
+            step = decode_step.stepper(subject.model, rung, cache, 3)
             seen.append([step(), step()][1])
     assert cache.layers[0].room == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
 
 
 def test_what_does_not_fit_into_memory_is_left_out(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = generation.peak_bytes
+    right = end_to_end.peak_bytes
 
     def full(work: Any, device: torch.device) -> int:
         if work.args[2].layers[0].__class__.__name__ == "StaticLayer":
             raise torch.OutOfMemoryError
         return right(work, device)
 
-    monkeypatch.setattr(generation, "peak_bytes", full)
-    rows, skipped = generation.measure(subject, 1, 2, 1, 60.0, False)
-    assert [row["method"] for row in rows] == [ladder.L0, ladder.L1, *METHODS]
-    assert [(left["method"], left["level"]) for left in skipped] == [(ladder.L2, "end-to-end")]
+    monkeypatch.setattr(end_to_end, "peak_bytes", full)
+    rows, skipped = end_to_end.measure(subject, 1, 2, 1, 60.0, False)
+    assert [row["method"] for row in rows] == [contenders.L0, contenders.L1, *METHODS]
+    assert [(left["method"], left["level"]) for left in skipped] == [(contenders.L2, "end-to-end")]
 
 
 def test_peak_memory_by_hand() -> None:
@@ -150,7 +150,7 @@ def test_peak_memory_by_hand() -> None:
         del first
         torch.cat([second, second])
 
-    assert peak.peak_bytes(work, CPU) == 3 * 4000
+    assert peak_memory.peak_bytes(work, CPU) == 3 * 4000
 
 
 @pytest.mark.parametrize("budget", [0, 9, 10, 11, 79, 80, 81, 255, 1000])
@@ -172,13 +172,13 @@ def test_nobody_serves_without_end() -> None:
 
 
 def test_a_widened_cache_is_in_memory_of_its_own(subject: Subject) -> None:
-    for rung in ladder.rungs(subject, compiled=False)[1:]:
-        prompts = steps.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 3))
-        before = ladder.held(prompts)
+    for rung in contenders.rungs(subject, compiled=False)[1:]:
+        prompts = decode_step.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 3))
+        before = contenders.held(prompts)
         with rung.on(subject.model):
-            two = steps.stepper(subject.model, rung, steps.widened(prompts, 2), 2)()
-            five = steps.stepper(subject.model, rung, steps.widened(prompts, 5), 5)()
-        assert ladder.held(prompts) == before
+            two = decode_step.stepper(subject.model, rung, decode_step.widened(prompts, 2), 2)()
+            five = decode_step.stepper(subject.model, rung, decode_step.widened(prompts, 5), 5)()
+        assert contenders.held(prompts) == before
         torch.testing.assert_close(five[[0, 1]], two, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(five[[2, 3, 4]], two[[0, 1, 0]], atol=1e-5, rtol=1e-4)
 
@@ -188,7 +188,7 @@ def test_serving_rows(subject: Subject) -> None:
     mib = 12.5 * (PROMPT + 1) * TOKEN / 2**20
     rows, skipped = serving.measure(subject, mib, 4)
     by_name = {row["method"]: row for row in rows}
-    assert by_name[ladder.L1]["batch"] == 12 and by_name[ladder.L2]["batch"] == 12
+    assert by_name[contenders.L1]["batch"] == 12 and by_name[contenders.L2]["batch"] == 12
     assert by_name["kept-10%"]["batch"] > 12 and not skipped
     baseline = by_name[rows[0]["baseline"]]
     assert baseline["method"] in FULL and baseline["ratio"] == baseline["batch_ratio"] == 1.0
@@ -196,7 +196,7 @@ def test_serving_rows(subject: Subject) -> None:
         assert row["bytes"] <= mib * 2**20 and row["tokens_s"] == pytest.approx(row["batch"] / row["seconds"])
         assert row["batch_ratio"] == pytest.approx(row["batch"] / baseline["batch"])
     rows, skipped = serving.measure(subject, 0.001, 4)
-    assert rows == [] and [left["method"] for left in skipped] == [ladder.L1, ladder.L2, *METHODS]
+    assert rows == [] and [left["method"] for left in skipped] == [contenders.L1, contenders.L2, *METHODS]
     assert "--memory-mib allows 0.001" in skipped[0]["reason"]
 
 
@@ -242,8 +242,8 @@ def test_encoding_is_the_methods_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bytes_of_a_cache_are_its_storages(subject: Subject) -> None:
-    rung = next(r for r in ladder.rungs(subject, compiled=False) if r.name == "transform-20x")
-    cache: Any = steps.filled(subject, rung, subject.batch(2), rung.cache(0))
+    rung = next(r for r in contenders.rungs(subject, compiled=False) if r.name == "transform-20x")
+    cache: Any = decode_step.filled(subject, rung, subject.batch(2), rung.cache(0))
     segments = [s for layer in cache.layers for s in (*layer.visual, *layer.text)]
     kept: Callable[..., int] = storage_bytes
-    assert ladder.held(cache) == kept(t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors()))
+    assert contenders.held(cache) == kept(t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors()))

@@ -16,7 +16,7 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
-from kvcapsule.eval.bench.peak import LiveBytes
+from kvcapsule.eval.bench.peak_memory import LiveBytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method

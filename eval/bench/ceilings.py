@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .clock import Contender, interleave, last_level_cache
+from .interleaved_timing import Contender, interleave, last_level_cache
 
 _ROUNDS = 7
 _LEAST = 256 * 2**20

@@ -10,10 +10,10 @@ from kvcapsule.cli.errors import InputError
 from kvcapsule.vlm.loading import DTYPES
 
 from ..report import scatter
+from .layer_data import Cell
 from .methods import METHODS
+from .models import PAGES, known
 from .shapes import SHAPES, Shape
-from .stored import Cell
-from .subjects import PAGES, known
 
 LEVELS = ("operator", "encode", "step", "end-to-end", "serving")
 _LEAST_STEPS = 3

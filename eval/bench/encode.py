@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import methods, stored
-from .clock import Contender, interleave
+from . import layer_data, methods
+from .interleaved_timing import Contender, interleave
+from .layer_data import Cell
 from .shapes import Shape
-from .stored import Cell
 
 LEVEL = "encode"
 PREFILL = "prefill-of-a-layer"
@@ -58,7 +58,7 @@ def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> li
     shape = cell.shape
     x_BNC = torch.randn(cell.batch, cell.visual + cell.text, shape.hidden, device=cell.device).to(cell.dtype)
     layer = DecoderLayer.draw(shape, cell.device, cell.dtype)
-    prompt = stored.prefill(cell, stored.draw(cell), cell.batch)
+    prompt = layer_data.prefill(cell, layer_data.draw(cell), cell.batch)
     contenders = [Contender(PREFILL, [partial(layer.prefill, x_BNC, shape)], graph=False)]
     for name in names:
         method = methods.make(name, shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)

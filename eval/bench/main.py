@@ -15,9 +15,9 @@ from kvcapsule.cli.tables import report_console
 
 from ..command_line import normal, on_purpose
 from ..report.scatter import draw
-from . import page
+from . import markdown
 from .config import LEVELS, QUICK, BenchConfig
-from .picture import picture
+from .plot import picture
 from .report import tables
 from .run import run
 
@@ -87,8 +87,8 @@ def _write(found: dict[str, Any], config: BenchConfig) -> None:
                 raise InputError(
                     f"--plot {config.plot}: nothing to draw, as not one sequence fits into --memory_mib {config.memory_mib:g}."
                 )
-            draw(picture(served, page.place(found)), Path(config.plot))
+            draw(picture(served, markdown.place(found)), Path(config.plot))
         if config.report is not None:
-            page.refresh(Path(config.report), found, config.level, config.json, config.plot)
+            markdown.refresh(Path(config.report), found, config.level, config.json, config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error

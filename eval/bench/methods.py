@@ -17,7 +17,7 @@ from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 from kvcapsule.vlm.geometry import KVGeometry
 
-from . import water
+from . import random_transform
 
 RETAINED = 0.4
 """The retention ratio of the KVCapsule, keys and values alike (the paper's)."""
@@ -40,7 +40,7 @@ class WithBias(NamedTuple):
 def transform(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
     """A tile's frame and number are on the account of its codes."""
     budget = tile * 2 * geometry.kv_heads * geometry.head_dim * 2 // TIMES - 8 - 4 * geometry.head_dim
-    return water.capsule(geometry, tile, budget, generator)
+    return random_transform.capsule(geometry, tile, budget, generator)
 
 
 def kvcapsule(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:

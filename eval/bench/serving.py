@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from . import ladder
-from .clock import Contender, interleave
-from .ladder import BASELINES, Rung
-from .steps import PROMPTS, filled, stepper, widened
-from .subjects import Subject
+from . import contenders
+from .contenders import BASELINES, Rung
+from .decode_step import PROMPTS, filled, stepper, widened
+from .interleaved_timing import Contender, interleave
+from .models import Subject
 
 LEVEL = "serving"
 _MOST = 4096
@@ -35,8 +35,8 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
     budget, device = int(budget_mib * 2**20), subject.model.device
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    for rung in ladder.rungs(subject, compiled=False):
-        if rung.name == ladder.L0:
+    for rung in contenders.rungs(subject, compiled=False):
+        if rung.name == contenders.L0:
             continue
         room = subject.batch(1)["input_ids"].shape[1] + steps
         prompts = filled(subject, rung, subject.batch(PROMPTS), rung.cache(room))
@@ -93,7 +93,7 @@ def _held(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
     cache = widened(prompts, count)
     with rung.on(subject.model):
         stepper(subject.model, rung, cache, count)()
-    return ladder.held(cache)
+    return contenders.held(cache)
 
 
 def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .ladder import BASELINES
+from .contenders import BASELINES
 
 _FULL, _METHOD = "#888888", "#009e73"
 """Of Okabe and Ito's palette, which colour-blind readers can tell apart."""

@@ -9,10 +9,10 @@ import torch
 from transformers import BatchFeature, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import ladder
-from .clock import Contender, Times, interleave
-from .ladder import BASELINES, Rung
-from .subjects import Subject, weight_bytes
+from . import contenders
+from .contenders import BASELINES, Rung
+from .interleaved_timing import Contender, Times, interleave
+from .models import Subject, weight_bytes
 
 LEVEL = "step"
 PROMPTS = 2
@@ -24,7 +24,7 @@ _TOKEN = 7
 
 
 @torch.no_grad()
-def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: float) -> ladder.Measured:
+def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: float) -> contenders.Measured:
     """Rows of a subject, the full caches, then its methods; and what did not fit into the device's memory.
 
     Two prompts with different images are prefilled; the sequences of a larger batch are copies of these, in memory of their own.
@@ -41,20 +41,20 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
     caches: dict[str, Cache] = {}
     contenders: dict[str, Contender] = {}
     skipped = []
-    rungs = ladder.rungs(subject, compiled)
+    rungs = contenders.rungs(subject, compiled)
     # Where memory is short it is the methods that must fit, then the yardsticks, and eager attention last.
     for rung in reversed(rungs):
         try:
             cache = widened(filled(subject, rung, prompts, rung.cache(room)), size)
         except torch.OutOfMemoryError:
-            skipped.append(ladder.no_room(LEVEL, subject, size, rung))
+            skipped.append(contenders.no_room(LEVEL, subject, size, rung))
             continue
         caches[rung.name] = cache
         step = stepper(subject.model, rung, cache, size)
         contenders[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
     taking_part = [contenders[rung.name] for rung in rungs if rung.name in contenders]
     times = interleave(taking_part, subject.model.device, steps, float("inf"), burst=0)
-    return rows(subject, size, times, {name: ladder.held(cache) for name, cache in caches.items()}, read_gb_s), skipped
+    return rows(subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s), skipped
 
 
 def filled(subject: Subject, rung: Rung, inputs: BatchFeature, cache: Cache) -> Cache:

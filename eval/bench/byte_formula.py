@@ -12,8 +12,8 @@ from kvcapsule.codec.kvcapsule import retained
 from kvcapsule.codec.transform import TransformKeys, TransformValues
 from kvcapsule.methods.layer_prefill import Method
 
+from .layer_data import TAIL, Cell
 from .methods import KEPT, RETAINED
-from .stored import TAIL, Cell
 
 _OWNER = 8
 

@@ -9,10 +9,10 @@ import torch
 from kvcapsule.kernels import attend, backend
 from kvcapsule.segments.segment import Segment
 
-from . import formula, full, gate, methods, stored, touched
-from .clock import Contender, Times, copies, interleave
+from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, methods
+from .interleaved_timing import Contender, Times, copies, interleave
+from .layer_data import Cell
 from .shapes import SHAPES, Shape, distinct
-from .stored import Cell
 
 LEVEL = "operator"
 _BANK = 512 * 4 * 4
@@ -26,10 +26,10 @@ class Made(NamedTuple):
     calls: Sequence[Callable[[], torch.Tensor]]
     bytes: int
     """That a call must read."""
-    formula: float
+    byte_formula: float
     """The same in closed form."""
     error: float
-    touched: touched.Touched | None
+    bytes_touched: bytes_touched.Touched | None
     """None where kernels run that PyTorch does not see."""
 
 
@@ -73,23 +73,23 @@ def measure(cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float) 
     skipped: list[dict[str, Any]] = []
     if (needed := _needed(cell, names)) > limits.memory:
         return [], [_skipped(cell.shape.name, cell.batch, cell.visual, None, _too_large(needed, limits.memory))]
-    layer = stored.draw(cell)
+    layer = layer_data.draw(cell)
     made = []
-    for name in (*full.IN_PLACE, *full.AMPLIFIED):
-        extra = full.extra_bytes(name, cell.full_bytes, cell.shape.group)
+    for name in (*full_attention.IN_PLACE, *full_attention.AMPLIFIED):
+        extra = full_attention.extra_bytes(name, cell.full_bytes, cell.shape.group)
         if needed + extra > limits.memory:
             skipped.append(_skipped(cell.shape.name, cell.batch, cell.visual, name, _too_large(needed + extra, limits.memory)))
             continue
         made.append(_of_full(name, cell, layer))
     made += [_of_method(name, cell, layer) for name in names]
-    right = [m for m in made if m.error <= gate.TOLERANCE[cell.dtype]]
+    right = [m for m in made if m.error <= correctness.TOLERANCE[cell.dtype]]
     times = interleave([Contender(m.name, m.calls) for m in right], cell.device, limits.rounds, limits.seconds)
     return rows(cell, made, times, read_gb_s), skipped
 
 
 def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: float) -> list[dict[str, Any]]:
     """JSON rows; without times where a contender's output was wrong."""
-    strongest = min((name for name in full.IN_PLACE if name in times), key=lambda name: times[name].median, default=None)
+    strongest = min((name for name in full_attention.IN_PLACE if name in times), key=lambda name: times[name].median, default=None)
     found = []
     for m in made:
         time, base = times.get(m.name), times.get(strongest or "")
@@ -99,7 +99,7 @@ def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: f
                 "geometry": cell.shape.name,
                 "batch": cell.batch,
                 "visual_tokens": cell.visual,
-                "text_tokens": cell.text + stored.TAIL,
+                "text_tokens": cell.text + layer_data.TAIL,
                 "method": m.name,
                 "baseline": strongest,
                 "ratio": time.over(base) if time and base else None,
@@ -120,29 +120,29 @@ def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: f
     return found
 
 
-def _of_full(name: str, cell: Cell, layer: stored.Layer) -> Made:
-    way, scale = {**full.IN_PLACE, **full.AMPLIFIED}[name], cell.shape.head_dim**-0.5
-    cache = full.FullCache(layer.keys, layer.values)
-    truth = gate.over_rows(layer.query, *cache, scale)
-    others = [full.FullCache(*(x.clone() for x in cache)) for _ in range(copies(cell.full_bytes, cell.device) - 1)]
+def _of_full(name: str, cell: Cell, layer: layer_data.Layer) -> Made:
+    way, scale = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name], cell.shape.head_dim**-0.5
+    cache = full_attention.FullCache(layer.keys, layer.values)
+    truth = correctness.over_rows(layer.query, *cache, scale)
+    others = [full_attention.FullCache(*(x.clone() for x in cache)) for _ in range(copies(cell.full_bytes, cell.device) - 1)]
     calls = [partial(way, layer.query, one, scale) for one in (cache, *others)]
-    counted = touched.count(calls[0], cache)
-    return Made(name, calls, cell.full_bytes, formula.full(cell), gate.error(calls[0](), truth), counted)
+    counted = bytes_touched.count(calls[0], cache)
+    return Made(name, calls, cell.full_bytes, byte_formula.full(cell), correctness.error(calls[0](), truth), counted)
 
 
-def _of_method(name: str, cell: Cell, layer: stored.Layer) -> Made:
+def _of_method(name: str, cell: Cell, layer: layer_data.Layer) -> Made:
     scale = cell.shape.head_dim**-0.5
     method = methods.make(name, cell.shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)
-    segments = stored.store(cell, layer, method)
-    held = stored.bytes_read(segments)
-    truth = gate.over_segments(layer.query, segments, scale)
-    others = [stored.copied(segments) for _ in range(copies(held, cell.device) - 1)]
+    segments = layer_data.store(cell, layer, method)
+    held = layer_data.bytes_read(segments)
+    truth = correctness.over_segments(layer.query, segments, scale)
+    others = [layer_data.copied(segments) for _ in range(copies(held, cell.device) - 1)]
     calls = [_call(layer.query, one, scale) for one in (segments, *others)]
     tensors = [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())]
     calls[0]()
     seen = backend(cell.device.type) != "triton"
-    counted = touched.count(calls[0], tensors) if seen else None
-    return Made(name, calls, held, formula.of(name, cell, method), gate.error(calls[0](), truth), counted)
+    counted = bytes_touched.count(calls[0], tensors) if seen else None
+    return Made(name, calls, held, byte_formula.of(name, cell, method), correctness.error(calls[0](), truth), counted)
 
 
 def _call(query: torch.Tensor, segments: list[Segment], scale: float) -> Callable[[], torch.Tensor]:
@@ -153,7 +153,7 @@ def _needed(cell: Cell, names: Sequence[str]) -> int:
     """Bytes of all that is held at once, with what encoding one or two sequences takes."""
     shares = 1.0 + sum(methods.SHARES.get(name, 1.0) for name in names)
     # A few copies of the sequences that are encoded, in fp32; a compact capsule holds what its bank gives every token.
-    encoded = min(cell.batch, stored.DIFFERENT)
+    encoded = min(cell.batch, layer_data.DIFFERENT)
     encoding = 24 * encoded * cell.full_bytes // cell.batch // cell.dtype.itemsize
     bank = encoded * cell.visual * cell.shape.kv_heads * _BANK if "compact-10%" in names else 0
     return int(shares * cell.full_bytes) + max(encoding, bank)

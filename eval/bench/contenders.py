@@ -22,7 +22,7 @@ from kvcapsule.methods.method import Revises
 from kvcapsule.segments.segment import storage_bytes
 
 from ..watched_generate import new_cache
-from .subjects import Subject
+from .models import Subject
 
 L0, L1, L2, L2_COMPILED = "L0-eager-dynamic", "L1-sdpa-dynamic", "L2-sdpa-static", "L2-sdpa-static-compiled"
 BASELINES = (L1, L2, L2_COMPILED)

@@ -8,11 +8,11 @@ import torch
 from transformers import BatchFeature
 
 from ..timing import Seconds, run_timed
-from . import ladder
-from .clock import LEAST, Times, now
-from .ladder import BASELINES, Rung
-from .peak import peak_bytes
-from .subjects import Subject, weight_bytes
+from . import contenders
+from .contenders import BASELINES, Rung
+from .interleaved_timing import LEAST, Times, now
+from .models import Subject, weight_bytes
+from .peak_memory import peak_bytes
 
 LEVEL = "end-to-end"
 _MEASURED = 2
@@ -20,7 +20,7 @@ _MEASURED = 2
 
 
 @torch.no_grad()
-def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float, compiled: bool) -> ladder.Measured:
+def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float, compiled: bool) -> contenders.Measured:
     """Rows of a subject, and what did not fit into the device's memory.
 
     Args:
@@ -37,7 +37,7 @@ def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float
     spent: dict[str, float] = defaultdict(float)
     held, peaks, skipped = {}, {}, []
     going = []
-    for rung in ladder.rungs(subject, compiled):
+    for rung in contenders.rungs(subject, compiled):
         cache = rung.cache(prompt + steps + 1)
         try:
             with rung.on(subject.model):
@@ -45,9 +45,9 @@ def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float
                     partial(run_timed, subject.model, inputs, cache, _MEASURED, **rung.options()), subject.model.device
                 )
         except torch.OutOfMemoryError:
-            skipped.append(ladder.no_room(LEVEL, subject, size, rung))
+            skipped.append(contenders.no_room(LEVEL, subject, size, rung))
             continue
-        held[rung.name] = ladder.held(cache)
+        held[rung.name] = contenders.held(cache)
         if rung.compiled:
             # What counts memory keeps the compiler from its work.
             _once(subject, rung, inputs, prompt, _MEASURED)
