@@ -17,9 +17,9 @@ VENV_NEWEST ?= .venv-newest
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # What `newest` lets go of its pin: transformers, and what it names versions of.
 LOOSE := transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft
-RANGE_TESTS ?= tests/test_cache.py tests/test_cache_interface.py tests/test_cache_contract.py tests/test_attach.py tests/test_compressing.py \
-	tests/test_decoding.py tests/test_prefill_attention.py tests/test_wrapped_models.py tests/test_peak_memory.py tests/test_families.py \
-	tests/test_spans.py tests/test_geometry.py tests/test_generate.py
+RANGE_TESTS ?= tests/inference/test_cache.py tests/inference/test_cache_interface.py tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
+	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py tests/inference/test_peak_memory.py tests/vlm/test_families.py \
+	tests/vlm/test_spans.py tests/vlm/test_geometry.py tests/cli/test_generate.py
 SOURCES := kvcapsule training eval checkpoints tests
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--ratio 20" EVAL_FLAGS=""

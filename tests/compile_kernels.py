@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from builders import random_widths
+from support.builders import random_widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 if sys.platform != "linux":
-    collect_ignore = ["test_triton.py", "test_triton_compile.py"]  # Triton is built for Linux alone.
+    collect_ignore = ["kernels/test_triton.py", "kernels/test_triton_compile.py"]  # Triton is built for Linux alone.
 # Triton reads this when it first meets a kernel: here, before any test can have imported one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from builders import cross_layer_capsule, kv_capsule, random_widths, transform_capsule
 from PIL import Image
-from running import MIXED
+from support.builders import cross_layer_capsule, kv_capsule, random_widths, transform_capsule
+from support.run_vlm import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
@@ -36,7 +36,7 @@ from kvcapsule.training.testbeds.pages_vlm.model import build_model, build_proce
 from kvcapsule.vlm.geometry import KVGeometry
 
 # Helper modules whose fixtures several test files share.
-pytest_plugins = ["capsule_files", "keepers", "noise_capsules", "suites"]
+pytest_plugins = ["support.capsule_files", "support.lossless_methods", "support.noise_capsules", "support.suite_files"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -4,7 +4,7 @@ The variance of a coefficient falls by a power of its token component's number a
 values. The rates are such that about as many bytes, rows and channels fall to keys and to values as in the shipped capsule of pages-vlm.
 
 Widths are those of reverse water-filling with the distortions of real quantisers: the rule of `kvcapsule.training.families.allocation`, which
-evaluation does not import, for variances that are known; tests/test_bench_operator.py holds the two against each other.
+evaluation does not import, for variances that are known; tests/eval/test_bench_operator.py holds the two against each other.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """The model families of transformers: which work, what their positions are, and what a visual span is in them.
 
-One table: `kvcapsule models` prints it and tests/test_families.py builds a tiny model of every row, so that a row says nothing untested. A
+One table: `kvcapsule models` prints it and tests/vlm/test_families.py builds a tiny model of every row, so that a row says nothing untested. A
 family that is not here may well work (attach checks its KV geometry, and a model that does not read the cache is refused); nobody looked.
 """
 
