@@ -7,9 +7,9 @@ import datasets
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.data.source import DataError, images_of
+from kvcapsule.data.source import images_of
+from kvcapsule.errors import DataError, InputError
 from kvcapsule.vlm.spans import find_spans
 
 from .equal_bytes import Layout

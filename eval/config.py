@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.data.source import SourceConfig
+from kvcapsule.errors import InputError
 
 from .report import scatter
 
@@ -53,7 +53,7 @@ class EvalConfig:
     """Whether prefill and decode are timed."""
     json: str | None = None
     """File for the result as JSON (docs/eval-json.md says what is in it)."""
-    scatter: str | None = None
+    plot: str | None = None
     """File for a picture, accuracy against bytes: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file whose table of the suite is brought up to date."""
@@ -84,6 +84,6 @@ class EvalConfig:
             if count is not None and count < 1:
                 raise InputError(f"--{name} {count}: at least 1 is needed.")
         if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
-            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
+            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(scatter.SUFFIXES)}.")
         if self.save_metrics and (len(self.capsule) != 1 or not Path(self.capsule[0]).is_dir()):
             raise InputError("--save_metrics needs exactly one --capsule, and that a folder.")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import shown_path
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.errors import InputError
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
 
 from .equal_bytes import PerLayer

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
-from kvcapsule.methods.method import Revises, Starts
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method, Revises, Starts
 from kvcapsule.vlm.spans import VisualSpan
 
 TOLERANCE = 0.02

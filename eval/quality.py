@@ -12,8 +12,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.layer_prefill import Method
-from kvcapsule.methods.method import reads_hidden
+from kvcapsule.methods.method import Method, reads_hidden
 
 from .batches import Batch, batches
 from .entries import FULL, Entry

@@ -14,12 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
-from kvcapsule.data.source import DataError
 from kvcapsule.environment import machine, versions
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.errors import DataError, InputError
+from kvcapsule.methods.method import Method
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm, require_device
 

@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule.inference import attention_interface
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
-from kvcapsule.methods.method import Run
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Run
 
 
 class Prefill(NamedTuple):

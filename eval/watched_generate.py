@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.segments.segment import storage_bytes
 
 from .equal_bytes import Layout

@@ -8,22 +8,26 @@ with attach(model, Capsule.from_pretrained("...")):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
-    from .capsule.capsule import Capsule, CapsuleConfig, CapsuleError
+    from .capsule.capsule import Capsule
+    from .capsule.config import CapsuleConfig
+    from .errors import CapsuleError, GeometryError
     from .inference.attach import attach
     from .inference.cache import CapsuleCache
     from .segments.segment import Segment
-    from .vlm.geometry import GeometryError, KVGeometry
+    from .vlm.geometry import KVGeometry
     from .vlm.spans import VisualSpan, find_spans
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Capsule": "capsule.capsule",
     "CapsuleCache": "inference.cache",
-    "CapsuleConfig": "capsule.capsule",
-    "CapsuleError": "capsule.capsule",
-    "GeometryError": "vlm.geometry",
+    "CapsuleConfig": "capsule.config",
+    "CapsuleError": "errors",
+    "GeometryError": "errors",
+    "KVCapsuleError": "errors",
     "KVGeometry": "vlm.geometry",
     "Segment": "segments.segment",
     "VisualSpan": "vlm.spans",
@@ -37,9 +41,11 @@ __all__ = [
     "CapsuleConfig",
     "CapsuleError",
     "GeometryError",
+    "KVCapsuleError",
     "KVGeometry",
     "Segment",
     "VisualSpan",
+    "__version__",
     "attach",
     "find_spans",
 ]

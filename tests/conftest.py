@@ -24,7 +24,8 @@ from support.builders import cross_layer_capsule, kv_capsule, random_widths, tra
 from support.run_vlm import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.capsule.hub import require_replaceable
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.capsule.write import require_replaceable
 from kvcapsule.data import source
-from kvcapsule.vlm.geometry import GeometryError, KVGeometry, full_attention_layers
+from kvcapsule.errors import GeometryError
+from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 from kvcapsule.vlm.spans import find_spans
 

@@ -11,7 +11,9 @@ from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, cut_tiles, tiled
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 

@@ -6,10 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from kvcapsule.capsule.capsule import CapsuleError
-from kvcapsule.data.source import DataError
-from kvcapsule.vlm.geometry import GeometryError
-from kvcapsule.vlm.loading import ModelError
+from kvcapsule.errors import CapsuleError, DataError, GeometryError, ModelError
 
 from .fit import train
 from .recipe import Recipe

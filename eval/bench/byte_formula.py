@@ -10,7 +10,7 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.kvcapsule import retained
 from kvcapsule.codec.transform import TransformKeys, TransformValues
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 
 from .layer_data import TAIL, Cell
 from .methods import KEPT, RETAINED

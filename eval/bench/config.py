@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvcapsule.cli.errors import InputError
+from kvcapsule.errors import InputError
 from kvcapsule.vlm.loading import DTYPES
 
 from ..report import scatter
@@ -78,7 +78,7 @@ class BenchConfig:
     """Precision: auto (float32 on the CPU, bfloat16 on CUDA), float32, float16 or bfloat16."""
     json: str | None = None
     """File for the result as JSON (docs/bench.md says what is in it)."""
-    scatter: str | None = None
+    plot: str | None = None
     """File for a picture, serving within a memory budget: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file whose tables are brought up to date."""
@@ -112,7 +112,7 @@ class BenchConfig:
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise InputError(f"--device {self.device}: only cpu and cuda are timed.")
         if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
-            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
+            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(scatter.SUFFIXES)}.")
         if self.plot is not None and "serving" not in self.level:
             raise InputError("--plot draws what --level serving measures: ask for that level too.")
 

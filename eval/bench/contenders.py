@@ -17,8 +17,7 @@ from transformers.cache_utils import Cache
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Method
-from kvcapsule.methods.method import Revises
+from kvcapsule.methods.method import Method, Revises
 from kvcapsule.segments.segment import storage_bytes
 
 from ..watched_generate import new_cache

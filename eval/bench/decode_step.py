@@ -39,7 +39,7 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
     prompts = subject.batch(min(size, PROMPTS))
     room = prompts["input_ids"].shape[1] + steps + _WARM_UP
     caches: dict[str, Cache] = {}
-    contenders: dict[str, Contender] = {}
+    timed: dict[str, Contender] = {}
     skipped = []
     rungs = contenders.rungs(subject, compiled)
     # Where memory is short it is the methods that must fit, then the yardsticks, and eager attention last.
@@ -51,8 +51,8 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
             continue
         caches[rung.name] = cache
         step = stepper(subject.model, rung, cache, size)
-        contenders[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
-    taking_part = [contenders[rung.name] for rung in rungs if rung.name in contenders]
+        timed[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
+    taking_part = [timed[rung.name] for rung in rungs if rung.name in timed]
     times = interleave(taking_part, subject.model.device, steps, float("inf"), burst=0)
     return rows(subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s), skipped
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.methods.layer_prefill import LayerPrefill, Method
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Method
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 

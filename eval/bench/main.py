@@ -8,10 +8,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from kvcapsule.atomic_files import to_json
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
+from kvcapsule.errors import InputError
 
 from ..command_line import normal, on_purpose
 from ..report.scatter import draw

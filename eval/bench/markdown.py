@@ -42,7 +42,7 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
         elif left:
             parts.append(f"Left out: {'; '.join(left)}.")
         if level == "serving" and plot is not None:
-            parts.append(f"![sequences that fit and tokens a second]({results.link(path, plot)})")
+            parts.append(f"![sequences that fit and tokens a second]({markdown.link(path, plot)})")
         markdown.put(path, name_of(found["device"], level), "\n\n".join(parts))
 
 
@@ -77,7 +77,7 @@ def _plain(rows: Sequence[Mapping[str, Any]], level: str) -> str:
 
 def _facts(path: Path, found: Mapping[str, Any], json: str | None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    source = "" if json is None else f" ([JSON]({results.link(path, json)}))"
+    source = "" if json is None else f" ([JSON]({markdown.link(path, json)}))"
     at = f"{ceilings(found)}; kernels: {found['kernels']}; {place(found)}; {versions}; seed {found['seed']}."
     return f"{at[0].upper()}{at[1:]} Printed by `{found['command']}`{source}."
 

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import CodecConfig, PairCodec
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 from kvcapsule.vlm.geometry import KVGeometry
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature, CLIPVisionCo
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import EvenlySpaced, Quantized
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm

@@ -26,10 +26,10 @@ class Made(NamedTuple):
     calls: Sequence[Callable[[], torch.Tensor]]
     bytes: int
     """That a call must read."""
-    byte_formula: float
+    formula: float
     """The same in closed form."""
     error: float
-    bytes_touched: bytes_touched.Touched | None
+    touched: bytes_touched.Touched | None
     """None where kernels run that PyTorch does not see."""
 
 
@@ -114,7 +114,7 @@ def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: f
                 "copies": len(m.calls),
                 "bandwidth_fraction": m.bytes / time.median / 1e9 / read_gb_s if time else None,
                 "error": m.error if m.error < float("inf") else None,
-                "failed": None if time else f"relative error {m.error:.1e}, at most {gate.TOLERANCE[cell.dtype]:.0e} is allowed: not timed",
+                "failed": None if time else f"relative error {m.error:.1e}, at most {correctness.TOLERANCE[cell.dtype]:.0e} is allowed: not timed",
             }
         )
     return found

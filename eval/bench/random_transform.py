@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.noise_shaping import Readers
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues

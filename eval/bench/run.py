@@ -11,9 +11,9 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable
 from kvcapsule.environment import machine, versions
+from kvcapsule.errors import InputError
 from kvcapsule.kernels import backend
 from kvcapsule.vlm.loading import require_device
 

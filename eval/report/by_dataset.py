@@ -12,8 +12,8 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.data.source import PICTURES
+from kvcapsule.errors import InputError
 
 from ..entries import FULL
 from . import markdown
@@ -75,7 +75,7 @@ def main(config: BySetConfig) -> None:
     report = Path(config.report)
     note = (
         f"Mean accuracy over the tasks of each data set, {found['rows'][0]['n']} questions in all, and in brackets the points lost "
-        f"against the full cache. From `{found['command']}` ([JSON]({results.link(report, config.json)}))."
+        f"against the full cache. From `{found['command']}` ([JSON]({markdown.link(report, config.json)}))."
     )
     markdown.put(report, config.name, f"{table(found)}\n\n{note}")
 

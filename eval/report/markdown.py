@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import write_whole
+from kvcapsule.errors import InputError
 
 from .rows import is_wide
 

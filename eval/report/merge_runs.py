@@ -14,8 +14,8 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from kvcapsule.atomic_files import to_json
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, write_whole
+from kvcapsule.errors import InputError
 
 from ..command_line import normal
 from ..entries import FULL
@@ -36,7 +36,7 @@ class JoinConfig:
     """File for the result."""
     parts: list[str] = field(default_factory=list)
     """Files of `kvcapsule eval --suite NAME --methods ... --json FILE`."""
-    scatter: str | None = None
+    plot: str | None = None
     """File for a picture, as that of `kvcapsule eval`."""
     report: str | None = None
     """Markdown file whose table of the suite is brought up to date."""

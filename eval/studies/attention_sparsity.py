@@ -12,15 +12,15 @@ from rich.progress import track
 from rich.table import Table
 
 from kvcapsule.atomic_files import to_json
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.results import command_line, require_writable, shown_path, write_whole
 from kvcapsule.data import source
-from kvcapsule.data.source import DataError, SourceConfig
+from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
+from kvcapsule.errors import DataError, GeometryError, InputError, ModelError
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy.postvision import THRESHOLD, SparsityMeter
-from kvcapsule.vlm.geometry import GeometryError
-from kvcapsule.vlm.loading import ModelError, load_vlm
+from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import batches
 

@@ -18,17 +18,18 @@ from rich.progress import Progress, TaskID
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvcapsule.atomic_files import to_json
-from kvcapsule.capsule.capsule import Capsule, CapsuleError
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.results import command_line, shown_path, write_whole
 from kvcapsule.data import source
-from kvcapsule.data.source import DataError, SourceConfig
+from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
+from kvcapsule.errors import CapsuleError, DataError, GeometryError, InputError, ModelError
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy import RKV
 from kvcapsule.policy.combine import Paired
-from kvcapsule.vlm.geometry import GeometryError, KVGeometry
-from kvcapsule.vlm.loading import ModelError, load_vlm
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import Batch, make_batch, read
 from ..entries import Entry, capsule_settings, full_entry
@@ -59,7 +60,7 @@ class GrowthConfig:
     """CPU threads; by default PyTorch's choice."""
     json: str | None = None
     """File for the result as JSON."""
-    scatter: str | None = None
+    plot: str | None = None
     """File for the picture: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file with table and picture, written as a whole; needs --json and --plot, which it shows."""
@@ -69,7 +70,7 @@ class GrowthConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
         if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
-            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
+            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(scatter.SUFFIXES)}.")
         if self.report is not None and None in (self.json, self.plot):
             raise InputError("--report shows the files of --json and --plot: give both.")
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.capsule.hub import CONFIG_FILE
-from kvcapsule.cli.errors import InputError
+from kvcapsule.capsule.read import CONFIG_FILE
 from kvcapsule.cli.results import shown_path
+from kvcapsule.errors import InputError
 
 from ..config import EvalConfig
 from .entries import Capsules, Spec

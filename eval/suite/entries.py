@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.cli.errors import InputError
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.errors import InputError
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import Paired
 
 from ..entries import (

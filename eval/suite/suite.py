@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from kvcapsule.cli.errors import InputError
+from kvcapsule.errors import InputError
 
 from ..entries import FULL
 from .entries import Spec

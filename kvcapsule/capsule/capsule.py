@@ -2,83 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..codec import FAMILIES, CodecConfig, LayerCodec, StackCodec
-from ..methods.layer_prefill import Compressed, LayerPrefill
-from ..methods.method import LayerByLayer, Run
+from ..codec import LayerCodec, StackCodec
+from ..errors import CapsuleError
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, LayerByLayer, Run
 from ..vlm.geometry import KVGeometry
+from . import hub
+from .config import CapsuleConfig
+from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
 from .runs import StackRun, canonical_tiles
-
-FORMAT_VERSION = 1
-"""Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not raise it."""
-
-
-class CapsuleError(ValueError):
-    """A capsule's files are missing, damaged, or of a kind that this version does not know."""
-
-
-@dataclass(frozen=True)
-class CapsuleConfig:
-    """All that inference needs to know of a capsule, readable without its weights."""
-
-    family: str
-    """A key of kvcapsule.codec.FAMILIES."""
-    codec: CodecConfig
-    """Sizes of the codecs."""
-    geometry: KVGeometry
-    """The KV geometry that the capsule fits."""
-    base_model: str
-    """Hub id or name of the model that it was trained on."""
-    base_revision: str | None = None
-    """Revision of that model."""
-    format_version: int = FORMAT_VERSION
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """Free facts for the reader; inference does not use them."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "format_version": self.format_version,
-            "family": self.family,
-            "base_model": self.base_model,
-            "base_revision": self.base_revision,
-            "geometry": self.geometry.to_dict(),
-            "codec": asdict(self.codec),
-            "metadata": self.metadata,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "CapsuleConfig":
-        """Raises CapsuleError for another format version, an unknown family, or missing and unknown keys."""
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CapsuleError(
-                f"capsule format version {version!r}; this version of kvcapsule reads version {FORMAT_VERSION}. "
-                "Upgrade kvcapsule, or train the capsule again."
-            )
-        family = values.get("family")
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise CapsuleError(f"unknown codec family {family!r}; this version of kvcapsule knows {', '.join(FAMILIES)}.")
-        known = {"format_version", "family", "base_model", "base_revision", "geometry", "codec", "metadata"}
-        if unknown := sorted(set(values) - known):
-            raise CapsuleError(f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}.")
-        try:
-            return cls(
-                family=family,
-                codec=FAMILIES[family].from_dict(values["codec"]),
-                geometry=KVGeometry.from_dict(values["geometry"]),
-                base_model=values["base_model"],
-                base_revision=values.get("base_revision"),
-                metadata=values.get("metadata", {}),
-            )
-        except KeyError as error:
-            raise CapsuleError(f"capsule config lacks {error.args[0]!r}: the file is damaged or was written by hand.") from error
-        except (TypeError, ValueError) as error:
-            raise CapsuleError(f"capsule config cannot be used: {error}") from error
+from .write import contents_of, save_folder
 
 
 class Capsule(nn.Module):
@@ -127,17 +65,38 @@ class Capsule(nn.Module):
         metrics: Mapping[str, Any] | None = None,
         card_name: str | None = None,
     ) -> None:
-        """Write the capsule to a directory; see kvcapsule.capsule.hub.save."""
-        from . import hub
-
-        hub.save(self, directory, recipe=recipe, metrics=metrics, card_name=card_name)
+        """Write the capsule to a directory; arguments and errors are those of kvcapsule.capsule.write.save_folder."""
+        save_folder(self.config, self.state_dict(), directory, recipe, metrics, card_name)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu") -> "Capsule":
-        """Load a capsule from a directory, a shipped name or a repository on the Hub; see kvcapsule.capsule.hub.load."""
-        from . import hub
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu"
+    ) -> "Capsule":
+        """A capsule in eval mode, frozen, with the dtypes that it was saved in.
 
-        return hub.load(name, revision=revision, device=device)
+        Args:
+            name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
+            revision: branch, tag or commit on the Hub.
+            device: where to put the codecs.
+
+        Raises:
+            CapsuleError: if there is no such capsule, it cannot be downloaded, a file is missing, damaged or of another format version, or
+                the tensors are not those that the config asks for.
+        """
+        folder = hub.find(name, revision)
+        config = config_in(folder)
+        try:
+            capsule = cls(config)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CapsuleError(
+                f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for {config.geometry.layers} layers of "
+                f"{config.geometry.kv_heads} KV heads ({error}). The file is damaged or was changed by hand."
+            ) from error
+        tensors = tensors_in(folder)
+        require_tensors(folder, tensors, capsule.state_dict())
+        # assign keeps the dtypes of the file; a copy would turn a bfloat16 capsule into a float32 one.
+        capsule.load_state_dict(tensors, assign=True)
+        return capsule.to(device).eval().requires_grad_(False)
 
     def push_to_hub(
         self,
@@ -150,19 +109,10 @@ class Capsule(nn.Module):
         recipe: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> str:
-        """Upload the capsule and return its address; see kvcapsule.capsule.hub.push.
+        """Upload the capsule in one commit and return its address; see kvcapsule.capsule.hub.Destination and `upload`.
 
-        A capsule does not remember the recipe and metrics that it was saved with: give them here, or push its directory.
+        A capsule does not remember the recipe and metrics that it was saved with: give them here, or push its directory
+        (kvcapsule.capsule.push.push_directory).
         """
-        from . import hub
-
-        return hub.push(
-            self,
-            repo_id,
-            private=private,
-            revision=revision,
-            token=token,
-            commit_message=commit_message,
-            recipe=recipe,
-            metrics=metrics,
-        )
+        to = hub.Destination(repo_id, private, revision, token, commit_message)
+        return hub.upload(contents_of(self.config, self.state_dict(), recipe, metrics, repo_id), to)

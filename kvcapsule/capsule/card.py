@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..atomic_files import to_yaml
-from .capsule import CapsuleConfig
+from .config import CapsuleConfig
 
 CARD_TAGS = ["kv-cache", "compression", "vision-language"]
 LICENSE = "apache-2.0"
@@ -22,8 +22,8 @@ def model_card(config: CapsuleConfig, recipe: Mapping[str, Any] | None, metrics:
 
     Args:
         config: the capsule's config.
-        recipe: see `save`.
-        metrics: see `save`. Without rows of an evaluation the card says that nothing was measured.
+        recipe: see kvcapsule.capsule.write.save_folder.
+        metrics: see kvcapsule.capsule.write.save_folder. Without rows of an evaluation the card says that nothing was measured.
         name: what to give to `from_pretrained`; by default made of the base model's and the family's names.
     """
     name = name or f"{config.base_model.rpartition('/')[2]}-{config.family}"

@@ -1,54 +1,27 @@
-"""A capsule by its name: loaded from a directory, from those that are shipped or from the Hub, and pushed there.
-
-`folder` reads the files, `saving` writes them; what others need of both is here too.
-"""
+"""A capsule by its name: on the disk, among those that are shipped or on the Hub; downloading and uploading of its files."""
 
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 
 from .. import __version__
-from .capsule import Capsule, CapsuleConfig, CapsuleError
-from .card import CARD_LOADS, LIBRARY
+from ..errors import CapsuleError
+from .card import LIBRARY
+from .config import CapsuleConfig
 from .hub_errors import download_errors, upload_errors
 from .read import (
-    CARD_FILE,
     CONFIG_FILE,
     FILES,
-    METRICS_FILE,
     NEEDED_TO_LOAD,
-    RECIPE_FILE,
-    WEIGHTS_FILE,
-    WEIGHTS_METADATA,
-    capsule_in,
     config_in,
     missing_files,
     require_files,
 )
-from .write import contents_of, require_replaceable, save, update_metrics
-
-__all__ = [
-    "CARD_FILE",
-    "CONFIG_FILE",
-    "FILES",
-    "METRICS_FILE",
-    "NEEDED_TO_LOAD",
-    "RECIPE_FILE",
-    "WEIGHTS_FILE",
-    "WEIGHTS_METADATA",
-    "load",
-    "push",
-    "read_config",
-    "require_replaceable",
-    "save",
-    "update_metrics",
-]
 
 MAIN_BRANCH = "main"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
@@ -58,13 +31,13 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> Ca
     """The config of a capsule, without its weights; from the Hub, config.json is all that is downloaded.
 
     Args:
-        name: a directory, a shipped name or a Hub id; see `load`.
+        name: a directory, a shipped name or a Hub id; see `find`.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         CapsuleError: if there is no such capsule, or its config is damaged or of another format version.
     """
-    folder = _local(name, revision)
+    folder = local_folder(name, revision)
     if folder is not None:
         require_files(folder, [CONFIG_FILE])
         return config_in(folder)
@@ -73,94 +46,78 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> Ca
     return config_in(Path(path).parent)
 
 
-def load(name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu") -> Capsule:
-    """A capsule in eval mode, frozen, with the dtypes that it was saved in.
+def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a capsule, downloaded from the Hub where it is on no disk; all files that loading needs are in it.
 
     Args:
         name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
         revision: branch, tag or commit on the Hub.
-        device: where to put the codecs.
 
     Raises:
-        CapsuleError: if there is no such capsule, it cannot be downloaded, a file is missing, damaged or of another format version, or the
-            tensors are not those that the config asks for.
+        CapsuleError: if there is no such capsule, it cannot be downloaded, or a file is missing.
     """
-    folder = _local(name, revision)
-    if folder is None:
-        with download_errors(str(name), revision):
-            patterns = list(FILES)
-            folder = Path(
-                snapshot_download(str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__)
-            )
-        _require_downloaded(folder, str(name))
-    else:
+    folder = local_folder(name, revision)
+    if folder is not None:
         require_files(folder, NEEDED_TO_LOAD)
-    return capsule_in(folder, device)
+        return folder
+    with download_errors(str(name), revision):
+        patterns = list(FILES)
+        folder = Path(
+            snapshot_download(str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__)
+        )
+    _require_downloaded(folder, str(name))
+    return folder
 
 
-def push(
-    capsule_or_directory: Capsule | str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload capsule",
-    recipe: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-) -> str:
-    """Upload a capsule to the Hub in one commit, creating the repository and the branch where they do not exist.
+@dataclass(frozen=True)
+class Destination:
+    """Where a capsule is pushed to, and how."""
 
-    Of a directory's files only the model card is changed on the way: its snippet loads `repo_id`.
+    repo_id: str
+    """"organisation/name" or "user/name"."""
+    private: bool = False
+    """Create the repository as private; a public one is refused. False leaves it to the account's default."""
+    revision: str | None = None
+    """Branch to push to; by default main."""
+    token: str | None = None
+    """By default that of `hf auth login` or HF_TOKEN."""
+    commit_message: str = "Upload capsule"
+    """The commit's subject."""
+
+    def __post_init__(self) -> None:
+        if not HUB_ID.fullmatch(self.repo_id):
+            raise CapsuleError(f"{self.repo_id!r} is no name of a repository on the Hub: write organisation/name or user/name.")
+
+
+def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
+    """Upload a capsule's files in one commit, creating the repository and the branch where they do not exist.
 
     Args:
-        capsule_or_directory: a directory goes up with its recipe, metrics and card; a Capsule knows none of these, so give them here.
-        repo_id: "organisation/name" or "user/name".
-        private: create the repository as private; a public one is refused. False leaves it to the account's default.
-        revision: branch to push to; by default main.
-        token: by default that of `hf auth login` or HF_TOKEN.
-        commit_message: the commit's subject.
-        recipe: see `save`; for a Capsule only.
-        metrics: see `save`; for a Capsule only.
+        contents: bytes or the file of each name.
+        to: the repository.
 
     Returns:
         The address of what was pushed.
 
     Raises:
-        CapsuleError: if the directory is no sound capsule, the repository's name or visibility is wrong, or the Hub refuses.
+        CapsuleError: if the repository's visibility is wrong, or the Hub refuses.
     """
-    if not HUB_ID.fullmatch(repo_id):
-        raise CapsuleError(f"{repo_id!r} is no name of a repository on the Hub: write organisation/name or user/name.")
-    uploads: dict[str, bytes | Path] = {}
-    if isinstance(capsule_or_directory, Capsule):
-        uploads.update(contents_of(capsule_or_directory, recipe, metrics, repo_id))
-    else:
-        if recipe is not None or metrics is not None:
-            raise CapsuleError("recipe and metrics go with a Capsule; a directory has its own recipe.yaml and metrics.json.")
-        folder = _local(capsule_or_directory, None)
-        if folder is None:
-            raise CapsuleError(f"there is no directory {os.fspath(capsule_or_directory)!r} to push: train or save a capsule first.")
-        require_files(folder, FILES)
-        load(folder)  # What cannot be loaded is not uploaded.
-        uploads.update({name: folder / name for name in FILES})
-        card = (folder / CARD_FILE).read_text(encoding="utf-8")
-        uploads[CARD_FILE] = CARD_LOADS.sub(lambda _: f'Capsule.from_pretrained("{repo_id}")', card).encode()
-    with upload_errors(repo_id):
-        api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
+    with upload_errors(to.repo_id):
+        api = HfApi(token=to.token, library_name=LIBRARY, library_version=__version__)
+        url = api.create_repo(to.repo_id, private=to.private or None, exist_ok=True)
+        if to.private and not api.model_info(to.repo_id).private:
             raise CapsuleError(
-                f"nothing was pushed: {repo_id} exists already and is public. Make it private on the Hub, choose another name, "
+                f"nothing was pushed: {to.repo_id} exists already and is public. Make it private on the Hub, choose another name, "
                 "or leave out private."
             )
-        if revision is not None and revision != MAIN_BRANCH and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in uploads.items()]
-        api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
-    return f"{url}/tree/{revision}" if revision else str(url)
+        if to.revision is not None and to.revision != MAIN_BRANCH and not to.revision.startswith("refs/"):
+            api.create_branch(to.repo_id, branch=to.revision, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(to.repo_id, operations, commit_message=to.commit_message, revision=to.revision)
+    return f"{url}/tree/{to.revision}" if to.revision else str(url)
 
 
-def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | None:
     """The directory that `name` means, by its path or as a shipped name; None if it can only be a Hub id."""
     text = os.fspath(name)
     folder = Path(text).expanduser()

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .capsule import CapsuleError
+from ..errors import CapsuleError
 from .read import CONFIG_FILE
 
 DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (HFValidationError, *(e for e in HfHubHTTPError.__bases__ if issubclass(e, Exception)))

@@ -1,4 +1,4 @@
-"""A capsule's folder: its five files, and a capsule read from them. checkpoints/FORMAT.md describes them for other tools.
+"""Reading a capsule's folder: its five files, its config, its tensors. checkpoints/FORMAT.md describes them for other tools.
 
 Whatever is missing, damaged or of another version is named, with what to do about it.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .capsule import FORMAT_VERSION, Capsule, CapsuleConfig, CapsuleError
+from ..errors import CapsuleError
+from .config import FORMAT_VERSION, CapsuleConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,28 +64,13 @@ def config_in(folder: Path) -> CapsuleConfig:
         raise CapsuleError(f"{path}: a value has the wrong type ({error}); the file is damaged or was changed by hand.") from error
 
 
-def capsule_in(folder: Path, device: torch.device | str) -> Capsule:
-    """The capsule in `folder`, in eval mode, frozen, with the dtypes that it was saved in.
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the capsule in `folder`, on the CPU, with the dtypes that they were saved in.
 
     Raises:
-        CapsuleError: if a file is damaged or of another format version, or the tensors are not those that the config asks for.
+        CapsuleError: if the file is damaged or of another format version.
     """
-    config = config_in(folder)
-    try:
-        capsule = Capsule(config)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise CapsuleError(
-            f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for {config.geometry.layers} layers of "
-            f"{config.geometry.kv_heads} KV heads ({error}). The file is damaged or was changed by hand."
-        ) from error
-    tensors = _weights(folder / WEIGHTS_FILE)
-    _require_tensors(folder / WEIGHTS_FILE, tensors, capsule.state_dict())
-    # assign keeps the dtypes of the file; a copy would turn a bfloat16 capsule into a float32 one.
-    capsule.load_state_dict(tensors, assign=True)
-    return capsule.to(device).eval().requires_grad_(False)
-
-
-def _weights(path: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -120,8 +106,8 @@ def _diagnosis(path: Path) -> str:
     return f"it is no sound safetensors file. {again}"
 
 
-def _require_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises CapsuleError naming every tensor that is missing, unexpected, or of another shape or kind of number."""
+def require_tensors(folder: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises CapsuleError naming every tensor of the folder that is missing, unexpected, or of another shape or kind of number."""
     faults = [f"{key} is missing" for key in expected if key not in found]
     faults += [f"{key} is unexpected" for key in sorted(found) if key not in expected]
     for key in expected.keys() & found.keys():
@@ -132,4 +118,4 @@ def _require_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Ma
             faults.append(f"{key} holds {have.dtype} and not {want.dtype}")
     if faults:
         listed = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise CapsuleError(f"{path} does not hold the tensors that {CONFIG_FILE} asks for: {listed}. The two are of different capsules.")
+        raise CapsuleError(f"{folder / WEIGHTS_FILE} does not hold the tensors that {CONFIG_FILE} asks for: {listed}. The two are of different capsules.")

@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 
 from ..codec import CodecConfig, StackCodec, StackEncoding
-from ..methods.layer_prefill import Compressed, LayerPrefill, Tiles, cut_tiles, keep, tiled
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..methods.tiles import Tiles, cut_tiles, tiled
 from ..segments.rotary_frame import Frame
 from ..vlm.geometry import KVGeometry
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 
 from .. import atomic_files
-from .capsule import Capsule, CapsuleError
+from ..errors import CapsuleError
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
+from .config import CapsuleConfig
 from .read import (
     CARD_FILE,
     CONFIG_FILE,
@@ -26,18 +28,21 @@ from .read import (
 )
 
 
-def save(
-    capsule: Capsule,
+def save_folder(
+    config: CapsuleConfig,
+    tensors: Mapping[str, torch.Tensor],
     directory: str | os.PathLike[str],
-    *,
-    recipe: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    card_name: str | None = None,
+    recipe: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    card_name: str | None,
 ) -> None:
-    """Write a capsule directory; a capsule that is there already is replaced only once the new one is wholly on the disk.
+    """Write a capsule directory; see Capsule.save_pretrained.
+
+    A capsule that is there already is replaced only once the new one is wholly on the disk.
 
     Args:
-        capsule: what to save.
+        config: the capsule's config.
+        tensors: its parameters and buffers, by name.
         directory: a new or empty directory, or one that holds a capsule and nothing else.
         recipe: how the capsule was trained, in types that YAML knows.
         metrics: {"train": {name: number}, "eval": {"rows": [...]}}, see checkpoints/FORMAT.md.
@@ -49,7 +54,7 @@ def save(
         TypeError: if recipe or metrics hold objects that no text file can.
     """
     target = Path(directory).expanduser().resolve()
-    contents = contents_of(capsule, recipe, metrics, card_name or target.name)
+    contents = contents_of(config, tensors, recipe, metrics, card_name or target.name)
     try:
         require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +68,7 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
 
     Args:
         directory: a capsule directory.
-        metrics: see `save`; a key that it lacks ("train", "eval") stays as it is.
+        metrics: see `save_folder`; a key that it lacks ("train", "eval") stays as it is.
 
     Raises:
         CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
@@ -95,14 +100,20 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         raise CapsuleError(atomic_files.write_failure(folder, sum(map(len, contents.values())), error)) from error
 
 
-def contents_of(capsule: Capsule, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str) -> dict[str, bytes]:
-    """The five files."""
+def contents_of(
+    config: CapsuleConfig,
+    tensors: Mapping[str, torch.Tensor],
+    recipe: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    name: str,
+) -> dict[str, bytes]:
+    """The five files, as bytes, by their names; see `save_folder`."""
     plain_recipe, plain_metrics = atomic_files.plain(recipe or {}, "recipe"), atomic_files.plain(metrics or {}, "metrics")
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in capsule.state_dict().items()}
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     return {
-        CONFIG_FILE: atomic_files.to_json(atomic_files.plain(capsule.config.to_dict(), "config")),
-        WEIGHTS_FILE: safetensors_bytes(tensors, WEIGHTS_METADATA),
-        CARD_FILE: model_card(capsule.config, plain_recipe, plain_metrics, name).encode(),
+        CONFIG_FILE: atomic_files.to_json(atomic_files.plain(config.to_dict(), "config")),
+        WEIGHTS_FILE: safetensors_bytes(stored, WEIGHTS_METADATA),
+        CARD_FILE: model_card(config, plain_recipe, plain_metrics, name).encode(),
         RECIPE_FILE: atomic_files.to_yaml(plain_recipe).encode(),
         METRICS_FILE: atomic_files.to_json(plain_metrics),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from .. import __version__
+from .._version import __version__
 from .errors import CLOSED_PIPE, INTERRUPTED, WRONG_INPUT, complain
 
 COMMANDS = {

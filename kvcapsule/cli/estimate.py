@@ -11,7 +11,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from .. import estimate as form
-from .errors import InputError, Parser, complain
+from ..errors import InputError
+from .errors import Parser, complain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,8 +54,7 @@ class Options(argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, or the JSON, and return the exit code."""
     options = _parser().parse_args(argv, namespace=Options())
-    from ..vlm.geometry import GeometryError
-    from ..vlm.loading import ModelError
+    from ..errors import GeometryError, ModelError
 
     try:
         found = estimated(options)
@@ -123,7 +123,7 @@ def _read_config(options: Options) -> "PreTrainedConfig":
 
     from kvcapsule.checkpoints import shipped
 
-    from ..vlm.loading import ModelError
+    from ..errors import ModelError
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(shipped(options.model) or options.model), revision=options.revision)
@@ -141,7 +141,7 @@ def _count_weights(config: "PreTrainedConfig", name: str) -> form.Weights:
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
-    from ..vlm.loading import ModelError
+    from ..errors import ModelError
 
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(f"{name!r} is a {config.model_type}, which is no image-text-to-text model of transformers: use a VLM.")
@@ -166,7 +166,7 @@ def _count_weights(config: "PreTrainedConfig", name: str) -> form.Weights:
 
 def _share_of_experts(config: "PreTrainedConfig", name: str) -> float:
     """The least of the routed experts that a step reads: those of one token. More of them make the bound smaller, so it stays one."""
-    from ..vlm.loading import ModelError
+    from ..errors import ModelError
 
     text = config.get_text_config(decoder=True)
     chosen = next((getattr(text, key) for key in _EXPERTS_OF_A_TOKEN if getattr(text, key, None)), None)
@@ -186,7 +186,7 @@ def _visual_tokens(config: "PreTrainedConfig", options: Options) -> int:
     from kvcapsule.checkpoints import shipped
 
     from ..data.prompts import conversation, encode
-    from ..vlm.loading import ModelError
+    from ..errors import ModelError
     from ..vlm.spans import find_spans
 
     height, width = options.resolution

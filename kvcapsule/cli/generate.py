@@ -8,7 +8,8 @@ import sys
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .errors import InputError, Parser, complain
+from ..errors import InputError
+from .errors import Parser, complain
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, Cache, PreTrainedModel, ProcessorMixin
@@ -57,10 +58,7 @@ class Row(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command with the arguments `argv` (None: those of the process) and return its exit code."""
     options = _parser().parse_args(argv, namespace=Options())
-    from ..capsule.capsule import CapsuleError
-    from ..data.source import DataError
-    from ..vlm.geometry import GeometryError
-    from ..vlm.loading import ModelError
+    from ..errors import CapsuleError, DataError, GeometryError, ModelError
 
     try:
         run(options)

@@ -22,11 +22,12 @@ class Options(argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Print the address of what was pushed and return 0; if nothing was, say why in one line on stderr and return 2."""
     options = _parser().parse_args(argv, namespace=Options())
-    from ..capsule.capsule import CapsuleError
-    from ..capsule.hub import push
+    from ..capsule.hub import Destination
+    from ..capsule.push import push_directory
+    from ..errors import CapsuleError
 
     try:
-        url = push(options.capsule, options.repo_id, private=options.private, revision=options.revision)
+        url = push_directory(options.capsule, Destination(options.repo_id, options.private, options.revision))
     except CapsuleError as error:
         return complain(PROG, error)
     print(url)

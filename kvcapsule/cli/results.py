@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..atomic_files import unique_name, write
-from .errors import InputError
+from ..errors import InputError
 
 
 def require_writable(files: Iterable[str | None], folders: Iterable[str | None] = ()) -> None:

@@ -79,7 +79,7 @@ class LayerCodec(nn.Module, ABC):
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
         """Encode tiles of keys (in their canonical frames if the family's config says so) and of values.
 
-        They are lent (kvcapsule.methods.layer_prefill.cut_tiles): what is stored as it is must be a copy.
+        They are lent (kvcapsule.methods.tiles.cut_tiles): what is stored as it is must be a copy.
         """
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from ..errors import DataError, PackageError
 from ..testbeds import easy_vqa, emoji, pages, words
 from ..testbeds.digits import SPLITS
-from ..testbeds.packages import PackageError
 
 PAGES = "pages"
 """The name of the source that is taken by default; pages of other heights are called as kvcapsule.testbeds.pages.HEIGHTS has them."""
@@ -24,10 +24,6 @@ PICTURES: dict[str, Callable[[str, int, int], datasets.Dataset]] = {
 MIXED = "pictures"
 """The name of these three, a question of each in turn; its tasks have the source in front: emoji-place."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-class DataError(ValueError):
-    """A data source cannot be loaded, or lacks what it must have."""
 
 
 @dataclass(frozen=True)

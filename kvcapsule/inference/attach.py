@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..methods.layer_prefill import Method
-from ..methods.method import reads_hidden
+from ..methods.method import Method, reads_hidden
 from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache

@@ -10,8 +10,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..kernels import attend
-from ..methods.layer_prefill import Compressed, LayerPrefill, Method
-from ..methods.method import LayerByLayer, Revises, Run, Written, reads_hidden, start
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, LayerByLayer, Method, Revises, Run, Written, reads_hidden, start
 from ..segments.segment import Segment, Shared, storage_bytes
 from ..vlm.geometry import KVGeometry
 from ..vlm.spans import VisualSpan, find_spans

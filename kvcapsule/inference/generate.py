@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..methods.layer_prefill import Method
+from ..methods.method import Method
 from .cache import CapsuleCache
 
 

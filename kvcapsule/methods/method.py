@@ -10,7 +10,22 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import torch
 
 from ..segments.segment import Segment
-from .layer_prefill import Compressed, LayerPrefill, Method
+from .layer_prefill import LayerPrefill
+
+
+class Compressed(NamedTuple):
+    """A layer's prefill as segments, visual and text apart so that their bytes can be told apart."""
+
+    visual: list[Segment]
+    text: list[Segment]
+
+
+class Method(Protocol):
+    """Anything that turns a layer's prefill into segments: a capsule or a policy."""
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """Called once for each layer as its prefill ends, in the order of the layers."""
+
 
 Observed = TypeVar("Observed")
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep_heads
+from ..methods.kept_rows import keep_heads
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from ..segments.segment import Segment
 from .snapkv import SnapKV
 

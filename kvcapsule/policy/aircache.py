@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 
 from ..codec.kvcapsule import check_ratio
-from ..methods.layer_prefill import UNEVEN, Compressed, LayerPrefill, keep, keep_heads
-from ..methods.method import SharedBudget
+from ..methods.kept_rows import UNEVEN, keep, keep_heads
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, SharedBudget
 from .base import Policy
 from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
 from .postvision import behind_last_image

@@ -16,13 +16,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
-from ..methods.method import Written
+from ..errors import GeometryError
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, Written
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.hadamard import hadamard
 from ..segments.quantized_rows import check_bits
 from ..segments.segment import Rows, Segment
-from ..vlm.geometry import GeometryError, KVGeometry
+from ..vlm.geometry import KVGeometry
 from .base import Policy
 from .recent_window import Exact, cut, entries, exact, joined
 from .snapkv import attention_received

@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 
 from ..codec.kvcapsule import check_ratio
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from ..segments.segment import Segment
 
 
@@ -21,7 +23,7 @@ class Policy(ABC):
 
     @abstractmethod
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        """A layer's prefill as segments; see kvcapsule.methods.layer_prefill.Method."""
+        """A layer's prefill as segments; see kvcapsule.methods.method.Method."""
 
 
 class VisualPolicy(Policy):

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..codec.kvcapsule import check_ratio, retained
-from ..methods.layer_prefill import Compressed, LayerPrefill, Method, keep
-from ..methods.method import Revises, Run, Written, reads_hidden, start
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, Method, Revises, Run, Written, reads_hidden, start
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.segment import Segment
 from ..vlm.geometry import KVGeometry

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from ..segments.segment import Segment
 from .base import VisualPolicy
 

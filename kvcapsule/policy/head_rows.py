@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.layer_prefill import LayerPrefill, keep_heads
+from ..methods.kept_rows import keep_heads
+from ..methods.layer_prefill import LayerPrefill
 from ..segments.segment import Segment
 
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from ..methods.host_retrieval import Retrieved
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep_heads
-from ..methods.method import SharedBudget
+from ..methods.kept_rows import keep_heads
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, SharedBudget
 from .base import Policy
 from .concentration import concentration
 from .head_budgets import nearest_power, share_out

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.quantized_rows import check_bits
 from ..segments.segment import Segment

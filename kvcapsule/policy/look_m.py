@@ -16,7 +16,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep_heads
+from ..methods.kept_rows import keep_heads
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from .base import Policy
 from .snapkv import attention_received
 

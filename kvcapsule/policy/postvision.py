@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..methods.layer_prefill import Compressed, LayerPrefill
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from .budgets import last_tokens
 from .full import Full
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..methods.layer_prefill import Compressed, LayerPrefill
-from ..methods.method import Run
-from ..vlm.geometry import GeometryError
+from ..errors import GeometryError
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, Run
 from .snapkv import SnapKV
 
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.segment import Segment
 from .base import VisualPolicy

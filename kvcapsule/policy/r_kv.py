@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
-from ..methods.method import Written
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, Written
 from ..segments.segment import Segment
 from .base import VisualPolicy
 from .head_rows import HeadRows, side_by_side

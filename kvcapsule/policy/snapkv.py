@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..codec.kvcapsule import check_ratio
-from ..methods.layer_prefill import Compressed, LayerPrefill, keep
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from ..segments.segment import Segment
 from .base import VisualPolicy
 

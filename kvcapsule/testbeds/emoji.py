@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .packages import COLOR_EMOJI, PackageError
+from ..errors import PackageError
+from .packages import COLOR_EMOJI
 from .pages import Question
 from .photos import background, photos
 from .picture import Picture, Thing, data_set, generator

@@ -10,6 +10,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import PackageError
+
 _ANY_WHEEL = (
     "--only-binary=:all:",
     "--platform=manylinux_2_28_x86_64",
@@ -19,10 +21,6 @@ _ANY_WHEEL = (
     "--abi=none",
 )
 """One wheel on every machine: it is read, never imported."""
-
-
-class PackageError(RuntimeError):
-    """A package cannot be fetched, or is not what it should be."""
 
 
 @dataclass(frozen=True)

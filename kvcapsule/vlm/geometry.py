@@ -5,9 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-
-class GeometryError(ValueError):
-    """A capsule, a cache or a request does not fit the model's KV."""
+from ..errors import GeometryError
 
 
 @dataclass(frozen=True)

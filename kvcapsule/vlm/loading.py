@@ -7,15 +7,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from kvcapsule.checkpoints import shipped
 
+from ..errors import ModelError
 from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers the vision tower of smol-vlm with the Auto classes.
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MADE = "smol-vlm"
 """A model that is made on the spot, and not shipped."""
-
-
-class ModelError(ValueError):
-    """A model cannot be loaded, or is no VLM."""
 
 
 def require_device(device: str | None) -> None:

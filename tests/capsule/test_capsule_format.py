@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from support.capsule_files import CODECS, FILES, ROW, configure, fixed_capsule
 
+from kvcapsule import Capsule
 from kvcapsule.capsule import hub
 from kvcapsule.codec import FAMILIES
 
@@ -23,7 +24,7 @@ def test_golden_capsule_of_version_1() -> None:
     # Written before the key was known: its absence means its default.
     assert "latent_bits" not in (GOLDEN / "config.json").read_text()
     assert hub.read_config(GOLDEN).codec.latent_bits == 0
-    capsule = hub.load(GOLDEN)
+    capsule = Capsule.from_pretrained(GOLDEN)
     shapes = {"keys.kept": (4,), "keys.theta": (2, 8, 4), "values.basis": (2, 6, 8), "values.mean": (2, 4)}
     expected = {f"layers.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
     state = capsule.state_dict()

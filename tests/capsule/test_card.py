@@ -10,8 +10,8 @@ import yaml
 from support.capsule_files import FILES, RECIPE, ROW, configure, fixed_capsule, limit_of_file_size
 
 from kvcapsule import CapsuleError
-from kvcapsule.capsule import hub
 from kvcapsule.capsule.card import model_card
+from kvcapsule.capsule.write import update_metrics
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_measurements_reach_the_file_and_the_card(tmp_path: Path) -> None:
     before = (folder / "README.md").read_text()
     (folder / "README.md").write_text(before + "\nWritten by hand.\n")
     layered = {**ROW, "settings": {"key_ratios": [0.5, 0.25]}}
-    hub.update_metrics(folder, {"eval": {"command": "kvcapsule eval --capsule tiny --seed 1", "rows": [layered]}})
+    update_metrics(folder, {"eval": {"command": "kvcapsule eval --capsule tiny --seed 1", "rows": [layered]}})
     card = (folder / "README.md").read_text()
     assert "| capsule | key_ratios=0.5/0.25 | 0.9375 |" in card and "Printed by `kvcapsule eval --capsule tiny --seed 1`." in card
     assert "Not measured yet" in before and "Not measured" not in card
@@ -58,7 +58,7 @@ def test_measurements_reach_the_file_and_the_card(tmp_path: Path) -> None:
     )
     saved = json.loads((folder / "metrics.json").read_text())
     assert saved["train"] == {"loss": 0.5} and saved["eval"]["rows"] == [layered]
-    hub.update_metrics(folder, {"eval": None})
+    update_metrics(folder, {"eval": None})
     assert (folder / "README.md").read_text() == before + "\nWritten by hand.\n"
     assert os.listdir(tmp_path) == ["tiny"] and set(os.listdir(folder)) == FILES
 
@@ -68,14 +68,14 @@ def test_measurements_that_cannot_be_put_in(saved: Path, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         limit_of_file_size(patch)
         with pytest.raises(CapsuleError, match=r"cannot save .*untouched"):
-            hub.update_metrics(saved, {"train": {"loss": "x" * 2000}})
+            update_metrics(saved, {"train": {"loss": "x" * 2000}})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before and os.listdir(tmp_path) == ["tiny"]
     for damaged in ("{", "[]"):
         (saved / "metrics.json").write_text(damaged)
         with pytest.raises(CapsuleError, match=r"metrics\.json is damaged"):
-            hub.update_metrics(saved, {})
+            update_metrics(saved, {})
     with pytest.raises(CapsuleError, match="is not a capsule directory"):
-        hub.update_metrics(tmp_path, {})
+        update_metrics(tmp_path, {})
 
 
 def test_card_without_measurements_says_so(tmp_path: Path) -> None:

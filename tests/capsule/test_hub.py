@@ -14,13 +14,19 @@ from support.capsule_files import FILES, METRICS, RECIPE, configure, fixed_capsu
 from support.hub_server import TOKEN, HubServer
 
 from kvcapsule import CapsuleError
-from kvcapsule.capsule import hub
+from kvcapsule.capsule.hub import Destination
+from kvcapsule.capsule.push import push_directory
 from kvcapsule.cli import push as push_command
 
 CLIENT = """
 import contextlib, io, json, sys
-from kvcapsule import Capsule, CapsuleError, hub
+from kvcapsule import Capsule, CapsuleError
+from kvcapsule.capsule import hub
+from kvcapsule.capsule.push import push_directory
 from kvcapsule.cli.push import main
+
+def push(folder, *args, **kwargs):
+    return push_directory(folder, hub.Destination(*args, **kwargs))
 
 RESULTS = {}
 
@@ -41,24 +47,24 @@ def command(*args):
 """
 ONLINE = """
 first, second = sys.argv[1:]
-attempt("missing", hub.load, "org/absent")
+attempt("missing", Capsule.from_pretrained, "org/absent")
 attempt("missing config", hub.read_config, "org/absent")
-attempt("pushed", hub.push, first, "org/tiny")
-attempt("pushed again", hub.push, first, "org/tiny")
+attempt("pushed", push, first, "org/tiny")
+attempt("pushed again", push, first, "org/tiny")
 attempt("pushed branch", Capsule.from_pretrained(second).push_to_hub, "org/tiny", revision="v2", metrics={"train": {"loss": 2.0}})
 attempt("loaded", Capsule.from_pretrained, "org/tiny")
 attempt("loaded branch", Capsule.from_pretrained, "org/tiny", revision="v2")
-attempt("missing revision", hub.load, "org/tiny", revision="v3")
+attempt("missing revision", Capsule.from_pretrained, "org/tiny", revision="v3")
 attempt("missing revision config", hub.read_config, "org/tiny", revision="v3")
-attempt("private", hub.push, first, "org/secret", private=True)
-attempt("already public", hub.push, second, "org/tiny", private=True)
+attempt("private", push, first, "org/secret", private=True)
+attempt("already public", push, second, "org/tiny", private=True)
 attempt("config only", hub.read_config, "org/secret")
-attempt("model", hub.load, "org/model")
-attempt("not a capsule", hub.load, "org/plain")
+attempt("model", Capsule.from_pretrained, "org/model")
+attempt("not a capsule", Capsule.from_pretrained, "org/plain")
 attempt("not a capsule config", hub.read_config, "org/plain")
-attempt("wrong token", hub.push, first, "org/other", token="hf_wrong")
-attempt("wrong name", hub.push, first, "tiny")
-attempt("wrong directory", hub.push, "org/absent", "org/other")
+attempt("wrong token", push, first, "org/other", token="hf_wrong")
+attempt("wrong name", push, first, "tiny")
+attempt("wrong directory", push, "org/absent", "org/other")
 attempt("command", command, first, "org/command", "--private", "--revision", "v1")
 attempt("failed command", command, first + "-absent", "org/command")
 """
@@ -66,12 +72,12 @@ AWAY = """
 for mode in ("unreachable", "offline"):
     # What the variable HF_HUB_OFFLINE sets when the client is imported.
     hub.constants.HF_HUB_OFFLINE = mode == "offline"
-    attempt(f"{mode}: loaded", hub.load, "org/tiny")
-    attempt(f"{mode}: loaded branch", hub.load, "org/tiny", revision="v2")
+    attempt(f"{mode}: loaded", Capsule.from_pretrained, "org/tiny")
+    attempt(f"{mode}: loaded branch", Capsule.from_pretrained, "org/tiny", revision="v2")
     attempt(f"{mode}: config only", hub.read_config, "org/secret")
-    attempt(f"{mode}: config only, load", hub.load, "org/secret")
-    attempt(f"{mode}: missing", hub.load, "org/absent")
-    attempt(f"{mode}: push", hub.push, sys.argv[1], "org/tiny")
+    attempt(f"{mode}: config only, load", Capsule.from_pretrained, "org/secret")
+    attempt(f"{mode}: missing", Capsule.from_pretrained, "org/absent")
+    attempt(f"{mode}: push", push, sys.argv[1], "org/tiny")
 # Only offline: where nothing answers, the client asks for a single file again and again, for 25 seconds.
 attempt("missing config", hub.read_config, "org/absent", revision="v2")
 """
@@ -202,12 +208,10 @@ def test_push_command(visit: Visit) -> None:
 def test_damaged_capsules_are_not_pushed(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(CapsuleError, match="cannot be read"):
-        hub.push(saved, "org/tiny")
+        push_directory(saved, Destination("org/tiny"))
     (saved / "recipe.yaml").unlink()
     with pytest.raises(CapsuleError, match=r"lacks recipe\.yaml"):
-        hub.push(saved, "org/tiny")
-    with pytest.raises(CapsuleError, match="a directory has its own"):
-        hub.push(saved, "org/tiny", metrics=METRICS)
+        push_directory(saved, Destination("org/tiny"))
 
 
 def test_push_command_reads_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:

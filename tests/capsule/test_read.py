@@ -26,7 +26,7 @@ def test_truncated_weights(saved: Path, kept: int) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:kept])
     with pytest.raises(CapsuleError) as caught:
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
     message = str(caught.value)
     assert str(path) in message and "download the capsule again" in message
     if kept == -1:
@@ -44,7 +44,7 @@ def test_truncated_weights(saved: Path, kept: int) -> None:
 def test_weights_that_are_something_else(saved: Path, content: bytes, expected: str) -> None:
     (saved / "model.safetensors").write_bytes(content)
     with pytest.raises(CapsuleError, match=expected):
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
 
 
 def test_wrong_tensors_are_named(saved: Path) -> None:
@@ -55,7 +55,7 @@ def test_wrong_tensors_are_named(saved: Path) -> None:
     tensors["layers.1.keys.kept"] = tensors["layers.1.keys.kept"].float()
     save_file(tensors, path, {"format": "kvcapsule", "format_version": "1"})
     with pytest.raises(CapsuleError) as caught:
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
     for fault in (
         "layers.0.keys.theta has the shape (2, 8, 3) and not (2, 8, 4)",
         "layers.1.values.mean is missing",
@@ -68,7 +68,7 @@ def test_wrong_tensors_are_named(saved: Path) -> None:
 def test_weights_of_another_config(saved: Path) -> None:
     change_config(saved, geometry={**GEOMETRY.to_dict(), "kv_heads": 1})
     with pytest.raises(CapsuleError, match=r"basis has the shape \(2, 6, 8\) and not \(1, 6, 8\)"):
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_weights_of_another_config(saved: Path) -> None:
 def test_weights_of_another_format(saved: Path, metadata: dict[str, str] | None, expected: str) -> None:
     save_file(load_file(saved / "model.safetensors"), saved / "model.safetensors", metadata)
     with pytest.raises(CapsuleError, match=expected):
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_of_another_format(saved: Path, metadata: dict[str, str] | None,
 def test_wrong_config(saved: Path, changes: dict[str, Any], expected: str) -> None:
     change_config(saved, **changes)
     with pytest.raises(CapsuleError, match=expected):
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_wrong_config(saved: Path, changes: dict[str, Any], expected: str) -> No
 )
 def test_config_that_is_something_else(saved: Path, content: bytes, expected: str) -> None:
     (saved / "config.json").write_bytes(content)
-    for read in (hub.read_config, hub.load):
+    for read in (hub.read_config, Capsule.from_pretrained):
         with pytest.raises(CapsuleError, match=expected):
             read(saved)
 
@@ -125,21 +125,21 @@ def test_config_that_is_something_else(saved: Path, content: bytes, expected: st
 
 def test_names_that_lead_nowhere(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CapsuleError) as caught:
-        hub.load("no-such-capsule")
+        Capsule.from_pretrained("no-such-capsule")
     message = str(caught.value)
     assert "'no-such-capsule'" in message and str(Path.cwd() / "no-such-capsule") in message and "organisation/name" in message
     (tmp_path / "empty").mkdir()
     with pytest.raises(CapsuleError, match=r"empty is not a capsule directory: it lacks config\.json, model\.safetensors"):
-        hub.load(tmp_path / "empty")
+        Capsule.from_pretrained(tmp_path / "empty")
     for name in (tmp_path / "absent", str(tmp_path / "absent"), "./absent/capsule", Path("absent/capsule")):
         with pytest.raises(CapsuleError, match=r"there is no directory .*absent"):
             hub.read_config(name)
     with pytest.raises(CapsuleError, match="is a file"):
-        hub.load(saved / "config.json")
+        Capsule.from_pretrained(saved / "config.json")
     with pytest.raises(CapsuleError, match="no capsule ''"):
-        hub.load("")
+        Capsule.from_pretrained("")
     with pytest.raises(CapsuleError, match="only repositories on the Hub have revisions"):
-        hub.load(saved, revision="main")
+        Capsule.from_pretrained(saved, revision="main")
 
 
 def test_shipped_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

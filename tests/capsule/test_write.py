@@ -27,6 +27,7 @@ from support.capsule_files import (
 
 from kvcapsule import Capsule, CapsuleError, GeometryError, atomic_files
 from kvcapsule.capsule import hub
+from kvcapsule.capsule.read import FILES as FILE_NAMES
 
 # Saving and loading
 
@@ -44,7 +45,7 @@ def test_round_trip(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
 
 
 def test_the_files_are_exactly_five(saved: Path) -> None:
-    assert set(os.listdir(saved)) == FILES == set(hub.FILES)
+    assert set(os.listdir(saved)) == FILES == set(FILE_NAMES)
     assert [path.name for path in saved.parent.iterdir()] == ["tiny"]
     assert yaml.safe_load((saved / "recipe.yaml").read_text()) == RECIPE
     assert json.loads((saved / "metrics.json").read_text()) == METRICS
@@ -72,7 +73,7 @@ def test_config_is_read_without_weights(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     assert hub.read_config(saved) == configure()
     with pytest.raises(CapsuleError, match=r"tiny is not a capsule directory: it lacks model\.safetensors\."):
-        hub.load(saved)
+        Capsule.from_pretrained(saved)
 
 
 def test_another_geometry_is_refused_with_both(saved: Path) -> None:
@@ -85,12 +86,12 @@ def test_another_geometry_is_refused_with_both(saved: Path) -> None:
 
 def test_saving_replaces_a_capsule_and_nothing_else(saved: Path, tmp_path: Path) -> None:
     fixed_capsule(salt=1).save_pretrained(saved)
-    assert equal(hub.load(saved), fixed_capsule(salt=1))
+    assert equal(Capsule.from_pretrained(saved), fixed_capsule(salt=1))
     (tmp_path / "empty").mkdir()
     fixed_capsule().save_pretrained(tmp_path / "empty")
     (tmp_path / "link").symlink_to(saved)
     fixed_capsule(salt=2).save_pretrained(tmp_path / "link")
-    assert equal(hub.load(saved), fixed_capsule(salt=2)) and (tmp_path / "link").is_symlink()
+    assert equal(Capsule.from_pretrained(saved), fixed_capsule(salt=2)) and (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["empty", "link", "tiny"]
 
 
@@ -109,7 +110,7 @@ def test_an_extra_file_beside_a_capsule_is_not_deleted(saved: Path) -> None:
     (saved / "notes.txt").touch()
     with pytest.raises(CapsuleError, match=r"it holds notes\.txt"):
         fixed_capsule(salt=1).save_pretrained(saved)
-    assert equal(hub.load(saved), fixed_capsule())
+    assert equal(Capsule.from_pretrained(saved), fixed_capsule())
 
 
 # Failures while saving
@@ -158,7 +159,7 @@ def test_disk_full(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert ("untouched" in message) == target.exists()
     assert os.listdir(tmp_path) == ["tiny"]
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-    assert equal(hub.load(saved), fixed_capsule())
+    assert equal(Capsule.from_pretrained(saved), fixed_capsule())
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -176,7 +177,7 @@ def test_a_failed_rename_puts_the_old_capsule_back(saved: Path, monkeypatch: pyt
         with pytest.raises(CapsuleError, match="untouched"):
             fixed_capsule(salt=1).save_pretrained(saved)
     assert os.listdir(saved.parent) == ["tiny"]
-    assert equal(hub.load(saved), fixed_capsule())
+    assert equal(Capsule.from_pretrained(saved), fixed_capsule())
 
 
 def test_an_interrupt_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,4 +189,4 @@ def test_an_interrupt_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(KeyboardInterrupt):
             fixed_capsule(salt=1).save_pretrained(saved)
     assert os.listdir(saved.parent) == ["tiny"]
-    assert equal(hub.load(saved), fixed_capsule())
+    assert equal(Capsule.from_pretrained(saved), fixed_capsule())

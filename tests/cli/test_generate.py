@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec import FAMILIES
 from kvcapsule.data.prompts import conversation, encode

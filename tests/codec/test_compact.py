@@ -11,7 +11,8 @@ import torch
 from support.builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 
 from kvcapsule import attach
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES, Encoded, compact
 from kvcapsule.codec.attention_matching import added, targets
 from kvcapsule.codec.base import KeyPart, ValuePart

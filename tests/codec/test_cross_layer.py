@@ -14,12 +14,14 @@ from support.run_vlm import longer, step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BatchFeature
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
 from kvcapsule.policy.combine import Paired, TextPruning
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Segment, Shared, storage_bytes

@@ -7,15 +7,16 @@ import pytest
 import torch
 from support.builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted
+from kvcapsule.errors import CapsuleError, GeometryError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.quantized_rows import BITS, QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.vlm.geometry import GeometryError
 
 
 def orthonormal(stored: int, tile: int = TILE) -> torch.Tensor:

@@ -18,10 +18,12 @@ from support.builders import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig
 from kvcapsule.codec.noise_shaping import Readers, shaped, shaping_macs
 from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
+from kvcapsule.errors import CapsuleError
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding

@@ -10,9 +10,11 @@ from support import slow_decode
 from support.builders import DIM, GEOMETRY, HEADS, TILE, prefill, rand, random_widths, transform_capsule
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig, CapsuleError
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformValues
+from kvcapsule.errors import CapsuleError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.coefficient_rows import CodedRows

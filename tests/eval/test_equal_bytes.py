@@ -8,11 +8,11 @@ import torch
 from support.builders import rand
 from support.noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 
-from kvcapsule.cli.errors import InputError
+from kvcapsule.errors import InputError
 from kvcapsule.eval.entries import RIVALS, build
 from kvcapsule.eval.equal_bytes import TOLERANCE, PerLayer, match
-from kvcapsule.methods.layer_prefill import LayerPrefill, Method
-from kvcapsule.methods.method import start
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Method, start
 from kvcapsule.policy import EvenlySpaced, Full, PyramidKV
 from kvcapsule.segments.segment import storage_bytes
 from kvcapsule.vlm.spans import VisualSpan

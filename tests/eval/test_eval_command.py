@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.eval import main as command
 from kvcapsule.eval import run

@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.cli.results import command_line
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.data.source import SourceConfig

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import command_line, shown_path
+from kvcapsule.errors import InputError
 from kvcapsule.eval import main as command
 from kvcapsule.eval.entries import FIXED, FULL, RIVALS, TEXT, build, chosen, entries, open_capsules
 from kvcapsule.eval.equal_bytes import PerLayer
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import POLICIES
 
 

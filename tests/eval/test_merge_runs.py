@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.suite_files import QUICK, evaluate, rows_of
 
-from kvcapsule.cli.errors import InputError
+from kvcapsule.errors import InputError
 from kvcapsule.eval.report import by_dataset
 from kvcapsule.eval.report.by_dataset import BySetConfig
 from kvcapsule.eval.report.merge_runs import JoinConfig, join, main

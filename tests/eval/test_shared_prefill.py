@@ -17,7 +17,7 @@ from kvcapsule.eval.quality import by_task, evaluate, prompt_bytes
 from kvcapsule.eval.shared_prefill import Keeper, Made, Prefill, replayable, replaying
 from kvcapsule.eval.watched_generate import Generated, generate, new_cache, record
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import POLICIES
 from kvcapsule.testbeds import pages
 from kvcapsule.vlm.spans import find_spans

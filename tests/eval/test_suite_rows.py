@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from support.suite_files import CAPSULE, refused_line, rows_of
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.transform import TransformConfig
 from kvcapsule.eval.entries import RIVALS

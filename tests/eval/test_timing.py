@@ -11,7 +11,8 @@ from rich.progress import Progress
 from kvcapsule.eval import timing
 from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.timing import time_entries
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
 from kvcapsule.policy import Full
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages

@@ -10,13 +10,14 @@ from support.run_vlm import assert_same, prefill, run
 from transformers import BatchFeature, DynamicCache, GenerationConfig, LlavaForConditionalGeneration, pipeline
 
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.errors import GeometryError
 from kvcapsule.inference import attention_interface
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import Full, PostVisionAttention
-from kvcapsule.vlm.geometry import GeometryError, KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 Batch = Callable[..., BatchFeature]
 Model = LlavaForConditionalGeneration

@@ -21,11 +21,13 @@ from support.run_vlm import (
 )
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 from kvcapsule.vlm.geometry import KVGeometry
 

@@ -16,7 +16,7 @@ from transformers import BatchFeature, DynamicCache
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 
 Batch = Callable[..., BatchFeature]

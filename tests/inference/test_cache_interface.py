@@ -9,11 +9,11 @@ from support.run_vlm import EXACT, assert_same, longer, prefill, step
 from transformers import BatchFeature, DynamicCache, Gemma3nConfig, LlavaForConditionalGeneration
 
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.errors import GeometryError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import Full, PostVisionAttention, Quantized
-from kvcapsule.vlm.geometry import GeometryError
 
 Batch = Callable[..., BatchFeature]
 Model = LlavaForConditionalGeneration

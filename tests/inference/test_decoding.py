@@ -18,11 +18,13 @@ from transformers import (
     pipeline,
 )
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 from kvcapsule.vlm.geometry import KVGeometry
 

@@ -14,12 +14,14 @@ from support.builders import cross_layer_capsule
 from support.run_vlm import Model
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.eval.bench.peak_memory import LiveBytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 from kvcapsule.vlm.geometry import KVGeometry
 

@@ -14,7 +14,7 @@ from kvcapsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, _valid
 from kvcapsule.inference.tail import StaticTail
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import RKV, Full, PostVisionAttention
 
 ROOM = 24

@@ -13,12 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from support.run_vlm import EXACT, Model, assert_same, longer, prefill, ready, run, step, tiny_qwen
 from transformers import BatchFeature, DynamicCache
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan

@@ -11,8 +11,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
-from kvcapsule.methods.method import Run, start
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method, Run, start
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized
 from kvcapsule.segments.segment import Segment
 

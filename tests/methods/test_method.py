@@ -10,8 +10,9 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, keep, keep_heads
-from kvcapsule.methods.method import LayerByLayer, SharedBudget, Written, start
+from kvcapsule.methods.kept_rows import keep, keep_heads
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, LayerByLayer, SharedBudget, Written, start
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.policy.combine import Paired, TextPruning
 from kvcapsule.segments.segment import Segment, storage_bytes

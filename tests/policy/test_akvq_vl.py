@@ -12,17 +12,18 @@ from support.builders import rand
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
+from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
-from kvcapsule.methods.method import Revises, Written
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Revises, Written
 from kvcapsule.policy import POLICIES, AkvqVl, Full
 from kvcapsule.policy.combine import Paired
 from kvcapsule.policy.recent_window import Exact
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.hadamard import hadamard
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.vlm.geometry import GeometryError, KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8

@@ -15,6 +15,7 @@ from support.op_recorder import Witness
 from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
+from kvcapsule.errors import GeometryError
 from kvcapsule.eval.entries import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import start
@@ -24,7 +25,6 @@ from kvcapsule.policy.pyramidkv import pyramid_counts
 from kvcapsule.policy.snapkv import attention_received
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes
-from kvcapsule.vlm.geometry import GeometryError
 from kvcapsule.vlm.spans import VisualSpan
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 2, 8

@@ -10,6 +10,7 @@ from support.builders import GEOMETRY, prefill, rand, transform_capsule
 
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
@@ -17,7 +18,6 @@ from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
 from kvcapsule.policy.combine import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.vlm.geometry import GeometryError
 from kvcapsule.vlm.spans import VisualSpan
 
 

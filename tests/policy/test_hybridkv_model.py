@@ -16,7 +16,7 @@ from kvcapsule.eval.report.rows import rows, tables
 from kvcapsule.eval.watched_generate import generate, new_cache
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.host_retrieval import HostRows, Retrieved
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import Full, HybridKV
 from kvcapsule.policy.hybridkv import Allotment
 from kvcapsule.vlm.spans import find_spans

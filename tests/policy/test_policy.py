@@ -8,7 +8,9 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles, keep, tiled
+from kvcapsule.methods.kept_rows import keep
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.policy import (
     EvenlySpaced,
     Full,

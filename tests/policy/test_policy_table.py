@@ -12,8 +12,8 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method
-from kvcapsule.methods.method import start
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method, start
 from kvcapsule.policy import POLICIES, Full
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -93,7 +93,7 @@ def layers(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
 MIXED = layers([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 64)
 """Left padding; one image, two with text between, none; spans of unlike length."""
 LONG = layers([(0, 20, 400), (0, 480, 350)], [0], 900)
-"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.layer_prefill.keep), whatever the policy."""
+"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.keep), whatever the policy."""
 
 
 def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:

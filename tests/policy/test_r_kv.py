@@ -14,8 +14,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
-from kvcapsule.methods.method import Revises, Written
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Revises, Written
 from kvcapsule.policy import RKV, Full, r_kv
 from kvcapsule.policy.combine import Paired
 from kvcapsule.policy.head_rows import HeadRows, side_by_side

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig

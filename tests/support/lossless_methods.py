@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
 
 EVERYTHING_KEPT = {

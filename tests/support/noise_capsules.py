@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 

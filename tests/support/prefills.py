@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill
-from kvcapsule.methods.method import start
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, start
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 from support.builders import rand

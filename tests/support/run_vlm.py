@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.layer_prefill import Method
+from kvcapsule.methods.method import Method
 
 Model = LlavaForConditionalGeneration
 

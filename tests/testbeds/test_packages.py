@@ -6,10 +6,11 @@ import zipfile
 
 import pytest
 
-from kvcapsule.data.source import DataError, SourceConfig, load
+from kvcapsule.data.source import SourceConfig, load
+from kvcapsule.errors import DataError, PackageError
 from kvcapsule.testbeds import packages
 from kvcapsule.testbeds.emoji import _member
-from kvcapsule.testbeds.packages import Package, PackageError
+from kvcapsule.testbeds.packages import Package
 
 
 @pytest.fixture

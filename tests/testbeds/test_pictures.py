@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from support.tiny_smol import backgrounds, glyph
 
-from kvcapsule.data.source import DataError, SourceConfig, load
+from kvcapsule.data.source import SourceConfig, load
+from kvcapsule.errors import DataError
 from kvcapsule.testbeds import easy_vqa, emoji, photos, words
 from kvcapsule.testbeds.pages import Question
 from kvcapsule.testbeds.picture import data_set, generator, prior_accuracy

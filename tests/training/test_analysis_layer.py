@@ -9,8 +9,9 @@ from support.builders import DIM, HEADS, prefill, rand
 from support.run_vlm import tiny_gemma, tiny_qwen
 from transformers import BatchFeature
 
-from kvcapsule.cli.errors import InputError
-from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles
+from kvcapsule.errors import InputError
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.tiles import cut_tiles
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.training.analysis.drift import Drift, attention_on
 from kvcapsule.training.analysis.layer import LayerStudy

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvcapsule.cli import results
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import write_whole
+from kvcapsule.errors import InputError
 from kvcapsule.training.analysis import passes, questions
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.analysis.distortion import BITS

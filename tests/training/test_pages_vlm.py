@@ -9,13 +9,14 @@ import torch
 from kvcapsule import Capsule, CapsuleCache, attach
 from kvcapsule.checkpoints import shipped
 from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.errors import ModelError
 from kvcapsule.eval.metrics import accuracy
 from kvcapsule.testbeds.pages import WORDS, page, pages, questions
 from kvcapsule.training.testbeds.pages_vlm.data import IGNORE, PatchCollator, TurnCollator
 from kvcapsule.training.testbeds.pages_vlm.run import DemoVlmConfig
 from kvcapsule.training.testbeds.pages_vlm.run import main as train
 from kvcapsule.training.testbeds.pages_vlm.stages import PatchStage, ReaderStage
-from kvcapsule.vlm.loading import ModelError, load_vlm
+from kvcapsule.vlm.loading import load_vlm
 
 MODEL_BYTES = 12 * 2**20
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kvcapsule.cli.errors import InputError
+from kvcapsule.errors import InputError
 from kvcapsule.training.testbeds.smol_vlm.curves import CurvesConfig, main, rows_of
 
 

@@ -7,8 +7,8 @@ from support.tiny_smol import CHAT_TEMPLATE, TOWER, Draw, language_model, publis
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.errors import ModelError, PackageError
 from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig
-from kvcapsule.testbeds.packages import PackageError
 from kvcapsule.testbeds.photos import photos
 from kvcapsule.training.testbeds.smol_vlm import stages
 from kvcapsule.training.testbeds.smol_vlm.assemble import EFFICIENTNET_LITE0, join, pretrained_halves, save
@@ -17,7 +17,7 @@ from kvcapsule.training.testbeds.smol_vlm.run import SmolVlmConfig, train
 from kvcapsule.training.testbeds.smol_vlm.tower import IMAGE_MEAN, IMAGE_STD, build_tower
 from kvcapsule.training.testbeds.smol_vlm.turns import IGNORE, TASKS, NameCollator, TurnCollator, all_names
 from kvcapsule.training.testbeds.smol_vlm.weights import CONNECTOR, LORA, add_lora, put_on, save_trained
-from kvcapsule.vlm.loading import ModelError, load_vlm
+from kvcapsule.vlm.loading import load_vlm
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 

@@ -17,16 +17,20 @@ from support.builders import kv_capsule, transform_capsule
 from support.tiny_families import BUILDERS, REFUSED, Picture, Tiny
 from transformers import AutoConfig, BatchFeature, DynamicCache, PreTrainedModel
 
-from kvcapsule.capsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.cli import main
 from kvcapsule.codec.identity import IdentityConfig
+from kvcapsule.errors import GeometryError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
-from kvcapsule.methods.layer_prefill import Compressed, LayerPrefill, Method, cut_tiles
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
+from kvcapsule.methods.tiles import cut_tiles
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.families import FAMILIES, TRANSFORMERS, Family
-from kvcapsule.vlm.geometry import GeometryError, KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
 
 EXACT = 1e-5

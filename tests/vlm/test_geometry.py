@@ -21,7 +21,8 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from kvcapsule.vlm.geometry import GeometryError, KVGeometry, full_attention_layers
+from kvcapsule.errors import GeometryError
+from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 INTERLEAVED = {**SECTIONS, "mrope_interleaved": True}

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.data.source import SourceConfig
+from kvcapsule.errors import InputError
 
 LEAST_QUESTIONS = 8
 """Fewer questions say nothing on how images differ."""

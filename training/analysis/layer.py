@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvcapsule.cli.errors import InputError
-from kvcapsule.methods.layer_prefill import LayerPrefill, cut_tiles
+from kvcapsule.errors import InputError
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.tiles import cut_tiles
 
 from ..families.spectra import Bases, CoefficientMoments
 from ..harvest import LayerHarvest

@@ -8,13 +8,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from kvcapsule.atomic_files import to_json
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, require_writable, write_whole
 from kvcapsule.cli.tables import report_console
-from kvcapsule.data.source import DataError
-from kvcapsule.vlm.geometry import GeometryError
-from kvcapsule.vlm.loading import ModelError
+from kvcapsule.errors import DataError, GeometryError, InputError, ModelError
 
 from .config import AnalyzeConfig
 from .plot import draw

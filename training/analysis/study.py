@@ -12,8 +12,8 @@ from rich.console import Console
 
 from kvcapsule.cli.results import shown_path
 from kvcapsule.data import source
-from kvcapsule.data.source import DataError
 from kvcapsule.environment import machine, versions
+from kvcapsule.errors import DataError
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm, require_device
 

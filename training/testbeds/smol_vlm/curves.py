@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kvcapsule.atomic_files import unique_name
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable, write_whole
+from kvcapsule.errors import InputError
 
 from .turns import TASKS
 

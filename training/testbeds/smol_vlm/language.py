@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kvcapsule.errors import KVCapsuleError
+
 IMAGE_TOKEN = "<image>"
 _WRITTEN = """{{'<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>' + '
@@ -19,7 +21,7 @@ _PARTS = (
 )
 
 
-class SmolError(RuntimeError):
+class SmolError(KVCapsuleError):
     """smol-vlm cannot be made."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from kvcapsule import checkpoints
-from kvcapsule.testbeds.packages import PackageError
+from kvcapsule.errors import PackageError
 
 from .assemble import pretrained_halves, save
 from .language import SmolError

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from kvcapsule.errors import PackageError
 from kvcapsule.testbeds import easy_vqa, emoji, words
-from kvcapsule.testbeds.packages import PackageError
 from kvcapsule.testbeds.picture import Picture, prior_accuracy
 
 TRAINING, TEST = 2_000, 500
