@@ -52,7 +52,9 @@ def make_batch(asked: list[Question], model: PreTrainedModel, processor: Process
     except ValueError as error:
         raise InputError(f"the model's processor cannot take these questions: {error}") from error
     if not spans:
-        raise InputError(f"{model.config.model_type}: its prompts hold no visual tokens, so there is nothing to compress.")
+        raise InputError(
+            f"{model.config.model_type}: its prompts hold no visual tokens, so there is nothing to compress."
+        )
     layout = Layout(spans, inputs["attention_mask"].bool())
     return Batch(asked, inputs.to(model.device), layout)
 

@@ -1,4 +1,5 @@
-"""What the commands of this package have in common: the words of a command line, and telling a refusal from a defect."""
+"""What the commands of this package have in common: the words of a command line, and telling a refusal from a
+defect."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,11 @@ from jsonargparse import ArgumentError
 
 
 def normal(words: Sequence[str], lists: Mapping[str, bool]) -> list[str]:
-    """The command line as jsonargparse takes it: `--save-metrics` as `--save_metrics`, all that a list is given in one word.
+    """The command line as jsonargparse takes it: `--save-metrics` as `--save_metrics`, all that a list is given in one
+    word.
 
-    So that what the command line says of a list replaces what a suite or a file of options says, and is not added to it.
+    So that what the command line says of a list replaces what a suite or a file of options says, and is not added to
+    it.
 
     Args:
         words: the command line.
@@ -36,7 +39,8 @@ def normal(words: Sequence[str], lists: Mapping[str, bool]) -> list[str]:
 
 
 def on_purpose(error: Exception) -> bool:
-    """Whether the project itself refused the input. A ValueError of a library below is a defect, whose traceback is needed."""
+    """Whether the project itself refused the input. A ValueError of a library below is a defect, whose traceback is
+    needed."""
     if isinstance(error, ArgumentError):
         return True
     *_, (innermost, _) = walk_tb(error.__traceback__)

@@ -25,7 +25,9 @@ FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: (name, {})
         for name, policy in POLICIES.items()
-        if policy.DIAL is None and name != FULL and all(p.default is not p.empty for p in signature(policy).parameters.values())
+        if policy.DIAL is None
+        and name != FULL
+        and all(p.default is not p.empty for p in signature(policy).parameters.values())
     },
 }
 """Rows that store what they store: a policy without a dial, and its settings."""
@@ -60,7 +62,9 @@ class Entry:
     """What tells this setting of the method from another."""
 
 
-def build(name: str, settings: Mapping[str, Any], dial: float | None = None, among: Mapping[str, type] = POLICIES) -> Method:
+def build(
+    name: str, settings: Mapping[str, Any], dial: float | None = None, among: Mapping[str, type] = POLICIES
+) -> Method:
     """A policy of these settings, its dial turned to `dial`.
 
     Raises:
@@ -100,13 +104,16 @@ def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
         family = capsule.config.family
         row = family if families[family] == 1 else f"{family}:{Path(name).name}"
         if row in rows:
-            raise InputError(f"two capsules are called {row!r} ({rows[row][0]} and {name}): leave one out, or rename its folder.")
+            raise InputError(
+                f"two capsules are called {row!r} ({rows[row][0]} and {name}): leave one out, or rename its folder."
+            )
         rows[row] = (name, capsule)
     return rows
 
 
 def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
-    """The rows of a run besides the full cache's, in their order; the capsules and BY_DEFAULT where nothing is wanted in particular.
+    """The rows of a run besides the full cache's, in their order; the capsules and BY_DEFAULT where nothing is wanted
+    in particular.
 
     Raises:
         InputError: for a method that there is not.
@@ -120,7 +127,10 @@ def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
 
 
 def entries(
-    rows: Sequence[str], capsules: Mapping[str, tuple[str, Capsule]], turned: Callable[[str], Method], matched_to: str | None
+    rows: Sequence[str],
+    capsules: Mapping[str, tuple[str, Capsule]],
+    turned: Callable[[str], Method],
+    matched_to: str | None,
 ) -> list[Entry]:
     """The full cache and the methods named by `rows`.
 
@@ -163,7 +173,10 @@ def capsule_settings(name: str, capsule: Capsule) -> dict[str, Any]:
 def policy_settings(name: str, method: Method) -> dict[str, Any]:
     """A policy's name and its fields; of one that differs by layer, a list of what differs."""
     policies: Sequence[Any] = method.methods if isinstance(method, PerLayer) else [method]
-    return {"policy": name, **{f.name: _by_layer([getattr(policy, f.name) for policy in policies]) for f in fields(policies[0])}}
+    return {
+        "policy": name,
+        **{f.name: _by_layer([getattr(policy, f.name) for policy in policies]) for f in fields(policies[0])},
+    }
 
 
 def _short(value: Any) -> Any:

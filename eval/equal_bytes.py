@@ -1,8 +1,10 @@
-"""Equal bytes: the dial at which a policy stores as many bytes of the prompts, visual and text together, as another method does.
+"""Equal bytes: the dial at which a policy stores as many bytes of the prompts, visual and text together, as another
+method does.
 
-Bytes are measured, right after prefill, on a sample of the questions: a policy may spend its budget as it likes. One that keeps whole
-tokens, as many in every layer, hits a byte count to a token in each layer at best: of 10 kept tokens, that is 10 %. Where layers can be
-dealt with one by one, the first of them are therefore given the next higher dial, as many as it takes.
+Bytes are measured, right after prefill, on a sample of the questions: a policy may spend its budget as it likes. One
+that keeps whole tokens, as many in every layer, hits a byte count to a token in each layer at best: of 10 kept tokens,
+that is 10 %. Where layers can be dealt with one by one, the first of them are therefore given the next higher dial, as
+many as it takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +22,8 @@ TOLERANCE = 0.02
 STEPS = 4096
 """Dials are multiples of 1 / STEPS."""
 _LINEAR = 6
-"""Measurements in which bytes that grow evenly with the dial are found; where they do not, the range is halved after that."""
+"""Measurements in which bytes that grow evenly with the dial are found; where they do not, the range is halved after
+that."""
 
 
 class Layout(NamedTuple):
@@ -48,11 +51,13 @@ Build = Callable[[float], Method]
 def match(target: int, build: Build, stored: Callable[[Method], int], layers: int) -> Method:
     """The method that stores about `target` bytes.
 
-    Within TOLERANCE wherever the method allows it; where it does not, the next that stores more, so that a rival never has too little.
+    Within TOLERANCE wherever the method allows it; where it does not, the next that stores more, so that a rival never
+    has too little.
 
     Args:
         target: bytes that another method was measured to store.
-        build: makes the method at a dial, or raises ValueError where it is too low; more bytes are expected of a higher one.
+        build: makes the method at a dial, or raises ValueError where it is too low; more bytes are expected of a higher
+            one.
         stored: measures a method.
         layers: of the model.
     """
@@ -80,7 +85,8 @@ def match(target: int, build: Build, stored: Callable[[Method], int], layers: in
 
 
 def _bracket(target: int, at: Callable[[int], int], width: float) -> tuple[int, int]:
-    """Steps below and above `target`, neighbours or of bytes that are no further apart than `width` of it; the ends where it is outside."""
+    """Steps below and above `target`, neighbours or of bytes that are no further apart than `width` of it; the ends
+    where it is outside."""
     low, high = 1, STEPS
     if at(high) <= target or at(low) > target:
         return (high, high) if at(high) <= target else (low, low)

@@ -47,9 +47,15 @@ def build_parser() -> ArgumentParser:
     return option_parser(
         EvalConfig,
         PROG,
-        usage=f"{PROG} [--capsule ID]... [--methods A,B --budget SHARE] [--suite NAME] [--model ID] [--json FILE] [--plot FILE] [options]",
-        description="Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one run. "
-        f"A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression ratios.",
+        usage=(
+            f"{PROG} [--capsule ID]... [--methods A,B --budget SHARE] [--suite NAME] [--model ID] [--json FILE] [--plot"
+            " FILE] [options]"
+        ),
+        description=(
+            "Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one"
+            f" run. A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression"
+            " ratios."
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""The quality run: every method answers every question; answers, bytes and logits are compared with those of the full cache."""
+"""The quality run: every method answers every question; answers, bytes and logits are compared with those of the full
+cache."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -56,7 +57,9 @@ class Tally:
         self.parameters = max(self.parameters, held.parameters)
 
 
-def prompt_bytes(model: PreTrainedModel, prompts: Sequence[Batch], method: Method, prefills: Sequence[Prefill | None] = ()) -> int:
+def prompt_bytes(
+    model: PreTrainedModel, prompts: Sequence[Batch], method: Method, prefills: Sequence[Prefill | None] = ()
+) -> int:
     """Bytes that a method stores of prompts, visual and text together, measured right after prefill.
 
     prefills: one for each of the prompts, or none at all; without, it is run.
@@ -88,7 +91,8 @@ def evaluate(
         size: questions in a batch.
         max_new_tokens: most tokens of an answer.
         progress: shows a bar.
-        share: run the prefill of a batch once and give it to all entries, where the model allows it (`replay.replayable`).
+        share: run the prefill of a batch once and give it to all entries, where the model allows it
+            (`replay.replayable`).
 
     Returns:
         By name of the entry.
@@ -110,14 +114,17 @@ def evaluate(
                 teacher_forced = given
                 if not torch.equal(given.tokens, reference.tokens):
                     cache = new_cache(model, entry.method)
-                    teacher_forced = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, made)
+                    teacher_forced = generate(
+                        model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, made
+                    )
             _add(tallies[entry.name], model, processor, batch, given, teacher_forced, reference)
             progress.advance(task, len(batch.questions))
     return tallies
 
 
 def by_task(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows, those of a task together: a batch takes as many steps as its longest answer, and a task's answers are alike in length."""
+    """The rows, those of a task together: a batch takes as many steps as its longest answer, and a task's answers are
+    alike in length."""
     tasks = list(rows["task"])
     places = {task: place for place, task in enumerate(dict.fromkeys(tasks))}
     return rows.select(sorted(range(len(rows)), key=lambda i: places[tasks[i]]))
@@ -135,23 +142,34 @@ def _add(
     tally.add_bytes(given.held)
     written = answered(given.tokens, model.generation_config.eos_token_id)
     for question, ids, own, theirs in zip(
-        batch.questions, written, texts(processor, model, given.tokens), texts(processor, model, reference.tokens), strict=True
+        batch.questions,
+        written,
+        texts(processor, model, given.tokens),
+        texts(processor, model, reference.tokens),
+        strict=True,
     ):
         tally.scores[question.task].append(accuracy(question.task, own, question.answer))
         tally.tokens[question.task] += int(ids.sum())
         tally.same += own == theirs
     positions = answered(reference.tokens, model.generation_config.eos_token_id)
-    # The first token comes out of the prefill, which is exact for every method: only the others show what was read from the cache.
+    # The first token comes out of the prefill, which is exact for every method: only the others show what was read from
+    # the cache.
     for step in range(1, positions.shape[1]):
         asked = positions[:, step]
         if reference is not teacher_forced:
-            tally.divergence += float(divergence(reference.logits[step][asked], teacher_forced.logits[step][asked]).sum())
+            tally.divergence += float(
+                divergence(reference.logits[step][asked], teacher_forced.logits[step][asked]).sum()
+            )
         tally.positions += int(asked.sum())
 
 
 def answered(tokens: torch.Tensor, end: int | list[int] | None) -> torch.Tensor:
     """[B, A] bool: True up to and including each row's first end token."""
-    ends = torch.isin(tokens, torch.tensor(end if isinstance(end, list) else [end], device=tokens.device)) if end is not None else None
+    ends = (
+        torch.isin(tokens, torch.tensor(end if isinstance(end, list) else [end], device=tokens.device))
+        if end is not None
+        else None
+    )
     return torch.ones_like(tokens, dtype=torch.bool) if ends is None else ends.cumsum(1) - ends.long() == 0
 
 

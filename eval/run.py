@@ -60,7 +60,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         command: the command line that the object names.
 
     Raises:
-        InputError, CapsuleError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to check comes first.
+        InputError, CapsuleError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to
+        check comes first.
     """
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
@@ -86,8 +87,12 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
             if (check := getattr(entry.method, "require_geometry", None)) is not None:
                 check(KVGeometry.from_config(model.config))
         shared = config.share_prefill and replayable(model)
-        tallies = evaluate(model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress, shared)
-        timings = time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
+        tallies = evaluate(
+            model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress, shared
+        )
+        timings = (
+            time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
+        )
     found = rows(taking_part, tallies, timings, model.dtype)
     _warn_unequal(found, console)
     return {
@@ -111,7 +116,12 @@ class Scales:
     """Measures what methods store of the first questions' prompts."""
 
     def __init__(
-        self, config: EvalConfig, model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress
+        self,
+        config: EvalConfig,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        questions: datasets.Dataset,
+        progress: Progress,
     ) -> None:
         self.model, self.progress = model, progress
         self._task: TaskID | None = None
@@ -122,7 +132,9 @@ class Scales:
         self._prompts = cache(lambda: list(batches(first, model, processor, config.batch)))
         shared = config.share_prefill and replayable(model)
         # With hidden states, as nobody knows yet which methods will be weighed.
-        self._prefills = cache(lambda: [record(model, p.inputs, p.layout, hidden=True) for p in self._prompts()] if shared else [])
+        self._prefills = cache(
+            lambda: [record(model, p.inputs, p.layout, hidden=True) for p in self._prompts()] if shared else []
+        )
 
     def weigh(self, method: Method) -> int:
         return prompt_bytes(self.model, self._prompts(), method, self._prefills())
@@ -142,10 +154,14 @@ def _named(config: EvalConfig) -> Field:
     names = chosen(config.methods, capsules)
     share = config.budget if config.ratio is None else config.ratio
     if share is None and not capsules and any(name in RIVALS for name in names):
-        raise InputError("give a --capsule whose bytes pruning is to match, or a --budget; or name --methods that need neither.")
+        raise InputError(
+            "give a --capsule whose bytes pruning is to match, or a --budget; or name --methods that need neither."
+        )
     first = next(iter(capsules), None)
 
-    def make(model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress) -> list[Entry]:
+    def make(
+        model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress
+    ) -> list[Entry]:
         scales = Scales(config, model, processor, questions, progress)
         target = cache(lambda: scales.weigh(capsules[str(first)][1]))
 
@@ -174,7 +190,9 @@ def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
     by_name = {spec.name: spec for spec in suite.specs}
 
     # Entries are made once the capsules are on the model's device, where a requantised one shares their parameters.
-    def make(model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress) -> list[Entry]:
+    def make(
+        model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress
+    ) -> list[Entry]:
         scales = Scales(config, model, processor, questions, progress)
 
         @cache
@@ -195,9 +213,14 @@ def _warn_unequal(found: list[dict[str, Any]], console: Console) -> None:
     for row in found:
         whole = by_name.get(row["settings"].get("matched_to"))
         if whole is not None and abs(row["kv_bytes"] / whole - 1) > TOLERANCE:
-            console.print(f"{row['method']} stores {row['kv_bytes'] / whole:.1%} of the bytes of {row['settings']['matched_to']}.")
+            console.print(
+                f"{row['method']} stores {row['kv_bytes'] / whole:.1%} of the bytes of {row['settings']['matched_to']}."
+            )
 
 
 def _baseline(model: PreTrainedModel) -> str:
     attention = model.config.get_text_config(decoder=True)._attn_implementation
-    return f"transformers {transformers.__version__} DynamicCache read by the model's own {attention} attention, through generate"
+    return (
+        f"transformers {transformers.__version__} DynamicCache read by the model's own {attention} attention, through"
+        " generate"
+    )

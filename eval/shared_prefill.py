@@ -1,7 +1,9 @@
-"""One prefill for all methods: it is the same forward for each of them, so it runs once a batch, and every method compresses what it left.
+"""One prefill for all methods: it is the same forward for each of them, so it runs once a batch, and every method
+compresses what it left.
 
-What a method sees of a prefill (LayerPrefill) is recorded layer by layer, with what the model returned. A later `generate` over an empty
-cache is then given both in place of the forward over its prompt; the steps behind the prompt are run as ever.
+What a method sees of a prefill (LayerPrefill) is recorded layer by layer, with what the model returned. A later
+`generate` over an empty cache is then given both in place of the forward over its prompt; the steps behind the prompt
+are run as ever.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,8 @@ class Prefill(NamedTuple):
 
 
 Made = dict[int, Sequence[tuple[int, Compressed]]]
-"""What a method made of a prefill as each layer ended, by that layer: empty at first, then what it would make of the same prefill again."""
+"""What a method made of a prefill as each layer ended, by that layer: empty at first, then what it would make of the
+same prefill again."""
 
 
 class Keeper:
@@ -46,7 +49,8 @@ class Keeper:
 
 
 def replayable(model: PreTrainedModel) -> bool:
-    """Whether all that a prefill leaves is what methods see: layers with a window or linear attention have a cache of their own."""
+    """Whether all that a prefill leaves is what methods see: layers with a window or linear attention have a cache of
+    their own."""
     return all(isinstance(layer, CapsuleLayer) for layer in CapsuleCache(model.config, Keeper()).layers)
 
 
@@ -82,7 +86,9 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None
 
     # By this parameter generate knows models whose images it may encode before the forward, which here needs none.
     known = signature(forward)
-    replay.__dict__["__signature__"] = known.replace(parameters=[p for n, p in known.parameters.items() if n != "mm_encoder_outputs"])
+    replay.__dict__["__signature__"] = known.replace(
+        parameters=[p for n, p in known.parameters.items() if n != "mm_encoder_outputs"]
+    )
     model.__dict__["forward"] = replay
     try:
         yield
@@ -121,4 +127,6 @@ def _fill(cache: Cache, layers: list[LayerPrefill], made: Made) -> None:
         elif type(layer) is DynamicLayer:
             layer.update(seen.keys, seen.values)
         else:
-            raise ValueError(f"a {type(layer).__name__} cannot be filled from a recorded prefill: run it (--share_prefill false).")
+            raise ValueError(
+                f"a {type(layer).__name__} cannot be filled from a recorded prefill: run it (--share_prefill false)."
+            )

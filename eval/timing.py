@@ -1,8 +1,9 @@
 """The timing run: prefill and decode of every method on the same batches, one method after the other, again and again.
 
-The full cache is timed as a user of transformers has it: DynamicCache, the model's own attention, `generate`. Every method is timed through
-`generate` too, so its fixed costs are in all times; on small models they hide part of a difference. Batches are made of one prompt with
-different images: prompts of different lengths would need padding, and a padding mask slows the full cache's attention alone.
+The full cache is timed as a user of transformers has it: DynamicCache, the model's own attention, `generate`. Every
+method is timed through `generate` too, so its fixed costs are in all times; on small models they hide part of a
+difference. Batches are made of one prompt with different images: prompts of different lengths would need padding, and a
+padding mask slows the full cache's attention alone.
 """
 
 from collections import defaultdict
@@ -85,7 +86,9 @@ def time_entries(
     return {name: Timing(*(median(column) for column in zip(*values, strict=True))) for name, values in ratios.items()}
 
 
-def _one_prompt_batches(rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int) -> list[Batch]:
+def _one_prompt_batches(
+    rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int
+) -> list[Batch]:
     made = []
     for start in range(0, min(len(rows), BATCHES * size), size):
         asked = [read(rows, i) for i in range(start, min(start + size, len(rows)))]

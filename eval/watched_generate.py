@@ -1,4 +1,5 @@
-"""`model.generate` with a cache of a method's own, watched while it runs: bytes right after prefill, logits of every step."""
+"""`model.generate` with a cache of a method's own, watched while it runs: bytes right after prefill, logits of every
+step."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -16,7 +17,8 @@ from .equal_bytes import Layout
 from .shared_prefill import Keeper, Made, Prefill, recording, replaying
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-"""The likeliest token at every step. The last three silence warnings of models whose saved defaults are for sampling."""
+"""The likeliest token at every step. The last three silence warnings of models whose saved defaults are for
+sampling."""
 
 
 class Held(NamedTuple):
@@ -103,8 +105,8 @@ def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden:
 def held_bytes(cache: Cache, layout: Layout) -> Held:
     """Measure a cache that has just been filled with the prompts of a batch.
 
-    transformers' own cache keeps a layer's tokens, visual, text and padding, in one tensor; its visual bytes are that tensor's bytes times
-    the share of its positions that are visual.
+    transformers' own cache keeps a layer's tokens, visual, text and padding, in one tensor; its visual bytes are that
+    tensor's bytes times the share of its positions that are visual.
     """
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()

@@ -14,7 +14,11 @@ from uuid import uuid4
 
 import yaml
 
-NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file grew past the allowed size"}
+NO_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew past the allowed size",
+}
 
 
 def to_json(values: Any) -> bytes:
@@ -27,7 +31,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any, where: str) -> Any:
-    """The value in JSON's types: tuples become lists, paths strings, array scalars numbers; NaN and infinities, which JSON lacks, None."""
+    """The value in JSON's types: tuples become lists, paths strings, array scalars numbers; NaN and infinities, which
+    JSON lacks, None."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -44,7 +49,10 @@ def plain(value: Any, where: str) -> Any:
         return os.fspath(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return plain(value.item(), where)
-    raise TypeError(f"{where} is a {type(value).__name__}, which a capsule's files cannot hold: give numbers, strings, lists and dicts.")
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which a capsule's files cannot hold: give numbers, strings, lists and"
+        " dicts."
+    )
 
 
 def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
@@ -72,7 +80,9 @@ def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
     _sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
     if aside.exists():
-        warnings.warn(f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4)
+        warnings.warn(
+            f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4
+        )
 
 
 def unique_name(target: Path) -> str:
@@ -88,7 +98,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make renames last through a power cut, where the system can: Windows and some network disks cannot sync a folder."""
+    """Make renames last through a power cut, where the system can: Windows and some network disks cannot sync a
+    folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -100,10 +111,13 @@ def _sync(folder: Path) -> None:
 def write_failure(target: Path, needed: int, error: OSError) -> str:
     kept = "Nothing half written is left" + (", and what was there is untouched." if target.exists() else ".")
     if error.errno not in NO_SPACE:
-        return f"cannot save the capsule to {target}: {error.strerror or error}. {kept} Mend this or choose another directory."
+        return (
+            f"cannot save the capsule to {target}: {error.strerror or error}. {kept} Mend this or choose another"
+            " directory."
+        )
     existing = next(path for path in (target, *target.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     return (
-        f"cannot save the capsule to {target}: {NO_SPACE[error.errno]}. It needs {needed:,} bytes, beside a capsule that it replaces, and "
-        f"{free:,} are free there. {kept} Free some space or choose another directory."
+        f"cannot save the capsule to {target}: {NO_SPACE[error.errno]}. It needs {needed:,} bytes, beside a capsule"
+        f" that it replaces, and {free:,} are free there. {kept} Free some space or choose another directory."
     )

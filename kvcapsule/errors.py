@@ -1,11 +1,13 @@
 """The errors that kvcapsule raises for what a person can mend; all of them are KVCapsuleError, which is a ValueError.
 
-A command prints such an error as one line. Any other exception is a defect, of kvcapsule or of a library, and keeps its traceback.
+A command prints such an error as one line. Any other exception is a defect, of kvcapsule or of a library, and keeps its
+traceback.
 """
 
 
 class KVCapsuleError(ValueError):
-    """Base of all errors that kvcapsule raises on purpose. The message says what was wrong, what was expected and what to do."""
+    """Base of all errors that kvcapsule raises on purpose. The message says what was wrong, what was expected and what
+    to do."""
 
 
 class CapsuleError(KVCapsuleError):

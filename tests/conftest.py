@@ -42,7 +42,8 @@ pytest_plugins = ["support.capsule_files", "support.lossless_methods", "support.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 GAIN = 2.5
-"""Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could tell."""
+"""Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could
+tell."""
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,9 @@ def model64(model: LlavaForConditionalGeneration) -> LlavaForConditionalGenerati
 
 
 @pytest.fixture(scope="session")
-def vlm(tmp_path_factory: pytest.TempPathFactory, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
+def vlm(
+    tmp_path_factory: pytest.TempPathFactory, model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> str:
     """The folder of `model` and its processor."""
     folder = tmp_path_factory.mktemp("vlm")
     model.save_pretrained(folder)
@@ -85,7 +88,8 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def make_batch(processor: LlavaProcessor, images: list[Image.Image]) -> Callable[..., BatchFeature]:
-    """make_batch((1, "one image"), (2, "two"), (0, "none")): a left-padded batch of prompts with that many pages each."""
+    """make_batch((1, "one image"), (2, "two"), (0, "none")): a left-padded batch of prompts with that many pages
+    each."""
 
     def build(*prompts: tuple[int, str]) -> BatchFeature:
         count = sum(n for n, _ in prompts)
@@ -142,7 +146,8 @@ def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
 
 @pytest.fixture(scope="session")
 def random_transform(geometry: KVGeometry) -> Callable[..., Capsule]:
-    """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows, channels)."""
+    """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows,
+    channels)."""
     return functools.partial(transform_capsule, geometry)
 
 
@@ -182,7 +187,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def random_segment() -> Callable[..., Segment]:
-    """random_segment(kind, owner, seed): a segment with the parts that `kind` (one of SEGMENTS) names; 2 KV heads of 8."""
+    """random_segment(kind, owner, seed): a segment with the parts that `kind` (one of SEGMENTS) names; 2 KV heads of
+    8."""
 
     def build(kind: str, owner: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Segment:
         heads, dim, tokens, stored = 2, 8, 7, 3

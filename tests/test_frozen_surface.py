@@ -1,4 +1,5 @@
-"""The outside of kvcapsule, held against tests/golden/surface.json: options, JSON and config keys, tensor names, public names.
+"""The outside of kvcapsule, held against tests/golden/surface.json: options, JSON and config keys, tensor names, public
+names.
 
 A change of any of them is a change for users: it is made on purpose, named in CHANGELOG.md, and recorded by
 `python tests/test_frozen_surface.py`, whose diff shows what changed.
@@ -66,9 +67,13 @@ SURFACE: dict[str, Callable[[], Any]] = {
     "options": lambda: {command: options(command) for command in COMMANDS},
     "methods --json": lambda: sorted(set().union(*json.loads(printed("methods", "--json")))),
     "models --json": lambda: sorted(keys_of(json.loads(printed("models", "--json")))),
-    "estimate --json": lambda: sorted(keys_of(json.loads(printed("estimate", "--model", "pages-vlm", "--visual-tokens", "196", "--json")))),
+    "estimate --json": lambda: sorted(
+        keys_of(json.loads(printed("estimate", "--model", "pages-vlm", "--visual-tokens", "196", "--json")))
+    ),
     "capsule config": lambda: sorted(field.name for field in fields(CapsuleConfig)),
-    "codec configs": lambda: {name: sorted(field.name for field in fields(config)) for name, config in FAMILIES.items()},
+    "codec configs": lambda: {
+        name: sorted(field.name for field in fields(config)) for name, config in FAMILIES.items()
+    },
     "policy settings": lambda: {
         name: sorted(field.name for field in fields(policy))  # type: ignore[arg-type]
         for name, policy in {**POLICIES, **TEXT_POLICIES}.items()
@@ -80,7 +85,9 @@ SURFACE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("part", SURFACE)
 def test_surface_is_what_was_recorded(part: str) -> None:
     recorded = json.loads(GOLDEN.read_text())
-    assert SURFACE[part]() == recorded[part], "if this is meant: python tests/test_frozen_surface.py, and a line in CHANGELOG.md"
+    assert SURFACE[part]() == recorded[part], (
+        "if this is meant: python tests/test_frozen_surface.py, and a line in CHANGELOG.md"
+    )
 
 
 def test_help_shows_every_command_and_its_options() -> None:

@@ -1,4 +1,5 @@
-"""The wheel holds what it should and nothing else, imports run one way, and the lists that exist in two places agree."""
+"""The wheel holds what it should and nothing else, imports run one way, and the lists that exist in two places
+agree."""
 
 import ast
 import os
@@ -18,13 +19,19 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAPPED = {package: ROOT / folder for package, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
-DATA_FOLDERS = {"kvcapsule/training/recipes": "*.yaml", "kvcapsule/eval/suites": "*.yaml", "kvcapsule/checkpoints": "*/**/*"}
+DATA_FOLDERS = {
+    "kvcapsule/training/recipes": "*.yaml",
+    "kvcapsule/eval/suites": "*.yaml",
+    "kvcapsule/checkpoints": "*/**/*",
+}
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def module_name(path: Path) -> str:
     """Name under which a source file is imported once installed."""
-    package, root = max(((p, r) for p, r in MAPPED.items() if path.is_relative_to(r)), key=lambda pair: len(pair[1].parts))
+    package, root = max(
+        ((p, r) for p, r in MAPPED.items() if path.is_relative_to(r)), key=lambda pair: len(pair[1].parts)
+    )
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])
 
@@ -64,7 +71,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for trap in ("eval/results/trap.json", "training/NOTES.md", "checkpoints/__pycache__/trap.cpython-311.pyc"):
         (tree / trap).parent.mkdir(exist_ok=True)
         (tree / trap).touch()
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, tree]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--wheel-dir",
+        out,
+        tree,
+    ]
     built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = out.glob("*.whl")
@@ -78,7 +97,10 @@ def names(wheel: Path) -> set[str]:
 
 
 def test_wheel_adds_one_name_to_site_packages(names: set[str]) -> None:
-    assert {name.split("/")[0] for name in names} == {"kvcapsule", f"kvcapsule-{PYPROJECT['project']['version']}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "kvcapsule",
+        f"kvcapsule-{PYPROJECT['project']['version']}.dist-info",
+    }
 
 
 def test_wheel_holds_every_module_once(names: set[str]) -> None:
@@ -96,9 +118,15 @@ def test_wheel_holds_the_data_files(names: set[str]) -> None:
         package = target.replace("/", ".")
         owner = max((p for p in MAPPED if reaches(package, p)), key=len)
         folder = MAPPED[owner].joinpath(*package.removeprefix(owner).split(".")[1:])
-        files = (path for path in folder.glob(pattern) if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts)
+        files = (
+            path
+            for path in folder.glob(pattern)
+            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+        )
         expected |= {f"{target}/{path.relative_to(folder).as_posix()}" for path in files}
-    assert {n for n in names if n.startswith("kvcapsule/") and not n.endswith(".py")} == expected | {"kvcapsule/py.typed"}
+    assert {n for n in names if n.startswith("kvcapsule/") and not n.endswith(".py")} == expected | {
+        "kvcapsule/py.typed"
+    }
 
 
 def test_wheel_metadata(wheel: Path, names: set[str]) -> None:
@@ -112,9 +140,14 @@ def test_wheel_metadata(wheel: Path, names: set[str]) -> None:
 
 
 def test_wheel_imports_without_the_tree(wheel: Path, tmp_path: Path) -> None:
-    code = "import kvcapsule.training, kvcapsule.eval, kvcapsule.checkpoints; print(kvcapsule.training.__file__, kvcapsule.eval.__file__)"
+    code = (
+        "import kvcapsule.training, kvcapsule.eval, kvcapsule.checkpoints; print(kvcapsule.training.__file__,"
+        " kvcapsule.eval.__file__)"
+    )
     env = {**os.environ, "PYTHONPATH": str(wheel)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert all(Path(file).is_relative_to(wheel) for file in done.stdout.split())
 
@@ -144,7 +177,8 @@ def test_imports_run_one_way() -> None:
     wrong = []
     for path in sources():
         module = module_name(path)
-        # training and eval each see the library and themselves; the library sees neither. Nobody may rely on the tree's top level.
+        # training and eval each see the library and themselves; the library sees neither. Nobody may rely on the tree's
+        # top level.
         forbidden = {p for p in library if not reaches(module, p)} | {"training", "eval", "checkpoints", "tests"}
         for name in imported_names(path.read_text(), module, path.name == "__init__.py"):
             if any(reaches(name, package) for package in forbidden):
@@ -161,7 +195,9 @@ def test_constraints_pin_what_pyproject_names() -> None:
         assert pin is not None, f"constraints.txt does not pin {named.name}."
         (exact,) = pin.specifier
         assert exact.operator == "==", f"constraints.txt gives a range: {pin}."
-        assert named.specifier.contains(exact.version), f"constraints.txt pins {pin}, which pyproject.toml's {named} excludes."
+        assert named.specifier.contains(exact.version), (
+            f"constraints.txt pins {pin}, which pyproject.toml's {named} excludes."
+        )
     assert "torchvision" not in pins
 
 

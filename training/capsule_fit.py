@@ -1,4 +1,5 @@
-"""What the training of every family has in common: a LightningModule over the harvest of a frozen VLM, which is no part of its state."""
+"""What the training of every family has in common: a LightningModule over the harvest of a frozen VLM, which is no part
+of its state."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,8 @@ _FIXED_TRANSFORM = (
 class CapsuleFit(L.LightningModule, ABC):
     """Trains the codecs of every layer at once.
 
-    What is solved in closed form is solved in `setup`, on this rank's share of the batches; sums are added up over the ranks.
+    What is solved in closed form is solved in `setup`, on this rank's share of the batches; sums are added up over the
+    ranks.
     """
 
     layers: nn.ModuleList
@@ -125,12 +127,20 @@ class CapsuleFit(L.LightningModule, ABC):
         checkpoint["recipe"] = asdict(self.task.recipe)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError for a checkpoint of another recipe: its tensors would have other shapes, or another meaning."""
+        """Raises ValueError for a checkpoint of another recipe: its tensors would have other shapes, or another
+        meaning."""
         then, now = checkpoint.get("recipe", {}), asdict(self.task.recipe)
         other = [name for name in _FIXED if then.get(name) != now[name]]
-        other += [f"transform.{name}" for name in _FIXED_TRANSFORM if then.get("transform", {}).get(name) != now["transform"][name]]
+        other += [
+            f"transform.{name}"
+            for name in _FIXED_TRANSFORM
+            if then.get("transform", {}).get(name) != now["transform"][name]
+        ]
         if other:
-            raise ValueError(f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force true.")
+            raise ValueError(
+                f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
+                " true."
+            )
 
     def setup(self, stage: str) -> None:
         if self.prepared:
@@ -148,7 +158,9 @@ class CapsuleFit(L.LightningModule, ABC):
         """This rank's share of the first steps' rows, those of an epoch at most."""
         loader = self.task.data.train_dataloader()
         count = min(count, len(loader))
-        return iter(track(islice(loader, count), title, total=count, console=self.task.console, disable=self.global_rank != 0))
+        return iter(
+            track(islice(loader, count), title, total=count, console=self.task.console, disable=self.global_rank != 0)
+        )
 
     def numbers(self, step: int, count: int) -> list[int]:
         """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""
@@ -165,7 +177,8 @@ class CapsuleFit(L.LightningModule, ABC):
         return self._store.harvest(batch.inputs)
 
     def read(self, batch: Batch, with_kl: bool) -> "Read":
-        """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its attention."""
+        """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its
+        attention."""
         if not with_kl:
             layers = self.harvest(batch)
             return Read(layers, self.segments(layers), None)
@@ -196,13 +209,17 @@ class CapsuleFit(L.LightningModule, ABC):
             self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)
 
     def errors(self, segment: Segment, layer: LayerHarvest) -> Errors:
-        """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of attention's output."""
+        """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of
+        attention's output."""
         maps = {name: getattr(segment, name) for name in ("score_map", "value_map", "value_mean", "q_map", "out_map")}
         # Without the frame: tiles in their canonical frames, as they were harvested.
         keys, values = Segment(segment.keys, segment.values, segment.owner, **maps).materialize()
         found = {"output_error": output_error(layer, segment, full_output(layer))}
         if keys.shape == layer.keys.shape:
-            found |= {"keys_unexplained": unexplained(keys, layer.keys), "values_unexplained": unexplained(values, layer.values)}
+            found |= {
+                "keys_unexplained": unexplained(keys, layer.keys),
+                "values_unexplained": unexplained(values, layer.values),
+            }
         return found
 
     def log_errors(self, under: str, errors: Errors, batch: int) -> None:
@@ -218,7 +235,9 @@ def mean(errors: Sequence[Errors]) -> Errors:
 FitOf = Callable[[Task], CapsuleFit]
 
 
-def scheduled(parameters: Any, lr: float, rate: Callable[[int], float], betas: tuple[float, float] = (0.9, 0.999)) -> dict[str, Any]:
+def scheduled(
+    parameters: Any, lr: float, rate: Callable[[int], float], betas: tuple[float, float] = (0.9, 0.999)
+) -> dict[str, Any]:
     """Adam with a schedule by steps, as Lightning takes it."""
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

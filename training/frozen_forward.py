@@ -1,4 +1,5 @@
-"""A forward through the frozen VLM in which the tokens behind the images read codecs' segments, with gradients to the codecs."""
+"""A forward through the frozen VLM in which the tokens behind the images read codecs' segments, with gradients to the
+codecs."""
 
 from collections.abc import Sequence
 
@@ -31,7 +32,9 @@ class _ReadingLayer(CapsuleLayer):
         (keys, values), self._new = self._new, None
         turn = self.turn
         valid = turn.valid if turn.valid is not None else torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool)
-        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared)
+        prefill = LayerPrefill(
+            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
+        )
         self.recorder.compress(prefill)
         layer = self.recorder.layers.pop()
         group = query.shape[1] // keys.shape[1]
@@ -39,13 +42,16 @@ class _ReadingLayer(CapsuleLayer):
         exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
         first = query.shape[2] - layer.query.shape[2]
         read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
-        return torch.cat([exact[:, :, :first], torch.where(layer.reads[:, None, :, None], read, exact[:, :, first:])], dim=2)
+        return torch.cat(
+            [exact[:, :, :first], torch.where(layer.reads[:, None, :, None], read, exact[:, :, first:])], dim=2
+        )
 
 
 def logits_through(
     model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, segments: Sequence[Segment], last: int
 ) -> torch.Tensor:
-    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs; segments: each layer's tiles as they are to be read."""
+    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs; segments: each layer's tiles as they
+    are to be read."""
     with attach(model):
         cache = CapsuleCache(model.config, Recorder(tile, canonical))
         cache.layers = [

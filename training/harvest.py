@@ -1,7 +1,7 @@
 """Harvest: the keys and values that a frozen VLM writes for its visual tokens, and the queries that read them.
 
-The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in place of compressing
-sees what a capsule would see at inference, layer by layer.
+The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in
+place of compressing sees what a capsule would see at inference, layer by layer.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,10 @@ class Recorder:
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
                 "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
             )
-        ends = [max((s.start + s.length for s in prefill.spans if s.row == row), default=0) for row in range(prefill.valid.shape[0])]
+        ends = [
+            max((s.start + s.length for s in prefill.spans if s.row == row), default=0)
+            for row in range(prefill.valid.shape[0])
+        ]
         first = min(ends)
         positions = torch.arange(prefill.valid.shape[1], device=prefill.valid.device)
         reads = prefill.valid[:, first:] & (positions[first:] >= torch.tensor(ends, device=positions.device)[:, None])
@@ -62,7 +65,15 @@ class Recorder:
         visible = order[:, None, :] <= positions[first:, None]
         self.layers.append(
             LayerHarvest(
-                tiles.keys, tiles.values, tiles.owner, tiles.frame, prefill.query[:, :, first:].clone(), reads, rest, visible, prefill.scale
+                tiles.keys,
+                tiles.values,
+                tiles.owner,
+                tiles.frame,
+                prefill.query[:, :, first:].clone(),
+                reads,
+                rest,
+                visible,
+                prefill.scale,
             )
         )
         return Compressed([], [])

@@ -1,7 +1,8 @@
 """Harvests on disk, so that the frozen VLM runs once over a batch, however many capsules learn from it.
 
-A file holds the harvest of one batch, every layer, as safetensors. Its name is a digest of all that the harvest depends on: the model's
-weights, the batch's inputs, the tile and the frame. What is asked for is therefore either there or made; nothing can be out of date, and
+A file holds the harvest of one batch, every layer, as safetensors. Its name is a digest of all that the harvest depends
+on: the model's weights, the batch's inputs, the tile and the frame. What is asked for is therefore either there or
+    made; nothing can be out of date, and
 capsules of any family and ratio share one folder.
 """
 
@@ -31,7 +32,9 @@ _FRAME, _REST = ("frame.cos", "frame.sin"), ("rest.keys", "rest.values", "rest.o
 class HarvestStore:
     """A folder of harvests of one model."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, tell: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, tell: Callable[[str], None] = print
+    ) -> None:
         """tell: is told how large the first harvest is."""
         self.tell: Callable[[str], None] | None = tell
         self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
@@ -50,13 +53,17 @@ class HarvestStore:
             try:
                 return _read(path, self.model.device)
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew.") from error
+                raise ValueError(
+                    f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
+                ) from error
         made = harvest(self.model, inputs, self.tile, self.canonical)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(made, path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out.") from error
+            raise ValueError(
+                f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
+            ) from error
         if self.tell is not None:
             size, questions = path.stat().st_size / 2**20, len(inputs["input_ids"])
             self.tell(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
@@ -84,7 +91,9 @@ def _add(digest: Any, name: str, value: Any) -> None:
 def _write(layers: list[LayerHarvest], path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(layers):
-        parts = {f.name: getattr(layer, f.name) for f in fields(layer) if isinstance(getattr(layer, f.name), torch.Tensor)}
+        parts = {
+            f.name: getattr(layer, f.name) for f in fields(layer) if isinstance(getattr(layer, f.name), torch.Tensor)
+        }
         parts |= dict(zip(_REST, (layer.rest.keys, layer.rest.values, layer.rest.owner, layer.rest.mask), strict=True))
         if layer.frame is not None:
             parts |= dict(zip(_FRAME, layer.frame.tensors(), strict=True))
@@ -95,7 +104,11 @@ def _write(layers: list[LayerHarvest], path: Path) -> None:
     # Under another name until it is whole: an interrupted run, or another process, must not find half of it.
     partial = path.with_name(f"{unique_name(path)}.partial")
     try:
-        save_file(tensors, partial, {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(neighbours))})
+        save_file(
+            tensors,
+            partial,
+            {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(neighbours))},
+        )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -112,7 +125,11 @@ def _read(path: Path, device: torch.device) -> list[LayerHarvest]:
                 tensor: torch.Tensor = held.get_tensor(f"{index}.{name}")
                 return tensor
 
-            frame = Frame(get(_FRAME[0]), get(_FRAME[1]), about["neighbours"] == "1") if f"{index}.{_FRAME[0]}" in names else None
+            frame = (
+                Frame(get(_FRAME[0]), get(_FRAME[1]), about["neighbours"] == "1")
+                if f"{index}.{_FRAME[0]}" in names
+                else None
+            )
             keys, values, owner, mask = map(get, _REST)
             rest = Segment(keys, values, owner, mask=mask)
             plain = {name: get(name) for name in ("keys", "values", "owner", "query", "reads", "visible")}

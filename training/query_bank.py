@@ -1,4 +1,5 @@
-"""What a compact capsule is trained with: the bank of queries that it matches, and a selector that imitates a slower choice of tokens."""
+"""What a compact capsule is trained with: the bank of queries that it matches, and a selector that imitates a slower
+choice of tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +23,13 @@ _LEAST_SHARE = 1e-4
 
 
 class QueryBank:
-    """A weighted sample, without repetition, of the queries that read one layer's tiles, in the tiles' frames; its size is fixed.
+    """A weighted sample, without repetition, of the queries that read one layer's tiles, in the tiles' frames; its size
+    is fixed.
 
-    A query is drawn with the square of the share of its attention that goes to the tile, for that is what an error in the tile adds to
-    its output's squared error. Every KV head has its own sample, from all query heads that share it. Weighted reservoir sampling
-    (Efraimidis and Spirakis, 2006): what is kept are the greatest of random priorities, so samples of several ranks can be merged.
+    A query is drawn with the square of the share of its attention that goes to the tile, for that is what an error in
+    the tile adds to its output's squared error. Every KV head has its own sample, from all query heads that share it.
+    Weighted reservoir sampling (Efraimidis and Spirakis, 2006): what is kept are the greatest of random priorities, so
+    samples of several ranks can be merged.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -41,7 +44,8 @@ class QueryBank:
     def add(self, layer: LayerHarvest, numbers: Sequence[int] | None = None) -> None:
         """Offer the queries that read a layer's tiles; each tile is offered those of its own row.
 
-        numbers: of the batch's rows; what is drawn then depends on them and not on the order in which rows come, so that several ranks
+        numbers: of the batch's rows; what is drawn then depends on them and not on the order in which rows come, so
+            that several ranks
         draw together what one would.
         """
         heads = layer.keys.shape[1]
@@ -76,7 +80,10 @@ class QueryBank:
 
     def gather(self) -> None:
         """Join the samples of all ranks."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+        if (
+            not (torch.distributed.is_available() and torch.distributed.is_initialized())
+            or torch.distributed.get_world_size() == 1
+        ):
             return
         assert self.queries is not None and self.priority is not None
         found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -122,10 +129,11 @@ def _shares(layer: LayerHarvest) -> torch.Tensor:
 
 
 def greedy_choice(reading: Reading, v_EHTD: torch.Tensor, count: int) -> torch.Tensor:
-    """The teacher: one token after the other, always the one that adds most to what is explained of the tile's output and mass.
+    """The teacher: one token after the other, always the one that adds most to what is explained of the tile's output
+    and mass.
 
-    Orthogonal matching pursuit with the paper's mass and the output as targets; one step for each token kept, on all tiles and heads at
-    once, T (D + M) multiplications a step. Returns [E, H, count] in rising order.
+    Orthogonal matching pursuit with the paper's mass and the output as targets; one step for each token kept, on all
+    tiles and heads at once, T (D + M) multiplications a step. Returns [E, H, count] in rising order.
     """
     gram, target, _ = targets(reading, v_EHTD)
     left = gram.diagonal(dim1=-2, dim2=-1)
@@ -153,12 +161,17 @@ def greedy_choice(reading: Reading, v_EHTD: torch.Tensor, count: int) -> torch.T
 
 def chosen_by_teacher(codec: CompactLayer, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
     """[E, H, T] bool: the tokens that the greedy choice keeps."""
-    kept = [greedy_choice(codec.read(k), v, codec.stored) for k, v in zip(k_EHTD.split(_CHUNK), v_EHTD.split(_CHUNK), strict=True)]
+    kept = [
+        greedy_choice(codec.read(k), v, codec.stored)
+        for k, v in zip(k_EHTD.split(_CHUNK), v_EHTD.split(_CHUNK), strict=True)
+    ]
     marked = torch.zeros(k_EHTD.shape[:3], dtype=torch.bool, device=k_EHTD.device)
     return marked.scatter(-1, torch.cat(kept), True)
 
 
-def imitation_loss(selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, chosen_EHT: torch.Tensor) -> torch.Tensor:
+def imitation_loss(
+    selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, chosen_EHT: torch.Tensor
+) -> torch.Tensor:
     """Binary cross-entropy of the selector's scores to the teacher's choice."""
     scores = selector(k_EHTD, v_EHTD)
     return F.binary_cross_entropy_with_logits(scores, chosen_EHT.to(scores.dtype))

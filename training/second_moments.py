@@ -7,7 +7,8 @@ from .harvest import LayerHarvest
 
 
 class TokenMoments(nn.Module):
-    """Sums over samples and channels for one layer: X X^T of the keys and of the values, and what centring the values needs.
+    """Sums over samples and channels for one layer: X X^T of the keys and of the values, and what centring the values
+    needs.
 
     A token Gram matrix does not change when all tokens are rotated alike, so it needs no canonical frame.
     """
@@ -25,7 +26,9 @@ class TokenMoments(nn.Module):
         self.register_buffer("samples", torch.zeros((), dtype=torch.float64))
 
     def add(self, layer: LayerHarvest) -> None:
-        keys, values = (x.double().transpose(0, 1).transpose(1, 2).flatten(2) for x in (layer.keys, layer.values))  # [H, T, E * D]
+        keys, values = (
+            x.double().transpose(0, 1).transpose(1, 2).flatten(2) for x in (layer.keys, layer.values)
+        )  # [H, T, E * D]
         self.key_gram += keys @ keys.transpose(-1, -2)
         self.value_gram += values @ values.transpose(-1, -2)
         self.value_sum += layer.values.double().sum(dim=0)
@@ -48,7 +51,8 @@ def principal_basis(gram: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def ridge_reconstruction(gram: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """theta [H, T, m] that rebuilds all tokens from the kept ones with least squared error, ridge relative to the mean diagonal."""
+    """theta [H, T, m] that rebuilds all tokens from the kept ones with least squared error, ridge relative to the mean
+    diagonal."""
     inner = gram[:, kept][:, :, kept]
     scale = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     inner = inner + ridge * scale * torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
@@ -57,7 +61,8 @@ def ridge_reconstruction(gram: torch.Tensor, kept: torch.Tensor, ridge: float) -
 
 
 def greedy_subset(gram: torch.Tensor, count: int) -> torch.Tensor:
-    """Pivoted Cholesky: one after the other, the token that explains most of what is left, summed over heads. Returns [count], sorted."""
+    """Pivoted Cholesky: one after the other, the token that explains most of what is left, summed over heads. Returns
+    [count], sorted."""
     left = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     chosen: list[int] = []
     for _ in range(count):

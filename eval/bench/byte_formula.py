@@ -1,7 +1,8 @@
 """What a decode-attention call must read, in closed form: what the measured bytes are held against.
 
-Keys, values and all that a method stores for its sequences, and the maps of its codec once. s: bytes of an element; owners take 8
-bytes an entry, a tile's frame 4 D. The widths of a transform code have no closed form: their sum is taken from the codec.
+Keys, values and all that a method stores for its sequences, and the maps of its codec once. s: bytes of an element;
+owners take 8 bytes an entry, a tile's frame 4 D. The widths of a transform code have no closed form: their sum is taken
+from the codec.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def full(cell: Cell) -> float:
 
 
 def of(name: str, cell: Cell, method: Method) -> float:
-    """Of a method of `methods.METHODS`: its visual tokens, and raw rows of the prompt's text, of what fills no tile and of the tail."""
+    """Of a method of `methods.METHODS`: its visual tokens, and raw rows of the prompt's text, of what fills no tile and
+    of the tail."""
     if name == "full-segments":
         return full(cell) + 3 * _OWNER * cell.batch
     tiled = name in _TILED
@@ -61,7 +63,9 @@ def _tiles(cell: Cell) -> int:
 
 def _compact(cell: Cell, method: Method) -> float:
     rows = retained(KEPT, cell.tile)
-    return _tiles(cell) * (rows * (cell.shape.token_bytes(cell.dtype.itemsize) + _bias(cell)) + _OWNER + 4 * cell.shape.head_dim)
+    return _tiles(cell) * (
+        rows * (cell.shape.token_bytes(cell.dtype.itemsize) + _bias(cell)) + _OWNER + 4 * cell.shape.head_dim
+    )
 
 
 def _kvcapsule(cell: Cell, method: Method) -> float:
@@ -72,7 +76,8 @@ def _kvcapsule(cell: Cell, method: Method) -> float:
 
 
 def _transform(cell: Cell, method: Method) -> float:
-    """The widths' sum a tile; token maps [H, T, M], channel maps [H, D, C], offsets [H, M, C], steps and widths [H, M / 8, C]."""
+    """The widths' sum a tile; token maps [H, T, M], channel maps [H, D, C], offsets [H, M, C], steps and widths [H, M /
+    8, C]."""
     assert isinstance(method, Capsule) and isinstance(method.layers[0], PairCodec)
     heads, dim, s = cell.shape.kv_heads, cell.shape.head_dim, cell.dtype.itemsize
     keys, values = method.layers[0].keys, method.layers[0].values
@@ -86,4 +91,8 @@ def _transform(cell: Cell, method: Method) -> float:
 
 
 _SPANS: dict[str, Callable[[Cell], float]] = {"kept-10%": _kept, "int8": _bits(8), "int4": _bits(4), "int2": _bits(2)}
-_TILED: dict[str, Callable[[Cell, Method], float]] = {"compact-10%": _compact, "kvcapsule-r0.4": _kvcapsule, "transform-20x": _transform}
+_TILED: dict[str, Callable[[Cell, Method], float]] = {
+    "compact-10%": _compact,
+    "kvcapsule-r0.4": _kvcapsule,
+    "transform-20x": _transform,
+}

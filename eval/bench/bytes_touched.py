@@ -20,7 +20,8 @@ class Touched(NamedTuple):
     stored: int
     """What it reads of the tensors that were named, each byte once however often it is read."""
     traffic: int
-    """What all its operations read and write, intermediate results included: more than `stored` wherever something is copied or repeated.
+    """What all its operations read and write, intermediate results included: more than `stored` wherever something is
+    copied or repeated.
 
     An upper bound of what crosses the memory bus: what is small stays in caches.
     """
@@ -36,7 +37,9 @@ def count(call: Callable[[], Any], held: Iterable[torch.Tensor]) -> Touched:
 class _Counter(TorchDispatchMode):
     def __init__(self, held: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.read: dict[int, list[tuple[int, int]]] = {t.untyped_storage().data_ptr(): [] for t in held if t.untyped_storage().nbytes()}
+        self.read: dict[int, list[tuple[int, int]]] = {
+            t.untyped_storage().data_ptr(): [] for t in held if t.untyped_storage().nbytes()
+        }
         self.traffic = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,7 +47,9 @@ class _Counter(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         places = {x.untyped_storage().data_ptr() for x in given}
-        if func.is_view or (made and all(x.untyped_storage().data_ptr() in places for x in made) and not func._schema.is_mutable):
+        if func.is_view or (
+            made and all(x.untyped_storage().data_ptr() in places for x in made) and not func._schema.is_mutable
+        ):
             return out
         for x in given:
             self.see(x)
@@ -68,7 +73,9 @@ def _elements(x: torch.Tensor) -> int:
 
 def _ranges(x: torch.Tensor) -> list[tuple[int, int]]:
     """The bytes of its storage that a tensor covers, as [begin, end) each."""
-    dense = sorted((int(stride), int(size)) for size, stride in zip(x.shape, x.stride(), strict=True) if stride and size > 1)
+    dense = sorted(
+        (int(stride), int(size)) for size, stride in zip(x.shape, x.stride(), strict=True) if stride and size > 1
+    )
     run = 1
     while dense and dense[0][0] == run:
         run *= dense.pop(0)[1]

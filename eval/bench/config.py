@@ -60,14 +60,15 @@ class BenchConfig:
     images: list[int] = field(default_factory=lambda: [8])
     """Sequences of a batch, each with images of its own, at step level and end to end; with commas or repeated."""
     model: list[str] = field(default_factory=list)
-    """Models at step level and above: pages-vlm, kv-bound, or a geometry with random weights; by default the first two, on CUDA all
-    geometries."""
+    """Models at step level and above: pages-vlm, kv-bound, or a geometry with random weights; by default the first two,
+    on CUDA all geometries."""
     compiled: bool = False
     """Whether the StaticCache is also timed with a compiled forward; that takes minutes."""
     memory_mib: float = 64.0
     """What caches may take at serving level, in MiB."""
     memory_gib: float | None = None
-    """What one comparison may take, in GiB; cells that need more are left out and said to be. By default four fifths of what is free."""
+    """What one comparison may take, in GiB; cells that need more are left out and said to be. By default four fifths of
+    what is free."""
     encode_tokens: int = 2048
     """Tokens of the prompt whose prefill the encoding of one layer is held against."""
     quick: bool = False
@@ -101,7 +102,17 @@ class BenchConfig:
         for name, counts in (("visual_tokens", self.visual_tokens), ("batch", self.batch), ("images", self.images)):
             if not counts or min(counts) < 1:
                 raise InputError(f"--{name} {counts}: at least one number, each at least 1, is needed.")
-        for name in ("text", "tile", "rounds", "steps", "threads", "seconds", "memory_mib", "memory_gib", "encode_tokens"):
+        for name in (
+            "text",
+            "tile",
+            "rounds",
+            "steps",
+            "threads",
+            "seconds",
+            "memory_mib",
+            "memory_gib",
+            "encode_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"--{name} {value}: more than 0 is needed.")

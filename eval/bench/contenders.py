@@ -2,7 +2,8 @@
 
     L0  eager attention, DynamicCache      shown so that nobody takes it for the baseline
     L1  sdpa attention, DynamicCache       what generate does by itself
-    L2  sdpa attention, StaticCache        its steps also compiled, on request; those of methods too, whose tails then have a fixed room
+    L2  sdpa attention, StaticCache        its steps also compiled, on request; those of methods too, whose tails then
+        have a fixed room
 
 What ratios are against is whichever of L1 and L2 is quicker in that very run.
 """
@@ -92,7 +93,11 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
     if compiled:
         prompt = subject.batch(1)["input_ids"].shape[1]
         found.append(Rung(L2_COMPILED, static, compiled=True))
-        found += [_compiled(model, name, method, prompt) for name, method in subject.methods.items() if not isinstance(method, Revises)]
+        found += [
+            _compiled(model, name, method, prompt)
+            for name, method in subject.methods.items()
+            if not isinstance(method, Revises)
+        ]
     return found
 
 
@@ -102,7 +107,12 @@ def _of_method(model: PreTrainedModel, name: str, method: Method) -> Rung:
 
 def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) -> Rung:
     """A method whose tail has a fixed room, for what is written behind the prompt."""
-    return Rung(f"{name}-static-compiled", lambda room: CapsuleCache(model.config, method, room=room - prompt), method, compiled=True)
+    return Rung(
+        f"{name}-static-compiled",
+        lambda room: CapsuleCache(model.config, method, room=room - prompt),
+        method,
+        compiled=True,
+    )
 
 
 def held(cache: Cache) -> int:

@@ -1,4 +1,5 @@
-"""No speed is reported of what is wrong: every contender's output is compared with attention in double precision first."""
+"""No speed is reported of what is wrong: every contender's output is compared with attention in double precision
+first."""
 
 from collections.abc import Sequence
 
@@ -17,15 +18,24 @@ def rows(batch: int) -> list[int]:
 
 
 def over_segments(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> torch.Tensor:
-    """The truth for `rows` of the batch: softmax over the full keys and values that the segments stand for, [R, H * G, D]."""
+    """The truth for `rows` of the batch: softmax over the full keys and values that the segments stand for, [R, H * G,
+    D]."""
     return torch.stack(
-        [_row(query[row, :, 0].double(), [s.select(torch.tensor([row])) for s in segments], scale) for row in rows(len(query))]
+        [
+            _row(query[row, :, 0].double(), [s.select(torch.tensor([row])) for s in segments], scale)
+            for row in rows(len(query))
+        ]
     )
 
 
 def over_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """The same for plain keys and values [B, H, N, D]."""
-    return torch.stack([_attention(query[row, :, 0].double(), keys[row].double(), values[row].double(), scale) for row in rows(len(query))])
+    return torch.stack(
+        [
+            _attention(query[row, :, 0].double(), keys[row].double(), values[row].double(), scale)
+            for row in rows(len(query))
+        ]
+    )
 
 
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:
@@ -46,7 +56,9 @@ def _row(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> torc
     return _attention(query, torch.cat(keys, 1), torch.cat(values, 1), scale, torch.cat(bias, 1))
 
 
-def _attention(q: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, scale: float, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _attention(
+    q: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, scale: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     scores = q.view(len(k_HND), -1, q.shape[-1]) @ k_HND.transpose(1, 2) * scale
     if bias is not None:
         scores = scores + bias[:, None]

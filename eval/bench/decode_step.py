@@ -18,7 +18,8 @@ LEVEL = "step"
 PROMPTS = 2
 """Prompts that are prefilled where decoding alone is measured."""
 _WARM_UP = 4
-"""Steps before the first that is timed: one that `interleave` takes to warm up, one to see how long it takes, and room for two."""
+"""Steps before the first that is timed: one that `interleave` takes to warm up, one to see how long it takes, and room
+for two."""
 _TOKEN = 7
 """The token that every step is fed: none that stands for an image."""
 
@@ -27,7 +28,8 @@ _TOKEN = 7
 def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: float) -> contenders.Measured:
     """Rows of a subject, the full caches, then its methods; and what did not fit into the device's memory.
 
-    Two prompts with different images are prefilled; the sequences of a larger batch are copies of these, in memory of their own.
+    Two prompts with different images are prefilled; the sequences of a larger batch are copies of these, in memory of
+    their own.
 
     Args:
         subject: what decodes.
@@ -54,7 +56,9 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
         timed[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
     taking_part = [timed[rung.name] for rung in rungs if rung.name in timed]
     times = interleave(taking_part, subject.model.device, steps, float("inf"), burst=0)
-    return rows(subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s), skipped
+    return rows(
+        subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s
+    ), skipped
 
 
 def filled(subject: Subject, rung: Rung, inputs: BatchFeature, cache: Cache) -> Cache:
@@ -83,7 +87,9 @@ def stepper(model: PreTrainedModel, rung: Rung, cache: Cache, size: int) -> Call
     return step
 
 
-def rows(subject: Subject, size: int, times: dict[str, Times], held: dict[str, int], read_gb_s: float) -> list[dict[str, Any]]:
+def rows(
+    subject: Subject, size: int, times: dict[str, Times], held: dict[str, int], read_gb_s: float
+) -> list[dict[str, Any]]:
     """JSON rows. `held`: bytes of each cache after its steps. Ratios are null where no full cache fitted."""
     full = [name for name in BASELINES if name in times]
     baseline = min(full, key=lambda name: times[name].median, default=None)

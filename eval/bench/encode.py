@@ -1,7 +1,9 @@
-"""What encoding adds to the time to the first token: a method's pass over one layer, against that layer's own prefill, both measured.
+"""What encoding adds to the time to the first token: a method's pass over one layer, against that layer's own prefill,
+both measured.
 
-The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP. Norms, rotations and
-residuals are left out, so the layer is a little quicker, and the share a little larger, than they really are.
+The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP.
+Norms, rotations and residuals are left out, so the layer is a little quicker, and the share a little larger, than they
+really are.
 """
 
 from collections.abc import Sequence
@@ -54,7 +56,8 @@ class DecoderLayer(NamedTuple):
 
 @torch.no_grad()
 def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows of one shape; `ratio` is the layer's prefill over the method's pass: 20 and more is five percent and less."""
+    """Rows of one shape; `ratio` is the layer's prefill over the method's pass: 20 and more is five percent and
+    less."""
     shape = cell.shape
     x_BNC = torch.randn(cell.batch, cell.visual + cell.text, shape.hidden, device=cell.device).to(cell.dtype)
     layer = DecoderLayer.draw(shape, cell.device, cell.dtype)

@@ -1,4 +1,5 @@
-"""End to end: `generate` on both sides, with the same prompts and as many tokens: time to the first token, time of the others, memory."""
+"""End to end: `generate` on both sides, with the same prompts and as many tokens: time to the first token, time of the
+others, memory."""
 
 from collections import defaultdict
 from functools import partial
@@ -20,7 +21,9 @@ _MEASURED = 2
 
 
 @torch.no_grad()
-def measure(subject: Subject, size: int, steps: int, rounds: int, seconds: float, compiled: bool) -> contenders.Measured:
+def measure(
+    subject: Subject, size: int, steps: int, rounds: int, seconds: float, compiled: bool
+) -> contenders.Measured:
     """Rows of a subject, and what did not fit into the device's memory.
 
     Args:
@@ -68,14 +71,21 @@ def _once(subject: Subject, rung: Rung, inputs: BatchFeature, prompt: int, steps
 
 
 def rows(
-    subject: Subject, size: int, steps: int, found: dict[str, list[Seconds]], held: dict[str, int], peaks: dict[str, int]
+    subject: Subject,
+    size: int,
+    steps: int,
+    found: dict[str, list[Seconds]],
+    held: dict[str, int],
+    peaks: dict[str, int],
 ) -> list[dict[str, Any]]:
     """JSON rows. `held`: bytes of each cache a few tokens behind its prompt; `peaks`: see peak.peak_bytes."""
     prefill = {name: Times([run.prefill for run in runs]) for name, runs in found.items()}
     step = {name: Times([run.step for run in runs]) for name, runs in found.items()}
     whole = {name: Times([run.prefill + steps * run.step for run in runs]) for name, runs in found.items()}
     full = [name for name in BASELINES if name in found]
-    baseline, quickest, shortest = (min(full, key=lambda name: times[name].median, default=None) for times in (step, prefill, whole))
+    baseline, quickest, shortest = (
+        min(full, key=lambda name: times[name].median, default=None) for times in (step, prefill, whole)
+    )
     return [
         {
             "level": LEVEL,

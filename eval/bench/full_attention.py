@@ -1,8 +1,9 @@
 """The full cache of one layer and the ways to attend to it: in place, and as transformers' caches make it.
 
-In place means preallocated keys and values [B, H, N, D], no copy of them, and KV heads that are not repeated. Four ways are timed, and what
-is measured against is whichever is quickest in that very cell. What a DynamicCache does (a `torch.cat` of all keys and values a step) and
-what transformers does under a mask (repeat the KV heads) is timed too, so that nobody takes such a row for the baseline.
+In place means preallocated keys and values [B, H, N, D], no copy of them, and KV heads that are not repeated. Four ways
+are timed, and what is measured against is whichever is quickest in that very cell. What a DynamicCache does (a
+`torch.cat` of all keys and values a step) and what transformers does under a mask (repeat the KV heads) is timed too,
+so that nobody takes such a row for the baseline.
 
 Shapes: B batch, H KV heads, G query heads per KV head, N tokens, D head dim.
 """
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 
 
 class FullCache(NamedTuple):
-    """Keys and values of one layer, [B, H, N, D], the new token's included, and its own again for those who append it."""
+    """Keys and values of one layer, [B, H, N, D], the new token's included, and its own again for those who append
+    it."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -46,7 +48,8 @@ def sdpa(query: torch.Tensor, cache: FullCache, scale: float) -> torch.Tensor:
 
 
 def sdpa_by_group(query: torch.Tensor, cache: FullCache, scale: float) -> torch.Tensor:
-    """PyTorch's attention with the query heads of a KV head as if they were queries: nothing is repeated whatever its kernel does."""
+    """PyTorch's attention with the query heads of a KV head as if they were queries: nothing is repeated whatever its
+    kernel does."""
     q = query.view(query.shape[0], cache.keys.shape[1], -1, query.shape[3])
     return F.scaled_dot_product_attention(q, cache.keys, cache.values, scale=scale).view(query.shape)
 
@@ -57,7 +60,8 @@ def dynamic(query: torch.Tensor, cache: FullCache, scale: float) -> torch.Tensor
 
 
 def dynamic_repeated(query: torch.Tensor, cache: FullCache, scale: float) -> torch.Tensor:
-    """A DynamicCache's step under a mask, as in a batch of prompts that are padded: the KV heads are repeated as well."""
+    """A DynamicCache's step under a mask, as in a batch of prompts that are padded: the KV heads are repeated as
+    well."""
     return static_repeated(query, _joined(cache), scale)
 
 
@@ -74,7 +78,11 @@ IN_PLACE: dict[str, Attend] = {
     "in-place-sdpa": sdpa,
     "in-place-sdpa-by-group": sdpa_by_group,
 }
-AMPLIFIED: dict[str, Attend] = {"dynamic-cat": dynamic, "dynamic-cat-repeat": dynamic_repeated, "static-repeat": static_repeated}
+AMPLIFIED: dict[str, Attend] = {
+    "dynamic-cat": dynamic,
+    "dynamic-cat-repeat": dynamic_repeated,
+    "static-repeat": static_repeated,
+}
 
 
 def extra_bytes(name: str, stored: int, group: int) -> int:

@@ -1,7 +1,7 @@
 """Timing of contenders in turn, so that whatever else the machine does falls on all of them alike.
 
-A contender is a list of calls that do the same on different copies of its data, one after the other: what a call reads has then left the
-caches of the processor, as it has when a decode step comes back to a layer after all the others.
+A contender is a list of calls that do the same on different copies of its data, one after the other: what a call reads
+has then left the caches of the processor, as it has when a decode step comes back to a layer after all the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,8 @@ class Contender(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of one call, round by round; contenders that are too slow for the time that they are given have fewer rounds."""
+    """Seconds of one call, round by round; contenders that are too slow for the time that they are given have fewer
+    rounds."""
 
     rounds: list[float]
 
@@ -68,7 +69,8 @@ def interleave(
         device: where they run.
         rounds: readings of each.
         seconds: after so many a contender rests, if it had LEAST rounds.
-        burst: seconds that one reading of the clock covers at least, by as many calls as that takes; 0: a reading is one call.
+        burst: seconds that one reading of the clock covers at least, by as many calls as that takes; 0: a reading is
+            one call.
     """
     timers = [_Burst(contender, device, burst) for contender in contenders]
     found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -85,7 +87,8 @@ def interleave(
 class _Burst:
     """As many calls of a contender as the clock needs, going on through its copies from reading to reading.
 
-    On CUDA one pass through the copies is captured as a graph, so that what the host does between launches is not timed.
+    On CUDA one pass through the copies is captured as a graph, so that what the host does between launches is not
+    timed.
     """
 
     def __init__(self, contender: Contender, device: torch.device, burst: float) -> None:
@@ -145,5 +148,6 @@ def _size(text: str) -> int:
 
 
 def copies(bytes_: int, device: torch.device) -> int:
-    """Copies of data of so many bytes that a contender goes through, so that none is still in a cache when its turn comes again."""
+    """Copies of data of so many bytes that a contender goes through, so that none is still in a cache when its turn
+    comes again."""
     return 1 + COLD * last_level_cache(device) // max(1, bytes_)

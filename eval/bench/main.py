@@ -47,8 +47,11 @@ def build_parser() -> ArgumentParser:
         BenchConfig,
         PROG,
         usage=f"{PROG} [--level {'|'.join(LEVELS)}] [--quick true] [--json FILE] [--plot FILE] [options]",
-        description="Time and bytes of attention over segments against in-place full attention, of decode steps and generation against "
-        "transformers' caches, and of serving within a memory budget. What gives wrong outputs is not timed.",
+        description=(
+            "Time and bytes of attention over segments against in-place full attention, of decode steps and generation"
+            " against transformers' caches, and of serving within a memory budget. What gives wrong outputs is not"
+            " timed."
+        ),
     )
 
 
@@ -86,7 +89,8 @@ def _write(found: dict[str, Any], config: BenchConfig) -> None:
             served = [row for row in found["rows"] if row["level"] == "serving"]
             if not served:
                 raise InputError(
-                    f"--plot {config.plot}: nothing to draw, as not one sequence fits into --memory_mib {config.memory_mib:g}."
+                    f"--plot {config.plot}: nothing to draw, as not one sequence fits into --memory_mib"
+                    f" {config.memory_mib:g}."
                 )
             draw(picture(served, markdown.place(found)), Path(config.plot))
         if config.report is not None:

@@ -31,12 +31,18 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
         OSError: if it cannot be written.
     """
     if not path.exists():
-        write_whole(path, markdown.blank("kvcapsule bench", [name_of(found["device"], level) for level in levels]).encode())
+        write_whole(
+            path, markdown.blank("kvcapsule bench", [name_of(found["device"], level) for level in levels]).encode()
+        )
     for level in levels:
         rows = [row for row in found["rows"] if row["level"] == level]
         table = _grid(rows) if level == "operator" else _plain(rows, level)
         parts = [table, _facts(path, found, json)]
-        left = [f"{x['geometry']}, {x['method'] or 'all methods'}: {x['reason']}" for x in found["skipped"] if x["level"] == level]
+        left = [
+            f"{x['geometry']}, {x['method'] or 'all methods'}: {x['reason']}"
+            for x in found["skipped"]
+            if x["level"] == level
+        ]
         if level == "operator" and left:
             parts.append(f"Left out: {len(left)} cells or methods, each with its reason in the JSON.")
         elif left:
@@ -47,7 +53,8 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a cell: how many times faster, and how many times fewer bytes, than the full cache in place; the copies' times only."""
+    """One line a cell: how many times faster, and how many times fewer bytes, than the full cache in place; the copies'
+    times only."""
     by_cell: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row["geometry"], row["visual_tokens"], row["batch"]), {})[row["method"]] = row

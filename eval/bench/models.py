@@ -1,14 +1,22 @@
-"""The models whose decode steps are timed, with batches of prompts for them: pages-vlm, and random weights in shapes that are named.
+"""The models whose decode steps are timed, with batches of prompts for them: pages-vlm, and random weights in shapes
+that are named.
 
-A random model's tokens mean nothing; its time and bytes are those of a trained one of the same shape. All sequences of a batch have images
-of their own and prompts of the same length, so that nobody needs padding.
+A random model's tokens mean nothing; its time and bytes are those of a trained one of the same shape. All sequences of
+a batch have images of their own and prompts of the same length, so that nobody needs padding.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForImageTextToText, BatchFeature, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    BatchFeature,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedModel,
+)
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data import source
@@ -26,8 +34,8 @@ PAGES, KV_BOUND = "pages-vlm", "kv-bound"
 _TIMED = ("int4", "kvcapsule-r0.4", "kept-10%", "compact-10%", "transform-20x")
 """Of `methods.METHODS`, on random models."""
 _KV_BOUND = Shape(KV_BOUND, 4, 8, 4, 64, 256, 512, 512)
-"""Small weights beside a long visual context: a step reads 13.1 MB of weights and, at 2,304 visual tokens, 18.9 MB of keys and values a
-sequence, both in fp32."""
+"""Small weights beside a long visual context: a step reads 13.1 MB of weights and, at 2,304 visual tokens, 18.9 MB of
+keys and values a sequence, both in fp32."""
 _IMAGES = {
     KV_BOUND: (1, 48),
     "llava-1.5-7b": (1, 24),
@@ -36,7 +44,8 @@ _IMAGES = {
     "internvl3-8b": (13, 16),
     "qwen2.5-vl-7b": (16, 32),
 }
-"""Images of a sequence, and tokens of an image's side: as many visual tokens as the model of that name has of a large image."""
+"""Images of a sequence, and tokens of an image's side: as many visual tokens as the model of that name has of a large
+image."""
 _IMAGE, _PATCH = 5, 4
 
 
@@ -86,7 +95,11 @@ def _pages(device: torch.device, dtype: torch.dtype) -> Subject:
         return make_batch([q._replace(prompt=asked[0].prompt) for q in asked], model, processor).inputs
 
     methods: dict[str, Method] = {"int4": Quantized(4), "kept-10%": EvenlySpaced(KEPT)}
-    shipped = {"kvcapsule-r0.4": "pages-vlm-kvcapsule", "transform-20x": "pages-vlm-transform", "cross-layer-20x": "pages-vlm-cross-layer"}
+    shipped = {
+        "kvcapsule-r0.4": "pages-vlm-kvcapsule",
+        "transform-20x": "pages-vlm-transform",
+        "cross-layer-20x": "pages-vlm-cross-layer",
+    }
     for row, capsule in shipped.items():
         methods[row] = Capsule.from_pretrained(capsule).to(device, dtype)
     return Subject(PAGES, model, batch, int(model.config.image_seq_length), methods, _shape(model))
@@ -95,7 +108,8 @@ def _pages(device: torch.device, dtype: torch.dtype) -> Subject:
 def random_llava(
     shape: Shape, images: int, side: int, device: torch.device, dtype: torch.dtype, text: int, tile: int, seed: int
 ) -> Subject:
-    """A LLaVA of a shape with random weights, whose vision tower is as small as can be: images of side x side tokens."""
+    """A LLaVA of a shape with random weights, whose vision tower is as small as can be: images of side x side
+    tokens."""
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -118,7 +132,9 @@ def random_llava(
         eos_token_id=None,
         pad_token_id=0,
     )
-    config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=_IMAGE, image_seq_length=side * side)
+    config = LlavaConfig(
+        vision_config=vision, text_config=language, image_token_index=_IMAGE, image_seq_length=side * side
+    )
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -151,7 +167,8 @@ def _shape(model: Any) -> dict[str, int]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Weights that a decode step reads: the decoder's layers and the output head, not the embeddings that it looks up."""
+    """Weights that a decode step reads: the decoder's layers and the output head, not the embeddings that it looks
+    up."""
     head = model.get_output_embeddings()
     parts = [*model.get_decoder().layers.parameters(), *(head.parameters() if head is not None else ())]
     return sum(p.nbytes for p in {id(p): p for p in parts}.values())

@@ -16,7 +16,8 @@ from .shapes import SHAPES, Shape, distinct
 
 LEVEL = "operator"
 _BANK = 512 * 4 * 4
-"""Bytes that encoding a token of a KV head takes in a compact capsule: an fp32 number for each training query, a few times over."""
+"""Bytes that encoding a token of a KV head takes in a compact capsule: an fp32 number for each training query, a few
+times over."""
 
 
 class Made(NamedTuple):
@@ -43,7 +44,9 @@ class Limits(NamedTuple):
     """Of a contender, warm-up not included."""
 
 
-def cells(shapes: Iterable[str], visual: Sequence[int], batches: Sequence[int], make: Callable[[Shape, int, int], Cell]) -> Iterator[Cell]:
+def cells(
+    shapes: Iterable[str], visual: Sequence[int], batches: Sequence[int], make: Callable[[Shape, int, int], Cell]
+) -> Iterator[Cell]:
     """The grid; shapes whose layers are alike once."""
     for name in distinct(list(shapes)):
         for tokens in visual:
@@ -61,7 +64,9 @@ def alike(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def measure(cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(
+    cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of one cell, the full cache's first, and what was left out.
 
     Args:
@@ -78,7 +83,9 @@ def measure(cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float) 
     for name in (*full_attention.IN_PLACE, *full_attention.AMPLIFIED):
         extra = full_attention.extra_bytes(name, cell.full_bytes, cell.shape.group)
         if needed + extra > limits.memory:
-            skipped.append(_skipped(cell.shape.name, cell.batch, cell.visual, name, _too_large(needed + extra, limits.memory)))
+            skipped.append(
+                _skipped(cell.shape.name, cell.batch, cell.visual, name, _too_large(needed + extra, limits.memory))
+            )
             continue
         made.append(_of_full(name, cell, layer))
     made += [_of_method(name, cell, layer) for name in names]
@@ -89,7 +96,9 @@ def measure(cell: Cell, names: Sequence[str], limits: Limits, read_gb_s: float) 
 
 def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: float) -> list[dict[str, Any]]:
     """JSON rows; without times where a contender's output was wrong."""
-    strongest = min((name for name in full_attention.IN_PLACE if name in times), key=lambda name: times[name].median, default=None)
+    strongest = min(
+        (name for name in full_attention.IN_PLACE if name in times), key=lambda name: times[name].median, default=None
+    )
     found = []
     for m in made:
         time, base = times.get(m.name), times.get(strongest or "")
@@ -114,7 +123,14 @@ def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: f
                 "copies": len(m.calls),
                 "bandwidth_fraction": m.bytes / time.median / 1e9 / read_gb_s if time else None,
                 "error": m.error if m.error < float("inf") else None,
-                "failed": None if time else f"relative error {m.error:.1e}, at most {correctness.TOLERANCE[cell.dtype]:.0e} is allowed: not timed",
+                "failed": (
+                    None
+                    if time
+                    else (
+                        f"relative error {m.error:.1e}, at most {correctness.TOLERANCE[cell.dtype]:.0e} is allowed: not"
+                        " timed"
+                    )
+                ),
             }
         )
     return found
@@ -124,7 +140,9 @@ def _of_full(name: str, cell: Cell, layer: layer_data.Layer) -> Made:
     way, scale = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name], cell.shape.head_dim**-0.5
     cache = full_attention.FullCache(layer.keys, layer.values)
     truth = correctness.over_rows(layer.query, *cache, scale)
-    others = [full_attention.FullCache(*(x.clone() for x in cache)) for _ in range(copies(cell.full_bytes, cell.device) - 1)]
+    others = [
+        full_attention.FullCache(*(x.clone() for x in cache)) for _ in range(copies(cell.full_bytes, cell.device) - 1)
+    ]
     calls = [partial(way, layer.query, one, scale) for one in (cache, *others)]
     counted = bytes_touched.count(calls[0], cache)
     return Made(name, calls, cell.full_bytes, byte_formula.full(cell), correctness.error(calls[0](), truth), counted)
@@ -164,4 +182,11 @@ def _too_large(needed: int, limit: int) -> str:
 
 
 def _skipped(geometry: str, batch: int | None, visual: int | None, method: str | None, reason: str) -> dict[str, Any]:
-    return {"level": LEVEL, "geometry": geometry, "batch": batch, "visual_tokens": visual, "method": method, "reason": reason}
+    return {
+        "level": LEVEL,
+        "geometry": geometry,
+        "batch": batch,
+        "visual_tokens": visual,
+        "method": method,
+        "reason": reason,
+    }

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes at the most, beside what was there before: on CUDA as the allocator counts, on the CPU of all tensors that operations make.
+    """Bytes at the most, beside what was there before: on CUDA as the allocator counts, on the CPU of all tensors that
+    operations make.
 
     What an operation takes and gives back within itself is not seen on the CPU.
     """

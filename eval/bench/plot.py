@@ -1,4 +1,5 @@
-"""Serving within a memory budget as a picture: for each model, the largest batch and the tokens a second of every method."""
+"""Serving within a memory budget as a picture: for each model, the largest batch and the tokens a second of every
+method."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,10 +1,12 @@
 """A transform code of given bytes for a made-up spectrum: what a trained one would look like, without training.
 
-The variance of a coefficient falls by a power of its token component's number and exponentially over the channels, in keys faster than in
-values. The rates are such that about as many bytes, rows and channels fall to keys and to values as in the shipped capsule of pages-vlm.
+The variance of a coefficient falls by a power of its token component's number and exponentially over the channels, in
+keys faster than in values. The rates are such that about as many bytes, rows and channels fall to keys and to values as
+in the shipped capsule of pages-vlm.
 
-Widths are those of reverse water-filling with the distortions of real quantisers: the rule of `kvcapsule.training.families.allocation`, which
-evaluation does not import, for variances that are known; tests/eval/test_bench_operator.py holds the two against each other.
+Widths are those of reverse water-filling with the distortions of real quantisers: the rule of
+`kvcapsule.training.families.allocation`, which evaluation does not import, for variances that are known;
+tests/eval/test_bench_operator.py holds the two against each other.
 """
 
 from typing import NamedTuple
@@ -22,8 +24,8 @@ from kvcapsule.vlm.geometry import KVGeometry
 _REACH = 6.0
 """Standard deviations that the levels of a cell cover."""
 _WORTH = {1: 0.0, 2: 1.38, 3: 2.97, 4: 4.62, 8: 7.80}
-"""log2 of how many times the variance that is worth the first bit a cell needs to be worth a width: so fast falls what a further bit takes
-off the error of the best uniform quantiser of a Gaussian (Max, 1960)."""
+"""log2 of how many times the variance that is worth the first bit a cell needs to be worth a width: so fast falls what
+a further bit takes off the error of the best uniform quantiser of a Gaussian (Max, 1960)."""
 
 
 class Decay(NamedTuple):
@@ -41,10 +43,13 @@ KEYS, VALUES = Decay(0.7, 16.0, 0.5), Decay(0.7, 7.0, 1.0)
 
 
 def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
-    """[G, C]: mean variance in each cell of eight token components of a channel; the whole sums up to the decay's weight."""
+    """[G, C]: mean variance in each cell of eight token components of a channel; the whole sums up to the decay's
+    weight."""
     rows = torch.arange(1, -(-tile // GROUP) * GROUP + 1, dtype=torch.float64) ** -decay.tokens
     rows[tile:] = 0.0
-    cells = rows.view(-1, GROUP).mean(1)[:, None] * torch.linspace(0, -decay.channels, channels, dtype=torch.float64).exp()
+    cells = (
+        rows.view(-1, GROUP).mean(1)[:, None] * torch.linspace(0, -decay.channels, channels, dtype=torch.float64).exp()
+    )
     return decay.weight * cells / cells.sum()
 
 
@@ -70,13 +75,16 @@ _READERS = 64
 
 
 def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.Generator) -> Capsule:
-    """A transform code whose cells take at most `tile_bytes` a tile in every layer, for all KV heads; bases are drawn at random.
+    """A transform code whose cells take at most `tile_bytes` a tile in every layer, for all KV heads; bases are drawn
+    at random.
 
     Data of variance one use the levels of every cell.
     """
     spectra = [variance(tile, geometry.head_dim, decay) for decay in (KEYS, VALUES)]
     chosen = [_used(w) for w in widths(spectra, tile_bytes // geometry.kv_heads)]
-    groups, channels = ([(size,) * geometry.layers for size in sizes] for sizes in zip(*(w.shape for w in chosen), strict=True))
+    groups, channels = (
+        [(size,) * geometry.layers for size in sizes] for sizes in zip(*(w.shape for w in chosen), strict=True)
+    )
     config = TransformConfig(
         tile,
         key_rows=tuple(GROUP * n for n in groups[0]),
@@ -87,7 +95,11 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
     )
     built = Capsule(CapsuleConfig("transform", config, geometry, "random"))
     for codec in built.layers:
-        assert isinstance(codec, PairCodec) and isinstance(codec.keys, TransformKeys) and isinstance(codec.values, TransformValues)
+        assert (
+            isinstance(codec, PairCodec)
+            and isinstance(codec.keys, TransformKeys)
+            and isinstance(codec.values, TransformValues)
+        )
         for transform, width in zip((codec.keys.transform, codec.values.transform), chosen, strict=True):
             _draw(transform, width, generator)
         for readers in (m for m in codec.modules() if isinstance(m, Readers)):
@@ -103,7 +115,9 @@ def _used(width: torch.Tensor) -> torch.Tensor:
 
 def _draw(transform: Transform, width: torch.Tensor, generator: torch.Generator) -> None:
     def axes(count: int) -> torch.Tensor:
-        drawn: torch.Tensor = torch.linalg.qr(torch.randn(transform.tokens_in.shape[0], count, count, generator=generator)).Q
+        drawn: torch.Tensor = torch.linalg.qr(
+            torch.randn(transform.tokens_in.shape[0], count, count, generator=generator)
+        ).Q
         return drawn
 
     _, rows, tile = transform.tokens_in.shape

@@ -35,7 +35,10 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
         InputError, ModelError: for input that cannot be used; what is quick to check comes first.
     """
     if config.place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use --device cpu.")
+        raise InputError(
+            f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use"
+            " --device cpu."
+        )
     require_device(config.device)
     require_writable([config.json, config.plot, config.report])
     if config.report is not None:
@@ -81,7 +84,8 @@ def memory_limit(config: BenchConfig) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that the host can give without swapping, as Linux counts them; half of all memory where the system does not tell."""
+    """Bytes that the host can give without swapping, as Linux counts them; half of all memory where the system does not
+    tell."""
     if _MEMORY.is_file():
         for line in _MEMORY.read_text().splitlines():
             name, _, value = line.partition(":")
@@ -137,7 +141,11 @@ def _serving(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measu
 
 
 def _of_models(
-    config: BenchConfig, progress: Progress, level: str, sizes: Sequence[int], measure: Callable[[Subject, int], Measured]
+    config: BenchConfig,
+    progress: Progress,
+    level: str,
+    sizes: Sequence[int],
+    measure: Callable[[Subject, int], Measured],
 ) -> Measured:
     """What `measure` gives of each model, which are built one after the other, at each size of a batch."""
     names = config.model or models.default(config.place)

@@ -1,4 +1,5 @@
-"""Accuracy by data set, of a result on several: `python -m kvcapsule.eval.report.by_dataset --json FILE --report FILE.md --name PLACE`.
+"""Accuracy by data set, of a result on several: `python -m kvcapsule.eval.report.by_dataset --json FILE --report
+FILE.md --name PLACE`.
 
 A task of the source "pictures" has the data set's name in front; a set's accuracy is the mean over its tasks.
 """
@@ -41,7 +42,9 @@ def by_set(accuracy: Mapping[str, float]) -> dict[str, float]:
     for task, value in accuracy.items():
         name = next((name for name in PICTURES if task.startswith(f"{name}-")), None)
         if name is None:
-            raise InputError(f"the task {task!r} is of none of {', '.join(PICTURES)}: give a result of `--data.source pictures`.")
+            raise InputError(
+                f"the task {task!r} is of none of {', '.join(PICTURES)}: give a result of `--data.source pictures`."
+            )
         found.setdefault(name, []).append(value)
     return {name: mean(values) for name, values in found.items()}
 
@@ -74,8 +77,9 @@ def main(config: BySetConfig) -> None:
         raise InputError(f"{config.json} cannot be read: {error}.") from error
     report = Path(config.report)
     note = (
-        f"Mean accuracy over the tasks of each data set, {found['rows'][0]['n']} questions in all, and in brackets the points lost "
-        f"against the full cache. From `{found['command']}` ([JSON]({markdown.link(report, config.json)}))."
+        f"Mean accuracy over the tasks of each data set, {found['rows'][0]['n']} questions in all, and in brackets the"
+        f" points lost against the full cache. From `{found['command']}`"
+        f" ([JSON]({markdown.link(report, config.json)}))."
     )
     markdown.put(report, config.name, f"{table(found)}\n\n{note}")
 

@@ -106,7 +106,10 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     level = [(low, points[0][1]), (high, points[0][1])]
     taken = [around(axes, point) for point in points]
     taken += [box for line in (level, *(curve.points for curve in drawn)) for box in _along(axes, line)]
-    labels = [Label("full cache", points[:1], _FULL_COLOUR), *(Label(curve.label, curve.points, curve.colour) for curve in drawn)]
+    labels = [
+        Label("full cache", points[:1], _FULL_COLOUR),
+        *(Label(curve.label, curve.points, curve.colour) for curve in drawn),
+    ]
     place(axes, labels, taken)
     return figure
 
@@ -117,13 +120,16 @@ def _point(row: Mapping[str, Any], key: str) -> tuple[float, float]:
 
 def _compression_axis(axes: Axes, whole: float) -> XAxis:
     """Above: how many times smaller than the `whole` bytes of the full cache at 16 bits an element."""
-    upper = axes.secondary_xaxis("top", functions=(lambda x: whole / np.maximum(x, 1e-9), lambda c: whole / np.maximum(c, 1e-9)))
+    upper = axes.secondary_xaxis(
+        "top", functions=(lambda x: whole / np.maximum(x, 1e-9), lambda c: whole / np.maximum(c, 1e-9))
+    )
     upper.set_xlabel("compression, against the full cache at 16 bits an element")
     return upper.xaxis
 
 
 def _mark(upper: XAxis) -> None:
-    """Put round ratios on the upper axis. It takes its scale, and marks of its own, when it is first drawn: call this after that."""
+    """Put round ratios on the upper axis. It takes its scale, and marks of its own, when it is first drawn: call this
+    after that."""
     upper.set_major_locator(FixedLocator(_RATIOS))
     upper.set_minor_locator(NullLocator())
     upper.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))

@@ -1,4 +1,5 @@
-"""The table of a suite in a Markdown file: one part of the file is written anew by every run, the rest is left as it is."""
+"""The table of a suite in a Markdown file: one part of the file is written anew by every run, the rest is left as it
+is."""
 
 import os
 import re
@@ -14,13 +15,13 @@ from .rows import is_wide
 
 _END = "<!-- end of table -->"
 _WIDE_NOTE = (
-    "Elements had {bits} bits. *At 16 bits* is the compression with the full cache counted at 16 bits an element and the method as it was "
-    "measured; *compression* sets what was measured against each other. Rows that store unquantised elements would take half the bytes at "
-    "16 bits, which is what their *compression* shows."
+    "Elements had {bits} bits. *At 16 bits* is the compression with the full cache counted at 16 bits an element and"
+    " the method as it was measured; *compression* sets what was measured against each other. Rows that store"
+    " unquantised elements would take half the bytes at 16 bits, which is what their *compression* shows."
 )
 _TIME_NOTE = (
-    "*Prefill time* is from the call to the first logits, the method's own pass included, against the full cache's: 1.10 is ten percent "
-    "longer. *Tokens/s* are those of decoding, against the full cache's."
+    "*Prefill time* is from the call to the first logits, the method's own pass included, against the full cache's:"
+    " 1.10 is ten percent longer. *Tokens/s* are those of decoding, against the full cache's."
 )
 
 
@@ -113,11 +114,15 @@ def _block(path: Path, found: Mapping[str, Any], json: str | None, plot: str | N
     place = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     facts = (
-        f"{found['model']} on {data['source']} ({data['split']}, seed {data['seed']}), {rows[0]['n']} questions in batches of "
-        f"{found['batch']}, {found['dtype']}, seed {found['seed']}; {place}, {machine['threads']} threads; {versions}."
+        f"{found['model']} on {data['source']} ({data['split']}, seed {data['seed']}), {rows[0]['n']} questions in"
+        f" batches of {found['batch']}, {found['dtype']}, seed {found['seed']}; {place}, {machine['threads']} threads;"
+        f" {versions}."
     )
     source = "" if json is None else f" ([JSON]({link(path, json)}))"
-    parts = [table(rows), f"{facts} Loss is that of the mean accuracy against the full cache. Printed by `{found['command']}`{source}."]
+    parts = [
+        table(rows),
+        f"{facts} Loss is that of the mean accuracy against the full cache. Printed by `{found['command']}`{source}.",
+    ]
     if rows[0]["prefill_ratio"] is not None:
         parts.append(_TIME_NOTE)
     if is_wide(rows):
@@ -140,7 +145,9 @@ def _split(text: str, path: Path, name: str) -> tuple[str, str]:
     """What stands before and behind the table's part of a file, markers not included."""
     found = re.findall(f"{re.escape(_begin(name))}(.*?){re.escape(_END)}", text, flags=re.DOTALL)
     if len(found) != 1 or "<!-- table:" in found[0]:
-        raise InputError(f"{path} has no place for the table, or several: write the line {_begin(name)} once, and {_END} behind it.")
+        raise InputError(
+            f"{path} has no place for the table, or several: write the line {_begin(name)} once, and {_END} behind it."
+        )
     before, _, rest = text.partition(_begin(name))
     return before, rest.partition(_END)[2]
 

@@ -1,7 +1,8 @@
-"""One result of several runs of a suite, each with some of its rows: `python -m kvcapsule.eval.report.merge_runs --suite NAME --parts A.json,B.json`.
+"""One result of several runs of a suite, each with some of its rows: `python -m kvcapsule.eval.report.merge_runs
+--suite NAME --parts A.json,B.json`.
 
-So that the rows of a slow model can be measured in several processes. Every run answers the same questions and has the full cache's row,
-which tells whether they belong together.
+So that the rows of a slow model can be measured in several processes. Every run answers the same questions and has the
+full cache's row, which tells whether they belong together.
 """
 
 import json
@@ -48,7 +49,8 @@ def join(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = 
     """One object of several, its rows in the given order; replace: of a row that is there twice the last one.
 
     Raises:
-        InputError: if the parts are not of one comparison, if a row is there twice, or if one that the order has is missing.
+        InputError: if the parts are not of one comparison, if a row is there twice, or if one that the order has is
+        missing.
     """
     first, *others = parts
     for number, part in enumerate(others, start=2):

@@ -32,7 +32,9 @@ COST = {
 _UNITS = "bytes a question (params: in all); prefill time, tokens/s: full cache = 1"
 
 
-def rows(entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mapping[str, Timing], dtype: torch.dtype) -> list[dict[str, Any]]:
+def rows(
+    entries: Sequence[Entry], tallies: Mapping[str, Tally], timings: Mapping[str, Timing], dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """The rows of the object.
 
     Args:
@@ -79,7 +81,10 @@ def tables(found: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
     # In a run at 16 bits the two compressions are the same number, and few methods keep anything on the host.
     shown = {"compression16": is_wide(found), "host_kv_bytes": any(row.get("host_kv_bytes") for row in found)}
     costs = {key: column for key, column in COST.items() if shown.get(key, True)}
-    quality, cost = _table(title, [*tasks, *(name for name, _ in QUALITY.values())]), _table(_UNITS, [name for name, _ in costs.values()])
+    quality, cost = (
+        _table(title, [*tasks, *(name for name, _ in QUALITY.values())]),
+        _table(_UNITS, [name for name, _ in costs.values()]),
+    )
     for row in found:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
         quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in QUALITY.items()))
@@ -88,7 +93,8 @@ def tables(found: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
 
 
 def is_wide(found: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the full cache of a run has elements of more than 16 bits, so that `compression` alone would flatter few-bit rows."""
+    """Whether the full cache of a run has elements of more than 16 bits, so that `compression` alone would flatter
+    few-bit rows."""
     return any(row["compression16"] != row["compression"] for row in found)
 
 

@@ -20,7 +20,9 @@ from ..entries import FIXED, RIVALS
 SUFFIXES = (".png", ".svg", ".pdf")
 _DOT = 9
 """Size of a dot, in points."""
-_OFFSETS = sorted(product((10, -10), range(-238, 239, 7)), key=lambda offset: (abs(offset[1]), offset[1], offset[0] < 0))
+_OFFSETS = sorted(
+    product((10, -10), range(-238, 239, 7)), key=lambda offset: (abs(offset[1]), offset[1], offset[0] < 0)
+)
 """Places of a label beside its dot, in points, the nearest first."""
 _LOOKS = {
     "full": ("o", _DOT, "#444444"),
@@ -29,7 +31,8 @@ _LOOKS = {
     **{name: ("v", _DOT, "#b8860b") for name in RIVALS if name not in ("post-vision-attention", "evenly-spaced")},
     **{name: ("o", _DOT, "#0072b2") for name in FIXED},
 }
-"""Marker, its size and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of the training-free methods.
+"""Marker, its size and colour (of Okabe and Ito's palette, which colour-blind readers can tell apart) of the
+training-free methods.
 
 Equal bytes make equal x, and answers may be equally good: shapes of different outline show when they lie on each other.
 """
@@ -65,7 +68,16 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for row, (x, y) in zip(rows, points, strict=True):
         marker, size, colour = _look(row)
         # The smaller ones lie on top.
-        axes.plot(x, y, marker, markersize=size, color=colour, markeredgecolor="white", markeredgewidth=0.6, zorder=3 + 1 / size)
+        axes.plot(
+            x,
+            y,
+            marker,
+            markersize=size,
+            color=colour,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            zorder=3 + 1 / size,
+        )
     dress(axes, [x for x, _ in points], title)
     texts = [f"{row['method']} ({row['compression']:.3g}x)" for row in rows]
     labels = [Label(text, [point], _look(row)[2]) for text, point, row in zip(texts, points, rows, strict=True)]
@@ -105,7 +117,13 @@ def place(axes: Axes, labels: Sequence[Label], taken: list[Bbox]) -> None:
             words = _annotation(axes, label, point, dx, dy)
             # Measured without its line, which belongs to an annotation's extent too and always touches the dot.
             box = words.get_window_extent()
-            if frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 and not box.count_overlaps(taken):
+            if (
+                frame.x0 <= box.x0
+                and box.x1 <= frame.x1
+                and frame.y0 <= box.y0
+                and box.y1 <= frame.y1
+                and not box.count_overlaps(taken)
+            ):
                 break
             words.remove()
         else:
@@ -116,7 +134,13 @@ def place(axes: Axes, labels: Sequence[Label], taken: list[Bbox]) -> None:
         taken.append(box)
         if abs(dy) > _DOT:
             words.remove()
-            line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.8, "shrinkB": _DOT / 2, "relpos": (float(dx < 0), 0.5)}
+            line = {
+                "arrowstyle": "-",
+                "color": "#999999",
+                "linewidth": 0.8,
+                "shrinkB": _DOT / 2,
+                "relpos": (float(dx < 0), 0.5),
+            }
             _annotation(axes, label, point, dx, dy, line)
 
 
@@ -126,7 +150,9 @@ def around(axes: Axes, point: tuple[float, float]) -> Bbox:
     return Bbox.from_extents(x - _DOT, y - _DOT, x + _DOT, y + _DOT)
 
 
-def _annotation(axes: Axes, label: Label, point: tuple[float, float], dx: int, dy: int, line: dict[str, Any] | None = None) -> Annotation:
+def _annotation(
+    axes: Axes, label: Label, point: tuple[float, float], dx: int, dy: int, line: dict[str, Any] | None = None
+) -> Annotation:
     return axes.annotate(
         label.text,
         point,

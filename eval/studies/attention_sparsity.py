@@ -1,4 +1,5 @@
-"""How sparse each layer's post-vision attention is, which is what VL-Cache shares its budget by: `python -m kvcapsule.eval.studies.attention_sparsity`."""
+"""How sparse each layer's post-vision attention is, which is what VL-Cache shares its budget by: `python -m
+kvcapsule.eval.studies.attention_sparsity`."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any]:
-    """Prefill every question; a row for each full-attention layer: mean, least and greatest sparsity over the questions."""
+    """Prefill every question; a row for each full-attention layer: mean, least and greatest sparsity over the
+    questions."""
     model, processor = load_vlm(config.model)
     asked = source.load(config.data)
     meter = SparsityMeter(config.threshold)
@@ -82,7 +84,9 @@ def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any
     rows = []
     for layer, parts in sorted(seen.items()):
         all_ = torch.cat(parts)
-        rows.append({"layer": layer, "mean": float(all_.mean()), "least": float(all_.min()), "greatest": float(all_.max())})
+        rows.append(
+            {"layer": layer, "mean": float(all_.mean()), "least": float(all_.min()), "greatest": float(all_.max())}
+        )
     return {
         "model": shown_path(config.model),
         "data": {**asdict(config.data), "source": shown_path(config.data.source)},

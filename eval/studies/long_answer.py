@@ -1,8 +1,9 @@
-"""Bytes of the cache over a long answer, with and without R-KV: `python -m kvcapsule.eval.studies.long_answer`, or `make long-answer`.
+"""Bytes of the cache over a long answer, with and without R-KV: `python -m kvcapsule.eval.studies.long_answer`, or
+`make long-answer`.
 
-Answers are made to be long: the end token is suppressed, so past its own end an answer is whatever the model goes on with. What is
-measured is the cache: its bytes at every token, and how often a method's likeliest next token is the full cache's, while all write the
-full cache's answer.
+Answers are made to be long: the end token is suppressed, so past its own end an answer is whatever the model goes on
+with. What is measured is the cache: its bytes at every token, and how often a method's likeliest next token is the full
+cache's, while all write the full cache's answer.
 """
 
 import sys
@@ -94,10 +95,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: GrowthConfig, console: Console, command: str) -> dict[str, Any]:
-    """Let every method write the same long answers, and return what was measured, under the keys of docs/eval-json.md where they fit.
+    """Let every method write the same long answers, and return what was measured, under the keys of docs/eval-json.md
+    where they fit.
 
-    A row's `bytes` are those of the cache for one answer: when the first token is chosen, then after each token but the last, which
-    nothing reads any more.
+    A row's `bytes` are those of the cache for one answer: when the first token is chosen, then after each token but the
+    last, which nothing reads any more.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -165,7 +167,13 @@ class Watch(LogitsProcessor):
 
 
 def write(
-    model: PreTrainedModel, batch: Batch, entry: Entry, tokens: int, answer: torch.Tensor | None, progress: Progress, task: TaskID
+    model: PreTrainedModel,
+    batch: Batch,
+    entry: Entry,
+    tokens: int,
+    answer: torch.Tensor | None,
+    progress: Progress,
+    task: TaskID,
 ) -> Watch:
     """Write `tokens` tokens, those of `answer` [B, tokens] or the method's own."""
     cache = new_cache(model, entry.method)

@@ -1,4 +1,5 @@
-"""The capsules of a suite: those that are there are loaded, the others are trained first, by a `kvcapsule train` of their own each."""
+"""The capsules of a suite: those that are there are loaded, the others are trained first, by a `kvcapsule train` of
+their own each."""
 
 import shlex
 import subprocess
@@ -31,8 +32,8 @@ def open_trained(wanted: Sequence[Spec], folder: Path, config: EvalConfig, conso
         console: where commands and progress are shown.
 
     Raises:
-        InputError: if a capsule is missing and config.train is off, if one was trained with other arguments, or if a training fails.
-        CapsuleError: if one cannot be loaded.
+        InputError: if a capsule is missing and config.train is off, if one was trained with other arguments, or if a
+        training fails. CapsuleError: if one cannot be loaded.
     """
     missing = [spec for spec in wanted if not (folder / spec.name / CONFIG_FILE).is_file()]
     for spec in wanted:
@@ -62,7 +63,14 @@ def _train_all(missing: Sequence[Spec], folder: Path, config: EvalConfig, consol
 def _train(name: str, words: Sequence[str], console: Console) -> None:
     """In a process of its own: eval does not import training, and the memory is given back."""
     command = [sys.executable, "-m", "kvcapsule", *words]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
     if done.returncode != 0:
         console.print(done.stderr, markup=False, highlight=False, soft_wrap=True)
         *_, last = ["it said nothing", *done.stderr.strip().splitlines()]
@@ -82,7 +90,8 @@ def _record(spec: Spec, config: EvalConfig) -> str:
 
 
 def _require_same(spec: Spec, folder: Path, config: EvalConfig) -> None:
-    """Refuse a capsule that an earlier run trained with other arguments; one that was put there by hand has no record."""
+    """Refuse a capsule that an earlier run trained with other arguments; one that was put there by hand has no
+    record."""
     record = folder / f"{spec.name}{_RECORD}"
     if record.is_file() and (found := record.read_text(encoding="utf-8")) != (asked := _record(spec, config)):
         raise InputError(

@@ -33,7 +33,8 @@ class Bench(NamedTuple):
 
     capsules: Capsules
     match: Callable[[str, Build, str], Method]
-    """match(row, build, name): what `build` makes, at the dial where it stores as many bytes as the row; the name is shown meanwhile."""
+    """match(row, build, name): what `build` makes, at the dial where it stores as many bytes as the row; the name is
+    shown meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,12 @@ class Pretrained(Spec):
 
     def entry(self, bench: Bench) -> Entry:
         place, capsule = bench.capsules[self.name]
-        return Entry(self.name, capsule, capsule.config.family, {"family": capsule.config.family, **capsule_settings(place, capsule)})
+        return Entry(
+            self.name,
+            capsule,
+            capsule.config.family,
+            {"family": capsule.config.family, **capsule_settings(place, capsule)},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +151,8 @@ class Requantised(Spec):
             codec = replace(capsule.config.codec, latent_bits=self.latent_bits)
         except ValueError as error:
             raise InputError(f"the entry {self.name}: {error}") from error
-        # Built anew, as a codec may fit what it stores to the latents as they will be read; both hold the same parameters.
+        # Built anew, as a codec may fit what it stores to the latents as they will be read; both hold the same
+        # parameters.
         twin = Capsule(replace(capsule.config, codec=codec))
         twin.load_state_dict(capsule.state_dict(), assign=True)
         twin.eval().requires_grad_(False)

@@ -31,14 +31,18 @@ def read(entry: Any) -> list[Spec]:
         raise InputError(f"expected keys and values, found {entry!r}.")
     kinds = [key for key in _READERS if key in entry]
     if len(kinds) != 1:
-        raise InputError(f"it has {' and '.join(kinds) or 'no kind'}: exactly one of {', '.join(_READERS)} says what it is.")
+        raise InputError(
+            f"it has {' and '.join(kinds) or 'no kind'}: exactly one of {', '.join(_READERS)} says what it is."
+        )
     if entry.get("method") == ALL:
         if "name" in entry or "settings" in entry:
             raise InputError("method all stands for several rows, which have their own names and settings.")
         return [spec for name in RIVALS for spec in read({**entry, "method": name})]
     spec = _READERS[kinds[0]](entry)
     if not _NAME.fullmatch(spec.name):
-        raise InputError(f"name {spec.name!r}: it takes letters, digits and . + @ - _ alone, as it may also be a folder's.")
+        raise InputError(
+            f"name {spec.name!r}: it takes letters, digits and . + @ - _ alone, as it may also be a folder's."
+        )
     return [spec]
 
 
@@ -75,7 +79,9 @@ def _policy(entry: Mapping[str, Any]) -> Spec:
         name = str(entry.get("name", method + suffix))
         return Dialled(name=name, method=method, settings=settings, ratio=ratio, budget=budget, match=match)
     if method not in FIXED and (method not in POLICIES or method == FULL):
-        raise InputError(f"there is no method {method!r}; there are {', '.join(dict.fromkeys([*RIVALS, *FIXED, *POLICIES]))}.")
+        raise InputError(
+            f"there is no method {method!r}; there are {', '.join(dict.fromkeys([*RIVALS, *FIXED, *POLICIES]))}."
+        )
     _require_known(entry, Fixed)
     spec = Fixed(name=str(entry.get("name", method)), method=method, settings=settings)
     policy, given = FIXED.get(method, (method, {}))
@@ -130,8 +136,8 @@ def _amount(method: str, entry: Mapping[str, Any]) -> tuple[float | None, float 
     ratio, budget, match = (entry.get(key) for key in ("ratio", "budget", "match"))
     if sum(value is not None for value in (ratio, budget, match)) != 1:
         raise InputError(
-            f"{method} takes a ratio of at least 1 (how many times less it keeps), or a budget in (0, 1] (the share that it keeps), "
-            f"or the entry that its bytes are to match; exactly one of them."
+            f"{method} takes a ratio of at least 1 (how many times less it keeps), or a budget in (0, 1] (the share"
+            " that it keeps), or the entry that its bytes are to match; exactly one of them."
         )
     for value, least, most, wanted in ((ratio, 1, math.inf, "ratio of at least 1"), (budget, 0, 1, "budget in (0, 1]")):
         if value is not None and not (type(value) in (int, float) and least <= value <= most and value > 0):

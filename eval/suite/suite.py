@@ -1,14 +1,17 @@
-"""A suite: options of `kvcapsule eval` and the methods to compare, at as many compression ratios as one likes, in a YAML file.
+"""A suite: options of `kvcapsule eval` and the methods to compare, at as many compression ratios as one likes, in a
+YAML file.
 
     options:                                                    of `kvcapsule eval`; the command line overrides them
       data: {size: 400}
     entries:
-      - {name: transform-20x, train: [transform, --ratio, 20]}  a capsule, and the arguments of `kvcapsule train` that make it
+      - {name: transform-20x, train: [transform, --ratio, 20]}  a capsule, and the arguments of `kvcapsule train` that
+                                                                make it
       - {pretrained: pages-vlm-transform, name: shipped}        a capsule that is there: shipped, a folder or on the Hub
       - {capsule: transform-20x, latent_bits: 4}                the capsule of an entry again, its latents in fewer bits
       - {capsule: shipped, text: {method: text-pruning, budget: 0.5}}      the same beside a policy for the text
       - {method: evenly-spaced, ratio: 5}                       a policy that keeps 1/5 of what its dial is about
-      - {method: look-m, budget: 0.1, settings: {merge: none}}  a policy that keeps 0.1 of it; any policy may have settings
+      - {method: look-m, budget: 0.1, settings: {merge: none}}  a policy that keeps 0.1 of it; any policy may have
+                                                                settings
       - {method: snapkv, match: shipped+text-pruning}           a policy at the bytes (visual and text) of another entry
       - {method: all, match: shipped+text-pruning}              every policy with a dial, each in a row of its own
       - {method: int3}                                          a policy without a dial
@@ -54,7 +57,9 @@ class Suite:
         """
         names = [FULL, *(spec.name for spec in self.specs)]
         if unknown := [name for name in wanted if name not in names]:
-            raise InputError(f"the suite {self.name} has no method {', '.join(map(repr, unknown))}; it has {', '.join(names)}.")
+            raise InputError(
+                f"the suite {self.name} has no method {', '.join(map(repr, unknown))}; it has {', '.join(names)}."
+            )
         return [spec for spec in self.specs if not wanted or spec.name in wanted]
 
     def capsules(self, chosen: Sequence[Spec]) -> list[Spec]:
@@ -120,8 +125,11 @@ def _require_consistent(found: Sequence[tuple[int, Spec]]) -> None:
             raise InputError(f"entry {number}: there is a row {spec.name!r} already, give this one another name.")
         taken.add(spec.name)
         if spec.reads not in (None, *capsules):
-            raise InputError(f"entry {number}: no entry is a capsule {spec.reads!r}; there are {', '.join(capsules) or 'none'}.")
+            raise InputError(
+                f"entry {number}: no entry is a capsule {spec.reads!r}; there are {', '.join(capsules) or 'none'}."
+            )
         if spec.matches not in (None, *yardsticks):
             raise InputError(
-                f"entry {number}: no entry {spec.matches!r} has bytes of its own to match; there are {', '.join(yardsticks) or 'none'}."
+                f"entry {number}: no entry {spec.matches!r} has bytes of its own to match; there are"
+                f" {', '.join(yardsticks) or 'none'}."
             )

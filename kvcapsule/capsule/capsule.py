@@ -1,4 +1,5 @@
-"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with them."""
+"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with
+them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,9 @@ class Capsule(nn.Module):
         """
         config = self.config.codec
         if config.stacked:
-            raise ValueError(f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `start`.")
+            raise ValueError(
+                f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `start`."
+            )
         tiles, raw = canonical_tiles(prefill, config, self.config.geometry)
         if tiles is None:
             return raw
@@ -80,8 +83,8 @@ class Capsule(nn.Module):
             device: where to put the codecs.
 
         Raises:
-            CapsuleError: if there is no such capsule, it cannot be downloaded, a file is missing, damaged or of another format version, or
-                the tensors are not those that the config asks for.
+            CapsuleError: if there is no such capsule, it cannot be downloaded, a file is missing, damaged or of another
+                format version, or the tensors are not those that the config asks for.
         """
         folder = hub.find(name, revision)
         config = config_in(folder)
@@ -89,8 +92,9 @@ class Capsule(nn.Module):
             capsule = cls(config)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise CapsuleError(
-                f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for {config.geometry.layers} layers of "
-                f"{config.geometry.kv_heads} KV heads ({error}). The file is damaged or was changed by hand."
+                f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for"
+                f" {config.geometry.layers} layers of {config.geometry.kv_heads} KV heads ({error}). The file is"
+                " damaged or was changed by hand."
             ) from error
         tensors = tensors_in(folder)
         require_tensors(folder, tensors, capsule.state_dict())

@@ -17,18 +17,22 @@ MEASURED_TITLE = "## Measured"
 CARD_MEASURED = re.compile(rf"^{MEASURED_TITLE}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
-def model_card(config: CapsuleConfig, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str | None = None) -> str:
+def model_card(
+    config: CapsuleConfig, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str | None = None
+) -> str:
     """README.md of a capsule: front matter for the Hub, how to use it, what was measured, how it was trained.
 
     Args:
         config: the capsule's config.
         recipe: see kvcapsule.capsule.write.save_folder.
-        metrics: see kvcapsule.capsule.write.save_folder. Without rows of an evaluation the card says that nothing was measured.
+        metrics: see kvcapsule.capsule.write.save_folder. Without rows of an evaluation the card says that nothing was
+            measured.
         name: what to give to `from_pretrained`; by default made of the base model's and the family's names.
     """
     name = name or f"{config.base_model.rpartition('/')[2]}-{config.family}"
     data = ModelCardData(
-        # The Hub refuses a card whose base_model is no id, e.g. the path of a folder; the text below names it in any case.
+        # The Hub refuses a card whose base_model is no id, e.g. the path of a folder; the text below names it in any
+        # case.
         base_model=config.base_model if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", config.base_model) else None,
         library_name=LIBRARY,
         license=LICENSE,
@@ -42,7 +46,8 @@ def model_card(config: CapsuleConfig, recipe: Mapping[str, Any] | None, metrics:
 
 # {name}
 
-A capsule for `{config.base_model}`{at}: codecs of the family `{config.family}` that store the visual part of its KV cache as latents, which
+A capsule for `{config.base_model}`{at}: codecs of the family `{config.family}` that store the visual part of its KV \
+cache as latents, which
 attention reads as they are.
 
 ## Use
@@ -82,8 +87,8 @@ ROW_COLUMNS = {
 }
 """Keys of an evaluation's row, after its method, settings and accuracies, and their titles in the model card."""
 ROW_NOTE = (
-    "Bytes are sums of storages; compression is that of the visual KV; ratios are relative to the full cache of the same run, "
-    "prefill below 1 and tokens/s above 1 being faster."
+    "Bytes are sums of storages; compression is that of the visual KV; ratios are relative to the full cache of the"
+    " same run, prefill below 1 and tokens/s above 1 being faster."
 )
 
 
@@ -95,7 +100,12 @@ def measured_section(metrics: Mapping[str, Any], name: str) -> str:
         keys = [key for key in ROW_COLUMNS if any(row.get(key) is not None for row in rows)]
         head = ["method", "settings", *(f"accuracy, {task}" for task in tasks), *(ROW_COLUMNS[key] for key in keys)]
         body = (
-            [row.get("method"), row.get("settings"), *((row.get("accuracy") or {}).get(t) for t in tasks), *(row.get(k) for k in keys)]
+            [
+                row.get("method"),
+                row.get("settings"),
+                *((row.get("accuracy") or {}).get(t) for t in tasks),
+                *(row.get(k) for k in keys),
+            ]
             for row in rows
         )
         printed_by = f"`{evaluation['command']}`" if evaluation.get("command") else command

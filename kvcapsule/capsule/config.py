@@ -8,7 +8,8 @@ from ..errors import CapsuleError
 from ..vlm.geometry import KVGeometry
 
 FORMAT_VERSION = 1
-"""Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not raise it."""
+"""Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
+raise it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class CapsuleConfig:
             )
         family = values.get("family")
         if not isinstance(family, str) or family not in FAMILIES:
-            raise CapsuleError(f"unknown codec family {family!r}; this version of kvcapsule knows {', '.join(FAMILIES)}.")
+            raise CapsuleError(
+                f"unknown codec family {family!r}; this version of kvcapsule knows {', '.join(FAMILIES)}."
+            )
         known = {"format_version", "family", "base_model", "base_revision", "geometry", "codec", "metadata"}
         if unknown := sorted(set(values) - known):
-            raise CapsuleError(f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}.")
+            raise CapsuleError(
+                f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}."
+            )
         try:
             return cls(
                 family=family,
@@ -65,6 +70,8 @@ class CapsuleConfig:
                 metadata=values.get("metadata", {}),
             )
         except KeyError as error:
-            raise CapsuleError(f"capsule config lacks {error.args[0]!r}: the file is damaged or was written by hand.") from error
+            raise CapsuleError(
+                f"capsule config lacks {error.args[0]!r}: the file is damaged or was written by hand."
+            ) from error
         except (TypeError, ValueError) as error:
             raise CapsuleError(f"capsule config cannot be used: {error}") from error

@@ -1,4 +1,5 @@
-"""A capsule by its name: on the disk, among those that are shipped or on the Hub; downloading and uploading of its files."""
+"""A capsule by its name: on the disk, among those that are shipped or on the Hub; downloading and uploading of its
+files."""
 
 import os
 import re
@@ -42,7 +43,9 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> Ca
         require_files(folder, [CONFIG_FILE])
         return config_in(folder)
     with download_errors(str(name), revision):
-        path = hf_hub_download(str(name), CONFIG_FILE, revision=revision, library_name=LIBRARY, library_version=__version__)
+        path = hf_hub_download(
+            str(name), CONFIG_FILE, revision=revision, library_name=LIBRARY, library_version=__version__
+        )
     return config_in(Path(path).parent)
 
 
@@ -63,7 +66,9 @@ def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     with download_errors(str(name), revision):
         patterns = list(FILES)
         folder = Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__)
+            snapshot_download(
+                str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__
+            )
         )
     _require_downloaded(folder, str(name))
     return folder
@@ -86,7 +91,9 @@ class Destination:
 
     def __post_init__(self) -> None:
         if not HUB_ID.fullmatch(self.repo_id):
-            raise CapsuleError(f"{self.repo_id!r} is no name of a repository on the Hub: write organisation/name or user/name.")
+            raise CapsuleError(
+                f"{self.repo_id!r} is no name of a repository on the Hub: write organisation/name or user/name."
+            )
 
 
 def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
@@ -107,8 +114,8 @@ def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
         url = api.create_repo(to.repo_id, private=to.private or None, exist_ok=True)
         if to.private and not api.model_info(to.repo_id).private:
             raise CapsuleError(
-                f"nothing was pushed: {to.repo_id} exists already and is public. Make it private on the Hub, choose another name, "
-                "or leave out private."
+                f"nothing was pushed: {to.repo_id} exists already and is public. Make it private on the Hub, choose"
+                " another name, or leave out private."
             )
         if to.revision is not None and to.revision != MAIN_BRANCH and not to.revision.startswith("refs/"):
             api.create_branch(to.repo_id, branch=to.revision, exist_ok=True)
@@ -129,7 +136,8 @@ def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | N
     if found is not None:
         if revision is not None:
             raise CapsuleError(
-                f"revision {revision!r} was given, but {text!r} is a directory ({found}): only repositories on the Hub have revisions."
+                f"revision {revision!r} was given, but {text!r} is a directory ({found}): only repositories on the Hub"
+                " have revisions."
             )
         return found
     if isinstance(name, str) and HUB_ID.fullmatch(name):
@@ -147,10 +155,10 @@ def _require_downloaded(folder: Path, repository: str) -> None:
         return
     if constants.HF_HUB_OFFLINE:
         raise CapsuleError(
-            f"{repository} is only in part in this machine's cache ({folder} lacks {', '.join(missing)}), and offline mode is on: "
-            "unset HF_HUB_OFFLINE and load it once with a connection."
+            f"{repository} is only in part in this machine's cache ({folder} lacks {', '.join(missing)}), and offline"
+            " mode is on: unset HF_HUB_OFFLINE and load it once with a connection."
         )
     raise CapsuleError(
-        f"the repository {repository} on the Hub is not a capsule, or only a part of it was ever downloaded: {', '.join(missing)} missing. "
-        "Check the name, and the connection."
+        f"the repository {repository} on the Hub is not a capsule, or only a part of it was ever downloaded:"
+        f" {', '.join(missing)} missing. Check the name, and the connection."
     )

@@ -1,4 +1,5 @@
-"""Reading a capsule's folder: its five files, its config, its tensors. checkpoints/FORMAT.md describes them for other tools.
+"""Reading a capsule's folder: its five files, its config, its tensors. checkpoints/FORMAT.md describes them for other
+tools.
 
 Whatever is missing, damaged or of another version is named, with what to do about it.
 """
@@ -52,16 +53,24 @@ def config_in(folder: Path) -> CapsuleConfig:
     except OSError as error:
         raise CapsuleError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise CapsuleError(f"{path} is not JSON ({error}): the file is damaged. Save, copy or download the capsule again.") from error
+        raise CapsuleError(
+            f"{path} is not JSON ({error}): the file is damaged. Save, copy or download the capsule again."
+        ) from error
     if not isinstance(values, dict) or "format_version" not in values:
-        model = f" but the model_type {values['model_type']!r} of a model" if isinstance(values, dict) and "model_type" in values else ""
+        model = (
+            f" but the model_type {values['model_type']!r} of a model"
+            if isinstance(values, dict) and "model_type" in values
+            else ""
+        )
         raise CapsuleError(f"{path} is not the config of a capsule: it has no format_version{model}. Name a capsule.")
     try:
         return CapsuleConfig.from_dict(values)
     except CapsuleError as error:
         raise CapsuleError(f"{path}: {error}") from error
     except (AttributeError, TypeError) as error:
-        raise CapsuleError(f"{path}: a value has the wrong type ({error}); the file is damaged or was changed by hand.") from error
+        raise CapsuleError(
+            f"{path}: a value has the wrong type ({error}); the file is damaged or was changed by hand."
+        ) from error
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,15 +83,16 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copies: tensors that stay mapped to the file would change, or crash the process, when another program rewrites it in place.
+            # Copies: tensors that stay mapped to the file would change, or crash the process, when another program
+            # rewrites it in place.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CapsuleError(f"{path} cannot be read ({error}): {_diagnosis(path)}") from error
     for key, expected in WEIGHTS_METADATA.items():
         if metadata.get(key) != expected:
             raise CapsuleError(
-                f"{path} has {key} {metadata.get(key)!r} in its metadata; this version of kvcapsule reads {expected!r}. "
-                "The file is not a capsule's, or a newer kvcapsule wrote it."
+                f"{path} has {key} {metadata.get(key)!r} in its metadata; this version of kvcapsule reads {expected!r}."
+                " The file is not a capsule's, or a newer kvcapsule wrote it."
             )
     return tensors
 
@@ -99,15 +109,21 @@ def _diagnosis(path: Path) -> str:
         header_end = 8 + int.from_bytes(start, "little")
         if len(start) == 8 and header_end <= size:
             header = json.loads(file.read(header_end - 8))
-            expected = header_end + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            expected = header_end + max(
+                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
+            )
             if size != expected:
-                return f"it has {size:,} bytes where its header announces {expected:,}, so it was cut off or overwritten. {again}"
+                return (
+                    f"it has {size:,} bytes where its header announces {expected:,}, so it was cut off or overwritten."
+                    f" {again}"
+                )
         return f"its {size:,} bytes are no safetensors file, or only the beginning of one. {again}"
     return f"it is no sound safetensors file. {again}"
 
 
 def require_tensors(folder: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises CapsuleError naming every tensor of the folder that is missing, unexpected, or of another shape or kind of number."""
+    """Raises CapsuleError naming every tensor of the folder that is missing, unexpected, or of another shape or kind of
+    number."""
     faults = [f"{key} is missing" for key in expected if key not in found]
     faults += [f"{key} is unexpected" for key in sorted(found) if key not in expected]
     for key in expected.keys() & found.keys():
@@ -118,4 +134,7 @@ def require_tensors(folder: Path, found: Mapping[str, torch.Tensor], expected: M
             faults.append(f"{key} holds {have.dtype} and not {want.dtype}")
     if faults:
         listed = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise CapsuleError(f"{folder / WEIGHTS_FILE} does not hold the tensors that {CONFIG_FILE} asks for: {listed}. The two are of different capsules.")
+        raise CapsuleError(
+            f"{folder / WEIGHTS_FILE} does not hold the tensors that {CONFIG_FILE} asks for: {listed}. The two are of"
+            " different capsules."
+        )

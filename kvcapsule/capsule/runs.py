@@ -1,4 +1,5 @@
-"""How a capsule goes through a prefill: its tiles in their canonical frames, and stacks of layers whose tiles have one codec."""
+"""How a capsule goes through a prefill: its tiles in their canonical frames, and stacks of layers whose tiles have one
+codec."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +15,9 @@ from ..segments.rotary_frame import Frame
 from ..vlm.geometry import KVGeometry
 
 
-def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry) -> tuple[Tiles | None, Compressed]:
+def canonical_tiles(
+    prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry
+) -> tuple[Tiles | None, Compressed]:
     """A layer's visual tiles, and what is in none of them, raw. None: nothing fills a tile.
 
     Keys are as if each tile began at position 0, where the config says so.
@@ -29,7 +32,8 @@ def canonical_tiles(prefill: LayerPrefill, config: CodecConfig, geometry: KVGeom
         return None, Compressed(keep(prefill, visual), text)
     if config.canonical_frame and tiles.frame is None and geometry.rotary != "none":
         raise RuntimeError(
-            "no rotation of the prompt's positions reached the capsule: run the model inside `with kvcapsule.attach(model, ...):`."
+            "no rotation of the prompt's positions reached the capsule: run the model inside `with"
+            " kvcapsule.attach(model, ...):`."
         )
     return tiles, Compressed(keep(prefill, visual & ~tiled(prefill, config.tile)), text)
 
@@ -49,7 +53,9 @@ class StackRun:
     Until then what its codec makes of each layer waits, and what is in no tile; a layer's keys and values are not held.
     """
 
-    def __init__(self, codecs: Sequence[StackCodec], config: CodecConfig, geometry: KVGeometry, layers: Sequence[int]) -> None:
+    def __init__(
+        self, codecs: Sequence[StackCodec], config: CodecConfig, geometry: KVGeometry, layers: Sequence[int]
+    ) -> None:
         """layers: all that will be added, by their index in the model and in their order."""
         self.codecs, self.config, self.geometry = codecs, config, geometry
         # A model's layers with a window are not among them, so that the last of a stack may be missing.

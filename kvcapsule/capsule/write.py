@@ -1,6 +1,7 @@
 """Writing a capsule's folder: all of it, or new measurements into one that is there.
 
-All five files are made in memory before the first byte is written, so their size is known and a bad recipe or metric costs nothing.
+All five files are made in memory before the first byte is written, so their size is known and a bad recipe or metric
+costs nothing.
 """
 
 import json
@@ -49,8 +50,8 @@ def save_folder(
         card_name: the name that the model card gives to `from_pretrained`; by default the directory's.
 
     Raises:
-        CapsuleError: if the directory holds anything else, cannot be written, or the disk is full. Nothing half written is left, and what
-            was in the directory is untouched.
+        CapsuleError: if the directory holds anything else, cannot be written, or the disk is full. Nothing half written
+            is left, and what was in the directory is untouched.
         TypeError: if recipe or metrics hold objects that no text file can.
     """
     target = Path(directory).expanduser().resolve()
@@ -80,11 +81,16 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
     try:
         merged = {**json.loads(path.read_bytes()), **plain}
     except (TypeError, ValueError) as error:
-        raise CapsuleError(f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}.") from error
+        raise CapsuleError(
+            f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}."
+        ) from error
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
     loads = CARD_LOADS.search(card)
     section = f"{MEASURED_TITLE}\n\n{measured_section(merged, loads['name'] if loads else folder.name)}\n\n"
-    contents = {METRICS_FILE: atomic_files.to_json(merged), CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode()}
+    contents = {
+        METRICS_FILE: atomic_files.to_json(merged),
+        CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode(),
+    }
     unique = atomic_files.unique_name(folder)
     partials = {name: folder.with_name(f"{unique}.{name}.partial") for name in contents}
     try:
@@ -108,7 +114,10 @@ def contents_of(
     name: str,
 ) -> dict[str, bytes]:
     """The five files, as bytes, by their names; see `save_folder`."""
-    plain_recipe, plain_metrics = atomic_files.plain(recipe or {}, "recipe"), atomic_files.plain(metrics or {}, "metrics")
+    plain_recipe, plain_metrics = (
+        atomic_files.plain(recipe or {}, "recipe"),
+        atomic_files.plain(metrics or {}, "metrics"),
+    )
     stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     return {
         CONFIG_FILE: atomic_files.to_json(atomic_files.plain(config.to_dict(), "config")),
@@ -129,8 +138,8 @@ def require_replaceable(target: Path) -> None:
         found = others or entries
         listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise CapsuleError(
-            f"{target} is not empty and not a capsule directory (it holds {listed}): a capsule saved there would replace all that. "
-            "Choose a new or an empty directory."
+            f"{target} is not empty and not a capsule directory (it holds {listed}): a capsule saved there would"
+            " replace all that. Choose a new or an empty directory."
         )
 
 

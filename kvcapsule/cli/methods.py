@@ -1,8 +1,9 @@
 """`kvcapsule methods`: every codec family and policy, what it is, whose it is and what it takes.
 
-All of it is read from the registries: the summary is the first line of a method's module (of its class, for a policy of the text alone),
-papers are those that this line or the first line of its class names, settings are the fields of its config or the arguments of its
-constructor. The registries are imported inside `main`: `--help` and a mistyped option do not wait for them.
+All of it is read from the registries: the summary is the first line of a method's module (of its class, for a policy of
+the text alone), papers are those that this line or the first line of its class names, settings are the fields of its
+config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a mistyped option do
+not wait for them.
 """
 
 import argparse
@@ -35,7 +36,8 @@ class MethodInfo:
     name: str
     """In its registry."""
     kind: str
-    """"codec" (trained; a capsule is made of it), "policy" (training-free) or "text policy" (likewise; stands beside one of the others)."""
+    """"codec" (trained; a capsule is made of it), "policy" (training-free) or "text policy" (likewise; stands beside
+    one of the others)."""
     summary: str
     papers: list[str]
     """arXiv numbers."""

@@ -36,8 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Upload a capsule to the Hugging Face Hub in one commit.")
-    parser.add_argument("capsule", metavar="CAPSULE_DIR", help="folder that `kvcapsule train` wrote, or the name of a shipped capsule")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="organisation/name or user/name; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="create the repository as private; one that is public already is refused")
-    parser.add_argument("--revision", metavar="R", help="branch to push to, created if it does not exist (default: main)")
+    parser.add_argument(
+        "capsule", metavar="CAPSULE_DIR", help="folder that `kvcapsule train` wrote, or the name of a shipped capsule"
+    )
+    parser.add_argument(
+        "repo_id", metavar="REPO_ID", help="organisation/name or user/name; created if it does not exist"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="create the repository as private; one that is public already is refused"
+    )
+    parser.add_argument(
+        "--revision", metavar="R", help="branch to push to, created if it does not exist (default: main)"
+    )
     return parser

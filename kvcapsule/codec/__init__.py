@@ -1,6 +1,17 @@
 """Trained codecs. FAMILIES is the one place where a family is registered."""
 
-from .base import CodecConfig, Encoded, KeyCodec, KeyPart, LayerCodec, PairCodec, StackCodec, StackEncoding, ValueCodec, ValuePart
+from .base import (
+    CodecConfig,
+    Encoded,
+    KeyCodec,
+    KeyPart,
+    LayerCodec,
+    PairCodec,
+    StackCodec,
+    StackEncoding,
+    ValueCodec,
+    ValuePart,
+)
 from .compact import CompactConfig
 from .cross_layer import CrossLayerConfig
 from .identity import IdentityConfig

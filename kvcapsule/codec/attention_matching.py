@@ -1,4 +1,5 @@
-"""How a bank of queries reads tiles, and what each token adds to what it reads: what compact capsules choose tokens by."""
+"""How a bank of queries reads tiles, and what each token adds to what it reads: what compact capsules choose tokens
+by."""
 
 from math import sqrt
 from typing import NamedTuple
@@ -8,16 +9,18 @@ import torch
 from ..kernels.backend import backend
 
 _JITTER = 1e-4
-"""Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies stable in fp32."""
+"""Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies
+stable in fp32."""
 _MASS = 0.3
-"""Weight of the tile's mass beside its output where tokens are ranked by what they add, in units of the values' own size."""
+"""Weight of the tile's mass beside its output where tokens are ranked by what they add, in units of the values' own
+size."""
 
 
 class Reading(NamedTuple):
     """How the bank reads tiles whose tokens are all there. fp32, or fp64 for fp64 keys.
 
-    Tokens are outside and queries inside: whatever is taken over few tokens, or of a choice of them, then goes along the memory. The two
-    axes before them may as well be of heads and tiles, where the queries are [H, 1, Q, D].
+    Tokens are outside and queries inside: whatever is taken over few tokens, or of a choice of them, then goes along
+    the memory. The two axes before them may as well be of heads and tiles, where the queries are [H, 1, Q, D].
     """
 
     queries: torch.Tensor
@@ -46,7 +49,8 @@ class Targets(NamedTuple):
 
 
 def read_by(queries_HQD: torch.Tensor, k_EHTD: torch.Tensor, room: torch.Tensor | None = None) -> Reading:
-    """Read tiles with queries that are scaled already; room: memory for two of [E, H, T, Q], which the reading then lives in."""
+    """Read tiles with queries that are scaled already; room: memory for two of [E, H, T, Q], which the reading then
+    lives in."""
     keys = k_EHTD.to(queries_HQD.dtype)
     if queries_HQD.dim() == 4 and queries_HQD.shape[2] % 16 == 0 and _compiled(queries_HQD, keys, 16):
         from ..kernels.native.bank import read
@@ -57,7 +61,9 @@ def read_by(queries_HQD: torch.Tensor, k_EHTD: torch.Tensor, room: torch.Tensor 
     if queries_HQD.dim() == 4:
         # One product a head: for one a tile, PyTorch would repeat the queries.
         room = None if first is None else first.flatten(1, 2)
-        scores = torch.matmul(keys.flatten(1, 2), queries_HQD[:, 0].transpose(-1, -2), out=room).unflatten(1, keys.shape[1:3])
+        scores = torch.matmul(keys.flatten(1, 2), queries_HQD[:, 0].transpose(-1, -2), out=room).unflatten(
+            1, keys.shape[1:3]
+        )
     else:
         scores = torch.matmul(keys, queries_HQD.transpose(-1, -2))
     attention = torch.softmax(scores, -2, out=second)
@@ -106,8 +112,11 @@ def columns_at(x_EHNT: torch.Tensor, at_EHC: torch.Tensor) -> torch.Tensor:
     return torch.gather(x_EHNT, 3, at_EHC[:, :, None].expand(-1, -1, x_EHNT.shape[2], -1))
 
 
-def added(gram_EHTT: torch.Tensor, target_EHTC: torch.Tensor, ranking_EHT: torch.Tensor, passes: int = 1) -> torch.Tensor:
-    """What each token explains of the targets that those ranked above it do not, [E, H, T]: one Cholesky factorisation in that order.
+def added(
+    gram_EHTT: torch.Tensor, target_EHTC: torch.Tensor, ranking_EHT: torch.Tensor, passes: int = 1
+) -> torch.Tensor:
+    """What each token explains of the targets that those ranked above it do not, [E, H, T]: one Cholesky factorisation
+    in that order.
 
     It is a ranking itself: with more passes, tokens are put in its order again.
     """
@@ -135,7 +144,11 @@ def highest(ranking_EHT: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _compiled(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
-    """Whether kernels of the CPU serve tensors of four axes, of which the last has to be in groups of so many numbers."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(3) == 1 and t.shape[3] % group == 0 for t in (x, y))
+    """Whether kernels of the CPU serve tensors of four axes, of which the last has to be in groups of so many
+    numbers."""
+    plain = all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(3) == 1 and t.shape[3] % group == 0
+        for t in (x, y)
+    )
     learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend("cpu") == "numba"

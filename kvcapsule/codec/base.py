@@ -68,7 +68,8 @@ class Encoded(NamedTuple):
             return QuantizedRows.pack(rows, bits)
 
         return self._replace(
-            keys=self.keys._replace(keys=pack(self.keys.keys)), values=self.values._replace(values=pack(self.values.values))
+            keys=self.keys._replace(keys=pack(self.keys.keys)),
+            values=self.values._replace(values=pack(self.values.values)),
         )
 
 
@@ -145,6 +146,8 @@ class CodecConfig(ABC):
         """Raises ValueError naming keys that this family does not have."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(f.name for f in fields(cls))}.")
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(f.name for f in fields(cls))}."
+            )
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**values)

@@ -1,4 +1,5 @@
-"""The codec that stores everything: a capsule of it is the full cache in another shape. For tests and as a yardstick."""
+"""The codec that stores everything: a capsule of it is the full cache in another shape. For tests and as a
+yardstick."""
 
 from dataclasses import dataclass
 

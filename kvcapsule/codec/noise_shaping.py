@@ -1,21 +1,23 @@
-"""Noise shaping: the codes of a tile are chosen together, so that what rounding loses falls on tokens that are little read.
+"""Noise shaping: the codes of a tile are chosen together, so that what rounding loses falls on tokens that are little
+read.
 
-Coefficients C [M, C] are read as the tokens A' C^ (A' [T, M], one row a token). Rounding each by itself makes |C^ - C| least: it treats
-all tokens alike. But attention reads tokens unlike: an error e_t of a token's value moves the output by p_t e_t, one of its key in
+Coefficients C [M, C] are read as the tokens A' C^ (A' [T, M], one row a token). Rounding each by itself makes |C^ - C|
+least: it treats all tokens alike. But attention reads tokens unlike: an error e_t of a token's value moves the output
+    by p_t e_t, one of its key in
 proportion to p_t too. So here the codes make
 
     sum over t of   w_t | A'_t (C^ - C) |^2,      w_t ~ mean over a bank of training queries of p_t^2
 
-small. In the metric H = A'^T diag(w) A' = L L^T the last group of eight rows is rounded first, and what it loses is taken off the groups
-before it, as far as they can make up for it at the tokens that count. That is Babai's nearest plane (1986), with groups in place of
-single rows (within a group each row is rounded by itself: one product a group, and on the demo VLM as good); GPTQ (arXiv 2210.17323)
-does the same to weights.
+small. In the metric H = A'^T diag(w) A' = L L^T the last group of eight rows is rounded first, and what it loses is
+taken off the groups before it, as far as they can make up for it at the tokens that count. That is Babai's nearest
+plane (1986), with groups in place of single rows (within a group each row is rounded by itself: one product a group,
+and on the demo VLM as good); GPTQ (arXiv 2210.17323) does the same to weights.
 
-Nothing changes for who reads the codes. At encoding a tile takes some M^2 (T + M / 6) multiplications for the metric and its factor,
-M^2 C / 2 for the products, and Q T D for each KV head's queries.
+Nothing changes for who reads the codes. At encoding a tile takes some M^2 (T + M / 6) multiplications for the metric
+and its factor, M^2 C / 2 for the products, and Q T D for each KV head's queries.
 
-Approximations: the bank's queries come from other images and questions; all coefficients of a set share one weight a token, though layers,
-keys and values differ.
+Approximations: the bank's queries come from other images and questions; all coefficients of a set share one weight a
+token, though layers, keys and values differ.
 """
 
 import torch
@@ -34,7 +36,8 @@ class Readers(nn.Module):
     """A bank of training queries for each layer, and the weights of tokens by what it reads."""
 
     queries: torch.Tensor
-    """[L, H, Q, D]: of L layers, in the tiles' frames, times the scale of the scores. All zero weigh all tokens alike."""
+    """[L, H, Q, D]: of L layers, in the tiles' frames, times the scale of the scores. All zero weigh all tokens
+    alike."""
 
     def __init__(self, layers: int, heads: int, count: int, dim: int, joint: int) -> None:
         """joint: KV heads of a set, whose tokens share their weights."""
@@ -43,7 +46,8 @@ class Readers(nn.Module):
         self.register_buffer("queries", torch.zeros(layers, heads, count, dim))
 
     def forward(self, k_EHTD: torch.Tensor, layer: int = 0) -> torch.Tensor:
-        """How much errors at each token move what the bank reads, [E, S, T], 1 in the mean of a tile; keys in the queries' frames."""
+        """How much errors at each token move what the bank reads, [E, S, T], 1 in the mean of a tile; keys in the
+        queries' frames."""
         work = torch.promote_types(k_EHTD.dtype, torch.float32)
         with torch.autocast(k_EHTD.device.type, enabled=False):
             attention = (self.queries[layer].to(work) @ k_EHTD.to(work).transpose(-1, -2)).softmax(-1)
@@ -63,7 +67,9 @@ def check_readers(count: int) -> None:
         raise ValueError(f"readers {count}: queries of each KV head, 0 or more.")
 
 
-def shaped(coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_EST: torch.Tensor, coding: Coding) -> torch.Tensor:
+def shaped(
+    coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_EST: torch.Tensor, coding: Coding
+) -> torch.Tensor:
     """Coefficients moved such that rounding each to its nearest code makes the weighted error small, [E, S, M, C].
 
     Args:
@@ -77,7 +83,9 @@ def shaped(coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_ES
         return _shaped(coefficients_ESMC, tokens_STM, weights_EST, coding)
 
 
-def _shaped(coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_EST: torch.Tensor, coding: Coding) -> torch.Tensor:
+def _shaped(
+    coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_EST: torch.Tensor, coding: Coding
+) -> torch.Tensor:
     coefficients_ESMC = coefficients_ESMC.to(torch.promote_types(coefficients_ESMC.dtype, torch.float32))
     work = coefficients_ESMC.dtype
     basis = tokens_STM.to(work)

@@ -27,23 +27,26 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 @contextmanager
 def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
-    """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is passed.
+    """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is
+    passed.
 
         with attach(model, Capsule.from_pretrained("...")):
             model.generate(**inputs)
 
-    Inside the block prefill runs the attention that the model ran before (eager, sdpa, flex_attention, ...); on leaving it, the model is as
-    it was. docs/generation.md says what works with generate.
+    Inside the block prefill runs the attention that the model ran before (eager, sdpa, flex_attention, ...); on leaving
+    it, the model is as it was. docs/generation.md says what works with generate.
 
     Args:
         model: a decoder-only VLM of transformers, or a PEFT wrapper around one.
-        method: a Capsule or a policy. None: caches are passed by hand (`past_key_values=CapsuleCache(model.config, method)`).
+        method: a Capsule or a policy. None: caches are passed by hand (`past_key_values=CapsuleCache(model.config,
+            method)`).
 
     Raises:
         GeometryError: if the method was made for another KV geometry.
         RuntimeError: if the model is attached already.
         TypeError: for what is no model of transformers.
-        ValueError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the prompt.
+        ValueError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the
+        prompt.
     """
     inner = _unwrapped(model)
     text_config = inner.config.get_text_config(decoder=True)
@@ -62,7 +65,9 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
         for handle in _hooks(model, inner, hidden=method is None or reads_hidden(method)):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
-            raise RuntimeError(f"{type(inner).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache.")
+            raise RuntimeError(
+                f"{type(inner).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache."
+            )
         own = inner.__dict__.get("generate")
         inner.__dict__["generate"] = generating(inner, method)
         if own is None:
@@ -78,18 +83,25 @@ def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):
         if getattr(inner.active_peft_config, "is_prompt_learning", False):
             raise ValueError(
-                f"an adapter of the type {inner.active_peft_config.peft_type!s} puts tokens of its own before the prompt's, past the token "
-                "ids by which visual tokens are found. Use an adapter of weights, such as LoRA."
+                f"an adapter of the type {inner.active_peft_config.peft_type!s} puts tokens of its own before the"
+                " prompt's, past the token ids by which visual tokens are found. Use an adapter of weights, such as"
+                " LoRA."
             )
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"attach expects a model of transformers, or a PEFT wrapper around one, not {type(model).__name__}.")
+        raise TypeError(
+            f"attach expects a model of transformers, or a PEFT wrapper around one, not {type(model).__name__}."
+        )
     return inner
 
 
 def _attention_configs(model: PreTrainedModel, implementation: str) -> list[PreTrainedConfig]:
     """The configs that the layers of the language part hold: usually one and the same."""
-    configs = {id(config): config for module in model.get_decoder().modules() if (config := getattr(module, "config", None)) is not None}
+    configs = {
+        id(config): config
+        for module in model.get_decoder().modules()
+        if (config := getattr(module, "config", None)) is not None
+    }
     return [config for config in configs.values() if getattr(config, "_attn_implementation", None) == implementation]
 
 
@@ -99,7 +111,8 @@ def _forget() -> None:
 
 
 def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is made.
+    """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is
+    made.
 
     And, where a method may ask for them, the hidden states that enter each layer.
     """
@@ -138,7 +151,8 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
             cache.end()
         _active.set(None)
 
-    # Not every version of PEFT runs the hooks of the model within when the wrapper is called; its generate calls the model within.
+    # Not every version of PEFT runs the hooks of the model within when the wrapper is called; its generate calls the
+    # model within.
     for called in {id(m): m for m in (model, inner)}.values():
         yield called.register_forward_pre_hook(begin, with_kwargs=True)
         yield called.register_forward_hook(end)

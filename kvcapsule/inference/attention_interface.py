@@ -1,12 +1,13 @@
-"""The attention function that transformers calls: the model's own attention in prefill, attention over segments afterwards.
+"""The attention function that transformers calls: the model's own attention in prefill, attention over segments
+afterwards.
 
-Which attention is the model's own (eager, sdpa, flex_attention, ...) is known by the config that its layers hold, for as long as the model
-is attached. Its masks differ in form, so the mask function asks what will read the mask: what the model's own attention reads is made by
-its own mask function, what segments are read under is boolean.
+Which attention is the model's own (eager, sdpa, flex_attention, ...) is known by the config that its layers hold, for
+as long as the model is attached. Its masks differ in form, so the mask function asks what will read the mask: what the
+model's own attention reads is made by its own mask function, what segments are read under is boolean.
 
-transformers calls `Cache.update` and then the attention function, layer by layer. The cache layer leaves itself as the pending call of
-its thread; the attention function takes it from there. A pending call that nobody took means that the model runs another attention
-function, which would read the tail alone: the next `update` refuses that.
+transformers calls `Cache.update` and then the attention function, layer by layer. The cache layer leaves itself as the
+pending call of its thread; the attention function takes it from there. A pending call that nobody took means that the
+model runs another attention function, which would read the tail alone: the next `update` refuses that.
 """
 
 import sys
@@ -41,10 +42,15 @@ _pending: ContextVar[PendingLayer | None] = ContextVar("kvcapsule_pending", defa
 _over_segments: ContextVar[bool] = ContextVar("kvcapsule_over_segments", default=False)
 """Whether the present forward of this thread is over a CapsuleCache that holds something."""
 _traced: list[PendingLayer] = []
-"""The pending layer while a forward is traced, which happens in one thread at a time: the compiler cannot follow context variables."""
+"""The pending layer while a forward is traced, which happens in one thread at a time: the compiler cannot follow
+context variables."""
 _own: dict[int, str] = {}
 """The model's own attention, by the id of each config that its layers hold, while the model is attached."""
-_UNREAD = {"softcap": "caps its attention scores", "s_aux": "has attention sinks", "position_bias": "adds a bias to its attention scores"}
+_UNREAD = {
+    "softcap": "caps its attention scores",
+    "s_aux": "has attention sinks",
+    "position_bias": "adds a bias to its attention scores",
+}
 """What an attention layer can ask for that attention over segments does not do."""
 
 
@@ -55,10 +61,12 @@ def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator
     Raises:
         ValueError: if it is none that a call of attention can be handed to.
     """
-    if implementation.startswith("paged|") or (implementation != "eager" and implementation not in AttentionInterface()):
+    if implementation.startswith("paged|") or (
+        implementation != "eager" and implementation not in AttentionInterface()
+    ):
         raise ValueError(
-            f"the model's attention implementation {implementation!r} cannot run the prefill of a CapsuleCache: choose another before, "
-            'with model.set_attn_implementation("sdpa"), "eager" or "flex_attention".'
+            f"the model's attention implementation {implementation!r} cannot run the prefill of a CapsuleCache: choose"
+            ' another before, with model.set_attn_implementation("sdpa"), "eager" or "flex_attention".'
         )
     _own.update({id(config): implementation for config in configs})
     try:
@@ -69,7 +77,8 @@ def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator
 
 
 def read_segments(yes: bool) -> None:
-    """Say whether the mask that is made next is read over segments. A compiled forward is a decode step, which does nothing else."""
+    """Say whether the mask that is made next is read over segments. A compiled forward is a decode step, which does
+    nothing else."""
     if not torch.compiler.is_compiling():
         _over_segments.set(yes)
 
@@ -86,8 +95,8 @@ def announce(layer: PendingLayer) -> None:
     if _pending.get() is not None:
         _pending.set(None)
         raise RuntimeError(
-            "a CapsuleCache was filled, but the model's attention never read it: the model does not run the kvcapsule attention. "
-            "Generate inside `with kvcapsule.attach(model, ...):`."
+            "a CapsuleCache was filled, but the model's attention never read it: the model does not run the kvcapsule"
+            " attention. Generate inside `with kvcapsule.attach(model, ...):`."
         )
     _pending.set(layer)
 
@@ -143,7 +152,13 @@ def _taken() -> PendingLayer | None:
 
 
 def _own_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float | None, **kwargs: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    scaling: float | None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention that the model ran before it was attached."""
     config: Any = module.config
@@ -151,7 +166,8 @@ def _own_attention(
     if "flash" not in name:
         out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
         return out, weights
-    # Flash attention looks up its kernel by the name in the config, so that stands there during the call: threads must not share the model.
+    # Flash attention looks up its kernel by the name in the config, so that stands there during the call: threads must
+    # not share the model.
     config._attn_implementation = name
     try:
         out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
@@ -163,7 +179,10 @@ def _own_attention(
 def _own_name(config: PreTrainedConfig) -> str:
     name = _own.get(id(config))
     if name is None:
-        raise RuntimeError("the kvcapsule attention runs inside `with kvcapsule.attach(model, ...):` alone, for the very model attached.")
+        raise RuntimeError(
+            "the kvcapsule attention runs inside `with kvcapsule.attach(model, ...):` alone, for the very model"
+            " attached."
+        )
     return name
 
 
@@ -171,7 +190,8 @@ def _function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
     if name != "eager":
         function: Callable[..., Any] = AttentionInterface()[name]
         return function
-    # Eager attention is registered nowhere: each of transformers' modeling files has its own beside the layers that call it.
+    # Eager attention is registered nowhere: each of transformers' modeling files has its own beside the layers that
+    # call it.
     for kind in type(module).__mro__:
         eager = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if eager is not None:

@@ -30,7 +30,8 @@ class CacheBytes(NamedTuple):
     text: int
     """Segments of the prompt's text."""
     tail: int
-    """Buffers of the tokens written since, room to grow included, and the latest queries where a method asks for them."""
+    """Buffers of the tokens written since, room to grow included, and the latest queries where a method asks for
+    them."""
     other: int
     """The model's own layers (sliding window, linear attention)."""
     parameters: int
@@ -108,11 +109,16 @@ class CapsuleLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.tail = Tail(key_states, value_states) if self.room is None else StaticTail(key_states, value_states, self.room)
+        self.tail = (
+            Tail(key_states, value_states) if self.room is None else StaticTail(key_states, value_states, self.room)
+        )
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new tokens' keys and values [B, H, N, D]; what is returned are these alone, for the attention function to know."""
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new tokens' keys and values [B, H, N, D]; what is returned are these alone, for the attention
+        function to know."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.prefetch()
@@ -125,7 +131,8 @@ class CapsuleLayer(CacheLayerMixin):
         keys, values = self._new
         new = keys.shape[2]
         if self.turn.spans:
-            # A new image behind a compressed past: the tail is closed as text, the new tokens are read raw and compressed afterwards.
+            # A new image behind a compressed past: the tail is closed as text, the new tokens are read raw and
+            # compressed afterwards.
             self._close_tail(mask, new)
             tail = _rows(keys, values)
             visible: torch.Tensor | None = _latest(mask, new, query.device)
@@ -156,7 +163,9 @@ class CapsuleLayer(CacheLayerMixin):
         # Where a model's layers lie on several devices, what one forward brings for all of them lies on the first.
         if rotation is not None:
             rotation = (rotation[0].to(keys.device), rotation[1].to(keys.device))
-        prefill = LayerPrefill(self.index, query, keys, values, turn.spans, valid.to(keys.device), scale, rotation, turn.shared, hidden)
+        prefill = LayerPrefill(
+            self.index, query, keys, values, turn.spans, valid.to(keys.device), scale, rotation, turn.shared, hidden
+        )
         if self.record_past:
             self._held = prefill
         else:
@@ -172,7 +181,8 @@ class CapsuleLayer(CacheLayerMixin):
         self.text += compressed.text
 
     def activate_past_recording(self) -> None:
-        """Wait, from now on, for a `crop` (or the next forward) before a prefill is compressed: candidates to take back may be in it.
+        """Wait, from now on, for a `crop` (or the next forward) before a prefill is compressed: candidates to take back
+        may be in it.
 
         generate asks for it before assisted decoding. Until then all layers hold their full keys and values.
         """
@@ -191,7 +201,8 @@ class CapsuleLayer(CacheLayerMixin):
             self.queries = latest[:, :, max(0, latest.shape[2] - self._revises.window) :].clone()
 
     def _revise(self, scale: float) -> None:
-        """Let the method act again, once as much was written as it asks for; candidates that may be taken back are left alone."""
+        """Let the method act again, once as much was written as it asks for; candidates that may be taken back are left
+        alone."""
         if self._revises is None or self.record_past:
             return
         every = self._revises.every
@@ -199,7 +210,11 @@ class CapsuleLayer(CacheLayerMixin):
             return
         assert self.queries is not None
         keys, values = self.tail.written()
-        seen = torch.ones(keys.shape[0], self.tail_length, dtype=torch.bool, device=keys.device) if self._seen is None else self._seen
+        seen = (
+            torch.ones(keys.shape[0], self.tail_length, dtype=torch.bool, device=keys.device)
+            if self._seen is None
+            else self._seen
+        )
         written = Written(self.index, self.visual, self.text, keys, values, seen, self.queries, scale)
         self.visual, self.text = self._revises.revise(written)
         self.before += self.tail_length
@@ -209,13 +224,19 @@ class CapsuleLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of the mask of the next forward, and where it begins: over segments, of the tail alone."""
-        return (self.tail.mask_length(query_length), self.before) if self.is_initialized and self.before else (query_length, 0)
+        return (
+            (self.tail.mask_length(query_length), self.before)
+            if self.is_initialized and self.before
+            else (query_length, 0)
+        )
 
     def get_seq_length(self) -> int:
-        """The logical length: tokens that the model believes it has seen; on the device (a tensor) where the tail is static."""
+        """The logical length: tokens that the model believes it has seen; on the device (a tensor) where the tail is
+        static."""
         if not self.is_initialized:
             return 0
-        # transformers' own static layers return a tensor too: nothing then waits for the device, and no step is another program.
+        # transformers' own static layers return a tensor too: nothing then waits for the device, and no step is another
+        # program.
         return self.before + (self.tail.count if isinstance(self.tail, StaticTail) else self.tail.length)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
@@ -228,8 +249,9 @@ class CapsuleLayer(CacheLayerMixin):
         """Take back the last tokens of the tail (a negative number, as transformers passes it).
 
         Raises:
-            ValueError: for a positive number (an absolute length, in older versions of transformers), or if more are to be removed than
-                the tail holds: what is compressed cannot be cut (see activate_past_recording for what is about to be).
+            ValueError: for a positive number (an absolute length, in older versions of transformers), or if more are to
+                be removed than the tail holds: what is compressed cannot be cut (see activate_past_recording for what
+                is about to be).
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the count of tokens to take back.")
@@ -240,7 +262,8 @@ class CapsuleLayer(CacheLayerMixin):
             return
         if count > self.tail_length:
             raise ValueError(
-                f"cannot remove {count} tokens: only the {self.tail_length} written since prefill are stored raw, the prompt is compressed."
+                f"cannot remove {count} tokens: only the {self.tail_length} written since prefill are stored raw, the"
+                " prompt is compressed."
             )
         self.tail.crop(count)
 
@@ -256,7 +279,8 @@ class CapsuleLayer(CacheLayerMixin):
             self._select(torch.arange(self.tail.keys.shape[0])[indices.cpu()])
 
     def offload(self) -> None:
-        """Move what is stored to the host's memory, until `prefetch` or the next token fetches it; the codecs' maps stay where they are."""
+        """Move what is stored to the host's memory, until `prefetch` or the next token fetches it; the codecs' maps
+        stay where they are."""
         if self.is_initialized:
             self.settle()
             self._move(torch.device("cpu"))
@@ -300,14 +324,15 @@ class CapsuleLayer(CacheLayerMixin):
 class CapsuleCache(Cache):
     """A KV cache that stores what a method makes of the prompt: a capsule's latents, a policy's rows.
 
-    Give it to `model.generate(..., past_key_values=cache)` or to the model's forward, inside `attach(model)`; keep it for the next turn.
+    Give it to `model.generate(..., past_key_values=cache)` or to the model's forward, inside `attach(model)`; keep it
+    for the next turn.
 
     Args:
         config: the VLM's config.
         method: what compresses (Capsule or policy).
-        room: tokens that can be written behind the prompt (answer and the text of later turns). With it the tail is a buffer of this size
-            at a fixed address with its length on the device, and transformers' generate compiles the decode step where it would for its own
-            static cache; without, the tail grows.
+        room: tokens that can be written behind the prompt (answer and the text of later turns). With it the tail is a
+            buffer of this size at a fixed address with its length on the device, and transformers' generate compiles
+            the decode step where it would for its own static cache; without, the tail grows.
 
     Raises:
         GeometryError: for models without a KV geometry (see KVGeometry.from_config).
@@ -317,15 +342,20 @@ class CapsuleCache(Cache):
     def __init__(self, config: PreTrainedConfig, method: Method, room: int | None = None) -> None:
         KVGeometry.from_config(config)
         if room is not None and room < 1:
-            raise ValueError(f"room {room}: give the tokens to be written behind the prompt, at least 1, or None for a tail that grows.")
+            raise ValueError(
+                f"room {room}: give the tokens to be written behind the prompt, at least 1, or None for a tail that"
+                " grows."
+            )
         if room is not None and isinstance(method, Revises):
             raise ValueError(
-                f"{type(method).__name__} acts again while tokens are written, which changes what is stored and is not for a static tail: "
-                "make the CapsuleCache without room."
+                f"{type(method).__name__} acts again while tokens are written, which changes what is stored and is not"
+                " for a static tail: make the CapsuleCache without room."
             )
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
-        super().__init__(layers=[CapsuleLayer(i, method, room) if type(own) is DynamicLayer else own for i, own in enumerate(layers)])
+        super().__init__(
+            layers=[CapsuleLayer(i, method, room) if type(own) is DynamicLayer else own for i, own in enumerate(layers)]
+        )
         self.config, self.method = config, method
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapsuleCache":
@@ -351,7 +381,8 @@ class CapsuleCache(Cache):
         if input_ids is None:
             if self.get_seq_length() == 0:
                 raise ValueError(
-                    "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not show."
+                    "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do"
+                    " not show."
                 )
         elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
             valid = _valid(attention_mask, *input_ids.shape)
@@ -359,12 +390,14 @@ class CapsuleCache(Cache):
         self._set(turn)
 
     def end(self) -> None:
-        """The forward is over: what it brought is let go, but for layers that wait; called by the hook that `attach` sets."""
+        """The forward is over: what it brought is let go, but for layers that wait; called by the hook that `attach`
+        sets."""
         for layer in self._own():
             layer.turn = layer.turn._replace(spans=[]) if layer.waits else layer.idle()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must be known."""
+        """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must
+        be known."""
         layer = self.layers[layer_idx]
         attention_interface.read_segments(isinstance(layer, CapsuleLayer) and not layer.fresh)
         return super().get_mask_sizes(query_length, layer_idx)
@@ -378,7 +411,8 @@ class CapsuleCache(Cache):
                 layer.turn = layer.turn._replace(position_embeddings=(cos, sin))
 
     def set_hidden(self, index: int, hidden: torch.Tensor) -> None:
-        """What enters decoder layer `index` in the present forward, [B, N, C]; called by the hook that `attach` sets."""
+        """What enters decoder layer `index` in the present forward, [B, N, C]; called by the hook that `attach`
+        sets."""
         layer = self.layers[index]
         if isinstance(layer, CapsuleLayer) and reads_hidden(layer.method):
             layer.hidden = hidden
@@ -400,7 +434,8 @@ class CapsuleCache(Cache):
         super().offload(layer_idx, only_non_sliding)
 
     def _settle(self) -> None:
-        """Compress prefills that waited, in all layers: a method may give what it makes of one layer with that of a later one."""
+        """Compress prefills that waited, in all layers: a method may give what it makes of one layer with that of a
+        later one."""
         for layer in self._own():
             layer.settle()
 
@@ -422,10 +457,21 @@ class CapsuleCache(Cache):
         own = self._own()
         visual = [s for layer in own for s in layer.visual]
         text = [s for layer in own for s in layer.text]
-        tails = [t for layer in own if layer.is_initialized for t in (*layer.tail.tensors(), layer.queries) if t is not None]
-        tails += [t for layer in own if layer._held is not None for t in (layer._held.query, layer._held.keys, layer._held.values)]
+        tails = [
+            t for layer in own if layer.is_initialized for t in (*layer.tail.tensors(), layer.queries) if t is not None
+        ]
+        tails += [
+            t
+            for layer in own
+            if layer._held is not None
+            for t in (layer._held.query, layer._held.keys, layer._held.values)
+        ]
         others = [
-            t for layer in self.layers if not isinstance(layer, CapsuleLayer) for t in vars(layer).values() if isinstance(t, torch.Tensor)
+            t
+            for layer in self.layers
+            if not isinstance(layer, CapsuleLayer)
+            for t in vars(layer).values()
+            if isinstance(t, torch.Tensor)
         ]
         return CacheBytes(
             visual=storage_bytes(t for s in visual for t in s.entry_tensors()),
@@ -445,7 +491,8 @@ class CapsuleCache(Cache):
 
 
 def _valid(mask: Any, batch: int, new: int) -> torch.Tensor | None:
-    """[batch, new] bool: which of a forward's tokens are no padding, from a mask of any form that models take; None: all are."""
+    """[batch, new] bool: which of a forward's tokens are no padding, from a mask of any form that models take; None:
+    all are."""
     if isinstance(mask, Mapping):
         # One for each kind of layer: of layers with full attention, the last query sees every token but padding.
         mask = mask.get("full_attention")
@@ -453,8 +500,9 @@ def _valid(mask: Any, batch: int, new: int) -> torch.Tensor | None:
         return None
     if not isinstance(mask, torch.Tensor):
         raise NotImplementedError(
-            f"padding cannot be read from a mask of the type {type(mask).__name__}: pass the mask [batch, tokens] of ones and zeros, and "
-            'for a CapsuleCache with room choose model.set_attn_implementation("sdpa") or "eager", before attaching.'
+            f"padding cannot be read from a mask of the type {type(mask).__name__}: pass the mask [batch, tokens] of"
+            ' ones and zeros, and for a CapsuleCache with room choose model.set_attn_implementation("sdpa") or'
+            ' "eager", before attaching.'
         )
     if mask.dim() == 4:
         last = mask[:, 0, -1]

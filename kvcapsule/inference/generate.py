@@ -10,7 +10,8 @@ from .cache import CapsuleCache
 
 
 def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
-    """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it adds none.
+    """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it
+    adds none.
 
     With cache_implementation="static" the CapsuleCache has room for max_new_tokens.
 
@@ -21,7 +22,11 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
     generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None and method is not None and _option(model, args, kwargs, "use_cache") is not False:
+        if (
+            kwargs.get("past_key_values") is None
+            and method is not None
+            and _option(model, args, kwargs, "use_cache") is not False
+        ):
             room = None
             if kwargs.get("cache_implementation") == "static":
                 room = _room(model, args, kwargs)
@@ -50,9 +55,10 @@ def _refuse_another_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs:
     # "hybrid" stands in older generation configs of the Hub; transformers drops it by itself.
     if kind not in (None, "hybrid"):
         raise ValueError(
-            f"cache_implementation={kind!r} asks for a cache of transformers' own, and this model is attached to use a CapsuleCache. Leave "
-            "the option out (or set it to None in the generation config that names it), or generate outside the `with attach(...)` block. "
-            'generate(..., cache_implementation="static") itself is served: by a CapsuleCache with room for max_new_tokens.'
+            f"cache_implementation={kind!r} asks for a cache of transformers' own, and this model is attached to use a"
+            " CapsuleCache. Leave the option out (or set it to None in the generation config that names it), or"
+            ' generate outside the `with attach(...)` block. generate(..., cache_implementation="static") itself is'
+            " served: by a CapsuleCache with room for max_new_tokens."
         )
 
 
@@ -60,13 +66,13 @@ def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     chunk = _option(model, args, kwargs, "prefill_chunk_size")
     if chunk is not None:
         raise ValueError(
-            f"prefill_chunk_size={chunk} feeds the prompt in pieces, of which all but the first would be computed from what is compressed "
-            "already. Leave the option out: a CapsuleCache takes a prompt in one forward."
+            f"prefill_chunk_size={chunk} feeds the prompt in pieces, of which all but the first would be computed from"
+            " what is compressed already. Leave the option out: a CapsuleCache takes a prompt in one forward."
         )
     if _option(model, args, kwargs, "output_attentions"):
         raise NotImplementedError(
-            "output_attentions: attention over segments makes no weights of the tokens that they stand for. Leave the option out, or "
-            "generate outside the `with attach(...)` block."
+            "output_attentions: attention over segments makes no weights of the tokens that they stand for. Leave the"
+            " option out, or generate outside the `with attach(...)` block."
         )
 
 

@@ -54,7 +54,9 @@ class Tail:
             return mask[:, 0]
         if queries == 1:
             return None
-        return torch.ones(queries, self.length, dtype=torch.bool, device=self.keys.device).tril(self.length - queries)[None]
+        return torch.ones(queries, self.length, dtype=torch.bool, device=self.keys.device).tril(self.length - queries)[
+            None
+        ]
 
     def clear(self, most: int = 0) -> None:
         """Forget what is written; a buffer of more than `most` tokens is given back."""
@@ -85,9 +87,11 @@ class Tail:
 
 
 class StaticTail(Tail):
-    """A buffer of fixed room at a fixed address, its length on the device: a step's shapes and launches are those of the step before.
+    """A buffer of fixed room at a fixed address, its length on the device: a step's shapes and launches are those of
+    the step before.
 
-    So a decode step can be compiled, or captured into a CUDA graph. Attention is given the whole room and a mask of what is written.
+    So a decode step can be compiled, or captured into a CUDA graph. Attention is given the whole room and a mask of
+    what is written.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
@@ -109,12 +113,13 @@ class StaticTail(Tail):
         return int(self.count)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Raises ValueError for more than the room left (in a step that is not compiled; generate's own limit holds in one that is)."""
+        """Raises ValueError for more than the room left (in a step that is not compiled; generate's own limit holds in
+        one that is)."""
         new = keys.shape[2]
         if not torch.compiler.is_compiling() and keys.device.type == "cpu" and self.length + new > self.room:
             raise ValueError(
-                f"{self.length + new} tokens do not fit into a tail of {self.room}: make the CapsuleCache with more room "
-                "(what is generated, and the text of later turns), or without, so that it grows."
+                f"{self.length + new} tokens do not fit into a tail of {self.room}: make the CapsuleCache with more"
+                " room (what is generated, and the text of later turns), or without, so that it grows."
             )
         place = self._place[:new] + self.count
         self.keys.index_copy_(2, place, keys)
@@ -148,7 +153,9 @@ class StaticTail(Tail):
         self.count.copy_(count)
 
     def move(self, device: torch.device) -> None:
-        raise NotImplementedError("a static tail stays at its address: make the CapsuleCache without room to offload it.")
+        raise NotImplementedError(
+            "a static tail stays at its address: make the CapsuleCache without room to offload it."
+        )
 
 
 def _grown(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Segments whose rows lie in the host's memory, and of which each decode step loads the chunks that its query asks for.
 
-Shapes: E entries, S slots of the host's store, C chunks of T tokens, K chunks that are loaded, D head dim; n tokens of an entry.
+Shapes: E entries, S slots of the host's store, C chunks of T tokens, K chunks that are loaded, D head dim; n tokens of
+an entry.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from .layer_prefill import LayerPrefill
 
 
 class HostRows(NamedTuple):
-    """Keys and values of single KV heads in the host's memory, pinned where they come from a CUDA device; chunk by chunk."""
+    """Keys and values of single KV heads in the host's memory, pinned where they come from a CUDA device; chunk by
+    chunk."""
 
     keys: torch.Tensor
     """[S, C, T, D]; what fills up the last chunk is 0."""
@@ -32,7 +34,8 @@ class HostRows(NamedTuple):
         return HostRows(*(_gathered(rows, slots) for rows in self))
 
     def load(self, slots: torch.Tensor, chunks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy chunks [E, K] of the slots [E] (both on the host) to keys and values on the device, of E * K * T * D elements each."""
+        """Copy chunks [E, K] of the slots [E] (both on the host) to keys and values on the device, of E * K * T * D
+        elements each."""
         index = (slots[:, None] * self.keys.shape[1] + chunks).flatten()
         for rows, out in ((self.keys, keys), (self.values, values)):
             out.copy_(_gathered(rows.flatten(0, 1), index).view_as(out), non_blocking=True)
@@ -63,20 +66,22 @@ def _means(keys_EnD: torch.Tensor, chunk: int) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieved(Segment):
-    """E entries of single KV heads: all their rows on the host, the mean key of each chunk and a buffer of K chunks on the device.
+    """E entries of single KV heads: all their rows on the host, the mean key of each chunk and a buffer of K chunks on
+    the device.
 
     For one new token (G queries of a KV head's query heads):
 
         score of chunk j = mean over the G queries q of softmax_j(q mean_j * scale)
 
-    the K chunks with the highest scores are copied into the buffer, and attention is over these alone, exact among them. They are chosen
-    and copied anew at each step, and nothing else is done meanwhile. The softmax gives each query head the same say, whatever the size of
-    its scores. Several new tokens at once (a later turn's prompt) read all rows, of one layer at a time: each of them would else need a
-    choice and a buffer of its own.
+    the K chunks with the highest scores are copied into the buffer, and attention is over these alone, exact among
+    them. They are chosen and copied anew at each step, and nothing else is done meanwhile. The softmax gives each query
+    head the same say, whatever the size of its scores. Several new tokens at once (a later turn's prompt) read all
+    rows, of one layer at a time: each of them would else need a choice and a buffer of its own.
 
-    Entries are `keys` and `values` [E, 1, K * T, D], the buffer, which holds what the last query asked for. In `select`, entries that come
-    from one share its slot of the host's store. Where the model runs on the CPU, device and host are the same memory: bytes are still told
-    apart by what is kept for retrieval (`host_tensors`) and what attention reads or ranks by (`entry_tensors`), but nothing is saved.
+    Entries are `keys` and `values` [E, 1, K * T, D], the buffer, which holds what the last query asked for. In
+    `select`, entries that come from one share its slot of the host's store. Where the model runs on the CPU, device and
+    host are the same memory: bytes are still told apart by what is kept for retrieval (`host_tensors`) and what
+    attention reads or ranks by (`entry_tensors`), but nothing is saved.
     """
 
     means: torch.Tensor
@@ -89,7 +94,8 @@ class Retrieved(Segment):
 
     @classmethod
     def of(cls, prefill: LayerPrefill, rows: torch.Tensor, heads: torch.Tensor, chunk: int, count: int) -> "Retrieved":
-        """Store all valid tokens of KV heads `heads` [E] of rows `rows` [E], which have equally many, in chunks from the first on.
+        """Store all valid tokens of KV heads `heads` [E] of rows `rows` [E], which have equally many, in chunks from
+        the first on.
 
         Args:
             prefill: of the layer.
@@ -126,7 +132,8 @@ class Retrieved(Segment):
         return self.length
 
     def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> Segment:
-        """The chunks that these queries ask for; all where there are several new tokens. The buffer is overwritten at the next call."""
+        """The chunks that these queries ask for; all where there are several new tokens. The buffer is overwritten at
+        the next call."""
         if q_BHGQD.shape[3] > 1:
             return Segment(*self.materialize(self.means.dtype), self.owner, head=self.head)
         assert isinstance(self.keys, torch.Tensor) and isinstance(self.values, torch.Tensor)

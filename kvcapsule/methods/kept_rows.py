@@ -8,14 +8,15 @@ from ..segments.segment import Segment
 from .layer_prefill import LayerPrefill
 
 _SLACK = 1.25
-"""Padded rows may hold this many times the tokens that they keep; past it, rows of each length get a segment of their own."""
+"""Padded rows may hold this many times the tokens that they keep; past it, rows of each length get a segment of their
+own."""
 
 
 def keep(prefill: LayerPrefill, kept: torch.Tensor, slack: float = _SLACK) -> list[Segment]:
     """The tokens that `kept` [B, N] (every head alike) marks, as raw rows; none at all gives no segment.
 
-    Rows that keep fewer than the fullest are padded to its length where that is little, and the padding counts as stored bytes: `slack`
-    times the tokens that are kept, at most.
+    Rows that keep fewer than the fullest are padded to its length where that is little, and the padding counts as
+    stored bytes: `slack` times the tokens that are kept, at most.
     """
     counts = kept.sum(dim=1)
     rows = counts.nonzero()[:, 0]
@@ -36,7 +37,8 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
     mask = None
     if bool((counts < longest).any()):
         mask = torch.arange(longest, device=kept.device) < counts[:, None]
-        # The padding repeats a token of the row's own: what is measured over a row (a range, a mean) then sees no stranger.
+        # The padding repeats a token of the row's own: what is measured over a row (a range, a mean) then sees no
+        # stranger.
         order = torch.where(mask, order, order[:, :1])
 
     def take(x_BHND: torch.Tensor) -> torch.Tensor:
@@ -46,14 +48,16 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
 
 
 UNEVEN = 1.02
-"""As _SLACK, for budgets that differ from head to head or from row to row by a method's design: they are to be what they say, in bytes."""
+"""As _SLACK, for budgets that differ from head to head or from row to row by a method's design: they are to be what
+they say, in bytes."""
 
 
 def keep_heads(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
-    """The tokens that `kept` [B, H, N] marks for each KV head by itself, as raw rows: what a head does not keep is not stored for it.
+    """The tokens that `kept` [B, H, N] marks for each KV head by itself, as raw rows: what a head does not keep is not
+    stored for it.
 
-    Where all heads of every row keep equally many, their rows lie side by side, [E, H, M, D]; otherwise each entry is of one head
-    (Segment.head), entries of like length share a segment, and none is padded by more than 2 %.
+    Where all heads of every row keep equally many, their rows lie side by side, [E, H, M, D]; otherwise each entry is
+    of one head (Segment.head), entries of like length share a segment, and none is padded by more than 2 %.
     """
     counts = kept.sum(dim=2)
     if not bool(counts.any()):
@@ -85,5 +89,7 @@ def _gather_heads(prefill: LayerPrefill, kept: torch.Tensor, pairs: torch.Tensor
     if bool((counts < longest).any()):
         mask = torch.arange(longest, device=kept.device) < counts[:, None]
         order = torch.where(mask, order, order[:, :1])
-    keys, values = (x.flatten(0, 1)[pairs[:, None], order][:, None].contiguous() for x in (prefill.keys, prefill.values))
+    keys, values = (
+        x.flatten(0, 1)[pairs[:, None], order][:, None].contiguous() for x in (prefill.keys, prefill.values)
+    )
     return Segment(keys, values, pairs // heads, mask=mask, head=pairs % heads)

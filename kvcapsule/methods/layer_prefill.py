@@ -34,7 +34,8 @@ class LayerPrefill:
     shared: dict[tuple[int, bool, torch.device], Any] = field(default_factory=dict)
     """What the layers of one forward (those of one device) have in common, so that it is computed and stored once."""
     hidden: torch.Tensor | None = None
-    """[B, N, C]: the residual stream as it enters the layer, for a method that asks (kvcapsule.methods.method.reads_hidden); None otherwise."""
+    """[B, N, C]: the residual stream as it enters the layer, for a method that asks
+    (kvcapsule.methods.method.reads_hidden); None otherwise."""
 
     def visual(self) -> torch.Tensor:
         """[B, N] bool: True at visual tokens."""
@@ -58,7 +59,8 @@ class LayerPrefill:
         end = self.keys.shape[2] - tokens
         if end < 0 or any(span.start + span.length > end for span in self.spans):
             raise ValueError(
-                f"cannot remove {tokens} tokens of a prefill of {self.keys.shape[2]}: they are more, or an image is among them."
+                f"cannot remove {tokens} tokens of a prefill of {self.keys.shape[2]}: they are more, or an image is"
+                " among them."
             )
         rotation = self.position_embeddings
         return replace(

@@ -1,6 +1,8 @@
-"""What a method may do beside compressing one layer by itself: share a budget over the layers, and act again while tokens are written.
+"""What a method may do beside compressing one layer by itself: share a budget over the layers, and act again while
+tokens are written.
 
-A cache asks `start` for one run of its method for each forward that it compresses, and `revises` for what the method does afterwards.
+A cache asks `start` for one run of its method for each forward that it compresses, and `revises` for what the method
+does afterwards.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +36,8 @@ class Run(Protocol):
     """One forward's compression, layer by layer."""
 
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        """Take the next layer; returns the layers that are compressed now, by their index: this one, none yet, or several at their last."""
+        """Take the next layer; returns the layers that are compressed now, by their index: this one, none yet, or
+        several at their last."""
 
 
 class LayerByLayer:
@@ -50,8 +53,8 @@ class LayerByLayer:
 class SharedBudget(ABC, Generic[Observed]):
     """A method whose layers share a budget: it observes all of them, then commits.
 
-    Until the last layer is observed the keys and values of all of them are held, in full if `hold` does not say otherwise; their queries
-    are not.
+    Until the last layer is observed the keys and values of all of them are held, in full if `hold` does not say
+    otherwise; their queries are not.
     """
 
     def hold(self, prefill: LayerPrefill) -> LayerPrefill:
@@ -64,7 +67,8 @@ class SharedBudget(ABC, Generic[Observed]):
 
     @abstractmethod
     def commit(self, prefills: Sequence[LayerPrefill], observed: Sequence[Observed]) -> list[Compressed]:
-        """Compress all layers of one forward, given as `hold` left them and in their order, with what was observed of each."""
+        """Compress all layers of one forward, given as `hold` left them and in their order, with what was observed of
+        each."""
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -108,7 +112,8 @@ def start(method: Any, layers: Sequence[int]) -> Run:
 
 
 def reads_hidden(method: Any) -> bool:
-    """Whether a method asks for the residual stream (LayerPrefill.hidden), by an attribute `reads_hidden` that is True."""
+    """Whether a method asks for the residual stream (LayerPrefill.hidden), by an attribute `reads_hidden` that is
+    True."""
     return bool(getattr(method, "reads_hidden", False))
 
 
@@ -134,7 +139,8 @@ class Revises(Protocol):
     """A method that acts again while tokens are written."""
 
     every: int
-    """Tokens after which it acts: when this many or more were written since it last did, `window` of them at least in the tail.
+    """Tokens after which it acts: when this many or more were written since it last did, `window` of them at least in
+    the tail.
 
     The others lie in text segments: a new image in a later turn closes the tail before it is full.
     """

@@ -29,15 +29,18 @@ class _Cut(NamedTuple):
     """Memory for keys and for values of tiles, which one layer has after the other."""
 
 
-def cut_tiles(prefill: LayerPrefill, tile: int, frames: bool = True, turned: bool = False, lent: bool = False) -> Tiles | None:
-    """Cut every span into tiles of `tile` tokens; what is left at a span's end is in no tile. None where nothing fills a tile.
+def cut_tiles(
+    prefill: LayerPrefill, tile: int, frames: bool = True, turned: bool = False, lent: bool = False
+) -> Tiles | None:
+    """Cut every span into tiles of `tile` tokens; what is left at a span's end is in no tile. None where nothing fills
+    a tile.
 
     In memory a head's tiles follow one another, as its tokens do in the prefill.
 
     Args:
         turned: keys as if each tile began at position 0, where there is a frame.
-        lent: tiles may lie in the prefill's own memory (those of a single span need no copy), or in what the next layer's are written to:
-            copy what is to stay.
+        lent: tiles may lie in the prefill's own memory (those of a single span need no copy), or in what the next
+            layer's are written to: copy what is to stay.
     """
     spans = [(s.row, s.start, s.length // tile) for s in prefill.spans if s.length >= tile]
     if not spans:
@@ -71,7 +74,10 @@ def cut_tiles(prefill: LayerPrefill, tile: int, frames: bool = True, turned: boo
 
 def _where_they_are(x_BHND: torch.Tensor, spans: Sequence[tuple[int, int, int]], tile: int) -> list[torch.Tensor]:
     """The tiles of each span (row, start, number of tiles), [n, H, T, D]."""
-    return [x_BHND[row, :, start : start + count * tile].unflatten(1, (count, tile)).transpose(0, 1) for row, start, count in spans]
+    return [
+        x_BHND[row, :, start : start + count * tile].unflatten(1, (count, tile)).transpose(0, 1)
+        for row, start, count in spans
+    ]
 
 
 def _copied(views: Sequence[torch.Tensor], out_EHTD: torch.Tensor, frame: Frame | None) -> torch.Tensor:

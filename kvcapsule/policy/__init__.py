@@ -1,4 +1,5 @@
-"""Training-free methods. POLICIES is the one place where a policy is registered, TEXT_POLICIES that of those for the text alone."""
+"""Training-free methods. POLICIES is the one place where a policy is registered, TEXT_POLICIES that of those for the
+text alone."""
 
 from .adakv import AdaKV
 from .aircache import AirCache
@@ -40,7 +41,8 @@ POLICIES: dict[str, type[Policy]] = {
     "hybridkv": HybridKV,
 }
 TEXT_POLICIES: dict[str, type[TextPolicy]] = {"text-pruning": TextPruning, "quantized-text": QuantizedText}
-"""What Paired may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there, too."""
+"""What Paired may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there,
+too."""
 
 __all__ = [
     "H2O",

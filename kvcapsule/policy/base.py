@@ -17,7 +17,8 @@ class Policy(ABC):
     """A training-free method; a frozen dataclass, whose fields are its settings."""
 
     DIAL: ClassVar[str | None] = None
-    """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None: there is none."""
+    """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None:
+    there is none."""
     SEPARABLE: ClassVar[bool] = True
     """Whether what it stores of the visual tokens and of the text can be had one without the other (see Paired)."""
 

@@ -37,17 +37,23 @@ class TextPolicy(ABC):
 class Paired:
     """Visual tokens by one method, text by another; bytes of both are told apart as always.
 
-    Each method sees the whole prefill; what the first makes of the text and the second of the visual tokens is built and dropped again.
-    Only the second may act again while tokens are written, and then sees no visual segment.
+    Each method sees the whole prefill; what the first makes of the text and the second of the visual tokens is built
+    and dropped again. Only the second may act again while tokens are written, and then sees no visual segment.
     """
 
     def __init__(self, visual: Method, text: Method) -> None:
-        """Raises ValueError if the visual method acts again while tokens are written, or either stores visual tokens and text together."""
+        """Raises ValueError if the visual method acts again while tokens are written, or either stores visual tokens
+        and text together."""
         if isinstance(visual, Revises):
-            raise ValueError(f"{type(visual).__name__} acts again while tokens are written: it can only be the method of the text.")
+            raise ValueError(
+                f"{type(visual).__name__} acts again while tokens are written: it can only be the method of the text."
+            )
         for method in (visual, text):
             if not getattr(method, "SEPARABLE", True):
-                raise ValueError(f"{type(method).__name__} stores visual tokens and text together: it can only be a method by itself.")
+                raise ValueError(
+                    f"{type(method).__name__} stores visual tokens and text together: it can only be a method by"
+                    " itself."
+                )
         self.visual, self.text = visual, text
         self.reads_hidden = reads_hidden(visual) or reads_hidden(text)
         if isinstance(text, Revises):
@@ -85,22 +91,27 @@ class _PairedRun:
         visual, text = self.waiting
         visual.update(self.visual.add(prefill))
         text.update(self.text.add(prefill))
-        return [(layer, Compressed(visual.pop(layer).visual, text.pop(layer).text)) for layer in sorted(visual.keys() & text.keys())]
+        return [
+            (layer, Compressed(visual.pop(layer).visual, text.pop(layer).text))
+            for layer in sorted(visual.keys() & text.keys())
+        ]
 
 
 @dataclass(frozen=True)
 class TextPruning(TextPolicy):
-    """Keeps a row's first text tokens, its last ones, and of those between the ones that the prompt's last queries attend to most.
+    """Keeps a row's first text tokens, its last ones, and of those between the ones that the prompt's last queries
+    attend to most.
 
-    The score is SnapKV's (arXiv 2404.14469): attention from an observation window, summed over its queries and over query heads; its
-    pooling over neighbours is not part of this, and all heads keep the same tokens. In a later turn the attention is that among the
-    turn's own tokens, and the first tokens are those of the turn.
+    The score is SnapKV's (arXiv 2404.14469): attention from an observation window, summed over its queries and over
+    query heads; its pooling over neighbours is not part of this, and all heads keep the same tokens. In a later turn
+    the attention is that among the turn's own tokens, and the first tokens are those of the turn.
     """
 
     DIAL = "ratio"
 
     ratio: float
-    """Kept text tokens / text tokens of a row, the first and the last ones included; these are kept whatever it says."""
+    """Kept text tokens / text tokens of a row, the first and the last ones included; these are kept whatever it
+    says."""
     sinks: int = 4
     """First text tokens that are always kept."""
     recent: int = 16
@@ -159,4 +170,8 @@ class QuantizedText(TextPolicy):
 
     def _pack(self, segment: Segment) -> Segment:
         assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-        return replace(segment, keys=QuantizedRows.pack(segment.keys, self.bits), values=QuantizedRows.pack(segment.values, self.bits))
+        return replace(
+            segment,
+            keys=QuantizedRows.pack(segment.keys, self.bits),
+            values=QuantizedRows.pack(segment.values, self.bits),
+        )

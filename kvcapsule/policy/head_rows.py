@@ -28,18 +28,24 @@ class HeadRows:
 
     def store(self, kept: torch.Tensor) -> list[Segment]:
         """The rows that `kept` [B, H, M] marks, as segments of their own (see keep_heads)."""
-        return keep_heads(LayerPrefill(0, self.keys[:, :, :0], self.keys, self.values, [], self.valid.any(dim=1), 1.0), kept)
+        return keep_heads(
+            LayerPrefill(0, self.keys[:, :, :0], self.keys, self.values, [], self.valid.any(dim=1), 1.0), kept
+        )
 
 
 def side_by_side(visual: Sequence[Segment], text: Sequence[Segment], batch: int, heads: int) -> HeadRows:
     """The rows of all segments, those of the first visual one the oldest, those of the last text one the newest.
 
     Raises:
-        ValueError: for segments that hold no raw rows (latents, few bits): they cannot be ranked and dropped one by one.
+        ValueError: for segments that hold no raw rows (latents, few bits): they cannot be ranked and dropped one by
+        one.
     """
     segments = [*visual, *text]
     if not all(map(_is_raw, segments)):
-        raise ValueError("only raw keys and values can be ranked, and these are stored as something else: leave them to another method.")
+        raise ValueError(
+            "only raw keys and values can be ranked, and these are stored as something else: leave them to another"
+            " method."
+        )
     filled = torch.zeros(batch * heads, dtype=torch.int64, device=segments[0].owner.device)
     placed = []
     for number, segment in enumerate(segments):

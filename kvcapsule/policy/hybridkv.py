@@ -1,10 +1,13 @@
-"""HybridKV (arXiv 2604.05887): heads that look at few tokens keep these, the others keep all on the host and load chunks query by query.
+"""HybridKV (arXiv 2604.05887): heads that look at few tokens keep these, the others keep all on the host and load
+chunks query by query.
 
 S_h  = mean over text queries of the sum of their top 5 % of attention      static where S_h >= theta, dynamic otherwise
 B    = budget * tokens * heads of all layers;  B_dyn = ceil(r * B / heads * N_dyn);  B_stat = B - B_dyn
 b_h  = a * B_stat / N_stat + (1 - a) * B_stat * S_h / sum of S over the static heads
-static:  the last w tokens, all earlier text, and the earlier visual tokens with most attention from the last w queries, b_h in all
-dynamic: B_dyn / N_dyn tokens, to the nearest power of two, loaded at each step as chunks of 8 (kvcapsule.methods.host_retrieval)
+static:  the last w tokens, all earlier text, and the earlier visual tokens with most attention from the last w queries,
+         b_h in all
+dynamic: B_dyn / N_dyn tokens, to the nearest power of two, loaded at each step as chunks of 8
+    (kvcapsule.methods.host_retrieval)
 """
 
 from collections.abc import Sequence
@@ -49,18 +52,21 @@ class Allotment(NamedTuple):
 class HybridKV(SharedBudget[Observed], Policy):
     """Head types and budgets are chosen for each row of the batch, from its own prompt and over all layers.
 
-    Heads are KV heads: their rows are stored once for a group of query heads, and types for query heads by themselves would store them up
-    to once for each. Chosen here, where the paper is silent or a budget would not hold: a query's attention is causal, and its top share is
-    of the tokens that it sees, so that the prompt's first words (which see few) do not count as focused; static budgets are rounded so that
-    their sum is exact (the paper rounds each up); static heads take over what the power of two adds or leaves, and where they cannot
-    (there are none, or all keep all their tokens), dynamic budgets are whole chunks that make up the total. Dynamic heads whose means
-    and buffer would take as much as all their tokens keep these on the device: a budget of 1 is the full cache. Text and window of static
-    heads and one chunk of dynamic ones are kept whatever the budget says. With r beyond what there is, dynamic heads get all of it.
+    Heads are KV heads: their rows are stored once for a group of query heads, and types for query heads by themselves
+    would store them up to once for each. Chosen here, where the paper is silent or a budget would not hold: a query's
+    attention is causal, and its top share is of the tokens that it sees, so that the prompt's first words (which see
+    few) do not count as focused; static budgets are rounded so that their sum is exact (the paper rounds each up);
+    static heads take over what the power of two adds or leaves, and where they cannot (there are none, or all keep all
+    their tokens), dynamic budgets are whole chunks that make up the total. Dynamic heads whose means and buffer would
+    take as much as all their tokens keep these on the device: a budget of 1 is the full cache. Text and window of
+    static heads and one chunk of dynamic ones are kept whatever the budget says. With r beyond what there is, dynamic
+    heads get all of it.
 
-    Bytes of a dynamic head are counted as visual where its row has an image: chunks hold what comes, image and text. For the same reason
-    the policy cannot stand beside another one (Paired). Tokens written later stay raw on the device for all heads (the paper does not say
-    what becomes of them), and a later turn's prompt gets a budget, head types and chunks of its own. As all layers share the budget, the
-    keys and values of all of them are on the device until the last layer's prefill ends.
+    Bytes of a dynamic head are counted as visual where its row has an image: chunks hold what comes, image and text.
+    For the same reason the policy cannot stand beside another one (Paired). Tokens written later stay raw on the device
+    for all heads (the paper does not say what becomes of them), and a later turn's prompt gets a budget, head types and
+    chunks of its own. As all layers share the budget, the keys and values of all of them are on the device until the
+    last layer's prefill ends.
     """
 
     DIAL = "budget"
@@ -76,19 +82,24 @@ class HybridKV(SharedBudget[Observed], Policy):
     uniform: float = 0.5
     """a, in (0, 1]: share of the static heads' budget that is the same for all of them; not in the paper, so half."""
     top: float = 0.05
-    """Share of the tokens that a query sees whose attention is summed: that of the paper's pilot, whose curves theta 0.9 fits."""
+    """Share of the tokens that a query sees whose attention is summed: that of the paper's pilot, whose curves theta
+    0.9 fits."""
     window: int = 16
-    """w: last tokens that static heads keep, and whose queries rank the visual tokens; not in the paper, so few, for short prompts."""
+    """w: last tokens that static heads keep, and whose queries rank the visual tokens; not in the paper, so few, for
+    short prompts."""
     chunk: int = 8
     """Tokens that are loaded together."""
     group: str = "mean"
-    """How S of the query heads that share a KV head are joined: "mean", as each is one more reader, or "min": static only if all are."""
+    """How S of the query heads that share a KV head are joined: "mean", as each is one more reader, or "min": static
+    only if all are."""
     quantile: bool = False
-    """Read theta as a quantile of the prompt's scores: the paper calls it quantile-based, but uses it as a mass, as is done here."""
+    """Read theta as a quantile of the prompt's scores: the paper calls it quantile-based, but uses it as a mass, as is
+    done here."""
     padded: bool = True
     """Round a dynamic head's budget to the nearest power of two."""
     index: str = "within"
-    """Chunk means are paid for "within" the budget, so that its bytes are as said, or "beside" it, as the paper seems to count."""
+    """Chunk means are paid for "within" the budget, so that its bytes are as said, or "beside" it, as the paper seems
+    to count."""
 
     def __post_init__(self) -> None:
         for name, share, meaning in (
@@ -99,7 +110,9 @@ class HybridKV(SharedBudget[Observed], Policy):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} {share} is outside (0, 1]: it is {meaning}.")
         if self.theta < 0 or (self.quantile and self.theta > 1):
-            raise ValueError(f"theta {self.theta} is an attention mass, 0 or more, or with quantile=True a quantile from 0 to 1.")
+            raise ValueError(
+                f"theta {self.theta} is an attention mass, 0 or more, or with quantile=True a quantile from 0 to 1."
+            )
         if self.dynamic <= 0:
             raise ValueError(f"dynamic {self.dynamic} is a dynamic head's budget over the mean one: more than 0.")
         if self.window < 1 or self.chunk < 1:
@@ -177,19 +190,28 @@ class HybridKV(SharedBudget[Observed], Policy):
         """Tokens of the static heads, with these scores."""
         if not scores:
             return []
-        wanted = [self.uniform * total / len(scores) + (1 - self.uniform) * total * score / max(sum(scores), 1e-9) for score in scores]
+        wanted = [
+            self.uniform * total / len(scores) + (1 - self.uniform) * total * score / max(sum(scores), 1e-9)
+            for score in scores
+        ]
         return share_out(wanted, always, tokens, round(total))
 
-    def _store(self, prefill: LayerPrefill, received: torch.Tensor, kept: torch.Tensor, loaded: torch.Tensor) -> Compressed:
+    def _store(
+        self, prefill: LayerPrefill, received: torch.Tensor, kept: torch.Tensor, loaded: torch.Tensor
+    ) -> Compressed:
         """A layer whose heads keep `kept` [B, H] tokens each, or load `loaded` [B, H] chunks each."""
         visual, always = prefill.visual(), self.always(prefill)
         scores = received.masked_fill(~(prefill.valid & ~always)[:, None], -1.0)
         rank = scores.argsort(dim=2, descending=True, stable=True).argsort(dim=2, stable=True)
         best = rank < (kept - always.sum(dim=1, keepdim=True))[..., None]
         chosen = prefill.valid[:, None] & (always[:, None] | best) & (kept > 0)[..., None]
-        compressed = Compressed(keep_heads(prefill, chosen & visual[:, None]), keep_heads(prefill, chosen & ~visual[:, None]))
+        compressed = Compressed(
+            keep_heads(prefill, chosen & visual[:, None]), keep_heads(prefill, chosen & ~visual[:, None])
+        )
         rows, heads = loaded.nonzero(as_tuple=True)
-        alike = torch.stack([visual.any(dim=1)[rows].long(), prefill.valid.sum(dim=1)[rows], loaded[rows, heads]], dim=1)
+        alike = torch.stack(
+            [visual.any(dim=1)[rows].long(), prefill.valid.sum(dim=1)[rows], loaded[rows, heads]], dim=1
+        )
         for form in alike.unique(dim=0):
             entries = (alike == form).all(dim=1)
             has_image, _, count = form.tolist()

@@ -1,9 +1,12 @@
 """LOOK-M (arXiv 2406.18139): text first, and what is evicted of the images is merged into the tokens that stay.
 
-    kept of n prompt tokens      the last m, and the best k of those before, any text before any visual token;  m + k = budget n
-    score of token j, KV head h  sum over all prompt queries i >= j and the head's query heads of A_ij, the causal softmax
+    kept of n prompt tokens      the last m, and the best k of those before, any text before any visual token;  m + k =
+                                 budget n
+    score of token j, KV head h  sum over all prompt queries i >= j and the head's query heads of A_ij, the causal
+                                 softmax
     an evicted visual token e    goes to the kept token c(e) whose key is nearest, by the cosine
-    averaged                     k_c = (k_c + sum_e k_e) / (1 + n_c)             over the n_c tokens that went to c; values likewise
+    averaged                     k_c = (k_c + sum_e k_e) / (1 + n_c)             over the n_c tokens that went to c;
+                                 values likewise
     pivotal                      k_c = (k_c + sum_e (k_e + k_c) / 2) / (1 + n_c)
     weighted                     k_c = (k_c + sum_e cos(k_e, k_c) k_e) / (1 + n_c)
 
@@ -29,11 +32,13 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class LookM(Policy):
-    """Each KV head keeps round(budget n) of a row's n prompt tokens, its own; text and visual tokens share the budget, text has priority.
+    """Each KV head keeps round(budget n) of a row's n prompt tokens, its own; text and visual tokens share the budget,
+    text has priority.
 
-    The defaults are those of the authors' scripts: half of the budget is recent tokens, evicted ones are merged into pivots. Chosen here:
-    query heads that share a KV head are summed; keys are merged as they are, rotated, as the authors do; evicted text (where the budget is
-    smaller than the text) is dropped, not merged; a row keeps one token at least. In a later turn all this is among the turn's own tokens.
+    The defaults are those of the authors' scripts: half of the budget is recent tokens, evicted ones are merged into
+    pivots. Chosen here: query heads that share a KV head are summed; keys are merged as they are, rotated, as the
+    authors do; evicted text (where the budget is smaller than the text) is dropped, not merged; a row keeps one token
+    at least. In a later turn all this is among the turn's own tokens.
     """
 
     DIAL: ClassVar[str | None] = "budget"
@@ -72,14 +77,17 @@ class LookM(Policy):
         last = valid & (place > (counts - recent)[:, None])
         scores = attention_received(prefill, 0)
         # One ranking: recent tokens, then text, then visual tokens, then padding, each by its scores.
-        order = torch.where(last, 3, torch.where(valid & ~prefill.visual(), 2, torch.where(valid, 1, 0)))[:, None].expand(scores.shape)
+        order = torch.where(last, 3, torch.where(valid & ~prefill.visual(), 2, torch.where(valid, 1, 0)))[
+            :, None
+        ].expand(scores.shape)
         by_score = scores.argsort(dim=2, descending=True, stable=True)
         ranked = by_score.gather(2, order.gather(2, by_score).argsort(dim=2, descending=True, stable=True))
         first = torch.arange(valid.shape[1], device=valid.device) < total[:, None, None]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(2, ranked, first.expand(scores.shape))
 
     def merged(self, prefill: LayerPrefill, kept_BHN: torch.Tensor, evicted_BHN: torch.Tensor) -> LayerPrefill:
-        """The prefill with every evicted token merged into the nearest of the kept ones; every head of a row keeps and evicts as many."""
+        """The prefill with every evicted token merged into the nearest of the kept ones; every head of a row keeps and
+        evicts as many."""
         keys, values = prefill.keys.clone(), prefill.values.clone()
         for row in evicted_BHN.any(dim=2).any(dim=1).nonzero()[:, 0].tolist():
             here, gone = (marked[row].nonzero()[:, 1].view(keys.shape[1], -1, 1) for marked in (kept_BHN, evicted_BHN))

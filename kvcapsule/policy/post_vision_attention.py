@@ -1,4 +1,5 @@
-"""Keep the visual tokens that the text behind them attends to most: the score that VL-Cache ranks by (arXiv 2410.23317)."""
+"""Keep the visual tokens that the text behind them attends to most: the score that VL-Cache ranks by (arXiv
+2410.23317)."""
 
 from dataclasses import dataclass
 
@@ -10,10 +11,12 @@ from .base import TokenPruning
 
 @dataclass(frozen=True)
 class PostVisionAttention(TokenPruning):
-    """Score of a token: attention that it gets in prefill from the tokens after the last image, summed over queries and heads.
+    """Score of a token: attention that it gets in prefill from the tokens after the last image, summed over queries and
+    heads.
 
-    VL-Cache's score alone, at the same ratio in every layer; its layer budgets, threshold and recent window are not part of this. In a
-    later turn the attention is that among the turn's own tokens: what they give to the turns before is left out.
+    VL-Cache's score alone, at the same ratio in every layer; its layer budgets, threshold and recent window are not
+    part of this. In a later turn the attention is that among the turn's own tokens: what they give to the turns before
+    is left out.
     """
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:

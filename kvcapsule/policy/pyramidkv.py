@@ -12,8 +12,8 @@ from .snapkv import SnapKV
 def pyramid_counts(total: int, layers: int, length: int, beta: float) -> tuple[int, ...]:
     """Kept tokens, layer by layer: whole numbers along a line, `total` in all.
 
-    With mean m = total / layers the last layer keeps m / beta tokens, one at least, and the first 2 m less that; where this is more than
-    there are, the first keeps all and the line is flatter (as in the authors' code).
+    With mean m = total / layers the last layer keeps m / beta tokens, one at least, and the first 2 m less that; where
+    this is more than there are, the first keeps all and the line is flatter (as in the authors' code).
     """
     mean = total / layers
     greatest = min(2 * mean - max(1.0, mean / beta), float(length))
@@ -31,8 +31,8 @@ def pyramid_counts(total: int, layers: int, length: int, beta: float) -> tuple[i
 class PyramidKV(SnapKV):
     """SnapKV's score; layer l of L keeps, of a span of T tokens, its share of a line whose mean over the layers is r T.
 
-    beta 20 is the default of the authors' code, where the last layer keeps 1 / beta of the mean; window and pooling are SnapKV's here. The
-    line goes through the layers that the cache compresses, those with full attention.
+    beta 20 is the default of the authors' code, where the last layer keeps 1 / beta of the mean; window and pooling are
+    SnapKV's here. The line goes through the layers that the cache compresses, those with full attention.
     """
 
     layers: int | None = None
@@ -50,12 +50,16 @@ class PyramidKV(SnapKV):
     def start(self, layers: Sequence[int]) -> Run:
         """Raises GeometryError if the line was given another number of layers."""
         if self.layers not in (None, len(layers)):
-            raise GeometryError(f"this PyramidKV spreads its budget over {self.layers} layers, but the model has {len(layers)}.")
+            raise GeometryError(
+                f"this PyramidKV spreads its budget over {self.layers} layers, but the model has {len(layers)}."
+            )
         return _Line(replace(self, layers=len(layers)), layers)
 
     def count(self, layer: int, length: int) -> int:
         if self.layers is None:
-            raise RuntimeError("PyramidKV does not know the number of layers: give `layers`, or let a CapsuleCache start it.")
+            raise RuntimeError(
+                "PyramidKV does not know the number of layers: give `layers`, or let a CapsuleCache start it."
+            )
         total = max(self.layers, round(self.ratio * self.layers * length))
         return pyramid_counts(total, self.layers, length, self.beta)[layer]
 

@@ -14,7 +14,8 @@ from .base import VisualPolicy
 
 @dataclass(frozen=True)
 class Quantized(VisualPolicy):
-    """Keys and values of visual tokens in 2, 4 or 8 bits per channel (KIVI's way for keys, arXiv 2402.02750, for both here)."""
+    """Keys and values of visual tokens in 2, 4 or 8 bits per channel (KIVI's way for keys, arXiv 2402.02750, for both
+    here)."""
 
     bits: int
     """Of a code: 1, 2, 3, 4 or 8."""

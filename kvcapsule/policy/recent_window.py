@@ -25,7 +25,9 @@ def entries(raw: Segment, index: torch.Tensor) -> Segment:
     """Copies of the entries `index` of raw rows."""
     assert isinstance(raw.keys, torch.Tensor) and isinstance(raw.values, torch.Tensor)
     mask = None if raw.mask is None else raw.mask[index]
-    return Segment(raw.keys[index], raw.values[index], raw.owner[index], mask=None if mask is None or bool(mask.all()) else mask)
+    return Segment(
+        raw.keys[index], raw.values[index], raw.owner[index], mask=None if mask is None or bool(mask.all()) else mask
+    )
 
 
 def cut(raw: Segment, begin: int, end: int) -> Segment:
@@ -54,6 +56,9 @@ def _join(parts: list[Segment]) -> Segment:
         values.append(s.values)
     mask = None
     if any(s.mask is not None for s in parts):
-        there = [torch.ones(len(s.owner), s.tokens, dtype=torch.bool, device=s.owner.device) if s.mask is None else s.mask for s in parts]
+        there = [
+            torch.ones(len(s.owner), s.tokens, dtype=torch.bool, device=s.owner.device) if s.mask is None else s.mask
+            for s in parts
+        ]
         mask = torch.cat(there, dim=1)
     return replace(parts[0], keys=GroupedRows.join(keys), values=GroupedRows.join(values), mask=mask)

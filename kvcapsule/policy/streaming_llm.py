@@ -12,8 +12,9 @@ from .base import TokenPruning
 class StreamingLLM(TokenPruning):
     """Of k kept tokens of a span: the first min(sinks, k), and the last k - sinks.
 
-    The paper keeps four sinks and a recent window of the whole sequence, and counts positions within the cache. Here the rule is applied
-    to each visual span by itself (the prompt's own sinks and its latest tokens are text, which stays), and tokens keep their positions.
+    The paper keeps four sinks and a recent window of the whole sequence, and counts positions within the cache. Here
+    the rule is applied to each visual span by itself (the prompt's own sinks and its latest tokens are text, which
+    stays), and tokens keep their positions.
     """
 
     sinks: int = 4
@@ -29,5 +30,7 @@ class StreamingLLM(TokenPruning):
         for span in prefill.spans:
             place = torch.arange(span.length, device=scores.device, dtype=scores.dtype)
             # Later is better, but for the sinks, of which the first is the best of all.
-            scores[span.row, span.start : span.start + span.length] = torch.where(place < self.sinks, 2 * span.length - place, place)
+            scores[span.row, span.start : span.start + span.length] = torch.where(
+                place < self.sinks, 2 * span.length - place, place
+            )
         return scores

@@ -1,7 +1,7 @@
 """Codes of 1, 2, 3, 4 or 8 bits in bytes, eight codes at a time: eight codes of b bits fill exactly b bytes.
 
-8 / b consecutive codes share a byte, the first in its lowest bits. 3 does not divide 8: two bytes hold the low two bits of the eight
-codes, a third byte their high bits.
+8 / b consecutive codes share a byte, the first in its lowest bits. 3 does not divide 8: two bytes hold the low two bits
+of the eight codes, a third byte their high bits.
 """
 
 import torch
@@ -33,9 +33,11 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def spread(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bytes [..., bits] to int64 words [...] whose eight bytes are the codes, the first the lowest (and first in memory: little-endian).
+    """Bytes [..., bits] to int64 words [...] whose eight bytes are the codes, the first the lowest (and first in
+    memory: little-endian).
 
-    Eight codes move at once: the lower and the upper four of a word are drawn apart, then the pairs of each, then the codes of each pair.
+    Eight codes move at once: the lower and the upper four of a word are drawn apart, then the pairs of each, then the
+    codes of each pair.
     """
     if bits == 3:
         return spread(packed[..., :2], 2) | (spread(packed[..., 2:], 1) << 2)

@@ -1,13 +1,14 @@
 """Coded rows: a matrix of coefficients whose cells have few bits each, packed into one run of bytes for each entry.
 
-A cell is eight consecutive rows (token components) of one channel of one set of KV heads that are coded together. All eight coefficients
-have the cell's width, one of 0, 1, 2, 3, 4 or 8 bits, and its step; a cell of width w takes w bytes (kvcapsule.segments.bit_packing). The widths are
-the capsule's, so every entry has the same layout and an address is a constant:
+A cell is eight consecutive rows (token components) of one channel of one set of KV heads that are coded together. All
+eight coefficients have the cell's width, one of 0, 1, 2, 3, 4 or 8 bits, and its step; a cell of width w takes w bytes
+(kvcapsule.segments.bit_packing). The widths are the capsule's, so every entry has the same layout and an address is a
+constant:
 
     bytes of an entry = [cells of width 8 | of 4 | of 3 | of 2 | of 1], within a width by heads, group of rows, channel
 
-Whole classes of equal cells are what a kernel can walk without a branch; a cell's product with one query channel gives eight neighbouring
-scores.
+Whole classes of equal cells are what a kernel can walk without a branch; a cell's product with one query channel gives
+eight neighbouring scores.
 """
 
 import copy
@@ -49,7 +50,9 @@ class CellLayout:
         self.none = flat.nonzero()[:0, 0]
         """No cells."""
         if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
-            raise ValueError(f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits.")
+            raise ValueError(
+                f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits."
+            )
         self.classes: list[CellClass] = []
         self.size = 0
         for width in sorted(WIDTHS, reverse=True):
@@ -66,23 +69,25 @@ class CellLayout:
 
 
 class Runs(NamedTuple):
-    """All cells of the matrix, two blocks side by side, in two runs: those of 1 to 4 bits, and of 8; and where their bytes are.
+    """All cells of the matrix, two blocks side by side, in two runs: those of 1 to 4 bits, and of 8; and where their
+    bytes are.
 
-    A block is a group or a channel; what its cells meet are the channels or the groups. A line of a run is what two neighbouring blocks
-    have where they meet the same; where only one has a cell of the run, a cell that does not count stands for the other's.
-    A kernel first lays the cells of 1 to 4 bits out as words of 32 bits: 4 cells of one bit in each, 2 of two, 1 of three or four.
+    A block is a group or a channel; what its cells meet are the channels or the groups. A line of a run is what two
+    neighbouring blocks have where they meet the same; where only one has a cell of the run, a cell that does not count
+    stands for the other's. A kernel first lays the cells of 1 to 4 bits out as words of 32 bits: 4 cells of one bit in
+    each, 2 of two, 1 of three or four.
     """
 
     bounds: torch.Tensor
     """[S, pairs of blocks, 3], int32: where each run begins, and where the last one ends."""
     line: torch.Tensor
-    """[n, 2], int64. The upper half: the group or the channel that a cell meets. The lower: the first byte of a cell of 8 bits in an entry;
-    of one of 1 to 4 bits its word, and in the highest byte its kind (FIRST_KIND)."""
+    """[n, 2], int64. The upper half: the group or the channel that a cell meets. The lower: the first byte of a cell of
+    8 bits in an entry; of one of 1 to 4 bits its word, and in the highest byte its kind (FIRST_KIND)."""
     cell: torch.Tensor
     """[n, 2], int32: its number over sets, groups and channels; that behind the last where there is none."""
     stretches: torch.Tensor
-    """[S, 5, 3], int32: of a set's cells of 8, 4, 3, 2 and 1 bits, where their bytes begin and end in an entry, and their first word: a
-    multiple of four."""
+    """[S, 5, 3], int32: of a set's cells of 8, 4, 3, 2 and 1 bits, where their bytes begin and end in an entry, and
+    their first word: a multiple of four."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +174,12 @@ class Coding:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """[S * C * G] int32: where the cell of each set, channel and group stands among the coded ones; behind the last for none."""
+        """[S * C * G] int32: where the cell of each set, channel and group stands among the coded ones; behind the last
+        for none."""
         coded = (
-            torch.cat([kind.cells for kind in self.layout.classes]) if self.layout.classes else self.widths.new_zeros(0, dtype=torch.int64)
+            torch.cat([kind.cells for kind in self.layout.classes])
+            if self.layout.classes
+            else self.widths.new_zeros(0, dtype=torch.int64)
         )
         places = torch.full((self.widths.numel(),), len(coded), dtype=torch.int32, device=self.widths.device)
         places[coded] = torch.arange(len(coded), dtype=torch.int32, device=self.widths.device)
@@ -181,20 +189,27 @@ class Coding:
         """Step and zero, [S, C, G, 8] each: coefficient = step * code + zero."""
         step = self._rows(self.step.to(dtype))
         middle = step * (2.0 ** self._rows(self.widths.to(dtype)) - 1) / 2
-        step, zero = (x.transpose(1, 2).unflatten(2, (-1, GROUP)).contiguous() for x in (step, self.offset.to(dtype) - middle))
+        step, zero = (
+            x.transpose(1, 2).unflatten(2, (-1, GROUP)).contiguous() for x in (step, self.offset.to(dtype) - middle)
+        )
         return step, zero
 
     def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has none."""
+        """Nearest codes [E, S, 8 G, C] uint8 of coefficients (the offset still in them); a coefficient of width 0 has
+        none."""
         return self._nearest(coefficients, 0)[0].flatten(2, 3).to(torch.uint8)
 
     def rounded(self, coefficients: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """What reading the nearest codes gives, for coefficients [E, S, 8 g, C] of g groups from the group `first` on."""
+        """What reading the nearest codes gives, for coefficients [E, S, 8 g, C] of g groups from the group `first`
+        on."""
         codes, step, width, offset = self._nearest(coefficients, first)
         return ((codes - (2.0**width - 1) / 2) * step).flatten(2, 3) + offset
 
-    def _nearest(self, coefficients: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes [E, S, g, 8, C], step and width of each group [S, g, 1, C], offset [S, 8 g, C], as precise as the coefficients."""
+    def _nearest(
+        self, coefficients: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes [E, S, g, 8, C], step and width of each group [S, g, 1, C], offset [S, 8 g, C], as precise as the
+        coefficients."""
         groups = slice(first, first + coefficients.shape[2] // GROUP)
         step, width = (x[:, groups, None].to(coefficients.dtype) for x in (self.step, self.widths))
         offset = self.offset[:, groups.start * GROUP : groups.stop * GROUP].to(coefficients.dtype)
@@ -207,10 +222,11 @@ class Coding:
 
 
 class CodedRows:
-    """Rows [E, H, 8 G, C] as packed cells: coefficient = (code - (2^width - 1) / 2) step + offset, the same for all heads of a set.
+    """Rows [E, H, 8 G, C] as packed cells: coefficient = (code - (2^width - 1) / 2) step + offset, the same for all
+    heads of a set.
 
-    `read` builds the coefficients of all coded cells in the working precision (8 G by C, not the T by D of the tile's keys): this saves
-    memory; time is saved by kernels that read the cells themselves.
+    `read` builds the coefficients of all coded cells in the working precision (8 G by C, not the T by D of the tile's
+    keys): this saves memory; time is saved by kernels that read the cells themselves.
     """
 
     def __init__(self, packed: torch.Tensor, coding: Coding) -> None:
@@ -235,7 +251,10 @@ class CodedRows:
         """[E, S, 8 G, C]: one matrix for the heads of a set."""
         coding = self.coding
         sets, groups, channels = coding.widths.shape
-        words = [spread(self.packed[:, kind.run].unflatten(1, (-1, kind.width)), kind.width) for kind in coding.layout.classes]
+        words = [
+            spread(self.packed[:, kind.run].unflatten(1, (-1, kind.width)), kind.width)
+            for kind in coding.layout.classes
+        ]
         words.append(torch.zeros(len(self.packed), 1, dtype=torch.int64, device=self.packed.device))
         # Cells move as words of eight codes, and are numbers only where they belong.
         codes = torch.cat(words, dim=1).index_select(1, coding.order)[..., None].view(torch.uint8)
@@ -247,7 +266,8 @@ class CodedRows:
         return CodedRows(self.packed[index], self.coding)
 
     def to(self, device: torch.device | str) -> "CodedRows":
-        """The same rows for all who ask for them, as the layers of a stack do one after the other, while anybody holds them there."""
+        """The same rows for all who ask for them, as the layers of a stack do one after the other, while anybody holds
+        them there."""
         if self.packed.device == torch.device(device):
             return self
         twin = self._twin() if self._twin else None

@@ -14,8 +14,9 @@ import torch
 def hadamard(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """The orthonormal Walsh-Hadamard matrix [dim, dim]; all callers share it, so it is to be read only.
 
-    For a dim that is no power of two: blocks along the diagonal of its largest factor that is one (80 channels: five blocks of 16). An
-    outlier is then spread over its block alone. Factors that no power of two has (12, 20, 28, ...) would need tables of matrices.
+    For a dim that is no power of two: blocks along the diagonal of its largest factor that is one (80 channels: five
+    blocks of 16). An outlier is then spread over its block alone. Factors that no power of two has (12, 20, 28, ...)
+    would need tables of matrices.
 
     Raises:
         ValueError: for an odd dim, which has no such block.

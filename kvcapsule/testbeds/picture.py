@@ -80,7 +80,8 @@ def table(rows: Iterable[tuple[Image.Image, Question]]) -> "datasets.Dataset":
 
 
 def prior_accuracy(known: Iterable[Mapping[str, str]], asked: Iterable[Mapping[str, str]]) -> dict[str, float]:
-    """Share of right answers, by task, of one who never looks: the most frequent answer to the same prompt among the `known` rows.
+    """Share of right answers, by task, of one who never looks: the most frequent answer to the same prompt among the
+    `known` rows.
 
     A prompt that is not among them gets the task's most frequent answer.
     """

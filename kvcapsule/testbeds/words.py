@@ -20,14 +20,15 @@ SIDE = 224
 TASKS = ("read", "line")
 LINES = (1, 4)
 WORDS = tuple(
-    "able air arm art bag ball bank bed bell bird blue boat body book box boy bread bridge bus cake car card chair city class clock "
-    "cloud coat coffee cold color corn cow cup dance day desk dog door dream dress drink earth egg eye face farm fire fish floor "
-    "flower food foot forest fruit game garden gate girl glass gold grass green hair hand hat heart hill home horse hotel house ice "
-    "island jacket key kitchen lake lamp leaf leg letter light lion lunch map market milk money moon mountain mouth music name night "
-    "north ocean office orange paint paper park party pen phone photo piano picture plane plant plate pocket pool queen radio rain "
-    "red river road rock room rose salt sand school sea shirt shoe shop silver sister snow song south spoon spring star station stone "
-    "storm street sugar summer sun table tail tea tiger time town train tree uncle valley village voice wall watch water west wheel "
-    "wind window winter wolf wood yard year".split()
+    "able air arm art bag ball bank bed bell bird blue boat body book box boy bread bridge bus cake car card chair city"
+    " class clock cloud coat coffee cold color corn cow cup dance day desk dog door dream dress drink earth egg eye"
+    " face farm fire fish floor flower food foot forest fruit game garden gate girl glass gold grass green hair hand"
+    " hat heart hill home horse hotel house ice island jacket key kitchen lake lamp leaf leg letter light lion lunch"
+    " map market milk money moon mountain mouth music name night north ocean office orange paint paper park party pen"
+    " phone photo piano picture plane plant plate pocket pool queen radio rain red river road rock room rose salt sand"
+    " school sea shirt shoe shop silver sister snow song south spoon spring star station stone storm street sugar"
+    " summer sun table tail tea tiger time town train tree uncle valley village voice wall watch water west wheel wind"
+    " window winter wolf wood yard year".split()
 )
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "STIXGeneral")
 _SIZES = (30.0, 44.0)

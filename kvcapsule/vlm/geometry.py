@@ -33,35 +33,39 @@ class KVGeometry:
         """Read the geometry from any VLM config of transformers.
 
         Raises:
-            GeometryError: for models that read images by cross-attention, for those whose layers share keys and values, for configs
-                without attention heads, and for those without full-attention layers or with unlike ones.
+            GeometryError: for models that read images by cross-attention, for those whose layers share keys and values,
+                for configs without attention heads, and for those without full-attention layers or with unlike ones.
         """
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False) or getattr(text, "cross_attention_layers", None):
             raise GeometryError(
-                f"{config.model_type} is no decoder-only model: its visual tokens live in cross-attention, which capsules do not cover. "
-                "Use a decoder-only VLM (LLaVA, Qwen-VL, InternVL, ...)."
+                f"{config.model_type} is no decoder-only model: its visual tokens live in cross-attention, which"
+                " capsules do not cover. Use a decoder-only VLM (LLaVA, Qwen-VL, InternVL, ...)."
             )
         if getattr(text, "num_kv_shared_layers", 0):
             raise GeometryError(
-                f"{config.model_type}: its last {text.num_kv_shared_layers} layers read keys and values of earlier ones past the cache, "
-                "which a CapsuleCache cannot serve. Use a model whose layers each hold their own."
+                f"{config.model_type}: its last {text.num_kv_shared_layers} layers read keys and values of earlier ones"
+                " past the cache, which a CapsuleCache cannot serve. Use a model whose layers each hold their own."
             )
         if not hasattr(text, "num_attention_heads"):
-            raise GeometryError(f"{config.model_type}: its text config names no num_attention_heads, so it has no KV cache to compress.")
+            raise GeometryError(
+                f"{config.model_type}: its text config names no num_attention_heads, so it has no KV cache to compress."
+            )
         full = {_heads(text.per_layer_config[layer]) for layer in full_attention_layers(config)}
         if not full:
             raise GeometryError(
-                f"{config.model_type}: none of its {text.num_hidden_layers} layers has full attention, so what it caches does not grow "
-                "with the prompt, and there is nothing to compress."
+                f"{config.model_type}: none of its {text.num_hidden_layers} layers has full attention, so what it"
+                " caches does not grow with the prompt, and there is nothing to compress."
             )
         if len(full) > 1:
             raise GeometryError(
-                f"{config.model_type}: its full-attention layers differ in (query heads, KV heads, head dim): {sorted(full)}; "
-                "a capsule is for layers that are alike."
+                f"{config.model_type}: its full-attention layers differ in (query heads, KV heads, head dim):"
+                f" {sorted(full)}; a capsule is for layers that are alike."
             )
         query_heads, kv_heads, head_dim = full.pop()
-        return cls(str(config.model_type), int(text.num_hidden_layers), query_heads, kv_heads, head_dim, _rotary_scheme(text))
+        return cls(
+            str(config.model_type), int(text.num_hidden_layers), query_heads, kv_heads, head_dim, _rotary_scheme(text)
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVGeometry":
@@ -82,7 +86,8 @@ class KVGeometry:
 
 
 def full_attention_layers(config: PreTrainedConfig) -> list[int]:
-    """The layers whose cache grows with the prompt; sliding-window and linear-attention layers hold a bounded state and keep it."""
+    """The layers whose cache grows with the prompt; sliding-window and linear-attention layers hold a bounded state and
+    keep it."""
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:

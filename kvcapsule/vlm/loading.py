@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from kvcapsule.checkpoints import shipped
 
 from ..errors import ModelError
-from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers the vision tower of smol-vlm with the Auto classes.
+from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers smol-vlm's vision tower with the Auto classes.
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MADE = "smol-vlm"
@@ -39,11 +39,14 @@ def load_vlm(
         name: a folder, the name of a shipped model ("pages-vlm") or an id on the Hub.
         revision: branch, tag or commit on the Hub.
         dtype: "auto" (as saved), "float32", "float16" or "bfloat16".
-        device: e.g. "cpu" or "cuda"; None takes CUDA where there is one. "auto" spreads the model by accelerate's device_map.
-        resize: whether the image processor brings images to its own size; if not, they keep theirs, which the model must be able to take.
+        device: e.g. "cpu" or "cuda"; None takes CUDA where there is one. "auto" spreads the model by accelerate's
+            device_map.
+        resize: whether the image processor brings images to its own size; if not, they keep theirs, which the model
+            must be able to take.
 
     Raises:
-        ModelError: if it is not found, is no image-text-to-text model of transformers, or its images cannot be left as they are.
+        ModelError: if it is not found, is no image-text-to-text model of transformers, or its images cannot be left as
+        they are.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}.")
@@ -60,9 +63,14 @@ def load_vlm(
         kind = "folder" if Path(place).exists() else "model"
         raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
     if not isinstance(processor, ProcessorMixin):
-        raise ModelError(f"{name!r} has no image processor beside its tokenizer: it is a language model, not a vision-language model.")
+        raise ModelError(
+            f"{name!r} has no image processor beside its tokenizer: it is a language model, not a vision-language"
+            " model."
+        )
     if not resize:
         if not isinstance(getattr(processor.image_processor, "do_resize", None), bool):
-            raise ModelError(f"{type(processor.image_processor).__name__} cannot leave images at their sizes: do not ask for it.")
+            raise ModelError(
+                f"{type(processor.image_processor).__name__} cannot leave images at their sizes: do not ask for it."
+            )
         processor.image_processor.do_resize = False
     return model.eval().requires_grad_(False), processor

@@ -20,16 +20,18 @@ class VisualSpan(NamedTuple):
     """Token grid (t, h, w); (1, 1, length) where the inputs do not tell."""
 
 
-def find_spans(config: PreTrainedConfig, input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None) -> list[VisualSpan]:
+def find_spans(
+    config: PreTrainedConfig, input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None
+) -> list[VisualSpan]:
     """The visual spans of a (left-padded) batch, by row and then by position.
 
     Args:
         config: the VLM's config; its image and video token ids mark the spans.
         input_ids: [B, N] token ids after the processor has put one placeholder for each visual token.
-        inputs: the model's other inputs; image_grid_thw and video_grid_thw (or the features in mm_encoder_outputs, which is all that
-            generate leaves of an image, or, where all images give equally many tokens, the number of images in pixel_values) tell
-            images apart that follow each other without text between them. position_ids of M-RoPE [3 or more, B, N] tell a span's grid
-            where nothing else does.
+        inputs: the model's other inputs; image_grid_thw and video_grid_thw (or the features in mm_encoder_outputs,
+            which is all that generate leaves of an image, or, where all images give equally many tokens, the number of
+            images in pixel_values) tell images apart that follow each other without text between them. position_ids of
+            M-RoPE [3 or more, B, N] tell a span's grid where nothing else does.
 
     Raises:
         ValueError: if the placeholders do not agree with the grids.
@@ -45,7 +47,12 @@ def find_spans(config: PreTrainedConfig, input_ids: torch.Tensor, inputs: Mappin
         runs = _runs(input_ids == token)
         spans += _split(runs, _grids(config, kind, inputs, sum(length for *_, length in runs)), kind)
     positions = inputs.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] >= 3 and positions.shape[1:] == input_ids.shape:
+    if (
+        isinstance(positions, torch.Tensor)
+        and positions.dim() == 3
+        and positions.shape[0] >= 3
+        and positions.shape[1:] == input_ids.shape
+    ):
         spans = [_placed(span, positions[-3:]) for span in spans]
     return sorted(spans)
 
@@ -58,7 +65,9 @@ def _runs(marked: torch.Tensor) -> list[tuple[int, int, int]]:
     return [(row, start, end - start) for (row, start), (_, end) in zip(starts, ends, strict=True)]
 
 
-def _grids(config: PreTrainedConfig, kind: str, inputs: Mapping[str, Any], total: int) -> list[tuple[int, int, int]] | None:
+def _grids(
+    config: PreTrainedConfig, kind: str, inputs: Mapping[str, Any], total: int
+) -> list[tuple[int, int, int]] | None:
     """The token grid of each image or video in the order of the prompt, or None where the inputs do not tell."""
     thw = inputs.get(f"{kind}_grid_thw")
     if thw is not None:
@@ -85,7 +94,9 @@ def _feature_grids(encoded: Any) -> list[tuple[int, int, int]]:
     if not isinstance(features, (list, tuple)) and not (isinstance(features, torch.Tensor) and features.dim() == 3):
         return []
     # A video's features may be apart by frame: [t, tokens, channels].
-    grids = [(one.shape[0], _square(one.shape[1])) if one.dim() == 3 else (1, _square(one.shape[0])) for one in features]
+    grids = [
+        (one.shape[0], _square(one.shape[1])) if one.dim() == 3 else (1, _square(one.shape[0])) for one in features
+    ]
     return [(frames, h, w) for frames, (_, h, w) in grids]
 
 
@@ -103,7 +114,8 @@ def _split(runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]] |
         return []
     spans = _laid(runs, grids, kind)
     if spans is None:
-        # Other tokens cut the placeholders of one image or video: time stamps between the frames, separators between the rows.
+        # Other tokens cut the placeholders of one image or video: time stamps between the frames, separators between
+        # the rows.
         spans = _laid(runs, [(1, h, w) for t, h, w in grids for _ in range(t)], f"{kind} frame")
     return [VisualSpan(row, start, length, _square(length)) for row, start, length in runs] if spans is None else spans
 
@@ -122,7 +134,8 @@ def _laid(runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]], k
             left -= size
     if next(waiting, None) is not None:
         raise ValueError(
-            f"the inputs describe {len(grids)} {kind}s, but the prompt has placeholders for {len(spans)}: check the processor's output."
+            f"the inputs describe {len(grids)} {kind}s, but the prompt has placeholders for {len(spans)}: check the"
+            " processor's output."
         )
     return spans
 

@@ -18,7 +18,8 @@ FORMAT = Path(__file__).resolve().parents[2] / "checkpoints" / "FORMAT.md"
 
 
 def test_golden_capsule_of_version_1() -> None:
-    """A folder that stays for ever: whoever changes the format adds another for the new version and goes on reading this one."""
+    """A folder that stays for ever: whoever changes the format adds another for the new version and goes on reading
+    this one."""
     assert set(os.listdir(GOLDEN)) == FILES
     assert hub.read_config(GOLDEN) == configure()
     # Written before the key was known: its absence means its default.
@@ -45,7 +46,8 @@ def test_golden_capsule_of_version_1() -> None:
 
 
 def test_the_format_is_that_of_the_golden_capsule(saved: Path) -> None:
-    """If this fails, files written from now on differ from those of version 1: raise FORMAT_VERSION and add a golden capsule.
+    """If this fails, files written from now on differ from those of version 1: raise FORMAT_VERSION and add a golden
+    capsule.
 
     Only keys with a default that means what their absence meant may join (checkpoints/FORMAT.md).
     """

@@ -33,10 +33,13 @@ def test_card(saved: Path) -> None:
     assert len(snippet.splitlines()) == 3 and 'Capsule.from_pretrained("tiny")' in snippet
     table = [line for line in card.splitlines() if line.startswith("| ")]
     assert (
-        "| method | settings | accuracy, transcribe | accuracy, count | agreement | KL | visual KV bytes | KV bytes | parameter bytes "
-        "| compression | prefill, ratio | tokens/s, ratio | n |"
-    ) in table
-    assert "| capsule | r=0.5 | 0.9375 | 1 | 0.9688 | 0.0125 | 123,456 | 234,567 | 3,456 | 2.5 | 1.25 | 0.75 | 200 |" in table
+        "| method | settings | accuracy, transcribe | accuracy, count | agreement | KL | visual KV bytes | KV bytes |"
+        " parameter bytes | compression | prefill, ratio | tokens/s, ratio | n |" in table
+    )
+    assert (
+        "| capsule | r=0.5 | 0.9375 | 1 | 0.9688 | 0.0125 | 123,456 | 234,567 | 3,456 | 2.5 | 1.25 | 0.75 | 200 |"
+        in table
+    )
     assert any(line.startswith("| full\\|cache | r=0.5 | – | – |") for line in table)
     assert "| loss | 0.0625 |" in table
     assert "not measured" not in card.lower()
@@ -51,7 +54,10 @@ def test_measurements_reach_the_file_and_the_card(tmp_path: Path) -> None:
     layered = {**ROW, "settings": {"key_ratios": [0.5, 0.25]}}
     update_metrics(folder, {"eval": {"command": "kvcapsule eval --capsule tiny --seed 1", "rows": [layered]}})
     card = (folder / "README.md").read_text()
-    assert "| capsule | key_ratios=0.5/0.25 | 0.9375 |" in card and "Printed by `kvcapsule eval --capsule tiny --seed 1`." in card
+    assert (
+        "| capsule | key_ratios=0.5/0.25 | 0.9375 |" in card
+        and "Printed by `kvcapsule eval --capsule tiny --seed 1`." in card
+    )
     assert "Not measured yet" in before and "Not measured" not in card
     assert card.startswith(before.split("## Measured")[0]) and card.endswith(
         "## Recipe" + before.split("## Recipe")[1] + "\nWritten by hand.\n"

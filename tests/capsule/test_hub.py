@@ -51,7 +51,8 @@ attempt("missing", Capsule.from_pretrained, "org/absent")
 attempt("missing config", hub.read_config, "org/absent")
 attempt("pushed", push, first, "org/tiny")
 attempt("pushed again", push, first, "org/tiny")
-attempt("pushed branch", Capsule.from_pretrained(second).push_to_hub, "org/tiny", revision="v2", metrics={"train": {"loss": 2.0}})
+metrics = {"train": {"loss": 2.0}}
+attempt("pushed branch", Capsule.from_pretrained(second).push_to_hub, "org/tiny", revision="v2", metrics=metrics)
 attempt("loaded", Capsule.from_pretrained, "org/tiny")
 attempt("loaded branch", Capsule.from_pretrained, "org/tiny", revision="v2")
 attempt("missing revision", Capsule.from_pretrained, "org/tiny", revision="v3")
@@ -84,7 +85,8 @@ attempt("missing config", hub.read_config, "org/absent", revision="v2")
 
 
 def run_client(script: str, arguments: list[str], home: Path, endpoint: str) -> dict[str, Any]:
-    """What the script's attempts gave. A process of its own, since huggingface_hub reads its settings when it is imported."""
+    """What the script's attempts gave. A process of its own, since huggingface_hub reads its settings when it is
+    imported."""
     clean = {
         k: v
         for k, v in os.environ.items()
@@ -114,7 +116,9 @@ class Visit:
         fixed_capsule().save_pretrained(self.first, recipe=RECIPE, metrics=METRICS)
         fixed_capsule(salt=1).save_pretrained(self.second)
         server.add("org/plain", {"README.md": b"nothing"})
-        server.add("org/model", {"config.json": b'{"model_type": "llava"}', "model.safetensors": b"", "extra.bin": b"x"})
+        server.add(
+            "org/model", {"config.json": b'{"model_type": "llava"}', "model.safetensors": b"", "extra.bin": b"x"}
+        )
         self.results = run_client(ONLINE, [str(self.first), str(self.second)], self.home, server.url)
 
     def error(self, name: str) -> str:
@@ -164,7 +168,9 @@ def test_config_alone_is_downloaded_alone(visit: Visit) -> None:
 
 
 def test_a_snapshot_is_the_capsule_and_no_more(visit: Visit) -> None:
-    assert visit.error("model") == visit.error("model").strip() and "the model_type 'llava' of a model" in visit.error("model")
+    assert visit.error("model") == visit.error("model").strip() and "the model_type 'llava' of a model" in visit.error(
+        "model"
+    )
     assert not [request for request in visit.server.requests if request.endswith("extra.bin")]
 
 
@@ -172,7 +178,9 @@ def test_private_stays_private(visit: Visit) -> None:
     assert visit.results["private"] == f"{visit.server.url}/org/secret"
     assert visit.server.repositories["org/secret"].private and not visit.server.repositories["org/tiny"].private
     assert "nothing was pushed: org/tiny exists already and is public" in visit.error("already public")
-    assert visit.server.files("org/tiny")["model.safetensors"].content == (visit.first / "model.safetensors").read_bytes()
+    assert (
+        visit.server.files("org/tiny")["model.safetensors"].content == (visit.first / "model.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,12 +236,18 @@ def test_without_the_hub(visit: Visit, tmp_path: Path) -> None:
     with HubServer() as gone:
         nowhere = gone.url
     results = run_client(AWAY, [str(visit.first)], tmp_path / "home", nowhere)
-    for mode, reason in (("unreachable", f"the Hub ({nowhere}) gave no usable answer"), ("offline", "offline mode is on")):
+    for mode, reason in (
+        ("unreachable", f"the Hub ({nowhere}) gave no usable answer"),
+        ("offline", "offline mode is on"),
+    ):
         assert results[f"{mode}: loaded"] == theta(0) and results[f"{mode}: loaded branch"] == theta(1)
         assert results[f"{mode}: config only"] == repr(configure())
         assert "model.safetensors" in results[f"{mode}: config only, load"]["error"]
         missing = results[f"{mode}: missing"]["error"]
-        assert "no capsule 'org/absent': there is no such directory here, it is not wholly in this machine's cache" in missing
+        assert (
+            "no capsule 'org/absent': there is no such directory here, it is not wholly in this machine's cache"
+            in missing
+        )
         assert reason in missing
         assert "cannot push to org/tiny" in results[f"{mode}: push"]["error"]
     assert "no capsule 'org/absent' at revision 'v2': " in results["missing config"]["error"]

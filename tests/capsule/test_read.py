@@ -76,7 +76,10 @@ def test_weights_of_another_config(saved: Path) -> None:
     [
         (None, "has format None in its metadata"),
         ({"format": "pt"}, "has format 'pt'"),
-        ({"format": "kvcapsule", "format_version": "2"}, "has format_version '2' in its metadata; this version of kvcapsule reads '1'"),
+        (
+            {"format": "kvcapsule", "format_version": "2"},
+            "has format_version '2' in its metadata; this version of kvcapsule reads '1'",
+        ),
     ],
 )
 def test_weights_of_another_format(saved: Path, metadata: dict[str, str] | None, expected: str) -> None:
@@ -127,9 +130,15 @@ def test_names_that_lead_nowhere(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CapsuleError) as caught:
         Capsule.from_pretrained("no-such-capsule")
     message = str(caught.value)
-    assert "'no-such-capsule'" in message and str(Path.cwd() / "no-such-capsule") in message and "organisation/name" in message
+    assert (
+        "'no-such-capsule'" in message
+        and str(Path.cwd() / "no-such-capsule") in message
+        and "organisation/name" in message
+    )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CapsuleError, match=r"empty is not a capsule directory: it lacks config\.json, model\.safetensors"):
+    with pytest.raises(
+        CapsuleError, match=r"empty is not a capsule directory: it lacks config\.json, model\.safetensors"
+    ):
         Capsule.from_pretrained(tmp_path / "empty")
     for name in (tmp_path / "absent", str(tmp_path / "absent"), "./absent/capsule", Path("absent/capsule")):
         with pytest.raises(CapsuleError, match=r"there is no directory .*absent"):
@@ -144,7 +153,9 @@ def test_names_that_lead_nowhere(saved: Path, tmp_path: Path) -> None:
 
 def test_shipped_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((shipped(name) or tmp_path) / "config.json" for name in shipped_names())
-    assert [shipped(name) for name in ("no-such", "", ".", "..", "../checkpoints", "org/name", str(tmp_path))] == [None] * 7
+    assert [shipped(name) for name in ("no-such", "", ".", "..", "../checkpoints", "org/name", str(tmp_path))] == [
+        None
+    ] * 7
     monkeypatch.setattr("kvcapsule.checkpoints.HERE", tmp_path)
     fixed_capsule().save_pretrained(tmp_path / "tiny-demo")
     assert shipped("tiny-demo") == tmp_path / "tiny-demo" and shipped_names() == ["tiny-demo"]

@@ -62,7 +62,9 @@ def test_saving_again_writes_the_same_config_and_tensors(saved: Path) -> None:
 def test_files_hold_plain_data_only(tmp_path: Path) -> None:
     metrics = {"train": {"loss": math.nan, "steps": torch.tensor(3), "rates": (1, 2)}}
     fixed_capsule().save_pretrained(tmp_path / "tiny", recipe={"output": Path("runs/demo")}, metrics=metrics)
-    assert json.loads((tmp_path / "tiny" / "metrics.json").read_text()) == {"train": {"loss": None, "steps": 3, "rates": [1, 2]}}
+    assert json.loads((tmp_path / "tiny" / "metrics.json").read_text()) == {
+        "train": {"loss": None, "steps": 3, "rates": [1, 2]}
+    }
     assert yaml.safe_load((tmp_path / "tiny" / "recipe.yaml").read_text()) == {"output": "runs/demo"}
     with pytest.raises(TypeError, match=r"metrics\.train\.net is a Linear"):
         fixed_capsule().save_pretrained(tmp_path / "other", metrics={"train": {"net": torch.nn.Linear(1, 1)}})
@@ -140,7 +142,9 @@ def full_disk_at_the_last_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fail", [full_disk_in_the_second_file, full_disk_at_the_last_sync, limit_of_file_size])
-def test_disk_full(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None]) -> None:
+def test_disk_full(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None]
+) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     for target in (saved, tmp_path / "new"):
         with monkeypatch.context() as patch:
@@ -150,7 +154,8 @@ def test_disk_full(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         message = str(caught.value)
         assert f"cannot save the capsule to {target}: " in message and "\n" not in message
         needed, free = (
-            int(number.replace(",", "")) for number in (message.split(" bytes")[0].split()[-1], message.split(" are free")[0].split()[-1])
+            int(number.replace(",", ""))
+            for number in (message.split(" bytes")[0].split()[-1], message.split(" are free")[0].split()[-1])
         )
         fixed_capsule(salt=1).save_pretrained(tmp_path / "measure", recipe=RECIPE, card_name=target.name)
         assert needed == sum(path.stat().st_size for path in (tmp_path / "measure").iterdir())

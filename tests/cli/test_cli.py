@@ -38,7 +38,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_are_quick(option: str) -> None:
-    """What is installed runs: the time of a whole process, the best of three, so that a busy machine does not fail it."""
+    """What is installed runs: the time of a whole process, the best of three, so that a busy machine does not fail
+    it."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -49,7 +50,10 @@ def test_help_and_version_are_quick(option: str) -> None:
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_no_library(option: str) -> None:
-    code = f"import sys; from kvcapsule.cli import main; assert main([{option!r}]) == 0; print(*sys.modules, file=sys.stderr)"
+    code = (
+        f"import sys; from kvcapsule.cli import main; assert main([{option!r}]) == 0; print(*sys.modules,"
+        " file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     loaded = set(done.stderr.split())
     assert "kvcapsule.cli" in loaded
@@ -126,13 +130,17 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "kvcapsule other: interrupted.\n"
 
 
-@pytest.mark.parametrize("command", [["models", "--json"], ["models"], ["methods", "--json"], ["methods"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["models", "--json"], ["models"], ["methods", "--json"], ["methods"]], ids=" ".join
+)
 def test_a_reader_that_goes_away(command: list[str]) -> None:
     """As `head` does: no traceback, nothing at all on stderr."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
-        done = subprocess.run([sys.executable, "-m", "kvcapsule", *command], stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcapsule", *command], stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120
+        )
     assert done.returncode == 141
     assert done.stderr == ""
 

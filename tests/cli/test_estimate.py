@@ -39,7 +39,8 @@ def test_by_hand() -> None:
     ],
 )
 def test_when_decoding_is_bound_by_the_cache(ratio: float, loads: dict[float, float], rounding: float) -> None:
-    """How many times the weights a batch's visual KV must be for a speed-up: B F / W = (S - 1) / (1 - S / c), to the digits given."""
+    """How many times the weights a batch's visual KV must be for a speed-up: B F / W = (S - 1) / (1 - S / c), to the
+    digits given."""
     for speedup, load in loads.items():
         full = Cache(load * 1e9, 0)
         assert speedup_bound(1e9, full, less(full, ratio), 1) == pytest.approx(speedup, rel=rounding), speedup
@@ -47,11 +48,17 @@ def test_when_decoding_is_bound_by_the_cache(ratio: float, loads: dict[float, fl
     assert speedup_bound(1e9, whole, less(whole, 2.4), 64) < 2.4
 
 
-@pytest.mark.parametrize(("weights", "target", "batch"), [(VICUNA, 2, 10), (3.7e9, 2, 3), (VICUNA, 7.08, 97), (3.7e9, 7.08, 27)])
+@pytest.mark.parametrize(
+    ("weights", "target", "batch"), [(VICUNA, 2, 10), (3.7e9, 2, 3), (VICUNA, 7.08, 97), (3.7e9, 7.08, 27)]
+)
 def test_batch_that_a_speedup_needs(weights: float, target: float, batch: int) -> None:
     """LLaVA-NeXT at 40x, weights of 16 and of 4 bits."""
     capsule = less(LLAVA_NEXT, 40)
-    assert speedup_bound(weights, LLAVA_NEXT, capsule, batch + 1) > target > speedup_bound(weights, LLAVA_NEXT, capsule, batch - 1)
+    assert (
+        speedup_bound(weights, LLAVA_NEXT, capsule, batch + 1)
+        > target
+        > speedup_bound(weights, LLAVA_NEXT, capsule, batch - 1)
+    )
 
 
 def test_largest_batch() -> None:
@@ -72,7 +79,8 @@ def test_limits() -> None:
 
 
 def test_a_ratio_counts_from_16_bits() -> None:
-    """In float32 the same capsule is half as large a share of the cache: its bytes do not depend on what it replaces."""
+    """In float32 the same capsule is half as large a share of the cache: its bytes do not depend on what it
+    replaces."""
     half, single = full_cache(2 * 64, 100, 10), full_cache(4 * 64, 100, 10)
     assert capsule_cache(half, 2, 20).visual == capsule_cache(single, 4, 20).visual == half.visual / 20
     assert capsule_cache(single, 4, 20).text == single.text
@@ -114,8 +122,9 @@ def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         list(found)
         == (
-            "model model_type dtype weight_bits images visual_tokens text_tokens batch ratio ratio_to_full layers full_attention_layers "
-            "kv_bytes_per_token full capsule weight_bytes_read weight_bytes_held speedup_bound speedup_limit memory measured note"
+            "model model_type dtype weight_bits images visual_tokens text_tokens batch ratio ratio_to_full layers"
+            " full_attention_layers kv_bytes_per_token full capsule weight_bytes_read weight_bytes_held speedup_bound"
+            " speedup_limit memory measured note"
         ).split()
     )
     assert found["memory"] is None
@@ -129,13 +138,18 @@ def test_resolution(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "internvl", "llava"])
 def test_weights_are_those_of_the_model(model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Held: every parameter once. Read: the language model and its head, an embedding that is not the head too left out."""
+    """Held: every parameter once. Read: the language model and its head, an embedding that is not the head too left
+    out."""
     model = tiny_families.build(model_type, getattr(tiny_families, model_type)())
     model.config.save_pretrained(tmp_path)
     found = estimate(capsys, "--model", str(tmp_path), "--visual-tokens", "64")
     assert found["model_type"] == model_type
     assert found["weight_bytes_held"] == 2 * sum(p.numel() for p in model.parameters())
-    layers = sum(p.numel() for name, p in model.named_parameters() if "language_model.layers." in name or "language_model.norm." in name)
+    layers = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "language_model.layers." in name or "language_model.norm." in name
+    )
     assert found["weight_bytes_read"] == 2 * (layers + tiny_families.VOCABULARY * tiny_families.WIDTH)
 
 
@@ -146,7 +160,10 @@ def test_a_model_of_true_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     found = estimate(capsys, *image, "--batch", "61")
     assert found["weight_bytes_read"] == pytest.approx(13.2e9, rel=0.002)
     assert found["full"] == {"visual": 301_989_888, "text": 67_108_864, "total": 369_098_752}
-    bounds = {row["batch"]: row["bound"] for row in found["speedup_bound"] + estimate(capsys, *image, "--batch", "60")["speedup_bound"]}
+    bounds = {
+        row["batch"]: row["bound"]
+        for row in found["speedup_bound"] + estimate(capsys, *image, "--batch", "60")["speedup_bound"]
+    }
     assert 1.01 < bounds[1] < 1.11
     assert bounds[60] < 2 < bounds[61]
     quantised = estimate(capsys, *image, "--weight-bits", "4", "--batch", "17")
@@ -160,7 +177,11 @@ def test_experts_of_one_token_are_read(tmp_path: Path, capsys: pytest.CaptureFix
     model.config.save_pretrained(tmp_path)
     found = estimate(capsys, "--model", str(tmp_path), "--visual-tokens", "64")
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    layers = sum(p.numel() for name, p in model.named_parameters() if "language_model.layers." in name or "language_model.norm." in name)
+    layers = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "language_model.layers." in name or "language_model.norm." in name
+    )
     assert experts > 0
     assert found["weight_bytes_read"] == 2 * (layers - experts / 2 + tiny_families.VOCABULARY * tiny_families.WIDTH)
     assert found["weight_bytes_held"] == 2 * sum(p.numel() for p in model.parameters())
@@ -209,7 +230,10 @@ def test_options_that_cannot_be_used(arguments: list[str], said: str, capsys: py
 
 
 def test_the_size_of_an_image_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, said in (([], "--visual-tokens --resolution is required"), (["--resolution", "0x4"], "'0x4' is not HEIGHTxWIDTH")):
+    for arguments, said in (
+        ([], "--visual-tokens --resolution is required"),
+        (["--resolution", "0x4"], "'0x4' is not HEIGHTxWIDTH"),
+    ):
         with pytest.raises(SystemExit):
             main(["estimate", *arguments])
         assert said in capsys.readouterr().err

@@ -58,7 +58,17 @@ class Saved(NamedTuple):
 
     def arguments(self, *more: str, images: bool = True) -> list[str]:
         image = ["--image", self.path("page.png")] if images else []
-        return ["generate", "--model", self.path("model"), *image, "--prompt", PROMPT, "--max-new-tokens", str(NEW), *more]
+        return [
+            "generate",
+            "--model",
+            self.path("model"),
+            *image,
+            "--prompt",
+            PROMPT,
+            "--max-new-tokens",
+            str(NEW),
+            *more,
+        ]
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -93,7 +103,9 @@ def saved(
         ("lossy", "kvcapsule", {"tile": 14, **halves}, geometry),
         ("other-geometry", "identity", {"tile": 14}, replace(geometry, kv_heads=4)),
     ):
-        Capsule(CapsuleConfig(family, FAMILIES[family].from_dict(codec), fits, "pages-vlm")).save_pretrained(folder / name)
+        Capsule(CapsuleConfig(family, FAMILIES[family].from_dict(codec), fits, "pages-vlm")).save_pretrained(
+            folder / name
+        )
     saved = Saved(folder, answer(model, processor, images[:1]), answer(model, processor, []))
     assert len(set(saved.plain.tokens)) >= NEW / 4, "a model that repeats itself answers alike with any cache"
     return saved
@@ -142,10 +154,14 @@ def test_compare_with_a_lossy_capsule(saved: Saved, capsys: pytest.CaptureFixtur
     assert main(saved.arguments("--capsule", saved.path("lossy"), "--compare")) == 0
     out, err = capsys.readouterr()
     assert out != saved.plain.text + "\n"
-    assert re.search(r"answer with the full cache \(different from token \d+ on\):\n" + re.escape(saved.plain.text) + "\n", err)
+    assert re.search(
+        r"answer with the full cache \(different from token \d+ on\):\n" + re.escape(saved.plain.text) + "\n", err
+    )
     held = figures(err)
     assert held["codec maps"] == sum(
-        t.numel() * 4 for t in Capsule.from_pretrained(saved.folder / "lossy").state_dict().values() if t.is_floating_point()
+        t.numel() * 4
+        for t in Capsule.from_pretrained(saved.folder / "lossy").state_dict().values()
+        if t.is_floating_point()
     )
     assert 0.5 * VISUAL * TOKEN_BYTES < held["visual"] < 0.52 * VISUAL * TOKEN_BYTES
     assert held["ratio"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
@@ -204,7 +220,10 @@ def test_sampling_follows_the_seed(saved: Saved, capsys: pytest.CaptureFixture[s
 
 
 def test_compare_draws_alike(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(saved.arguments("--do-sample", "--temperature", "3", "--capsule", saved.path("identity"), "--compare")) == 0
+    assert (
+        main(saved.arguments("--do-sample", "--temperature", "3", "--capsule", saved.path("identity"), "--compare"))
+        == 0
+    )
     out, err = capsys.readouterr()
     assert f"(identical):\n{out}" in err
     assert out != saved.plain.text + "\n"
@@ -225,7 +244,15 @@ def test_as_a_process(saved: Saved) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == saved.plain.text + "\n"
     lines = [line for line in done.stderr.decode().splitlines() if line.strip()]
-    assert [line.split("  ")[0] for line in lines] == ["cache", "visual", "text", "tail", "total", "full cache", "ratio"]
+    assert [line.split("  ")[0] for line in lines] == [
+        "cache",
+        "visual",
+        "text",
+        "tail",
+        "total",
+        "full cache",
+        "ratio",
+    ]
 
 
 def broken_image(folder: Path) -> list[str]:
@@ -253,10 +280,16 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown dtype": (lambda folder: ["--dtype", "float8"], r"unknown dtype 'float8': choose auto"),
     "unknown device": (lambda folder: ["--device", "abacus"], r"--device abacus cannot be used here"),
     "compare without capsule": (lambda folder: ["--compare"], r"give a --capsule too"),
-    "temperature without sampling": (lambda folder: ["--temperature", "0.5"], r"--temperature has an effect only with --do-sample"),
+    "temperature without sampling": (
+        lambda folder: ["--temperature", "0.5"],
+        r"--temperature has an effect only with --do-sample",
+    ),
     "temperature of zero": (lambda folder: ["--do-sample", "--temperature", "0"], r"must be above 0"),
     "top-p of two": (lambda folder: ["--do-sample", "--top-p", "2"], r"outside \(0, 1\]"),
-    "no tokens": (lambda folder: ["--max-new-tokens", "0"], r"--max-new-tokens: '0' is not a whole number of at least 1"),
+    "no tokens": (
+        lambda folder: ["--max-new-tokens", "0"],
+        r"--max-new-tokens: '0' is not a whole number of at least 1",
+    ),
     "unknown option": (lambda folder: ["--ratio", "10"], r"unrecognized arguments: --ratio 10"),
 }
 
@@ -276,7 +309,9 @@ def test_wrong_input(name: str, saved: Saved, capsys: pytest.CaptureFixture[str]
     assert not out
 
 
-def test_encoder_decoder_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encoder_decoder_is_refused(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = SimpleNamespace(config=PreTrainedConfig(is_encoder_decoder=True))
     monkeypatch.setattr("kvcapsule.vlm.loading.load_vlm", lambda *_, **__: (model, None))
     assert main(saved.arguments()) == 2

@@ -45,7 +45,9 @@ def layer(ratio: float, heads: int = HEADS, tile: int = TILE, dim: int = DIM, **
 
 def capsule(ratio: float = 0.4, **options: Any) -> Capsule:
     """A capsule of random banks for the small geometry, in float32."""
-    built = Capsule(CapsuleConfig("compact", CompactConfig(TILE, ratios=(ratio,) * 2, **{"bank": 64, **options}), GEOMETRY, "tiny"))
+    built = Capsule(
+        CapsuleConfig("compact", CompactConfig(TILE, ratios=(ratio,) * 2, **{"bank": 64, **options}), GEOMETRY, "tiny")
+    )
     for seed, codec in enumerate(built.layers):
         codec.bank.copy_(rand(*codec.bank.shape, seed=seed + 30))
         for number, parameter in enumerate(codec.parameters()):
@@ -54,7 +56,8 @@ def capsule(ratio: float = 0.4, **options: Any) -> Capsule:
 
 
 def low_rank(entries: int = 6, rank: int = 4, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values [E, H, T, D] that vary in few directions along their tokens, and queries [E, 2 H, 40, D] that no bank holds."""
+    """Keys and values [E, H, T, D] that vary in few directions along their tokens, and queries [E, 2 H, 40, D] that no
+    bank holds."""
     basis = rand(entries, HEADS, LONG, rank, seed=1)
     keys = 0.5 * (basis @ rand(entries, HEADS, rank, DIM, seed=2) + noise * rand(entries, HEADS, LONG, DIM, seed=3))
     values = basis @ rand(entries, HEADS, rank, DIM, seed=4) + noise * rand(entries, HEADS, LONG, DIM, seed=5)
@@ -62,7 +65,8 @@ def low_rank(entries: int = 6, rank: int = 4, noise: float = 0.1) -> tuple[torch
 
 
 def error(encoded: Encoded, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> float:
-    """Relative squared error of attention's output over the tile and three raw tokens, which make the tile's mass matter."""
+    """Relative squared error of attention's output over the tile and three raw tokens, which make the tile's mass
+    matter."""
     owner = torch.arange(len(keys))
     text = Segment(rand(len(keys), HEADS, 3, DIM, seed=7), rand(len(keys), HEADS, 3, DIM, seed=8), owner)
     truth = attend(query, [Segment(keys, values, owner), text], DIM**-0.5)
@@ -89,9 +93,13 @@ def test_a_ratio_of_one_is_the_tile_itself(selector: str, passes: int, dtype: to
     encoded = codec.encode(keys, values)
     assert encoded.keys.keys.dtype == encoded.values.values.dtype == encoded.bias.dtype == dtype
     owner = torch.arange(len(keys))
-    text = Segment(torch.zeros(len(keys), HEADS, 1, DIM, dtype=dtype), torch.ones(len(keys), HEADS, 1, DIM, dtype=dtype), owner)
+    text = Segment(
+        torch.zeros(len(keys), HEADS, 1, DIM, dtype=dtype), torch.ones(len(keys), HEADS, 1, DIM, dtype=dtype), owner
+    )
     truth = attend(query, [Segment(keys, values, owner), text], DIM**-0.5)
-    torch.testing.assert_close(attend(query, [encoded.segment(owner, None), text], DIM**-0.5), truth, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        attend(query, [encoded.segment(owner, None), text], DIM**-0.5), truth, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(encoded.keys.keys, keys, rtol=0, atol=0)
 
 
@@ -121,7 +129,9 @@ def test_passes_choose_better_than_attention_alone_and_greedy_better_still() -> 
         codec = layer(0.25, tile=LONG, passes=passes)
         errors.append(error(codec.encode(keys, values), keys, values, query))
     reading = codec.read(keys)
-    errors.append(error(codec.fit(reading, keys, values, greedy_choice(reading, values, codec.stored)), keys, values, query))
+    errors.append(
+        error(codec.fit(reading, keys, values, greedy_choice(reading, values, codec.stored)), keys, values, query)
+    )
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
     assert errors[3] < errors[1]
 
@@ -141,7 +151,8 @@ def test_two_identical_tokens_become_one_of_twice_the_mass() -> None:
 
 
 def test_kept_keys_carry_the_mass_of_the_tile() -> None:
-    """Under queries that the bank does not hold, on average; without the bias two thirds of the tile's mass are gone."""
+    """Under queries that the bank does not hold, on average; without the bias two thirds of the tile's mass are
+    gone."""
     keys, values, query = low_rank(noise=0.05)
     encoded = layer(0.25, tile=LONG).encode(keys, values)
     grouped = query.unflatten(1, (HEADS, 2)).flatten(2, 3) * DIM**-0.5
@@ -171,7 +182,8 @@ def test_masses_are_a_least_squares_fit_pulled_to_their_start() -> None:
 
 
 def test_attention_ranks_by_root_mean_square() -> None:
-    """One query looks at token 0 alone, four others share their attention among 1 and 2 evenly: 1, then 2 x 0.25 x 2."""
+    """One query looks at token 0 alone, four others share their attention among 1 and 2 evenly: 1, then 2 x 0.25 x
+    2."""
     codec = layer(0.3, heads=1, tile=4, dim=4, bank=5, passes=0, scale=1.0)
     codec.bank.copy_(60 * torch.tensor([[1.0, 0, 0, 0], *[[0, 1.0, 0, 0]] * 4]))
     keys = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
@@ -181,13 +193,16 @@ def test_attention_ranks_by_root_mean_square() -> None:
     torch.testing.assert_close(attention[1:], torch.tensor([[0, 0.5, 0.5, 0]] * 4, dtype=torch.float64))
     values = rand(1, 1, 4, 4)
     assert codec.stored == 2
-    assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[0, 1]]], "1 and 2 are equal: the earlier one"
+    assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[0, 1]]], (
+        "1 and 2 are equal: the earlier one"
+    )
     codec.bank[:, 0] = codec.bank[:, 1]
     assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[1, 2]]]
 
 
 def test_what_a_token_adds_is_what_a_fit_says() -> None:
-    """Against least squares written out: explained energy of the targets with and without each token, in the order of the ranking."""
+    """Against least squares written out: explained energy of the targets with and without each token, in the order of
+    the ranking."""
     keys, values, _ = low_rank(1)
     codec = layer(0.5, tile=LONG)
     reading = codec.read(keys)
@@ -223,8 +238,11 @@ def test_greedy_choice_takes_the_most_explaining_token_next() -> None:
     assert greedy_choice(reading, values, 5)[1, 0].tolist() == sorted(kept)
 
 
-def plainly(codec: CompactLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One head's tile [T, D] as the formulas have it: kept tokens, bias and values. With attention as the ranking and raw latents."""
+def plainly(
+    codec: CompactLayer, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One head's tile [T, D] as the formulas have it: kept tokens, bias and values. With attention as the ranking and
+    raw latents."""
     tile, bank = len(keys), codec.bank[0]
     attention = (codec.scale * bank @ keys.T).softmax(-1)
     ranking = attention.square().mean(0)
@@ -258,8 +276,12 @@ def plainly(codec: CompactLayer, keys: torch.Tensor, values: torch.Tensor) -> tu
 @pytest.mark.parametrize("passes", [0, 1, 2])
 @pytest.mark.parametrize(("tile", "ratio"), [(LONG, 0.3), (320, 0.05)], ids=["all compete", "a shortlist competes"])
 def test_encoding_is_what_the_formulas_say(passes: int, tile: int, ratio: float) -> None:
-    # Some values are far greater than others whatever attention they get, so that a shortlist leaves out tokens that would be kept.
-    keys, values = 2 * rand(4, 1, tile, DIM, seed=1), rand(4, 1, tile, DIM, seed=2) * rand(4, 1, tile, 1, seed=3).mul(2).exp()
+    # Some values are far greater than others whatever attention they get, so that a shortlist leaves out tokens that
+    # would be kept.
+    keys, values = (
+        2 * rand(4, 1, tile, DIM, seed=1),
+        rand(4, 1, tile, DIM, seed=2) * rand(4, 1, tile, 1, seed=3).mul(2).exp(),
+    )
     codec = layer(ratio, heads=1, tile=tile, passes=passes, bank=400)
     found = codec.encode(keys, values)
     for i in range(4):
@@ -270,7 +292,9 @@ def test_encoding_is_what_the_formulas_say(passes: int, tile: int, ratio: float)
 
 
 @pytest.mark.parametrize("options", [{}, {"passes": 0}, {"selector": "learned"}, {"latent_bits": 4}], ids=str)
-def test_tiles_encoded_in_turn_are_those_encoded_together(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_encoded_in_turn_are_those_encoded_together(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They share memory: six tiles by fours, the last two of which are fewer, and one by one."""
     keys, values, _ = low_rank()
     codec = layer(0.3, tile=LONG, **options)
@@ -304,7 +328,8 @@ def test_heads_and_images_keep_tokens_of_their_own() -> None:
 
 
 def test_values_are_refit_to_keys_as_they_will_be_read() -> None:
-    """With two-bit latents, fitting to the quantised keys is better than fitting to the keys and quantising them afterwards."""
+    """With two-bit latents, fitting to the quantised keys is better than fitting to the keys and quantising them
+    afterwards."""
     keys, values, query = low_rank()
     aware, blind = layer(0.5, tile=LONG, latent_bits=2), layer(0.5, tile=LONG)
     packed = {name: codec.encode(keys, values).quantised(2) for name, codec in (("aware", aware), ("blind", blind))}
@@ -332,7 +357,10 @@ def test_half_precision_is_stored_and_fitted_in_fp32() -> None:
     codec = layer(0.5, tile=LONG).float()
     encoded = codec.encode(keys.bfloat16(), values.bfloat16())
     assert encoded.keys.keys.dtype == encoded.values.values.dtype == encoded.bias.dtype == torch.bfloat16
-    assert error(encoded, keys, values, query) < 1.5 * error(codec.encode(keys.float(), values.float()), keys, values, query) + 1e-3
+    assert (
+        error(encoded, keys, values, query)
+        < 1.5 * error(codec.encode(keys.float(), values.float()), keys, values, query) + 1e-3
+    )
 
 
 def test_a_capsule_reads_as_its_layers_encode() -> None:
@@ -354,7 +382,8 @@ def test_a_capsule_reads_as_its_layers_encode() -> None:
 
 
 def test_bytes_are_those_of_keys_values_and_bias() -> None:
-    """Four of ten tokens of three tiles: rows of 2 x 8 numbers and a bias, the owners, and the frames' 2 x 4 numbers."""
+    """Four of ten tokens of three tiles: rows of 2 x 8 numbers and a bias, the owners, and the frames' 2 x 4
+    numbers."""
     of = prefill(1)
     of = replace(of, keys=of.keys.float(), values=of.values.float())
     (segment, _), _ = capsule(0.4).compress(of)
@@ -365,7 +394,9 @@ def test_bytes_are_those_of_keys_values_and_bias() -> None:
     assert storage_bytes(packed.entry_tensors()) == codes + ranges + bias + 3 * 8 + frames
 
 
-@pytest.mark.parametrize("options", [{}, {"selector": "learned", "hidden": 5, "passes": 1}, {"latent_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"selector": "learned", "hidden": 5, "passes": 1}, {"latent_bits": 8}], ids=str
+)
 def test_save_and_load(options: dict[str, Any], tmp_path: Path) -> None:
     built, of = capsule(**options), prefill()
     of = replace(of, keys=of.keys.float(), values=of.values.float(), query=of.query.float())
@@ -483,7 +514,10 @@ def test_a_bank_of_the_readers_serves_them(harvested: LayerHarvest) -> None:
     encoded = codec.encode(harvested.keys.float(), harvested.values.float())
     of = replace(harvested, keys=harvested.keys.float(), values=harvested.values.float(), query=harvested.query.float())
     kept = codec.choose(codec.read(of.keys), of.keys, of.values).kept
-    errors = [output_error(of, e.segment(of.owner, of.frame), full_output(of)) for e in (encoded, selected(of.keys, of.values, kept))]
+    errors = [
+        output_error(of, e.segment(of.owner, of.frame), full_output(of))
+        for e in (encoded, selected(of.keys, of.values, kept))
+    ]
     assert errors[0] < 0.3 * errors[1]
 
 
@@ -516,7 +550,20 @@ def test_a_selector_learns_its_teachers_choice() -> None:
 
 @pytest.mark.parametrize("selector", ["attention", "learned"])
 def test_the_command_trains_a_compact_capsule(selector: str, tmp_path: Path) -> None:
-    quick = ["--data.size", "48", "--held_out", "16", "--batch", "8", "--moment_batches", "2", "--codec.tile", "28", "--threads", "1"]
+    quick = [
+        "--data.size",
+        "48",
+        "--held_out",
+        "16",
+        "--batch",
+        "8",
+        "--moment_batches",
+        "2",
+        "--codec.tile",
+        "28",
+        "--threads",
+        "1",
+    ]
     output = tmp_path / "compact"
     wanted = ["--compact.selector", selector, "--compact.steps", "3", "--compact.bank", "64", "--ratio", "5"]
     assert train(["compact", *quick, *wanted, "--output", str(output)]) == 0
@@ -526,7 +573,9 @@ def test_the_command_trains_a_compact_capsule(selector: str, tmp_path: Path) -> 
     assert json.loads((output / "metrics.json").read_text())["train"]["output_error"] < 0.2
 
 
-def test_prefills_of_generate(model: Any, make_batch: Callable[..., Any], greedy: dict[str, Any], geometry: KVGeometry) -> None:
+def test_prefills_of_generate(
+    model: Any, make_batch: Callable[..., Any], greedy: dict[str, Any], geometry: KVGeometry
+) -> None:
     """At ratio 1 the model answers as with its full cache."""
     config = CompactConfig(49, ratios=(1.0,) * geometry.layers, bank=64)
     built = Capsule(CapsuleConfig("compact", config, geometry, "tiny"))

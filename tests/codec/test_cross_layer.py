@@ -34,7 +34,9 @@ def prefills(layers: int) -> list[LayerPrefill]:
     """Each layer with keys and values of its own."""
     of = [dataclasses.replace(prefill(layer), shared={}) for layer in range(layers)]
     keys, values = ([rand(2, HEADS, 30, DIM, seed=seed + i) for i in range(layers)] for seed in (20, 40))
-    return [dataclasses.replace(p, keys=k, values=v, shared=of[0].shared) for p, k, v in zip(of, keys, values, strict=True)]
+    return [
+        dataclasses.replace(p, keys=k, values=v, shared=of[0].shared) for p, k, v in zip(of, keys, values, strict=True)
+    ]
 
 
 def compressed(capsule: Capsule, of: list[LayerPrefill]) -> dict[int, Compressed]:
@@ -46,7 +48,8 @@ def compressed(capsule: Capsule, of: list[LayerPrefill]) -> dict[int, Compressed
 
 
 def test_coefficients_by_hand() -> None:
-    """One layer, one token, one channel: the first coefficient is the key and twice the value, the second the key less the value."""
+    """One layer, one token, one channel: the first coefficient is the key and twice the value, the second the key less
+    the value."""
     transform = CrossLayerTransform(1, 1, 1, 1, 1, 8, 2).requires_grad_(False)
     transform.tokens_in[0, 0] = 1.0
     transform.channels_in[0, 0, 0] = torch.tensor([1.0, 1.0])
@@ -56,7 +59,8 @@ def test_coefficients_by_hand() -> None:
 
 
 def test_all_components_in_eight_bits_give_back_every_layers_keys_and_values() -> None:
-    """As many channels as the stack has, axes orthonormal over all of it: only rounding is lost, in every part of it."""
+    """As many channels as the stack has, axes orthonormal over all of it: only rounding is lost, in every part of
+    it."""
     capsule = cross_layer_capsule(FOUR, 8, 8, 4 * 2 * DIM, joint_layers=4).double()
     of = [dataclasses.replace(p, spans=p.spans[:1]) for p in prefills(4)]
     transform = capsule.layers[0].transform
@@ -85,7 +89,9 @@ def test_attention_over_the_code_is_attention_over_what_it_stands_for(frames: bo
         found, expected = (attend(p.query, [tiles, *visual[1:], *text], p.scale) for tiles in (visual[0], written_out))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     outputs = [attend(of[0].query, [done[layer].visual[0], *done[0].text], of[0].scale) for layer in range(4)]
-    assert all(not torch.allclose(outputs[0], other, atol=1e-2) for other in outputs[1:]), "each layer reads the code by its own maps"
+    assert all(not torch.allclose(outputs[0], other, atol=1e-2) for other in outputs[1:]), (
+        "each layer reads the code by its own maps"
+    )
 
 
 # The run
@@ -207,7 +213,9 @@ def test_generate_with_beams_turns_and_a_policy_for_the_text(
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
     with attach(model):
         found = [
-            model.generate(**b, past_key_values=CapsuleCache(model.config, random_cross_layer(49, joint_layers=3)), **options)[0, -5:]
+            model.generate(
+                **b, past_key_values=CapsuleCache(model.config, random_cross_layer(49, joint_layers=3)), **options
+            )[0, -5:]
             for b in (both, alone)
         ]
         assert torch.equal(found[0], found[1])
@@ -222,7 +230,10 @@ def test_generate_with_beams_turns_and_a_policy_for_the_text(
 
 @pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1, 1]], ids=str)
 def test_rows_of_prefills_that_wait_are_selected_in_all_layers(
-    rows: list[int], model: torch.nn.Module, random_cross_layer: Callable[..., Capsule], make_batch: Callable[..., BatchFeature]
+    rows: list[int],
+    model: torch.nn.Module,
+    random_cross_layer: Callable[..., Capsule],
+    make_batch: Callable[..., BatchFeature],
 ) -> None:
     """All are compressed first: what a stack's last layer brings the others would miss the selection."""
     batch, logits = make_batch((1, "Read line 2."), (2, "Transcribe the page.")), []
@@ -240,7 +251,10 @@ def test_rows_of_prefills_that_wait_are_selected_in_all_layers(
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_copied_cache_copies_codes_and_no_codec(
-    paired: bool, model: torch.nn.Module, random_cross_layer: Callable[..., Capsule], make_batch: Callable[..., BatchFeature]
+    paired: bool,
+    model: torch.nn.Module,
+    random_cross_layer: Callable[..., Capsule],
+    make_batch: Callable[..., BatchFeature],
 ) -> None:
     capsule = random_cross_layer(49)
     cache = CapsuleCache(model.config, Paired(capsule, TextPruning(0.5)) if paired else capsule)
@@ -312,7 +326,8 @@ def test_encoding_costs_the_multiply_adds_that_it_says() -> None:
 
 
 def test_the_maps_of_a_7b_class_model_pay_off_with_the_first_image() -> None:
-    """32 layers of 8 KV heads of 128 in bfloat16, two layers and one head together, tiles of 64, half of the channels coded."""
+    """32 layers of 8 KV heads of 128 in bfloat16, two layers and one head together, tiles of 64, half of the channels
+    coded."""
     layers, heads, dim, tile, visual = 32, 8, 128, 64, 576
     stack = CrossLayerTransform(2, heads, 1, tile, dim, tile, 2 * dim).to(torch.bfloat16)
     maps = layers // 2 * stack.decoder_bytes()

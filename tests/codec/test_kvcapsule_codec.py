@@ -26,10 +26,16 @@ def orthonormal(stored: int, tile: int = TILE) -> torch.Tensor:
 def capsule(key_ratio: float = 0.3, value_ratio: float = 0.4, tile: int = TILE, **options: object) -> Capsule:
     """Two layers with random maps in float64."""
     ratios = {"key_ratios": (key_ratio,) * 2, "value_ratios": (value_ratio,) * 2}
-    built = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, **ratios, **options), GEOMETRY, "tiny")).double().requires_grad_(False)
+    built = (
+        Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, **ratios, **options), GEOMETRY, "tiny"))
+        .double()
+        .requires_grad_(False)
+    )
     for seed, layer in enumerate(built.layers):
         stored = len(layer.keys.kept)
-        layer.keys.kept.copy_(torch.randperm(tile, generator=torch.Generator().manual_seed(seed))[:stored].sort().values)
+        layer.keys.kept.copy_(
+            torch.randperm(tile, generator=torch.Generator().manual_seed(seed))[:stored].sort().values
+        )
         for parameter in layer.keys.parameters():
             parameter.copy_(rand(*parameter.shape, seed=seed + 10))
         layer.values.basis.copy_(orthonormal(layer.values.basis.shape[1], tile))
@@ -62,7 +68,9 @@ def test_pca_values_by_hand() -> None:
     codec.mean.fill_(10.0)
     part = codec.encode(torch.tensor([11.0, 13.0]).view(1, 1, 2, 1))
     torch.testing.assert_close(part.values.flatten(), torch.tensor([4 * 0.5**0.5]))
-    segment = Segment(torch.zeros(1, 1, 2, 1), part.values, torch.tensor([0]), value_map=part.value_map, value_mean=part.value_mean)
+    segment = Segment(
+        torch.zeros(1, 1, 2, 1), part.values, torch.tensor([0]), value_map=part.value_map, value_mean=part.value_mean
+    )
     torch.testing.assert_close(segment.materialize()[1].flatten(), torch.tensor([12.0, 12.0]))
 
 
@@ -85,7 +93,10 @@ def test_attention_over_latents_is_attention_over_the_reconstruction(options: di
             k = frame.back(k[None])[0]
         kept = k[:, codec.keys.kept]
         if "key_decoder" in options:
-            kept = codec.keys.outer @ torch.nn.functional.gelu(codec.keys.inner @ kept + codec.keys.inner_bias) + codec.keys.outer_bias
+            kept = (
+                codec.keys.outer @ torch.nn.functional.gelu(codec.keys.inner @ kept + codec.keys.inner_bias)
+                + codec.keys.outer_bias
+            )
         else:
             kept = codec.keys.theta @ kept
         keys.append(frame.forward(kept[None])[0] if built.config.codec.canonical_frame else kept)
@@ -164,7 +175,9 @@ def test_without_frames_any_rotation_will_do() -> None:
     assert capsule(canonical_frame=False).compress(of).visual[0].frame is None
 
 
-@pytest.mark.parametrize(("mean", "layers", "slope"), [(0.4, 4, 0.5), (0.25, 28, 0.9), (0.1, 2, 0.0), (0.5, 3, 0.99), (0.3, 1, 0.5)])
+@pytest.mark.parametrize(
+    ("mean", "layers", "slope"), [(0.4, 4, 0.5), (0.25, 28, 0.9), (0.1, 2, 0.0), (0.5, 3, 0.99), (0.3, 1, 0.5)]
+)
 def test_pyramid_keeps_the_mean(mean: float, layers: int, slope: float) -> None:
     ratios = pyramid(mean, layers, slope)
     assert len(ratios) == layers
@@ -212,14 +225,20 @@ def test_identity_needs_a_tile() -> None:
         IdentityConfig(0)
 
 
-@pytest.mark.parametrize(("keys", "values", "message"), [((0.5,), (0.5, 0.5), "1 key"), ((0.5, 0.5), (0.5,) * 3, "3 value")])
+@pytest.mark.parametrize(
+    ("keys", "values", "message"), [((0.5,), (0.5, 0.5), "1 key"), ((0.5, 0.5), (0.5,) * 3, "3 value")]
+)
 def test_one_ratio_for_each_layer(keys: tuple[float, ...], values: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} retention ratios for 2 layers"):
         Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(10, key_ratios=keys, value_ratios=values), GEOMETRY, "tiny"))
 
 
 def test_sizes_follow_the_ratios_layer_by_layer() -> None:
-    built = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(10, key_ratios=(0.5, 0.2), value_ratios=(1.0, 0.31)), GEOMETRY, "tiny"))
+    built = Capsule(
+        CapsuleConfig(
+            "kvcapsule", KVCapsuleConfig(10, key_ratios=(0.5, 0.2), value_ratios=(1.0, 0.31)), GEOMETRY, "tiny"
+        )
+    )
     assert [tuple(layer.keys.theta.shape) for layer in built.layers] == [(2, 10, 5), (2, 10, 2)]
     assert [tuple(layer.values.basis.shape) for layer in built.layers] == [(2, 10, 10), (2, 4, 10)]
     mlp = KVCapsuleConfig(10, key_ratios=(0.5, 0.2), value_ratios=(1.0, 0.31), key_decoder="mlp", hidden=7)
@@ -243,7 +262,9 @@ def test_a_config_from_before_latent_bits_means_none() -> None:
 
 def test_config_refuses_what_it_does_not_know() -> None:
     values = capsule().config.to_dict()
-    with pytest.raises(ValueError, match=r"KVCapsuleConfig has no field bits, codebook; it has tile, .*latent_bits, key_ratios"):
+    with pytest.raises(
+        ValueError, match=r"KVCapsuleConfig has no field bits, codebook; it has tile, .*latent_bits, key_ratios"
+    ):
         KVCapsuleConfig.from_dict({**values["codec"], "bits": 3, "codebook": 1})
     with pytest.raises(CapsuleError, match="no field bits"):
         CapsuleConfig.from_dict({**values, "codec": {**values["codec"], "bits": 3}})
@@ -304,7 +325,9 @@ def test_attention_is_near_in_eight_bits_and_farther_in_fewer() -> None:
 
 
 def test_an_identity_in_few_bits_keeps_every_token_in_them() -> None:
-    built = Capsule(CapsuleConfig("identity", IdentityConfig(TILE, canonical_frame=False, latent_bits=8), GEOMETRY, "tiny"))
+    built = Capsule(
+        CapsuleConfig("identity", IdentityConfig(TILE, canonical_frame=False, latent_bits=8), GEOMETRY, "tiny")
+    )
     of = prefill()
     segment = built.compress(of).visual[0]
     tiles = torch.stack([of.keys[0][:, 3:13], of.keys[0][:, 13:23], of.keys[1][:, 5:15]])

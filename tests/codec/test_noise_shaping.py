@@ -50,15 +50,23 @@ def loss(x: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, code: Cod
 
 
 def test_groups_make_up_for_what_those_behind_them_lost() -> None:
-    """By definition: what is rounded stays, and the groups before it are solved anew by least squares under the weights."""
+    """By definition: what is rounded stays, and the groups before it are solved anew by least squares under the
+    weights."""
     tokens, code = basis(2, 40, 32), coding(2, 4, 5)
-    x, weights = 3 * rand(3, 2, 32, 5, seed=2), torch.rand(3, 2, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x, weights = (
+        3 * rand(3, 2, 32, 5, seed=2),
+        torch.rand(3, 2, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+    )
     found = shaped(x, tokens, weights, code)
     expected = torch.empty_like(x)
     for entry in range(3):
         for own in range(2):
             root = ((weights[entry, own] + FLOOR) / (1 + FLOOR)).sqrt()[:, None]
-            design, target, read = root * tokens[own], root * (tokens[own] @ x[entry, own]), torch.zeros(32, 5, dtype=torch.float64)
+            design, target, read = (
+                root * tokens[own],
+                root * (tokens[own] @ x[entry, own]),
+                torch.zeros(32, 5, dtype=torch.float64),
+            )
             for first in (24, 16, 8, 0):
                 left = target - design[:, first + 8 :] @ read[first + 8 :]
                 free = torch.linalg.lstsq(design[:, : first + 8], left).solution[first:]
@@ -173,7 +181,10 @@ def test_a_stack_weighs_tokens_by_the_mean_over_its_layers_readers(gone: int | N
     """As training sees it: each layer's own queries on its own keys, the mean over those that are there."""
     capsule = with_readers(cross_layer_capsule(dataclasses.replace(GEOMETRY, layers=4), joint_layers=4, readers=6))
     codec, places = capsule.layers[0], [place for place in range(4) if place != gone]
-    tiles = {place: (rand(2, HEADS, TILE, DIM, seed=place).float(), rand(2, HEADS, TILE, DIM, seed=9 + place).float()) for place in places}
+    tiles = {
+        place: (rand(2, HEADS, TILE, DIM, seed=place).float(), rand(2, HEADS, TILE, DIM, seed=9 + place).float())
+        for place in places
+    }
     run = codec.start()
     for place, (keys, values) in tiles.items():
         run.add(place, keys, values)

@@ -1,4 +1,5 @@
-"""Transform code: coefficients and what is read of them, attention over the codes themselves, the whole capsule and its files."""
+"""Transform code: coefficients and what is read of them, attention over the codes themselves, the whole capsule and its
+files."""
 
 import dataclasses
 import json
@@ -49,7 +50,8 @@ def identity_transform(tile: int = 16, step: float = 0.05) -> Transform:
 
 
 def test_coefficients_by_hand() -> None:
-    """A tile of two tokens and two channels: the first component is their sum, its channels are swapped and the second one doubled."""
+    """A tile of two tokens and two channels: the first component is their sum, its channels are swapped and the second
+    one doubled."""
     transform = Transform(1, 1, 2, 2, 8, 2).requires_grad_(False)
     transform.tokens_in[0, 0] = torch.tensor([1.0, 1.0])
     transform.tokens_in[0, 7] = torch.tensor([1.0, -1.0])
@@ -59,7 +61,8 @@ def test_coefficients_by_hand() -> None:
 
 
 def test_heads_of_a_set_lie_side_by_side() -> None:
-    """Four heads of three channels in two sets: channel 4 of the second set is the second channel of the fourth head."""
+    """Four heads of three channels in two sets: channel 4 of the second set is the second channel of the fourth
+    head."""
     transform = Transform(2, 2, 5, 3, 8, 6).requires_grad_(False)
     transform.tokens_in[:, :5] = torch.eye(5)
     transform.channels_in.copy_(torch.eye(6))
@@ -71,7 +74,8 @@ def test_heads_of_a_set_lie_side_by_side() -> None:
 
 
 def test_reading_by_hand() -> None:
-    """One coefficient of 1 bit and step 4 about 10 reads as 8 or 12; both tokens have half of it in their second channel."""
+    """One coefficient of 1 bit and step 4 about 10 reads as 8 or 12; both tokens have half of it in their second
+    channel."""
     transform = Transform(1, 1, 2, 2, 8, 1).requires_grad_(False)
     transform.tokens_in[0, 0] = 1.0
     transform.tokens_out[0, :, 0] = 0.5
@@ -81,7 +85,9 @@ def test_reading_by_hand() -> None:
     transform.step.fill_(4.0)
     transform.widths.fill_(1)
     part = TransformValues(transform).encode(torch.tensor([[[[3.0, 2.0], [4.0, 5.0]]], [[[0.0, 70.0], [0.0, 1.0]]]]))
-    segment = Segment(torch.zeros(2, 1, 2, 2), part.values, torch.tensor([0, 1]), value_map=part.value_map, out_map=part.out_map)
+    segment = Segment(
+        torch.zeros(2, 1, 2, 2), part.values, torch.tensor([0, 1]), value_map=part.value_map, out_map=part.out_map
+    )
     assert segment.materialize()[1][:, 0].tolist() == [[[0.0, 4.0], [0.0, 4.0]], [[0.0, 6.0], [0.0, 6.0]]]
     assert isinstance(part.values, CodedRows)
     assert part.values.packed.tolist() == [[0b11111110], [0b11111111]]
@@ -98,7 +104,8 @@ def test_all_components_in_fine_steps_give_the_tile_back() -> None:
 
 
 def test_what_is_read_is_the_decoder_of_the_codes(joint: int) -> None:
-    """By the module's equation, a head at a time, from bytes that are decoded one by one; keys in the frame of their tile."""
+    """By the module's equation, a head at a time, from bytes that are decoded one by one; keys in the frame of their
+    tile."""
     capsule, of = transform_capsule(joint_heads=joint), prefill(1)
     segment = capsule.compress(of).visual[0]
     layer = capsule.layers[1]
@@ -153,7 +160,9 @@ def test_without_any_bits_every_tile_reads_as_the_mean(joint: int) -> None:
     assert storage_bytes(iter((*segment.keys.tensors(), *segment.values.tensors()))) == 0
     codec = capsule.layers[0].values.transform
     mean = codec.tokens_out @ codec.offset @ codec.channels_out.transpose(1, 2)
-    expected = torch.cat([mean[head // joint][:, DIM * (head % joint) :][:, :DIM] for head in range(HEADS)]).view(HEADS, TILE, DIM)
+    expected = torch.cat([mean[head // joint][:, DIM * (head % joint) :][:, :DIM] for head in range(HEADS)]).view(
+        HEADS, TILE, DIM
+    )
     read = segment.materialize()[1]
     torch.testing.assert_close(read, expected.expand_as(read), rtol=1e-5, atol=1e-5)
     assert attend(of.query, [segment], of.scale).isfinite().all()
@@ -270,7 +279,9 @@ def test_the_order_of_tiles_and_their_segments_does_not_matter(order: list[int],
     def entries(index: list[int]) -> Segment:
         chosen = torch.tensor(index)
         keys, values = coded.keys.select(chosen), coded.values.select(chosen)
-        return dataclasses.replace(coded, keys=keys, values=values, owner=coded.owner[chosen], frame=coded.frame.select(chosen))
+        return dataclasses.replace(
+            coded, keys=keys, values=values, owner=coded.owner[chosen], frame=coded.frame.select(chosen)
+        )
 
     torch.testing.assert_close(attend(of.query, [entries(order), *rest], of.scale), expected, rtol=1e-12, atol=1e-12)
     apart = [entries([entry]) for entry in order]
@@ -346,7 +357,9 @@ def test_widths_of_another_dtype_are_refused(tmp_path: Path) -> None:
     codec = capsule.layers[1].values.transform
     codec.widths = codec.widths.int()
     capsule.save_pretrained(tmp_path / "capsule")
-    with pytest.raises(CapsuleError, match=r"layers\.1\.values\.transform\.widths holds torch\.int32 and not torch\.uint8"):
+    with pytest.raises(
+        CapsuleError, match=r"layers\.1\.values\.transform\.widths holds torch\.int32 and not torch\.uint8"
+    ):
         Capsule.from_pretrained(tmp_path / "capsule")
 
 
@@ -356,7 +369,9 @@ def test_sizes_of_another_capsule_are_refused(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     values["codec"]["key_rows"] = [8, 16]
     path.write_text(json.dumps(values))
-    with pytest.raises(CapsuleError, match=r"layers\.1\.keys\.transform\.widths has the shape \(2, 1, 6\) and not \(2, 2, 6\)"):
+    with pytest.raises(
+        CapsuleError, match=r"layers\.1\.keys\.transform\.widths has the shape \(2, 1, 6\) and not \(2, 2, 6\)"
+    ):
         Capsule.from_pretrained(tmp_path / "capsule")
 
 
@@ -367,7 +382,9 @@ def test_the_family_is_registered() -> None:
 
 
 def test_sizes_follow_the_config_layer_by_layer() -> None:
-    config = TransformConfig(12, key_rows=(8, 16), key_channels=(3, 4), value_rows=(24, 8), value_channels=(5, 6), joint_heads=2)
+    config = TransformConfig(
+        12, key_rows=(8, 16), key_channels=(3, 4), value_rows=(24, 8), value_channels=(5, 6), joint_heads=2
+    )
     for layer, (rows, channels) in enumerate([(8, 3), (16, 4)]):
         codec = config.build(GEOMETRY, layer).keys.transform
         shapes = {name: tuple(t.shape) for name, t in codec.state_dict().items()}
@@ -416,7 +433,8 @@ def test_sets_that_do_not_divide_the_heads_are_refused(heads: int) -> None:
 
 
 def test_the_maps_of_a_7b_class_model_are_small_and_pay_off_with_the_first_image() -> None:
-    """32 layers of 8 KV heads of 128 in bfloat16, tiles of 64, every row and channel coded: the most that such maps can take."""
+    """32 layers of 8 KV heads of 128 in bfloat16, tiles of 64, every row and channel coded: the most that such maps can
+    take."""
     layers, heads, dim, tile, visual = 32, 8, 128, 64, 576
     transform = Transform(heads, 1, tile, dim, tile, dim).to(torch.bfloat16)
     maps = 2 * layers * transform.decoder_bytes()
@@ -437,9 +455,15 @@ def test_encoding_costs_the_multiply_adds_that_it_says() -> None:
 
 
 def test_encoding_is_a_small_part_of_a_7b_class_prefill() -> None:
-    """Seven billion weights are each read once a token; tiles of 64, every row and channel coded, 32 layers of 8 KV heads of 128."""
+    """Seven billion weights are each read once a token; tiles of 64, every row and channel coded, 32 layers of 8 KV
+    heads of 128."""
     geometry = dataclasses.replace(GEOMETRY, layers=32, kv_heads=8, query_heads=32, head_dim=128)
-    every = {name: (size,) * 32 for name, size in (("key_rows", 64), ("value_rows", 64), ("key_channels", 128), ("value_channels", 128))}
-    nearest, shaped = (TransformConfig(tile=64, **every, joint_heads=1, readers=count).encode_macs(geometry) / 64 for count in (0, 64))
+    every = {
+        name: (size,) * 32
+        for name, size in (("key_rows", 64), ("value_rows", 64), ("key_channels", 128), ("value_channels", 128))
+    }
+    nearest, shaped = (
+        TransformConfig(tile=64, **every, joint_heads=1, readers=count).encode_macs(geometry) / 64 for count in (0, 64)
+    )
     assert 0.001 * 7e9 < nearest < 0.002 * 7e9
     assert nearest < shaped < 0.005 * 7e9

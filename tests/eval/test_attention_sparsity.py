@@ -24,7 +24,11 @@ def test_every_layer_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["--threshold", "1"], "between 0 and 1"), (["--batch", "0"], "at least 1"), (["--model", "no/such"], "cannot load the model")],
+    [
+        (["--threshold", "1"], "between 0 and 1"),
+        (["--batch", "0"], "at least 1"),
+        (["--model", "no/such"], "cannot load the model"),
+    ],
 )
 def test_bad_input_is_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert attention_sparsity.main(words) == 2

@@ -62,7 +62,19 @@ OPERATOR = {
     "error": NUMBER,
     "failed": type(None),
 }
-EVERY = {"level", "geometry", "batch", "visual_tokens", "method", "baseline", "ratio", "seconds", "iqr_seconds", "rounds", "failed"}
+EVERY = {
+    "level",
+    "geometry",
+    "batch",
+    "visual_tokens",
+    "method",
+    "baseline",
+    "ratio",
+    "seconds",
+    "iqr_seconds",
+    "rounds",
+    "failed",
+}
 ROWS = {
     "operator": set(OPERATOR),
     "encode": EVERY | {"text_tokens", "share"},
@@ -122,8 +134,17 @@ def test_operator_rows(operator: dict[str, Any]) -> None:
     names = [row["method"] for row in operator["rows"]]
     assert names[-3:] == QUICK["methods"] and {"in-place-sdpa", "dynamic-cat", "static-repeat"} < set(names)
     for row in operator["rows"]:
-        assert (row["level"], row["geometry"], row["batch"], row["visual_tokens"]) == ("operator", "qwen2.5-vl-7b", 1, 576)
-        assert row["formula_bytes"] == pytest.approx(row["bytes"], rel=0.02) == pytest.approx(row["touched_bytes"], rel=0.02)
+        assert (row["level"], row["geometry"], row["batch"], row["visual_tokens"]) == (
+            "operator",
+            "qwen2.5-vl-7b",
+            1,
+            576,
+        )
+        assert (
+            row["formula_bytes"]
+            == pytest.approx(row["bytes"], rel=0.02)
+            == pytest.approx(row["touched_bytes"], rel=0.02)
+        )
         assert row["baseline"] in names
 
 
@@ -148,12 +169,16 @@ def test_rows_of_every_level(operator: dict[str, Any], models: Path) -> None:
 
 def test_the_document_names_every_key_and_no_other() -> None:
     documented = set(re.findall(r"^\| `(\w+)` \|", DOCUMENT.read_text(), flags=re.MULTILINE))
-    assert documented == {*TOP, *CEILINGS, *(key for keys in ROWS.values() for key in keys)} | set(LEVELS) - {"end-to-end"}
+    assert documented == {*TOP, *CEILINGS, *(key for keys in ROWS.values() for key in keys)} | set(LEVELS) - {
+        "end-to-end"
+    }
 
 
 def test_levels_of_some_keys_are_documented() -> None:
     """The column `levels` says in which rows a key is."""
-    for key, levels in re.findall(r"^\| `(\w+)` \| ([^|`]+) \| \w+", DOCUMENT.read_text().split("Of some:")[1], flags=re.MULTILINE):
+    for key, levels in re.findall(
+        r"^\| `(\w+)` \| ([^|`]+) \| \w+", DOCUMENT.read_text().split("Of some:")[1], flags=re.MULTILINE
+    ):
         named = set(LEVELS) - {"encode"} if levels == "all but encode" else set(levels.split(", "))
         assert named == {level for level, keys in ROWS.items() if key in keys}, key
 

@@ -1,4 +1,5 @@
-"""`kvcapsule bench` above operator level: the models, the ladder of full caches, decode steps, generation, encoding and serving."""
+"""`kvcapsule bench` above operator level: the models, the ladder of full caches, decode steps, generation, encoding and
+serving."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,14 @@ def test_a_random_model_sees_its_images(subject: Subject) -> None:
     spans = find_spans(subject.model.config, inputs["input_ids"], inputs)
     assert [span.length for span in spans] == [SIDE * SIDE] * 3 * IMAGES
     assert inputs["input_ids"].shape == (3, PROMPT) and subject.visual == IMAGES * SIDE * SIDE
-    assert subject.shape == {"layers": 2, "query_heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 32, "intermediate": 64}
+    assert subject.shape == {
+        "layers": 2,
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "hidden": 32,
+        "intermediate": 64,
+    }
     with torch.no_grad():
         logits = subject.model(**inputs, logits_to_keep=1).logits
     assert not torch.allclose(logits[0], logits[1])
@@ -67,7 +75,9 @@ def test_the_ladder_leaves_the_model_as_it_was_and_computes_the_same(subject: Su
             assert text._attn_implementation == ("eager" if rung.name == contenders.L0 else "sdpa")
             seen[rung.name] = decode_step.stepper(subject.model, rung, cache, 2)()
         assert text._attn_implementation == "sdpa"
-        assert contenders.held(cache) == pytest.approx(2 * (PROMPT + (2 if rung.name == contenders.L2 else 1)) * TOKEN, abs=100)
+        assert contenders.held(cache) == pytest.approx(
+            2 * (PROMPT + (2 if rung.name == contenders.L2 else 1)) * TOKEN, abs=100
+        )
     for logits in seen.values():
         torch.testing.assert_close(logits, seen[contenders.L1], atol=1e-5, rtol=1e-4)
 
@@ -77,7 +87,9 @@ def test_step_rows(subject: Subject) -> None:
     assert [row["method"] for row in rows] == [*FULL, *METHODS] and not skipped
     by_name = {row["method"]: row for row in rows}
     baseline = rows[0]["baseline"]
-    assert baseline in (contenders.L1, contenders.L2) and by_name[baseline]["ratio"] == by_name[baseline]["bound"] == 1.0
+    assert (
+        baseline in (contenders.L1, contenders.L2) and by_name[baseline]["ratio"] == by_name[baseline]["bound"] == 1.0
+    )
     written = 4 + 2
     assert by_name[contenders.L1]["bytes"] == 2 * (PROMPT + written) * TOKEN
     for row in rows:

@@ -49,7 +49,8 @@ def build(name: str, of: layer_data.Cell) -> tuple[layer_data.Layer, Any, list[S
 @pytest.mark.parametrize("name", methods.METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_are_what_the_closed_form_says(name: str, batch: int) -> None:
-    """Measured storages to the byte, but for owners of chosen rows, which share room with their numbers; touched: within 2 %."""
+    """Measured storages to the byte, but for owners of chosen rows, which share room with their numbers; touched:
+    within 2 %."""
     of = cell(batch)
     with torch.no_grad():
         layer, method, segments = build(name, of)
@@ -57,13 +58,16 @@ def test_bytes_are_what_the_closed_form_says(name: str, batch: int) -> None:
         call = operator._call(layer.query, segments, 0.25)
         call()
         counted = bytes_touched.count(call, [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())])
-    assert held == pytest.approx(byte_formula.of(name, of, method), rel=0, abs=8 * sum(len(s.owner) for s in segments) * (batch > 2))
+    assert held == pytest.approx(
+        byte_formula.of(name, of, method), rel=0, abs=8 * sum(len(s.owner) for s in segments) * (batch > 2)
+    )
     assert counted.stored == pytest.approx(byte_formula.of(name, of, method), rel=0.02)
     assert counted.traffic >= counted.stored
 
 
 def test_bytes_at_a_real_size() -> None:
-    """A layer of Qwen2.5-VL at 16,384 tokens: a tenth of the rows, and twenty times less than at 16 bits, with their text."""
+    """A layer of Qwen2.5-VL at 16,384 tokens: a tenth of the rows, and twenty times less than at 16 bits, with their
+    text."""
     of = layer_data.Cell(SHAPES["qwen2.5-vl-7b"], 1, 16384, 128, 64, torch.float32, CPU)
     token = 2 * 4 * 128 * 4
     assert byte_formula.full(of) == (16384 + 128 + 16) * token
@@ -82,7 +86,10 @@ def test_full_attention_touches_the_cache_once_and_copies_of_it_more() -> None:
     """1 F in place, 3 F with a copy, and more where heads are repeated."""
     of = cell(visual=400)
     layer = layer_data.draw(of)
-    cache, ways = full_attention.FullCache(layer.keys, layer.values), {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}
+    cache, ways = (
+        full_attention.FullCache(layer.keys, layer.values),
+        {**full_attention.IN_PLACE, **full_attention.AMPLIFIED},
+    )
     traffic = {}
     for name, way in ways.items():
         counted = bytes_touched.count(lambda way=way: way(layer.query, cache, 0.25), cache)
@@ -90,7 +97,9 @@ def test_full_attention_touches_the_cache_once_and_copies_of_it_more() -> None:
         traffic[name] = counted.traffic / of.full_bytes
     assert all(traffic[name] < 1.4 for name in full_attention.IN_PLACE)
     assert (
-        traffic["dynamic-cat"] > 3 and traffic["static-repeat"] > 1 + 2 * TINY.group and traffic["dynamic-cat-repeat"] > 3 + 2 * TINY.group
+        traffic["dynamic-cat"] > 3
+        and traffic["static-repeat"] > 1 + 2 * TINY.group
+        and traffic["dynamic-cat-repeat"] > 3 + 2 * TINY.group
     )
 
 
@@ -98,7 +107,9 @@ def test_counter_by_hand() -> None:
     a, b = torch.ones(4, 6), torch.ones(6, 5)
     assert bytes_touched.count(lambda: a @ b, [a]) == (4 * 6 * 4, (24 + 30 + 20) * 4)
     assert bytes_touched.count(lambda: a[:, :3].sum(), [a]).stored == 4 * 3 * 4, "half of every row"
-    assert bytes_touched.count(lambda: (a[:2].sum(), a[1:3].sum()), [a]).stored == 3 * 6 * 4, "a row that is read twice counts once"
+    assert bytes_touched.count(lambda: (a[:2].sum(), a[1:3].sum()), [a]).stored == 3 * 6 * 4, (
+        "a row that is read twice counts once"
+    )
     assert bytes_touched.count(lambda: a[:1].expand(9, 6).sum(), [a]).stored == 6 * 4
     assert bytes_touched.count(lambda: a.t(), [a]) == (0, 0), "a view reads nothing"
     assert bytes_touched.count(lambda: b.sum(), [a]).stored == 0
@@ -119,7 +130,9 @@ def loops(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: 
 def test_ways_of_full_attention_are_attention(name: str) -> None:
     of = cell(visual=9)
     layer = layer_data.draw(of)
-    out = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name](layer.query, full_attention.FullCache(layer.keys, layer.values), 0.25)
+    out = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name](
+        layer.query, full_attention.FullCache(layer.keys, layer.values), 0.25
+    )
     torch.testing.assert_close(out.double(), loops(layer.query, layer.keys, layer.values, 0.25), rtol=1e-5, atol=1e-5)
 
 
@@ -165,7 +178,12 @@ def test_a_cell_that_does_not_fit_is_left_out() -> None:
     of = cell(batch=64, visual=4096)
     rows, skipped = operator.measure(of, ["int4"], operator.Limits(10_000_000, 3, 0.01), 10.0)
     assert rows == [] and len(skipped) == 1 and "GiB" in skipped[0]["reason"]
-    assert (skipped[0]["geometry"], skipped[0]["batch"], skipped[0]["visual_tokens"], skipped[0]["method"]) == ("tiny", 64, 4096, None)
+    assert (skipped[0]["geometry"], skipped[0]["batch"], skipped[0]["visual_tokens"], skipped[0]["method"]) == (
+        "tiny",
+        64,
+        4096,
+        None,
+    )
 
 
 def test_a_way_that_does_not_fit_is_left_out_alone() -> None:
@@ -190,7 +208,9 @@ def test_like_layers_are_timed_once() -> None:
 def test_widths_are_those_of_training(tile: int, channels: int, ratio: int) -> None:
     """The same cells get the same widths as in training, for variances that are known."""
     budget = tile * channels * 4 // ratio
-    spectra = [random_transform.variance(tile, channels, decay) for decay in (random_transform.KEYS, random_transform.VALUES)]
+    spectra = [
+        random_transform.variance(tile, channels, decay) for decay in (random_transform.KEYS, random_transform.VALUES)
+    ]
     ours = torch.cat([w.flatten() for w in random_transform.widths(spectra, budget)])
     theirs = torch.cat([w.flatten() for w in allocate([v[None] for v in spectra], budget)])
     assert budget * 0.97 < int(ours.long().sum()) <= budget
@@ -212,7 +232,15 @@ def test_contenders_take_turns_and_go_through_their_copies() -> None:
     def note(name: str) -> Callable[[], None]:
         return lambda: (seen.append(name), time.sleep(0.003))[0]
 
-    found = interleaved_timing.interleave([interleaved_timing.Contender("a", [note("a0"), note("a1"), note("a2")]), interleaved_timing.Contender("b", [note("b0")])], CPU, 4, 9.0)
+    found = interleaved_timing.interleave(
+        [
+            interleaved_timing.Contender("a", [note("a0"), note("a1"), note("a2")]),
+            interleaved_timing.Contender("b", [note("b0")]),
+        ],
+        CPU,
+        4,
+        9.0,
+    )
     assert seen[:3] == ["a0", "a1", "a2"], "warm-up visits every copy"
     timed = seen[-8:]
     assert [name[0] for name in timed] == ["a", "b", "b", "a", "a", "b", "b", "a"]
@@ -222,7 +250,10 @@ def test_contenders_take_turns_and_go_through_their_copies() -> None:
 
 
 def test_what_is_slow_rests() -> None:
-    slow, quick = (interleaved_timing.Contender(name, [lambda s=s: time.sleep(s)]) for name, s in (("slow", 0.02), ("quick", 0.003)))
+    slow, quick = (
+        interleaved_timing.Contender(name, [lambda s=s: time.sleep(s)])
+        for name, s in (("slow", 0.02), ("quick", 0.003))
+    )
     found = interleaved_timing.interleave([slow, quick], CPU, 8, 0.05)
     assert len(found["slow"].rounds) == interleaved_timing.LEAST and len(found["quick"].rounds) == 8
     assert found["quick"].over(found["slow"]) > 3

@@ -36,7 +36,10 @@ ROWS = [
     _row("kvcapsule-2.4x+int4", "kvcapsule+quantisation", 17, 0.9),
     _row("compact-5x+int4", "compact+quantisation", 17, 0.89),
     *(_row(f"int{bits}", "quantisation", 30 / bits, s) for bits, s in ((8, 0.93), (4, 0.93), (3, 0.93), (2, 0.4))),
-    *(_row(f"post-vision-attention-{c}x", "token-pruning", c, s, policy="post-vision-attention") for c, s in ((2.4, 0.4), (5, 0.3))),
+    *(
+        _row(f"post-vision-attention-{c}x", "token-pruning", c, s, policy="post-vision-attention")
+        for c, s in ((2.4, 0.4), (5, 0.3))
+    ),
     *(_row(f"evenly-spaced-{c}x", "token-pruning", c, s, policy="evenly-spaced") for c, s in ((2.4, 0.4), (5, 0.2))),
 ]
 
@@ -86,7 +89,9 @@ def test_the_upper_axis_tells_the_compression_at_16_bits() -> None:
     (upper,) = axes.child_axes
     marks = {label.get_text(): tick for label, tick in zip(upper.get_xticklabels(), upper.get_xticks(), strict=True)}
     assert marks["20x"] == 20
-    assert upper.transData.transform((20, 0))[0] == pytest.approx(axes.transData.transform((FULL_BYTES / 40, 0))[0], abs=0.5)
+    assert upper.transData.transform((20, 0))[0] == pytest.approx(
+        axes.transData.transform((FULL_BYTES / 40, 0))[0], abs=0.5
+    )
 
 
 def test_suite_draws_its_curves(vlm, tmp_path, suite_file, monkeypatch) -> None:

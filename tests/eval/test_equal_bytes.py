@@ -21,7 +21,10 @@ from kvcapsule.vlm.spans import VisualSpan
 def _prefills(visual: int, tokens: int) -> list[LayerPrefill]:
     """One row of random numbers with one image, for each layer."""
     valid, spans = torch.ones(1, tokens, dtype=torch.bool), [VisualSpan(0, 3, visual, (1, 1, visual))]
-    drawn = [[rand(1, heads, tokens, 32, seed=9 * layer + i).float() for i, heads in enumerate((4, 2, 2))] for layer in range(LAYERS)]
+    drawn = [
+        [rand(1, heads, tokens, 32, seed=9 * layer + i).float() for i, heads in enumerate((4, 2, 2))]
+        for layer in range(LAYERS)
+    ]
     return [LayerPrefill(layer, *three, spans, valid, 32**-0.5) for layer, three in enumerate(drawn)]
 
 

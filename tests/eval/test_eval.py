@@ -63,8 +63,8 @@ def test_bytes_by_hand(tallies) -> None:
     full, noise = tallies[FULL], tallies["noise"]
     assert full.visual == 4 * LAYERS * TOKENS * TOKEN_BYTES
     assert full.parameters == 0 and full.total > full.visual
-    # 40 of 196 rows of keys and of values; a rotation (one angle for two channels) and an owner for each tile, the rotation once for all
-    # layers of a batch.
+    # 40 of 196 rows of keys and of values; a rotation (one angle for two channels) and an owner for each tile, the
+    # rotation once for all layers of a batch.
     assert noise.visual == 4 * (LAYERS * 40 * TOKEN_BYTES + 2 * 16 * 4) + 2 * _owners(rows=2)
     # theta and the basis, and mu: of one capsule, however many batches read it.
     assert noise.parameters == LAYERS * 2 * 4 * (TOKENS * 40 * 2 + 32)
@@ -103,7 +103,9 @@ def test_divergence_is_that_of_the_answer_of_the_full_cache(model, processor, ro
     """Against a loop that feeds this answer to the model by hand, for a method that would have answered otherwise."""
     destroyer = make_capsule(0.2)
     compared = [full_entry(), Entry("noise", destroyer, "kvcapsule")]
-    tally = evaluate(model, processor, rows, compared, size=4, max_new_tokens=5, progress=Progress(disable=True))["noise"]
+    tally = evaluate(model, processor, rows, compared, size=4, max_new_tokens=5, progress=Progress(disable=True))[
+        "noise"
+    ]
     assert tally.same < 4
     inputs = dict(batch.inputs)
     answer = generate(model, batch.inputs, new_cache(model, None), batch.layout, max_new_tokens=5).tokens
@@ -117,7 +119,11 @@ def test_divergence_is_that_of_the_answer_of_the_full_cache(model, processor, ro
             for token in answer[:, :-1].split(1, dim=1):
                 mask = torch.cat([mask, torch.ones_like(token)], dim=1)
                 position = mask.sum(1, keepdim=True) - 1
-                steps.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, position_ids=position).logits[:, -1])
+                steps.append(
+                    model(input_ids=token, attention_mask=mask, past_key_values=cache, position_ids=position).logits[
+                        :, -1
+                    ]
+                )
         logits.append(torch.stack(steps, dim=1)[there[:, 1:]])
     assert tally.divergence == pytest.approx(divergence(*logits).sum().item(), rel=1e-3)
 

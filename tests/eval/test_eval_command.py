@@ -36,7 +36,14 @@ def capsule_folder(tmp_path_factory, make_capsule) -> Path:
 
 
 def test_command_writes_what_it_was_asked_for(vlm, capsule_folder, tmp_path, capsys) -> None:
-    files = ["--json", str(tmp_path / "out" / "eval.json"), "--plot", str(tmp_path / "out" / "eval.png"), "--save-metrics", "true"]
+    files = [
+        "--json",
+        str(tmp_path / "out" / "eval.json"),
+        "--plot",
+        str(tmp_path / "out" / "eval.png"),
+        "--save-metrics",
+        "true",
+    ]
     assert main(["--model", vlm, "--capsule", str(capsule_folder), *QUICK, *files]) == 0
     result = json.loads((tmp_path / "out" / "eval.json").read_text())
     by_name = {row["method"]: row for row in result["rows"]}
@@ -79,7 +86,14 @@ def test_command_without_a_capsule_by_a_file_of_options(vlm, tmp_path) -> None:
 
 def test_command_takes_several_capsules(vlm, capsule_folder, tmp_path, make_capsule) -> None:
     make_capsule(0.1).save_pretrained(tmp_path / "tenth")
-    arguments = ["--capsule", str(tmp_path / "tenth"), "--capsule", str(capsule_folder), "--json", str(tmp_path / "eval.json")]
+    arguments = [
+        "--capsule",
+        str(tmp_path / "tenth"),
+        "--capsule",
+        str(capsule_folder),
+        "--json",
+        str(tmp_path / "eval.json"),
+    ]
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     by_name = {row["method"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
     assert by_name["kvcapsule:tenth"]["compression"] > 1.8 * by_name["kvcapsule:fifth"]["compression"]
@@ -89,7 +103,15 @@ def test_command_takes_several_capsules(vlm, capsule_folder, tmp_path, make_caps
 
 def test_a_budget_is_each_methods_own(vlm, tmp_path) -> None:
     """Of the visual tokens (196 of about 215), or of all; methods with commas, in the order of the registry."""
-    arguments = ["--methods", "look-m,snapkv", "--methods=int4", "--budget", "0.25", "--json", str(tmp_path / "eval.json")]
+    arguments = [
+        "--methods",
+        "look-m,snapkv",
+        "--methods=int4",
+        "--budget",
+        "0.25",
+        "--json",
+        str(tmp_path / "eval.json"),
+    ]
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     full, snapkv, look, int4 = json.loads((tmp_path / "eval.json").read_text())["rows"]
     assert [row["method"] for row in (snapkv, look, int4)] == ["snapkv", "look-m", "int4"]
@@ -109,7 +131,8 @@ def test_lists_of_the_command_line_replace_those_of_a_file(tmp_path) -> None:
 
 @pytest.fixture
 def questions_file(tmp_path, images) -> Callable[..., str]:
-    """questions_file(answer="x"): a .jsonl of two questions about one page, with these columns beside image and prompt."""
+    """questions_file(answer="x"): a .jsonl of two questions about one page, with these columns beside image and
+    prompt."""
 
     def build(image: str | None = None, **columns: Any) -> str:
         images[0].save(tmp_path / "page.png")
@@ -148,7 +171,10 @@ def _refused(capsys, *arguments: str) -> str:
         (("--budget", "0.5", "--capsule", "x"), "--budget is for runs without a capsule"),
         (("--budget", "0.5", "--ratio", "0.5"), "leave one out"),
         (("--methods",), "--methods"),
-        (("--ratio", "0.5", "--methods", "inf4"), "there is no method 'inf4'; this run has full, post-vision-attention"),
+        (
+            ("--ratio", "0.5", "--methods", "inf4"),
+            "there is no method 'inf4'; this run has full, post-vision-attention",
+        ),
         ((), "give a --capsule"),
         (("--capsule", "/no/such/capsule"), "/no/such/capsule"),
         (("--ratio", "0.5", "--model", "/no/such/model"), "cannot load"),
@@ -167,16 +193,18 @@ def test_wrong_arguments(capsys, arguments: tuple[str, ...], complaint: str) -> 
 
 
 def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
-    run = ("--model", vlm, "--ratio", "0.5")
-    assert "at least one question" in _refused(capsys, *run, "--data.size", "0")
-    assert "no split 'exam'" in _refused(capsys, *run, "--data.split", "exam")
-    assert "no column 'answer'" in _refused(capsys, *run, "--data.source", questions_file(label="x"))
-    assert "answer" in _refused(capsys, *run, "--data.source", questions_file(answer=["x", "y"]))
+    words = ("--model", vlm, "--ratio", "0.5")
+    assert "at least one question" in _refused(capsys, *words, "--data.size", "0")
+    assert "no split 'exam'" in _refused(capsys, *words, "--data.split", "exam")
+    assert "no column 'answer'" in _refused(capsys, *words, "--data.source", questions_file(label="x"))
+    assert "answer" in _refused(capsys, *words, "--data.source", questions_file(answer=["x", "y"]))
     (tmp_path / "broken.png").write_text("this is no image")
-    assert "row 0" in _refused(capsys, *run, "--data.source", questions_file(str(tmp_path / "broken.png"), answer="x"))
-    assert "row 0" in _refused(capsys, *run, "--data.source", questions_file(str(tmp_path / "lost.png"), answer="x"))
+    assert "row 0" in _refused(
+        capsys, *words, "--data.source", questions_file(str(tmp_path / "broken.png"), answer="x")
+    )
+    assert "row 0" in _refused(capsys, *words, "--data.source", questions_file(str(tmp_path / "lost.png"), answer="x"))
     (tmp_path / "empty.csv").write_text("image,prompt,answer\n")
-    assert "empty.csv" in _refused(capsys, *run, "--data.source", str(tmp_path / "empty.csv"))
+    assert "empty.csv" in _refused(capsys, *words, "--data.source", str(tmp_path / "empty.csv"))
 
 
 def test_no_questions(vlm, rows, capsys, monkeypatch) -> None:
@@ -194,7 +222,22 @@ def test_damaged_metrics_are_not_replaced(vlm, tmp_path, make_capsule, capsys) -
     make_capsule(0.2).save_pretrained(tmp_path / "capsule")
     metrics = tmp_path / "capsule" / "metrics.json"
     metrics.write_text("{")
-    assert main(["--model", vlm, "--capsule", str(tmp_path / "capsule"), "--methods", "full", *QUICK, "--save-metrics", "true"]) == 2
+    assert (
+        main(
+            [
+                "--model",
+                vlm,
+                "--capsule",
+                str(tmp_path / "capsule"),
+                "--methods",
+                "full",
+                *QUICK,
+                "--save-metrics",
+                "true",
+            ]
+        )
+        == 2
+    )
     assert "damaged" in capsys.readouterr().err
     assert metrics.read_text() == "{"
 

@@ -54,7 +54,13 @@ ROW = {
     "tokens_per_s_ratio": NUMBER,
     "n": int,
 }
-MACHINE = {"cpu": str, "cores": int, "threads": int, "memory_gib": (*NUMBER, type(None)), "accelerator": (str, type(None))}
+MACHINE = {
+    "cpu": str,
+    "cores": int,
+    "threads": int,
+    "memory_gib": (*NUMBER, type(None)),
+    "accelerator": (str, type(None)),
+}
 DATA = {"source", "split", "size", "seed", "image", "prompt", "answer", "task"}
 VERSIONS = {"python", "kvcapsule", "torch", "transformers", "datasets"}
 
@@ -100,7 +106,13 @@ def test_keys_and_types(result) -> None:
 
 
 def test_rows(result) -> None:
-    assert [row["method"] for row in result["rows"]] == ["full", "kvcapsule", "post-vision-attention", "evenly-spaced", "int4"]
+    assert [row["method"] for row in result["rows"]] == [
+        "full",
+        "kvcapsule",
+        "post-vision-attention",
+        "evenly-spaced",
+        "int4",
+    ]
     for row in result["rows"]:
         assert set(row["accuracy"]) == {"transcribe", "line", "lookup", "count"} == set(result["answer_tokens"])
         assert all(0 <= score <= 1 for score in row["accuracy"].values())
@@ -120,7 +132,13 @@ def test_full_row_is_the_yardstick(result) -> None:
 
 
 def test_families(result) -> None:
-    assert [row["family"] for row in result["rows"]] == ["full", "kvcapsule", "token-pruning", "token-pruning", "quantisation"]
+    assert [row["family"] for row in result["rows"]] == [
+        "full",
+        "kvcapsule",
+        "token-pruning",
+        "token-pruning",
+        "quantisation",
+    ]
 
 
 def test_compression_at_16_bits(result, model, processor, tmp_path) -> None:
@@ -131,7 +149,9 @@ def test_compression_at_16_bits(result, model, processor, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     data = SourceConfig(split="test", size=1)
-    config = command.EvalConfig(model=str(tmp_path), methods=["int4"], data=data, max_new_tokens=2, timing=False, dtype="bfloat16")
+    config = command.EvalConfig(
+        model=str(tmp_path), methods=["int4"], data=data, max_new_tokens=2, timing=False, dtype="bfloat16"
+    )
     narrow = command.run(config, Console(quiet=True), "")
     assert narrow["dtype"] == "bfloat16"
     for row in narrow["rows"]:

@@ -34,14 +34,22 @@ def test_settings_of_the_entries(make_capsule) -> None:
     named = {"kvcapsule": ("some/capsule", make_capsule(0.2))}
 
     def turned(name: str) -> Method:
-        return PerLayer([build(name, {}, dial) for dial in (0.2, 0.2, 0.1, 0.1)]) if name == "evenly-spaced" else build(name, {}, 0.2)
+        return (
+            PerLayer([build(name, {}, dial) for dial in (0.2, 0.2, 0.1, 0.1)])
+            if name == "evenly-spaced"
+            else build(name, {}, 0.2)
+        )
 
     found = entries(["kvcapsule", "evenly-spaced", "snapkv", "int4", "kivi4"], named, turned, "kvcapsule")
     assert [entry.family for entry in found] == ["full", "kvcapsule", *["token-pruning"] * 2, *["quantisation"] * 2]
     made = {entry.name: entry.settings for entry in found}
     assert made[FULL] == {}
     assert made["kvcapsule"]["capsule"] == "some/capsule" and made["kvcapsule"]["key_ratios"] == 0.2
-    assert made["evenly-spaced"] == {"policy": "evenly-spaced", "ratio": [0.2, 0.2, 0.1, 0.1], "matched_to": "kvcapsule"}
+    assert made["evenly-spaced"] == {
+        "policy": "evenly-spaced",
+        "ratio": [0.2, 0.2, 0.1, 0.1],
+        "matched_to": "kvcapsule",
+    }
     snapkv = {"policy": "snapkv", "ratio": 0.2, "window": 32, "kernel": 7, "pooling": "avg", "matched_to": "kvcapsule"}
     assert made["snapkv"] == snapkv
     assert made["int4"] == {"policy": "quantized", "bits": 4}
@@ -52,7 +60,9 @@ def test_every_policy_can_be_named() -> None:
     """By its registration alone; `full` is the row of the full cache, and `quantized` has a row for each width."""
     assert set(POLICIES) - {*RIVALS, *FIXED} == {"full", "quantized"}
     assert {"text-pruning", "quantized-text"} <= set(TEXT)
-    assert not {"snapkv", "full", "quantized", "look-m"} & set(TEXT), "what keeps all text raw, or stores it with the image"
+    assert not {"snapkv", "full", "quantized", "look-m"} & set(TEXT), (
+        "what keeps all text raw, or stores it with the image"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,5 +86,7 @@ def test_reports_show_no_places(tmp_path, monkeypatch) -> None:
     assert shown_path(str(tmp_path / "runs" / "demo")) == "runs/demo"
     assert shown_path("/home/somebody/demo") == "demo"
     assert shown_path("org/name") == "org/name"
-    shown = command_line(command.PROG, ["--capsule", "/home/somebody/demo", "--json=/home/somebody/x.json", "--data.size", "3"])
+    shown = command_line(
+        command.PROG, ["--capsule", "/home/somebody/demo", "--json=/home/somebody/x.json", "--data.size", "3"]
+    )
     assert shown == "kvcapsule eval --capsule demo --json=x.json --data.size 3"

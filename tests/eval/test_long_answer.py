@@ -19,7 +19,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one run has written to."""
     folder = tmp_path_factory.mktemp("growth")
     sizes = ["--tokens", str(TOKENS), "--questions", "2", "--budget_tokens", str(BUDGET), "--buffer", str(BUFFER)]
-    files = ["--json", str(folder / "long.json"), "--plot", str(folder / "long.png"), "--report", str(folder / "long.md")]
+    files = [
+        "--json",
+        str(folder / "long.json"),
+        "--plot",
+        str(folder / "long.png"),
+        "--report",
+        str(folder / "long.md"),
+    ]
     assert long_answer.main([*sizes, *files]) == 0
     return folder
 
@@ -36,7 +43,8 @@ def test_the_full_cache_grows_by_a_token_at_a_time(rows: dict[str, dict[str, Any
 
 
 def test_r_kv_stays_where_it_is(rows: dict[str, dict[str, Any]]) -> None:
-    """A buffer with room for 64 tokens, and the budget's rows from the second compression on; beside a capsule the same."""
+    """A buffer with room for 64 tokens, and the budget's rows from the second compression on; beside a capsule the
+    same."""
     assert list(rows) == ["full", "r-kv", "r-kv, prompt as well", "transform", "transform + r-kv"]
     for alone, held in (("full", "r-kv"), ("transform", "transform + r-kv")):
         found = rows[held]["bytes"]
@@ -56,7 +64,10 @@ def test_agreement_is_with_the_full_cache(rows: dict[str, dict[str, Any]]) -> No
 def test_the_page_shows_what_was_measured(written: Path, rows: dict[str, dict[str, Any]]) -> None:
     text = (written / "long.md").read_text()
     for name, row in rows.items():
-        assert f"| {name} | {row['bytes'][0]:,} | {max(row['bytes']):,} | {row['bytes'][-1]:,} | {row['agreement']:.3f} |" in text
+        assert (
+            f"| {name} | {row['bytes'][0]:,} | {max(row['bytes']):,} | {row['bytes'][-1]:,} | {row['agreement']:.3f} |"
+            in text
+        )
     assert (written / "long.png").read_bytes().startswith(b"\x89PNG")
 
 

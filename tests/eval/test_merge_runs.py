@@ -17,11 +17,17 @@ ENTRIES = [{"method": "int2"}, {"method": "evenly-spaced", "ratio": 4}, {"method
 
 @pytest.fixture(scope="module")
 def part() -> dict[str, Any]:
-    return {"model": "m", "rows": [{"method": "full", "n": 4}, {"method": "int2", "n": 4}], "command": "first", "batch": 4}
+    return {
+        "model": "m",
+        "rows": [{"method": "full", "n": 4}, {"method": "int2", "n": 4}],
+        "command": "first",
+        "batch": 4,
+    }
 
 
 def test_two_runs_are_as_one(vlm, tmp_path, suite_file) -> None:
-    """Rows in the suite's order, whatever the order of the parts; the report and the JSON as of one run, but for the command."""
+    """Rows in the suite's order, whatever the order of the parts; the report and the JSON as of one run, but for the
+    command."""
     suite, places = suite_file(ENTRIES), [str(tmp_path / name) for name in ("a.json", "b.json")]
     for place, methods in zip(places, ("int8,int2", "evenly-spaced-4x"), strict=True):
         assert evaluate("--model", vlm, *QUICK, "--suite", suite, "--methods", methods, "--json", place) == 0

@@ -10,7 +10,15 @@ from kvcapsule.eval.metrics import accuracy, character_error_rate, divergence, e
 
 @pytest.mark.parametrize(
     ("a", "b", "distance"),
-    [("", "", 0), ("abc", "", 3), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2), ("same", "same", 0)],
+    [
+        ("", "", 0),
+        ("abc", "", 3),
+        ("", "abc", 3),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+        ("ab", "ba", 2),
+        ("same", "same", 0),
+    ],
 )
 def test_edit_distance(a: str, b: str, distance: int) -> None:
     assert edit_distance(a, b) == distance
@@ -52,7 +60,9 @@ def test_divergence_by_hand() -> None:
     method[0] += 7.0
     there = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     back = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
-    torch.testing.assert_close(divergence(full, method), torch.tensor([there, back, 0.0], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        divergence(full, method), torch.tensor([there, back, 0.0], dtype=torch.float64), atol=1e-6, rtol=0
+    )
 
 
 def test_divergence_where_a_token_is_impossible() -> None:

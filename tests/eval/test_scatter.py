@@ -13,7 +13,12 @@ from kvcapsule.eval.report.scatter import draw, picture
 
 
 def _row(method: str, size: int, score: float) -> dict[str, Any]:
-    return {"method": method, "visual_kv_bytes": size, "accuracy": {"a": score, "b": score}, "compression": 400_000 / size}
+    return {
+        "method": method,
+        "visual_kv_bytes": size,
+        "accuracy": {"a": score, "b": score},
+        "compression": 400_000 / size,
+    }
 
 
 CROWDED = [
@@ -43,7 +48,9 @@ def test_labels_cover_neither_each_other_nor_a_dot() -> None:
 
 
 def test_capsules_and_quantisation_look_different() -> None:
-    (axes,) = picture([_row("kvcapsule", 80_000, 0.9), _row("int4", 60_000, 0.9), _row("int3", 50_000, 0.9)], "title").axes
+    (axes,) = picture(
+        [_row("kvcapsule", 80_000, 0.9), _row("int4", 60_000, 0.9), _row("int3", 50_000, 0.9)], "title"
+    ).axes
     capsule, int4, int3 = (line.get_color() for line in axes.lines)
     assert int4 == int3 != capsule
 

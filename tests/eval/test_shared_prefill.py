@@ -31,8 +31,8 @@ METHODS = {
     "quantized": {"bits": 2},
     "hybridkv": {"budget": 0.5},
 }
-"""One that stores the recorded tensors themselves, one that prunes, one that shares a budget, one that reads hidden states, one that acts
-again, one that quantises, one that fetches rows from the host."""
+"""One that stores the recorded tensors themselves, one that prunes, one that shares a budget, one that reads hidden
+states, one that acts again, one that quantises, one that fetches rows from the host."""
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,16 @@ def test_a_shared_prefill_changes_nothing(model, mixed, layout, prefill, name) -
     made: Made = {}
     own, shared = (_run(model, mixed, layout, method, prefill=given, made=made) for given in (None, prefill))
     _same(own, shared)
-    _same(*(_run(model, mixed, layout, method, forced=own.tokens.flip(1), prefill=given, made=made) for given in (None, prefill)))
+    _same(
+        *(
+            _run(model, mixed, layout, method, forced=own.tokens.flip(1), prefill=given, made=made)
+            for given in (None, prefill)
+        )
+    )
     # The next method finds what this one was given.
-    assert all(map(torch.equal, before, (t for layer in prefill.layers for t in (layer.query, layer.keys, layer.values))))
+    assert all(
+        map(torch.equal, before, (t for layer in prefill.layers for t in (layer.query, layer.keys, layer.values)))
+    )
 
 
 def test_a_codec_reads_the_shared_prefill_in_its_frames(model, mixed, layout, prefill, random_capsule) -> None:
@@ -82,7 +89,9 @@ def test_the_prompt_is_not_run_again(model, mixed, layout, prefill, monkeypatch)
     """Neither are its images encoded, nor is it compressed twice by one method."""
     lengths, encoded, compressed = [], [], []
     tower = model.model.vision_tower.register_forward_hook(lambda *given: encoded.append(1))
-    handle = model.get_decoder().register_forward_hook(lambda module, args, output: lengths.append(output.last_hidden_state.shape[1]))
+    handle = model.get_decoder().register_forward_hook(
+        lambda module, args, output: lengths.append(output.last_hidden_state.shape[1])
+    )
     full = POLICIES["full"]
     compress = full.compress
     monkeypatch.setattr(full, "compress", lambda self, layer: compressed.append(layer.layer) or compress(self, layer))
@@ -99,7 +108,10 @@ def test_the_prompt_is_not_run_again(model, mixed, layout, prefill, monkeypatch)
 
 
 def test_another_cache_is_refused(model, mixed, prefill) -> None:
-    with replaying(model, prefill), pytest.raises(ValueError, match=r"StaticLayer cannot be filled .*--share_prefill false"):
+    with (
+        replaying(model, prefill),
+        pytest.raises(ValueError, match=r"StaticLayer cannot be filled .*--share_prefill false"),
+    ):
         model.generate(**mixed, cache_implementation="static", max_new_tokens=2)
     assert "forward" not in vars(model)
 
@@ -123,10 +135,16 @@ def rows() -> datasets.Dataset:
 
 
 def test_a_run_is_the_same_with_and_without(model, processor: LlavaProcessor, rows, make_capsule, monkeypatch) -> None:
-    entries = [full_entry(), Entry("noise", make_capsule(0.2), "kvcapsule"), Entry("akvq-vl", POLICIES["akvq-vl"](recent=8), FULL)]
+    entries = [
+        full_entry(),
+        Entry("noise", make_capsule(0.2), "kvcapsule"),
+        Entry("akvq-vl", POLICIES["akvq-vl"](recent=8), FULL),
+    ]
     prefills = []
     monkeypatch.setattr(watched_generate, "Keeper", lambda hidden: prefills.append(hidden) or Keeper(hidden))
-    own, shared = (evaluate(model, processor, rows, entries, 4, 6, Progress(disable=True), share) for share in (False, True))
+    own, shared = (
+        evaluate(model, processor, rows, entries, 4, 6, Progress(disable=True), share) for share in (False, True)
+    )
     assert own == shared
     # One a batch, with the hidden states that one of them asks for.
     assert prefills == [True, True]
@@ -145,4 +163,6 @@ def test_questions_of_a_task_are_answered_together(rows) -> None:
     assert len(set(tasks)) > 1 and len(set(rows["task"][:3])) > 1
     assert sum(a != b for a, b in pairwise(tasks)) == len(set(tasks)) - 1
     for task in set(tasks):
-        assert [r["answer"] for r in sorted_rows if r["task"] == task] == [r["answer"] for r in rows if r["task"] == task]
+        assert [r["answer"] for r in sorted_rows if r["task"] == task] == [
+            r["answer"] for r in rows if r["task"] == task
+        ]

@@ -32,40 +32,60 @@ def test_rate_distortion() -> None:
     assert len(names) == len(set(names)) == 38
     assert {f"transform-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80")} < set(names)
     assert {f"cross-layer-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80", "160")} < set(names)
-    assert {"kvcapsule-2.4x+int4", "compact-5x+int4", "int3", "post-vision-attention-2.4x", "evenly-spaced-10x"} < set(names)
+    assert {"kvcapsule-2.4x+int4", "compact-5x+int4", "int3", "post-vision-attention-2.4x", "evenly-spaced-10x"} < set(
+        names
+    )
     by_name = {spec.name: spec for spec in load("rate-distortion").specs}
     assert by_name["transform-20x"].arguments == ("transform", "--ratio", "20")
     assert by_name["kvcapsule-2.4x"].arguments == ("kvcapsule",)
     config = command._parse(["--suite", "rate-distortion"])
-    assert (config.model, config.dtype, config.batch, config.data.size, config.data.split) == ("pages-vlm", "float32", 16, 400, "test")
+    assert (config.model, config.dtype, config.batch, config.data.size, config.data.split) == (
+        "pages-vlm",
+        "float32",
+        16,
+        400,
+        "test",
+    )
 
 
 def test_smol_vlm() -> None:
-    """Four families at the ratios of the issue, and at 20x a capsule of each data set alone: the same arguments but for the data."""
+    """Four families at the ratios of the issue, and at 20x a capsule of each data set alone: the same arguments but for
+    the data."""
     by_name = {spec.name: spec for spec in load("smol-vlm").specs}
-    coded, rows = {"transform": "5 10 20 40", "cross-layer": "10 20 40 80"}, {"kvcapsule": "2.4 5 10 20 40", "compact": "5 10 20 40"}
+    coded, rows = (
+        {"transform": "5 10 20 40", "cross-layer": "10 20 40 80"},
+        {"kvcapsule": "2.4 5 10 20 40", "compact": "5 10 20 40"},
+    )
     for family, ratios in {**coded, **rows}.items():
         for ratio in ratios.split():
             assert by_name[f"{family}-{ratio}x"].arguments[:3] == (f"smol-vlm-{family}", "--ratio", ratio)
     transfer = {spec.name: spec.arguments for spec in load("smol-transfer").specs}
     assert transfer.pop("transform-20x") == by_name["transform-20x"].arguments
-    assert transfer == {f"transform-20x@{source}": (*by_name["transform-20x"].arguments, "--data.source", source) for source in PICTURES}
+    assert transfer == {
+        f"transform-20x@{source}": (*by_name["transform-20x"].arguments, "--data.source", source) for source in PICTURES
+    }
     folders = {command._parse(["--suite", name]).suite_capsules for name in ("smol-vlm", "smol-transfer")}
     assert folders == {"runs/smol-vlm-capsules"}
     # All learn from the same pictures, so that one harvest serves them.
-    recipes = [yaml.safe_load((files("kvcapsule.training.recipes") / f"smol-vlm-{family}.yaml").read_text()) for family in FAMILIES]
+    recipes = [
+        yaml.safe_load((files("kvcapsule.training.recipes") / f"smol-vlm-{family}.yaml").read_text())
+        for family in FAMILIES
+    ]
     assert [r["family"] for r in recipes] == list(FAMILIES)
     for shared in ("model", "batch", "moment_batches", "held_out", "harvests", "data"):
         assert recipes[0][shared] == recipes[1][shared] == recipes[2][shared] == recipes[3][shared]
 
 
 def test_policies() -> None:
-    """Every policy with a dial, by its registration alone, at the bytes of both shipped capsules beside a policy for the text."""
+    """Every policy with a dial, by its registration alone, at the bytes of both shipped capsules beside a policy for
+    the text."""
     specs = {spec.name: spec for spec in load("policies").specs}
     assert [spec.place for spec in specs.values() if spec.place] == ["pages-vlm-transform", "pages-vlm-kvcapsule"]
     for target in ("transform+text", "kvcapsule+text"):
         assert specs[target].reads == target.removesuffix("+text")
-        assert [name for name, spec in specs.items() if spec.matches == target] == [f"{name}@{target}" for name in RIVALS]
+        assert [name for name, spec in specs.items() if spec.matches == target] == [
+            f"{name}@{target}" for name in RIVALS
+        ]
 
 
 def test_options_of_the_command_line_go_above_those_of_the_suite(suite_file, tmp_path) -> None:
@@ -105,7 +125,9 @@ def test_names_of_entries(suite_file) -> None:
 
 
 def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
-    suite: Suite = load(suite_file([CAPSULE, {**CAPSULE, "name": "other"}, {"capsule": "half", "latent_bits": 4}, {"method": "int4"}]))
+    suite: Suite = load(
+        suite_file([CAPSULE, {**CAPSULE, "name": "other"}, {"capsule": "half", "latent_bits": 4}, {"method": "int4"}])
+    )
 
     def capsules(*wanted: str) -> list[str]:
         return [spec.name for spec in suite.capsules(suite.chosen(wanted))]
@@ -121,12 +143,18 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         ("int4", "entries: expected a list"),
         ([], "at least one"),
         (["int4"], "entry 1: expected keys and values"),
-        ([{"method": "int4"}, {"bits": 4}], "entry 2: it has no kind: exactly one of train, pretrained, method, capsule"),
+        (
+            [{"method": "int4"}, {"bits": 4}],
+            "entry 2: it has no kind: exactly one of train, pretrained, method, capsule",
+        ),
         ([{"method": "int4", "capsule": "x"}], "entry 1: it has method and capsule"),
         ([{"method": "int5"}], "there is no method 'int5'; there are post-vision-attention, evenly-spaced, random, "),
         ([{"method": ["int4"]}], "there is no method"),
         ([{"method": "int4", "ratio": 2}], "unknown key ratio; an entry like this may have name, method"),
-        ([{"method": "evenly-spaced", "ration": 2}], "unknown key ration; an entry like this may have name, method, ratio"),
+        (
+            [{"method": "evenly-spaced", "ration": 2}],
+            "unknown key ration; an entry like this may have name, method, ratio",
+        ),
         ([{"method": "evenly-spaced"}], "evenly-spaced takes a ratio of at least 1"),
         ([{"method": "evenly-spaced", "ratio": 0.4}], "found 0.4"),
         ([{"method": "evenly-spaced", "ratio": "many"}], "found 'many'"),
@@ -147,7 +175,10 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         ([CAPSULE, {"capsule": "half", "latent_bits": True}], "latent_bits True"),
         ([{"method": "snapkv", "ratio": 2, "budget": 0.5}], "exactly one of them"),
         ([{"method": "snapkv", "budget": 2}], "snapkv takes a budget in (0, 1]; found 2"),
-        ([{"method": "snapkv", "ratio": 2, "settings": {"windw": 3}}], "snapkv has no setting 'windw'; it has window, kernel, pooling"),
+        (
+            [{"method": "snapkv", "ratio": 2, "settings": {"windw": 3}}],
+            "snapkv has no setting 'windw'; it has window, kernel, pooling",
+        ),
         ([{"method": "snapkv", "match": "x", "settings": 3}], "settings 3: expected keys and values"),
         ([{"method": "kivi", "settings": {"bits": 5}}], "kivi: 5 bits cannot be packed"),
         ([{"method": "full"}], "there is no method 'full'"),
@@ -160,9 +191,15 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         ([{"pretrained": "a", "train": ["kvcapsule"]}], "it has train and pretrained"),
         ([{"pretrained": "a", "ratio": 3}], "unknown key ratio; an entry like this may have name, pretrained"),
         ([CAPSULE, {"capsule": "half", "text": "text-pruning"}], "text 'text-pruning': expected a policy"),
-        ([CAPSULE, {"capsule": "half", "text": {"method": "snapkv"}}], "there is no method 'snapkv' for text; there are text-pruning, "),
+        (
+            [CAPSULE, {"capsule": "half", "text": {"method": "snapkv"}}],
+            "there is no method 'snapkv' for text; there are text-pruning, ",
+        ),
         ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning"}}], "text-pruning takes a ratio"),
-        ([CAPSULE, {"capsule": "half", "text": {"method": "quantized-text", "budget": 0.5}}], "quantized-text has no dial that budget"),
+        (
+            [CAPSULE, {"capsule": "half", "text": {"method": "quantized-text", "budget": 0.5}}],
+            "quantized-text has no dial that budget",
+        ),
         ([CAPSULE, {"capsule": "half", "text": {"method": "quantized-text"}}], "quantized-text: "),
         ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning", "bits": 1}}], "text: unknown key bits"),
     ],
@@ -175,7 +212,9 @@ def test_wrong_entries(suite_file, capsys, entries: Any, complaint: str) -> None
 def test_wrong_suites(suite_file, tmp_path, capsys) -> None:
     assert "no suite 'rate'" in (refused := refused_line(capsys, "--suite", "rate")) and "rate-distortion" in refused
     (tmp_path / "other.yaml").write_text("option: {}\nentries: []\n")
-    assert "unknown key option; it may have options and entries" in refused_line(capsys, "--suite", str(tmp_path / "other.yaml"))
+    assert "unknown key option; it may have options and entries" in refused_line(
+        capsys, "--suite", str(tmp_path / "other.yaml")
+    )
     (tmp_path / "other.yaml").write_text("- int4\n")
     assert "options and entries" in refused_line(capsys, "--suite", str(tmp_path / "other.yaml"))
     (tmp_path / "other.yaml").write_text("entries: [\n")
@@ -197,7 +236,9 @@ def test_options_that_do_not_go_with_a_suite(suite_file, capsys) -> None:
     assert "give a --suite too" in refused_line(capsys, "--ratio", "0.5", "--report", "x.md")
 
 
-@pytest.mark.parametrize(("suite", "report"), [("rate-distortion", "docs/results.md"), ("policies", "docs/policies.md")])
+@pytest.mark.parametrize(
+    ("suite", "report"), [("rate-distortion", "docs/results.md"), ("policies", "docs/policies.md")]
+)
 def test_the_makefile_runs_the_suites(suite: str, report: str) -> None:
     root = Path(__file__).resolve().parents[2]
     makefile = (root / "Makefile").read_text()

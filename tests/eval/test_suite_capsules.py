@@ -10,7 +10,11 @@ from kvcapsule.eval.main import main
 
 def test_missing_capsules_are_refused_with_the_commands(vlm, tmp_path, suite_file, put_capsule, capsys) -> None:
     folder = put_capsule("there", 0.5)
-    entries = [CAPSULE, {"name": "there", "train": ["kvcapsule"]}, {"name": "fifth", "train": ["kvcapsule", "--ratio", "0.2"]}]
+    entries = [
+        CAPSULE,
+        {"name": "there", "train": ["kvcapsule"]},
+        {"name": "fifth", "train": ["kvcapsule", "--ratio", "0.2"]},
+    ]
     arguments = ["--model", vlm, "--suite", suite_file(entries), "--suite-capsules", str(folder), "--train", "false"]
     refused = refused_line(capsys, *arguments)
     assert "2 of the suite's capsules are missing" in refused
@@ -23,9 +27,29 @@ def test_missing_capsules_are_refused_with_the_commands(vlm, tmp_path, suite_fil
 
 def test_missing_capsules_are_trained(vlm, tmp_path, suite_file, capsys) -> None:
     """By the real command, once; the second run finds them."""
-    sizes = ["--data.size", 12, "--held_out", 4, "--batch", 4, "--moment_batches", 2, "--optim.soft_steps", 0, "--optim.hard_steps", 1]
+    sizes = [
+        "--data.size",
+        12,
+        "--held_out",
+        4,
+        "--batch",
+        4,
+        "--moment_batches",
+        2,
+        "--optim.soft_steps",
+        0,
+        "--optim.hard_steps",
+        1,
+    ]
     path = suite_file([{"name": "tenth", "train": ["kvcapsule", "--ratio", 0.1, *sizes]}], dtype="float32")
-    arguments = ["--suite", path, "--suite-capsules", str(tmp_path / "capsules"), "--threads", str(torch.get_num_threads())]
+    arguments = [
+        "--suite",
+        path,
+        "--suite-capsules",
+        str(tmp_path / "capsules"),
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     rows = rows_of(vlm, tmp_path, *arguments)
     shown = capsys.readouterr().err
     assert "kvcapsule train kvcapsule --ratio 0.1 --data.size 12" in shown and f"--model {vlm} --output" in shown
@@ -50,7 +74,18 @@ def test_the_training_is_told_what_the_run_is_told(vlm, tmp_path, suite_file, fa
     rows_of(vlm, tmp_path, *arguments, "--methods", "int4")
     assert not fake_training
     rows_of(vlm, tmp_path, *arguments, "--methods", "half+int4")
-    train = ["train", "kvcapsule", "--ratio", "0.5", "--model", vlm, "--output", str(folder / "half"), "--device", "cpu"]
+    train = [
+        "train",
+        "kvcapsule",
+        "--ratio",
+        "0.5",
+        "--model",
+        vlm,
+        "--output",
+        str(folder / "half"),
+        "--device",
+        "cpu",
+    ]
     assert fake_training == [[sys.executable, "-m", "kvcapsule", *train]]
 
 

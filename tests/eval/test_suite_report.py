@@ -8,7 +8,8 @@ from support.suite_files import CAPSULE, refused_line, rows_of
 from kvcapsule.eval.report import markdown
 
 DOCUMENT = (
-    "# Title\n\nBefore.\n\n<!-- table: mine -->\nold\n<!-- end of table -->\n\nBehind.\n\n<!-- table: other -->\n<!-- end of table -->\n"
+    "# Title\n\nBefore.\n\n<!-- table: mine -->\nold\n<!-- end of table -->\n\nBehind.\n\n<!-- table: other -->\n<!--"
+    " end of table -->\n"
 )
 
 
@@ -52,11 +53,24 @@ def test_report_is_refreshed_in_its_place_alone(vlm, tmp_path, suite_file) -> No
 
 def test_a_report_has_times_and_the_hosts_bytes_where_there_are_such() -> None:
     """Of all rows."""
-    row = {**dict.fromkeys(("compression", "compression16"), 2.0), **dict.fromkeys(("visual_kv_bytes", "kv_bytes", "parameter_bytes"), 5)}
-    row |= {"accuracy": {"line": 0.5}, "agreement": 1.0, "kl": None, "host_kv_bytes": 0, "prefill_ratio": None, "tokens_per_s_ratio": None}
-    (plain, *_) = _cells(markdown.table([{**row, "method": "full"}, {**row, "method": "a"}]))
+    row = {
+        **dict.fromkeys(("compression", "compression16"), 2.0),
+        **dict.fromkeys(("visual_kv_bytes", "kv_bytes", "parameter_bytes"), 5),
+    }
+    row |= {
+        "accuracy": {"line": 0.5},
+        "agreement": 1.0,
+        "kl": None,
+        "host_kv_bytes": 0,
+        "prefill_ratio": None,
+        "tokens_per_s_ratio": None,
+    }
+    plain, *_ = _cells(markdown.table([{**row, "method": "full"}, {**row, "method": "a"}]))
     assert not {"on the host", "prefill time", "tokens/s"} & set(plain)
-    timed = [{**row, "method": m, "prefill_ratio": p, "tokens_per_s_ratio": 0.5, "host_kv_bytes": 7} for m, p in (("full", 1), ("a", 1.25))]
+    timed = [
+        {**row, "method": m, "prefill_ratio": p, "tokens_per_s_ratio": 0.5, "host_kv_bytes": 7}
+        for m, p in (("full", 1), ("a", 1.25))
+    ]
     head, _, full, a = _cells(markdown.table(timed))
     assert [line[head.index("prefill time")] for line in (full, a)] == ["1.00", "1.25"]
     assert [line[head.index("on the host")] for line in (full, a)] == ["7", "7"]
@@ -82,11 +96,19 @@ def test_a_report_that_is_not_there_is_made(vlm, tmp_path, suite_file) -> None:
         "<!-- table: mine -->\n<!-- table: other -->\n<!-- end of table -->\n",
     ],
 )
-def test_a_report_without_a_place_is_refused_before_the_run(tmp_path, suite_file, fake_training, capsys, text: str) -> None:
+def test_a_report_without_a_place_is_refused_before_the_run(
+    tmp_path, suite_file, fake_training, capsys, text: str
+) -> None:
     report = tmp_path / "report.md"
     report.write_text(text)
     refused = refused_line(
-        capsys, "--suite", suite_file([CAPSULE]), "--report", str(report), "--suite-capsules", str(tmp_path / "capsules")
+        capsys,
+        "--suite",
+        suite_file([CAPSULE]),
+        "--report",
+        str(report),
+        "--suite-capsules",
+        str(tmp_path / "capsules"),
     )
     assert "<!-- table: mine -->" in refused and report.read_text() == text
     assert not fake_training

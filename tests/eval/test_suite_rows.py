@@ -49,7 +49,11 @@ def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:
     # 49 and 82 of 196 tokens; nothing is timed unless it is asked for.
     assert rows["post-vision-attention-4x"]["compression"] == pytest.approx(196 / 49, rel=1e-3)
     assert rows["evenly-spaced-2.4x"]["compression"] == pytest.approx(196 / 82, rel=1e-3)
-    assert rows["evenly-spaced-2.4x"]["settings"] == {"family": "token-pruning", "policy": "evenly-spaced", "ratio": pytest.approx(1 / 2.4)}
+    assert rows["evenly-spaced-2.4x"]["settings"] == {
+        "family": "token-pruning",
+        "policy": "evenly-spaced",
+        "ratio": pytest.approx(1 / 2.4),
+    }
     assert rows["half"]["settings"]["ratio"] == 0.5 and rows["half"]["settings"]["capsule"] == "half"
     assert all(row["prefill_ratio"] is None for row in rows.values())
     for row in rows.values():
@@ -61,7 +65,11 @@ def test_latents_in_fewer_bits(vlm, tmp_path, suite_file, put_capsule) -> None:
     entries = [{"capsule": "half", "latent_bits": 8}, CAPSULE, {"capsule": "half", "latent_bits": 1}]
     rows = rows_of(vlm, tmp_path, "--suite", suite_file(entries), "--suite-capsules", str(folder))
     plain, eight, one = rows["half"], rows["half+int8"], rows["half+int1"]
-    assert (plain["settings"]["latent_bits"], eight["settings"]["latent_bits"], one["settings"]["latent_bits"]) == (0, 8, 1)
+    assert (plain["settings"]["latent_bits"], eight["settings"]["latent_bits"], one["settings"]["latent_bits"]) == (
+        0,
+        8,
+        1,
+    )
     assert plain["visual_kv_bytes"] > 3 * eight["visual_kv_bytes"] > 6 * one["visual_kv_bytes"]
     # The row of the capsule itself is what it is without the others: they share its parameters, not its settings.
     alone = rows_of(vlm, tmp_path, "--suite", suite_file(entries), "--suite-capsules", str(folder), "--methods", "half")
@@ -105,13 +113,20 @@ def test_a_capsule_that_is_there_beside_a_policy_for_the_text(vlm, tmp_path, sui
     place = str(put_capsule("shipped", 0.5) / "shipped")
     entries = [
         {"pretrained": place},
-        {"capsule": "shipped", "text": {"method": "text-pruning", "budget": 0.5, "settings": {"sinks": 1, "recent": 2}}},
+        {
+            "capsule": "shipped",
+            "text": {"method": "text-pruning", "budget": 0.5, "settings": {"sinks": 1, "recent": 2}},
+        },
         {"capsule": "shipped", "text": {"method": "quantized-text", "settings": {"bits": 1}}, "name": "few"},
     ]
     rows = rows_of(vlm, tmp_path, "--suite", suite_file(entries))
     assert list(rows) == ["full", "shipped", "shipped+text-pruning", "few"]
     plain, pruned, few = (rows[name] for name in list(rows)[1:])
-    assert [row["family"] for row in (plain, pruned, few)] == ["kvcapsule", "kvcapsule+token-pruning", "kvcapsule+quantisation"]
+    assert [row["family"] for row in (plain, pruned, few)] == [
+        "kvcapsule",
+        "kvcapsule+token-pruning",
+        "kvcapsule+quantisation",
+    ]
     assert len({row["visual_kv_bytes"] for row in (plain, pruned, few)}) == 1
     text = [row["kv_bytes"] - row["visual_kv_bytes"] for row in (plain, pruned, few)]
     assert text[0] > 1.5 * text[1] and text[0] > text[2]
@@ -126,7 +141,11 @@ def test_policies_at_the_bytes_of_an_entry(vlm, tmp_path, suite_file, put_capsul
         {"method": "all", "match": "both"},
         {"method": "snapkv", "match": "shipped", "settings": {"window": 8}},
         {"pretrained": place},
-        {"capsule": "shipped", "text": {"method": "text-pruning", "budget": 0.6, "settings": {"recent": 4}}, "name": "both"},
+        {
+            "capsule": "shipped",
+            "text": {"method": "text-pruning", "budget": 0.6, "settings": {"recent": 4}},
+            "name": "both",
+        },
     ]
     quick = ("--data.size", "2")
     rows = rows_of(vlm, tmp_path, "--suite", suite_file(entries), *quick)

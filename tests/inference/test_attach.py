@@ -31,7 +31,12 @@ class TestAttach:
         hooks = [
             (name, list(getattr(module, kind)))
             for name, module in model.named_modules()
-            for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+            for kind in (
+                "_forward_hooks",
+                "_forward_pre_hooks",
+                "_forward_hooks_with_kwargs",
+                "_forward_pre_hooks_with_kwargs",
+            )
         ]
         configs = (model.config, model.config.text_config, model.config.vision_config)
         own = {name: id(value) for name, value in vars(model).items()}
@@ -62,7 +67,9 @@ class TestAttach:
         finally:
             model.set_attn_implementation("sdpa")
 
-    def test_a_generate_of_the_users_own_comes_back(self, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+    def test_a_generate_of_the_users_own_comes_back(
+        self, model: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
         calls = []
         plain = model.generate
 
@@ -79,9 +86,13 @@ class TestAttach:
         finally:
             del model.__dict__["generate"]
 
-    def test_other_caches_work_inside(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+    def test_other_caches_work_inside(
+        self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
+    ) -> None:
         with attach(model, PostVisionAttention(0.1)):
-            assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
+            assert_same(
+                model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0
+            )
             without = model.generate(**mixed, use_cache=False, **greedy)
             config = GenerationConfig(**{**greedy, "use_cache": False, "eos_token_id": 3, "pad_token_id": 0})
             by_config = [model.generate(**mixed, generation_config=config), model.generate(None, config, **mixed)]
@@ -94,7 +105,9 @@ class TestAttach:
             assert torch.equal(out.sequences, expected.sequences)
             assert out.past_key_values is None
 
-    def test_a_cache_outside_is_refused(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+    def test_a_cache_outside_is_refused(
+        self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
+    ) -> None:
         with pytest.raises(RuntimeError, match=r"never read it.*with kvcapsule\.attach\(model"):
             model.generate(**mixed, past_key_values=CapsuleCache(model.config, Full()), **greedy)
         assert_same(model.generate(**mixed, **greedy), expected, atol=0)
@@ -112,7 +125,10 @@ class TestAttach:
         other = copy.deepcopy(model.config)
         other.text_config.num_key_value_heads = 4
         traces = self.traces(model)
-        with pytest.raises(GeometryError, match="kv_heads: 4 != 2"), attach(model, _Made(capsule, KVGeometry.from_config(other))):
+        with (
+            pytest.raises(GeometryError, match="kv_heads: 4 != 2"),
+            attach(model, _Made(capsule, KVGeometry.from_config(other))),
+        ):
             pass
         assert self.traces(model) == traces
 
@@ -139,14 +155,21 @@ class TestAttach:
             cache = CapsuleCache(model.config, Full())
             prefill(model, mixed, cache)
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
-            assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
+            assert_same(
+                model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0
+            )
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
         with attach(model):
             assert attention_interface._pending.get() is None
 
     def test_pipeline(self, model: Model, processor: Any, images: Any) -> None:
         pipe = pipeline("image-text-to-text", model=model, processor=processor)
-        turns = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Read line 2."}]}]
+        turns = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Read line 2."}],
+            }
+        ]
         options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
         written = [pipe(text=turns, generate_kwargs=options)[0]["generated_text"][-1]["content"]]
         for method in (Full(), PostVisionAttention(0.01)):

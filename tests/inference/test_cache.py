@@ -43,14 +43,20 @@ def expected64(model64: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> A
 class TestEverythingKept:
     """Methods that lose nothing give the full cache's tokens and logits."""
 
-    def test_the_answers_tell_something(self, expected: Any, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+    def test_the_answers_tell_something(
+        self, expected: Any, model: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
         """The rows differ, and so would the answer without the image's KV: the tests below could fail."""
         assert len({tuple(row.tolist()) for row in expected.sequences[:, -8:]}) == 3
         one = make_batch((1, MIXED[0][1]))
         with pytest.raises(AssertionError):
-            assert_same(run(model, PostVisionAttention(0.01), one, **greedy), model.generate(**one, **greedy), atol=1e-2)
+            assert_same(
+                run(model, PostVisionAttention(0.01), one, **greedy), model.generate(**one, **greedy), atol=1e-2
+            )
 
-    def test_greedy_batch(self, keeper: Method, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+    def test_greedy_batch(
+        self, keeper: Method, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
+    ) -> None:
         assert_same(run(model, keeper, mixed, **greedy), expected)
 
     def test_in_double_precision(
@@ -59,7 +65,9 @@ class TestEverythingKept:
         """Logits come in float32 all the same."""
         assert_same(run(model64, keeper, in_dtype(mixed, torch.float64), **greedy), expected64, atol=1e-6)
 
-    def test_cache_given_by_hand(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
+    def test_cache_given_by_hand(
+        self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
+    ) -> None:
         with attach(model):
             cache = CapsuleCache(model.config, Full())
             out = model.generate(**mixed, past_key_values=cache, **greedy)
@@ -69,13 +77,17 @@ class TestEverythingKept:
         assert all(isinstance(layer, CapsuleLayer) and layer.tail_length == 7 for layer in cache.layers)
 
     @pytest.mark.parametrize("keeper", ["full", "tile 49"], indirect=True)
-    def test_prompt_without_image(self, keeper: Method, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+    def test_prompt_without_image(
+        self, keeper: Method, model: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
         batch = make_batch((0, "Hello."), (0, "What is the number beside the owl?"))
         out = run(model, keeper, batch, **greedy)
         assert_same(out, model.generate(**batch, **greedy))
         assert out.past_key_values.bytes().visual == 0
 
-    def test_sampling(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], identity: Callable[..., Capsule]) -> None:
+    def test_sampling(
+        self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], identity: Callable[..., Capsule]
+    ) -> None:
         options = {**greedy, "do_sample": True, "temperature": 0.9, "top_k": 40}
         torch.manual_seed(3)
         expected = model.generate(**mixed, **options)
@@ -85,7 +97,9 @@ class TestEverythingKept:
         assert not torch.equal(model.generate(**mixed, **options).sequences, expected.sequences)
 
     @pytest.mark.parametrize("returned", [1, 3])
-    def test_beams(self, returned: int, model: Model, make_batch: Batch, greedy: dict[str, Any], identity: Callable[..., Capsule]) -> None:
+    def test_beams(
+        self, returned: int, model: Model, make_batch: Batch, greedy: dict[str, Any], identity: Callable[..., Capsule]
+    ) -> None:
         batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
         options = {**greedy, "num_beams": 3, "num_return_sequences": returned, "output_scores": True}
         expected = model.generate(**batch, **options)
@@ -102,7 +116,9 @@ class TestEverythingKept:
         torch.manual_seed(5)
         assert_same(run(model, Full(), batch, **options), expected)
 
-    def test_candidate_tokens_that_are_taken_back(self, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+    def test_candidate_tokens_that_are_taken_back(
+        self, model: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
         """Prompt lookup feeds several tokens at once and crops those that were wrong."""
         batch = make_batch((1, "Transcribe the page. Transcribe the page."))
         options = {**greedy, "prompt_lookup_num_tokens": 3, "max_new_tokens": 20, "min_new_tokens": 20}
@@ -110,7 +126,9 @@ class TestEverythingKept:
         assert torch.equal(out.sequences, model.generate(**batch, **options).sequences)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision(self, dtype: torch.dtype, model: Model, make_batch: Batch, identity: Callable[..., Capsule]) -> None:
+    def test_half_precision(
+        self, dtype: torch.dtype, model: Model, make_batch: Batch, identity: Callable[..., Capsule]
+    ) -> None:
         half = copy.deepcopy(model).to(dtype)
         batch = in_dtype(make_batch((1, "Read line 2.")), dtype)
         token, mask = torch.full((1, 1), 50), longer(batch["attention_mask"], 1)
@@ -126,7 +144,15 @@ class TestEverythingKept:
         torch.testing.assert_close(logits, expected, rtol=0, atol=0.15 if dtype == torch.bfloat16 else 0.02)
 
 
-def converse(model: Model, first: BatchFeature, second: list[str], cache: Any, greedy: dict[str, Any], processor: Any, pixels: Any) -> Any:
+def converse(
+    model: Model,
+    first: BatchFeature,
+    second: list[str],
+    cache: Any,
+    greedy: dict[str, Any],
+    processor: Any,
+    pixels: Any,
+) -> Any:
     """Both turns' outputs; the second is given the whole conversation, as a chat would."""
     out = model.generate(**first, past_key_values=cache, **greedy)
     asked = processor.tokenizer(second, padding=True, return_tensors="pt")
@@ -139,7 +165,10 @@ def converse(model: Model, first: BatchFeature, second: list[str], cache: Any, g
 PLACEHOLDERS = "<image>" * 196
 SECOND = {
     "text": ["<|user|>And line 3?<|assistant|>", "<|user|>How many 7 are there in it?<|assistant|>"],
-    "image in each": [f"<|user|>{PLACEHOLDERS}And here?<|assistant|>", f"<|user|>And in this one {PLACEHOLDERS}<|assistant|>"],
+    "image in each": [
+        f"<|user|>{PLACEHOLDERS}And here?<|assistant|>",
+        f"<|user|>And in this one {PLACEHOLDERS}<|assistant|>",
+    ],
     "image in one": [f"<|user|>{PLACEHOLDERS}And here?<|assistant|>", "<|user|>Line 3?<|assistant|>"],
 }
 
@@ -164,7 +193,9 @@ def conversation(
 class TestTurns:
     """A second turn over a compressed first."""
 
-    @pytest.mark.parametrize("keeper", ["full", "tile 50, the last one incomplete", "tile 49, no frames"], indirect=True)
+    @pytest.mark.parametrize(
+        "keeper", ["full", "tile 50, the last one incomplete", "tile 49, no frames"], indirect=True
+    )
     def test_second_turn(self, keeper: Method, conversation: tuple[Callable[[Any], Any], Any], model: Model) -> None:
         hold, own = conversation
         with attach(model):
@@ -174,7 +205,9 @@ class TestTurns:
         assert cache.get_seq_length() == own[1].sequences.shape[1] - 1
         assert not torch.equal(own[0].sequences[:, -8:], own[1].sequences[:, -8:])
 
-    def test_a_new_image_is_compressed(self, model: Model, make_batch: Batch, greedy: dict[str, Any], processor: Any) -> None:
+    def test_a_new_image_is_compressed(
+        self, model: Model, make_batch: Batch, greedy: dict[str, Any], processor: Any
+    ) -> None:
         first, pixels = make_batch((1, "Read line 2.")), make_batch((2, ""))["pixel_values"][1:]
         with attach(model):
             cache = CapsuleCache(model.config, EvenlySpaced(0.25))
@@ -185,7 +218,9 @@ class TestTurns:
         assert cache.bytes().visual == 2 * before.visual
         assert [len(layer.visual) for layer in cache.layers] == [2] * 4
 
-    def test_four_turns_with_padding_in_each(self, model: Model, make_batch: Batch, identity: Callable[..., Capsule]) -> None:
+    def test_four_turns_with_padding_in_each(
+        self, model: Model, make_batch: Batch, identity: Callable[..., Capsule]
+    ) -> None:
         """By direct forwards: what a turn with an image closes as text, padding in it, is read as before."""
         batches = [
             make_batch((1, "Read line 2."), (1, "What is the number beside the owl?")),
@@ -218,7 +253,12 @@ def family(request: pytest.FixtureRequest) -> tuple[Any, BatchFeature]:
 class TestOtherFamilies:
     """M-RoPE, and layers with a window between those with full attention."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
 
     @pytest.mark.parametrize("tile", [6, 7, 8])
     def test_everything_kept(self, tile: int, family: tuple[Any, BatchFeature]) -> None:

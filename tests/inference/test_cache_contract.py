@@ -1,7 +1,8 @@
-"""transformers' own cache tests, re-stated for CapsuleCache with methods that keep everything and with some that do not.
+"""transformers' own cache tests, re-stated for CapsuleCache with methods that keep everything and with some that do
+not.
 
-From tests/utils/test_cache_utils.py and tests/generation/test_utils.py of transformers; docs/generation.md lists those that do not apply.
-Crop, reset and chosen rows are in test_cache_interface.py, beams and samples in test_cache.py.
+From tests/utils/test_cache_utils.py and tests/generation/test_utils.py of transformers; docs/generation.md lists those
+that do not apply. Crop, reset and chosen rows are in test_cache_interface.py, beams and samples in test_cache.py.
 """
 
 import copy
@@ -62,7 +63,9 @@ def generate(model: Model, batch: BatchFeature, cache: CapsuleCache, greedy: dic
 
 
 class TestGeneration:
-    def test_continue_from_past_key_values(self, method: Method, attached: Model, batch: BatchFeature, greedy: dict[str, Any]) -> None:
+    def test_continue_from_past_key_values(
+        self, method: Method, attached: Model, batch: BatchFeature, greedy: dict[str, Any]
+    ) -> None:
         """test_generate_continue_from_past_key_values: three tokens and then five are eight."""
         whole = generate(attached, batch, CapsuleCache(attached.config, method), greedy)
         cache = CapsuleCache(attached.config, method)
@@ -73,10 +76,15 @@ class TestGeneration:
         for ours, theirs in zip(first.logits + second.logits, whole.logits, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=EXACT)
 
-    def test_extra_left_padding(self, method: Method, attached: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
+    def test_extra_left_padding(
+        self, method: Method, attached: Model, make_batch: Batch, greedy: dict[str, Any]
+    ) -> None:
         """test_cache_extra_left_padding."""
         one = make_batch((1, "Read line 2."))
-        padding = {"input_ids": torch.zeros(1, 37, dtype=torch.int64), "attention_mask": torch.zeros(1, 37, dtype=torch.int64)}
+        padding = {
+            "input_ids": torch.zeros(1, 37, dtype=torch.int64),
+            "attention_mask": torch.zeros(1, 37, dtype=torch.int64),
+        }
         padded = BatchFeature({k: torch.cat([padding[k], v], dim=1) if k in padding else v for k, v in one.items()})
         plain = generate(attached, one, CapsuleCache(attached.config, method), greedy)
         out = generate(attached, padded, CapsuleCache(attached.config, method), greedy)
@@ -103,14 +111,18 @@ class TestGeneration:
         assert_same(generate(attached, question, cache, greedy), asked[1], atol=0)
         assert not torch.equal(asked[0].logits[0], asked[1].logits[0])
 
-    def test_copies_share_the_parameters(self, attached: Model, batch: BatchFeature, random_capsule: Callable[..., Capsule]) -> None:
+    def test_copies_share_the_parameters(
+        self, attached: Model, batch: BatchFeature, random_capsule: Callable[..., Capsule]
+    ) -> None:
         cache = CapsuleCache(attached.config, random_capsule())
         prefill(attached, batch, cache)
         twin = copy.deepcopy(cache)
         for ours, theirs in zip(cache.layers, twin.layers, strict=True):
             for one, other in zip(ours.visual, theirs.visual, strict=True):
                 assert [id(t) for t in one.parameter_tensors()] == [id(t) for t in other.parameter_tensors()]
-                assert {t.data_ptr() for t in one.entry_tensors()}.isdisjoint(t.data_ptr() for t in other.entry_tensors())
+                assert {t.data_ptr() for t in one.entry_tensors()}.isdisjoint(
+                    t.data_ptr() for t in other.entry_tensors()
+                )
 
 
 class TestTensors:
@@ -135,7 +147,8 @@ class TestTensors:
         torch.testing.assert_close(out, plain[order], rtol=0, atol=EXACT)
 
     def test_sequence_length(self, method: Method, attached: Model, batch: BatchFeature) -> None:
-        """Lengths and offsets are the DynamicCache's, whatever is stored; the mask ends where its does, and is of the tail alone."""
+        """Lengths and offsets are the DynamicCache's, whatever is stored; the mask ends where its does, and is of the
+        tail alone."""
         own, mask = DynamicCache(config=attached.config), batch["attention_mask"]
         cache = CapsuleCache(attached.config, method)
         for fed, past in ((False, cache), (True, cache)):
@@ -154,17 +167,26 @@ class TestTensors:
 
     def test_early_initialization(self, attached: Model, batch: BatchFeature) -> None:
         cache = CapsuleCache(attached.config, Full())
-        cache.early_initialization(batch_size=3, num_heads=2, head_dim=32, dtype=torch.float32, device=torch.device("cpu"))
+        cache.early_initialization(
+            batch_size=3, num_heads=2, head_dim=32, dtype=torch.float32, device=torch.device("cpu")
+        )
         assert cache.is_initialized
         assert cache.get_seq_length() == 0
         torch.testing.assert_close(
-            prefill(attached, batch, cache), prefill(attached, batch, DynamicCache(config=attached.config)), rtol=0, atol=0
+            prefill(attached, batch, cache),
+            prefill(attached, batch, DynamicCache(config=attached.config)),
+            rtol=0,
+            atol=0,
         )
 
     def test_moved_away_and_back(self, method: Method, attached: Model, batch: BatchFeature) -> None:
-        """Everything that is stored for the sequences moves, here to "meta", which holds no data: so it is kept aside meanwhile."""
+        """Everything that is stored for the sequences moves, here to "meta", which holds no data: so it is kept aside
+        meanwhile."""
         cache = self.filled(attached, batch, method)
-        before, parameters = cache.bytes(), [id(t) for layer in cache.layers for s in layer.visual for t in s.parameter_tensors()]
+        before, parameters = (
+            cache.bytes(),
+            [id(t) for layer in cache.layers for s in layer.visual for t in s.parameter_tensors()],
+        )
         aside = copy.deepcopy(cache)
         for layer in cache.layers:
             layer._move(torch.device("meta"))
@@ -177,7 +199,9 @@ class TestTensors:
             ]
         assert aside.bytes() == before
 
-    def test_offload(self, method: Method, attached: Model, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offload(
+        self, method: Method, attached: Model, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Between turns a cache can lie in the host's memory; the next token fetches it, layer by layer."""
         cache = self.filled(attached, batch, method)
         expected = self.logits(attached, copy.deepcopy(cache), [50, 51, 52], batch["attention_mask"])
@@ -187,13 +211,21 @@ class TestTensors:
         for layer in cache.layers:
             # On a machine whose only device is the host: as if the layer's had been another.
             fetch = layer._move
-            monkeypatch.setattr(layer, "_move", lambda device, i=layer.index, fetch=fetch: (moves.append((i, device.type)), fetch(device)))
+            monkeypatch.setattr(
+                layer,
+                "_move",
+                lambda device, i=layer.index, fetch=fetch: (moves.append((i, device.type)), fetch(device)),
+            )
             monkeypatch.setattr(layer, "device", torch.device("cpu", 0))
-        torch.testing.assert_close(self.logits(attached, cache, [50, 51, 52], batch["attention_mask"]), expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            self.logits(attached, cache, [50, 51, 52], batch["attention_mask"]), expected, rtol=0, atol=0
+        )
         assert moves == [(i, "cpu") for i in range(4)]
 
 
-def test_batched_generation_is_that_of_the_full_cache(model: Model, batch: BatchFeature, greedy: dict[str, Any]) -> None:
+def test_batched_generation_is_that_of_the_full_cache(
+    model: Model, batch: BatchFeature, greedy: dict[str, Any]
+) -> None:
     """test_cache_batched, test_dynamic_cache_hard: a sampled answer of 40 tokens to a padded batch."""
     options = {**greedy, "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": True}
     torch.manual_seed(0)

@@ -33,13 +33,17 @@ class TestCacheInterface:
         mask = mixed["attention_mask"]
         for tokens in (torch.tensor([[40], [41], [42]]), torch.tensor([[43, 44, 45]] * 3), torch.tensor([[46]] * 3)):
             mask = longer(mask, tokens.shape[1])
-            torch.testing.assert_close(step(attached, cache, tokens, mask), step(attached, own, tokens, mask), rtol=0, atol=EXACT)
+            torch.testing.assert_close(
+                step(attached, cache, tokens, mask), step(attached, own, tokens, mask), rtol=0, atol=EXACT
+            )
 
     def test_one_token_prompt(self, attached: Model) -> None:
         own, cache = DynamicCache(config=attached.config), CapsuleCache(attached.config, Full())
         for i in range(3):
             tokens, mask = torch.tensor([[40 + i]]), torch.ones(1, i + 1, dtype=torch.int64)
-            torch.testing.assert_close(step(attached, cache, tokens, mask), step(attached, own, tokens, mask), rtol=0, atol=EXACT)
+            torch.testing.assert_close(
+                step(attached, cache, tokens, mask), step(attached, own, tokens, mask), rtol=0, atol=EXACT
+            )
 
     @pytest.mark.parametrize("method", [PostVisionAttention(0.1), Quantized(2), Full()], ids=lambda m: type(m).__name__)
     def test_length_is_logical(self, method: Method, attached: Model, mixed: BatchFeature) -> None:
@@ -91,7 +95,9 @@ class TestCacheInterface:
             cache.crop(10)
         assert [cache.get_seq_length(i) for i in range(4)] == [mask.shape[1] + 2] * 4
 
-    def test_reset(self, attached: Model, mixed: BatchFeature, make_batch: Batch, greedy: dict[str, Any], expected: Any) -> None:
+    def test_reset(
+        self, attached: Model, mixed: BatchFeature, make_batch: Batch, greedy: dict[str, Any], expected: Any
+    ) -> None:
         cache = CapsuleCache(attached.config, Full())
         attached.generate(**make_batch((1, "Hello.")), past_key_values=cache, **greedy)
         cache.reset()
@@ -108,7 +114,12 @@ class TestCacheInterface:
         random_capsule: Callable[..., Capsule],
         random_transform: Callable[..., Capsule],
     ) -> None:
-        methods = {"full": Full(), "kvcapsule": random_capsule(), "quantized": Quantized(4), "transform": random_transform()}
+        methods = {
+            "full": Full(),
+            "kvcapsule": random_capsule(),
+            "quantized": Quantized(4),
+            "transform": random_transform(),
+        }
         cache = CapsuleCache(attached.config, methods[method])
         prefill(attached, mixed, cache)
         mask = longer(mixed["attention_mask"], 1)
@@ -120,10 +131,14 @@ class TestCacheInterface:
         torch.testing.assert_close(repeated, plain[rows], rtol=0, atol=EXACT)
         cache.crop(-1)
         cache.batch_select_indices(torch.tensor([5, 2]))
-        torch.testing.assert_close(step(attached, cache, torch.tensor([[42], [41]]), mask[[2, 1]]), plain[[2, 1]], rtol=0, atol=EXACT)
+        torch.testing.assert_close(
+            step(attached, cache, torch.tensor([[42], [41]]), mask[[2, 1]]), plain[[2, 1]], rtol=0, atol=EXACT
+        )
         cache.crop(-1)
         cache.batch_select_indices(torch.tensor([False, True]))
-        torch.testing.assert_close(step(attached, cache, torch.tensor([[41]]), mask[[1]]), plain[[1]], rtol=0, atol=EXACT)
+        torch.testing.assert_close(
+            step(attached, cache, torch.tensor([[41]]), mask[[1]]), plain[[1]], rtol=0, atol=EXACT
+        )
 
     def test_reordering_before_anything_is_stored(self, attached: Model) -> None:
         cache = CapsuleCache(attached.config, Full())

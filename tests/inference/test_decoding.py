@@ -1,4 +1,5 @@
-"""generate's ways of decoding: with a CapsuleCache that keeps everything they give what they give with the model's own cache."""
+"""generate's ways of decoding: with a CapsuleCache that keeps everything they give what they give with the model's own
+cache."""
 
 import copy
 from collections.abc import Callable
@@ -60,12 +61,20 @@ def wordy(greedy: dict[str, Any]) -> dict[str, Any]:
 
 
 class TestAssisted:
-    """Candidate tokens are fed with the prompt, so a prompt is compressed only once those that were wrong are taken back."""
+    """Candidate tokens are fed with the prompt, so a prompt is compressed only once those that were wrong are taken
+    back."""
 
     def test_everything_kept(
-        self, assistance: dict[str, Any], model: Model, batch: BatchFeature, wordy: dict[str, Any], identity: Callable[..., Capsule]
+        self,
+        assistance: dict[str, Any],
+        model: Model,
+        batch: BatchFeature,
+        wordy: dict[str, Any],
+        identity: Callable[..., Capsule],
     ) -> None:
-        assert_same(run(model, identity(50), batch, **wordy, **assistance), model.generate(**batch, **wordy, **assistance))
+        assert_same(
+            run(model, identity(50), batch, **wordy, **assistance), model.generate(**batch, **wordy, **assistance)
+        )
 
     def test_candidates_are_no_part_of_the_prompt(
         self, assistance: dict[str, Any], model: Model, batch: BatchFeature, wordy: dict[str, Any]
@@ -75,7 +84,9 @@ class TestAssisted:
 
         class Witness(PostVisionAttention):
             def compress(self, prefill: LayerPrefill) -> Compressed:
-                lengths.append((prefill.keys.shape[2], prefill.query.shape[2], prefill.values.shape[2], prefill.valid.shape[1]))
+                lengths.append(
+                    (prefill.keys.shape[2], prefill.query.shape[2], prefill.values.shape[2], prefill.valid.shape[1])
+                )
                 return super().compress(prefill)
 
         plain = run(model, PostVisionAttention(0.2), batch, **wordy)
@@ -89,7 +100,9 @@ class TestAssisted:
         assert out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
         assert not torch.equal(out.sequences, model.generate(**batch, **wordy).sequences)
 
-    def test_wrong_candidates_behind_the_prompt(self, model: Model, batch: BatchFeature, greedy: dict[str, Any]) -> None:
+    def test_wrong_candidates_behind_the_prompt(
+        self, model: Model, batch: BatchFeature, greedy: dict[str, Any]
+    ) -> None:
         """The very first forward brings candidates, some of them wrong."""
         removed = []
 
@@ -129,7 +142,9 @@ class TestAssisted:
             cache = CapsuleCache(model.config, Full())
             cache.activate_past_recording()
             model(**batch, past_key_values=cache)
-            with pytest.raises(ValueError, match=r"cannot remove 60 tokens of a prefill of \d+: .* an image is among them"):
+            with pytest.raises(
+                ValueError, match=r"cannot remove 60 tokens of a prefill of \d+: .* an image is among them"
+            ):
                 cache.crop(-60)
             cache.crop(-1)
             assert cache.get_seq_length() == batch["input_ids"].shape[1] - 1
@@ -151,7 +166,8 @@ class TestAssisted:
 def contrastive(
     model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Contrastive search (arXiv 2202.06417) over a given cache: candidates of one prompt as rows, of which one is kept."""
+    """Contrastive search (arXiv 2202.06417) over a given cache: candidates of one prompt as rows, of which one is
+    kept."""
     top_k, alpha, new = 4, 0.6, 8
     kwargs.pop("generation_config")
     cache, inputs = (
@@ -168,9 +184,13 @@ def contrastive(
         rows = mask.repeat_interleave(top_k, dim=0)
         ids = tokens.view(-1, 1)
         positions = rows.sum(dim=1, keepdim=True) - 1
-        out = model(input_ids=ids, attention_mask=rows, position_ids=positions, past_key_values=cache, output_hidden_states=True)
+        out = model(
+            input_ids=ids, attention_mask=rows, position_ids=positions, past_key_values=cache, output_hidden_states=True
+        )
         hidden = out.hidden_states[-1].unflatten(0, (-1, top_k))
-        likeness = torch.cosine_similarity(past[:, None], hidden, dim=-1).masked_fill(mask[:, None, :-1] == 0, -1).amax(-1)
+        likeness = (
+            torch.cosine_similarity(past[:, None], hidden, dim=-1).masked_fill(mask[:, None, :-1] == 0, -1).amax(-1)
+        )
         best = ((1 - alpha) * chances - alpha * likeness).argmax(dim=1)
         chosen = torch.arange(len(best)) * top_k + best
         cache.batch_select_indices(chosen)
@@ -197,7 +217,9 @@ class TestOtherWays:
         ],
         ids=lambda x: x if isinstance(x, str) else "",
     )
-    def test_what_transformers_has_given_away(self, options: dict[str, Any], named: str, model: Model, batch: BatchFeature) -> None:
+    def test_what_transformers_has_given_away(
+        self, options: dict[str, Any], named: str, model: Model, batch: BatchFeature
+    ) -> None:
         """Its own message, which names the feature and what to do."""
         with pytest.raises(ValueError, match=rf"{named} requires `trust_remote_code=True`"):
             run(model, Full(), batch, max_new_tokens=2, **options)
@@ -234,7 +256,13 @@ class TestOtherWays:
         ids=lambda x: x if isinstance(x, str) else "",
     )
     def test_refused_options(
-        self, given: bool, options: dict[str, Any], error: type[Exception], named: str, model: Model, batch: BatchFeature
+        self,
+        given: bool,
+        options: dict[str, Any],
+        error: type[Exception],
+        named: str,
+        model: Model,
+        batch: BatchFeature,
     ) -> None:
         with attach(model, None if given else Full()), pytest.raises(error, match=rf"{named}.*Leave the option out"):
             cache = CapsuleCache(model.config, Full()) if given else None
@@ -243,17 +271,27 @@ class TestOtherWays:
 
 class TestStreaming:
     def test_text_streamer(
-        self, model: Model, batch: BatchFeature, greedy: dict[str, Any], processor: Any, capsys: pytest.CaptureFixture[str]
+        self,
+        model: Model,
+        batch: BatchFeature,
+        greedy: dict[str, Any],
+        processor: Any,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         expected = model.generate(**batch, **greedy).sequences
         out = run(model, Full(), batch, streamer=TextStreamer(processor.tokenizer, skip_prompt=True), **greedy)
         assert torch.equal(out.sequences, expected)
-        assert capsys.readouterr().out.strip() == processor.tokenizer.decode(expected[0, batch["input_ids"].shape[1] :]).strip() != ""
+        assert (
+            capsys.readouterr().out.strip()
+            == processor.tokenizer.decode(expected[0, batch["input_ids"].shape[1] :]).strip()
+            != ""
+        )
 
     def test_threads(
         self, model: Model, make_batch: Batch, greedy: dict[str, Any], processor: Any, identity: Callable[..., Capsule]
     ) -> None:
-        """Three answers at once, each streamed to its own reader: a capsule's frames are of its own thread's positions."""
+        """Three answers at once, each streamed to its own reader: a capsule's frames are of its own thread's
+        positions."""
         batches = [make_batch((1, "Read line 2.")), make_batch((0, "What is the number beside the owl?"))]
         batches += [make_batch((2, "Transcribe the page."))]
         plain = [model.generate(**one, **greedy).sequences[0, one["input_ids"].shape[1] :] for one in batches]
@@ -271,17 +309,27 @@ class TestStreaming:
         assert len(set(texts)) == 3
 
 
-FIVE = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+FIVE = {
+    "max_new_tokens": 5,
+    "min_new_tokens": 5,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
-def chat(request: pytest.FixtureRequest, model: Model, make_batch: Batch, greedy: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def chat(
+    request: pytest.FixtureRequest, model: Model, make_batch: Batch, greedy: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
     """A model; what each turn adds: its token ids and the inputs of its new images; options of generate."""
     if request.param == "llava":
         batches = [make_batch((1, "Read line 2.")), make_batch((2, "And here?")), make_batch((0, "Sum them up."))]
         two = batches[1]["input_ids"]
         image = model.config.image_token_id
-        second = torch.cat([two[:, : int((two == image).nonzero()[0, 1])], two[:, int((two == image).nonzero()[0, 1]) + 196 :]], dim=1)
+        second = torch.cat(
+            [two[:, : int((two == image).nonzero()[0, 1])], two[:, int((two == image).nonzero()[0, 1]) + 196 :]], dim=1
+        )
         turns = [
             (batches[0]["input_ids"], {"pixel_values": batches[0]["pixel_values"]}),
             (second, {"pixel_values": batches[1]["pixel_values"][1:]}),
@@ -300,8 +348,8 @@ def chat(request: pytest.FixtureRequest, model: Model, make_batch: Batch, greedy
 
 
 class TestChat:
-    """Three turns, a new image in the second. Each turn brings the images that are new; LLaVA takes the whole conversation's token ids,
-    Qwen2.5-VL, whose position ids are made from all images, those that are not cached.
+    """Three turns, a new image in the second. Each turn brings the images that are new; LLaVA takes the whole
+    conversation's token ids, Qwen2.5-VL, whose position ids are made from all images, those that are not cached.
     """
 
     @staticmethod
@@ -313,7 +361,12 @@ class TestChat:
             positions.append(kwargs["position_ids"].clone())
 
         handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
-        ids, outs, lengths, qwen = torch.zeros(1, 0, dtype=torch.int64), [], [], hasattr(model.config, "vision_start_token_id")
+        ids, outs, lengths, qwen = (
+            torch.zeros(1, 0, dtype=torch.int64),
+            [],
+            [],
+            hasattr(model.config, "vision_start_token_id"),
+        )
         try:
             for new, images in turns:
                 ids = torch.cat([ids, new], dim=1)
@@ -335,7 +388,9 @@ class TestChat:
         expected, ids = self.hold(model, turns, DynamicCache(config=model.config.get_text_config()), options)
         method: Any = Full()
         if tile is not None:
-            method = Capsule(CapsuleConfig("identity", IdentityConfig(tile), KVGeometry.from_config(model.config), "tiny"))
+            method = Capsule(
+                CapsuleConfig("identity", IdentityConfig(tile), KVGeometry.from_config(model.config), "tiny")
+            )
         with attach(model):
             outs, ours = self.hold(model, turns, CapsuleCache(model.config, method), options)
         for out, other in zip(outs, expected, strict=True):
@@ -362,7 +417,9 @@ class TestChat:
             talk: list[Any] = []
             for image, words in ((images[0], "Read line 2."), (images[1], "And here?"), (None, "Sum them up.")):
                 content = [{"type": "text", "text": words}]
-                talk.append({"role": "user", "content": ([{"type": "image", "image": image}] if image else []) + content})
+                talk.append(
+                    {"role": "user", "content": ([{"type": "image", "image": image}] if image else []) + content}
+                )
                 talk = pipe(text=talk, generate_kwargs=options)[0]["generated_text"]
             return [turn["content"] for turn in talk if turn["role"] == "assistant"]
 

@@ -1,7 +1,7 @@
 """Peak memory of a prefill, counted: every tensor that an operator returns, from its making to the end of its storage.
 
-The bar is for methods that need no budget across layers: beside what a forward without any cache needs, a prefill holds what it has stored
-and at most the full keys and values of one layer.
+The bar is for methods that need no budget across layers: beside what a forward without any cache needs, a prefill holds
+what it has stored and at most the full keys and values of one layer.
 """
 
 import copy
@@ -78,7 +78,9 @@ def bare(deep: Any, batch: BatchFeature) -> int:
 
 def capsule(model: Any) -> Capsule:
     ratios = ((0.1,) * LAYERS,) * 2
-    return Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(49, True, *ratios), KVGeometry.from_config(model.config), "tiny"))
+    return Capsule(
+        CapsuleConfig("kvcapsule", KVCapsuleConfig(49, True, *ratios), KVGeometry.from_config(model.config), "tiny")
+    )
 
 
 METHODS: dict[str, Callable[[Any], Method]] = {
@@ -103,7 +105,8 @@ def test_of_a_stack_of_layers_its_sum_waits(deep: Any, batch: BatchFeature, bare
 
 
 def test_the_measure_sees_what_is_held(deep: Any, batch: BatchFeature, bare: int) -> None:
-    """The bound could fail: a DynamicCache holds all, and so does a CapsuleCache whose compression waits or whose method hoards."""
+    """The bound could fail: a DynamicCache holds all, and so does a CapsuleCache whose compression waits or whose
+    method hoards."""
 
     class Hoarding(EvenlySpaced):
         def __init__(self) -> None:

@@ -63,22 +63,38 @@ def witness() -> Iterator[dict[str, list[Any]]]:
 
 class TestOwnAttention:
     def test_everything_kept(
-        self, implementation: str, model: Model, mixed: BatchFeature, greedy: dict[str, Any], identity: Callable[..., Capsule]
+        self,
+        implementation: str,
+        model: Model,
+        mixed: BatchFeature,
+        greedy: dict[str, Any],
+        identity: Callable[..., Capsule],
     ) -> None:
-        """With padding, several images and none; the first token is that of the very attention, and inside, other caches read it too."""
+        """With padding, several images and none; the first token is that of the very attention, and inside, other
+        caches read it too."""
         with running(model, implementation):
             expected = model.generate(**mixed, **greedy)
             out = run(model, identity(50), mixed, **greedy)
             assert_same(out, expected)
             torch.testing.assert_close(out.logits[0], expected.logits[0], rtol=0, atol=0)
             with attach(model, EvenlySpaced(0.1)):
-                assert_same(model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0)
+                assert_same(
+                    model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy),
+                    expected,
+                    atol=0,
+                )
             assert model.config.text_config._attn_implementation == implementation
 
     def test_layers_with_a_window(self, implementation: str) -> None:
         """Its window makes Gemma 3's own layers read masks of their own form while the others read segments."""
         built, batch = ready(*tiny_gemma())
-        options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            "pad_token_id": 0,
+        }
         with running(built, implementation):
             assert_same(run(built, Full(), batch, **options), built.generate(**batch, **options))
             own, cache, logits = DynamicCache(config=built.config), CapsuleCache(built.config, Full()), []
@@ -108,14 +124,22 @@ class TestOwnAttention:
                 positions = (mask.cumsum(1) - 1).clamp_min(0)[:, mixed["input_ids"].shape[1] :]
                 call = BatchFeature({**mixed, "attention_mask": mask, "position_ids": positions})
                 valid = mixed["attention_mask"].bool()
-                torch.testing.assert_close(prefill(model, call, cache)[valid], prefill(model, call, own)[valid], rtol=0, atol=EXACT)
+                torch.testing.assert_close(
+                    prefill(model, call, cache)[valid], prefill(model, call, own)[valid], rtol=0, atol=EXACT
+                )
                 token, mask = torch.tensor([[40, 41]] * 3), longer(mask, 2)
-                torch.testing.assert_close(step(model, cache, token, mask), step(model, own, token, mask), rtol=0, atol=EXACT)
+                torch.testing.assert_close(
+                    step(model, cache, token, mask), step(model, own, token, mask), rtol=0, atol=EXACT
+                )
 
     def test_parts_of_the_model_by_themselves(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
-        """The language part called past the model's hooks, after a forward over segments: its masks are its own attention's."""
+        """The language part called past the model's hooks, after a forward over segments: its masks are its own
+        attention's."""
         with running(model, "eager"):
-            inputs = {"inputs_embeds": torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0)), "use_cache": False}
+            inputs = {
+                "inputs_embeds": torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0)),
+                "use_cache": False,
+            }
             expected = model.get_decoder()(**inputs).last_hidden_state
             with attach(model, Full()):
                 model.generate(**mixed, **greedy)
@@ -141,7 +165,10 @@ class TestRefused:
         for name in ("paged|eager", "nobody's"):
             text._attn_implementation = name
             try:
-                with pytest.raises(ValueError, match=r"cannot run the prefill.*set_attn_implementation"), attach(model, Full()):
+                with (
+                    pytest.raises(ValueError, match=r"cannot run the prefill.*set_attn_implementation"),
+                    attach(model, Full()),
+                ):
                     pass
                 assert text._attn_implementation == name
             finally:
@@ -162,7 +189,10 @@ class TestRefused:
             return capped(*args, **{option: 30.0}, **kwargs)
 
         monkeypatch.setitem(AttentionInterface._global_mapping, IMPLEMENTATION, asking)
-        with attach(model), pytest.raises(NotImplementedError, match=rf"LlamaAttention .*\({option}\).*without a CapsuleCache"):
+        with (
+            attach(model),
+            pytest.raises(NotImplementedError, match=rf"LlamaAttention .*\({option}\).*without a CapsuleCache"),
+        ):
             prefill(model, mixed, CapsuleCache(model.config, Full()))
 
     def test_the_attention_outside(self, model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
@@ -172,9 +202,14 @@ class TestRefused:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_precisions(
-    dtype: torch.dtype, implementation: str, model: Model, make_batch: Callable[..., BatchFeature], identity: Callable[..., Capsule]
+    dtype: torch.dtype,
+    implementation: str,
+    model: Model,
+    make_batch: Callable[..., BatchFeature],
+    identity: Callable[..., Capsule],
 ) -> None:
-    """One step behind a prompt with an image, against the model's own cache: what half precision rounds, and no more."""
+    """One step behind a prompt with an image, against the model's own cache: what half precision rounds, and no
+    more."""
     other = copy.deepcopy(model).to(dtype)
     batch = in_dtype(make_batch((1, "Read line 2."), (0, "Hello.")), dtype)
     token, mask = torch.tensor([[50], [51]]), longer(batch["attention_mask"], 1)
@@ -187,4 +222,6 @@ def test_precisions(
             torch.testing.assert_close(prefill(other, batch, cache)[valid], first[valid], rtol=0, atol=0)
             logits = step(other, cache, token, mask)
     assert logits.dtype == dtype
-    torch.testing.assert_close(logits, expected, rtol=0, atol={torch.bfloat16: 0.15, torch.float16: 0.02, torch.float32: EXACT}[dtype])
+    torch.testing.assert_close(
+        logits, expected, rtol=0, atol={torch.bfloat16: 0.15, torch.float16: 0.02, torch.float32: EXACT}[dtype]
+    )

@@ -23,17 +23,27 @@ def quantized(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model.save_pretrained(folder)
     loaded = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=CONFIG, dtype=torch.float32)
     kept = model.model.language_model.layers[0].self_attn.k_proj.weight
-    assert type(loaded.model.language_model.layers[0].self_attn.k_proj.weight) is not type(kept), "nothing was quantised"
+    assert type(loaded.model.language_model.layers[0].self_attn.k_proj.weight) is not type(kept), (
+        "nothing was quantised"
+    )
     return loaded
 
 
 def test_the_full_cache_token_for_token(quantized: Any, make_batch: Callable[..., BatchFeature]) -> None:
     batch = make_batch((1, "Read line 2."), (2, "Transcribe the page."))
-    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     assert_same(run(quantized, Full(), batch, **options), quantized.generate(**batch, **options), EXACT)
 
 
-def test_a_capsule_stores_less(quantized: Any, random_transform: Callable[..., Capsule], make_batch: Callable[..., BatchFeature]) -> None:
+def test_a_capsule_stores_less(
+    quantized: Any, random_transform: Callable[..., Capsule], make_batch: Callable[..., BatchFeature]
+) -> None:
     out = run(
         quantized,
         random_transform(49, (16, 12), (24, 20)),

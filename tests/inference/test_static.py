@@ -1,4 +1,5 @@
-"""A cache with room: the tail at a fixed address, its length on the device, and a decode step that is one and the same program."""
+"""A cache with room: the tail at a fixed address, its length on the device, and a decode step that is one and the same
+program."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,12 +57,15 @@ def addresses(cache: CapsuleCache) -> list[int]:
 
 
 def test_as_a_tail_that_grows(attached: Model, method: Method, mixed: BatchFeature) -> None:
-    """Token by token, several at once (a later turn, in which they do not all see each other), and again; nothing moves in memory."""
+    """Token by token, several at once (a later turn, in which they do not all see each other), and again; nothing moves
+    in memory."""
     growing, static = both(attached, method, mixed)
     mask, places = mixed["attention_mask"], addresses(static)
     for tokens in (TOKENS, torch.tensor([[43, 44, 45]] * 3), torch.tensor([[46]] * 3)):
         mask = longer(mask, tokens.shape[1])
-        torch.testing.assert_close(step(attached, static, tokens, mask), step(attached, growing, tokens, mask), rtol=0, atol=EXACT)
+        torch.testing.assert_close(
+            step(attached, static, tokens, mask), step(attached, growing, tokens, mask), rtol=0, atol=EXACT
+        )
         assert int(static.get_seq_length()) == growing.get_seq_length() == mask.shape[1]
     assert addresses(static) == places
     assert static.bytes().visual == growing.bytes().visual
@@ -71,9 +75,13 @@ def test_padding_in_a_later_turn(attached: Model, mixed: BatchFeature) -> None:
     growing, static = both(attached, PostVisionAttention(0.2), mixed)
     mask = torch.cat([mixed["attention_mask"], torch.tensor([[1, 1], [0, 1], [1, 1]])], dim=1)
     tokens = torch.tensor([[43, 44]] * 3)
-    torch.testing.assert_close(step(attached, static, tokens, mask), step(attached, growing, tokens, mask), rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        step(attached, static, tokens, mask), step(attached, growing, tokens, mask), rtol=0, atol=EXACT
+    )
     mask = longer(mask, 1)
-    torch.testing.assert_close(step(attached, static, TOKENS, mask), step(attached, growing, TOKENS, mask), rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        step(attached, static, TOKENS, mask), step(attached, growing, TOKENS, mask), rtol=0, atol=EXACT
+    )
 
 
 def test_rows_chosen_and_tokens_taken_back(attached: Model, mixed: BatchFeature) -> None:
@@ -87,16 +95,21 @@ def test_rows_chosen_and_tokens_taken_back(attached: Model, mixed: BatchFeature)
         cache.reorder_cache(order)
     assert addresses(static) == places
     mask = longer(mask[order], 1)
-    torch.testing.assert_close(step(attached, static, TOKENS, mask), step(attached, growing, TOKENS, mask), rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        step(attached, static, TOKENS, mask), step(attached, growing, TOKENS, mask), rtol=0, atol=EXACT
+    )
     for cache in (growing, static):
         cache.batch_select_indices(torch.tensor([1]))
     mask = longer(mask[1:2], 1)
-    torch.testing.assert_close(step(attached, static, TOKENS[:1], mask), step(attached, growing, TOKENS[:1], mask), rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        step(attached, static, TOKENS[:1], mask), step(attached, growing, TOKENS[:1], mask), rtol=0, atol=EXACT
+    )
 
 
 @pytest.mark.parametrize("method", ["attention", "transform"], indirect=True)
 def test_a_step_is_compiled_once_and_whole(model: Model, method: Method, mixed: BatchFeature) -> None:
-    """transformers' generate compiles the decode step of a cache with room, as that of its own static cache: without a break, and once."""
+    """transformers' generate compiles the decode step of a cache with room, as that of its own static cache: without a
+    break, and once."""
     graphs: list[Any] = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -130,7 +143,8 @@ def test_no_mask_of_full_length(attached: Model, mixed: BatchFeature, monkeypatc
 
 
 def test_what_is_seen_without_a_mask() -> None:
-    """By hand: three tokens written in a room of five, of which the last two ask; and a mask that covers what is written alone."""
+    """By hand: three tokens written in a room of five, of which the last two ask; and a mask that covers what is
+    written alone."""
     tail = StaticTail(torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0, 2), room=5)
     tail.append(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
     assert tail.visible(None, 2).int().tolist() == [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]]

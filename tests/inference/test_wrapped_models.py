@@ -67,13 +67,22 @@ class TestPeft:
         assert type(adapted.generate(**batch, **greedy).past_key_values) is DynamicCache
 
     @pytest.mark.parametrize("past_hooks", [False, True], ids=["called", "forward alone"])
-    def test_direct_forward(self, past_hooks: bool, adapted: Any, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Older versions of PEFT ran a wrapped model's forward past its hooks: the cache is told of the images all the same."""
+    def test_direct_forward(
+        self, past_hooks: bool, adapted: Any, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Older versions of PEFT ran a wrapped model's forward past its hooks: the cache is told of the images all the
+        same."""
         if past_hooks:
             monkeypatch.setattr(BaseTuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
             if isinstance(adapted, PeftModel):
-                monkeypatch.setattr(type(adapted), "forward", lambda self, *args, **kwargs: self.base_model.forward(*args, **kwargs))
-        own, mask, token = DynamicCache(config=adapted.config), longer(batch["attention_mask"], 1), torch.tensor([[40], [41]])
+                monkeypatch.setattr(
+                    type(adapted), "forward", lambda self, *args, **kwargs: self.base_model.forward(*args, **kwargs)
+                )
+        own, mask, token = (
+            DynamicCache(config=adapted.config),
+            longer(batch["attention_mask"], 1),
+            torch.tensor([[40], [41]]),
+        )
         prefill(adapted, batch, own)
         expected = step(adapted, own, token, mask)
         with attach(adapted):
@@ -84,7 +93,9 @@ class TestPeft:
 
     def test_leaves_nothing_behind(self, adapted: Any) -> None:
         def traces() -> Any:
-            hooks = [list(getattr(m, kind)) for m in adapted.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
+            hooks = [
+                list(getattr(m, kind)) for m in adapted.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")
+            ]
             return hooks, [sorted(vars(m)) for m in adapted.modules()], adapted.config.text_config._attn_implementation
 
         before = traces()
@@ -97,7 +108,10 @@ class TestPeft:
 
     def test_adapters_before_the_prompt_are_refused(self, own_model: Model) -> None:
         prefixed = get_peft_model(own_model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-        with pytest.raises(ValueError, match=r"PREFIX_TUNING puts tokens of its own before .* such as LoRA"), attach(prefixed, Full()):
+        with (
+            pytest.raises(ValueError, match=r"PREFIX_TUNING puts tokens of its own before .* such as LoRA"),
+            attach(prefixed, Full()),
+        ):
             pass
 
 
@@ -118,7 +132,11 @@ class TestDeviceMap:
                 return disk_offload(model, tmp_path, execution_device="cpu")
             language = "model.language_model"
             device_map = {f"model.{name}": "cpu" for name, _ in model.model.named_children()} | {"lm_head": "cpu"}
-            device_map |= {f"{language}.{name}": "cpu" for name, _ in model.model.language_model.named_children() if name != "layers"}
+            device_map |= {
+                f"{language}.{name}": "cpu"
+                for name, _ in model.model.language_model.named_children()
+                if name != "layers"
+            }
             layers = range(len(model.model.language_model.layers))
             device_map |= {f"{language}.layers.{i}": "disk" if i else "cpu" for i in layers}
             del device_map[language]
@@ -127,9 +145,16 @@ class TestDeviceMap:
         return placed
 
     def test_generate(self, place: Callable[[Any], Any]) -> None:
-        """Qwen2.5-VL: what accelerate's hooks leave of the images that generate has encoded is too little for LLaVA, with any cache."""
+        """Qwen2.5-VL: what accelerate's hooks leave of the images that generate has encoded is too little for LLaVA,
+        with any cache."""
         built, batch = ready(*tiny_qwen())
-        options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            "pad_token_id": 0,
+        }
         identity = Capsule(CapsuleConfig("identity", IdentityConfig(6), KVGeometry.from_config(built.config), "tiny"))
         expected, lossy = built.generate(**batch, **options), run(built, EvenlySpaced(0.05), batch, **options)
         placed = place(built)
@@ -138,9 +163,16 @@ class TestDeviceMap:
         assert_same(run(placed, identity, batch, **options), expected)
         out = run(placed, EvenlySpaced(0.05), batch, **options)
         assert_same(out, lossy)
-        assert not any(t.is_meta for layer in out.past_key_values.layers for s in (*layer.visual, *layer.text) for t in s.entry_tensors())
+        assert not any(
+            t.is_meta
+            for layer in out.past_key_values.layers
+            for s in (*layer.visual, *layer.text)
+            for t in s.entry_tensors()
+        )
 
-    def test_direct_forward(self, place: Callable[[Any], Any], own_model: Model, model: Model, batch: BatchFeature) -> None:
+    def test_direct_forward(
+        self, place: Callable[[Any], Any], own_model: Model, model: Model, batch: BatchFeature
+    ) -> None:
         mask, token = longer(batch["attention_mask"], 1), torch.tensor([[40], [41]])
         placed, logits = place(own_model), []
         for one in (model, placed):

@@ -1,4 +1,5 @@
-"""Decoding reads what is stored and never builds the full visual keys or values: every tensor that a step makes is looked at."""
+"""Decoding reads what is stored and never builds the full visual keys or values: every tensor that a step makes is
+looked at."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ TILES = 3 * VISUAL // TILE
 
 
 def written_out(made: list[tuple[str, torch.Size]]) -> list[tuple[str, torch.Size]]:
-    """Tensors as large as the keys (or values) of all visual tokens of a layer, or as those of a tile with more rows than are stored."""
+    """Tensors as large as the keys (or values) of all visual tokens of a layer, or as those of a tile with more rows
+    than are stored."""
     whole = TILES * TILE * HEADS * DIM
 
     def expands(shape: torch.Size) -> bool:
@@ -54,7 +56,9 @@ def decoding(
         yield cache, lambda: model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache)
 
 
-def watch_step(model: LlavaForConditionalGeneration, capsule: Capsule, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch) -> Witness:
+def watch_step(
+    model: LlavaForConditionalGeneration, capsule: Capsule, batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+) -> Witness:
     """What the attention of one decode step makes, over all layers."""
     witness = Witness()
 
@@ -70,7 +74,10 @@ def watch_step(model: LlavaForConditionalGeneration, capsule: Capsule, batch: Ba
 
 
 def test_nothing_of_full_length_is_built(
-    model: LlavaForConditionalGeneration, random_capsule: Callable[..., Capsule], batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    model: LlavaForConditionalGeneration,
+    random_capsule: Callable[..., Capsule],
+    batch: BatchFeature,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     witness = watch_step(model, random_capsule(0.25, 0.25, TILE), batch, monkeypatch)
     assert written_out(witness.made) == []
@@ -81,7 +88,11 @@ def test_nothing_of_full_length_is_built(
 
 @pytest.mark.parametrize("joint", [1, 2])
 def test_codes_are_read_without_building_the_tile(
-    joint: int, model: LlavaForConditionalGeneration, random_transform: Callable[..., Capsule], batch: BatchFeature, monkeypatch: Any
+    joint: int,
+    model: LlavaForConditionalGeneration,
+    random_transform: Callable[..., Capsule],
+    batch: BatchFeature,
+    monkeypatch: Any,
 ) -> None:
     """The coefficients are built, 16 by 12 of the keys and 24 by 20 of the values, and no tile of 49 by 32."""
     witness = watch_step(model, random_transform(TILE, (16, 12), (24, 20), joint_heads=joint), batch, monkeypatch)
@@ -93,9 +104,13 @@ def test_codes_are_read_without_building_the_tile(
 
 
 def test_maps_are_not_copied_for_every_tile(
-    model: LlavaForConditionalGeneration, random_capsule: Callable[..., Capsule], batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    model: LlavaForConditionalGeneration,
+    random_capsule: Callable[..., Capsule],
+    batch: BatchFeature,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A map of 196 x 79 is larger than the keys that it stands for: one for each image would be more than the full cache."""
+    """A map of 196 x 79 is larger than the keys that it stands for: one for each image would be more than the full
+    cache."""
     assert written_out(watch_step(model, random_capsule(0.4, 0.4, VISUAL), batch, monkeypatch).made) == []
 
 
@@ -105,11 +120,16 @@ def test_the_whole_step_builds_nothing_of_full_length(
     """Outside of attention too: masks and positions have the logical length, but no channels."""
     with decoding(model, random_capsule(0.25, 0.25, TILE), batch) as (_, step), Witness() as witness:
         step()
-    assert written_out([(name, shape) for name, shape in witness.made if shape.numel() < TILES * TILE * HEADS * DIM]) == []
+    assert (
+        written_out([(name, shape) for name, shape in witness.made if shape.numel() < TILES * TILE * HEADS * DIM]) == []
+    )
 
 
 def test_attention_reads_all_that_is_stored_and_nothing_else(
-    model: LlavaForConditionalGeneration, random_capsule: Callable[..., Capsule], batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    model: LlavaForConditionalGeneration,
+    random_capsule: Callable[..., Capsule],
+    batch: BatchFeature,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bytes of the segments' storages are the bytes that operations are given."""
     witness = Witness()
@@ -126,7 +146,9 @@ def test_attention_reads_all_that_is_stored_and_nothing_else(
         known = {s.owner.data_ptr() for s in segments if s.each_row}
         stored = [t for s in segments for t in s.entry_tensors() if t.data_ptr() not in known]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stored}
-        visual = {t.untyped_storage().data_ptr() for layer in cache.layers for s in layer.visual for t in s.entry_tensors()}
+        visual = {
+            t.untyped_storage().data_ptr() for layer in cache.layers for s in layer.visual for t in s.entry_tensors()
+        }
         keys_and_values = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for layer in cache.layers
@@ -141,7 +163,10 @@ def test_attention_reads_all_that_is_stored_and_nothing_else(
 
 
 def test_the_check_sees_an_mlp(
-    model: LlavaForConditionalGeneration, random_capsule: Callable[..., Capsule], batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    model: LlavaForConditionalGeneration,
+    random_capsule: Callable[..., Capsule],
+    batch: BatchFeature,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The MLP key decoder expands the keys, and only them."""
     witness = watch_step(model, random_capsule(0.25, 0.25, TILE, key_decoder="mlp", hidden=8), batch, monkeypatch)
@@ -161,7 +186,10 @@ def test_the_check_sees_materialize(
 
 
 def test_the_check_sees_raw_rows(
-    model: LlavaForConditionalGeneration, identity: Callable[..., Capsule], batch: BatchFeature, monkeypatch: pytest.MonkeyPatch
+    model: LlavaForConditionalGeneration,
+    identity: Callable[..., Capsule],
+    batch: BatchFeature,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A capsule that stores everything reads everything."""
     assert written_out(watch_step(model, identity(TILE), batch, monkeypatch).made)

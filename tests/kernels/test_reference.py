@@ -26,7 +26,9 @@ def stored_rows(rows: object, entry: int, head: int) -> torch.Tensor:
     if isinstance(rows, MlpRows):
         codec, x = rows.codec, rows.rows[entry, head]
         inner = codec.inner[head].double() @ x + codec.inner_bias[head]
-        return codec.outer[head].double() @ (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) + codec.outer_bias[head]
+        return (
+            codec.outer[head].double() @ (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) + codec.outer_bias[head]
+        )
     if isinstance(rows, CodedRows):
         return slow_decode.coded(rows, entry, head)
     assert isinstance(rows, QuantizedRows)
@@ -34,7 +36,8 @@ def stored_rows(rows: object, entry: int, head: int) -> torch.Tensor:
 
 
 def expand(segment: Segment, entry: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One entry's tokens as ordinary attention has them: keys [n, D], values [n, D] and what is added to their scores [n]."""
+    """One entry's tokens as ordinary attention has them: keys [n, D], values [n, D] and what is added to their scores
+    [n]."""
     keys, values = stored_rows(segment.keys, entry, head), stored_rows(segment.values, entry, head)
     if segment.score_map is not None:
         keys = segment.score_map[head * len(segment.score_map) // HEADS] @ keys
@@ -75,7 +78,9 @@ def ordinary(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor
 
 
 def query_of(group: int, queries: int, seed: int = 9) -> torch.Tensor:
-    return torch.randn(3, HEADS * group, queries, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        3, HEADS * group, queries, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -93,7 +98,9 @@ def test_mixed_segments_and_a_causal_tail(seed: int, random_segment: Callable[..
     generator = torch.Generator().manual_seed(seed)
     segments = []
     for i, which in enumerate(torch.randperm(len(kinds), generator=generator)[:4].tolist()):
-        owner = torch.randint(0, 3, (int(torch.randint(1, 5, (1,), generator=generator)),), generator=generator).tolist()
+        owner = torch.randint(
+            0, 3, (int(torch.randint(1, 5, (1,), generator=generator)),), generator=generator
+        ).tolist()
         segments.append(random_segment(kinds[which], owner, 10 * seed + i))
     tail = random_segment("raw", [0, 1, 2], seed + 100)
     visible = torch.ones(3, 3, tail.tokens, dtype=torch.bool).tril(tail.tokens - 3)
@@ -143,7 +150,12 @@ def test_what_no_query_sees_may_hold_nan(dtype: torch.dtype, random_segment: Cal
         hidden, unseen = ~mask[:, None, :, None], ~visible.any(dim=1)[:, None, :, None]
         gone = ~absent_mask.any(dim=1)[:, None, None, None]
         return [
-            Segment(masked.keys.masked_fill(hidden, poison), masked.values.masked_fill(hidden, poison), masked.owner, mask=mask),
+            Segment(
+                masked.keys.masked_fill(hidden, poison),
+                masked.values.masked_fill(hidden, poison),
+                masked.owner,
+                mask=mask,
+            ),
             Segment(
                 absent.keys.masked_fill(gone, poison),
                 absent.values.masked_fill(gone, poison),
@@ -178,7 +190,9 @@ def test_an_entry_without_a_visible_token_weighs_nothing(random_segment: Callabl
     empty = Segment(empty.keys, empty.values, empty.owner, mask=torch.tensor([[False] * 7, [True] + [False] * 6]))
     query = query_of(1, 1)
     raw = random_segment("raw", [0, 1, 2], 1)
-    torch.testing.assert_close(attend(query, [empty, raw], SCALE)[[0, 2]], attend(query, [raw], SCALE)[[0, 2]], rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        attend(query, [empty, raw], SCALE)[[0, 2]], attend(query, [raw], SCALE)[[0, 2]], rtol=0, atol=1e-15
+    )
 
 
 def test_scores_of_thousands_neither_overflow_nor_vanish(random_segment: Callable[..., Segment]) -> None:
@@ -204,11 +218,14 @@ def test_few_bit_rows_of_any_length(bits: int, tokens: int) -> None:
     """As the rows that they are read to."""
     generator = torch.Generator().manual_seed(tokens)
     keys, values = (
-        QuantizedRows.pack(torch.randn(3, HEADS, tokens, DIM, generator=generator, dtype=torch.float64), bits) for _ in range(2)
+        QuantizedRows.pack(torch.randn(3, HEADS, tokens, DIM, generator=generator, dtype=torch.float64), bits)
+        for _ in range(2)
     )
     owner, query = torch.tensor([2, 0, 1]), query_of(2, 2)
     plain = Segment(keys.read(torch.float64), values.read(torch.float64), owner)
-    torch.testing.assert_close(attend(query, [Segment(keys, values, owner)], SCALE), attend(query, [plain], SCALE), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        attend(query, [Segment(keys, values, owner)], SCALE), attend(query, [plain], SCALE), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -225,7 +242,9 @@ def test_few_bit_rows_keep_a_mean_that_is_almost_zero(bits: int) -> None:
 
 @pytest.mark.parametrize("kind", ["coded", "joint", "quantized", "mlp", "everything"])
 @pytest.mark.parametrize("at_once", [1, 300])
-def test_packed_rows_in_pieces(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch, random_segment: Callable[..., Segment]) -> None:
+def test_packed_rows_in_pieces(
+    kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch, random_segment: Callable[..., Segment]
+) -> None:
     """As all at once: an entry at a time, or a few with fewer left at the end."""
     segments = [random_segment(kind, [2, 0, 1, 1, 0], 1), random_segment("raw", [0, 1, 2], 2)]
     query = query_of(2, 2)
@@ -242,7 +261,8 @@ def test_errors(random_segment: Callable[..., Segment]) -> None:
 
 
 def test_a_query_that_sees_nothing_gets_nothing() -> None:
-    """Padding before the first token: its output is used by no one, but must not spoil a sum with what is not a number."""
+    """Padding before the first token: its output is used by no one, but must not spoil a sum with what is not a
+    number."""
     generator = torch.Generator().manual_seed(0)
     keys, values, query = (torch.randn(2, 1, n, 4, generator=generator) for n in (3, 3, 2))
     visible = torch.ones(2, 2, 3, dtype=torch.bool)

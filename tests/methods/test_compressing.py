@@ -35,7 +35,8 @@ def code_bytes(bits: int) -> int:
 
 
 def tile_bytes(a_tile: int, tile: int, images: int = 3) -> int:
-    """So many bytes of codes or rows for each tile; tiles' frames and owners are common to all layers; what fills no tile is raw."""
+    """So many bytes of codes or rows for each tile; tiles' frames and owners are common to all layers; what fills no
+    tile is raw."""
     tiles, rest = divmod(T, tile)
     raw = row_bytes(images * rest, 2) if rest else 0
     return images * tiles * (L * a_tile + D * FLOAT + INT) + raw
@@ -66,9 +67,15 @@ COMPRESSING: dict[str, tuple[Callable[[Any, Any, Any], Method], int]] = {
     "quantized 8": (lambda *_: Quantized(8), code_bytes(8)),
     "kvcapsule 0.25": (lambda capsule, *_: capsule(0.25, 0.25, 49), capsule_bytes(13, 13, 49)),
     "kvcapsule 0.1 and 0.4, tile 50": (lambda capsule, *_: capsule(0.1, 0.4, 50), capsule_bytes(5, 20, 50)),
-    "kvcapsule with mlp": (lambda capsule, *_: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8), capsule_bytes(13, 13, 49)),
+    "kvcapsule with mlp": (
+        lambda capsule, *_: capsule(0.25, 0.25, 49, key_decoder="mlp", hidden=8),
+        capsule_bytes(13, 13, 49),
+    ),
     "kvcapsule in 3 bits": (lambda capsule, *_: capsule(0.25, 0.25, 49, latent_bits=3), latent_bytes(13, 3, 49)),
-    "transform, tile 50": (lambda _, transform, cross: transform(50, (16, 12), (24, 20)), transform_bytes((16, 12), (24, 20), 50)),
+    "transform, tile 50": (
+        lambda _, transform, cross: transform(50, (16, 12), (24, 20)),
+        transform_bytes((16, 12), (24, 20), 50),
+    ),
     "transform of all heads": (
         lambda _, transform, cross: transform(49, (16, 48), (24, 20), joint_heads=2),
         transform_bytes((16, 48), (24, 20), 49, joint=2),
@@ -105,7 +112,9 @@ class TestCompressing:
         torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=EXACT)
         assert ((ours - theirs)[:2].abs().amax(dim=1) > 1e-4).all()
 
-    def test_bytes_are_as_promised(self, compressed: tuple[Method, int, Any], mixed: BatchFeature, model: Model) -> None:
+    def test_bytes_are_as_promised(
+        self, compressed: tuple[Method, int, Any], mixed: BatchFeature, model: Model
+    ) -> None:
         _, promised, out = compressed
         held = out.past_key_values.bytes()
         assert held.visual == promised
@@ -116,7 +125,13 @@ class TestCompressing:
         assert held.total == held.visual + held.text + held.tail
 
     def test_batch_is_one_by_one(
-        self, compressed: tuple[Method, int, Any], model64: Model, mixed: BatchFeature, processor: Any, images: Any, greedy: dict[str, Any]
+        self,
+        compressed: tuple[Method, int, Any],
+        model64: Model,
+        mixed: BatchFeature,
+        processor: Any,
+        images: Any,
+        greedy: dict[str, Any],
     ) -> None:
         """In float64: in float32, a last bit of a key can turn a code into its neighbour."""
         method, first, tokens = compressed[0], 0, 4
@@ -124,14 +139,18 @@ class TestCompressing:
         out = run(model64, method, in_dtype(mixed, torch.float64), **options)
         for row, (count, words) in enumerate(MIXED):
             text = f"<|user|>{'<image>' * count}{words}<|assistant|>"
-            alone = in_dtype(processor(images=images[first : first + count] or None, text=text, return_tensors="pt"), torch.float64)
+            alone = in_dtype(
+                processor(images=images[first : first + count] or None, text=text, return_tensors="pt"), torch.float64
+            )
             first += count
             one = run(model64, method, alone, **options)
             assert torch.equal(one.sequences[0, -tokens:], out.sequences[row, -tokens:])
             for ours, theirs in zip(one.logits, out.logits, strict=True):
                 torch.testing.assert_close(ours[0], theirs[row], rtol=0, atol=1e-6)
 
-    def test_deterministic(self, compressed: tuple[Method, int, Any], model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
+    def test_deterministic(
+        self, compressed: tuple[Method, int, Any], model: Model, mixed: BatchFeature, greedy: dict[str, Any]
+    ) -> None:
         assert_same(run(model, compressed[0], mixed, **greedy), compressed[2], atol=0)
 
     def test_attention_reads_what_the_segments_stand_for(
@@ -145,7 +164,11 @@ class TestCompressing:
     ) -> None:
         batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
         options = {**greedy, "num_beams": 3}
-        assert_same(run(model, compressed[0], batch, **options), run(model, _WrittenOut(compressed[0]), batch, **options), atol=2e-5)
+        assert_same(
+            run(model, compressed[0], batch, **options),
+            run(model, _WrittenOut(compressed[0]), batch, **options),
+            atol=2e-5,
+        )
 
 
 class _WrittenOut:
@@ -172,14 +195,20 @@ class _WrittenOutRun:
 def test_eight_bits_are_close_to_all(model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any) -> None:
     assert_same(run(model, Quantized(8), mixed, **greedy), expected, atol=0.05)
     two = {**greedy, "max_new_tokens": 2, "min_new_tokens": 2}
-    errors = [(run(model, Quantized(bits), mixed, **two).logits[1] - expected.logits[1])[:2].abs().max() for bits in (8, 4, 2)]
+    errors = [
+        (run(model, Quantized(bits), mixed, **two).logits[1] - expected.logits[1])[:2].abs().max() for bits in (8, 4, 2)
+    ]
     assert errors[0] < errors[1] < errors[2]
 
 
 def test_parameters_are_stored_once(model: Model, mixed: BatchFeature, random_capsule: Callable[..., Capsule]) -> None:
     """Parameters are those of the capsule: no more after a second image, no more for a larger batch."""
     capsule = random_capsule()
-    own = sum(p.numel() * p.element_size() for codec in capsule.layers for p in (codec.keys.theta, codec.values.basis, codec.values.mean))
+    own = sum(
+        p.numel() * p.element_size()
+        for codec in capsule.layers
+        for p in (codec.keys.theta, codec.values.basis, codec.values.mean)
+    )
     with attach(model):
         cache = CapsuleCache(model.config, capsule)
         prefill(model, mixed, cache)

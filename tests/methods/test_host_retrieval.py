@@ -13,7 +13,9 @@ HEADS, GROUP, DIM = 2, 2, 8
 
 
 def prefill(valid: torch.Tensor) -> LayerPrefill:
-    query, keys, values = (rand(*valid.shape[:1], h, valid.shape[1], DIM, seed=h) for h in (HEADS * GROUP, HEADS, HEADS))
+    query, keys, values = (
+        rand(*valid.shape[:1], h, valid.shape[1], DIM, seed=h) for h in (HEADS * GROUP, HEADS, HEADS)
+    )
     return LayerPrefill(0, query, keys, values, [], valid, DIM**-0.5)
 
 
@@ -23,7 +25,9 @@ def retrieved(tokens: int = 30, count: int = 2, chunk: int = 8) -> tuple[LayerPr
     return of, Retrieved.of(of, torch.tensor([0, 1]), torch.tensor([1, 0]), chunk, count)
 
 
-def of_chunks(of: LayerPrefill, row: int, head: int, chunks: list[int], query: torch.Tensor, chunk: int = 8) -> torch.Tensor:
+def of_chunks(
+    of: LayerPrefill, row: int, head: int, chunks: list[int], query: torch.Tensor, chunk: int = 8
+) -> torch.Tensor:
     """Attention of the head's query heads [G, D] over the tokens of these chunks alone."""
     tokens = [t for c in chunks for t in range(c * chunk, min((c + 1) * chunk, of.keys.shape[2]))]
     keys, values = of.keys[row, head, tokens], of.values[row, head, tokens]
@@ -47,14 +51,20 @@ class TestRetrieval:
             scores = [0.0] * len(chunks)
             for g in range(GROUP):
                 q = query[row, head * GROUP + g, 0]
-                each = [float(torch.exp(sum(of.keys[row, head, t] for t in run) / len(run) @ q * of.scale)) for run in chunks]
+                each = [
+                    float(torch.exp(sum(of.keys[row, head, t] for t in run) / len(run) @ q * of.scale))
+                    for run in chunks
+                ]
                 scores = [s + e / sum(each) / GROUP for s, e in zip(scores, each, strict=True)]
             best = sorted(range(len(chunks)), key=lambda c, got=scores: -got[c])[:2]
             group = query[row, head * GROUP : (head + 1) * GROUP, 0]
-            torch.testing.assert_close(out[row, head * GROUP : (head + 1) * GROUP, 0], of_chunks(of, row, head, best, group))
+            torch.testing.assert_close(
+                out[row, head * GROUP : (head + 1) * GROUP, 0], of_chunks(of, row, head, best, group)
+            )
 
     def test_each_entry_finds_the_chunk_that_it_looks_for(self) -> None:
-        """Keys of chunk c point along axis c; what is asked for is another chunk in each entry and by each of its query heads."""
+        """Keys of chunk c point along axis c; what is asked for is another chunk in each entry and by each of its query
+        heads."""
         valid = torch.ones(2, 32, dtype=torch.bool)
         keys = torch.zeros(2, HEADS, 32, DIM, dtype=torch.float64)
         keys[:, :, torch.arange(32), torch.arange(32) // 8] = 1.0
@@ -80,7 +90,9 @@ class TestRetrieval:
         for entry, (row, head) in enumerate(((0, 1), (1, 0))):
             for chunk, begin in enumerate(range(0, tokens, 8)):
                 run = range(begin, min(begin + 8, tokens))
-                torch.testing.assert_close(segment.means[entry, chunk], sum(of.keys[row, head, t] for t in run) / len(run))
+                torch.testing.assert_close(
+                    segment.means[entry, chunk], sum(of.keys[row, head, t] for t in run) / len(run)
+                )
         assert segment.means.shape[1] == -(-tokens // 8)
 
     def test_all_chunks_are_all_tokens(self) -> None:
@@ -90,7 +102,9 @@ class TestRetrieval:
         out = attend(query, [segment, NOTHING], of.scale)
         for row, head in ((0, 1), (1, 0)):
             group = query[row, head * GROUP : (head + 1) * GROUP, 0]
-            torch.testing.assert_close(out[row, head * GROUP : (head + 1) * GROUP, 0], of_chunks(of, row, head, [0, 1, 2, 3], group))
+            torch.testing.assert_close(
+                out[row, head * GROUP : (head + 1) * GROUP, 0], of_chunks(of, row, head, [0, 1, 2, 3], group)
+            )
 
     def test_several_new_tokens_read_all(self) -> None:
         of, segment = retrieved(count=1)
@@ -99,7 +113,9 @@ class TestRetrieval:
         for row, head in ((0, 1), (1, 0)):
             for step in range(3):
                 group = query[row, head * GROUP : (head + 1) * GROUP, step]
-                torch.testing.assert_close(out[row, head * GROUP : (head + 1) * GROUP, step], of_chunks(of, row, head, [0, 1, 2, 3], group))
+                torch.testing.assert_close(
+                    out[row, head * GROUP : (head + 1) * GROUP, step], of_chunks(of, row, head, [0, 1, 2, 3], group)
+                )
 
     def test_only_what_was_chosen_is_read(self) -> None:
         """What is not a number in all other chunks, and in the buffer before, does not reach the output."""
@@ -117,7 +133,8 @@ class TestRetrieval:
         torch.testing.assert_close(attend(query, [segment, NOTHING], of.scale), expected, rtol=0, atol=0)
 
     def test_bytes(self) -> None:
-        """On the device 2 buffers of 16 rows, 4 means and two indices an entry; on the host all rows in whole chunks, and the slots."""
+        """On the device 2 buffers of 16 rows, 4 means and two indices an entry; on the host all rows in whole chunks,
+        and the slots."""
         _, segment = retrieved()
         assert storage_bytes(segment.entry_tensors()) == 2 * (2 * 16 * DIM * 8 + 4 * DIM * 8 + 2 * 8)
         assert storage_bytes(segment.host_tensors()) == 2 * (2 * 32 * DIM * 8 + 8)
@@ -129,12 +146,16 @@ class TestRetrieval:
         rows = torch.tensor([1, 1, 0])
         again = segment.select(rows)
         tail = NOTHING.select(rows)
-        torch.testing.assert_close(attend(query[rows], [again, tail], of.scale), attend(query, [segment, NOTHING], of.scale)[rows])
+        torch.testing.assert_close(
+            attend(query[rows], [again, tail], of.scale), attend(query, [segment, NOTHING], of.scale)[rows]
+        )
         assert again.host.keys.data_ptr() == segment.host.keys.data_ptr(), "rows on the host are shared"
         alone = segment.select(torch.tensor([1, 1]))
         assert len(alone.host.keys) == 1, "rows that nobody owns are freed"
         twice = query[[1, 1]]
-        torch.testing.assert_close(attend(twice, [alone, NOTHING], of.scale), attend(query, [segment, NOTHING], of.scale)[[1, 1]])
+        torch.testing.assert_close(
+            attend(twice, [alone, NOTHING], of.scale), attend(query, [segment, NOTHING], of.scale)[[1, 1]]
+        )
         assert alone.select(torch.tensor([], dtype=torch.int64)).owner.numel() == 0
 
     def test_materialize(self) -> None:
@@ -161,4 +182,6 @@ def test_rows_lie_pinned_on_the_host() -> None:
     assert all(t.is_cuda for t in segment.entry_tensors())
     query = rand(2, HEADS * GROUP, 1, DIM, seed=5)
     tail = Segment(NOTHING.keys.cuda(), NOTHING.values.cuda(), NOTHING.owner.cuda())
-    torch.testing.assert_close(attend(query.cuda(), [segment, tail], of.scale).cpu(), attend(query, [on_cpu, NOTHING], of.scale))
+    torch.testing.assert_close(
+        attend(query.cuda(), [segment, tail], of.scale).cpu(), attend(query, [on_cpu, NOTHING], of.scale)
+    )

@@ -1,4 +1,5 @@
-"""Methods that share a budget over layers or act again while tokens are written, and segments whose heads store unlike counts."""
+"""Methods that share a budget over layers or act again while tokens are written, and segments whose heads store unlike
+counts."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,9 @@ ROWS, HEADS, GROUP, TOKENS, DIM = 3, 2, 2, 40, 8
 
 
 def prefill() -> LayerPrefill:
-    query, keys, values = (rand(ROWS, heads, TOKENS, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS)))
+    query, keys, values = (
+        rand(ROWS, heads, TOKENS, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
+    )
     return LayerPrefill(0, query, keys, values, [], torch.ones(ROWS, TOKENS, dtype=torch.bool), DIM**-0.5)
 
 
@@ -33,7 +36,8 @@ def uneven(seed: int = 0) -> torch.Tensor:
 
 
 def masked_attention(of: LayerPrefill, kept: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Ordinary attention over all tokens, those that are not kept hidden head by head, and one more token (the tail) that all see."""
+    """Ordinary attention over all tokens, those that are not kept hidden head by head, and one more token (the tail)
+    that all see."""
     keys, values = (x.repeat_interleave(GROUP, dim=1) for x in (of.keys, of.values))
     seen = kept.repeat_interleave(GROUP, dim=1)[:, :, None]
     scores = (query @ keys.transpose(-1, -2) * of.scale).masked_fill(~seen, -torch.inf)
@@ -60,7 +64,9 @@ def test_what_a_head_does_not_keep_is_not_stored() -> None:
     assert int(kept.sum()) <= rows <= 1.02 * int(kept.sum())
     tensors = [t for s in segments for t in (s.keys, s.values)]
     assert storage_bytes(t for t in tensors if isinstance(t, torch.Tensor)) == 2 * rows * DIM * 8
-    assert sorted((int(r), int(h)) for s in segments if s.head is not None for r, h in zip(s.owner, s.head, strict=True)) == [
+    assert sorted(
+        (int(r), int(h)) for s in segments if s.head is not None for r, h in zip(s.owner, s.head, strict=True)
+    ) == [
         (0, 0),
         (0, 1),
         (1, 0),
@@ -96,7 +102,9 @@ def attend_alone(of: LayerPrefill, kept: torch.Tensor, query: torch.Tensor, rows
 
 def test_a_segment_of_single_heads_has_no_maps_along_tokens() -> None:
     keys, one = torch.zeros(2, 2, 3, 4), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"entries of single KV heads hold 1 head and no maps along the tokens; these hold 2"):
+    with pytest.raises(
+        ValueError, match=r"entries of single KV heads hold 1 head and no maps along the tokens; these hold 2"
+    ):
         Segment(keys, keys, one, head=one)
     with pytest.raises(ValueError, match="no maps along the tokens"):
         Segment(keys[:, :1], keys[:, :1], one, head=one, score_map=torch.zeros(1, 3, 3), value_map=torch.zeros(1, 3, 3))
@@ -105,7 +113,8 @@ def test_a_segment_of_single_heads_has_no_maps_along_tokens() -> None:
 
 
 class ByLayer(SharedBudget[float]):
-    """Layer l keeps the first tokens of a share of the budget that grows with its mean key; what it sees is written down."""
+    """Layer l keeps the first tokens of a share of the budget that grows with its mean key; what it sees is written
+    down."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -135,7 +144,9 @@ def test_a_shared_budget_is_committed_when_all_layers_are_known(
         model.generate(**batch, past_key_values=cache, max_new_tokens=3, do_sample=False)
     assert method.seen == [[0, 1, 2, 3]]
     length = batch["input_ids"].shape[1]
-    stored = [sum(s.tokens for s in (*layer.visual, *layer.text)) for layer in cache.layers if isinstance(layer, CapsuleLayer)]
+    stored = [
+        sum(s.tokens for s in (*layer.visual, *layer.text)) for layer in cache.layers if isinstance(layer, CapsuleLayer)
+    ]
     assert stored == sorted(stored)
     assert abs(stored[3] - 0.4 * length) < 12 and stored[0] < 0.15 * length
 
@@ -146,7 +157,10 @@ def test_a_shared_budget_of_one_layer() -> None:
 
 
 def test_pairing_waits_for_both_methods() -> None:
-    layers = [LayerPrefill(i, *(prefill().query, prefill().keys, prefill().values), [], prefill().valid, 1.0) for i in range(2)]
+    layers = [
+        LayerPrefill(i, *(prefill().query, prefill().keys, prefill().values), [], prefill().valid, 1.0)
+        for i in range(2)
+    ]
     run = start(Paired(Full(), ByLayer()), [0, 1])
     assert list(run.add(layers[0])) == []
     assert [layer for layer, _ in run.add(layers[1])] == [0, 1]
@@ -210,5 +224,7 @@ def test_a_revision_that_keeps_everything_changes_no_answer(
 
 
 def test_only_the_text_s_method_may_act_again() -> None:
-    with pytest.raises(ValueError, match="LastOnes acts again while tokens are written: it can only be the method of the text"):
+    with pytest.raises(
+        ValueError, match="LastOnes acts again while tokens are written: it can only be the method of the text"
+    ):
         Paired(LastOnes(), EvenlySpaced(0.5))

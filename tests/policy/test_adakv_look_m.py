@@ -24,7 +24,9 @@ def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int) ->
     rows = len(padding)
     valid = torch.arange(count) >= torch.tensor(padding)[:, None]
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    query, keys, values = (rand(rows, heads, count, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS)))
+    query, keys, values = (
+        rand(rows, heads, count, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
+    )
     values[..., 0] = torch.arange(count, dtype=torch.float64)
     return LayerPrefill(0, query, keys, values, visual, valid, DIM**-0.5)
 
@@ -102,7 +104,9 @@ def test_heads_share_the_budget_of_each_image() -> None:
 def test_a_whole_safeguard_is_snapkv() -> None:
     query = rand(2, HEADS * GROUP, 1, DIM, seed=9)
     ours, theirs = (policy.compress(OF) for policy in (AdaKV(0.4, window=6, safeguard=1.0), SnapKV(0.4, window=6)))
-    torch.testing.assert_close(attend(query, [*ours.visual, *ours.text], 0.3), attend(query, [*theirs.visual, *theirs.text], 0.3))
+    torch.testing.assert_close(
+        attend(query, [*ours.visual, *ours.text], 0.3), attend(query, [*theirs.visual, *theirs.text], 0.3)
+    )
 
 
 def test_what_a_head_gives_away_is_not_stored() -> None:
@@ -112,7 +116,10 @@ def test_what_a_head_gives_away_is_not_stored() -> None:
     adaptive, even = (policy.compress(of).visual for policy in (AdaKV(0.2), AdaKV(0.2, safeguard=1.0)))
     counts = [len(places(adaptive, 0, head)) for head in range(HEADS)]
     assert sum(counts) == 80 and counts[0] != counts[1]
-    sizes = [storage_bytes(t for s in segments for t in (s.keys, s.values) if isinstance(t, torch.Tensor)) for segments in (adaptive, even)]
+    sizes = [
+        storage_bytes(t for s in segments for t in (s.keys, s.values) if isinstance(t, torch.Tensor))
+        for segments in (adaptive, even)
+    ]
     assert sizes[0] == sizes[1] == 80 * 2 * DIM * 8
 
 
@@ -173,7 +180,11 @@ def test_evicted_tokens_go_to_the_nearest_kept_one(merge: str, chunk: int, monke
                 for x, found in zip((keys, values), expected[bool(OF.visual()[row, c])], strict=True):
                     total = x[c].clone()
                     for e in mine:
-                        part = {"averaged": x[e], "pivotal": (x[e] + x[c]) / 2, "weighted": cosine(keys[e], keys[c]) * x[e]}
+                        part = {
+                            "averaged": x[e],
+                            "pivotal": (x[e] + x[c]) / 2,
+                            "weighted": cosine(keys[e], keys[c]) * x[e],
+                        }
                         total += part[merge]
                     found.append((total / (1 + len(mine))).tolist())
             for segments, marked in ((visual, True), (text, False)):
@@ -185,7 +196,9 @@ def test_merging_leaves_the_prefill_alone_and_no_more_is_stored() -> None:
     before = OF.keys.clone(), OF.values.clone()
     sizes = {}
     for merge in ("averaged", "none"):
-        sizes[merge] = [storage_bytes(t for s in part for t in s.entry_tensors()) for part in LookM(0.5, merge=merge).compress(OF)]
+        sizes[merge] = [
+            storage_bytes(t for s in part for t in s.entry_tensors()) for part in LookM(0.5, merge=merge).compress(OF)
+        ]
     assert torch.equal(OF.keys, before[0]) and torch.equal(OF.values, before[1])
     assert sizes["averaged"] == sizes["none"]
 
@@ -193,9 +206,19 @@ def test_merging_leaves_the_prefill_alone_and_no_more_is_stored() -> None:
 def test_half_precision_merges_in_single() -> None:
     """A thousand like tokens: summed in half precision, they would not come out as what they are."""
     of = tokens([(0, 4, 1000)], [0], 1010)
-    half = LayerPrefill(0, of.query.half(), torch.ones_like(of.keys).half(), 3 * torch.ones_like(of.values).half(), of.spans, of.valid, 0.3)
+    half = LayerPrefill(
+        0,
+        of.query.half(),
+        torch.ones_like(of.keys).half(),
+        3 * torch.ones_like(of.values).half(),
+        of.spans,
+        of.valid,
+        0.3,
+    )
     visual, _ = LookM(0.02, merge="averaged").compress(half)
-    assert visual and all(torch.equal(read(s.values, torch.float16), torch.full(tuple(s.values.shape), 3.0).half()) for s in visual)
+    assert visual and all(
+        torch.equal(read(s.values, torch.float16), torch.full(tuple(s.values.shape), 3.0).half()) for s in visual
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""AirCache: elite, importance, strength, skewness and budgets worked out by hand, and what is kept from the definition on."""
+"""AirCache: elite, importance, strength, skewness and budgets worked out by hand, and what is kept from the definition
+on."""
 
 import math
 import re
@@ -20,7 +21,8 @@ from kvcapsule.policy.aircache import Observed, skewness
 # By hand
 
 WEIGHTS = {(0, 4): [1, 1, 2, 4, 3, 99, 2], (0, 6): [10, 8, 1, 1, 9.5, 3, 9.2], (0, 5): [7] * 7}
-"""Text at 0, an image at 1 to 3, text at 4 to 6. Of the last token's text weights 10, 9.5, 3 and 9.2, nine tenths of 10 are 9."""
+"""Text at 0, an image at 1 to 3, text at 4 to 6. Of the last token's text weights 10, 9.5, 3 and 9.2, nine tenths of 10
+are 9."""
 HAND = scripted(WEIGHTS, 7, 1, [(1, 3)])
 
 
@@ -57,7 +59,11 @@ def test_importance_by_hand() -> None:
 def test_skewness_by_hand() -> None:
     """0.1 three times and 0.5: mean 0.2, std 0.2, 4 / 6 of (3 (-1/2)^3 + (3/2)^3) = 2; with signs reversed -2."""
     visual = torch.tensor([[False, True, True, True, True, False]])
-    for row, expected in (([9, 0.1, 0.1, 0.1, 0.5, 9], 2.0), ([9, 0.5, 0.5, 0.5, 0.1, 9], -2.0), ([9, 0.1, 0.1, 0.3, 0.3, 9], 0.0)):
+    for row, expected in (
+        ([9, 0.1, 0.1, 0.1, 0.5, 9], 2.0),
+        ([9, 0.5, 0.5, 0.5, 0.1, 9], -2.0),
+        ([9, 0.1, 0.1, 0.3, 0.3, 9], 0.0),
+    ):
         assert float(skewness(torch.tensor([[row]]), visual)) == pytest.approx(expected, abs=1e-5)
     assert float(skewness(torch.full((1, 1, 6), 0.25), visual)) == 0
     two = torch.tensor([[False, True, True, False, False, False]])
@@ -84,7 +90,9 @@ def test_normalisation_by_hand() -> None:
     assert AirCache(0.1, negative="shift").normalised(negative) == pytest.approx([2.25, 0, 0.75])
     assert AirCache(0.1, negative="shift").normalised([2.0, 1.0, 3.0]) == pytest.approx([1, 0.5, 1.5])
     total = math.exp(2) + math.exp(-1) + 1
-    assert AirCache(0.1, normalisation="softmax").normalised(negative) == pytest.approx([3 * math.exp(x) / total for x in negative])
+    assert AirCache(0.1, normalisation="softmax").normalised(negative) == pytest.approx(
+        [3 * math.exp(x) / total for x in negative]
+    )
     assert AirCache(0.1).normalised([-1.0, -2.0]) == [1, 1]
 
 
@@ -92,7 +100,10 @@ def test_layers_share_what_is_observed() -> None:
     """Of 2 x 20 visual tokens 30 %, by strengths of 3 to 1: 9 and 3, the best of each layer."""
     layers = [tokens([(0, 5, 20)], [0], 30, layer) for layer in range(2)]
     importance = torch.arange(30.0).expand(1, 1, 30)
-    seen = [Observed(importance * sign, torch.tensor([strength]), torch.zeros(1)) for sign, strength in ((1, 0.75), (-1, 0.25))]
+    seen = [
+        Observed(importance * sign, torch.tensor([strength]), torch.zeros(1))
+        for sign, strength in ((1, 0.75), (-1, 0.25))
+    ]
     found = AirCache(0.3, measure="strength").commit(layers, seen)
     assert [places(c.visual) for c in found] == [[list(range(16, 25))] * HEADS, [[5, 6, 7]] * HEADS]
 
@@ -105,10 +116,13 @@ TEXT = [
     [range(50, 60)] * 2,
     [range(1, 9)] * 2,
 ]
-"""In `mixed`: text behind the last image, and all of it; in a row without image and one that ends with its image, all there is."""
+"""In `mixed`: text behind the last image, and all of it; in a row without image and one that ends with its image, all
+there is."""
 
 
-def by_definition(of: LayerPrefill, row: int, text: Sequence[int], heads: Sequence[int], alpha: float, causal: bool) -> dict[int, float]:
+def by_definition(
+    of: LayerPrefill, row: int, text: Sequence[int], heads: Sequence[int], alpha: float, causal: bool
+) -> dict[int, float]:
     """Importance of a row's visual tokens, averaged over query heads that share an elite."""
     visual = [j for j in range(of.keys.shape[2]) if of.visual()[row, j]]
     last = [attention(of, row, head, text[-1], text) for head in heads]
@@ -135,7 +149,9 @@ def test_importance_of_padded_rows(settings: dict[str, Any], chunk: int, monkeyp
     for row in range(4):
         strengths, skews = [], []
         for index, heads in enumerate(groups):
-            expected = by_definition(of, row, [*TEXT[row][settings.get("text") == "all"]], heads, 0.5, settings.get("causal", False))
+            expected = by_definition(
+                of, row, [*TEXT[row][settings.get("text") == "all"]], heads, 0.5, settings.get("causal", False)
+            )
             found = {j: float(x) for j, x in enumerate(seen.importance[row, index]) if j in expected}
             assert found == pytest.approx(expected)
             assert float(seen.importance[row, index].sum()) == pytest.approx(sum(expected.values()))
@@ -243,7 +259,9 @@ def test_generation_with_beams_and_padding(
     batch = make_batch((1, "Read line 2."), (2, "What is the number beside the owl?"))
     with attach(model):
         cache = CapsuleCache(model.config, AirCache(0.1, heads=heads))
-        output = model.generate(**batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False)
+        output = model.generate(
+            **batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
+        )
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
     images = 2 * 3 * 196 * 4 * 2 * 2 * 32 * 4
     assert cache.bytes().visual == pytest.approx(0.1 * images, rel=0.02)

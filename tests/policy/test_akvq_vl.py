@@ -1,4 +1,5 @@
-"""AKVQ-VL: its matrix, quantiser, layer types and bytes worked out by hand, and what becomes of tokens that leave the window."""
+"""AKVQ-VL: its matrix, quantiser, layer types and bytes worked out by hand, and what becomes of tokens that leave the
+window."""
 
 import math
 import re
@@ -30,17 +31,22 @@ HEADS, GROUP, DIM = 2, 2, 8
 Line = list[float]
 
 
-def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int, layer: int = 0, dim: int = DIM) -> LayerPrefill:
+def tokens(
+    spans: list[tuple[int, int, int]], padding: list[int], count: int, layer: int = 0, dim: int = DIM
+) -> LayerPrefill:
     """Rows of `count` tokens in float64, the first of each padded; hidden states of 5 channels."""
     rows = len(padding)
     valid = torch.arange(count) >= torch.tensor(padding)[:, None]
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    query, keys, values = (rand(rows, heads, count, dim, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS)))
+    query, keys, values = (
+        rand(rows, heads, count, dim, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
+    )
     return LayerPrefill(layer, query, keys, values, visual, valid, dim**-0.5, hidden=rand(rows, count, 5, seed=8))
 
 
 def mixed() -> LayerPrefill:
-    """Left padding; one image, two with text between, none. The first row's text and the second's first tokens draw attention."""
+    """Left padding; one image, two with text between, none. The first row's text and the second's first tokens draw
+    attention."""
     of = tokens([(0, 12, 30), (1, 6, 22), (1, 33, 9)], [3, 0, 25], 60)
     of.keys[0, :, 42:50] = of.query[0, ::GROUP, 50:58] * 2
     assert of.hidden is not None
@@ -80,7 +86,9 @@ def recoded(line: Line, bits: int) -> Line:
 
 def expected(of: LayerPrefill, row: int, places: list[int], bits: int) -> torch.Tensor:
     """[2, H, n, D]: keys and values of tokens as read."""
-    read = [[[recoded(x[row, h, p].tolist(), bits) for p in places] for h in range(HEADS)] for x in (of.keys, of.values)]
+    read = [
+        [[recoded(x[row, h, p].tolist(), bits) for p in places] for h in range(HEADS)] for x in (of.keys, of.values)
+    ]
     return torch.tensor(read, dtype=torch.float64).view(2, HEADS, len(places), DIM)
 
 
@@ -111,7 +119,9 @@ def received(of: LayerPrefill, row: int, first: int) -> Line:
     for query in range(first, len(got)):
         for head in range(HEADS * GROUP):
             seen = [j for j in range(query + 1) if of.valid[row, j] and of.valid[row, query]]
-            weights = [math.exp(of.scale * float(of.query[row, head, query] @ of.keys[row, head // GROUP, j])) for j in seen]
+            weights = [
+                math.exp(of.scale * float(of.query[row, head, query] @ of.keys[row, head // GROUP, j])) for j in seen
+            ]
             for j, weight in zip(seen, weights, strict=True):
                 got[j] += weight / sum(weights)
     return got
@@ -124,7 +134,9 @@ def test_hadamard_by_hand() -> None:
     four = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
     assert torch.equal(hadamard(4), torch.tensor(four) / 2)
     eight = [[*row, *row] for row in four] + [[*row, *(-x for x in row)] for row in four]
-    torch.testing.assert_close(hadamard(8, torch.float64), torch.tensor(eight, dtype=torch.float64) / math.sqrt(8), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        hadamard(8, torch.float64), torch.tensor(eight, dtype=torch.float64) / math.sqrt(8), rtol=0, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 12, 80, 96, 128])
@@ -186,7 +198,9 @@ def test_groups_without_a_range(dtype: torch.dtype) -> None:
 def test_rows_are_joined_token_by_token() -> None:
     x = rand(2, 2, 9, 12).float()
     parts = [GroupedRows.pack(part, 2, 5, False) for part in (x[:, :, :4], x[:, :, 4:])]
-    assert torch.equal(GroupedRows.join(parts).read(torch.float32), GroupedRows.pack(x, 2, 5, False).read(torch.float32))
+    assert torch.equal(
+        GroupedRows.join(parts).read(torch.float32), GroupedRows.pack(x, 2, 5, False).read(torch.float32)
+    )
     with pytest.raises(ValueError, match="cannot be joined"):
         GroupedRows.join([GroupedRows.pack(x, 2, 5, True)])
 
@@ -225,7 +239,9 @@ def pivots_of(of: LayerPrefill, row: int, count: int) -> list[int]:
 
 def assert_stored(ours: Compressed, of: LayerPrefill, row: int, salient: bool, recent: int, pivots: int) -> None:
     """The table of the module, token by token."""
-    raw = {p for p in range(of.keys.shape[2] - recent, of.keys.shape[2])} | (set() if salient else set(pivots_of(of, row, pivots)))
+    raw = {p for p in range(of.keys.shape[2] - recent, of.keys.shape[2])} | (
+        set() if salient else set(pivots_of(of, row, pivots))
+    )
     pivot = [] if salient else pivots_of(of, row, pivots)
     for visual, segments, bits in ((True, ours.visual, 2), (False, ours.text, 4 if salient else 2)):
         # Pivots lie before the recent tokens.
@@ -263,10 +279,17 @@ def test_the_prompt_decides_by_its_attention() -> None:
 
 @pytest.mark.parametrize(
     ("text", "visual", "pivot", "salient"),
-    [(2.0, 1.0, 1.5, True), (2.0, 1.5, 1.0, True), (1.5, 2.0, 1.0, False), (1.5, 1.0, 2.0, False), (1.0, 1.0, 1.0, False)],
+    [
+        (2.0, 1.0, 1.5, True),
+        (2.0, 1.5, 1.0, True),
+        (1.5, 2.0, 1.0, False),
+        (1.5, 1.0, 2.0, False),
+        (1.0, 1.0, 1.0, False),
+    ],
 )
 def test_text_is_to_draw_more_than_either(text: float, visual: float, pivot: float, salient: bool) -> None:
-    """Scores of the three kinds of tokens, the same for all queries; recent tokens and padding, which are left out, score highest."""
+    """Scores of the three kinds of tokens, the same for all queries; recent tokens and padding, which are left out,
+    score highest."""
     of = tokens([(0, 13, 30)], [2], 60)
     assert of.hidden is not None
     of.hidden[0, [3, 20, 55]] = 40.0
@@ -299,12 +322,22 @@ def test_values_without_rotation() -> None:
 
 @pytest.mark.parametrize(("count", "printed"), [(4096, 2.49), (500, 6.0)])
 def test_bits_for_an_element(count: int, printed: float) -> None:
-    """2 + 14 * 143 / T of payload, as the method's readers count it, and two numbers of 16 bits for 128 channels of coded tokens."""
+    """2 + 14 * 143 / T of payload, as the method's readers count it, and two numbers of 16 bits for 128 channels of
+    coded tokens."""
     dim, low = 128, 143
     x = rand(1, 1, count, dim).half()
     hidden = torch.zeros(1, count, 4)
     hidden[0, 20:35, 2] = 100.0
-    of = LayerPrefill(0, x, x, x.clone(), [VisualSpan(0, 5, 300, (1, 1, 300))], torch.ones(1, count, dtype=torch.bool), 1.0, hidden=hidden)
+    of = LayerPrefill(
+        0,
+        x,
+        x,
+        x.clone(),
+        [VisualSpan(0, 5, 300, (1, 1, 300))],
+        torch.ones(1, count, dtype=torch.bool),
+        1.0,
+        hidden=hidden,
+    )
     stored = AkvqVl(()).compress(of)
     segments = [*stored.visual, *stored.text]
     elements = 2 * count * dim
@@ -323,9 +356,13 @@ def test_bits_for_an_element_of_a_text_salient_layer() -> None:
     """2 + 14 * n16 / T + 2 * n4 / T."""
     count, dim, recent, visual = 600, 128, 128, 300
     x = rand(1, 1, count, dim).half()
-    of = LayerPrefill(0, x, x, x.clone(), [VisualSpan(0, 5, visual, (1, 1, visual))], torch.ones(1, count, dtype=torch.bool), 1.0)
+    of = LayerPrefill(
+        0, x, x, x.clone(), [VisualSpan(0, 5, visual, (1, 1, visual))], torch.ones(1, count, dtype=torch.bool), 1.0
+    )
     stored = AkvqVl((0,)).compress(of)
-    everything = 8 * storage_bytes(t for s in (*stored.visual, *stored.text) for t in s.entry_tensors() if t is not s.owner)
+    everything = 8 * storage_bytes(
+        t for s in (*stored.visual, *stored.text) for t in s.entry_tensors() if t is not s.owner
+    )
     text = count - recent - visual
     payload = 2 + 14 * recent / count + 2 * text / count
     assert everything == pytest.approx(2 * count * dim * (payload + 2 * 16 / 128 * (count - recent) / count), rel=1e-9)
@@ -360,7 +397,9 @@ def test_rows_can_be_chosen() -> None:
     rows = torch.tensor([1, 1, 0])
     chosen = [s.select(rows) for s in (*visual, *text)]
     torch.testing.assert_close(attend(query[rows], chosen, 0.3), before[rows])
-    assert [s.later for s in chosen if isinstance(s, Exact)] == [s.later for s in (*visual, *text) if isinstance(s, Exact)]
+    assert [s.later for s in chosen if isinstance(s, Exact)] == [
+        s.later for s in (*visual, *text) if isinstance(s, Exact)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -370,7 +409,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
     tensors = {name: getattr(of, name).to(dtype) for name in ("query", "keys", "values", "hidden")}
     query = rand(3, HEADS * GROUP, 2, DIM, seed=9)
     near, far = (POLICY.compress(prefill) for prefill in (of, replace(of, **tensors)))
-    difference = attend(query, [*near.visual, *near.text], 0.3) - attend(query.to(dtype), [*far.visual, *far.text], 0.3).double()
+    difference = (
+        attend(query, [*near.visual, *near.text], 0.3) - attend(query.to(dtype), [*far.visual, *far.text], 0.3).double()
+    )
     assert float(difference.abs().mean()) < 0.02
 
 
@@ -405,7 +446,10 @@ def test_what_leaves_the_window_is_stored_as_its_like() -> None:
         for visual, segments in ((True, after.visual), (False, after.text)):
             marked = places(of, row, visual)
             own = [p for p in marked if p not in pivot]
-            coded, exact = [expected(of, row, own, 2 if visual else bits)], [expected(of, row, [p for p in pivot if p in marked], 16)]
+            coded, exact = (
+                [expected(of, row, own, 2 if visual else bits)],
+                [expected(of, row, [p for p in pivot if p in marked], 16)],
+            )
             if not visual:
                 coded += [expected(first, row, list(range(40)), bits), expected(second, row, list(range(28)), bits)]
                 exact += [expected(second, row, list(range(28, 40)), 16)]
@@ -437,7 +481,8 @@ def test_segments_do_not_pile_up() -> None:
 
 
 def test_padding_of_a_tail_stays_unseen_and_a_closed_tail_leaves() -> None:
-    """Row 0 of a tail begins with three tokens of padding; a segment of raw text is what was written before a second image."""
+    """Row 0 of a tail begins with three tokens of padding; a segment of raw text is what was written before a second
+    image."""
     of, tail = mixed(), tokens([], [0] * 3, 40)
     compressed = POLICY.compress(of)
     closed = Segment(tail.keys[:, :, :5].clone(), tail.values[:, :, :5].clone(), torch.arange(3))
@@ -513,14 +558,18 @@ def stored_tokens(cache: CapsuleCache, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_past_the_window(beams: int, model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
+def test_generation_past_the_window(
+    beams: int, model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
     """A padded batch, 36 tokens, a window of 20: after a revision every token is stored once, in every layer."""
     batch = make_batch((1, "Read line 2."), (2, "What is the number beside the owl?"))
     policy = AkvqVl(recent=20)
     assert isinstance(policy, Revises)
     with attach(model, policy):
         cache = CapsuleCache(model.config, policy)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=36, min_new_tokens=36, num_beams=beams, do_sample=False)
+        model.generate(
+            **batch, past_key_values=cache, max_new_tokens=36, min_new_tokens=36, num_beams=beams, do_sample=False
+        )
     for row in range(2 * beams):
         assert stored_tokens(cache, row) == [int(batch["attention_mask"][row // beams].sum()) + 35] * 4
     for layer in cache.layers:
@@ -531,7 +580,9 @@ def test_generation_past_the_window(beams: int, model: LlavaForConditionalGenera
         assert sum(len(s.owner) * s.tokens for s in raw if isinstance(s, Exact) and s.later) == 2 * beams * 20
 
 
-def test_a_second_turn_with_an_image(model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
+def test_a_second_turn_with_an_image(
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
     first, second = make_batch((1, "Read line 2.")), make_batch((1, "Transcribe the page."))
     policy = AkvqVl(recent=20)
     length = first["input_ids"].shape[1] + second["input_ids"].shape[1]
@@ -545,12 +596,22 @@ def test_a_second_turn_with_an_image(model: LlavaForConditionalGeneration, make_
         assert stored_tokens(cache, 0) == [length + 3] * 4
         model(input_ids=torch.full((1, 40), 5), past_key_values=cache)
     assert stored_tokens(cache, 0) == [length + 43] * 4
-    raw = [s for layer in cache.layers if isinstance(layer, CapsuleLayer) for s in (*layer.visual, *layer.text) if bits_of(s) == 16]
+    raw = [
+        s
+        for layer in cache.layers
+        if isinstance(layer, CapsuleLayer)
+        for s in (*layer.visual, *layer.text)
+        if bits_of(s) == 16
+    ]
     assert {s.later for s in raw if isinstance(s, Exact)} <= {None, 2, 4} and all(isinstance(s, Exact) for s in raw)
-    assert all(s.tokens == 20 for s in raw if isinstance(s, Exact) and s.later), "both prompts' windows and the three tokens have left"
+    assert all(s.tokens == 20 for s in raw if isinstance(s, Exact) and s.later), (
+        "both prompts' windows and the three tokens have left"
+    )
 
 
-def test_as_the_text_s_method_beside_another(model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
+def test_as_the_text_s_method_beside_another(
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
     method = Paired(Full(), AkvqVl(recent=8))
     batch = make_batch((1, "Read line 2."))
     with attach(model, method):

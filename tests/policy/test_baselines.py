@@ -1,4 +1,5 @@
-"""The baselines of the field as policies: scores worked out with loops. What all policies promise is in test_policy_table.py."""
+"""The baselines of the field as policies: scores worked out with loops. What all policies promise is in
+test_policy_table.py."""
 
 import json
 import math
@@ -19,7 +20,18 @@ from kvcapsule.errors import GeometryError
 from kvcapsule.eval.entries import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import start
-from kvcapsule.policy import H2O, POLICIES, TEXT_POLICIES, Full, Kivi, PyramidKV, Random, SnapKV, StreamingLLM, VisualPolicy
+from kvcapsule.policy import (
+    H2O,
+    POLICIES,
+    TEXT_POLICIES,
+    Full,
+    Kivi,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    VisualPolicy,
+)
 from kvcapsule.policy import snapkv as snapkv_module
 from kvcapsule.policy.pyramidkv import pyramid_counts
 from kvcapsule.policy.snapkv import attention_received
@@ -37,18 +49,24 @@ PRUNING: dict[str, Callable[[float], VisualPolicy]] = {
     "pyramidkv": lambda ratio: PyramidKV(ratio, layers=LAYERS),
 }
 KIVI: dict[str, Callable[[], VisualPolicy]] = {f"kivi{bits}": lambda bits=bits: Kivi(bits) for bits in (2, 4, 8)}
-ALL: dict[str, Callable[[], VisualPolicy]] = {**{name: lambda make=make: make(0.3) for name, make in PRUNING.items()}, **KIVI}
+ALL: dict[str, Callable[[], VisualPolicy]] = {
+    **{name: lambda make=make: make(0.3) for name, make in PRUNING.items()},
+    **KIVI,
+}
 
 every_method = pytest.mark.parametrize("name", ALL)
 every_pruning = pytest.mark.parametrize("name", PRUNING)
 
 
 def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int, layer: int = 0) -> LayerPrefill:
-    """Rows of `count` tokens in float64, the first of each padded. Channel 0 of keys and values is the token's place."""
+    """Rows of `count` tokens in float64, the first of each padded. Channel 0 of keys and values is the token's
+    place."""
     rows = len(padding)
     valid = torch.arange(count) >= torch.tensor(padding)[:, None]
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    query, keys, values = (rand(rows, heads, count, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS)))
+    query, keys, values = (
+        rand(rows, heads, count, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
+    )
     keys[..., 0] = values[..., 0] = torch.arange(count, dtype=torch.float64) / count
     return LayerPrefill(layer, query, keys, values, visual, valid, DIM**-0.5)
 
@@ -62,12 +80,15 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     """A row by itself, its padding cut off."""
     begin = int((~of.valid[row]).sum())
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values, valid = (t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None]))
+    query, keys, values, valid = (
+        t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
+    )
     return LayerPrefill(of.layer, query, keys, values, spans, valid[..., 0], of.scale)
 
 
 def places(segments: list[Segment], row: int, count: int) -> list[list[int]]:
-    """The tokens that each head stores of a row, in the order in which they lie; its values are those of the same tokens."""
+    """The tokens that each head stores of a row, in the order in which they lie; its values are those of the same
+    tokens."""
     found: list[list[int]] = [[] for _ in range(HEADS)]
     for segment in segments:
         for entry in (segment.owner == row).nonzero()[:, 0].tolist():
@@ -82,7 +103,10 @@ def places(segments: list[Segment], row: int, count: int) -> list[list[int]]:
 def causal(of: LayerPrefill, row: int, head: int, query: int) -> list[float]:
     """Attention of one query of one query head, by the definition."""
     seen = [j for j in range(query + 1) if of.valid[row, j]]
-    logits = {j: of.scale * sum(float(of.query[row, head, query, c] * of.keys[row, head // GROUP, j, c]) for c in range(DIM)) for j in seen}
+    logits = {
+        j: of.scale * sum(float(of.query[row, head, query, c] * of.keys[row, head // GROUP, j, c]) for c in range(DIM))
+        for j in seen
+    }
     total = sum(math.exp(x) for x in logits.values())
     return [math.exp(logits[j]) / total if j in logits else 0.0 for j in range(of.keys.shape[2])]
 
@@ -108,7 +132,9 @@ def test_h2o_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = H2O(0.5).scores(SMALL)
     for row in (0, 1):
         for head in range(HEADS):
-            torch.testing.assert_close(scores[row, head], torch.tensor(received(SMALL, row, head, 0), dtype=torch.float64))
+            torch.testing.assert_close(
+                scores[row, head], torch.tensor(received(SMALL, row, head, 0), dtype=torch.float64)
+            )
 
 
 def test_h2o_keeps_no_scores_of_all_queries() -> None:
@@ -149,7 +175,11 @@ def test_streaming_by_hand() -> None:
 
 def test_random_depends_on_seed_layer_and_span_alone() -> None:
     def kept(layer: int, seed: int, row: int = 0) -> list[int]:
-        return places(Random(0.25, seed).compress(tokens([(0, 5, 40), (1, 9, 40), (1, 49, 40)], [0, 4], 100, layer)).visual, row, 100)[0]
+        return places(
+            Random(0.25, seed).compress(tokens([(0, 5, 40), (1, 9, 40), (1, 49, 40)], [0, 4], 100, layer)).visual,
+            row,
+            100,
+        )[0]
 
     assert kept(0, 0) == kept(0, 0)
     assert len({tuple(kept(layer, seed)) for layer in (0, 1) for seed in (0, 1)}) == 4
@@ -216,12 +246,18 @@ def test_kivi_by_hand(bits: int) -> None:
         for channel in range(DIM):
             column = of.keys[0, head, 3:73, channel].tolist()
             expected = [x for begin in (0, 32, 64) for x in rounded(column[begin : begin + 32])]
-            torch.testing.assert_close(read[0][0, head, :, channel], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                read[0][0, head, :, channel], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5
+            )
         for token in range(70):
             line = of.values[0, head, 3 + token].tolist()
             wide, split = rounded(line), rounded(line[:5]) + rounded(line[5:])
-            torch.testing.assert_close(read[1][0, head, token], torch.tensor(wide, dtype=torch.float64), rtol=0, atol=1e-5)
-            torch.testing.assert_close(in_two[0, head, token], torch.tensor(split, dtype=torch.float64), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                read[1][0, head, token], torch.tensor(wide, dtype=torch.float64), rtol=0, atol=1e-5
+            )
+            torch.testing.assert_close(
+                in_two[0, head, token], torch.tensor(split, dtype=torch.float64), rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("along_tokens", [True, False])
@@ -251,7 +287,8 @@ def visual_bytes(policy: VisualPolicy, of: LayerPrefill) -> int:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kivi_bytes(bits: int) -> None:
-    """Codes, and two numbers of 16 bits for 32 elements; 196 tokens pay for a group of 32 and a byte of codes that are not full."""
+    """Codes, and two numbers of 16 bits for 32 elements; 196 tokens pay for a group of 32 and a byte of codes that are
+    not full."""
     for length, groups, eights in ((192, 6, 24), (196, 7, 25)):
         x = rand(1, HEADS, length, 64).half()
         valid = torch.ones(1, length, dtype=torch.bool)
@@ -260,7 +297,9 @@ def test_kivi_bytes(bits: int) -> None:
         assert visual_bytes(Kivi(bits), of) == HEADS * (keys + values)
         # The nominal bits + 1 for an element, and at most 3.1 % more.
         nominal = (bits + 1) / 16 * visual_bytes(Full(), of)
-        assert HEADS * (keys + values) == nominal if length == 192 else nominal < HEADS * (keys + values) < 1.031 * nominal
+        assert (
+            HEADS * (keys + values) == nominal if length == 192 else nominal < HEADS * (keys + values) < 1.031 * nominal
+        )
 
 
 @every_method
@@ -349,8 +388,10 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert by_name["snapkv"] == {
         "name": "snapkv",
         "kind": "policy",
-        "summary": "SnapKV (arXiv 2404.14469): each KV head keeps the visual tokens that the prompt's last queries attend to, "
-        "neighbours included.",
+        "summary": (
+            "SnapKV (arXiv 2404.14469): each KV head keeps the visual tokens that the prompt's last queries attend to, "
+            "neighbours included."
+        ),
         "papers": ["2404.14469"],
         "required": ["ratio"],
         "defaults": {"window": 32, "kernel": 7, "pooling": "avg"},

@@ -22,12 +22,20 @@ from kvcapsule.vlm.spans import VisualSpan
 
 
 def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int = 60) -> LayerPrefill:
-    """Rows of `count` tokens, the first of each padded; 2 KV heads of 8, 4 query heads. Values tell a token's row and place."""
+    """Rows of `count` tokens, the first of each padded; 2 KV heads of 8, 4 query heads. Values tell a token's row and
+    place."""
     rows = len(padding)
     valid = torch.arange(count) >= torch.tensor(padding)[:, None]
-    values = (torch.arange(rows)[:, None] * 1000 + torch.arange(count)).double()[:, None, :, None].expand(rows, 2, count, 8).clone()
+    values = (
+        (torch.arange(rows)[:, None] * 1000 + torch.arange(count))
+        .double()[:, None, :, None]
+        .expand(rows, 2, count, 8)
+        .clone()
+    )
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    return LayerPrefill(0, rand(rows, 4, count, 8, seed=1), rand(rows, 2, count, 8, seed=2), values, visual, valid, 8**-0.5, None)
+    return LayerPrefill(
+        0, rand(rows, 4, count, 8, seed=1), rand(rows, 2, count, 8, seed=2), values, visual, valid, 8**-0.5, None
+    )
 
 
 def stored(segments: list[Segment], row: int) -> list[int]:
@@ -47,7 +55,9 @@ def heaviest(of: LayerPrefill, row: int, places: list[int], count: int) -> list[
     received = torch.zeros(n, dtype=torch.float64)
     for q in range(max(begin, n - OBSERVED), n):
         for head in range(4):
-            received[begin : q + 1] += (of.keys[row, head // 2, begin : q + 1] @ of.query[row, head, q] * of.scale).softmax(dim=0)
+            received[begin : q + 1] += (
+                of.keys[row, head // 2, begin : q + 1] @ of.query[row, head, q] * of.scale
+            ).softmax(dim=0)
     return sorted(sorted(places, key=lambda place: -float(received[place]))[:count])
 
 
@@ -106,7 +116,9 @@ def test_a_ratio_of_one_is_the_method_alone() -> None:
         torch.testing.assert_close(attend(query, [*paired.visual, *paired.text], of.scale), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("text", [TextPruning(0.6), TextPruning(1.0), QuantizedText(4)], ids=["pruned", "whole", "quantized"])
+@pytest.mark.parametrize(
+    "text", [TextPruning(0.6), TextPruning(1.0), QuantizedText(4)], ids=["pruned", "whole", "quantized"]
+)
 def test_visual_tokens_are_the_visual_methods(text: Any) -> None:
     visual, _ = Paired(EvenlySpaced(0.5), text).compress(OF)
     assert stored(visual, 0) == stored(EvenlySpaced(0.5).compress(OF).visual, 0)
@@ -125,7 +137,9 @@ def test_bytes_fall() -> None:
     row, owners = 2 * 2 * 8 * 8, 2 * 8
     assert sizes[0] == 2 * 43 * row + owners + 2 * 43, "row 0 is padded by one token and masked"
     assert sizes[1] == 2 * 22 * row + owners + 2 * 22
-    assert sizes[2] == 2 * 2 * 2 * 8 * (4 * 6 + 2 * 8) + owners + 2 * 43, "48 codes of half a byte, a step and a zero for each channel"
+    assert sizes[2] == 2 * 2 * 2 * 8 * (4 * 6 + 2 * 8) + owners + 2 * 43, (
+        "48 codes of half a byte, a step and a zero for each channel"
+    )
 
 
 def test_quantized_text_is_near_the_text() -> None:
@@ -159,7 +173,8 @@ def test_a_generation_with_both(
 ) -> None:
     """At ratio 1 the answer is the full cache's; with less text it is stored in fewer bytes and goes on."""
     batch = make_batch(
-        (1, "Read line 2, please, and tell me which of the owls is beside the number that ends with seven."), (0, "What now?")
+        (1, "Read line 2, please, and tell me which of the owls is beside the number that ends with seven."),
+        (0, "What now?"),
     )
     expected = model.generate(**batch, **greedy)
     text_bytes = []
@@ -198,7 +213,9 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("pair", [(Full(), LookM(0.5)), (LookM(0.5), TextPruning(0.5))], ids=["text", "visual"])
 def test_what_stores_both_together_is_a_method_by_itself(pair: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="LookM stores visual tokens and text together: it can only be a method by itself"):
+    with pytest.raises(
+        ValueError, match="LookM stores visual tokens and text together: it can only be a method by itself"
+    ):
         Paired(*pair)
 
 

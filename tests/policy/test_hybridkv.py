@@ -1,4 +1,5 @@
-"""HybridKV: head types, budgets and what static heads keep, worked out one number at a time (in a model: test_hybrid_model.py)."""
+"""HybridKV: head types, budgets and what static heads keep, worked out one number at a time (in a model:
+test_hybrid_model.py)."""
 
 from typing import Any
 
@@ -20,7 +21,9 @@ HEADS, GROUP, DIM = 2, 2, 8
 
 def prefill(valid: torch.Tensor, *spans: tuple[int, int, int], layer: int = 0) -> LayerPrefill:
     batch, tokens = valid.shape
-    query, keys, values = (rand(batch, h, tokens, DIM, seed=3 * layer + i) for i, h in enumerate((HEADS * GROUP, HEADS, HEADS)))
+    query, keys, values = (
+        rand(batch, h, tokens, DIM, seed=3 * layer + i) for i, h in enumerate((HEADS * GROUP, HEADS, HEADS))
+    )
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
     return LayerPrefill(layer, 2 * query, keys, values, visual, valid, DIM**-0.5)
 
@@ -43,7 +46,8 @@ def by_hand(of: LayerPrefill, row: int, head: int, query: int) -> torch.Tensor:
 class TestHeadTypes:
     @pytest.mark.parametrize("top", [0.05, 0.2, 1.0])
     def test_concentration_by_hand(self, top: float) -> None:
-        """The text queries' greatest weights: ceil(0.2 * 3) = 1 for the third token of a row, ceil(0.2 * 23) = 5 for the 23rd."""
+        """The text queries' greatest weights: ceil(0.2 * 3) = 1 for the third token of a row, ceil(0.2 * 23) = 5 for
+        the 23rd."""
         of = prefill(VALID, *SPANS)
         found = concentration(of, top)
         for row, first, text in ((0, 0, [0, 1, *range(22, 30)]), (1, 7, [7, 8, *range(21, 30)])):
@@ -52,7 +56,9 @@ class TestHeadTypes:
                 for query in text:
                     count = -(-round(top * 100) * (query + 1 - first) // 100)
                     masses.append(float(by_hand(of, row, head, query).sort(descending=True).values[:count].sum()))
-                assert float(found[row, head // GROUP, head % GROUP]) == pytest.approx(sum(masses) / len(text), abs=1e-12)
+                assert float(found[row, head // GROUP, head % GROUP]) == pytest.approx(
+                    sum(masses) / len(text), abs=1e-12
+                )
         assert bool((found <= 1 + 1e-12).all()) and (top < 1 or bool((found > 1 - 1e-12).all()))
 
     def test_more_queries_than_are_computed_at_once(self) -> None:
@@ -72,7 +78,9 @@ class TestHeadTypes:
         of = prefill(VALID, *SPANS)
         each = concentration(of, 0.05)
         torch.testing.assert_close(HybridKV(0.3).observe(of).score, (each[..., 0] + each[..., 1]) / 2)
-        torch.testing.assert_close(HybridKV(0.3, group="min").observe(of).score, torch.minimum(each[..., 0], each[..., 1]))
+        torch.testing.assert_close(
+            HybridKV(0.3, group="min").observe(of).score, torch.minimum(each[..., 0], each[..., 1])
+        )
 
     def test_theta(self) -> None:
         assert HybridKV(0.3).static([0.89, 0.90, 0.91, 1.0]) == [False, True, True, True]
@@ -84,15 +92,18 @@ class TestHeadTypes:
 
 class TestBudgets:
     def test_by_hand(self) -> None:
-        """Four heads of 100 tokens at half: 200. Two are dynamic: ceil(0.75 * 50 * 2) = 75, 37.5 each, the nearest power of two is 32.
+        """Four heads of 100 tokens at half: 200. Two are dynamic: ceil(0.75 * 50 * 2) = 75, 37.5 each, the nearest
+        power of two is 32.
 
-        The static heads have 200 - 64 = 136, a quarter of it evenly: 17 each and 102 in the ratio 0.9 to 1: 65.3 and 70.7 in whole tokens.
+        The static heads have 200 - 64 = 136, a quarter of it evenly: 17 each and 102 in the ratio 0.9 to 1: 65.3 and
+        70.7 in whole tokens.
         """
         policy = HybridKV(0.5, uniform=0.25, index="beside")
         assert policy.allot([0.9, 0.2, 0.1, 1.0], 100, 20, 6.5) == ([65, 0, 0, 71], [0, 4, 4, 0])
 
     def test_means_are_paid_for_first(self) -> None:
-        """200 - 2 * 6.5 = 187; ceil(0.75 * 46.75 * 2) = 71, 35.5 each: 32; static 187 - 64 = 123: 30.75 / 2 + 92.25 * 0.9 / 1.9 = 59.07."""
+        """200 - 2 * 6.5 = 187; ceil(0.75 * 46.75 * 2) = 71, 35.5 each: 32; static 187 - 64 = 123: 30.75 / 2 + 92.25 *
+        0.9 / 1.9 = 59.07."""
         policy = HybridKV(0.5, uniform=0.25)
         assert policy.allot([0.9, 0.2, 0.1, 1.0], 100, 20, 6.5) == ([59, 0, 0, 64], [0, 4, 4, 0])
 
@@ -111,16 +122,28 @@ class TestBudgets:
         assert HybridKV(0.4).allot([0.95] * 3, 100, 20, 6.5) == ([40, 40, 40], [0, 0, 0])
 
     def test_what_static_heads_cannot_keep_is_loaded(self) -> None:
-        """At 0.9, 360: dynamic heads have 67.5, or 64; the static ones cannot keep more than 100, and 160 are left: 80 each."""
-        assert HybridKV(0.9, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 20, 6.5) == ([100, 0, 0, 100], [0, 10, 10, 0])
+        """At 0.9, 360: dynamic heads have 67.5, or 64; the static ones cannot keep more than 100, and 160 are left: 80
+        each."""
+        assert HybridKV(0.9, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 20, 6.5) == (
+            [100, 0, 0, 100],
+            [0, 10, 10, 0],
+        )
 
     def test_what_static_heads_need_is_not_loaded(self) -> None:
-        """At 0.25, 100: two static heads keep 40 each in any case, and 20 are left, two chunks and a half; at 0.26 three chunks."""
-        assert HybridKV(0.25, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 40, 6.5) == ([40, 0, 0, 40], [0, 1, 1, 0])
-        assert HybridKV(0.26, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 40, 6.5) == ([40, 0, 0, 40], [0, 2, 1, 0])
+        """At 0.25, 100: two static heads keep 40 each in any case, and 20 are left, two chunks and a half; at 0.26
+        three chunks."""
+        assert HybridKV(0.25, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 40, 6.5) == (
+            [40, 0, 0, 40],
+            [0, 1, 1, 0],
+        )
+        assert HybridKV(0.26, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 40, 6.5) == (
+            [40, 0, 0, 40],
+            [0, 2, 1, 0],
+        )
 
     def test_rows_of_a_few_tokens_stay_on_the_device(self) -> None:
-        """A chunk of 8 and a mean, half a token each for 9 tokens in two chunks, are as much as all 9; of 10 tokens they are less."""
+        """A chunk of 8 and a mean, half a token each for 9 tokens in two chunks, are as much as all 9; of 10 tokens
+        they are less."""
         assert HybridKV(0.1).allot([0.1, 0.95], 9, 9, 1.0) == ([9, 9], [0, 0])
         assert HybridKV(0.1).allot([0.1, 0.95], 10, 10, 1.0) == ([0, 10], [1, 0])
 
@@ -131,7 +154,9 @@ class TestBudgets:
         allotted = HybridKV(1.0, index=index).allot(scores, tokens, min(tokens, 10), -(-tokens // 8) / 2)
         assert allotted == ([tokens] * 3, [0] * 3)
 
-    @pytest.mark.parametrize("count, power", [(0.2, 1), (1.4, 1), (1.5, 2), (2, 2), (2.9, 2), (3, 4), (47.9, 32), (48, 64), (96, 128)])
+    @pytest.mark.parametrize(
+        "count, power", [(0.2, 1), (1.4, 1), (1.5, 2), (2, 2), (2.9, 2), (3, 4), (47.9, 32), (48, 64), (96, 128)]
+    )
     def test_the_nearest_power_of_two(self, count: float, power: int) -> None:
         assert nearest_power(count) == power
 
@@ -183,7 +208,8 @@ def stored(segments: list[Segment], row: int, head: int) -> torch.Tensor:
 
 class TestStaticHeads:
     def test_window_text_and_the_most_attended(self) -> None:
-        """All heads static with 14 of 30 (or of 23) tokens each: text and the last 4, then the visual tokens that these attend to most."""
+        """All heads static with 14 of 30 (or of 23) tokens each: text and the last 4, then the visual tokens that these
+        attend to most."""
         of = prefill(VALID, *SPANS)
         policy = HybridKV(0.5, theta=0.0, uniform=1.0, window=12)
         visual, text = policy.compress(of)
@@ -209,7 +235,9 @@ class TestStaticHeads:
         policy = HybridKV(0.5, theta=float(scores.flatten().sort().values[1:3].mean()), window=4)
         retrieved = [s for s in policy.compress(of).visual if isinstance(s, Retrieved)]
         dynamic = {(int(r), int(h)) for s in retrieved for r, h in zip(s.owner, s.head, strict=True)}
-        assert dynamic == {(row, head) for row in range(2) for head in range(HEADS) if float(scores[row, head]) < policy.theta}
+        assert dynamic == {
+            (row, head) for row in range(2) for head in range(HEADS) if float(scores[row, head]) < policy.theta
+        }
         assert len(dynamic) == 2
         for row in range(2):
             for head in range(HEADS):
@@ -224,7 +252,9 @@ def test_retrieved_heads_count_as_visual_where_there_is_an_image() -> None:
 
 
 def test_it_stands_alone() -> None:
-    with pytest.raises(ValueError, match="HybridKV stores visual tokens and text together: it can only be a method by itself"):
+    with pytest.raises(
+        ValueError, match="HybridKV stores visual tokens and text together: it can only be a method by itself"
+    ):
         Paired(HybridKV(0.5), TextPruning(0.5))
     with pytest.raises(ValueError, match="can only be a method by itself"):
         Paired(StreamingLLM(0.5), HybridKV(0.5))

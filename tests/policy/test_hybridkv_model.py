@@ -51,7 +51,9 @@ def in_dtype(batch: BatchFeature, dtype: torch.dtype) -> BatchFeature:
     return BatchFeature({name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()})
 
 
-def answer(model: Model, batch: BatchFeature, method: Method, greedy: dict[str, Any], **options: Any) -> tuple[Any, CapsuleCache]:
+def answer(
+    model: Model, batch: BatchFeature, method: Method, greedy: dict[str, Any], **options: Any
+) -> tuple[Any, CapsuleCache]:
     with attach(model):
         cache = CapsuleCache(model.config, method)
         return model.generate(**batch, past_key_values=cache, **{**greedy, **options}), cache
@@ -81,7 +83,9 @@ def whole_bytes(model: Model, batch: BatchFeature) -> int:
     return int(batch["attention_mask"].sum()) * token
 
 
-def test_rows_have_static_and_dynamic_heads_of_their_own(model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
+def test_rows_have_static_and_dynamic_heads_of_their_own(
+    model: Model, mixed: BatchFeature, greedy: dict[str, Any]
+) -> None:
     _, cache = answer(model, mixed, HybridKV(0.5, theta=THETA), greedy)
     dynamic = [set[tuple[int, int]]() for _ in PROMPTS]
     for layer, segment in retrieved(cache):
@@ -94,7 +98,9 @@ def test_rows_have_static_and_dynamic_heads_of_their_own(model: Model, mixed: Ba
 
 @pytest.mark.parametrize("index", ["within", "beside"])
 @pytest.mark.parametrize("theta", [0.0, THETA, 1.1])
-def test_a_budget_of_one_is_the_full_cache(model64: Model, mixed64: BatchFeature, greedy: dict[str, Any], theta: float, index: str) -> None:
+def test_a_budget_of_one_is_the_full_cache(
+    model64: Model, mixed64: BatchFeature, greedy: dict[str, Any], theta: float, index: str
+) -> None:
     expected = model64.generate(**mixed64, **greedy)
     given, cache = answer(model64, mixed64, HybridKV(1.0, theta=theta, index=index), greedy)
     assert_same(given, expected)
@@ -112,7 +118,9 @@ def test_every_chunk_retrieved_is_the_full_cache(model64: Model, mixed64: BatchF
 
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8])
 @pytest.mark.parametrize("theta", [0.0, THETA, 1.1])
-def test_bytes_are_as_promised(model: Model, make_batch: Batch, greedy: dict[str, Any], theta: float, budget: float) -> None:
+def test_bytes_are_as_promised(
+    model: Model, make_batch: Batch, greedy: dict[str, Any], theta: float, budget: float
+) -> None:
     """On the device the budget; on the host all tokens of the dynamic heads, in whole chunks."""
     batch = make_batch(*PROMPTS[:2])
     _, cache = answer(model, batch, HybridKV(budget, theta=theta), greedy, max_new_tokens=2, min_new_tokens=2)
@@ -138,34 +146,51 @@ def test_only_retrieved_chunks_are_moved(
     moved: list[int] = []
     load = HostRows.load
 
-    def counted(self: HostRows, slots: torch.Tensor, chunks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def counted(
+        self: HostRows, slots: torch.Tensor, chunks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         moved.append(keys.nbytes + values.nbytes)
         load(self, slots, chunks, keys, values)
 
     monkeypatch.setattr(HostRows, "load", counted)
     _, cache = answer(model, mixed, HybridKV(0.3, theta=THETA), greedy)
-    buffers = sum(rows.nbytes for _, s in retrieved(cache) for rows in (s.keys, s.values) if isinstance(rows, torch.Tensor))
+    buffers = sum(
+        rows.nbytes for _, s in retrieved(cache) for rows in (s.keys, s.values) if isinstance(rows, torch.Tensor)
+    )
     steps = greedy["max_new_tokens"] - 1
     assert len(moved) == steps * len(retrieved(cache)) > 0
     assert sum(moved) == steps * buffers
     assert buffers < 0.4 * cache.bytes().host
 
 
-def test_nothing_of_a_dynamic_head_stays_on_the_device(model: Model, mixed: BatchFeature, greedy: dict[str, Any]) -> None:
+def test_nothing_of_a_dynamic_head_stays_on_the_device(
+    model: Model, mixed: BatchFeature, greedy: dict[str, Any]
+) -> None:
     _, cache = answer(model, mixed, HybridKV(0.3, theta=THETA), greedy)
     device = {t.untyped_storage().data_ptr() for _, s in segments(cache) for t in s.entry_tensors()}
     host = {t.untyped_storage().data_ptr() for _, s in segments(cache) for t in s.host_tensors()}
     assert host and not device & host
-    held = {(layer, row, head) for layer, s in retrieved(cache) for row, head in zip(s.owner.tolist(), s.head.tolist(), strict=True)}
+    held = {
+        (layer, row, head)
+        for layer, s in retrieved(cache)
+        for row, head in zip(s.owner.tolist(), s.head.tolist(), strict=True)
+    }
     for layer, segment in segments(cache):
         if not isinstance(segment, Retrieved):
             heads = [range(2)] * len(segment.owner) if segment.head is None else [[h] for h in segment.head.tolist()]
-            assert not held & {(layer, row, head) for row, of in zip(segment.owner.tolist(), heads, strict=True) for head in of}
+            assert not held & {
+                (layer, row, head) for row, of in zip(segment.owner.tolist(), heads, strict=True) for head in of
+            }
 
 
 @pytest.mark.parametrize("settings", [{}, {"padded": False}, {"theta": 0.5, "quantile": True, "group": "min"}], ids=str)
 def test_batch_is_one_by_one(
-    model64: Model, mixed64: BatchFeature, processor: LlavaProcessor, images: Any, greedy: dict[str, Any], settings: dict[str, Any]
+    model64: Model,
+    mixed64: BatchFeature,
+    processor: LlavaProcessor,
+    images: Any,
+    greedy: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     policy = HybridKV(0.3, **{"theta": THETA, **settings})
     together, cache = answer(model64, mixed64, policy, greedy)
@@ -173,7 +198,9 @@ def test_batch_is_one_by_one(
     first = 0
     for row, (count, words) in enumerate(PROMPTS):
         text = f"<|user|>{'<image>' * count}{words}<|assistant|>"
-        one = in_dtype(processor(images=images[first : first + count] or None, text=text, return_tensors="pt"), torch.float64)
+        one = in_dtype(
+            processor(images=images[first : first + count] or None, text=text, return_tensors="pt"), torch.float64
+        )
         first += count
         alone, _ = answer(model64, one, policy, greedy)
         assert torch.equal(alone.sequences[0, -8:], together.sequences[row, -8:])
@@ -190,7 +217,8 @@ def test_deterministic(model: Model, mixed: BatchFeature, greedy: dict[str, Any]
 
 
 def test_beams(model64: Model, mixed64: BatchFeature, greedy: dict[str, Any]) -> None:
-    """With every chunk retrieved they are the full cache's, and the host holds no more than the beams had of their own."""
+    """With every chunk retrieved they are the full cache's, and the host holds no more than the beams had of their
+    own."""
     expected = model64.generate(**mixed64, **{**greedy, "num_beams": 3})
     given, cache = answer(model64, mixed64, AllRetrieved(0.5), greedy, num_beams=3)
     assert_same(given, expected)
@@ -206,7 +234,10 @@ def test_rows_are_reordered(model: Model, mixed: BatchFeature) -> None:
             model(**mixed, past_key_values=cache)
             cache.reorder_cache(torch.tensor(order))
             mask = torch.cat([mixed["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)[order]
-            asked = {"input_ids": torch.tensor([[20], [21], [22]])[order], "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+            asked = {
+                "input_ids": torch.tensor([[20], [21], [22]])[order],
+                "position_ids": mask.sum(dim=1, keepdim=True) - 1,
+            }
             logits.append(model(**asked, attention_mask=mask, past_key_values=cache).logits)
             assert {int(row) for _, s in retrieved(cache) for row in s.owner} <= {0, 1, 2}
     torch.testing.assert_close(logits[1], logits[0][[2, 0, 0]])
@@ -233,7 +264,11 @@ def turns(model: Model, make_batch: Batch, cache: Any, rows: slice = slice(None)
         with torch.no_grad():
             logits.append(model(**call, past_key_values=cache).logits[:, -1])
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            step = {"input_ids": torch.tensor([[40], [42]])[rows], "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+            step = {
+                "input_ids": torch.tensor([[40], [42]])[rows],
+                "attention_mask": mask,
+                "position_ids": mask.sum(1, keepdim=True) - 1,
+            }
             logits.append(model(**step, past_key_values=cache).logits[:, -1])
     return logits
 
@@ -266,11 +301,14 @@ def test_half_precision(model: Model, mixed: BatchFeature, greedy: dict[str, Any
     for method, distance in ((AllRetrieved(0.5), 0.2), (HybridKV(0.5, theta=THETA), 4.0)):
         given, cache = answer(narrow, in_dtype(mixed, torch.bfloat16), method, greedy)
         assert (given.logits[1].float() - expected).abs().max() < distance
-        assert retrieved(cache) and all(s.means.dtype == s.host.keys.dtype == torch.bfloat16 for _, s in retrieved(cache))
+        assert retrieved(cache) and all(
+            s.means.dtype == s.host.keys.dtype == torch.bfloat16 for _, s in retrieved(cache)
+        )
 
 
 def test_bytes_of_both_sides_are_reported(model: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
-    """Of two batches of two questions, a question's bytes; the table has a column for the host where a method keeps something there."""
+    """Of two batches of two questions, a question's bytes; the table has a column for the host where a method keeps
+    something there."""
     batch = make_batch(*PROMPTS[:2])
     spans = find_spans(model.config, batch["input_ids"], batch)
     layout = Layout(spans, batch["attention_mask"].bool())
@@ -286,6 +324,8 @@ def test_bytes_of_both_sides_are_reported(model: Model, make_batch: Batch, greed
     full, hybrid = rows(entries, tallies, {}, torch.float32)
     assert full["host_kv_bytes"] == 0
     assert hybrid["host_kv_bytes"] == pytest.approx(whole_bytes(model, batch) / 2, rel=0.03)
-    assert hybrid["kv_bytes"] == hybrid["visual_kv_bytes"] == pytest.approx(0.3 * whole_bytes(model, batch) / 2, rel=0.02)
+    assert (
+        hybrid["kv_bytes"] == hybrid["visual_kv_bytes"] == pytest.approx(0.3 * whole_bytes(model, batch) / 2, rel=0.02)
+    )
     shown = [[column.header for column in tables(found, "")[1].columns] for found in ([full], [full, hybrid])]
     assert "on host" not in shown[0] and "on host" in shown[1]

@@ -1,4 +1,5 @@
-"""Policies keep what they say: worked out by hand on small prefills, and against the attention weights of the model itself."""
+"""Policies keep what they say: worked out by hand on small prefills, and against the attention weights of the model
+itself."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -105,7 +106,9 @@ def test_post_vision_attention_by_hand() -> None:
         torch.testing.assert_close(scores[row], expected)
 
 
-def test_post_vision_attention_is_the_models_own(model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
+def test_post_vision_attention_is_the_models_own(
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
     """In every layer, with padding: the column sums of the model's eager attention weights."""
     batch = make_batch((1, "Read line 2."), (2, "What is the number beside the owl?"))
     spans = find_spans(model.config, batch["input_ids"], batch)
@@ -145,7 +148,9 @@ def test_post_vision_attention_without_text_behind() -> None:
     assert stored(visual, 0).shape[1] == stored(visual, 1).shape[1] == 4
 
 
-@pytest.mark.parametrize("policy", [Full(), Quantized(8), EvenlySpaced(1.0), PostVisionAttention(1.0)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "policy", [Full(), Quantized(8), EvenlySpaced(1.0), PostVisionAttention(1.0)], ids=lambda p: type(p).__name__
+)
 def test_every_valid_token_is_stored_once(policy: VisualPolicy) -> None:
     for of in (ONE, PADDED):
         visual, text = policy.compress(of)
@@ -161,7 +166,9 @@ def test_quantized_by_hand() -> None:
     assert isinstance(segment.keys, QuantizedRows)
     x = ONE.keys[:, :, 1:10]
     step = (x.amax(2, keepdim=True) - x.amin(2, keepdim=True)) / 3
-    torch.testing.assert_close(segment.materialize()[0], ((x - x.amin(2, keepdim=True)) / step).round() * step + x.amin(2, keepdim=True))
+    torch.testing.assert_close(
+        segment.materialize()[0], ((x - x.amin(2, keepdim=True)) / step).round() * step + x.amin(2, keepdim=True)
+    )
     assert all(isinstance(s.keys, torch.Tensor) for s in text)
 
 
@@ -174,7 +181,13 @@ def test_padding_of_uneven_rows_does_not_widen_a_range() -> None:
     assert both.mask is not None
     for row, length in ((0, 5), (1, 4)):
         alone = LayerPrefill(
-            0, of.query[row : row + 1], of.keys[row : row + 1], of.values[row : row + 1], [span(0, 2, length)], valid[:1], 0.5
+            0,
+            of.query[row : row + 1],
+            of.keys[row : row + 1],
+            of.values[row : row + 1],
+            [span(0, 2, length)],
+            valid[:1],
+            0.5,
         )
         (one,) = Quantized(2).compress(alone).visual
         for ours, theirs in zip(both.materialize(), one.materialize(), strict=True):
@@ -202,7 +215,9 @@ def test_tiles() -> None:
     assert tiles is not None
     assert tiles.owner.tolist() == [0, 1, 1]
     torch.testing.assert_close(tiles.keys, torch.stack([of.keys[0][:, 3:6], of.keys[1][:, 0:3], of.keys[1][:, 3:6]]))
-    torch.testing.assert_close(tiles.values, torch.stack([of.values[0][:, 3:6], of.values[1][:, 0:3], of.values[1][:, 3:6]]))
+    torch.testing.assert_close(
+        tiles.values, torch.stack([of.values[0][:, 3:6], of.values[1][:, 0:3], of.values[1][:, 3:6]])
+    )
     assert tiles.frame is None
     assert tiled(of, 3).nonzero().tolist() == [[0, 3], [0, 4], [0, 5], *([1, i] for i in range(6))]
     assert cut_tiles(of, 8) is None
@@ -224,7 +239,12 @@ def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.
         plain = cut_tiles(layer, 3)
         assert own is not None and lent is not None and plain is not None and plain.frame is not None
         torch.testing.assert_close(own.keys, plain.frame.back(plain.keys))
-        for one, other in ((own.keys, lent.keys), (own.values, lent.values), (plain.values, lent.values), (layer.keys, before)):
+        for one, other in (
+            (own.keys, lent.keys),
+            (own.values, lent.values),
+            (plain.values, lent.values),
+            (layer.keys, before),
+        ):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
         kept = {x.untyped_storage().data_ptr() for x in (own.keys, own.values, plain.keys)}
         given = {x.untyped_storage().data_ptr() for x in (layer.keys, layer.values)}
@@ -239,7 +259,12 @@ def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.
 def test_gradients_go_through_tiles(spans: list[VisualSpan]) -> None:
     of = prefill(spans, torch.ones(2, 10, dtype=torch.bool))
     angles = torch.arange(10.0)[None, :, None].expand(1, 10, of.keys.shape[3])
-    of = replace(of, position_embeddings=(angles.cos(), angles.sin()), keys=of.keys.requires_grad_(), values=of.values.requires_grad_())
+    of = replace(
+        of,
+        position_embeddings=(angles.cos(), angles.sin()),
+        keys=of.keys.requires_grad_(),
+        values=of.values.requires_grad_(),
+    )
     tiles, plain = cut_tiles(of, 3, turned=True), cut_tiles(of, 3)
     assert tiles is not None and plain is not None and plain.frame is not None
     one, other = (

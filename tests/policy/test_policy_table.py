@@ -1,4 +1,5 @@
-"""What every policy promises, in one table: all of POLICIES are in it, and a policy has a line here only where it needs one."""
+"""What every policy promises, in one table: all of POLICIES are in it, and a policy has a line here only where it needs
+one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields
@@ -51,7 +52,9 @@ TABLE = {
 
 def every(what: str, dialled: bool = False) -> pytest.MarkDecorator:
     """All policies with the property."""
-    return pytest.mark.parametrize("name", [n for n in POLICIES if what not in case(n).but and (POLICIES[n].DIAL or not dialled)])
+    return pytest.mark.parametrize(
+        "name", [n for n in POLICIES if what not in case(n).but and (POLICIES[n].DIAL or not dialled)]
+    )
 
 
 def case(name: str) -> Case:
@@ -86,14 +89,18 @@ def layers(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
     rows = len(padding)
     valid = torch.arange(count) >= torch.tensor(padding)[:, None]
     visual = [VisualSpan(row, begin, length, (1, 1, length)) for row, begin, length in spans]
-    drawn = [[rand(rows, h, count, DIM, seed=9 * i + j) for j, h in enumerate((HEADS * GROUP, HEADS, HEADS))] for i in range(LAYERS)]
+    drawn = [
+        [rand(rows, h, count, DIM, seed=9 * i + j) for j, h in enumerate((HEADS * GROUP, HEADS, HEADS))]
+        for i in range(LAYERS)
+    ]
     return [LayerPrefill(i, *three, visual, valid, DIM**-0.5) for i, three in enumerate(drawn)]
 
 
 MIXED = layers([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 64)
 """Left padding; one image, two with text between, none; spans of unlike length."""
 LONG = layers([(0, 20, 400), (0, 480, 350)], [0], 900)
-"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.keep), whatever the policy."""
+"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.keep), whatever the
+policy."""
 
 
 def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:
@@ -154,7 +161,9 @@ def test_the_same_prefill_gives_the_same_segments(name: str) -> None:
     found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        found.append([(read(layer, QUERY), held([*layer.visual, *layer.text])) for layer in compressed(make(name, 0.3), MIXED)])
+        found.append(
+            [(read(layer, QUERY), held([*layer.visual, *layer.text])) for layer in compressed(make(name, 0.3), MIXED)]
+        )
     for (ours, size), (again, same) in zip(*found, strict=True):
         assert torch.equal(ours, again) and size == same
 
@@ -198,7 +207,12 @@ def talk(model: Model, make_batch: Callable[..., BatchFeature], processor: Llava
     """talk(cache): the outputs of two turns; six tokens each that neither end early nor look like an image."""
     batch, pixels = make_batch(*PROMPTS), make_batch((4, ""))["pixel_values"][3:]
     banned = processor.tokenizer.convert_tokens_to_ids("<image>")
-    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "suppress_tokens": [banned], "output_logits": True}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "suppress_tokens": [banned],
+        "output_logits": True,
+    }
     asked = processor.tokenizer(LATER, padding=True, return_tensors="pt")
 
     def two_turns(cache: Any) -> tuple[Any, Any]:
@@ -216,7 +230,9 @@ def own(model: Model, talk: Talk) -> tuple[Any, Any]:
 
 
 @every(EXACT)
-def test_at_dial_one_a_conversation_is_the_full_caches(name: str, model: Model, talk: Talk, own: tuple[Any, Any]) -> None:
+def test_at_dial_one_a_conversation_is_the_full_caches(
+    name: str, model: Model, talk: Talk, own: tuple[Any, Any]
+) -> None:
     with attach(model):
         found = talk(CapsuleCache(model.config, make(name, 1.0)))
     for ours, theirs in zip(found, own, strict=True):
@@ -250,10 +266,14 @@ def test_at_dial_one_beams_are_the_full_caches(
         assert torch.equal(beams(CapsuleCache(model.config, make(name, 1.0))), own_beams)
 
 
-def forward(model: Model, cache: CapsuleCache, ids: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor) -> torch.Tensor:
+def forward(
+    model: Model, cache: CapsuleCache, ids: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+) -> torch.Tensor:
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **images).logits
+        logits: torch.Tensor = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **images
+        ).logits
     return logits
 
 
@@ -290,5 +310,7 @@ def test_a_later_turn_leaves_the_earlier_one_as_it_is(
     for layer, (visual, text) in zip(layers, before, strict=True):
         assert [s is t for s, t in zip(layer.visual, visual, strict=False)] == [True] * len(visual)
         assert [s is t for s, t in zip(layer.text, text, strict=False)] == [True] * len(text)
-        images, words = ({int(row) for s in new for row in s.owner} for new in (layer.visual[len(visual) :], layer.text[len(text) :]))
+        images, words = (
+            {int(row) for s in new for row in s.owner} for new in (layer.visual[len(visual) :], layer.text[len(text) :])
+        )
         assert images == {0} and images | words == {0, 1, 2}

@@ -123,7 +123,9 @@ def test_scores_are_those_of_the_formulas(choice: dict[str, Any], monkeypatch: p
             i = importance(method, keys[:-WINDOW], query[row, head * GROUP : (head + 1) * GROUP], scale)
             r = redundancy(method, keys)
             for found, expected in ((important, i), (redundant, r)):
-                torch.testing.assert_close(found[row, head], torch.tensor([0.0] * begin + expected, dtype=torch.float64))
+                torch.testing.assert_close(
+                    found[row, head], torch.tensor([0.0] * begin + expected, dtype=torch.float64)
+                )
             z = [method.mix * a - (1 - method.mix) * b for a, b in zip(i, r, strict=True)]
             expected_kept = [begin + j for j in best(z, 12 - WINDOW)] + list(range(TOKENS - WINDOW, TOKENS))
             assert kept[row, head].nonzero()[:, 0].tolist() == expected_kept
@@ -150,7 +152,9 @@ def test_of_near_duplicates_the_newest_stays() -> None:
 
     held_against_others = SMALL.redundancy(keys, valid)
     torch.testing.assert_close(held_against_others, expected(2 / 4, 1 / 4, 0.0, 0.0))
-    torch.testing.assert_close(replace(SMALL, spared="token").redundancy(keys, valid), expected(1 / 4, 1 / 4, 1 / 4, 0.0))
+    torch.testing.assert_close(
+        replace(SMALL, spared="token").redundancy(keys, valid), expected(1 / 4, 1 / 4, 1 / 4, 0.0)
+    )
     torch.testing.assert_close(replace(SMALL, beta=0).redundancy(keys, valid), expected(2 / 4, 2 / 4, 2 / 4, 0.0))
     # Observed tokens are like d; all five spare the last of them, which spares the one before it.
     among_all = softmax([2 / 8, 1 / 8, 0, 4 / 8, 4 / 8, 4 / 8, 3 / 8, 0])[:4]
@@ -168,7 +172,9 @@ def test_heads_may_share_what_they_keep() -> None:
             r = redundancy(SMALL, of.keys[row, head])
             z = [total + 0.1 * a - 0.9 * b for total, a, b in zip(z, i, r, strict=True)]
         for head in range(HEADS):
-            assert kept[row, head].nonzero()[:, 0].tolist() == best(z, 12 - WINDOW) + list(range(TOKENS - WINDOW, TOKENS))
+            assert kept[row, head].nonzero()[:, 0].tolist() == best(z, 12 - WINDOW) + list(
+                range(TOKENS - WINDOW, TOKENS)
+            )
     assert not torch.equal(kept, SMALL.kept(of, query, asking, scale))
 
 
@@ -209,10 +215,14 @@ def test_scores_are_computed_in_full_precision() -> None:
 # Segments
 
 
-def written(own: list[Segment], count: int = 8, rows: int = 2, visual: list[Segment] | None = None, first: int = 100) -> Written:
+def written(
+    own: list[Segment], count: int = 8, rows: int = 2, visual: list[Segment] | None = None, first: int = 100
+) -> Written:
     """A tail of `count` tokens whose values tell their places, from `first` on."""
     keys = rand(rows, HEADS, count, DIM, seed=first)
-    values = torch.arange(first, first + count, dtype=torch.float64)[None, None, :, None].expand(rows, HEADS, count, DIM)
+    values = torch.arange(first, first + count, dtype=torch.float64)[None, None, :, None].expand(
+        rows, HEADS, count, DIM
+    )
     query = rand(rows, HEADS * GROUP, WINDOW, DIM, seed=first + 1)
     return Written(0, visual or [], own, keys, values, torch.ones(rows, count, dtype=torch.bool), query, DIM**-0.5)
 
@@ -230,7 +240,9 @@ def places(segments: list[Segment], row: int, head: int) -> list[int]:
     return found
 
 
-def prompt(spans: tuple[tuple[int, int, int], ...] = ((0, 2, 12), (1, 8, 10)), padding: tuple[int, ...] = PADDING) -> LayerPrefill:
+def prompt(
+    spans: tuple[tuple[int, int, int], ...] = ((0, 2, 12), (1, 8, 10)), padding: tuple[int, ...] = PADDING
+) -> LayerPrefill:
     of = tokens(padding=padding)
     query = rand(2, HEADS * GROUP, TOKENS, DIM, seed=3)
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
@@ -290,18 +302,26 @@ def test_marks_of_a_prompt_survive_a_selection() -> None:
 def test_rows_of_unlike_heads_come_side_by_side() -> None:
     """Head 0 of row 1 holds nothing in the first segment; unwritten places are not numbers."""
     nan = torch.full((3, 1, 4, DIM), torch.nan, dtype=torch.float64)
-    ragged = Segment(nan.clone(), nan.clone(), torch.tensor([0, 0, 1]), head=torch.tensor([0, 1, 1]), mask=torch.zeros(3, 4).bool())
+    ragged = Segment(
+        nan.clone(), nan.clone(), torch.tensor([0, 0, 1]), head=torch.tensor([0, 1, 1]), mask=torch.zeros(3, 4).bool()
+    )
     assert ragged.mask is not None and isinstance(ragged.keys, torch.Tensor) and isinstance(ragged.values, torch.Tensor)
     for entry, count in enumerate((4, 2, 3)):
         ragged.mask[entry, :count] = True
-        ragged.keys[entry, :, :count] = ragged.values[entry, :, :count] = torch.arange(count, dtype=torch.float64)[:, None] + 10 * entry
+        ragged.keys[entry, :, :count] = ragged.values[entry, :, :count] = (
+            torch.arange(count, dtype=torch.float64)[:, None] + 10 * entry
+        )
     last = written([], count=2).values
     joined = side_by_side([ragged], [Segment(last, last, torch.arange(2))], 2, HEADS)
     assert tuple(joined.keys.shape) == (2, HEADS, 6, DIM)
     expected = {(0, 0): [0, 1, 2, 3], (0, 1): [10, 11], (1, 0): [], (1, 1): [20, 21, 22]}
     for (row, head), older in expected.items():
         there = joined.valid[row, head]
-        assert joined.keys[row, head, there, 0].tolist() == joined.values[row, head, there, 0].tolist() == [*older, 100, 101]
+        assert (
+            joined.keys[row, head, there, 0].tolist()
+            == joined.values[row, head, there, 0].tolist()
+            == [*older, 100, 101]
+        )
         assert joined.visual[row, head, there].tolist() == [True] * len(older) + [False] * 2
         assert not there[: 6 - len(older) - 2].any()
     assert joined.keys.isfinite().all() and joined.values.isfinite().all()
@@ -387,7 +407,9 @@ def written_rows(layer: CapsuleLayer) -> int:
     return sum(s.tokens for s in layer.text if not isinstance(s, Prompt))
 
 
-def answer(model: LlavaForConditionalGeneration, batch: BatchFeature, method: Any, count: int, **options: Any) -> tuple[torch.Tensor, Any]:
+def answer(
+    model: LlavaForConditionalGeneration, batch: BatchFeature, method: Any, count: int, **options: Any
+) -> tuple[torch.Tensor, Any]:
     with attach(model):
         cache = Watched(model.config, method)
         options = {"do_sample": False, "suppress_tokens": [model.config.image_token_id], **options}
@@ -395,8 +417,11 @@ def answer(model: LlavaForConditionalGeneration, batch: BatchFeature, method: An
     return out[:, batch["input_ids"].shape[1] :], cache
 
 
-def test_a_long_answer_is_held_at_the_budget(model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
-    """300 tokens: beside the prompt, a layer never holds more than the budget and the buffer, while the model counts every token."""
+def test_a_long_answer_is_held_at_the_budget(
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
+    """300 tokens: beside the prompt, a layer never holds more than the budget and the buffer, while the model counts
+    every token."""
     method = RKV(budget_tokens=48, buffer=32)
     batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
     length = batch["input_ids"].shape[1]
@@ -424,7 +449,11 @@ def test_an_answer_within_the_budget_is_the_full_caches(
 ) -> None:
     batch = make_batch((1, "Read line 2."), (2, "Transcribe the page."), (0, "What now?"))
     expected, _ = answer(model, batch, Full(), 30)
-    for method in (RKV(budget_tokens=64, buffer=9), RKV(budget_tokens=500, buffer=9, scope="all"), Paired(Full(), RKV(64, 9))):
+    for method in (
+        RKV(budget_tokens=64, buffer=9),
+        RKV(budget_tokens=500, buffer=9, scope="all"),
+        Paired(Full(), RKV(64, 9)),
+    ):
         found, cache = answer(model, batch, method, 30)
         assert torch.equal(found, expected)
         assert own(cache)[0].tail_length == 29 - 27
@@ -433,7 +462,9 @@ def test_an_answer_within_the_budget_is_the_full_caches(
 
 
 @pytest.mark.parametrize("scope", ["generated", "all"])
-def test_a_batch_answers_as_one_by_one(scope: str, model64: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
+def test_a_batch_answers_as_one_by_one(
+    scope: str, model64: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
     """Rows with one, two and no images, padded on the left; and a second run is the first."""
     method = RKV(budget_tokens=14, buffer=8, scope=scope)
     prompts = [(1, "Read line 2."), (2, "Transcribe both pages, the second one first, please."), (0, "What now?")]
@@ -479,10 +510,18 @@ def test_beams(model: LlavaForConditionalGeneration, make_batch: Callable[..., B
     assert torch.equal(cut, answer(model, batch, RKV(budget_tokens=12, buffer=8), 24, num_beams=2)[0])
 
 
-def test_later_turns(model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature], processor: Any, images: Any) -> None:
-    """Text of a later turn counts as written; an image closes the buffer early, and still no more is held than budget and buffer."""
+def test_later_turns(
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature], processor: Any, images: Any
+) -> None:
+    """Text of a later turn counts as written; an image closes the buffer early, and still no more is held than budget
+    and buffer."""
     method = RKV(budget_tokens=24, buffer=16)
-    turn = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
+    turn = {
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "do_sample": False,
+        "suppress_tokens": [model.config.image_token_id],
+    }
     with attach(model):
         cache = CapsuleCache(model.config, method)
         said = model.generate(**make_batch((1, "Read line 2.")), past_key_values=cache, **turn)
@@ -491,11 +530,15 @@ def test_later_turns(model: LlavaForConditionalGeneration, make_batch: Callable[
 
         def go_on(words: str, *pages: Any) -> torch.Tensor:
             more = processor(
-                images=list(pages) or None, text=[f"<|user|>{'<image>' * len(pages)}{words}<|assistant|>"], return_tensors="pt"
+                images=list(pages) or None,
+                text=[f"<|user|>{'<image>' * len(pages)}{words}<|assistant|>"],
+                return_tensors="pt",
             )
             ids = torch.cat([said, more["input_ids"]], dim=1)
             inputs = {"pixel_values": more["pixel_values"]} if pages else {}
-            return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, past_key_values=cache, **turn)
+            return model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, past_key_values=cache, **turn
+            )
 
         said = go_on("And line 3, and after it all of the lines that are left on this page, please?")
         for layer, before in zip(own(cache), first, strict=True):
@@ -511,7 +554,9 @@ def test_later_turns(model: LlavaForConditionalGeneration, make_batch: Callable[
 
 
 def test_beside_a_capsule(
-    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature], random_transform: Callable[..., Capsule]
+    model: LlavaForConditionalGeneration,
+    make_batch: Callable[..., BatchFeature],
+    random_transform: Callable[..., Capsule],
 ) -> None:
     """The capsule stores the image as it does alone, and what is written stays at the budget."""
     capsule, batch = random_transform(tile=49), make_batch((1, "Read line 2."), (1, "Transcribe the page."))

@@ -39,7 +39,8 @@ HAND = scripted(WEIGHTS, 6, 2, [(1, 3)])
 
 
 def test_sparsity_by_hand() -> None:
-    """Of 5 + 6 entries: one below 1 and two below 0.1 in the first head, none below 0.01 and four below 10 in the second."""
+    """Of 5 + 6 entries: one below 1 and two below 0.1 in the first head, none below 0.01 and four below 10 in the
+    second."""
     assert float(layer_sparsity(HAND)) == pytest.approx((3 / 11 + 4 / 11) / 2)
     # A tenth: 1.1, 0.9 and 2 below 10; 0.05, 0.2 and 0.09 below 1; none; four and 20 below 100.
     assert float(layer_sparsity(HAND, threshold=0.1)) == pytest.approx((6 / 11 + 5 / 11) / 2)
@@ -100,9 +101,13 @@ def test_layer_shares_by_hand() -> None:
     assert layer_shares(weights, 0.75, 0.01, 1, "clip") == pytest.approx([0.3, 1.0, 0.06, 1.0])
     assert layer_shares(weights, 0.75, 0.01, 1, "share") == pytest.approx([5 / 6, 1.0, 1 / 6, 1.0])
     # The least share is spent at the others' cost: 0.39 for three of 0.98.
-    assert layer_shares(weights, 0.1, 0.01, 1, "share") == pytest.approx([0.39 * w / 0.98 for w in (0.1, 0.5)] + [0.01, 0.39 * 0.38 / 0.98])
+    assert layer_shares(weights, 0.1, 0.01, 1, "share") == pytest.approx(
+        [0.39 * w / 0.98 for w in (0.1, 0.5)] + [0.01, 0.39 * 0.38 / 0.98]
+    )
     assert layer_shares(weights, 1.0, 0.01, 1, "clip") == [1.0] * 4
-    assert layer_shares([0.0, 1.0, 0.0], 0.5, 0.0, 1, "share") == pytest.approx([0.25, 1.0, 0.25]), "no weight: what is left"
+    assert layer_shares([0.0, 1.0, 0.0], 0.5, 0.0, 1, "share") == pytest.approx([0.25, 1.0, 0.25]), (
+        "no weight: what is left"
+    )
     assert layer_shares([0.0, 0.0], 0.5, 0.0, 1, "clip") == [0.5, 0.5]
 
 
@@ -156,7 +161,8 @@ def observed(of: LayerPrefill, row: int, queries: Sequence[int], p: float) -> tu
 
 WINDOW = 6
 RANKING = [list(range(52, 60)), list(range(53, 60)), list(range(54, 60)), list(range(54, 60))]
-"""In `mixed`: text behind one image and behind two; the last of a row of ten tokens without, and of one that ends with its image."""
+"""In `mixed`: text behind one image and behind two; the last of a row of ten tokens without, and of one that ends with
+its image."""
 
 
 @pytest.mark.parametrize("chunk", [256, 7])
@@ -199,7 +205,9 @@ def test_kept_tokens_of_all_layers(sets: str, scope: str) -> None:
             for head, kept in enumerate(every):
                 readers = received if sets == "layer" else received[2 * head : 2 * head + 2]
                 recent = among[len(among) - -(-counts[-1] // 10) :]
-                rest = sorted((j for j in among if j not in recent), key=lambda j: -sum(got.get(j, 0.0) for got in readers))
+                rest = sorted(
+                    (j for j in among if j not in recent), key=lambda j: -sum(got.get(j, 0.0) for got in readers)
+                )
                 assert kept == sorted(recent + rest[: counts[-1] - len(recent)]), (row, head)
                 assert [j for j in kept if j not in visual] == (text[head] if text else [])
         assert sum(counts) == round(0.4 * 3 * len(among))
@@ -330,7 +338,9 @@ def test_only_text_is_held_until_all_layers_are_known() -> None:
     held = VLCache(0.5, scope="text").hold(of)
     assert held.keys.shape == (4, HEADS, 11, 8) and held.query.shape[2] == 0 and not held.spans
     assert held.keys.untyped_storage().nbytes() == held.keys.numel() * 8
-    for row, text in enumerate(([9, 10, 11, *range(52, 60)], [0, 1, 42, 43, *range(53, 60)], list(range(50, 60)), list(range(1, 9)))):
+    for row, text in enumerate(
+        ([9, 10, 11, *range(52, 60)], [0, 1, 42, 43, *range(53, 60)], list(range(50, 60)), list(range(1, 9)))
+    ):
         assert held.values[row, 0, held.valid[row], 0].tolist() == text
         assert held.valid[row].tolist() == [False] * (11 - len(text)) + [True] * len(text)
 
@@ -385,8 +395,11 @@ def test_generation_beside_a_capsule(
     identity: Callable[..., Capsule],
     random_transform: Callable[..., Capsule],
 ) -> None:
-    """With all of the text and a capsule that stores everything, the full cache's answer; with half of it, half of its bytes."""
-    batch = make_batch((1, "Read line 2, please, and tell me which of the owls is beside the number that ends with seven."))
+    """With all of the text and a capsule that stores everything, the full cache's answer; with half of it, half of its
+    bytes."""
+    batch = make_batch(
+        (1, "Read line 2, please, and tell me which of the owls is beside the number that ends with seven.")
+    )
     expected = model.generate(**batch, **greedy)
     stored = {}
     for name, method in (
@@ -413,13 +426,17 @@ def test_generation_with_beams_and_padding(
     batch = make_batch((1, "Read line 2."), (2, "What is the number beside the owl?"))
     with attach(model):
         cache = CapsuleCache(model.config, VLCache(0.1, sets=sets, overflow="share"))
-        output = model.generate(**batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False)
+        output = model.generate(
+            **batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
+        )
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
     prompt = 2 * int(batch["attention_mask"].sum()) * TOKEN_BYTES
     assert cache.bytes().visual + cache.bytes().text == pytest.approx(0.1 * prompt, rel=0.02)
 
 
-def test_a_second_turn_is_compressed_by_itself(model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]) -> None:
+def test_a_second_turn_is_compressed_by_itself(
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+) -> None:
     """Of what the second turn brings a tenth is kept, and the first is left as it was."""
     turns = [make_batch((1, "Read line 2.")), make_batch((2, "Which of the two?"))]
     mask, stored = torch.ones(1, 0, dtype=torch.int64), [0]
@@ -428,7 +445,11 @@ def test_a_second_turn_is_compressed_by_itself(model: LlavaForConditionalGenerat
         for turn in turns:
             mask = torch.cat([mask, turn["attention_mask"]], dim=1)
             model(
-                **{**turn, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, -turn["input_ids"].shape[1] :]},
+                **{
+                    **turn,
+                    "attention_mask": mask,
+                    "position_ids": (mask.cumsum(1) - 1)[:, -turn["input_ids"].shape[1] :],
+                },
                 past_key_values=cache,
             )
             stored.append(cache.bytes().visual + cache.bytes().text)

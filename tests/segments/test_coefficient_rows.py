@@ -28,7 +28,9 @@ def random_coding(widths: torch.Tensor | None = None, dtype: torch.dtype = torch
 
 
 def coefficients(spread: float, seed: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return (spread * torch.randn(ENTRIES, SETS, ROWS, CHANNELS, generator=generator(seed), dtype=torch.float64)).to(dtype)
+    return (spread * torch.randn(ENTRIES, SETS, ROWS, CHANNELS, generator=generator(seed), dtype=torch.float64)).to(
+        dtype
+    )
 
 
 def by_row(cells: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,8 @@ def by_row(cells: torch.Tensor) -> torch.Tensor:
 
 
 def test_layout_by_hand() -> None:
-    """Two sets of heads, two groups, two channels: the 8, the 4, both 3s in their order, the 2, the 1; a cell of width 0 has no bytes."""
+    """Two sets of heads, two groups, two channels: the 8, the 4, both 3s in their order, the 2, the 1; a cell of width
+    0 has no bytes."""
     layout = CellLayout(torch.tensor([[[3, 0], [1, 8]], [[2, 3], [0, 4]]], dtype=torch.uint8))
     found = [(kind.width, kind.cells.tolist(), (kind.run.start, kind.run.stop)) for kind in layout.classes]
     assert found == [(8, [3], (0, 8)), (4, [7], (8, 12)), (3, [0, 5], (12, 18)), (2, [4], (18, 20)), (1, [2], (20, 21))]
@@ -45,7 +48,8 @@ def test_layout_by_hand() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """One set, two groups, two channels; steps of 1 about a mean of 0, so that a coefficient's code is its floor and half the levels."""
+    """One set, two groups, two channels; steps of 1 about a mean of 0, so that a coefficient's code is its floor and
+    half the levels."""
     coding = Coding(torch.tensor([[[1, 4], [0, 2]]], dtype=torch.uint8), torch.ones(1, 2, 2), torch.zeros(1, 16, 2))
     rows = torch.zeros(1, 1, 16, 2)
     rows[0, 0, :8, 0] = torch.tensor([0.3, -0.3, 5.0, -5.0, 0.9, 0.9, -0.9, -0.9])
@@ -110,7 +114,9 @@ def test_one_width_throughout(width: int) -> None:
 def test_read_is_the_slow_decode(spread: float, heads: int) -> None:
     packed = CodedRows.encode(coefficients(spread), random_coding(heads=heads))
     assert isinstance(packed, Packed)
-    assert packed.read(torch.float64).shape == (ENTRIES, SETS, ROWS, CHANNELS), "the heads of a set have their rows in common"
+    assert packed.read(torch.float64).shape == (ENTRIES, SETS, ROWS, CHANNELS), (
+        "the heads of a set have their rows in common"
+    )
     read = read_rows(packed, torch.float64)
     assert read.shape == packed.shape == (ENTRIES, SETS * heads, ROWS, CHANNELS)
     for entry in range(ENTRIES):
@@ -237,7 +243,9 @@ def test_read_is_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
     packed = CodedRows.encode(coefficients(1.0), random_coding())
     read = packed.read(dtype)
     assert read.dtype == dtype
-    torch.testing.assert_close(read.double(), packed.read(torch.float64), rtol=0, atol=0 if dtype == torch.float64 else 0.2)
+    torch.testing.assert_close(
+        read.double(), packed.read(torch.float64), rtol=0, atol=0 if dtype == torch.float64 else 0.2
+    )
 
 
 def test_the_layout_is_made_once() -> None:

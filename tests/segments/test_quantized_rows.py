@@ -83,7 +83,9 @@ def test_read_is_the_slow_decode(bits: int, tokens: int) -> None:
     read = packed.read(torch.float64)
     for entry in range(3):
         for head in range(2):
-            torch.testing.assert_close(read[entry, head], slow_decode.quantized(packed, entry, head), rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                read[entry, head], slow_decode.quantized(packed, entry, head), rtol=0, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -93,7 +95,9 @@ def test_padding_is_of_code_zero(bits: int, tokens: int) -> None:
     x = torch.full((1, 1, tokens, 1), 9.0)
     x[:, :, 0] = -9.0
     run = QuantizedRows.pack(x, bits).codes.flatten().tolist()
-    codes = [slow_decode.code(run[group * bits :][:bits], bits, i) for group in range(len(run) // bits) for i in range(8)]
+    codes = [
+        slow_decode.code(run[group * bits :][:bits], bits, i) for group in range(len(run) // bits) for i in range(8)
+    ]
     assert codes == [0] + [2**bits - 1] * (tokens - 1) + [0] * (-tokens % 8)
 
 
@@ -120,6 +124,8 @@ def test_channels_without_width(bits: int, dtype: torch.dtype) -> None:
 def test_select_and_to() -> None:
     packed = QuantizedRows.pack(rows(5), 4)
     index = torch.tensor([2, 0, 2])
-    torch.testing.assert_close(packed.select(index).read(torch.float32), packed.read(torch.float32)[index], rtol=0, atol=0)
+    torch.testing.assert_close(
+        packed.select(index).read(torch.float32), packed.read(torch.float32)[index], rtol=0, atol=0
+    )
     torch.testing.assert_close(packed.to("cpu").read(torch.float32), packed.read(torch.float32), rtol=0, atol=0)
     assert packed.read(torch.float64).dtype == torch.float64

@@ -48,7 +48,9 @@ def test_back_is_the_tile_at_position_zero(kind: str) -> None:
     # The stored tile and a query turned back give the scores of the model's own keys and query.
     rotated_query, _ = apply_rotary_pos_emb(query, query, *rope(query, torch.full((3, 1), 215)))
     expected = rotated_query @ rotated.transpose(-1, -2)
-    torch.testing.assert_close(frame.back(rotated_query) @ frame.back(rotated).transpose(-1, -2), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        frame.back(rotated_query) @ frame.back(rotated).transpose(-1, -2), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("neighbours", [False, True])
@@ -82,7 +84,9 @@ def test_one_row_of_positions_serves_all_rows() -> None:
 def test_sections_of_mrope_turn_back_each_by_its_own_position() -> None:
     """An image of 4 x 6 tokens behind 11 of text, in tiles that begin in the middle of a row."""
     sections: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    config = Qwen2_5_VLTextConfig(hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_key_value_heads=HEADS, rope_parameters=sections)
+    config = Qwen2_5_VLTextConfig(
+        hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_key_value_heads=HEADS, rope_parameters=sections
+    )
     rope = Qwen2_5_VLRotaryEmbedding(config)
     index = torch.arange(24)
     grid = torch.stack([torch.full_like(index, 11), 11 + index // 6, 11 + index % 6])[:, None]
@@ -121,8 +125,12 @@ def test_attention_turns_the_query_instead() -> None:
     frame = Frame.at(*rope(keys, torch.arange(40)[None]), owner, firsts)
     tail = Segment(keys[:, :, :2], keys[:, :, 2:4], torch.arange(3))
     expected = attend(query, [Segment(rotated, keys, owner), tail], 0.25)
-    torch.testing.assert_close(attend(query, [Segment(frame.back(rotated), keys, owner, frame=frame), tail], 0.25), expected)
-    assert not torch.allclose(attend(query, [Segment(frame.back(rotated), keys, owner), tail], 0.25), expected, atol=1e-3)
+    torch.testing.assert_close(
+        attend(query, [Segment(frame.back(rotated), keys, owner, frame=frame), tail], 0.25), expected
+    )
+    assert not torch.allclose(
+        attend(query, [Segment(frame.back(rotated), keys, owner), tail], 0.25), expected, atol=1e-3
+    )
 
 
 def test_select() -> None:

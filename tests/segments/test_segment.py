@@ -22,7 +22,9 @@ def test_select_reads_as_the_chosen_rows(kind: str, rows: list[int], random_segm
     index = torch.tensor(rows)
     q = query(3)
     expected = attend(q, segments, 0.3)[index]
-    torch.testing.assert_close(attend(q[index], [s.select(index) for s in segments], 0.3), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        attend(q[index], [s.select(index) for s in segments], 0.3), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_select_is_the_segment_built_from_the_chosen_entries() -> None:
@@ -92,7 +94,14 @@ def test_storage_bytes_counts_views_once_and_whole() -> None:
 
 def test_bytes_of_entries_and_of_parameters(random_segment: Callable[..., Segment]) -> None:
     segment = random_segment("everything", [0, 0, 1])
-    keys, values, owner, bias, mask, frames = 3 * 2 * 3 * 4 * 8, 3 * 2 * 4 * 4 * 8, 3 * 8, 3 * 2 * 7 * 8, 3 * 7, 2 * 3 * 4 * 8
+    keys, values, owner, bias, mask, frames = (
+        3 * 2 * 3 * 4 * 8,
+        3 * 2 * 4 * 4 * 8,
+        3 * 8,
+        3 * 2 * 7 * 8,
+        3 * 7,
+        2 * 3 * 4 * 8,
+    )
     assert storage_bytes(segment.entry_tensors()) == keys + values + owner + bias + mask + frames
     maps = 2 * 7 * 3 + 2 * 7 * 4 + 2 * 4 + 2 * 8 * 4 + 2 * 4 * 8
     assert storage_bytes(segment.parameter_tensors()) == 8 * maps

@@ -25,7 +25,9 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def prefill(layer: int = 0, spans: tuple[tuple[int, int, int], ...] = ((0, 3, 24), (1, 5, 10)), rotary: bool = True) -> LayerPrefill:
+def prefill(
+    layer: int = 0, spans: tuple[tuple[int, int, int], ...] = ((0, 3, 24), (1, 5, 10)), rotary: bool = True
+) -> LayerPrefill:
     """Two rows of 30 tokens."""
     keys, values, query = rand(2, HEADS, 30, DIM, seed=1), rand(2, HEADS, 30, DIM, seed=2), rand(2, 4, 30, DIM, seed=3)
     angles = torch.arange(30.0, dtype=torch.float64)[None, :, None] / 3 ** torch.arange(4.0)
@@ -42,7 +44,8 @@ def random_widths(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
 
 
 def randomise(transform: Transform | CrossLayerTransform, generator: torch.Generator) -> None:
-    """Orthonormal axes, decoders that are nearly their transposes, and steps whose range covers coefficients of about one."""
+    """Orthonormal axes, decoders that are nearly their transposes, and steps whose range covers coefficients of about
+    one."""
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -64,7 +67,9 @@ def randomise(transform: Transform | CrossLayerTransform, generator: torch.Gener
     transform.step.data.copy_(6 * spread / 2.0 ** transform.widths.float())
 
 
-def kv_capsule(geometry: KVGeometry, key_ratio: float = 0.25, value_ratio: float = 0.25, tile: int = TILE, **options: Any) -> Capsule:
+def kv_capsule(
+    geometry: KVGeometry, key_ratio: float = 0.25, value_ratio: float = 0.25, tile: int = TILE, **options: Any
+) -> Capsule:
     """A KVCapsule whose maps are drawn at random; the values' basis is orthonormal."""
     ratios = [(ratio,) * geometry.layers for ratio in (key_ratio, value_ratio)]
     capsule = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, True, *ratios, **options), geometry, "tiny"))
@@ -83,7 +88,8 @@ def kv_capsule(geometry: KVGeometry, key_ratio: float = 0.25, value_ratio: float
 def transform_capsule(
     geometry: KVGeometry = GEOMETRY, tile: int = TILE, keys: Size = (8, 6), values: Size = (16, 5), **options: Any
 ) -> Capsule:
-    """A capsule of the family "transform" whose parameters and widths are drawn at random; the same sizes in every layer."""
+    """A capsule of the family "transform" whose parameters and widths are drawn at random; the same sizes in every
+    layer."""
     sizes = {"key_rows": keys[0], "key_channels": keys[1], "value_rows": values[0], "value_channels": values[1]}
     config = TransformConfig(tile, **{name: (size,) * geometry.layers for name, size in sizes.items()}, **options)
     capsule = Capsule(CapsuleConfig("transform", config, geometry, "tiny"))
@@ -95,11 +101,19 @@ def transform_capsule(
 
 
 def cross_layer_capsule(
-    geometry: KVGeometry = GEOMETRY, tile: int = TILE, rows: int = 16, channels: int = 20, joint_layers: int = 2, **options: Any
+    geometry: KVGeometry = GEOMETRY,
+    tile: int = TILE,
+    rows: int = 16,
+    channels: int = 20,
+    joint_layers: int = 2,
+    **options: Any,
 ) -> Capsule:
-    """A capsule of the family "cross-layer" whose parameters and widths are drawn at random; the same sizes in every stack."""
+    """A capsule of the family "cross-layer" whose parameters and widths are drawn at random; the same sizes in every
+    stack."""
     stacks = -(-geometry.layers // joint_layers)
-    config = CrossLayerConfig(tile, joint_layers=joint_layers, rows=(rows,) * stacks, channels=(channels,) * stacks, **options)
+    config = CrossLayerConfig(
+        tile, joint_layers=joint_layers, rows=(rows,) * stacks, channels=(channels,) * stacks, **options
+    )
     capsule = Capsule(CapsuleConfig("cross-layer", config, geometry, "tiny"))
     generator = torch.Generator().manual_seed(0)
     for stack in capsule.layers:

@@ -31,12 +31,17 @@ ROW = {
     "tokens_per_s_ratio": 0.75,
     "n": 200,
 }
-METRICS = {"train": {"loss": 0.0625}, "eval": {"rows": [ROW, {**ROW, "method": "full|cache", "accuracy": {"count": None}}]}}
+METRICS = {
+    "train": {"loss": 0.0625},
+    "eval": {"rows": [ROW, {**ROW, "method": "full|cache", "accuracy": {"count": None}}]},
+}
 
 
 def configure(**changes: Any) -> CapsuleConfig:
     codec = KVCapsuleConfig(tile=8, key_ratios=(0.5,) * 2, value_ratios=(0.75,) * 2)
-    config = CapsuleConfig("kvcapsule", codec, GEOMETRY, base_model="org/vlm", base_revision="a1b2c3", metadata={"samples": 12})
+    config = CapsuleConfig(
+        "kvcapsule", codec, GEOMETRY, base_model="org/vlm", base_revision="a1b2c3", metadata={"samples": 12}
+    )
     return replace(config, **changes)
 
 

@@ -1,12 +1,14 @@
-"""A Hugging Face Hub on 127.0.0.1 for tests: as much of its HTTP interface as huggingface_hub's real client uses to create a repository,
-to commit files, and to download a snapshot or a single file.
+"""A Hugging Face Hub on 127.0.0.1 for tests: as much of its HTTP interface as huggingface_hub's real client uses to
+create a repository, to commit files, and to download a snapshot or a single file.
 
     with HubServer() as hub:
-        ...  # a client process with HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET=1 and HF_HOME in a new folder
+        ...  # a client process with HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET=1 and HF_HOME in a new
+             folder
 
-What it keeps of the real one's behaviour: error codes in headers, ETags and commit ids on files, safetensors by the LFS protocol and behind
-a redirect, 401 for writes without the token and for repositories that are not there, a refusal of cards without sound front matter.
-What it is not: it has no Xet storage, no pull requests, and a revision's history is a list of whole trees.
+What it keeps of the real one's behaviour: error codes in headers, ETags and commit ids on files, safetensors by the LFS
+protocol and behind a redirect, 401 for writes without the token and for repositories that are not there, a refusal of
+cards without sound front matter. What it is not: it has no Xet storage, no pull requests, and a revision's history is a
+list of whole trees.
 """
 
 import base64
@@ -90,8 +92,8 @@ class Listener(ThreadingHTTPServer):
 
 
 class HubServer:
-    """Starts with the `with` block and stops with it. Large files lie on another port, since the client treats what its Hub redirects to
-    differently if it is the Hub's own."""
+    """Starts with the `with` block and stops with it. Large files lie on another port, since the client treats what its
+    Hub redirects to differently if it is the Hub's own."""
 
     def __init__(self) -> None:
         self.front, self.storage = Listener(self), Listener(self)
@@ -203,7 +205,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repositories:
             raise HubRefusalError(409, "You already created this model repo", url=url)
         self.hub.add(
-            repo_id, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, asked.get("visibility") == "private"
+            repo_id,
+            {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"},
+            asked.get("visibility") == "private",
         )
         self.json({"url": url, "name": repo_id})
 
@@ -219,14 +223,26 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id)
         sha = self.commit_of(repository, revision)
         siblings = [{"rfilename": path} for path in repository.commits[sha]]
-        self.json({"id": repo_id, "modelId": repo_id, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings})
+        self.json(
+            {
+                "id": repo_id,
+                "modelId": repo_id,
+                "sha": sha,
+                "private": repository.private,
+                "tags": [],
+                "siblings": siblings,
+            }
+        )
 
     def tree(self, repo_id: str, revision: str) -> None:
         repository = self.repository(repo_id)
         entries = []
         for path, file in sorted(repository.commits[self.commit_of(repository, revision)].items()):
             entry = {"type": "file", "path": path, "oid": file.blob_id, "size": len(file.content)}
-            entries.append(entry | ({"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}} if file.lfs else {}))
+            entries.append(
+                entry
+                | ({"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}} if file.lfs else {})
+            )
         self.json(entries)
 
     def validate_card(self) -> None:

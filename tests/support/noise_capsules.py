@@ -20,7 +20,11 @@ def make_capsule(geometry) -> Callable[..., Capsule]:
     """make_capsule(0.2): a capsule of this ratio whose maps are noise, so that it destroys what it stores."""
 
     def build(ratio: float, family: str = "kvcapsule", tile: int = TOKENS) -> Capsule:
-        codec = IdentityConfig(tile) if family == "identity" else KVCapsuleConfig(tile, True, (ratio,) * LAYERS, (ratio,) * LAYERS)
+        codec = (
+            IdentityConfig(tile)
+            if family == "identity"
+            else KVCapsuleConfig(tile, True, (ratio,) * LAYERS, (ratio,) * LAYERS)
+        )
         capsule = Capsule(CapsuleConfig(family, codec, geometry, "tiny")).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for tensor in capsule.state_dict().values():

@@ -21,19 +21,25 @@ def tokens(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
     rows = len(padding)
     valid = torch.arange(count) >= torch.tensor(padding)[:, None]
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    query, keys, values = (rand(rows, heads, count, DIM, seed=10 * layer + s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS)))
+    query, keys, values = (
+        rand(rows, heads, count, DIM, seed=10 * layer + s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
+    )
     values[..., 0] = torch.arange(count, dtype=torch.float64)
     return LayerPrefill(layer, query * (1 + layer), keys, values, visual, valid, DIM**-0.5)
 
 
 def mixed(layers: int = 3) -> list[LayerPrefill]:
-    """Left padding; one image, two with text between, none, and one at the end of the prompt. Later layers attend more sharply."""
+    """Left padding; one image, two with text between, none, and one at the end of the prompt. Later layers attend more
+    sharply."""
     spans = [(0, 12, 40), (1, 2, 40), (1, 44, 9), (3, 9, 51)]
     return [tokens(spans, [9, 0, 50, 1], 60, layer) for layer in range(layers)]
 
 
-def scripted(weights: dict[tuple[int, int], Sequence[float]], count: int, heads: int, spans: Sequence[tuple[int, int]]) -> LayerPrefill:
-    """One row, one KV head; query q of query head h gives token j attention in proportion to weights[h, q][j]. Others: all alike."""
+def scripted(
+    weights: dict[tuple[int, int], Sequence[float]], count: int, heads: int, spans: Sequence[tuple[int, int]]
+) -> LayerPrefill:
+    """One row, one KV head; query q of query head h gives token j attention in proportion to weights[h, q][j]. Others:
+    all alike."""
     query = torch.zeros(1, heads, count, count, dtype=torch.float64)
     for (head, place), row in weights.items():
         query[0, head, place, : len(row)] = torch.tensor([math.log(w) for w in row], dtype=torch.float64)
@@ -47,7 +53,9 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     """A row by itself, its padding cut off."""
     begin = int((~of.valid[row]).sum())
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values, valid = (t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None]))
+    query, keys, values, valid = (
+        t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
+    )
     return LayerPrefill(of.layer, query, keys, values, spans, valid[..., 0], of.scale)
 
 
@@ -67,7 +75,9 @@ def places(segments: Sequence[Segment], row: int = 0) -> list[list[int]]:
             assert isinstance(segment.values, torch.Tensor)
             for head in range(segment.values.shape[1]):
                 stands_for = head if segment.head is None else int(segment.head[entry])
-                found[stands_for] = sorted(found.get(stands_for, []) + segment.values[entry, head, there, 0].long().tolist())
+                found[stands_for] = sorted(
+                    found.get(stands_for, []) + segment.values[entry, head, there, 0].long().tolist()
+                )
     return [found[head] for head in sorted(found)]
 
 
@@ -80,7 +90,9 @@ def attention(of: LayerPrefill, row: int, head: int, query: int, seen: Sequence[
     """What one query of one query head gives to each of the tokens `seen`, by the definition."""
     kv_head = head // (of.query.shape[1] // of.keys.shape[1])
     q = of.query[row, head, query].tolist()
-    return softmax({j: of.scale * sum(a * b for a, b in zip(q, of.keys[row, kv_head, j].tolist(), strict=True)) for j in seen})
+    return softmax(
+        {j: of.scale * sum(a * b for a, b in zip(q, of.keys[row, kv_head, j].tolist(), strict=True)) for j in seen}
+    )
 
 
 def same_answers(ours: Compressed, theirs: Compressed, of: LayerPrefill) -> None:

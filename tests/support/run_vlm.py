@@ -69,7 +69,14 @@ def tiny_qwen() -> tuple[Any, dict[str, torch.Tensor]]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+    }
     vision |= {"spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [0]}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=90, video_token_id=91)
     torch.manual_seed(0)
@@ -81,7 +88,8 @@ def tiny_qwen() -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def tiny_gemma() -> tuple[Any, dict[str, torch.Tensor]]:
-    """A Gemma 3 of four layers, every second with a window and a rotation of its own, and a prompt with two images of 16 tokens."""
+    """A Gemma 3 of four layers, every second with a window and a rotation of its own, and a prompt with two images of
+    16 tokens."""
     text = {
         "vocab_size": 100,
         "hidden_size": 32,
@@ -96,7 +104,13 @@ def tiny_gemma() -> tuple[Any, dict[str, torch.Tensor]]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+    }
     vision |= {"patch_size": 4}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_index=90)
     torch.manual_seed(0)

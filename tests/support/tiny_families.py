@@ -1,4 +1,5 @@
-"""One tiny model of every family, built from a config with random weights, and prompts for it: text around images of several sizes."""
+"""One tiny model of every family, built from a config with random weights, and prompts for it: text around images of
+several sizes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ TEXT = {
 }
 TOWER = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
 GAIN = 8.0
-"""Factor of the weight matrices: at their initial size all logits are alike, and no test could tell one cache from another."""
+"""Factor of the weight matrices: at their initial size all logits are alike, and no test could tell one cache from
+another."""
 
 
 class Picture(NamedTuple):
@@ -102,11 +104,23 @@ def around(count: int) -> list[int]:
 
 
 def clip(patch: int = 4, side: int = 16) -> dict[str, Any]:
-    return {**TOWER, "model_type": "clip_vision_model", "image_size": side, "patch_size": patch, "projection_dim": WIDTH}
+    return {
+        **TOWER,
+        "model_type": "clip_vision_model",
+        "image_size": side,
+        "patch_size": patch,
+        "projection_dim": WIDTH,
+    }
 
 
 def siglip(patch: int = 4, side: int = 16) -> dict[str, Any]:
-    return {**TOWER, "model_type": "siglip_vision_model", "image_size": side, "patch_size": patch, "vision_use_head": False}
+    return {
+        **TOWER,
+        "model_type": "siglip_vision_model",
+        "image_size": side,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
 
 
 def llama(**more: Any) -> dict[str, Any]:
@@ -128,7 +142,12 @@ def llava() -> Tiny:
 
 
 def vipllava() -> Tiny:
-    settings = {"text_config": llama(), "vision_config": clip(), "image_token_index": IMAGE, "vision_feature_layers": [-1, -2]}
+    settings = {
+        "text_config": llama(),
+        "vision_config": clip(),
+        "image_token_index": IMAGE,
+        "vision_feature_layers": [-1, -2],
+    }
     return Tiny(settings, fixed(16, 3, 16, 16))
 
 
@@ -136,7 +155,8 @@ PINPOINTS = [[16, 32], [32, 16]]
 
 
 def any_resolution(side: int = 4) -> Callable[[int], Picture]:
-    """A thumbnail and two patches of side x side tokens, beside or below each other, with a newline token for each of their rows."""
+    """A thumbnail and two patches of side x side tokens, beside or below each other, with a newline token for each of
+    their rows."""
 
     def picture(index: int) -> Picture:
         height, width = PINPOINTS[index % 2]
@@ -165,7 +185,12 @@ def llava_onevision() -> Tiny:
     def video(index: int) -> Picture:
         return Picture([START, *[VIDEO] * 13, END], {"pixel_values_videos": noise(index, 1, 3, 3, 16, 16)}, [13])
 
-    settings = {"text_config": qwen2(), "vision_config": siglip(), "image_token_index": IMAGE, "video_token_index": VIDEO}
+    settings = {
+        "text_config": qwen2(),
+        "vision_config": siglip(),
+        "image_token_index": IMAGE,
+        "video_token_index": VIDEO,
+    }
     settings |= {"image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_9"}
     return Tiny(settings, any_resolution(), video)
 
@@ -205,21 +230,46 @@ TYPES = "mm_token_type_ids"
 def qwen2_vl() -> Tiny:
     vision = {"depth": 1, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 1, "patch_size": 4}
     return Tiny(
-        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS}, qwen_picture(), qwen_video(), TYPES
+        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS},
+        qwen_picture(),
+        qwen_video(),
+        TYPES,
     )
 
 
 def qwen2_5_vl() -> Tiny:
-    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4}
+    vision = {
+        "depth": 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+    }
     vision |= {"spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [0]}
     return Tiny(
-        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS}, qwen_picture(), qwen_video(), TYPES
+        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS},
+        qwen_picture(),
+        qwen_video(),
+        TYPES,
     )
 
 
 def qwen3_vision(deep: bool = True) -> dict[str, Any]:
-    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4}
-    return {**vision, "spatial_merge_size": 2, "num_position_embeddings": 64, **({"deepstack_visual_indexes": [0]} if deep else {})}
+    vision = {
+        "depth": 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+    }
+    return {
+        **vision,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 64,
+        **({"deepstack_visual_indexes": [0]} if deep else {}),
+    }
 
 
 INTERLEAVED = {**SECTIONS, "mrope_interleaved": True}
@@ -227,7 +277,9 @@ INTERLEAVED = {**SECTIONS, "mrope_interleaved": True}
 
 def qwen3_vl() -> Tiny:
     text = {**TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED}
-    return Tiny({"text_config": text, "vision_config": qwen3_vision(), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES)
+    return Tiny(
+        {"text_config": text, "vision_config": qwen3_vision(), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES
+    )
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -235,7 +287,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 def qwen3_vl_moe() -> Tiny:
     text = {**TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED, **EXPERTS}
-    return Tiny({"text_config": text, "vision_config": qwen3_vision(), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES)
+    return Tiny(
+        {"text_config": text, "vision_config": qwen3_vision(), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES
+    )
 
 
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -244,7 +298,12 @@ LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_
 def qwen3_5(**more: Any) -> Tiny:
     text = {**TEXT, "head_dim": 32, "rope_parameters": {**INTERLEAVED, "partial_rotary_factor": 0.25}, **LINEAR, **more}
     text |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
-    return Tiny({"text_config": text, "vision_config": qwen3_vision(deep=False), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES)
+    return Tiny(
+        {"text_config": text, "vision_config": qwen3_vision(deep=False), **MARKS},
+        qwen_picture(),
+        qwen_video(cut=True),
+        TYPES,
+    )
 
 
 def qwen3_5_moe() -> Tiny:
@@ -266,7 +325,13 @@ def internvl() -> Tiny:
 def idefics3() -> Tiny:
     """An image is cut into parts of 16 tokens, with marks between them."""
     vision = {**TOWER, "image_size": 32, "patch_size": 4}
-    settings = {"text_config": llama(), "vision_config": vision, "image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": PAD}
+    settings = {
+        "text_config": llama(),
+        "vision_config": vision,
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+        "pad_token_id": PAD,
+    }
 
     def picture(index: int) -> Picture:
         parts = 1 if index % 2 else 3
@@ -286,24 +351,56 @@ def idefics3() -> Tiny:
 
 def paligemma() -> Tiny:
     text = {**TEXT, "model_type": "gemma", "head_dim": 8}
-    settings = {"text_config": text, "vision_config": siglip(), "image_token_index": IMAGE, "projection_dim": WIDTH, "hidden_size": WIDTH}
+    settings = {
+        "text_config": text,
+        "vision_config": siglip(),
+        "image_token_index": IMAGE,
+        "projection_dim": WIDTH,
+        "hidden_size": WIDTH,
+    }
     return Tiny(settings, fixed(16, 3, 16, 16), types="token_type_ids")
 
 
 def gemma3() -> Tiny:
     text = {**TEXT, "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
     text |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    settings = {"text_config": text, "vision_config": siglip(side=32), "mm_tokens_per_image": 16, "image_token_index": IMAGE}
+    settings = {
+        "text_config": text,
+        "vision_config": siglip(side=32),
+        "mm_tokens_per_image": 16,
+        "image_token_index": IMAGE,
+    }
     return Tiny(settings, fixed(16, 3, 32, 32), types="token_type_ids")
 
 
 def gemma4(**more: Any) -> Tiny:
-    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 0}
+    text = {
+        **TEXT,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 8,
+        "hidden_size_per_layer_input": 0,
+    }
     text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY}
-    # As in the large ones: values that are the keys, fewer KV heads where attention is full, images that see all of themselves.
+    # As in the large ones: values that are the keys, fewer KV heads where attention is full, images that see all of
+    # themselves.
     text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision", **more}
-    vision = {**TOWER, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
-    settings = {"text_config": text, "vision_config": vision, "audio_config": None, "image_token_id": IMAGE, "video_token_id": VIDEO}
+    vision = {
+        **TOWER,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    }
+    settings = {
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": None,
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+    }
     settings |= {"boi_token_id": START, "eoi_token_id": END, "audio_token_id": CUT}
 
     def picture(index: int) -> Picture:
@@ -316,7 +413,11 @@ def gemma4(**more: Any) -> Tiny:
 
     def video(index: int) -> Picture:
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(3, 16, 2)
-        inputs = {"pixel_values_videos": noise(index, 3, 16, 48), "video_position_ids": places, "num_frames_per_video": torch.tensor([3])}
+        inputs = {
+            "pixel_values_videos": noise(index, 3, 16, 48),
+            "video_position_ids": places,
+            "num_frames_per_video": torch.tensor([3]),
+        }
         return Picture([token for _ in range(3) for token in (CUT, START, *[VIDEO] * 4, END)], inputs, [4] * 3)
 
     return Tiny(settings, picture, video, TYPES)
@@ -335,7 +436,11 @@ def rows_of_patches(merge: int) -> Callable[[int], Picture]:
         tokens = [token for _ in range(rows) for token in (*[IMAGE] * columns, CUT)]
         pixels = torch.zeros(1, 3, 16, 64)
         pixels[..., :height, :width] = noise(index, 1, 3, height, width)
-        return Picture([*tokens[:-1], END], {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}, [columns] * rows)
+        return Picture(
+            [*tokens[:-1], END],
+            {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])},
+            [columns] * rows,
+        )
 
     return picture
 
@@ -371,12 +476,22 @@ def marked_parts(index: int) -> Picture:
 
 
 def aya_vision() -> Tiny:
-    settings = {"text_config": cohere2(), "vision_config": siglip(side=32), "image_token_index": IMAGE, "downsample_factor": 2}
+    settings = {
+        "text_config": cohere2(),
+        "vision_config": siglip(side=32),
+        "image_token_index": IMAGE,
+        "downsample_factor": 2,
+    }
     return Tiny({**settings, "alignment_intermediate_size": 64}, marked_parts)
 
 
 def cohere2_vision() -> Tiny:
-    settings = {"text_config": cohere2(), "vision_config": siglip(side=32), "image_token_id": IMAGE, "downsample_factor": 2}
+    settings = {
+        "text_config": cohere2(),
+        "vision_config": siglip(side=32),
+        "image_token_id": IMAGE,
+        "downsample_factor": 2,
+    }
     return Tiny({**settings, "alignment_intermediate_size": 64}, marked_parts)
 
 
@@ -388,11 +503,22 @@ def glm_video(index: int) -> Picture:
     """Frames of a video stand for themselves, each with the image's placeholders, behind a time stamp."""
     grid = torch.tensor([[3, 4, 4]])
     tokens = [token for _ in range(3) for token in (START, *[IMAGE] * 4, END, CUT)]
-    return Picture([VIDEO_START, *tokens, VIDEO_END], {"pixel_values_videos": noise(index, 48, 96), "video_grid_thw": grid}, [4] * 3)
+    return Picture(
+        [VIDEO_START, *tokens, VIDEO_END],
+        {"pixel_values_videos": noise(index, 48, 96), "video_grid_thw": grid},
+        [4] * 3,
+    )
 
 
 def glm_vision() -> dict[str, Any]:
-    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4}
+    vision = {
+        "depth": 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+    }
     return {**vision, "image_size": 32, "spatial_merge_size": 2}
 
 
@@ -402,7 +528,14 @@ def glm4v() -> Tiny:
 
 
 def glm4v_moe() -> Tiny:
-    text = {**TEXT, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    text = {
+        **TEXT,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    }
     text |= {"n_group": 1, "topk_group": 1, "rope_parameters": {**SECTIONS, "partial_rotary_factor": 1.0}}
     return Tiny({"text_config": text, "vision_config": glm_vision(), **GLM_MARKS}, qwen_picture(), glm_video, TYPES)
 
@@ -422,7 +555,11 @@ def got_ocr2() -> Tiny:
 
 def granite4_vision() -> Tiny:
     vision = {**clip(), "hidden_size": 64}
-    settings = {"text_config": {**TEXT, "model_type": "granite4_vision_text"}, "vision_config": vision, "image_token_index": IMAGE}
+    settings = {
+        "text_config": {**TEXT, "model_type": "granite4_vision_text"},
+        "vision_config": vision,
+        "image_token_index": IMAGE,
+    }
     settings |= {
         "downsample_rate": "1/2",
         "image_grid_pinpoints": PINPOINTS,
@@ -433,16 +570,32 @@ def granite4_vision() -> Tiny:
 
 
 def lfm2_vl() -> Tiny:
-    vision = {**TOWER, "model_type": "siglip2_vision_model", "patch_size": 4, "num_patches": 64, "vision_use_head": False}
+    vision = {
+        **TOWER,
+        "model_type": "siglip2_vision_model",
+        "patch_size": 4,
+        "num_patches": 64,
+        "vision_use_head": False,
+    }
     text = {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}
-    settings = {"text_config": text, "vision_config": vision, "image_token_id": IMAGE, "downsample_factor": 2, "projector_hidden_size": 32}
+    settings = {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": IMAGE,
+        "downsample_factor": 2,
+        "projector_hidden_size": 32,
+    }
 
     def picture(index: int) -> Picture:
         height, width = [(8, 8), (4, 8)][index % 2]
         used = torch.arange(64)[None] < height * width
         pixels = noise(index, 1, 64, 48) * used[..., None]
         count = height * width // 4
-        inputs = {"pixel_values": pixels, "spatial_shapes": torch.tensor([[height, width]]), "pixel_attention_mask": used.int()}
+        inputs = {
+            "pixel_values": pixels,
+            "spatial_shapes": torch.tensor([[height, width]]),
+            "pixel_attention_mask": used.int(),
+        }
         return Picture(around(count), inputs, [count])
 
     return Tiny(settings, picture)
@@ -481,7 +634,9 @@ def shared_layers() -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
     "Florence-2": (dict,),
-    "vision-encoder-decoder": (lambda: {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2", "add_cross_attention": True}},),
+    "vision-encoder-decoder": (
+        lambda: {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2", "add_cross_attention": True}},
+    ),
     "Llama 3.2 Vision": (dict,),
     "Gemma with shared KV": (dict, shared_layers),
 }

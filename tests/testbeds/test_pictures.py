@@ -30,7 +30,10 @@ def test_a_scenes_answers_follow_from_where_things_lie() -> None:
     for index in range(60):
         found = _scene("test", index)
         totals.add(len(found.things))
-        cells = [(int((t.top + t.bottom) / 2 * 3 // emoji.SIDE), int((t.left + t.right) / 2 * 3 // emoji.SIDE)) for t in found.things]
+        cells = [
+            (int((t.top + t.bottom) / 2 * 3 // emoji.SIDE), int((t.left + t.right) / 2 * 3 // emoji.SIDE))
+            for t in found.things
+        ]
         assert cells == sorted(set(cells))
         assert all(0 <= t.left < t.right <= emoji.SIDE and 0 <= t.top < t.bottom <= emoji.SIDE for t in found.things)
         names = [t.name for t in found.things]
@@ -56,7 +59,9 @@ def test_an_emoji_is_drawn_where_it_is_said_to_be() -> None:
     assert not changed[~inside].any()
 
 
-@pytest.mark.parametrize("draw", [_scene, lambda split, i, seed=0: words.compose(generator(split, i, seed, 4), backgrounds())])
+@pytest.mark.parametrize(
+    "draw", [_scene, lambda split, i, seed=0: words.compose(generator(split, i, seed, 4), backgrounds())]
+)
 def test_a_picture_is_a_function_of_its_arguments(draw) -> None:
     first, again = draw("test", 5), draw("test", 5)
     assert first.questions == again.questions and np.array_equal(first.image, again.image)
@@ -72,7 +77,9 @@ def test_words_are_read_from_top_to_bottom_and_lie_on_the_picture() -> None:
         found = words.compose(generator("test", index, 0, 4), backgrounds())
         shown = [t.name for t in sorted(found.things, key=lambda t: t.top)]
         lengths.add(len(shown))
-        assert all(t.left >= 0 and t.right <= words.SIDE and t.top >= 0 and t.bottom <= words.SIDE for t in found.things)
+        assert all(
+            t.left >= 0 and t.right <= words.SIDE and t.top >= 0 and t.bottom <= words.SIDE for t in found.things
+        )
         assert all(a.bottom <= b.top for a, b in zip(found.things, found.things[1:], strict=False))
         by_task = {task: [q for q in found.questions if q.task == task] for task in words.TASKS}
         assert [q.answer for q in by_task["read"]] == ["\n".join(shown)]
@@ -89,7 +96,8 @@ def test_no_photograph_is_in_two_splits() -> None:
 
 
 def _easy_vqa(folder) -> None:
-    """30 training and 6 test pictures: a blue square whose place is the picture's number; test picture 5 is training picture 7 again."""
+    """30 training and 6 test pictures: a blue square whose place is the picture's number; test picture 5 is training
+    picture 7 again."""
     for part, size in (("train", 30), ("test", 6)):
         (folder / part / "images").mkdir(parents=True)
         asked = []
@@ -127,8 +135,23 @@ def test_prior_accuracy_is_that_of_one_who_never_looks() -> None:
     def row(prompt: str, answer: str, task: str = "t") -> dict[str, str]:
         return {"prompt": prompt, "answer": answer, "task": task}
 
-    known = [row("a?", "x"), row("a?", "x"), row("a?", "y"), row("b?", "z"), row("b?", "z"), row("b?", "z"), row("c?", "1", "u")]
-    asked = [row("a?", "x"), row("a?", "y"), row("new?", "z"), row("b?", "x"), row("new?", "1", "u"), row("new?", "1", "v")]
+    known = [
+        row("a?", "x"),
+        row("a?", "x"),
+        row("a?", "y"),
+        row("b?", "z"),
+        row("b?", "z"),
+        row("b?", "z"),
+        row("c?", "1", "u"),
+    ]
+    asked = [
+        row("a?", "x"),
+        row("a?", "y"),
+        row("new?", "z"),
+        row("b?", "x"),
+        row("new?", "1", "u"),
+        row("new?", "1", "v"),
+    ]
     assert prior_accuracy(known, asked) == {"t": 0.5, "u": 1.0, "v": 0.0}
 
 
@@ -142,6 +165,9 @@ def test_sources_are_known_by_name(monkeypatch) -> None:
     assert load(SourceConfig("emoji", "test", 2))["task"] == ["emoji"] * 2
     mixed = load(SourceConfig("pictures", "test", 7))
     assert mixed["task"] == ["emoji-emoji", "easy-vqa-easy-vqa", "words-words"] * 2 + ["emoji-emoji"]
-    assert mixed.column_names == ["image", "prompt", "answer", "task"] and mixed[0]["image"].size == (emoji.SIDE, emoji.SIDE)
+    assert mixed.column_names == ["image", "prompt", "answer", "task"] and mixed[0]["image"].size == (
+        emoji.SIDE,
+        emoji.SIDE,
+    )
     with pytest.raises(DataError, match="has no split 'dev'"):
         load(SourceConfig("words", "dev"))

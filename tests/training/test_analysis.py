@@ -1,4 +1,5 @@
-"""What `kvcapsule analyze` computes of tokens: similarity, spectra, bits and drift, each against what it must be on data made for it."""
+"""What `kvcapsule analyze` computes of tokens: similarity, spectra, bits and drift, each against what it must be on
+data made for it."""
 
 import copy
 import math
@@ -226,10 +227,15 @@ def test_drift_attention_is_the_models_own(model, make_batch: Callable[..., Batc
 
 def test_drift_answers_are_found_behind_padding() -> None:
     prompts = BatchFeature(
-        {"input_ids": torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]]), "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4])}
+        {
+            "input_ids": torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]]),
+            "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
+        }
     )
     rows = [[0, 0, 0, 5, 6, 9, 9, 2], [5, 6, 7, 8, 9, 2, 2, 1]]
-    full = BatchFeature({"input_ids": torch.tensor(rows), "attention_mask": torch.tensor([[0, 0, 0] + [1] * 5, [1] * 8])})
+    full = BatchFeature(
+        {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor([[0, 0, 0] + [1] * 5, [1] * 8])}
+    )
     assert answer_places(prompts, full, {2}) == [range(5, 7), range(4, 5)]
     assert answer_places(prompts, full, {3}) == [range(5, 8), range(4, 8)]
 

@@ -78,7 +78,8 @@ def test_layer_batches_add_up() -> None:
 
 
 def test_layer_variances_are_free_of_the_mean_they_are_about() -> None:
-    """Bases turn the tiles and leave the sum of their variances, each with one degree of freedom less than there are tiles."""
+    """Bases turn the tiles and leave the sum of their variances, each with one degree of freedom less than there are
+    tiles."""
     study, tiles = studied(prefill(), 5, batches=1), cut_tiles(prefill(), 5)
     assert tiles is not None and tiles.frame is not None
     for of, x in (("keys", tiles.frame.back(tiles.keys)), ("values", tiles.values)):
@@ -95,9 +96,15 @@ def test_layer_follows_the_answer_from_the_last_prompt_token_on() -> None:
     masses, scores = [], []
     for row, places in ((0, range(27, 30)), (1, range(24, 26))):
         run = slice(spans[row].start, spans[row].start + spans[row].length)
-        masses.append(attention_on(of.query[row][:, list(places)], of.keys[row], places, of.valid[row], of.scale)[:, run].sum(1).double())
+        masses.append(
+            attention_on(of.query[row][:, list(places)], of.keys[row], places, of.valid[row], of.scale)[:, run]
+            .sum(1)
+            .double()
+        )
         asks = range(run.stop, places[1])
-        scores.append(attention_on(of.query[row][:, list(asks)], of.keys[row], asks, of.valid[row], of.scale)[:, run].sum(0))
+        scores.append(
+            attention_on(of.query[row][:, list(asks)], of.keys[row], asks, of.valid[row], of.scale)[:, run].sum(0)
+        )
     wanted = torch.stack([(masses[0][0] + masses[1][0]) / 2, (masses[0][1] + masses[1][1]) / 2, masses[0][2]])
     torch.testing.assert_close(study.drift.curve("visual_mass"), wanted)
     assert study.drift.questions[:4].tolist() == [2, 2, 1, 0]
@@ -120,7 +127,9 @@ def test_layer_of_other_families(family: Callable[[], tuple[Any, dict[str, torch
     """Sections of M-RoPE turn back each by its own position; layers with a window are not studied."""
     built, inputs = family()
     tokens = inputs["input_ids"].shape[1]
-    batch = Batch(BatchFeature(inputs), find_spans(built.config, inputs["input_ids"], inputs), [range(tokens - 1, tokens)])
+    batch = Batch(
+        BatchFeature(inputs), find_spans(built.config, inputs["input_ids"], inputs), [range(tokens - 1, tokens)]
+    )
     studies: dict[int, LayerStudy] = {}
 
     def first(of: LayerPrefill, tiles: LayerHarvest | None) -> None:
@@ -135,10 +144,14 @@ def test_layer_of_other_families(family: Callable[[], tuple[Any, dict[str, torch
     for study in studies.values():
         keys = study.result()["spectra"]["keys"]
         assert study.count == 4
-        assert keys["channels_unrotated"]["effective_rank"] != pytest.approx(keys["channels_rotated"]["effective_rank"], rel=1e-3)
+        assert keys["channels_unrotated"]["effective_rank"] != pytest.approx(
+            keys["channels_rotated"]["effective_rank"], rel=1e-3
+        )
 
 
-@pytest.mark.parametrize(("name", "says"), [("keys", "keys of visual"), ("values", "values of visual"), ("query", "queries behind")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("keys", "keys of visual"), ("values", "values of visual"), ("query", "queries behind")]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_layer_what_is_no_number_is_named(name: str, says: str, bad: float) -> None:
     of = prefill(layer=5)

@@ -1,4 +1,5 @@
-"""The study of stacks of layers: what one code for all of a stack saves, against what it must be on data made for it."""
+"""The study of stacks of layers: what one code for all of a stack saves, against what it must be on data made for
+it."""
 
 import math
 from collections.abc import Sequence
@@ -76,7 +77,10 @@ def assert_whole(found: list[dict[str, Any]], layers: Sequence[Layer], heads: in
     units = [side_by_side(x, heads) for of in layers for x in of]
     units = [x / moments_of(x).variance() ** 0.5 for x in units]
     unbiased = len(units[0]) / (len(units[0]) - 1)
-    apart, together = torch.cat([variances_of(x).flatten() for x in units]) * unbiased, variances_of(torch.cat(units, 3)) * unbiased
+    apart, together = (
+        torch.cat([variances_of(x).flatten() for x in units]) * unbiased,
+        variances_of(torch.cat(units, 3)) * unbiased,
+    )
     assert [entry["bits"] for entry in found] == list(BITS)
     for entry in found:
         assert (entry["first"], entry["last"]) == (0, len(layers) - 1)
@@ -114,7 +118,9 @@ def test_stack_batches_of_several_images_in_their_frames(heads: int) -> None:
         for layer in range(2):
             of = prefill(layer, **kind)
             keys, values = (x + rand(*x.shape, seed=10 * number + layer) for x in (of.keys, of.values.roll(layer, 1)))
-            batch.append(LayerPrefill(layer, of.query, keys, values, of.spans, of.valid, of.scale, of.position_embeddings))
+            batch.append(
+                LayerPrefill(layer, of.query, keys, values, of.spans, of.valid, of.scale, of.position_embeddings)
+            )
         batches.append(batch)
     tiles: list[list[LayerHarvest]] = [[], []]
     for batch in batches:
@@ -157,7 +163,8 @@ def test_stack_independent_layers_save_nothing() -> None:
 
 
 def test_stack_what_layers_share_is_stored_once() -> None:
-    """Layers of one half that is common and one of their own: together never costs more, and saves less than copies would."""
+    """Layers of one half that is common and one of their own: together never costs more, and saves less than copies
+    would."""
     common, _ = drawn(400)
     layers = [(common + drawn(400, seed=i)[0], common + drawn(400, seed=i + 20)[0]) for i in (3, 5)]
     for entry in found_in(layers):

@@ -37,7 +37,20 @@ def run(vlm: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, A
     """A study of the tiny VLM: its JSON object, the folder of its files and what was printed."""
     folder = tmp_path_factory.mktemp("study")
     with redirect_stdout(StringIO()) as printed:
-        assert main(["--model", vlm, *ENOUGH, "--json", str(folder / "new" / "study.json"), "--plots", str(folder / "plots")]) == 0
+        assert (
+            main(
+                [
+                    "--model",
+                    vlm,
+                    *ENOUGH,
+                    "--json",
+                    str(folder / "new" / "study.json"),
+                    "--plots",
+                    str(folder / "plots"),
+                ]
+            )
+            == 0
+        )
     return json.loads((folder / "new" / "study.json").read_text()), folder, printed.getvalue()
 
 
@@ -84,14 +97,20 @@ def test_contract_drift(run) -> None:
     drift = run[0]["drift"]
     assert set(drift) == {"steps", "questions", "top", "kept", "layers"}
     steps = len(drift["steps"])
-    assert drift["steps"] == list(range(steps)) and drift["questions"][0] == 21 and len(drift["questions"]) == steps > 10
+    assert (
+        drift["steps"] == list(range(steps)) and drift["questions"][0] == 21 and len(drift["questions"]) == steps > 10
+    )
     assert (drift["top"], drift["kept"]) == (0.1, [0.1, 0.25, 0.4])
     for layer in drift["layers"]:
         assert set(layer) == {"layer", "visual_mass", "overlap", "held"}
         assert set(layer["overlap"]) == {"last_prompt_token", "post_vision"}
         assert set(layer["held"]) == {"last_prompt_token", "post_vision", "best"}
         assert layer["overlap"]["last_prompt_token"][0] == 1
-        curves = [layer["visual_mass"], *layer["overlap"].values(), *(curve for curves in layer["held"].values() for curve in curves)]
+        curves = [
+            layer["visual_mass"],
+            *layer["overlap"].values(),
+            *(curve for curves in layer["held"].values() for curve in curves),
+        ]
         assert all(len(curve) == steps and all(0 <= value <= 1 for value in curve) for curve in curves)
         for by in REFERENCES:
             for curve, best in zip(layer["held"][by], layer["held"]["best"], strict=True):
@@ -100,7 +119,9 @@ def test_contract_drift(run) -> None:
 
 def test_contract_predicted(run) -> None:
     found, _, _ = run
-    assert [(entry["layer"], entry["bits"]) for entry in found["predicted"]] == [(i, bits) for i in range(4) for bits in BITS]
+    assert [(entry["layer"], entry["bits"]) for entry in found["predicted"]] == [
+        (i, bits) for i in range(4) for bits in BITS
+    ]
     for entry in found["predicted"]:
         assert set(entry) == {"layer", "bits", "compression", "keys", "values"}
         assert entry["compression"] * entry["bits"] == pytest.approx(16)
@@ -111,7 +132,9 @@ def test_contract_predicted(run) -> None:
 
 def test_contract_stacks(run) -> None:
     found, _, _ = run
-    assert [(entry["first"], entry["last"], entry["bits"]) for entry in found["stacks"]] == [(0, 3, bits) for bits in BITS]
+    assert [(entry["first"], entry["last"], entry["bits"]) for entry in found["stacks"]] == [
+        (0, 3, bits) for bits in BITS
+    ]
     for entry in found["stacks"]:
         assert set(entry) == {"first", "last", "bits", "compression", "apart", "together", "apart_bits"}
         assert entry["compression"] * entry["bits"] == pytest.approx(16)
@@ -119,7 +142,11 @@ def test_contract_stacks(run) -> None:
 
 
 def test_contract_numbers_are_short_and_json() -> None:
-    assert _rounded({"a": [float("nan"), 0.123456789, 7], "b": float("inf"), "c": None}) == {"a": [None, 0.123457, 7], "b": None, "c": None}
+    assert _rounded({"a": [float("nan"), 0.123456789, 7], "b": float("inf"), "c": None}) == {
+        "a": [None, 0.123457, 7],
+        "b": None,
+        "c": None,
+    }
 
 
 def test_contract_command_names_no_place(run) -> None:
@@ -147,7 +174,9 @@ def test_contract_files_are_whole_and_alone(run) -> None:
 
 def test_contract_what_is_printed(run) -> None:
     found, _, printed = run
-    assert heading(found) in printed and "rotary 1d" in heading(found) and "84 tiles of 49 visual tokens" in heading(found)
+    assert (
+        heading(found) in printed and "rotary 1d" in heading(found) and "84 tiles of 49 visual tokens" in heading(found)
+    )
     shown = tables(found)
     assert [str(table.title) in printed for table in shown] == [True] * 5
     assert [table.row_count for table in shown] == [4, 4, 4, 4 + 3, 1]
@@ -157,8 +186,20 @@ def test_contract_what_is_printed(run) -> None:
 
 
 def test_pages_vlm_reads_on_while_prefill_stays(tmp_path: Path) -> None:
-    """The shipped model transcribes: what it reads moves on, and a small share of the tokens chosen at prefill cannot hold it."""
-    words = ["--device", "cpu", "--questions", "8", "--tile", "28", "--data.split", "validation", "--json", str(tmp_path / "a.json")]
+    """The shipped model transcribes: what it reads moves on, and a small share of the tokens chosen at prefill cannot
+    hold it."""
+    words = [
+        "--device",
+        "cpu",
+        "--questions",
+        "8",
+        "--tile",
+        "28",
+        "--data.split",
+        "validation",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
     assert main(words) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     last = found["drift"]["layers"][-1]
@@ -186,7 +227,9 @@ def test_stacks_are_left_out_of_few_samples(vlm: str, tmp_path: Path, capsys: py
     assert main(["--model", vlm, *QUICK, "--json", str(tmp_path / "a.json")]) == 0
     said, found = capsys.readouterr(), json.loads((tmp_path / "a.json").read_text())
     assert found["stacks"] == [] and len(found["predicted"]) == 4 * len(BITS) and len(tables(found)) == 4
-    assert "1568 visual tokens in full tiles are too few" in said.err and "--questions 21 or more" in " ".join(said.err.split())
+    assert "1568 visual tokens in full tiles are too few" in said.err and "--questions 21 or more" in " ".join(
+        said.err.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +249,9 @@ def test_stacks_are_left_out_of_few_samples(vlm: str, tmp_path: Path, capsys: py
         (["--no_such_option", "1"], "no_such_option"),
     ],
 )
-def test_refused_one_clear_line(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+def test_refused_one_clear_line(
+    vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
     model = [] if "--model" in words else ["--model", vlm]
     assert main([*model, *QUICK, "--json", str(tmp_path / "a.json"), *words]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -222,14 +267,18 @@ def test_refused_unknown_columns(vlm: str, tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("tile", ["0", "49"])
-def test_refused_no_visual_tokens(vlm: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tile: str) -> None:
+def test_refused_no_visual_tokens(
+    vlm: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tile: str
+) -> None:
     monkeypatch.setattr(questions, "images_of", lambda row, index: [])
     assert main(["--model", vlm, *QUICK, "--tile", tile]) == 2
     assert "llava: its prompts hold no visual tokens, so there is nothing to study." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tensor", ["k_proj", "v_proj"])
-def test_refused_weights_that_are_no_numbers(model, processor, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str) -> None:
+def test_refused_weights_that_are_no_numbers(
+    model, processor, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str
+) -> None:
     broken = copy.deepcopy(model)
     getattr(broken.model.language_model.layers[2].self_attn, tensor).weight[3, 5] = float("nan")
     broken.save_pretrained(tmp_path)
@@ -239,7 +288,9 @@ def test_refused_weights_that_are_no_numbers(model, processor, tmp_path: Path, c
     assert f"layer 2: the {name} of visual tokens hold NaN or infinity in float32" in capsys.readouterr().err
 
 
-def test_refused_outputs_that_have_no_place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_outputs_that_have_no_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is loaded."""
     monkeypatch.setattr("kvcapsule.training.analysis.main.run", lambda *_: pytest.fail("studied all the same"))
     (tmp_path / "file").touch()
@@ -298,5 +349,11 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("The frozen VLM", "Visual tokens of a tile", "Questions that are harvested", "Column with the question", "four pictures"):
+    for words in (
+        "The frozen VLM",
+        "Visual tokens of a tile",
+        "Questions that are harvested",
+        "Column with the question",
+        "four pictures",
+    ):
         assert words in text

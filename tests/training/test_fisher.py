@@ -1,4 +1,5 @@
-"""What the logits feel: gradients through the frozen VLM, their second moments, and the metric that a code is solved in."""
+"""What the logits feel: gradients through the frozen VLM, their second moments, and the metric that a code is solved
+in."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -40,13 +41,16 @@ def read(layers: list[LayerHarvest]) -> list[Segment]:
     return [Segment(layer.keys, layer.values, layer.owner, frame=layer.frame) for layer in layers]
 
 
-def felt_by(model: torch.nn.Module, batch: Batch, seeds: list[int], layers: list[LayerHarvest] | None = None) -> list[LayerHarvest]:
+def felt_by(
+    model: torch.nn.Module, batch: Batch, seeds: list[int], layers: list[LayerHarvest] | None = None
+) -> list[LayerHarvest]:
     layers = layers or harvest(model, batch.inputs, TILE)
     return gradients(model, batch, TILE, True, layers, read(layers), seeds)
 
 
 def test_gradients_are_how_the_drawn_tokens_log_probability_moves(model, batches) -> None:
-    """Along the gradient of one layer's values, by finite differences: what the drawn tokens are follows from the same seeds."""
+    """Along the gradient of one layer's values, by finite differences: what the drawn tokens are follows from the same
+    seeds."""
     batch, seeds = batches["all"], [5, 6, 7]
     layers = harvest(model, batch.inputs, TILE)
     found = felt_by(model, batch, seeds, layers)
@@ -57,14 +61,21 @@ def test_gradients_are_how_the_drawn_tokens_log_probability_moves(model, batches
         with torch.no_grad():
             return logits_through(model, batch.inputs, TILE, True, segments, last)[predict].double().log_softmax(-1)
 
-    drawn = torch.cat([torch.rand(int(n), generator=torch.Generator().manual_seed(s)) for n, s in zip(batch.answers, seeds, strict=True)])
+    drawn = torch.cat(
+        [
+            torch.rand(int(n), generator=torch.Generator().manual_seed(s))
+            for n, s in zip(batch.answers, seeds, strict=True)
+        ]
+    )
     chosen = torch.searchsorted(log_p(read(layers)).exp().cumsum(-1), drawn.double()[:, None])
     for index in (0, 2):
         size = found[index].values.square().sum().double()
         ends = []
         for sign in (1, -1):
             moved = [*layers]
-            moved[index] = replace(layers[index], values=layers[index].values + sign * 0.01 * found[index].values / size.sqrt().float())
+            moved[index] = replace(
+                layers[index], values=layers[index].values + sign * 0.01 * found[index].values / size.sqrt().float()
+            )
             ends.append(log_p(read(moved)).gather(1, chosen).sum())
         assert float(ends[0] - ends[1]) / 0.02 == pytest.approx(float(size.sqrt()), rel=0.02)
 
@@ -105,7 +116,9 @@ def test_tokens_are_drawn_from_what_the_model_says(model, batches) -> None:
     finally:
         head.data.copy_(kept)
     assert float(spread) > 0.5, "of 40 draws"
-    assert float(mean) < 0.3, "log p(y) has no slope in the mean over y ~ p: what is left of 40 draws is a fortieth of their size"
+    assert float(mean) < 0.3, (
+        "log p(y) has no slope in the mean over y ~ p: what is left of 40 draws is a fortieth of their size"
+    )
 
 
 def test_gradients_that_are_no_numbers_are_named(model, batches) -> None:
@@ -164,10 +177,17 @@ def test_gradients_turn_the_other_way_than_what_they_are_of() -> None:
     fit = SimpleNamespace(stacks=[range(2)], coordinates=[own], heads=1)
 
     def layers(seed: int) -> list[SimpleNamespace]:
-        return [SimpleNamespace(keys=rand(3, 1, 4, 2, seed=seed + i), values=rand(3, 1, 4, 2, seed=seed + 10 + i)) for i in range(2)]
+        return [
+            SimpleNamespace(keys=rand(3, 1, 4, 2, seed=seed + i), values=rand(3, 1, 4, 2, seed=seed + 10 + i))
+            for i in range(2)
+        ]
 
     step, slope = layers(0), layers(50)
     ((_, x),) = CrossLayerFit.sources(fit, step, False)
     ((_, g),) = CrossLayerFit.sources(fit, slope, True)
-    felt = sum((getattr(a, name) * getattr(b, name)).sum() for a, b in zip(step, slope, strict=True) for name in ("keys", "values"))
+    felt = sum(
+        (getattr(a, name) * getattr(b, name)).sum()
+        for a, b in zip(step, slope, strict=True)
+        for name in ("keys", "values")
+    )
     torch.testing.assert_close((x * g).sum(), felt)

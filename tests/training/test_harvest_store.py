@@ -81,11 +81,44 @@ def test_the_first_harvest_says_how_large_it_is(model, batch, tmp_path) -> None:
 @pytest.mark.parametrize("family", ["transform", "cross-layer", "kvcapsule", "compact"])
 def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, family: str) -> None:
     """The second run finds all, and what it learns is what a run without a store learns."""
-    quick = [family, "--data.size", "36", "--held_out", "4", "--batch", "4", "--moment_batches", "8", "--model", vlm, "--device", "cpu"]
-    quick += ["--codec.tile", "49", "--transform.steps", "1", "--transform.kl_weight", "0", "--compact.bank", "16", "--ratio", "10"]
-    quick += ["--optim.soft_steps", "1", "--optim.hard_steps", "1", "--optim.kl_weight", "0"] if family == "kvcapsule" else []
+    quick = [
+        family,
+        "--data.size",
+        "36",
+        "--held_out",
+        "4",
+        "--batch",
+        "4",
+        "--moment_batches",
+        "8",
+        "--model",
+        vlm,
+        "--device",
+        "cpu",
+    ]
+    quick += [
+        "--codec.tile",
+        "49",
+        "--transform.steps",
+        "1",
+        "--transform.kl_weight",
+        "0",
+        "--compact.bank",
+        "16",
+        "--ratio",
+        "10",
+    ]
+    quick += (
+        ["--optim.soft_steps", "1", "--optim.hard_steps", "1", "--optim.kl_weight", "0"]
+        if family == "kvcapsule"
+        else []
+    )
     quick = ["kvcapsule-paper", *quick[1:]] if family == "kvcapsule" else quick
-    runs = {"own": [], "first": ["--harvests", str(tmp_path / "kept")], "second": ["--harvests", str(tmp_path / "kept")]}
+    runs = {
+        "own": [],
+        "first": ["--harvests", str(tmp_path / "kept")],
+        "second": ["--harvests", str(tmp_path / "kept")],
+    }
     made: list[int] = []
     monkeypatch.setattr(harvest_store, "harvest", lambda *given: made.append(0) or harvest(*given))
     counts = []

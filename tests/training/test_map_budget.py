@@ -30,10 +30,14 @@ def test_the_maps_of_a_7b_class_geometry_keep_within_their_bound(limit: float) -
     layers, sets = joint_layers(heads, LARGE.head_dim), LARGE.kv_heads // heads
     stacks = LARGE.layers // layers
     (channels,) = set(most_channels(limit, [(sets, 2 * layers * heads * LARGE.head_dim)] * stacks, TILE))
-    cross = CrossLayerConfig(TILE, joint_layers=layers, joint_heads=heads, rows=(TILE,) * stacks, channels=(channels,) * stacks)
+    cross = CrossLayerConfig(
+        TILE, joint_layers=layers, joint_heads=heads, rows=(TILE,) * stacks, channels=(channels,) * stacks
+    )
     (each,) = set(most_channels(limit, [(sets, heads * LARGE.head_dim)] * 2 * LARGE.layers, TILE))
     rows, columns = (TILE,) * LARGE.layers, (each,) * LARGE.layers
-    alone = TransformConfig(TILE, key_rows=rows, key_channels=columns, value_rows=rows, value_channels=columns, joint_heads=heads)
+    alone = TransformConfig(
+        TILE, key_rows=rows, key_channels=columns, value_rows=rows, value_channels=columns, joint_heads=heads
+    )
     for config in (cross, alone):
         assert 0.97 * limit < decoders(config) / 2**20 <= limit or (config is alone and each == heads * LARGE.head_dim)
 
@@ -59,5 +63,7 @@ def test_no_bound_and_one_that_is_not_reached_leave_all_channels() -> None:
 
 
 def test_a_bound_below_one_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--transform\.maps 0\.008: the maps of one coded channel of every source take 0\.0"):
+    with pytest.raises(
+        ValueError, match=r"--transform\.maps 0\.008: the maps of one coded channel of every source take 0\.0"
+    ):
         most_channels(0.008, [(1, 512)], TILE)

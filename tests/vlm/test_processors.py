@@ -1,4 +1,5 @@
-"""Real processors before the tiny models: those that need neither a download nor torchvision (video, and Pixtral's, do)."""
+"""Real processors before the tiny models: those that need neither a download nor torchvision (video, and Pixtral's,
+do)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,11 @@ def tokenizer(specials: dict[str, int], **named: str) -> PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=f"w{PAD}", bos_token="w3", padding_side="left", extra_special_tokens=named or None
+        tokenizer_object=words,
+        pad_token=f"w{PAD}",
+        bos_token="w3",
+        padding_side="left",
+        extra_special_tokens=named or None,
     )
     fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return fast
@@ -48,12 +53,17 @@ def square(side: int) -> dict[str, int]:
 
 def llava() -> ProcessorMixin:
     return LlavaProcessor(
-        SiglipImageProcessorPil(size=square(16)), tokenizer({"<image>": IMAGE}), patch_size=4, vision_feature_select_strategy="full"
+        SiglipImageProcessorPil(size=square(16)),
+        tokenizer({"<image>": IMAGE}),
+        patch_size=4,
+        vision_feature_select_strategy="full",
     )
 
 
 def any_resolution() -> LlavaNextImageProcessorPil:
-    return LlavaNextImageProcessorPil(size={"shortest_edge": 16}, crop_size=square(16), image_grid_pinpoints=tiny_families.PINPOINTS)
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=square(16), image_grid_pinpoints=tiny_families.PINPOINTS
+    )
 
 
 # The tower has a class token, which the strategy "default" drops.
@@ -89,7 +99,13 @@ def gemma3() -> ProcessorMixin:
 
 def aya_vision() -> ProcessorMixin:
     images = GotOcr2ImageProcessorPil(size=square(32), crop_to_patches=True, min_patches=1, max_patches=4)
-    specials = {"<image>": 89, "<|IMG_PATCH|>": IMAGE, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END, "<|IMG_LINE_BREAK|>": CUT}
+    specials = {
+        "<image>": 89,
+        "<|IMG_PATCH|>": IMAGE,
+        "<|START_OF_IMG|>": START,
+        "<|END_OF_IMG|>": END,
+        "<|IMG_LINE_BREAK|>": CUT,
+    }
     specials |= {"TILE_GLOBAL": 87} | {f"TILE_{i}": 80 + i for i in range(1, 5)}
     return AyaVisionProcessor(images, tokenizer(specials), patch_size=4, img_size=32, downsample_factor=2)
 
@@ -121,7 +137,12 @@ def test_processor(name: str) -> None:
     build, mark = PROCESSORS[name]
     beside = mark * 2 if one.case.family.apart != "marks" else f"{mark} w9 {mark}"
     pictures = [[image(SMALL, 0), image(WIDE, 1)], [image(WIDE, 2)], [image(SMALL, 3)]]
-    batch: Any = build()(images=pictures, text=[f"w5 {beside} w7 w8", f"w4 {mark} w5 w6", f"{mark} w4"], padding=True, return_tensors="pt")
+    batch: Any = build()(
+        images=pictures,
+        text=[f"w5 {beside} w7 w8", f"w4 {mark} w5 w6", f"{mark} w4"],
+        padding=True,
+        return_tensors="pt",
+    )
     # PaliGemma's processor adds them for training.
     batch.pop("labels", None)
     expected = one.model.generate(**batch, **OPTIONS)

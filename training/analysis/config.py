@@ -24,7 +24,8 @@ class AnalyzeConfig:
     tile: int = 0
     """Visual tokens of a tile; 0 takes the whole image, which asks for images of one size."""
     canonical_frame: bool = True
-    """Study keys as codecs store them, as if their tile began at position 0. False where no frame undoes what the model does."""
+    """Study keys as codecs store them, as if their tile began at position 0. False where no frame undoes what the model
+    does."""
     questions: int = 64
     """Questions that are harvested (fewer where --data.size or the source has fewer)."""
     data: SourceConfig = field(default_factory=SourceConfig)

@@ -45,9 +45,11 @@ def build_parser() -> ArgumentParser:
         AnalyzeConfig,
         PROG,
         usage=f"{PROG} [--model ID_OR_PATH] [--tile N] [--questions N] [--json FILE] [--plots DIR] [options]",
-        description="Study a frozen VLM's visual keys and values on some data, before any training: how alike tokens are, how many "
-        "components hold their energy, how far attention drifts during the answer, the least error at given bits, and what one code "
-        "for a stack of layers saves.",
+        description=(
+            "Study a frozen VLM's visual keys and values on some data, before any training: how alike tokens are, how"
+            " many components hold their energy, how far attention drifts during the answer, the least error at given"
+            " bits, and what one code for a stack of layers saves."
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""Reverse water-filling: which cells of a transform code get how many bits (Cover and Thomas, chapter 10; greedy over real widths)."""
+"""Reverse water-filling: which cells of a transform code get how many bits (Cover and Thomas, chapter 10; greedy over
+real widths)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,11 +9,13 @@ import torch
 from kvcapsule.segments.bit_packing import GROUP, WIDTHS
 
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0000877}
-"""Squared error of the best uniform quantiser of so many bits, as a share of a Gaussian's variance (Max, 1960; 8 bits: Jayant and Noll)."""
+"""Squared error of the best uniform quantiser of so many bits, as a share of a Gaussian's variance (Max, 1960; 8 bits:
+Jayant and Noll)."""
 STEP = {0: 1.0, 1: 1.5956, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 """Its step, in standard deviations."""
 REACHING = 8
-"""The width whose cells reach what was seen: it costs next to nothing there, and at fewer bits more in rounding than clipping does."""
+"""The width whose cells reach what was seen: it costs next to nothing there, and at fewer bits more in rounding than
+clipping does."""
 MARGIN = 1.25
 """How much farther they reach than that: a new page's coefficients are seldom greater by more (training/NOTES.md)."""
 
@@ -33,8 +36,8 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
     """Widths of cells that make the whole cost least for the bytes spent.
 
     Args:
-        costs: of each unit [H, G, D], the cost of leaving each cell out; a cell of width w keeps DISTORTION[w] of it and takes w bytes. One
-            that costs nothing gets none.
+        costs: of each unit [H, G, D], the cost of leaving each cell out; a cell of width w keeps DISTORTION[w] of it
+            and takes w bytes. One that costs nothing gets none.
         budget: bytes of all cells of all units for one tile.
 
     Returns: uint8 widths of each unit, [H, G, D].
@@ -64,8 +67,9 @@ def distortion(widths: torch.Tensor) -> torch.Tensor:
 def step_size(widths: torch.Tensor, deviation: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """Steps of cells of given widths, standard deviations and greatest distances from the mean.
 
-    A Gaussian's best step clips what lies far out, and real coefficients have tails that a Gaussian has not: one that is clipped by several
-    standard deviations can change an answer, however many bits the others have. Cells of 8 bits are so fine that they can reach them all.
+    A Gaussian's best step clips what lies far out, and real coefficients have tails that a Gaussian has not: one that
+    is clipped by several standard deviations can change an answer, however many bits the others have. Cells of 8 bits
+    are so fine that they can reach them all.
     """
     table = torch.zeros(9, dtype=deviation.dtype)
     for width, step in STEP.items():

@@ -1,4 +1,5 @@
-"""What is coded as one: the keys or the values of a layer, or all of a stack of layers; and the code of given widths for it."""
+"""What is coded as one: the keys or the values of a layer, or all of a stack of layers; and the code of given widths
+for it."""
 
 import torch
 from torch import nn
@@ -46,7 +47,8 @@ class Unit(nn.Module):
 
 
 def used(widths: torch.Tensor) -> tuple[int, int]:
-    """Rows (a multiple of 8) and channels up to the last that has bits in widths [S, G, D]; at least one cell of them."""
+    """Rows (a multiple of 8) and channels up to the last that has bits in widths [S, G, D]; at least one cell of
+    them."""
     coded = (widths > 0).any(0)
     groups, channels = (int(coded.any(axis).nonzero().amax()) + 1 if coded.any() else 1 for axis in (1, 0))
     return groups * GROUP, channels

@@ -1,4 +1,5 @@
-"""Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of tokens."""
+"""Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of
+tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,8 @@ from ..query_bank import QueryBank, begin, chosen_by_teacher, imitation_loss
 
 
 class CompactFit(CapsuleFit):
-    """Nothing but the bank is needed where tokens are ranked by attention; a learned selector is trained by gradient descent."""
+    """Nothing but the bank is needed where tokens are ranked by attention; a learned selector is trained by gradient
+    descent."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)

@@ -1,4 +1,5 @@
-"""Training of the cross-layer family: what each layer's errors cost, one basis for a stack of layers, then what the logits feel."""
+"""Training of the cross-layer family: what each layer's errors cost, one basis for a stack of layers, then what the
+logits feel."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -35,9 +36,10 @@ class Coordinates(NamedTuple):
 class CrossLayerFit(TransformFit):
     """As a transform code's, but that keys and values of a stack are one source.
 
-    They are laid side by side in coordinates in which an error of one costs all parts the same: keys under the metric of their queries, and
-    each part times the root of what its errors add to attention's output (`sensitivities`). Principal axes and reverse water-filling then
-    share out the bits among layers, keys and values by themselves; and once more in the metric of the logits over all parts.
+    They are laid side by side in coordinates in which an error of one costs all parts the same: keys under the metric
+    of their queries, and each part times the root of what its errors add to attention's output (`sensitivities`).
+    Principal axes and reverse water-filling then share out the bits among layers, keys and values by themselves; and
+    once more in the metric of the logits over all parts.
     """
 
     def __init__(self, task: Task) -> None:
@@ -45,8 +47,9 @@ class CrossLayerFit(TransformFit):
         geometry, recipe = task.geometry, task.recipe.transform
         if recipe.allocation != "output" or recipe.key_bits is not None:
             raise ValueError(
-                "a cross-layer code shares its bits out by what they save in attention's output: leave --transform.allocation, "
-                "--transform.key_bits and --transform.value_bits out, or train the transform family."
+                "a cross-layer code shares its bits out by what they save in attention's output: leave"
+                " --transform.allocation, --transform.key_bits and --transform.value_bits out, or train the transform"
+                " family."
             )
         self.joint = min(geometry.layers, recipe.joint_layers or joint_layers(self.heads, geometry.head_dim))
         self.stacks = stacks(geometry.layers, self.joint)
@@ -57,11 +60,16 @@ class CrossLayerFit(TransformFit):
         self.coordinates = self._coordinates(alone, self.sensitivities(alone))
         moments = self._moments(batches)
         first = batches if not self.recipe.felt_batches else min(batches, _FIRST)
-        units = self.measured([own.bases() for own in moments], self.tiles(first, "variances of stacks of layers", self.sources))
+        units = self.measured(
+            [own.bases() for own in moments], self.tiles(first, "variances of stacks of layers", self.sources)
+        )
         if self.recipe.felt_batches:
             self.layers = self._codecs(units, readers=False)
             # In these coordinates the metric by attention's output is one.
-            usual = [torch.eye(m.channels.shape[1], dtype=torch.float64, device=m.channels.device).expand_as(m.channels) for m in moments]
+            usual = [
+                torch.eye(m.channels.shape[1], dtype=torch.float64, device=m.channels.device).expand_as(m.channels)
+                for m in moments
+            ]
             bases = [own.bases(metric) for own, metric in zip(moments, self.felt(usual, moments), strict=True)]
             units = self.measured(bases, self.tiles(batches, "variances of what the logits feel", self.sources))
         self.layers = self._codecs(units, readers=True)
@@ -89,27 +97,36 @@ class CrossLayerFit(TransformFit):
         found: list[Segment] = []
         for index, stack in enumerate(self.stacks):
             transform, readers = self._of(index), self.codec(index).readers
-            sums = torch.stack([transform.across(p, layers[i].keys.float(), layers[i].values.float()) for p, i in enumerate(stack)]).sum(0)
+            sums = torch.stack(
+                [transform.across(p, layers[i].keys.float(), layers[i].values.float()) for p, i in enumerate(stack)]
+            ).sum(0)
             weights = None
             if readers is not None:
                 weights = torch.stack([readers(layers[i].keys.float(), p) for p, i in enumerate(stack)]).mean(0)
             rows = coded(transform, transform.coefficients(sums), weights)
-            found += [transform.encoded(place, rows).segment(layers[i].owner, layers[i].frame) for place, i in enumerate(stack)]
+            found += [
+                transform.encoded(place, rows).segment(layers[i].owner, layers[i].frame)
+                for place, i in enumerate(stack)
+            ]
         return found
 
     def derived(self) -> Table:
         transforms, config = [self._of(stack) for stack in range(len(self.layers))], self.codec_config()
         maps = sum(t.decoder_bytes() for t in transforms) / 2**20
         table = Table(
-            title=f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens, {config.bits:.3f} bit an element, "
-            f"{maps:.1f} MiB of maps stored once"
+            title=(
+                f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens, {config.bits:.3f} bit an element, "
+                f"{maps:.1f} MiB of maps stored once"
+            )
         )
         for column in ("layers", "bits", "rows x channels", "coded cells"):
             table.add_column(column, justify="right")
         for stack, t in zip(self.stacks, transforms, strict=True):
             bits = int(t.widths.long().sum()) * 8 / self._elements(2 * len(stack))
             cells = f"{int((t.widths > 0).sum()):,} of {t.widths.numel():,}"
-            table.add_row(f"{stack[0]} to {stack[-1]}", f"{bits:.2f}", f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}", cells)
+            table.add_row(
+                f"{stack[0]} to {stack[-1]}", f"{bits:.2f}", f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}", cells
+            )
         return table
 
     def _of(self, stack: int) -> CrossLayerTransform:
@@ -119,7 +136,10 @@ class CrossLayerFit(TransformFit):
         """Of each stack: in which an error of one costs attention's output the same in all its parts."""
         # Numbers keep the size that they had, for which rates of learning are made.
         usual = torch.stack(costs).mean().clamp_min(1e-12)
-        roots = [(c / usual).clamp_min(1e-12).sqrt()[:, None, None].to(u.bases.channels_in) for u, c in zip(units, costs, strict=True)]
+        roots = [
+            (c / usual).clamp_min(1e-12).sqrt()[:, None, None].to(u.bases.channels_in)
+            for u, c in zip(units, costs, strict=True)
+        ]
         into = [unit.bases.channels_in * root for unit, root in zip(units, roots, strict=True)]
         back = [unit.bases.channels_out / root for unit, root in zip(units, roots, strict=True)]
 

@@ -25,7 +25,9 @@ from .soft_mask import SoftKeys, soft_keys
 class LayerFit(nn.Module):
     """One layer's codecs, their relaxed form and the moments behind them."""
 
-    def __init__(self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimConfig) -> None:
+    def __init__(
+        self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimConfig
+    ) -> None:
         super().__init__()
         self.codec = config.build(geometry, layer)
         self.moments, self.ridge, self.refit = moments, optim.ridge, optim.refit
@@ -66,14 +68,19 @@ class KVCapsuleFit(CapsuleFit):
 
     def prepare(self) -> None:
         geometry, tile, recipe = self.task.geometry, self.task.tile, self.task.recipe
-        moments = [TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device) for _ in range(geometry.layers)]
+        moments = [
+            TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device)
+            for _ in range(geometry.layers)
+        ]
         # A resumed run takes them from its checkpoint.
         for batch in self.batches(1 if recipe.resume else recipe.moment_batches, "moments of keys and values"):
             for moment, layer in zip(moments, self.harvest(batch), strict=True):
                 moment.add(layer)
         for moment in moments:
             self.reduce(moment)
-        self.layers = nn.ModuleList(LayerFit(self.config, geometry, i, moment, self.optim) for i, moment in enumerate(moments))
+        self.layers = nn.ModuleList(
+            LayerFit(self.config, geometry, i, moment, self.optim) for i, moment in enumerate(moments)
+        )
 
     def codec_config(self) -> KVCapsuleConfig:
         return self.config
@@ -112,12 +119,21 @@ class KVCapsuleFit(CapsuleFit):
     def configure_optimizers(self) -> dict[str, Any]:
         masks = [p for name, p in self.named_parameters() if name.endswith("soft.logits")]
         rest = [p for name, p in self.named_parameters() if not name.endswith("soft.logits")]
-        return scheduled([{"params": rest, "lr": self.optim.lr}, {"params": masks, "lr": self.optim.mask_lr}], self.optim.lr, self._rate)
+        return scheduled(
+            [{"params": rest, "lr": self.optim.lr}, {"params": masks, "lr": self.optim.mask_lr}],
+            self.optim.lr,
+            self._rate,
+        )
 
     def derived(self) -> Table:
         config, tile = self.config, self.task.tile
         keys, values = self.task.recipe.mean_ratios()
-        table = Table(title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, mean ratio keys {keys:.3f}, values {values:.3f}")
+        table = Table(
+            title=(
+                f"{self.task.recipe.model}: tiles of {tile} visual tokens, mean ratio keys {keys:.3f}, values"
+                f" {values:.3f}"
+            )
+        )
         for column in ("layer", "key rows", "value rows", "of", "stored less"):
             table.add_column(column, justify="right")
         for layer in range(self.task.geometry.layers):
@@ -144,7 +160,14 @@ class KVCapsuleFit(CapsuleFit):
             mask = mask + soft.mask_loss(temperature)
             ratio = ratio + soft.ratio_loss(temperature)
         n = len(self.layers)
-        self.log_dict({"train/keys_unexplained": lost / n, "train/mask": mask / n, "train/ratio": ratio / n, "temperature": temperature})
+        self.log_dict(
+            {
+                "train/keys_unexplained": lost / n,
+                "train/mask": mask / n,
+                "train/ratio": ratio / n,
+                "temperature": temperature,
+            }
+        )
         return (lost + self.optim.mask_weight * mask + self.optim.ratio_weight * ratio) / n
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:

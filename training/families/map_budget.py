@@ -7,12 +7,13 @@ from kvcapsule.segments.bit_packing import GROUP
 _BYTES = 2
 """Of a number of the maps."""
 _USUAL, _CHANNELS = 32e6 / 2**20, 32 * 8 * 128
-"""MiB (32 million bytes) that maps take at most unless told otherwise, of a model with so many channels in all layers and KV heads (a 7B
-with grouped queries) or fewer; of one with more, as many times more."""
+"""MiB (32 million bytes) that maps take at most unless told otherwise, of a model with so many channels in all layers
+and KV heads (a 7B with grouped queries) or fewer; of one with more, as many times more."""
 
 
 def usual_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) -> float:
-    """MiB, 0 for none: where the maps along the tokens take half of it already, as of whole images, fewer channels are no way to save.
+    """MiB, 0 for none: where the maps along the tokens take half of it already, as of whole images, fewer channels are
+    no way to save.
 
     Args:
         channels: of the model's keys, in all layers and KV heads.
@@ -24,7 +25,8 @@ def usual_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) ->
 
 
 def map_bytes(sets: int, width: int, tile: int, channels: int) -> int:
-    """Bytes at 16 bits a number of what reads one source: its sets' maps along tokens and channels, offsets, steps and widths.
+    """Bytes at 16 bits a number of what reads one source: its sets' maps along tokens and channels, offsets, steps and
+    widths.
 
     Args:
         sets: of KV heads.
@@ -38,7 +40,8 @@ def map_bytes(sets: int, width: int, tile: int, channels: int) -> int:
 
 
 def most_channels(limit: float, sources: Sequence[tuple[int, int]], tile: int) -> list[int]:
-    """The most channels that each source may code, the same share of its own in all; all of them where no bound is reached.
+    """The most channels that each source may code, the same share of its own in all; all of them where no bound is
+    reached.
 
     Args:
         limit: MiB of all maps; 0 sets no bound.
@@ -57,7 +60,7 @@ def most_channels(limit: float, sources: Sequence[tuple[int, int]], tile: int) -
     if any(share * width < 1 for width in widths):
         needed = sum(map_bytes(sets, width, tile, 1) for sets, width in sources) / 2**20
         raise ValueError(
-            f"--transform.maps {limit}: the maps of one coded channel of every source take {needed:.3f} MiB at tiles of {tile} tokens. "
-            "Allow more, or choose a smaller --codec.tile."
+            f"--transform.maps {limit}: the maps of one coded channel of every source take {needed:.3f} MiB at tiles of"
+            f" {tile} tokens. Allow more, or choose a smaller --codec.tile."
         )
     return [min(width, int(share * width)) for width in widths]

@@ -1,4 +1,5 @@
-"""The retained set while it is being learned: a soft mask over tokens, trained together with the reconstruction (KVCapsule, section 3)."""
+"""The retained set while it is being learned: a soft mask over tokens, trained together with the reconstruction
+(KVCapsule, section 3)."""
 
 from abc import ABC, abstractmethod
 
@@ -16,8 +17,8 @@ _CONFIDENCE = 2.0
 class SoftKeys(nn.Module, ABC):
     """Mask logits over T tokens and a reconstruction that reads all T of them, masked.
 
-    mask = sigmoid(logits / temperature), one for all heads; while the temperature falls the mask hardens. Rows are masked by
-    multiplication, as in the paper's pseudo-code.
+    mask = sigmoid(logits / temperature), one for all heads; while the temperature falls the mask hardens. Rows are
+    masked by multiplication, as in the paper's pseudo-code.
     """
 
     def __init__(self, tile: int, stored: int, initial: torch.Tensor) -> None:
@@ -100,7 +101,9 @@ class SoftMlp(SoftKeys):
         codec.outer_bias.copy_(self.outer_bias)
 
 
-def soft_keys(config: KVCapsuleConfig, geometry: KVGeometry, layer: int, initial: torch.Tensor, theta: torch.Tensor) -> SoftKeys:
+def soft_keys(
+    config: KVCapsuleConfig, geometry: KVGeometry, layer: int, initial: torch.Tensor, theta: torch.Tensor
+) -> SoftKeys:
     """The relaxed form of one layer's keys."""
     stored = retained(config.key_ratios[layer], config.tile)
     if config.key_decoder == "mlp":

@@ -1,4 +1,5 @@
-"""Moments along tokens and along channels, streamed in fp64, and the bases and variances that a transform code is solved from."""
+"""Moments along tokens and along channels, streamed in fp64, and the bases and variances that a transform code is
+solved from."""
 
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ class Bases(NamedTuple):
 
 
 class Moments(nn.Module):
-    """Sums over tiles of one layer's keys or values: X, X X^T and X^T X. Adding up the buffers of several ranks gives those of all data."""
+    """Sums over tiles of one layer's keys or values: X, X X^T and X^T X. Adding up the buffers of several ranks gives
+    those of all data."""
 
     total: torch.Tensor
     tokens: torch.Tensor
@@ -84,7 +86,8 @@ def _signed(axes: torch.Tensor, along: int) -> torch.Tensor:
 
 
 class QueryMoments(nn.Module):
-    """Sum of q q^T over the queries that read a layer's tiles, by KV head, in the model's own rotation taken back to the tiles' frames."""
+    """Sum of q q^T over the queries that read a layer's tiles, by KV head, in the model's own rotation taken back to
+    the tiles' frames."""
 
     total: torch.Tensor
     count: torch.Tensor

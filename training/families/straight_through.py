@@ -1,4 +1,5 @@
-"""Quantisation with gradients: codes are rounded forward, and backward what lies in range passes straight through (Bengio et al., 2013).
+"""Quantisation with gradients: codes are rounded forward, and backward what lies in range passes straight through
+(Bengio et al., 2013).
 
 The step learns as in LSQ (arXiv 1902.08153): inside the range from the rounding error, outside it from the range's end.
 """
@@ -9,10 +10,14 @@ from kvcapsule.codec.transform import CellTransform
 from kvcapsule.segments.bit_packing import GROUP
 
 
-def coded(transform: CellTransform, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None = None) -> torch.Tensor:
-    """The rows [E, H, M, C] that reading the codes of coefficients would give, differentiable in these and in all that codes them.
+def coded(
+    transform: CellTransform, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The rows [E, H, M, C] that reading the codes of coefficients would give, differentiable in these and in all that
+    codes them.
 
-    weights: of the tokens, by which the codes are chosen together; what that moves the coefficients by is passed on as a constant.
+    weights: of the tokens, by which the codes are chosen together; what that moves the coefficients by is passed on as
+        a constant.
     """
     if weights_EST is not None:
         with torch.no_grad():

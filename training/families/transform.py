@@ -1,4 +1,5 @@
-"""Training of the transform family: bases and widths in closed form, twice; then, if asked, gradient descent through the quantiser."""
+"""Training of the transform family: bases and widths in closed form, twice; then, if asked, gradient descent through
+the quantiser."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +52,9 @@ Sources = Callable[[Sequence[LayerHarvest], bool], Iterator[tuple[int, torch.Ten
 class TransformFit(CapsuleFit):
     """Closed forms, then Adam on all that is continuous.
 
-    A first code is solved from second moments and shares its bits out by attention's output; a second one by what the logits feel where
-    the first leaves keys and values (`felt`). What is coded as one is a source: the keys or the values of a layer.
+    A first code is solved from second moments and shares its bits out by attention's output; a second one by what the
+    logits feel where the first leaves keys and values (`felt`). What is coded as one is a source: the keys or the
+    values of a layer.
     """
 
     has_kl = True
@@ -63,7 +65,9 @@ class TransformFit(CapsuleFit):
         heads = task.geometry.kv_heads
         self.heads = self.recipe.joint_heads or joint_heads(heads, task.geometry.head_dim)
         if heads % self.heads:
-            raise ValueError(f"--transform.joint_heads {self.heads} does not divide the model's {heads} KV heads: choose a divisor.")
+            raise ValueError(
+                f"--transform.joint_heads {self.heads} does not divide the model's {heads} KV heads: choose a divisor."
+            )
 
     @property
     def steps(self) -> int:
@@ -86,7 +90,9 @@ class TransformFit(CapsuleFit):
             widths = self._shared([unit.cells * cost.to(unit.cells) for unit, cost in zip(units, by_set, strict=True)])
             if self.recipe.felt_batches:
                 self.layers = code(units, widths, [None] * layers)
-                metrics = self.felt([metric * cost.to(metric) for metric, cost in zip(self.metrics, by_set, strict=True)], self.moments)
+                metrics = self.felt(
+                    [metric * cost.to(metric) for metric, cost in zip(self.metrics, by_set, strict=True)], self.moments
+                )
                 bases = [moments.bases(metric) for moments, metric in zip(self.moments, metrics, strict=True)]
                 units = self.measured(bases, self.tiles(batches, "variances of what the logits feel", self.sources))
                 widths = self._shared([unit.cells for unit in units])
@@ -105,7 +111,9 @@ class TransformFit(CapsuleFit):
             value_channels=tuple(v for _, v in channels),
             joint_heads=self.heads,
             readers=self.recipe.readers,
-            bits=round(sum(_bytes(t) for pair in transforms for t in pair) * 8 / self._elements(2 * len(transforms)), 4),
+            bits=round(
+                sum(_bytes(t) for pair in transforms for t in pair) * 8 / self._elements(2 * len(transforms)), 4
+            ),
         )
 
     def codec(self, index: int) -> LayerCodec | StackCodec:
@@ -118,7 +126,9 @@ class TransformFit(CapsuleFit):
         recipe, loss = self.recipe, torch.zeros((), device=self.device)
         layers, segments, kl = self.read(batch, recipe.kl_weight > 0)
         if recipe.output_weight:
-            error = torch.stack([output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]).mean()
+            error = torch.stack(
+                [output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]
+            ).mean()
             self.log("train/output_error", error, prog_bar=True)
             loss = loss + recipe.output_weight * error * len(layers)
         if kl is not None:
@@ -128,7 +138,8 @@ class TransformFit(CapsuleFit):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code worse.
+        # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code
+        # worse.
         lr = self.recipe.lr * min(1.0, 2.0 ** (_COARSE - self.task.recipe.element_bits))
         return scheduled(self.layers.parameters(), lr, self._rate, betas=(0.9, 0.98))
 
@@ -143,7 +154,10 @@ class TransformFit(CapsuleFit):
         maps = sum(t.decoder_bytes() for i in range(len(self.layers)) for t in self._transforms(i)) / 2**20
         bits = self.codec_config().bits
         table = Table(
-            title=f"{task.recipe.model}: tiles of {task.tile} visual tokens, {bits:.3f} bit an element, {maps:.1f} MiB of maps stored once"
+            title=(
+                f"{task.recipe.model}: tiles of {task.tile} visual tokens, {bits:.3f} bit an element, {maps:.1f} MiB of"
+                " maps stored once"
+            )
         )
         for column in ("layer", "key bits", "value bits", "key rows x channels", "value rows x channels"):
             table.add_column(column, justify="right")
@@ -193,13 +207,16 @@ class TransformFit(CapsuleFit):
         return units * self.task.tile * self.task.geometry.kv_heads * self.task.geometry.head_dim
 
     def _units(self, batches: int) -> list[Unit]:
-        """Keys and values of every layer in turn: bases from one pass, variances and extremes of their coefficients from a second."""
+        """Keys and values of every layer in turn: bases from one pass, variances and extremes of their coefficients
+        from a second."""
         geometry, tile, device = self.task.geometry, self.task.tile, self.task.model.device
         sets, width = geometry.kv_heads // self.heads, geometry.head_dim * self.heads
         self.moments = moments = [Moments(sets, tile, width).to(device) for _ in range(2 * geometry.layers)]
         queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
         seed = self.task.recipe.seed
-        self.banks = [QueryBank(self.recipe.readers, seed + i) for i in range(geometry.layers)] if self.recipe.readers else []
+        self.banks = (
+            [QueryBank(self.recipe.readers, seed + i) for i in range(geometry.layers)] if self.recipe.readers else []
+        )
         for step, batch in enumerate(self.batches(batches, "moments of keys and values")):
             numbers = self.numbers(step, len(batch.answers))
             for i, layer in enumerate(self.harvest(batch)):
@@ -214,8 +231,8 @@ class TransformFit(CapsuleFit):
             bank.gather()
             if bank.found < bank.size:
                 raise ValueError(
-                    f"--transform.readers {bank.size}: only {bank.found} queries read the tiles of a KV head. Look at more batches "
-                    "(--moment_batches), or ask for fewer."
+                    f"--transform.readers {bank.size}: only {bank.found} queries read the tiles of a KV head. Look at"
+                    " more batches (--moment_batches), or ask for fewer."
                 )
         for sums in (*moments, *queries):
             self.reduce(sums)
@@ -224,8 +241,13 @@ class TransformFit(CapsuleFit):
         self.metrics = []
         for query in queries:
             heads = query.metric().unflatten(0, (sets, self.heads))
-            self.metrics += [torch.stack([torch.block_diag(*own) for own in heads]) if self.recipe.query_metric else one, one]
-        bases = [own.bases(None if metric is one else metric) for own, metric in zip(moments, self.metrics, strict=True)]
+            self.metrics += [
+                torch.stack([torch.block_diag(*own) for own in heads]) if self.recipe.query_metric else one,
+                one,
+            ]
+        bases = [
+            own.bases(None if metric is one else metric) for own, metric in zip(moments, self.metrics, strict=True)
+        ]
         return self.measured(bases, self.tiles(batches, "variances of their coefficients", self.units_of))
 
     def tiles(self, batches: int, title: str, of: Sources) -> Iterator[tuple[int, torch.Tensor]]:
@@ -242,12 +264,14 @@ class TransformFit(CapsuleFit):
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and tiles [E, S, T, W] of each source, in its coordinates.
 
-        gradients: whether the layers hold gradients in place of keys and values: in other coordinates these turn the other way.
+        gradients: whether the layers hold gradients in place of keys and values: in other coordinates these turn the
+            other way.
         """
         return self.units_of(layers, gradients)
 
     def felt(self, usual: list[torch.Tensor], moments: list[Moments]) -> list[torch.Tensor]:
-        """Metrics [S, W, W] of the sources: what the logits feel where the present layers' code leaves them, mixed with the usual ones."""
+        """Metrics [S, W, W] of the sources: what the logits feel where the present layers' code leaves them, mixed with
+        the usual ones."""
         task, canonical = self.task, self.task.recipe.codec.canonical_frame
         sums = [Felt(*metric.shape[:2]).to(metric.device) for metric in usual]
         for step, batch in enumerate(self.batches(self.recipe.felt_batches, "what the logits feel")):
@@ -264,7 +288,8 @@ class TransformFit(CapsuleFit):
         return mixed(sums, usual, moments)
 
     def measured(self, bases: Sequence[Bases], tiles: Iterator[tuple[int, torch.Tensor]]) -> list[Unit]:
-        """Units with the variances and extremes of their coefficients in given bases, over all ranks; tiles come with their number."""
+        """Units with the variances and extremes of their coefficients in given bases, over all ranks; tiles come with
+        their number."""
         sizes = [(*b.tokens.shape[:2], b.channels_in.shape[2]) for b in bases]
         coefficients = [CoefficientMoments(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
         extremes = [Extremes(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
@@ -282,8 +307,9 @@ class TransformFit(CapsuleFit):
         tiles, needed = int(moments.count), -(-2 * self.task.tile // (self.task.geometry.head_dim * self.heads)) * 8
         if tiles < needed:
             raise ValueError(
-                f"{tiles} tiles are too few for stable bases of {self.task.tile} tokens: at least {needed} are needed. Give more questions "
-                "(--data.size), look at more of them (--moment_batches), or choose a smaller --codec.tile."
+                f"{tiles} tiles are too few for stable bases of {self.task.tile} tokens: at least {needed} are needed."
+                " Give more questions (--data.size), look at more of them (--moment_batches), or choose a smaller"
+                " --codec.tile."
             )
 
     def _shared(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -292,20 +318,26 @@ class TransformFit(CapsuleFit):
         if keys is None or values is None:
             return self.allocated(costs, self.budget(len(costs)))
         one = self._elements(len(costs) // 2) / 8
-        pairs = zip(self.allocated(costs[::2], int(keys * one)), self.allocated(costs[1::2], int(values * one)), strict=True)
+        pairs = zip(
+            self.allocated(costs[::2], int(keys * one)), self.allocated(costs[1::2], int(values * one)), strict=True
+        )
         return [w for pair in pairs for w in pair]
 
     def _shared_by_rule(self, units: list[Unit]) -> list[torch.Tensor]:
         """The same, where a rule says what each layer gets."""
         n = len(units)
         shares = pyramid(1 / n, n // 2, self.task.recipe.codec.pyramid if self.recipe.allocation == "pyramid" else 0.0)
-        # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they compare.
+        # Keys are measured by the scores that they make, values by themselves: each by its own whole, so that they
+        # compare.
         cells = [unit.cells / unit.cells.sum().clamp_min(1e-12) for unit in units]
-        pairs = [self.allocated(cells[2 * i : 2 * i + 2], int(self.budget(n) * 2 * share)) for i, share in enumerate(shares)]
+        pairs = [
+            self.allocated(cells[2 * i : 2 * i + 2], int(self.budget(n) * 2 * share)) for i, share in enumerate(shares)
+        ]
         return [w for pair in pairs for w in pair]
 
     def allocated(self, costs: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
-        """Bits of cells [S, G, W] of sources within a budget; none for the last channels, which matter least, where maps would be too many.
+        """Bits of cells [S, G, W] of sources within a budget; none for the last channels, which matter least, where
+        maps would be too many.
 
         A bound that leaves bits unused is not kept to unless it was asked for, and then that is said.
         """
@@ -316,7 +348,9 @@ class TransformFit(CapsuleFit):
         channels = geometry.layers * geometry.kv_heads * geometry.head_dim
         limit = usual_limit(channels, sources, self.task.tile) if wanted is None else wanted
         most = most_channels(limit * part, sources, self.task.tile)
-        widths = allocate([c * (torch.arange(c.shape[2], device=c.device) < n) for c, n in zip(costs, most, strict=True)], budget)
+        widths = allocate(
+            [c * (torch.arange(c.shape[2], device=c.device) < n) for c, n in zip(costs, most, strict=True)], budget
+        )
         spent = sum(int(w.long().sum()) for w in widths)
         if spent < budget - REACHING and any(n < width for n, (_, width) in zip(most, sources, strict=True)):
             if wanted is None:
@@ -333,8 +367,9 @@ class TransformFit(CapsuleFit):
         stored, overhead = self.task.recipe.element_bits * self._elements(units) / 8, self._overhead()
         if stored - overhead < units:
             raise ValueError(
-                f"{self.task.recipe.element_bits:.3g} bit an element are {stored:.0f} bytes a tile, of which {overhead:.0f} are its "
-                "address and frame: store more (--bits, --ratio) or take a larger --codec.tile."
+                f"{self.task.recipe.element_bits:.3g} bit an element are {stored:.0f} bytes a tile, of which"
+                f" {overhead:.0f} are its address and frame: store more (--bits, --ratio) or take a larger"
+                " --codec.tile."
             )
         return int(stored - overhead)
 
@@ -344,7 +379,8 @@ class TransformFit(CapsuleFit):
         return 8 + (self.task.geometry.head_dim * 4 if rotary else 0)
 
     def sensitivities(self, units: list[Unit]) -> list[torch.Tensor]:
-        """What an energy of one that a unit's sets of heads [S] lose adds to the error of attention's output, relative to its energy.
+        """What an energy of one that a unit's sets of heads [S] lose adds to the error of attention's output, relative
+        to its energy.
 
         Measured unit by unit: coded alone, at the budget's mean rate, under the queries that really read it.
         """
@@ -363,7 +399,10 @@ class TransformFit(CapsuleFit):
                         sums.errors[unit] += errors
                         sums.energy[unit] += energy
         self.reduce(sums)
-        lost = [(unit.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12) for unit, probe in zip(units, probes, strict=True)]
+        lost = [
+            (unit.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12)
+            for unit, probe in zip(units, probes, strict=True)
+        ]
         return [error.cpu() / left for error, left in zip(sums.errors / sums.energy[:, None], lost, strict=True)]
 
 

@@ -17,11 +17,13 @@ _TURNS = ("transcribe", "line", "lookup", "count", "line", "lookup", "count")
 TASK_WEIGHT = {"transcribe": 1.0, "line": 1.125, "lookup": 2.0, "count": 1.25}
 """What a token of each task's answers weighs; no two alike, for the log tells tasks by it."""
 _CHAINED = 0.25
-"""Share of pages whose questions follow one another as turns of a chat; on the others each question sees the image alone."""
+"""Share of pages whose questions follow one another as turns of a chat; on the others each question sees the image
+alone."""
 
 
 class PatchBatch(NamedTuple):
-    """Pixels [B, 3, S, S] and, for each of the T patches, its symbol, line, column and its line's word, all [B, T] (0 is none)."""
+    """Pixels [B, 3, S, S] and, for each of the T patches, its symbol, line, column and its line's word, all [B, T] (0
+    is none)."""
 
     pixel_values: torch.Tensor
     labels: torch.Tensor
@@ -59,7 +61,9 @@ class Indices(Dataset[int]):
         return self.start + i
 
 
-def loader(collate: "PatchCollator | TurnCollator", start: int, steps: int, batch: int, workers: int = 1) -> DataLoader[int]:
+def loader(
+    collate: "PatchCollator | TurnCollator", start: int, steps: int, batch: int, workers: int = 1
+) -> DataLoader[int]:
     return DataLoader(Indices(start, steps * batch), batch, collate_fn=collate, num_workers=workers)
 
 
@@ -75,7 +79,8 @@ class PatchCollator:
 
 
 def patch_labels(of: Page) -> torch.Tensor:
-    """[T, 4]: symbol, line, column and word of the line, each counted from 1, for the patch that holds a symbol's centre."""
+    """[T, 4]: symbol, line, column and word of the line, each counted from 1, for the patch that holds a symbol's
+    centre."""
     labels = torch.zeros(GRID * GRID, 4, dtype=torch.long)
     for mark in of.marks:
         at = int(mark.y // PATCH) * GRID + int(mark.x // PATCH)
@@ -85,7 +90,8 @@ def patch_labels(of: Page) -> torch.Tensor:
 
 
 class TurnCollator:
-    """Page numbers to a TurnBatch: one image, then several questions, each seeing the image and itself (or, chained, what went before)."""
+    """Page numbers to a TurnBatch: one image, then several questions, each seeing the image and itself (or, chained,
+    what went before)."""
 
     def __init__(self, processor: LlavaProcessor, lines: tuple[int, int] = LINES) -> None:
         """lines: least and most lines of the pages."""
@@ -107,7 +113,13 @@ class TurnCollator:
         turn = torch.full((batch, length), -1)
         keys = torch.full((batch, length), IGNORE)
         for i, row in enumerate(rows):
-            columns = ((input_ids, row.ids), (position_ids, row.positions), (labels, row.labels), (turn, row.turns), (keys, row.keys))
+            columns = (
+                (input_ids, row.ids),
+                (position_ids, row.positions),
+                (labels, row.labels),
+                (turn, row.turns),
+                (keys, row.keys),
+            )
             for whole, part in columns:
                 whole[i, : len(part)] = torch.tensor(part)
             weights[i, : len(row.weights)] = torch.tensor(row.weights)
@@ -117,8 +129,12 @@ class TurnCollator:
         names = torch.full((batch, GRID * GRID), IGNORE)
         for i, of in enumerate(drawn):
             for mark in of.marks:
-                names[i, int(mark.y // PATCH) * GRID + int(mark.x // PATCH)] = self.processor.tokenizer.convert_tokens_to_ids(mark.text)
-        return TurnBatch(_pixels(self.processor, drawn), input_ids, position_ids, mask[:, None], labels, weights, names, keys)
+                names[i, int(mark.y // PATCH) * GRID + int(mark.x // PATCH)] = (
+                    self.processor.tokenizer.convert_tokens_to_ids(mark.text)
+                )
+        return TurnBatch(
+            _pixels(self.processor, drawn), input_ids, position_ids, mask[:, None], labels, weights, names, keys
+        )
 
     def _row(self, of: Page, rng: np.random.Generator) -> "_Row":
         chained = rng.random() < _CHAINED

@@ -20,24 +20,28 @@ PATCH = 8
 GRID = SIDE // PATCH
 SPECIALS = {"pad": "<|pad|>", "user": "<|user|>", "assistant": "<|assistant|>", "end": "<|end|>", "image": "<image>"}
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}{%"
+    " for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif"
+    " %}{% endfor %}{% endif %}{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if"
+    " add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the task's own text: any text can be written, words of the task are single tokens, digits stay apart.
+    """A byte-level BPE trained on the task's own text: any text can be written, words of the task are single tokens,
+    digits stay apart.
 
-    Spaces stay apart too: a word must be the same token in a question, behind a space, as in an answer, behind a line break.
+    Spaces stay apart too: a word must be the same token in a question, behind a space, as in an answer, behind a line
+    break.
     """
     rng = np.random.default_rng(0)
     corpus = [text for i in range(400) for q in questions(page("train", i), rng) for text in (q.prompt, q.answer)]
     corpus += [word for word in WORDS for _ in range(50)]
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"[A-Za-z]+|[^A-Za-z]"), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -60,14 +64,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
-    return LlavaProcessor(images, build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE)
+    images = SiglipImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
+    )
+    return LlavaProcessor(
+        images, build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
     """A LLaVA of about 1.6 M parameters: 196 visual tokens, 4 layers, 4 query and 2 KV heads of 32.
 
-    The vision tower is a SegFormer: its convolutions learn to read in few steps (training/NOTES.md). The initializer ranges suit the width.
+    The vision tower is a SegFormer: its convolutions learn to read in few steps (training/NOTES.md). The initializer
+    ranges suit the width.
     """
     vision = SegformerConfig(
         num_encoder_blocks=2,

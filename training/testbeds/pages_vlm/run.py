@@ -1,4 +1,5 @@
-"""Train a pages-vlm: `python -m kvcapsule.training.testbeds.pages_vlm.run`; started again, it goes on where it stopped."""
+"""Train a pages-vlm: `python -m kvcapsule.training.testbeds.pages_vlm.run`; started again, it goes on where it
+stopped."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +32,8 @@ class DemoVlmConfig:
     work: str = "runs/pages-vlm"
     """Where Lightning's checkpoints and logs go."""
     start: str | None = None
-    """A folder with a trained model to go on from, such as checkpoints/pages-vlm; stage 1 and the easy pages are then left out."""
+    """A folder with a trained model to go on from, such as checkpoints/pages-vlm; stage 1 and the easy pages are then
+    left out."""
     patch_steps: int = 2300
     """Steps of stage 1 (what each patch shows)."""
     reader_steps: int = 6000

@@ -1,4 +1,5 @@
-"""The two stages of pages-vlm as Lightning modules: the vision tower learns what each patch shows, then the whole model answers."""
+"""The two stages of pages-vlm as Lightning modules: the vision tower learns what each patch shows, then the whole model
+answers."""
 
 import math
 
@@ -38,7 +39,8 @@ class Stage(L.LightningModule):
 
 
 class PatchStage(Stage):
-    """Stage 1: every patch names its symbol, line, column and the word of its line, through linear heads that are thrown away."""
+    """Stage 1: every patch names its symbol, line, column and the word of its line, through linear heads that are
+    thrown away."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 2e-3) -> None:
         super().__init__(vlm, steps, lr)
@@ -54,7 +56,9 @@ class PatchStage(Stage):
         features = self.norm(tower.hidden_states[-1])
         loss = features.new_zeros(())
         shown = batch.labels[..., 0] > 0
-        for name, head, target in zip(("symbol", "line", "column", "word"), self.heads, batch.labels.unbind(-1), strict=True):
+        for name, head, target in zip(
+            ("symbol", "line", "column", "word"), self.heads, batch.labels.unbind(-1), strict=True
+        ):
             logits = head(features)
             each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
             loss = loss + 0.5 * each[shown].mean() + 0.5 * each[~shown].mean()
@@ -66,9 +70,10 @@ class PatchStage(Stage):
 class ReaderStage(Stage):
     """Stage 2: the whole model answers packed questions; the vision tower learns at a fraction of the rate.
 
-    Beside the answers, the language part names the symbol that each visual token shows: attention then finds tokens worth copying, long
-    before the questions alone would have taught it so. And half way up, through a head that is thrown away, it names at every token of an
-    answer what the question looks for: what has just been read can then be compared with it (training/NOTES.md).
+    Beside the answers, the language part names the symbol that each visual token shows: attention then finds tokens
+    worth copying, long before the questions alone would have taught it so. And half way up, through a head that is
+    thrown away, it names at every token of an answer what the question looks for: what has just been read can then be
+    compared with it (training/NOTES.md).
     """
 
     def __init__(

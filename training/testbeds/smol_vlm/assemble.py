@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteModel
@@ -33,8 +39,8 @@ def join(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA of a language model and a vision tower, with a fresh connector; and its processor.
 
-    The vocabulary grows by <image>, whose row of embeddings is the mean of the others. Output and input embeddings are one, so its logit is
-    the mean of all logits, which is never the largest: greedy search never writes an image token.
+    The vocabulary grows by <image>, whose row of embeddings is the mean of the others. Output and input embeddings are
+    one, so its logit is the mean of all logits, which is never the largest: greedy search never writes an image token.
     """
     image_token = add_image_token(tokenizer)
     text = type(language.config)(**language.config.to_dict())
@@ -55,7 +61,9 @@ def join(
     vlm = LlavaForConditionalGeneration(config)
     state = language.model.state_dict()
     known = state["embed_tokens.weight"]
-    state["embed_tokens.weight"] = torch.cat([known, known.mean(0, keepdim=True).expand(len(tokenizer) - len(known), -1)])
+    state["embed_tokens.weight"] = torch.cat(
+        [known, known.mean(0, keepdim=True).expand(len(tokenizer) - len(known), -1)]
+    )
     vlm.model.language_model.load_state_dict(state)
     vlm.model.vision_tower.load_state_dict(tower.state_dict())
     vlm.tie_weights()
@@ -71,7 +79,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, side: int, patch: int) -
     mean, std = [IMAGE_MEAN] * 3, [IMAGE_STD] * 3
     images = SiglipImageProcessorPil(size={"height": side, "width": side}, image_mean=mean, image_std=std)
     template = tokenizer.chat_template
-    return LlavaProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy="full", chat_template=template)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="full", chat_template=template
+    )
 
 
 def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:

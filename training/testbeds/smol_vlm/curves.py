@@ -1,4 +1,5 @@
-"""The log of smol-vlm's training as one table and one picture: `python -m kvcapsule.training.testbeds.smol_vlm.curves --help`."""
+"""The log of smol-vlm's training as one table and one picture: `python -m kvcapsule.training.testbeds.smol_vlm.curves
+--help`."""
 
 import csv
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ def rows_of(work: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for stage in STAGES:
         by_step: dict[int, dict[str, str]] = {}
-        versions = sorted((work / stage / "log").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+        versions = sorted(
+            (work / stage / "log").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])
+        )
         for path in versions:
             fresh: dict[int, dict[str, str]] = {}
             with path.open(encoding="utf-8", newline="") as file:
@@ -64,7 +67,8 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Share of visual tokens that are named right, and of answers by task, as training went on; the last two stages side by side."""
+    """Share of visual tokens that are named right, and of answers by task, as training went on; the last two stages
+    side by side."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     naming, reading = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
@@ -77,7 +81,11 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         if seen:
             reading.plot(*zip(*seen, strict=True), marker="o", markersize=3, label=task)
     reading.axvline(last, color="#999999", linestyle=":", linewidth=1)
-    reading.set(title="answers, in training", xlabel="step of the connector, and behind the line of connector and LoRA", ylim=(0, 1))
+    reading.set(
+        title="answers, in training",
+        xlabel="step of the connector, and behind the line of connector and LoRA",
+        ylim=(0, 1),
+    )
     reading.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for axes in (naming, reading):
         axes.spines[["top", "right"]].set_visible(False)

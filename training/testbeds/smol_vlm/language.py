@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct out of its GGUF file, with a token for images and a chat template that knows where images stand."""
+"""SmolLM2-135M-Instruct out of its GGUF file, with a token for images and a chat template that knows where images
+stand."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,8 @@ _WRITTEN = """{{'<|im_start|>' + message['role'] + '
 _PARTS = (
     """{{'<|im_start|>' + message['role'] + '
 '}}{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"""
-    f"{{% if part['type'] == 'image' %}}{{{{ '{IMAGE_TOKEN}\\n' }}}}{{% elif part['type'] == 'text' %}}{{{{ part['text'] }}}}{{% endif %}}"
+    f"{{% if part['type'] == 'image' %}}{{{{ '{IMAGE_TOKEN}\\n' }}}}{{% elif part['type'] == 'text' %}}{{{{"
+    " part['text'] }}{% endif %}"
     """{% endfor %}{% endif %}{{ '<|im_end|>' + '
 ' }}"""
 )
@@ -26,7 +28,8 @@ class SmolError(KVCapsuleError):
 
 
 def read_language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The language model in float32 (its weights keep the precision of the 4 bits they are stored in) and its own tokenizer.
+    """The language model in float32 (its weights keep the precision of the 4 bits they are stored in) and its own
+    tokenizer.
 
     Raises:
         SmolError: if the gguf package is missing.
@@ -43,13 +46,16 @@ def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
 
     A message whose content is a string is written as before.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(IMAGE_TOKEN, normalized=False, special=True)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, normalized=False, special=True)]}
+    )
     tokenizer.chat_template = template_with_parts(tokenizer.chat_template)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 def template_with_parts(template: str) -> str:
-    """A chat template for strings as one for strings and for lists of parts: an image is <image> and a line break, a text itself.
+    """A chat template for strings as one for strings and for lists of parts: an image is <image> and a line break, a
+    text itself.
 
     Raises:
         SmolError: if the template does not write a message's content once.

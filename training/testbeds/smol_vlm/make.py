@@ -1,4 +1,5 @@
-"""Make smol-vlm from its two packages and the trained weights that are shipped: `python -m kvcapsule.training.testbeds.smol_vlm.make`."""
+"""Make smol-vlm from its two packages and the trained weights that are shipped: `python -m
+kvcapsule.training.testbeds.smol_vlm.make`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,7 +7,8 @@ from kvcapsule.testbeds import easy_vqa, emoji, words
 from kvcapsule.testbeds.picture import Picture, prior_accuracy
 
 TRAINING, TEST = 2_000, 500
-"""Pictures of emoji and of words that the answers' frequencies are counted on, and that are asked about; of easy-VQA, all."""
+"""Pictures of emoji and of words that the answers' frequencies are counted on, and that are asked about; of easy-VQA,
+all."""
 
 
 def questions(pictures: Iterable[Picture]) -> list[dict[str, str]]:
@@ -19,7 +20,9 @@ def main() -> None:
     """Print, by data set and task, the accuracy of the most frequent answer to each question."""
     print("most frequent answer of the training split to the same question, on all questions of test pictures")
     for name, draw in (("emoji", emoji.scene), ("words", words.sign)):
-        known, asked = (questions(draw(split, i) for i in range(n)) for split, n in (("train", TRAINING), ("test", TEST)))
+        known, asked = (
+            questions(draw(split, i) for i in range(n)) for split, n in (("train", TRAINING), ("test", TEST))
+        )
         _report(name, known, asked)
     _report("easy-vqa", questions(easy_vqa.shapes("train")), questions(easy_vqa.shapes("test")))
 

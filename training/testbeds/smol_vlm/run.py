@@ -1,4 +1,5 @@
-"""Train smol-vlm's connector and LoRA: `python -m kvcapsule.training.testbeds.smol_vlm.run`; started again, it goes on where it stopped."""
+"""Train smol-vlm's connector and LoRA: `python -m kvcapsule.training.testbeds.smol_vlm.run`; started again, it goes on
+where it stopped."""
 
 import os
 from dataclasses import dataclass

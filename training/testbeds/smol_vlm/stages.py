@@ -1,4 +1,5 @@
-"""smol-vlm's training as Lightning modules: visual tokens learn names, then to be read by the language model, which at last learns too."""
+"""smol-vlm's training as Lightning modules: visual tokens learn names, then to be read by the language model, which at
+last learns too."""
 
 import math
 from typing import Any
@@ -26,7 +27,9 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         learning = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in learning}
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in learning
+        }
 
     def configure_optimizers(self) -> dict[str, object]:
         learning = [p for p in self.parameters() if p.requires_grad]
@@ -43,14 +46,21 @@ class Stage(L.LightningModule):
 
 
 class NameStage(Stage):
-    """The connector alone: each visual token comes to lie where the language model's embeddings have the name of what it shows.
+    """The connector alone: each visual token comes to lie where the language model's embeddings have the name of what
+    it shows.
 
-    The language model does not run, which makes a step tens of times cheaper than one that reads; it then finds tokens that already mean
-    something to it. The loss is a softmax of cosines with all names, and the squared error of the length.
+    The language model does not run, which makes a step tens of times cheaper than one that reads; it then finds tokens
+    that already mean something to it. The loss is a softmax of cosines with all names, and the squared error of the
+    length.
     """
 
     def __init__(
-        self, vlm: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...], steps: int, lr: float = 2e-3
+        self,
+        vlm: LlavaForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        names: tuple[str, ...],
+        steps: int,
+        lr: float = 2e-3,
     ) -> None:
         super().__init__(vlm, steps, lr)
         table = vlm.get_input_embeddings().weight.detach().float()
@@ -71,12 +81,15 @@ class NameStage(Stage):
         loss = 0.7 * each[shown].mean() + 0.3 * each[~shown].mean()
         length = (tokens.norm(dim=-1) / self.length - 1).square().mean()
         right = (cosines[known].argmax(-1) == batch.names[known]).float()
-        self.log_dict({"loss": loss, "length": length, "named": right[shown].mean(), "empty": right[~shown].mean()}, prog_bar=True)
+        self.log_dict(
+            {"loss": loss, "length": length, "named": right[shown].mean(), "empty": right[~shown].mean()}, prog_bar=True
+        )
         return loss + length
 
 
 class ReadStage(Stage):
-    """Answers to packed questions: the connector learns through the frozen language model, and with it a LoRA where there is one."""
+    """Answers to packed questions: the connector learns through the frozen language model, and with it a LoRA where
+    there is one."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float) -> None:
         super().__init__(vlm, steps, lr)
@@ -110,4 +123,11 @@ class ReadStage(Stage):
             if of_task.any():
                 numbers, index = turns[of_task].unique(return_inverse=True)
                 wrong = torch.zeros(len(numbers)).index_add_(0, index, (~right[of_task]).float().cpu())
-                self.log(task, (wrong == 0).float().mean(), prog_bar=False, batch_size=len(numbers), on_step=False, on_epoch=True)
+                self.log(
+                    task,
+                    (wrong == 0).float().mean(),
+                    prog_bar=False,
+                    batch_size=len(numbers),
+                    on_step=False,
+                    on_epoch=True,
+                )

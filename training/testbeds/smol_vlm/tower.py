@@ -1,4 +1,5 @@
-"""The published EfficientNet-Lite0 as kvcapsule's vision tower: batch norms folded in, features standardised by what they know."""
+"""The published EfficientNet-Lite0 as kvcapsule's vision tower: batch norms folded in, features standardised by what
+they know."""
 
 from collections.abc import Mapping
 
@@ -12,8 +13,11 @@ IMAGE_STD = 128 / 255
 """Pixels were trained on as (value - 127) / 128 of 0..255."""
 
 
-def build_tower(published: Mapping[str, torch.Tensor], config: EfficientNetLiteConfig | None = None) -> EfficientNetLiteModel:
-    """The tower with the weights of a state dict in the naming of efficientnet_lite_pytorch; its classifier is left out.
+def build_tower(
+    published: Mapping[str, torch.Tensor], config: EfficientNetLiteConfig | None = None
+) -> EfficientNetLiteModel:
+    """The tower with the weights of a state dict in the naming of efficientnet_lite_pytorch; its classifier is left
+    out.
 
     Raises:
         KeyError: if a weight is missing.
@@ -33,7 +37,8 @@ def build_tower(published: Mapping[str, torch.Tensor], config: EfficientNetLiteC
             for ours, conv, norm in pairs:
                 folded = _folded(published, f"{at}.{conv}", f"{at}.{norm}")
                 state |= {f"stages.{index}.{place}.{ours}.{name}": tensor for name, tensor in folded.items()}
-            # What a batch norm puts out has its bias for a mean and its weight for a deviation; summed blocks count as independent.
+            # What a batch norm puts out has its bias for a mean and its weight for a deviation; summed blocks count as
+            # independent.
             mean = mean * block.skips + published[f"{at}._bn2.bias"]
             variance = variance * block.skips + published[f"{at}._bn2.weight"] ** 2
             number += 1

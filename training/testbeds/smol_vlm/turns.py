@@ -16,7 +16,9 @@ from kvcapsule.testbeds.pages import Question
 from kvcapsule.testbeds.picture import Picture
 
 IGNORE = -100
-TASKS = tuple(f"{name}-{task}" for name, of in (("emoji", emoji), ("easy-vqa", easy_vqa), ("words", words)) for task in of.TASKS)
+TASKS = tuple(
+    f"{name}-{task}" for name, of in (("emoji", emoji), ("easy-vqa", easy_vqa), ("words", words)) for task in of.TASKS
+)
 QUESTIONS = 9
 """Most questions behind one picture."""
 _SHARES = (0.45, 0.7)
@@ -24,7 +26,8 @@ _SHARES = (0.45, 0.7)
 
 
 class TurnBatch(NamedTuple):
-    """Packed turns: pixel_values [B, 3, S, S]; input_ids, position_ids, labels [B, N]; attention_mask [B, 1, N, N] bool."""
+    """Packed turns: pixel_values [B, 3, S, S]; input_ids, position_ids, labels [B, N]; attention_mask [B, 1, N, N]
+    bool."""
 
     pixel_values: torch.Tensor
     input_ids: torch.Tensor
@@ -114,7 +117,9 @@ class TurnCollator:
             first = max(first, int(turns.max()) + 1)
         input_ids, position_ids, labels, tasks, turns = whole
         prefix = torch.arange(length) < n_prefix
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & (prefix[None, None, :] | (turns[:, :, None] == turns[:, None, :]))
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & (
+            prefix[None, None, :] | (turns[:, :, None] == turns[:, None, :])
+        )
         pixels = _pixels(self.processor, [of for _, of, _ in drawn])
         return TurnBatch(pixels, input_ids, position_ids, mask[:, None], labels, tasks, turns)
 
@@ -133,7 +138,8 @@ class TurnCollator:
         return row
 
     def turn(self, asked: Question) -> tuple[list[int], list[int]]:
-        """What follows the image, up to the answer, and the answer with the token that ends it, as the chat template writes them."""
+        """What follows the image, up to the answer, and the answer with the token that ends it, as the chat template
+        writes them."""
         prompt = self._render(asked.prompt, None).split(self.processor.image_token)[1]
         whole = self._render(asked.prompt, asked.answer).split(self.processor.image_token)[1]
         answer = self._ids(whole.removeprefix(prompt))

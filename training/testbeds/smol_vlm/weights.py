@@ -1,4 +1,5 @@
-"""What smol-vlm ships: the connector and the language model's LoRA, which `make smol-vlm` puts onto the two pretrained halves."""
+"""What smol-vlm ships: the connector and the language model's LoRA, which `make smol-vlm` puts onto the two pretrained
+halves."""
 
 from pathlib import Path
 
