@@ -217,3 +217,65 @@ def test_version_is_the_same_in_both_places() -> None:
         if isinstance(target, ast.Name)
     }
     assert ast.literal_eval(assigned["__version__"]) == PYPROJECT["project"]["version"]
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Every module of the tree with the modules of the tree that it imports, in functions and under TYPE_CHECKING too.
+
+    A package stands for its __init__.py alone: to import `a.b.c` is an arrow to `a.b.c`, not to `a.b`.
+    """
+    modules = {module_name(path): path for path in sources()}
+    graph = {}
+    for module, path in modules.items():
+        targets = set()
+        for name in imported_names(path.read_text(), module, path.name == "__init__.py"):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            targets.add(name)
+        graph[module] = targets - {module, ""}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other (strongly connected components of two or more)."""
+    reached = {start: _reached(graph, start) for start in graph}
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += graph.get(module, ())
+    return seen
+
+
+def test_modules_import_in_no_circle() -> None:
+    found = cycles(import_graph())
+    assert not found, "\n".join(" <-> ".join(group) for group in found)
+
+
+def test_folders_of_the_library_import_in_no_circle() -> None:
+    """Folders of kvcapsule/, each as one; the package's own __init__ and the command line stand above them."""
+    folders: dict[str, set[str]] = {}
+    for module, targets in import_graph().items():
+        if (folder := _folder(module)) is not None:
+            folders.setdefault(folder, set()).update(f for t in targets if (f := _folder(t)) not in (None, folder))
+    assert {"segments", "kernels", "codec", "policy", "inference"} <= folders.keys()
+    found = cycles(folders)
+    assert not found, "\n".join(" <-> ".join(group) for group in found)
+
+
+def _folder(module: str) -> str | None:
+    """The folder of kvcapsule/ that a module lies in; None for the package itself and for what is mapped into it."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] not in ("training", "eval", "checkpoints") else None
+
+
+def test_circles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert cycles({"a": {"b"}, "b": set()}) == []

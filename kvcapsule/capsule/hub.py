@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CapsuleError
 from .card import LIBRARY
 from .config import CapsuleConfig

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.pack import pack
-from .bit_packing import GROUP, WIDTHS, spread
+from .bit_packing import GROUP, WIDTHS, pack, spread
 
 TOGETHER = {1: 4, 2: 2, 3: 1, 4: 1}
 """Cells of a width that a kernel lays out in one word of 32 bits."""

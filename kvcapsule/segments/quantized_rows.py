@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels.pack import pack
-from .bit_packing import GROUP, WIDTHS, unpack
+from .bit_packing import GROUP, WIDTHS, pack, unpack
 
 BITS = WIDTHS
 

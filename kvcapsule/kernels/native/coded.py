@@ -13,7 +13,23 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ...segments.bit_packing import GROUP
-from .emit import BYTE, FLOAT, FLOATS, INTS, LONG, NONE, Array, Sums, along, constant, ints, literal, splat, totals, whole
+from .emit import (
+    BYTE,
+    FLOAT,
+    FLOATS,
+    INTS,
+    LONG,
+    NONE,
+    Array,
+    Sums,
+    along,
+    constant,
+    ints,
+    literal,
+    splat,
+    totals,
+    whole,
+)
 from .fewbits import Decoder
 from .forms import TILES
 
