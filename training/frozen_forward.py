@@ -11,7 +11,6 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment
 
 from .harvest import Recorder
@@ -29,17 +28,11 @@ class _ReadingLayer(CapsuleLayer):
         return False
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-        assert self._new is not None
-        (keys, values), self._new = self._new, None
-        turn = self.turn
-        valid = turn.valid if turn.valid is not None else torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool)
-        prefill = LayerPrefill(
-            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
-        )
+        prefill = self.take_prefill(query, scale)
         self.recorder.compress(prefill)
         layer = self.recorder.layers.pop()
-        group = query.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        group = query.shape[1] // prefill.keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (prefill.keys, prefill.values))
         exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
         first = query.shape[2] - layer.query.shape[2]
         read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
