@@ -1,11 +1,12 @@
 """What the KV of a model looks like."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from ..errors import GeometryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class KVGeometry:
         return self.query_heads // self.kv_heads
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> "KVGeometry":
+    def from_config(cls, config: "PreTrainedConfig") -> "KVGeometry":
         """Read the geometry from any VLM config of transformers.
 
         Raises:
@@ -85,7 +86,7 @@ class KVGeometry:
             )
 
 
-def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+def full_attention_layers(config: "PreTrainedConfig") -> list[int]:
     """The layers whose cache grows with the prompt; sliding-window and linear-attention layers hold a bounded state and
     keep it."""
     text = config.get_text_config(decoder=True)
@@ -108,7 +109,7 @@ def _heads(layer: Any) -> tuple[int, int, int]:
     return heads, kv_heads, int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
-def _rotary_scheme(text: PreTrainedConfig) -> str:
+def _rotary_scheme(text: "PreTrainedConfig") -> str:
     rope = getattr(text, "rope_parameters", None)
     if not rope or text.model_type in _UNROTATED:
         return "none"

@@ -14,6 +14,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AirCache, Full, aircache
 from kvcapsule.policy.aircache import Observed, skewness
@@ -260,7 +261,7 @@ def test_generation_with_beams_and_padding(
     with attach(model):
         cache = CapsuleCache(model.config, AirCache(0.1, heads=heads))
         output = model.generate(
-            **batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
+            **batch, **cache_argument(cache), max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
         )
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
     images = 2 * 3 * 196 * 4 * 2 * 2 * 32 * 4

@@ -12,6 +12,7 @@ from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
@@ -181,7 +182,7 @@ def test_a_generation_with_both(
     for text in (TextPruning(1.0), TextPruning(0.5, sinks=2, recent=4), QuantizedText(8)):
         with attach(model, Paired(identity(49), text)):
             cache = CapsuleCache(model.config, Paired(identity(49), text))
-            found = model.generate(**batch, **greedy, past_key_values=cache)
+            found = model.generate(**batch, **greedy, **cache_argument(cache))
         text_bytes.append(cache.bytes().text)
         if len(text_bytes) == 1:
             assert torch.equal(found.sequences, expected.sequences)
