@@ -235,7 +235,7 @@ class TestSpans:
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     @pytest.mark.parametrize(
-        "index", [i for i, case in enumerate(CASES) if "_" in case.family.apart], ids=lambda i: NAMES[i], indirect=True
+        "index", [i for i, case in enumerate(CASES) if "_" in case.family.span_boundary], ids=lambda i: NAMES[i], indirect=True
     )
     def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
         """Where nothing but the images' number tells them apart."""
