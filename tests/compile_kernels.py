@@ -19,9 +19,9 @@ from support.builders import random_widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcapsule.kernels.fused import rowed
-from kvcapsule.kernels.fused.attend import attend
-from kvcapsule.kernels.fused.packing import pack
+from kvcapsule.kernels.triton import row_launch
+from kvcapsule.kernels.triton.attend import attend
+from kvcapsule.kernels.triton.packing import pack
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
@@ -122,7 +122,7 @@ def segments(dtype: torch.dtype, widths: list[int]) -> Iterator[list[Segment]]:
 def compiled(arch: int, dtypes: list[torch.dtype], widths: list[int]) -> dict[str, Any]:
     compiler = Compiler(arch)
     triton.JITFunction.run = lambda fn, *args, **options: compiler.run(fn, *args, **options)
-    rowed._items = lambda device: 64
+    row_launch._items = lambda device: 64
     with torch.no_grad():
         for dtype in dtypes:
             query = torch.randn(2, HEADS * GROUP, 1, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)

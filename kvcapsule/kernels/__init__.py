@@ -46,6 +46,6 @@ def _attend_by_triton(
     query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None
 ) -> torch.Tensor:
     """The kernels bring their own launches, which the compiler leaves as they are."""
-    from .fused.attend import attend as chosen
+    from .triton.attend import attend as chosen
 
     return chosen(query, segments, scale, visible)

@@ -52,7 +52,7 @@ def _installed(name: str) -> bool:
 
 
 def _require_triton(device: str) -> None:
-    from .fused.device import INTERPRETED
+    from .triton.loads import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"

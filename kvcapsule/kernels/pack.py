@@ -9,7 +9,7 @@ from .backend import backend
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """As kvcapsule.segments.bit_packing.pack, by the backend of the codes' device."""
     if backend(codes.device.type) == "triton":
-        from .fused.packing import pack as by_triton
+        from .triton.packing import pack as by_triton
 
         return by_triton(codes, bits)
     return bit_packing.pack(codes, bits)

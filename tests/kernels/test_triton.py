@@ -23,9 +23,9 @@ from support.random_segments import (
 )
 
 from kvcapsule.kernels import reference
-from kvcapsule.kernels.fused import attend as fused
-from kvcapsule.kernels.fused import device, plan, rowed
-from kvcapsule.kernels.fused.packing import pack
+from kvcapsule.kernels.triton import attend as kernels
+from kvcapsule.kernels.triton import loads, plan, row_launch
+from kvcapsule.kernels.triton.packing import pack
 from kvcapsule.policy.kivi import GroupedRows
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.bit_packing import pack as pack_reference
@@ -57,7 +57,7 @@ def attended(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor
     assert paths.count("reference") == left, paths
     seen = None if visible is None else visible.to(DEVICE)
     with torch.no_grad():
-        return fused.attend(query.to(DEVICE), moved, SCALE, seen).cpu()
+        return kernels.attend(query.to(DEVICE), moved, SCALE, seen).cpu()
 
 
 def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0) -> float:
@@ -69,7 +69,7 @@ def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | 
 
 
 def test_the_kernels_are_interpreted_or_there_is_a_gpu() -> None:
-    assert (DEVICE == "cpu") == device.INTERPRETED
+    assert (DEVICE == "cpu") == loads.INTERPRETED
 
 
 def test_each_kind_in_single_precision(kind: str, random_segment: Callable[..., Segment]) -> None:
@@ -206,7 +206,7 @@ def test_what_no_kernel_covers_is_the_reference_itself(random_segment: Callable[
     learned = [replace(raw[0], q_map=torch.randn(HEADS, DIM, DIM).requires_grad_())]
     assert not plan.covers(query_of(), learned, HEADS)
     query = query_of(queries=33)
-    assert fused.attend(query.to(DEVICE), [on_device(s) for s in raw], SCALE).isfinite().all()
+    assert kernels.attend(query.to(DEVICE), [on_device(s) for s in raw], SCALE).isfinite().all()
     torch.testing.assert_close(attended(query, raw), reference.attend(query, raw, SCALE), rtol=0, atol=1e-6)
 
 
@@ -218,7 +218,7 @@ def test_plain_segments_share_a_launch() -> None:
     half = Draw(dtype=torch.float16).raw([0], 5)
 
     def numbers(segments: list[Segment]) -> list[list[int]]:
-        return [[next(i for i, s in enumerate(segments) if s is found) for found in launch] for launch in rowed.launches(segments)]
+        return [[next(i for i, s in enumerate(segments) if s is found) for found in launch] for launch in row_launch.launches(segments)]
 
     assert numbers([few, raw, tail]) == [[0, 1, 2]]
     assert numbers([few, fewer, raw, tail]) == [[0], [1, 2, 3]]
@@ -243,7 +243,7 @@ def test_a_segment_that_fetches_its_rows(random_segment: Callable[..., Segment])
             return on_device(raw)
 
     none = Fetched(raw.keys[:, :, :1], raw.values[:, :, :1], raw.owner)  # type: ignore[index]
-    out = fused.attend(query_of().to(DEVICE), [on_device(none)], SCALE).cpu()
+    out = kernels.attend(query_of().to(DEVICE), [on_device(none)], SCALE).cpu()
     assert given == [((4, HEADS, 2, 1, DIM), SCALE)]
     assert torch.equal(out, attended(query_of(), [raw]))
 
@@ -289,7 +289,7 @@ def test_the_index_of_units_is_made_once_a_segment() -> None:
 
 def test_the_kernels_need_a_segment() -> None:
     with pytest.raises(ValueError, match="at least one segment"):
-        fused.attend(query_of(), [], SCALE)
+        kernels.attend(query_of(), [], SCALE)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

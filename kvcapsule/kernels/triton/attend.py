@@ -3,8 +3,8 @@
 What happens in a call, for a layer's capsules, text and tail:
 
     rows launch(es)     all segments of plain rows at once, where channels and precision agree          -> partial results
-    a mapped segment    turned queries, scores, maps, weights (kvcapsule.kernels.fused.maps)            -> partial results
-    reference           what no kernel covers, by the predicates of kvcapsule.kernels.fused.plan        -> partial results
+    a mapped segment    turned queries, scores, maps, weights (kvcapsule.kernels.triton.tile_kernels)   -> partial results
+    reference           what no kernel covers, by the predicates of kvcapsule.kernels.triton.plan       -> partial results
     combine             all partial results of a batch row and KV head                                  -> the output
 
 A segment with value_mean or out_map is combined by itself first, for both are applied once a batch row and not once a tile.
@@ -16,10 +16,10 @@ import torch
 
 from ...segments.segment import Segment
 from .. import reference
-from . import mapped, rowed
+from . import row_launch, tile_launch
 from .call import Call, Part, Producer
 from .combine import combine as combine_kernel
-from .device import LOG2E, block
+from .loads import LOG2E, block
 from .plan import covers, index_of, route, slot_index, table
 
 
@@ -77,14 +77,14 @@ def _producers(call: Call, segments: Sequence[Segment], visible: torch.Tensor | 
         if kind == "reference":
             found.append(_by_reference(call, segment, masked))
         elif kind == "maps":
-            found.append(_finished(call, segment, mapped.producer(call, segment)))
+            found.append(_finished(call, segment, tile_launch.producer(call, segment)))
         elif segment.out_map is not None or segment.value_mean is not None:
-            found.append(_finished(call, segment, rowed.producer(call, [segment], masked)))
+            found.append(_finished(call, segment, row_launch.producer(call, [segment], masked)))
         else:
             plain.append(segment)
     tail = segments[-1]
-    for launch in rowed.launches(plain):
-        found.append(rowed.producer(call, launch, visible if launch[-1] is tail else None))
+    for launch in row_launch.launches(plain):
+        found.append(row_launch.producer(call, launch, visible if launch[-1] is tail else None))
     return found
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import LOWEST
+from .loads import LOWEST
 
 FIELDS = "first splits order bounds".split()
 """Columns of the table. first: the first partial result; splits: of each unit; order, bounds: addresses: the units of slot i (batch row and

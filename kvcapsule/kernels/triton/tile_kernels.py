@@ -9,13 +9,13 @@ A tile's own rows are small beside the maps that all tiles share, so the work is
 
 z and w, one number a stored row and query, pass through memory; scores of the logical tokens stay in registers. A map is read once for the
 tiles of a block, where a program for each tile would read it for each. value_mean and out_map are applied once a row of the batch, behind
-the sum over its tiles (kvcapsule.kernels.fused.attend).
+the sum over its tiles (kvcapsule.kernels.triton.attend).
 """
 
 import triton
 import triton.language as tl
 
-from .device import CODED, LOWEST, QUANTISED, load_cells, load_codes, load_raw
+from .loads import CODED, LOWEST, QUANTISED, load_cells, load_codes, load_raw
 
 
 @triton.jit

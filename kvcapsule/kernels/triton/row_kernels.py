@@ -3,7 +3,7 @@
 One launch serves all such segments of a layer. Its programs are items of a flattened list (segment, entry, KV head, split): a table says
 where each segment's items begin, so rows of a batch may own different numbers of entries of different lengths, and heads too, at no cost.
 Every program reads its tokens once, for all query heads that share the KV head, and leaves a normalised output and its log-sum-exp
-(base 2) to kvcapsule.kernels.fused.combine.
+(base 2) to kvcapsule.kernels.triton.combine.
 
 The scales of few-bit rows stay out of the inner loop: those of the keys are multiplied into the query, those of the values into the output.
 """
@@ -11,7 +11,7 @@ The scales of few-bit rows stay out of the inner loop: those of the keys are mul
 import triton
 import triton.language as tl
 
-from .device import BOTH, LOWEST, QUANTISED, RAW, load_codes, load_raw
+from .loads import BOTH, LOWEST, QUANTISED, RAW, load_codes, load_raw
 
 FIELDS = (
     "first tokens splits heads keys key_entry key_head values value_entry value_head owner head bias mask query kind "

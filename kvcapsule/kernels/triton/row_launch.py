@@ -1,4 +1,4 @@
-"""Launching kvcapsule.kernels.fused.rows: which segments go together, and the table that its programs find them by."""
+"""Launching kvcapsule.kernels.triton.row_kernels: which segments go together, and the table that its programs find them by."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,10 +9,10 @@ import torch
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
 from .call import Call, Part, Producer
-from .device import BOTH, INTERPRETED, LOG2E, QUANTISED, RAW, TYPES, block, dot_type
-from .mapped import turned
+from .loads import BOTH, INTERPRETED, LOG2E, QUANTISED, RAW, TYPES, block, dot_type
 from .plan import index_of, split_length, table
-from .rows import attend_rows
+from .row_kernels import attend_rows
+from .tile_launch import turned
 
 _ITEMS = 4
 """Items that every multiprocessor gets at least, where there are tokens enough."""
@@ -122,7 +122,7 @@ def _launch(
 
 
 def _line(segment: Segment, part: Part, first: int, query_at: int) -> list[int]:
-    """The segment's line of the table, as kvcapsule.kernels.fused.rows.FIELDS says."""
+    """The segment's line of the table, as kvcapsule.kernels.triton.row_kernels.FIELDS says."""
 
     def address(tensor: torch.Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()

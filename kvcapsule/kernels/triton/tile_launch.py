@@ -1,4 +1,4 @@
-"""Launching kvcapsule.kernels.fused.maps: the four stages of a mapped segment, and turned queries for any."""
+"""Launching kvcapsule.kernels.triton.tile_kernels: the four stages of a mapped segment, and turned queries for any."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,9 @@ from ...segments.coefficient_rows import CodedRows
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
 from .call import Call, Part, Producer
-from .device import CODED, LOG2E, QUANTISED, RAW, block, dot_type
-from .maps import map_scores, score_rows, turn_queries, weigh_rows
+from .loads import CODED, LOG2E, QUANTISED, RAW, block, dot_type
 from .plan import index_of
+from .tile_kernels import map_scores, score_rows, turn_queries, weigh_rows
 
 _TILE_ROWS = 64
 """(entry, row) pairs that share a block of a map."""

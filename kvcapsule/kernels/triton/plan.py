@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...segments.coefficient_rows import CodedRows
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
-from .device import TYPES
+from .loads import TYPES
 
 MOST_ROWS = 64
 """Query heads of a KV head times queries that a program holds; more (a second turn's prefill) is work for matrix products."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device import precision
+from .loads import precision
 from .plan import Index
 
 
