@@ -21,7 +21,6 @@ from triton.compiler import ASTSource
 
 from kvcapsule.kernels.triton import row_launch
 from kvcapsule.kernels.triton.attend import attend
-from kvcapsule.kernels.triton.packing import pack
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
@@ -129,8 +128,6 @@ def compiled(arch: int, dtypes: list[torch.dtype], widths: list[int]) -> dict[st
             for kind in segments(dtype, widths):
                 attend(query, kind, DIM**-0.5)
             attend(query, kind[1:], DIM**-0.5, torch.ones(2, 1, 100, dtype=torch.bool))
-        for bits in widths:
-            pack(torch.zeros(100, 8, dtype=torch.uint8), bits)
     return compiler.found
 
 

@@ -1,5 +1,4 @@
-"""Which implementation of attention and of packing serves a type of device: kernels or plain PyTorch
-(docs/kernels.md)."""
+"""Which implementation of attention serves a type of device: kernels or plain PyTorch (docs/kernels.md)."""
 
 import os
 from importlib.util import find_spec

@@ -74,7 +74,7 @@ def test_a_model_writes_what_it_writes_with_the_reference(
     greedy: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Left-padded rows, one with an image and one without; prefill encodes with the packing kernel too."""
+    """Left-padded rows, one with an image and one without."""
     # The kernels that Triton interprets are for tests alone: on a GPU the compiled ones.
     place = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(place)

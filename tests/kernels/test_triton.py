@@ -25,10 +25,8 @@ from support.random_segments import (
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.triton import attend as kernels
 from kvcapsule.kernels.triton import loads, plan, row_launch
-from kvcapsule.kernels.triton.packing import pack
 from kvcapsule.policy.kivi import GroupedRows
 from kvcapsule.segments.bit_packing import WIDTHS
-from kvcapsule.segments.bit_packing import pack as pack_reference
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Rows, Segment
 
@@ -290,15 +288,3 @@ def test_the_index_of_units_is_made_once_a_segment() -> None:
 def test_the_kernels_need_a_segment() -> None:
     with pytest.raises(ValueError, match="at least one segment"):
         kernels.attend(query_of(), [], SCALE)
-
-
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_packing_is_the_references(bits: int) -> None:
-    generator = torch.Generator().manual_seed(bits)
-    for shape in ((1, 8), (3, 5, 8), (257, 8), (0, 8)):
-        codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
-        assert torch.equal(pack(codes.to(DEVICE), bits).cpu(), pack_reference(codes, bits))
-    strided = torch.randint(0, 2**bits, (8, 7), generator=generator, dtype=torch.uint8).T
-    assert torch.equal(pack(strided.to(DEVICE), bits).cpu(), pack_reference(strided, bits))
-    with pytest.raises(ValueError, match="can be packed"):
-        pack(codes[:, :7], bits)
