@@ -11,7 +11,7 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.kernels import backend as choice
 from kvcapsule.kernels.native import read
-from kvcapsule.kernels.triton import loads
+from kvcapsule.kernels.triton import arguments
 from kvcapsule.policy import EvenlySpaced
 
 
@@ -26,7 +26,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.backend("cpu") == "numba"
     assert choice.backend("mps") == "reference"
-    monkeypatch.setattr(loads, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     assert choice.backend("cuda") == "triton"
 
 
@@ -41,12 +41,12 @@ def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loads, "INTERPRETED", True)
+    monkeypatch.setattr(arguments, "INTERPRETED", True)
     monkeypatch.setenv(choice.VARIABLE, "triton")
     assert choice.backend("cpu") == "triton"
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         choice.backend("cuda")
-    monkeypatch.setattr(loads, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     choice._chosen.clear()
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
         choice.backend("cpu")

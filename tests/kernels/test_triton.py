@@ -23,8 +23,8 @@ from support.random_segments import (
 )
 
 from kvcapsule.kernels import reference
+from kvcapsule.kernels.triton import arguments, plan, row_launch
 from kvcapsule.kernels.triton import attend as kernels
-from kvcapsule.kernels.triton import loads, plan, row_launch
 from kvcapsule.policy.kivi import GroupedRows
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.rotary_frame import Frame
@@ -47,7 +47,9 @@ def on_device(segment: Segment) -> Segment:
     return replace(segment, **moved)
 
 
-def attended(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0) -> torch.Tensor:
+def attended(
+    query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0
+) -> torch.Tensor:
     """By the kernels, which leave as many segments as said to the reference."""
     rows = query.shape[1] // HEADS * query.shape[2]
     moved = [on_device(s) for s in segments]
@@ -67,17 +69,23 @@ def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | 
 
 
 def test_the_kernels_are_interpreted_or_there_is_a_gpu() -> None:
-    assert (DEVICE == "cpu") == loads.INTERPRETED
+    assert (DEVICE == "cpu") == arguments.INTERPRETED
 
 
 def test_each_kind_in_single_precision(kind: str, random_segment: Callable[..., Segment]) -> None:
     segments = [random_segment(kind, owner, seed, torch.float32) for seed, owner in enumerate(OWNERS)]
-    assert error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)], left=2 * (kind == "mlp")) < SINGLE
+    assert (
+        error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)], left=2 * (kind == "mlp"))
+        < SINGLE
+    )
 
 
 @pytest.mark.parametrize("kind", ["bias", "quantized", "maps", "joint", "everything"])
 def test_each_path_in_half_precision(kind: str, random_segment: Callable[..., Segment]) -> None:
-    segments = [random_segment(kind, OWNERS[0], 1, torch.float16), random_segment("raw", [0, 1, 2, 3], 7, torch.float16)]
+    segments = [
+        random_segment(kind, OWNERS[0], 1, torch.float16),
+        random_segment("raw", [0, 1, 2, 3], 7, torch.float16),
+    ]
     assert error(query_of(dtype=torch.float16), segments) < HALF
 
 
@@ -114,7 +122,9 @@ def test_latents_in_few_bits_and_pairs_of_unlike_rows() -> None:
     assert isinstance(unlike.values, torch.Tensor)
     hidden = replace(unlike, values=unlike.values.masked_fill(~unlike.mask[:, None, :, None], torch.nan))  # type: ignore[index]
     assert error(query_of(batch=2), [latents, unlike]) < SINGLE
-    torch.testing.assert_close(attended(query_of(batch=2), [latents, hidden]), attended(query_of(batch=2), [latents, unlike]))
+    torch.testing.assert_close(
+        attended(query_of(batch=2), [latents, hidden]), attended(query_of(batch=2), [latents, unlike])
+    )
 
 
 def test_several_queries_see_a_causal_tail_in_a_larger_buffer() -> None:
@@ -134,7 +144,12 @@ def test_tiles_that_are_not_there_may_hold_nan(random_segment: Callable[..., Seg
         assert isinstance(whole.keys, torch.Tensor) and isinstance(whole.values, torch.Tensor)
         hidden = ~mask.any(dim=1)[:, None, None, None]
         results.append(
-            replace(whole, keys=whole.keys.masked_fill(hidden, poison), values=whole.values.masked_fill(hidden, poison), mask=mask)
+            replace(
+                whole,
+                keys=whole.keys.masked_fill(hidden, poison),
+                values=whole.values.masked_fill(hidden, poison),
+                mask=mask,
+            )
         )
     query = query_of(batch=3)
     assert torch.equal(attended(query, [results[1], tail]), attended(query, [results[0], tail]))
@@ -216,7 +231,10 @@ def test_plain_segments_share_a_launch() -> None:
     half = Draw(dtype=torch.float16).raw([0], 5)
 
     def numbers(segments: list[Segment]) -> list[list[int]]:
-        return [[next(i for i, s in enumerate(segments) if s is found) for found in launch] for launch in row_launch.launches(segments)]
+        return [
+            [next(i for i, s in enumerate(segments) if s is found) for found in launch]
+            for launch in row_launch.group_by_launch(segments)
+        ]
 
     assert numbers([few, raw, tail]) == [[0, 1, 2]]
     assert numbers([few, fewer, raw, tail]) == [[0], [1, 2, 3]]
@@ -268,11 +286,14 @@ def test_entries_of_single_heads() -> None:
             for kv_head in range(HEADS):
                 own = ((owner == row) & (head == kv_head)).nonzero()[:, 0]
                 k, v = (
-                    torch.cat([x[own, 0].flatten(0, 1), t[row, kv_head].double()]) for x, t in ((keys, tail.keys), (values, tail.values))
+                    torch.cat([x[own, 0].flatten(0, 1), t[row, kv_head].double()])
+                    for x, t in ((keys, tail.keys), (values, tail.values))
                 )
                 q = query[row, 3 * kv_head : 3 * kv_head + 3, 0].double()
                 expected = torch.softmax(q @ k.T * SCALE, dim=-1) @ v
-                torch.testing.assert_close(out[row, 3 * kv_head : 3 * kv_head + 3, 0].double(), expected, rtol=SINGLE, atol=SINGLE)
+                torch.testing.assert_close(
+                    out[row, 3 * kv_head : 3 * kv_head + 3, 0].double(), expected, rtol=SINGLE, atol=SINGLE
+                )
 
 
 def test_the_index_of_units_is_made_once_a_segment() -> None:

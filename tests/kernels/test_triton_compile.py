@@ -22,7 +22,14 @@ def test_every_kernel_compiles(options: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent, timeout=1800)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {line[1] for line in lines} == {"attend_rows", "combine", "turn_queries", "score_rows", "map_scores", "weigh_rows"}
+    assert {line[1] for line in lines} == {
+        "attend_rows",
+        "combine",
+        "derotate_queries",
+        "score_rows",
+        "map_scores",
+        "weigh_rows",
+    }
     spilled = [" ".join(line) for line in lines if int(line[3].removeprefix("STACK:")) > SPILLED]
     assert not spilled, "\n".join(spilled)
     assert max(int(line[-1]) for line in lines) < 100 << 10, "an A100 has 163 KB of shared memory, most other GPUs 99"

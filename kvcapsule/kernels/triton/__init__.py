@@ -1,5 +1,6 @@
-"""Attention over segments by Triton kernels (docs/kernels.md): the same results as kvcapsule.kernels.reference, without its temporaries.
+"""Triton kernels for attention over segments (docs/kernels.md): the results of kvcapsule.kernels.reference.
 
-Rows of a unit (an entry's KV head) are the query heads that share it, times the queries: R = G * Q. Shapes, beside those of
-kvcapsule.segments.segment: U units, P partial results (a unit's splits), R rows.
+A unit is one KV head of one entry. Its rows are the query heads that share the KV head, times the queries: R = G * Q.
+Shapes, beside those of kvcapsule.segments.segment: U units, P partial results (the splits of all units), R rows, S sets
+of neighbouring KV heads that store their rows once.
 """

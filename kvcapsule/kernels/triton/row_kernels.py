@@ -1,181 +1,270 @@
-"""Attention over stored rows that stand for themselves: raw or kept tokens, compact rows with a bias, few-bit rows, the tail.
+"""Row kernel: softmax attention over stored rows that are tokens (raw or kept tokens, compact rows, quantised rows).
 
-One launch serves all such segments of a layer. Its programs are items of a flattened list (segment, entry, KV head, split): a table says
-where each segment's items begin, so rows of a batch may own different numbers of entries of different lengths, and heads too, at no cost.
-Every program reads its tokens once, for all query heads that share the KV head, and leaves a normalised output and its log-sum-exp
-(base 2) to kvcapsule.kernels.triton.combine.
+One launch serves all such segments of a layer, the tail among them. Its programs are work items, numbered through
+(segment, entry, KV head, split); a table says at which item each segment begins. So batch rows, and heads too, may own
+different numbers of entries of different lengths, and no program is idle. An item reads its tokens once, for all query
+heads that share the KV head, and leaves a normalised output and its log-sum-exp (base 2) for
+kvcapsule.kernels.triton.combine.
 
-The scales of few-bit rows stay out of the inner loop: those of the keys are multiplied into the query, those of the values into the output.
+The scales of quantised rows stay out of the loop over tokens: those of the keys multiply the query, those of the values
+the output.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .loads import BOTH, LOWEST, QUANTISED, RAW, load_codes, load_raw
+from .loads import BOTH, LOG2E, LOWEST, QUANTISED, RAW, load_codes, load_raw, query_offset
 
-FIELDS = (
-    "first tokens splits heads keys key_entry key_head values value_entry value_head owner head bias mask query kind "
-    "key_step key_zero value_step value_zero"
-).split()
-"""Columns of the table. first: its first item; keys ... mask: addresses (0: none); key_entry ...: strides in elements (bytes, of codes);
-query: where its turned queries begin (-1: the query as it is); kind: RAW or QUANTISED."""
-_WIDTH = tl.constexpr(len(FIELDS))
-(
-    _FIRST, _TOKENS, _SPLITS, _HEADS, _KEYS, _KEY_ENTRY, _KEY_HEAD, _VALUES, _VALUE_ENTRY, _VALUE_HEAD, _OWNER, _HEAD, _BIAS, _MASK, _QUERY,
-    _KIND, _KEY_STEP, _KEY_ZERO, _VALUE_STEP, _VALUE_ZERO,
-) = (tl.constexpr(i) for i in range(len(FIELDS)))  # fmt: skip
+
+class Line(NamedTuple):
+    """A segment's line of the table, all int64; an address is 0 where there is no such tensor."""
+
+    first_item: Any
+    tokens: Any
+    splits: Any
+    """Items of a unit."""
+    heads: Any
+    key_rows: Any
+    """Address of raw keys or of their codes; strides are in elements, of codes in bytes."""
+    key_entry_stride: Any
+    key_head_stride: Any
+    value_rows: Any
+    value_entry_stride: Any
+    value_head_stride: Any
+    owner: Any
+    """Address of the entries' batch rows."""
+    head: Any
+    """Address of the entries' KV heads, for entries of single heads."""
+    bias: Any
+    mask: Any
+    query: Any
+    """First element of its derotated queries; -1: the query as it is."""
+    kind: Any
+    """RAW or QUANTISED."""
+    key_scale: Any
+    key_minimum: Any
+    value_scale: Any
+    value_minimum: Any
+
+
+LINE_WIDTH = tl.constexpr(len(Line._fields))
+
+
+class Visible(NamedTuple):
+    """Which tokens of the last segment each query sees, [E, Q, N] uint8 with dense tokens."""
+
+    data: Any
+    entry_stride: int
+    query_stride: int
+
+
+class Shape(NamedTuple):
+    """Sizes of a unit; a compile-time constant."""
+
+    rows: int
+    """R."""
+    queries: int
+    """Q."""
+    key_channels: int
+    value_channels: int
+
+
+class Format(NamedTuple):
+    """How the segments of a launch are stored and multiplied; a compile-time constant."""
+
+    kind: int
+    """RAW, QUANTISED or BOTH."""
+    key_bits: int
+    value_bits: int
+    dtype: tl.dtype
+    """Of raw rows and of scales."""
+    bias_dtype: tl.dtype
+    aligned: bool
+    """Whether each unit of raw rows begins at a multiple of 16 bytes."""
+    product: Any
+    """A Product."""
+
+
+class Blocks(NamedTuple):
+    """Block sizes, powers of two; a compile-time constant."""
+
+    segments: int
+    rows: int
+    tokens: int
+    key_channels: int
+    value_channels: int
+
+
+class Item(NamedTuple):
+    """Tokens [low, high) of one unit, of a segment with `tokens` tokens an entry."""
+
+    unit: Any
+    entry: Any
+    head: Any
+    low: Any
+    high: Any
+    tokens: Any
+    is_last: Any
+    """Whether the segment is the last."""
 
 
 @triton.jit
-def _flash(
-    line, unit, entry, head, q, low, high, tokens, scale, visible, visible_entry, visible_query, sees,
-    Q: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, DOT: tl.constexpr, KIND: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, ALIGNED: tl.constexpr, VISIBLE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Softmax attention of q [BLOCK_R, BLOCK_K] over the tokens [low, high) of a unit: out [BLOCK_R, BLOCK_V], log2 of the mass."""
+def _load_line(table, number):
+    at = table + number * LINE_WIDTH
+    return Line(
+        first_item=tl.load(at), tokens=tl.load(at + 1), splits=tl.load(at + 2), heads=tl.load(at + 3),
+        key_rows=tl.load(at + 4), key_entry_stride=tl.load(at + 5), key_head_stride=tl.load(at + 6),
+        value_rows=tl.load(at + 7), value_entry_stride=tl.load(at + 8), value_head_stride=tl.load(at + 9),
+        owner=tl.load(at + 10), head=tl.load(at + 11), bias=tl.load(at + 12), mask=tl.load(at + 13),
+        query=tl.load(at + 14), kind=tl.load(at + 15), key_scale=tl.load(at + 16), key_minimum=tl.load(at + 17),
+        value_scale=tl.load(at + 18), value_minimum=tl.load(at + 19),
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_scales(address, at, valid, DTYPE: tl.constexpr):
+    """Scales or minimums [channels] of one unit, in fp32."""
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _attend_item(
+    line, item, q, scale, visible, SHAPE: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+):
+    """Attention of q [rows, key channels] over an item of KIND rows: [rows, value channels], and log2 of the mass."""
+    # A field of a constant must itself be declared constant before it can be the size of a block.
+    BLOCK_R: tl.constexpr = BLOCK.rows
+    BLOCK_N: tl.constexpr = BLOCK.tokens
+    BLOCK_K: tl.constexpr = BLOCK.key_channels
+    BLOCK_V: tl.constexpr = BLOCK.value_channels
+    D_K: tl.constexpr = SHAPE.key_channels
+    D_V: tl.constexpr = SHAPE.value_channels
     c_k = tl.arange(0, BLOCK_K)
     c_v = tl.arange(0, BLOCK_V)
     r = tl.arange(0, BLOCK_R)
-    keys = tl.load(line + _KEYS)
-    values = tl.load(line + _VALUES)
-    key_at = entry * tl.load(line + _KEY_ENTRY) + head * tl.load(line + _KEY_HEAD)
-    value_at = entry * tl.load(line + _VALUE_ENTRY) + head * tl.load(line + _VALUE_HEAD)
-    bias = tl.load(line + _BIAS)
-    mask = tl.load(line + _MASK)
+    key_offset = item.entry * line.key_entry_stride + item.head * line.key_head_stride
+    value_offset = item.entry * line.value_entry_stride + item.head * line.value_head_stride
     if KIND == QUANTISED:
-        keys_8 = keys.to(tl.pointer_type(tl.uint8)) + key_at
-        values_8 = values.to(tl.pointer_type(tl.uint8)) + value_at
-        at = unit * DK + c_k
-        step = tl.load(tl.load(line + _KEY_STEP).to(tl.pointer_type(ROWS)) + at, mask=c_k < DK, other=0.0).to(tl.float32)
-        zero = tl.load(tl.load(line + _KEY_ZERO).to(tl.pointer_type(ROWS)) + at, mask=c_k < DK, other=0.0).to(tl.float32)
-        q_zero = tl.sum(q * zero[None, :], 1)
-        q_in = (q * step[None, :]).to(DOT)
+        keys = line.key_rows.to(tl.pointer_type(tl.uint8)) + key_offset
+        values = line.value_rows.to(tl.pointer_type(tl.uint8)) + value_offset
+        at = item.unit * D_K + c_k
+        key_scale = _load_scales(line.key_scale, at, c_k < D_K, FORMAT.dtype)
+        key_minimum = _load_scales(line.key_minimum, at, c_k < D_K, FORMAT.dtype)
+        q_minimum = tl.sum(q * key_minimum[None, :], 1)
+        q_in = (q * key_scale[None, :]).to(FORMAT.product.dtype)
     else:
-        keys_x = keys.to(tl.pointer_type(ROWS)) + key_at
-        values_x = values.to(tl.pointer_type(ROWS)) + value_at
-        if ALIGNED:
-            keys_x = tl.multiple_of(keys_x, 16)
-            values_x = tl.multiple_of(values_x, 16)
-        q_in = q.to(DOT)
+        keys = line.key_rows.to(tl.pointer_type(FORMAT.dtype)) + key_offset
+        values = line.value_rows.to(tl.pointer_type(FORMAT.dtype)) + value_offset
+        if FORMAT.aligned:
+            keys = tl.multiple_of(keys, 16)
+            values = tl.multiple_of(values, 16)
+        q_in = q.to(FORMAT.product.dtype)
+    groups = tl.cdiv(item.tokens, 8)
     top = tl.full([BLOCK_R], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for start in range(low, high, BLOCK_N):
+    for start in range(item.low, item.high, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        there = n < high
-        if mask != 0:
-            there = there & (tl.load(mask.to(tl.pointer_type(tl.int8)) + entry * tokens + n, mask=there, other=0) != 0)
-        seen = there[None, :] & (r >= 0)[:, None]
-        if VISIBLE:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
-            if sees:
-                at_q = visible + entry * visible_entry + (r % Q)[:, None] * visible_query
-                seen = seen & (tl.load(at_q + n[None, :], mask=seen, other=0) != 0)
-                there = there & (tl.max(seen.to(tl.int32), 0) != 0)
+        valid = n < item.high
+        if line.mask != 0:
+            mask = line.mask.to(tl.pointer_type(tl.int8)) + item.entry * item.tokens
+            valid = valid & (tl.load(mask + n, mask=valid, other=0) != 0)
+        seen = valid[None, :] & (r >= 0)[:, None]
+        if visible is not None and item.is_last:
+            of_entry = visible.data + item.entry * visible.entry_stride
+            of_query = of_entry + (r % SHAPE.queries)[:, None] * visible.query_stride
+            seen = seen & (tl.load(of_query + n[None, :], mask=seen, other=0) != 0)
+            valid = valid & (tl.max(seen.to(tl.int32), 0) != 0)
         if KIND == QUANTISED:
-            k = load_codes(keys_8, start // 8, tl.cdiv(tokens, 8), c_k, DK, KEY_BITS, BLOCK_N // 8, BLOCK_K)
-            s = (tl.dot(q_in, k.to(DOT), input_precision=PRECISION) + q_zero[:, None]) * scale
+            k = load_codes(keys, start // 8, groups, c_k, D_K, FORMAT.key_bits, BLOCK_N // 8, BLOCK_K)
+            s = tl.dot(q_in, k.to(FORMAT.product.dtype), input_precision=FORMAT.product.precision) + q_minimum[:, None]
         else:
-            k = load_raw(keys_x, n, c_k, there, DK, BLOCK_K)
-            s = tl.dot(q_in, k.to(DOT), input_precision=PRECISION) * scale
-        if bias != 0:
-            b = tl.load(bias.to(tl.pointer_type(BIAS)) + unit * tokens + n, mask=there, other=0.0).to(tl.float32)
-            s += b[None, :] * 1.4426950408889634
+            k = load_raw(keys, n, c_k, valid, D_K, BLOCK_K)
+            s = tl.dot(q_in, k.to(FORMAT.product.dtype), input_precision=FORMAT.product.precision)
+        s = s * scale
+        if line.bias != 0:
+            bias = line.bias.to(tl.pointer_type(FORMAT.bias_dtype)) + item.unit * item.tokens
+            s += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[None, :] * LOG2E
         s = tl.where(seen, s, -float("inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - higher)
-        p = tl.exp2(s - higher[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        rescale = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        total = total * rescale + tl.sum(p, 1)
         if KIND == QUANTISED:
-            v = load_codes(values_8, start // 8, tl.cdiv(tokens, 8), c_v, DV, VALUE_BITS, BLOCK_N // 8, BLOCK_V)
+            v = load_codes(values, start // 8, groups, c_v, D_V, FORMAT.value_bits, BLOCK_N // 8, BLOCK_V)
         else:
-            v = load_raw(values_x, n, c_v, there, DV, BLOCK_V)
-        acc = acc * shrink[:, None] + tl.dot(p.to(DOT), tl.trans(v.to(DOT)), input_precision=PRECISION)
-        top = higher
-    safe = tl.where(total == 0.0, 1.0, total)
-    out = acc / safe[:, None]
+            v = load_raw(values, n, c_v, valid, D_V, BLOCK_V)
+        v = tl.trans(v.to(FORMAT.product.dtype))
+        acc = acc * rescale[:, None] + tl.dot(p.to(FORMAT.product.dtype), v, input_precision=FORMAT.product.precision)
+        top = new_top
+    divisor = tl.where(total == 0.0, 1.0, total)
+    out = acc / divisor[:, None]
     if KIND == QUANTISED:
-        at = unit * DV + c_v
-        step = tl.load(tl.load(line + _VALUE_STEP).to(tl.pointer_type(ROWS)) + at, mask=c_v < DV, other=0.0).to(tl.float32)
-        zero = tl.load(tl.load(line + _VALUE_ZERO).to(tl.pointer_type(ROWS)) + at, mask=c_v < DV, other=0.0).to(tl.float32)
-        out = out * step[None, :] + zero[None, :]
-    return out, tl.where(total == 0.0, -float("inf"), top + tl.log2(safe))
+        at = item.unit * D_V + c_v
+        value_scale = _load_scales(line.value_scale, at, c_v < D_V, FORMAT.dtype)
+        value_minimum = _load_scales(line.value_minimum, at, c_v < D_V, FORMAT.dtype)
+        out = out * value_scale[None, :] + value_minimum[None, :]
+    return out, tl.where(total == 0.0, -float("inf"), top + tl.log2(divisor))
 
 
 @triton.jit(do_not_specialize=["last_tokens"])
 def attend_rows(
-    table, segments, last_tokens, split, scale, query, query_row, query_head, query_query, turned, visible, visible_entry, visible_query,
-    out, lse,
-    R: tl.constexpr, Q: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, DOT: tl.constexpr,
-    KIND: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, ALIGNED: tl.constexpr, VISIBLE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    table, segments, last_tokens, split, scale, queries, derotated, visible, out, lse,
+    SHAPE: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One item: out [P, R, DV] and lse [P, R] of its tokens.
+    """One item: its tokens' part of out [P, R, value channels] and lse [P, R].
 
     Args:
-        table: [segments, FIELDS] int64.
-        last_tokens: tokens of the last segment, which alone grows from call to call.
-        split: tokens of an item, a multiple of BLOCK_N.
+        table: [segments, fields of Line] int64.
+        last_tokens: tokens of the last segment, the only one that grows from call to call; its line has 0.
+        split: tokens of an item, a multiple of BLOCK.tokens.
         scale: of the scores, times log2(e).
-        query: [B, H * G, Q, D] with these strides, channels dense.
-        turned: queries in the frames or channels of the segments that have such, [U, R, DK] each.
-        visible: [E, Q, N] of the last segment, tokens dense.
+        queries: Queries, [B, H * G, Q, key channels].
+        derotated: queries of segments with a frame or a q_map, [U, R, key channels] each, one after the other; or None.
+        visible: Visible of the last segment, or None.
     """
-    item = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
-    firsts = tl.load(table + s * _WIDTH + _FIRST, mask=s < segments, other=9223372036854775807)
-    number = tl.sum((item >= firsts).to(tl.int32), 0) - 1
-    line = table + number * _WIDTH
-    last = number == segments - 1
-    tokens = tl.load(line + _TOKENS)
-    splits = tl.load(line + _SPLITS)
-    if last:
+    number_of_item = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK.segments)
+    first_items = tl.load(table + s * LINE_WIDTH, mask=s < segments, other=9223372036854775807)
+    number = tl.sum((number_of_item >= first_items).to(tl.int32), 0) - 1
+    line = _load_line(table, number)
+    is_last = number == segments - 1
+    tokens = line.tokens
+    splits = line.splits
+    if is_last:
         tokens = last_tokens.to(tl.int64)
         splits = tl.cdiv(last_tokens, split).to(tl.int64)
-    local = item - tl.load(line + _FIRST)
-    unit = local // splits
-    heads = tl.load(line + _HEADS)
-    entry = unit // heads
-    head = unit % heads
-    low = ((local % splits) * split).to(tl.int32)
+    item_of_segment = number_of_item - line.first_item
+    unit = item_of_segment // splits
+    entry = unit // line.heads
+    head = unit % line.heads
+    low = ((item_of_segment % splits) * split).to(tl.int32)
     high = tl.minimum(low + split, tokens).to(tl.int32)
+    item = Item(unit=unit, entry=entry, head=head, low=low, high=high, tokens=tokens, is_last=is_last)
 
-    r = tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_K)
-    there = (r < R)[:, None] & (c < DK)[None, :]
-    begin = tl.load(line + _QUERY)
-    if begin < 0:
-        row = tl.load(tl.load(line + _OWNER).to(tl.pointer_type(tl.int64)) + entry)
+    r = tl.arange(0, BLOCK.rows)
+    c = tl.arange(0, BLOCK.key_channels)
+    in_query = (r < SHAPE.rows)[:, None] & (c < SHAPE.key_channels)[None, :]
+    if derotated is not None and line.query >= 0:
+        derotated_at = derotated + line.query + (unit * SHAPE.rows + r)[:, None] * SHAPE.key_channels
+        q = tl.load(derotated_at + c[None, :], mask=in_query, other=0.0).to(tl.float32)
+    else:
+        row = tl.load(line.owner.to(tl.pointer_type(tl.int64)) + entry)
         kv_head = head
-        own = tl.load(line + _HEAD)
-        if own != 0:
-            kv_head = tl.load(own.to(tl.pointer_type(tl.int64)) + entry)
-        at = row * query_row + (kv_head * (R // Q) + r // Q) * query_head + (r % Q) * query_query
-        q = tl.load(query + at[:, None] + c[None, :], mask=there, other=0.0).to(tl.float32)
-    else:
-        q = tl.load(turned + begin + (unit * R + r)[:, None] * DK + c[None, :], mask=there, other=0.0).to(tl.float32)
+        if line.head != 0:
+            kv_head = tl.load(line.head.to(tl.pointer_type(tl.int64)) + entry)
+        query_at = queries.data + query_offset(queries, row, kv_head, r, SHAPE.rows, SHAPE.queries)[:, None]
+        q = tl.load(query_at + c[None, :], mask=in_query, other=0.0).to(tl.float32)
 
-    if KIND == BOTH:
-        if tl.load(line + _KIND) == 1:
-            o, mass = _flash(
-                line, unit, entry, head, q, low, high, tokens, scale, visible, visible_entry, visible_query, last,
-                Q, DK, DV, ROWS, BIAS, DOT, QUANTISED, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K,
-                BLOCK_V,
-            )  # fmt: skip
-        else:
-            o, mass = _flash(
-                line, unit, entry, head, q, low, high, tokens, scale, visible, visible_entry, visible_query, last,
-                Q, DK, DV, ROWS, BIAS, DOT, RAW, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K,
-                BLOCK_V,
-            )  # fmt: skip
+    if FORMAT.kind == QUANTISED or (FORMAT.kind == BOTH and line.kind == QUANTISED):
+        o, mass = _attend_item(line, item, q, scale, visible, SHAPE, FORMAT, BLOCK, QUANTISED)
     else:
-        o, mass = _flash(
-            line, unit, entry, head, q, low, high, tokens, scale, visible, visible_entry, visible_query, last,
-            Q, DK, DV, ROWS, BIAS, DOT, KIND, KEY_BITS, VALUE_BITS, ALIGNED, VISIBLE, PRECISION, BLOCK_R, BLOCK_N, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
+        o, mass = _attend_item(line, item, q, scale, visible, SHAPE, FORMAT, BLOCK, RAW)
 
-    to = item * R + r
-    c_v = tl.arange(0, BLOCK_V)
-    tl.store(out + to[:, None] * DV + c_v[None, :], o, mask=(r < R)[:, None] & (c_v < DV)[None, :])
-    tl.store(lse + to, mass, mask=r < R)
+    to = number_of_item * SHAPE.rows + r
+    c_v = tl.arange(0, BLOCK.value_channels)
+    in_out = (r < SHAPE.rows)[:, None] & (c_v < SHAPE.value_channels)[None, :]
+    tl.store(out + to[:, None] * SHAPE.value_channels + c_v[None, :], o, mask=in_out)
+    tl.store(lse + to, mass, mask=r < SHAPE.rows)

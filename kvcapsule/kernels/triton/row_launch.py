@@ -1,56 +1,67 @@
-"""Launching kvcapsule.kernels.triton.row_kernels: which segments go together, and the table that its programs find them by."""
+"""Row launch: which segments share a launch of the row kernel, and the table that its programs read."""
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
+from .arguments import INTERPRETED, TYPES, Queries, as_bytes, block
 from .call import Call, Part, Producer
-from .loads import BOTH, INTERPRETED, LOG2E, QUANTISED, RAW, TYPES, block, dot_type
+from .loads import BOTH, LOG2E, QUANTISED, RAW
 from .plan import index_of, split_length, table
-from .row_kernels import attend_rows
-from .tile_launch import turned
+from .row_kernels import Blocks, Format, Line, Shape, Visible, attend_rows
+from .tile_launch import derotated_queries
 
 _ITEMS = 4
 """Items that every multiprocessor gets at least, where there are tokens enough."""
-_ITEMS_IN_NUMPY = 64
+_ITEMS_INTERPRETED = 64
 
 
-def launches(segments: Sequence[Segment]) -> list[list[Segment]]:
+class _Storage(NamedTuple):
+    """How the rows of a segment are stored."""
+
+    key_channels: int
+    value_channels: int
+    dtype: torch.dtype
+    """Of raw rows or of scales."""
+    bits: tuple[int, int]
+    """Of keys and of values; (0, 0): raw."""
+
+    @classmethod
+    def of(cls, segment: Segment) -> "_Storage":
+        keys, values = segment.keys, segment.values
+        if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
+            return cls(keys.shape[3], values.shape[3], keys.step.dtype, (keys.bits, values.bits))
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
+        return cls(keys.shape[3], values.shape[3], keys.dtype, (0, 0))
+
+
+def group_by_launch(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Segments that one launch can serve; the last segment is the last of the last launch.
 
-    They agree in channels, precision and dtype of the bias; raw rows may go with few-bit ones of one pair of widths.
+    They agree in channels, precision and dtype of the bias; raw rows may share a launch with quantised rows of one pair
+    of widths.
     """
-    found: list[list[Segment]] = []
+    launches: list[list[Segment]] = []
     for segment in reversed(segments):
-        home = next((launch for launch in found if all(_agree(segment, other) for other in launch)), None)
-        if home is None:
-            found.append([segment])
+        launch = next((launch for launch in launches if all(_agree(segment, other) for other in launch)), None)
+        if launch is None:
+            launches.append([segment])
         else:
-            home.append(segment)
-    return [launch[::-1] for launch in reversed(found)]
+            launch.append(segment)
+    return [launch[::-1] for launch in reversed(launches)]
 
 
 def _agree(one: Segment, other: Segment) -> bool:
-    if _stored(one)[:3] != _stored(other)[:3]:
+    first, second = _Storage.of(one), _Storage.of(other)
+    if first[:3] != second[:3]:
         return False
     if one.bias is not None and other.bias is not None and one.bias.dtype != other.bias.dtype:
         return False
-    bits = {_stored(s)[3:] for s in (one, other)} - {(0, 0)}
-    return len(bits) <= 1
-
-
-def _stored(segment: Segment) -> tuple[Any, ...]:
-    """Channels of keys and of values, dtype of rows or steps, bits of keys and of values (0: raw)."""
-    keys, values = segment.keys, segment.values
-    channels = (keys.shape[3], values.shape[3])
-    if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
-        return (*channels, keys.step.dtype, keys.bits, values.bits)
-    assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
-    return (*channels, keys.dtype, 0, 0)
+    return len({first.bits, second.bits} - {(0, 0)}) <= 1
 
 
 def _aligned(rows: Rows) -> bool:
@@ -63,84 +74,87 @@ def _aligned(rows: Rows) -> bool:
 
 @lru_cache(maxsize=8)
 def _items(device: torch.device) -> int:
-    return _ITEMS_IN_NUMPY if INTERPRETED else _ITEMS * torch.cuda.get_device_properties(device).multi_processor_count
+    """Items that keep a device busy."""
+    if INTERPRETED:
+        return _ITEMS_INTERPRETED
+    return _ITEMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def producer(call: Call, segments: Sequence[Segment], visible: torch.Tensor | None) -> Producer:
-    """All of one launch; `visible` [E, Q, N] is that of the last segment."""
+    """The partial results of one launch; `visible` [E, Q, N] is that of the last segment."""
     units = [s.owner.numel() * s.keys.shape[1] for s in segments]
     # The tail's length, rounded up: the length of a split must not change with every token.
     lengths = [s.tokens for s in segments[:-1]] + [1 << (segments[-1].tokens - 1).bit_length()]
     split = split_length(list(zip(units, lengths, strict=True)), _items(call.query.device))
-    parts = [Part(index_of(s, call.batch, call.heads), n, -(-s.tokens // split)) for s, n in zip(segments, units, strict=True)]
+    parts = [
+        Part(index_of(s, call.batch, call.heads), n, -(-s.tokens // split))
+        for s, n in zip(segments, units, strict=True)
+    ]
 
     def write(out: torch.Tensor, lse: torch.Tensor) -> None:
-        _launch(call, segments, parts, split, visible, out, lse)
+        queries = [derotated_queries(call, s) if s.frame is not None or s.q_map is not None else None for s in segments]
+        lines = table(_lines(segments, parts, queries), call.query.device)
+        derotated = [q.flatten() for q in queries if q is not None]
+        shape, form, blocks = _constants(call, segments)
+        seen = as_bytes(visible)
+        attend_rows[(sum(p.units * p.splits for p in parts),)](
+            lines, len(segments), segments[-1].tokens, split, call.scale * LOG2E.value, Queries.of(call.query),
+            torch.cat(derotated) if derotated else None,
+            None if seen is None else Visible(seen, *seen.stride()[:2]), out, lse,
+            SHAPE=shape, FORMAT=form, BLOCK=blocks,
+        )  # fmt: skip
 
     return Producer(parts, write)
 
 
-def _launch(
-    call: Call,
-    segments: Sequence[Segment],
-    parts: Sequence[Part],
-    split: int,
-    visible: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    query = call.query
-    pieces = [turned(call, s) if s.frame is not None or s.q_map is not None else None for s in segments]
-    turns = [p for p in pieces if p is not None]
-    begins, begin = [], 0
-    for piece in pieces:
-        begins.append(-1 if piece is None else begin)
-        begin += 0 if piece is None else piece.numel()
-    lines, first = [], 0
-    for segment, part, at in zip(segments, parts, begins, strict=True):
-        lines.append(_line(segment, part, first, at))
-        first += part.units * part.splits
-    # As in `combine`: what grows is handed over apart, so that the table stays what it was.
-    lines[-1][1] = lines[-1][2] = 0
-    forms = {_stored(s)[3:] for s in segments}
-    key_bits, value_bits = max(forms)
-    channels = _stored(segments[0])
-    seen = query if visible is None else _as_bytes(visible)
-    # What is held of a block of tokens must fit into registers; codes of 8 bits come in words of their own.
-    tokens = 64 if query.dtype != torch.float32 and 8 not in (key_bits, value_bits) else 32
-    attend_rows[(sum(p.units * p.splits for p in parts),)](
-        table(tuple(n for line in lines for n in line), query.device), len(lines), segments[-1].tokens, split, call.scale * LOG2E,
-        query, *query.stride()[:3], torch.cat([t.flatten() for t in turns]) if turns else query,
-        seen, *(seen.stride()[:2]), out, lse,
-        **call.constants, Q=call.queries, DK=channels[0], DV=channels[1], ROWS=TYPES[channels[2]],
-        BIAS=TYPES[next((s.bias.dtype for s in segments if s.bias is not None), torch.float32)], DOT=dot_type(query.dtype),
-        KIND=BOTH if len(forms) > 1 else QUANTISED if key_bits else RAW, KEY_BITS=key_bits, VALUE_BITS=value_bits,
-        ALIGNED=all(_aligned(rows) for s in segments for rows in (s.keys, s.values)), VISIBLE=visible is not None,
-        BLOCK_S=block(len(lines), least=1), BLOCK_R=block(call.rows), BLOCK_N=tokens, BLOCK_K=block(channels[0]),
-        BLOCK_V=block(channels[1]),
-    )  # fmt: skip
+def _constants(call: Call, segments: Sequence[Segment]) -> tuple[Shape, Format, Blocks]:
+    """What the kernel is compiled for."""
+    stored = [_Storage.of(s) for s in segments]
+    key_channels, value_channels, dtype, _ = stored[0]
+    widths = {s.bits for s in stored}
+    key_bits, value_bits = max(widths)
+    kind = BOTH if len(widths) > 1 else QUANTISED if key_bits else RAW
+    bias_dtype = next((s.bias.dtype for s in segments if s.bias is not None), torch.float32)
+    aligned = all(_aligned(rows) for s in segments for rows in (s.keys, s.values))
+    # A block of tokens must fit into registers; codes of 8 bits are loaded in words of their own.
+    tokens = 64 if call.query.dtype != torch.float32 and 8 not in (key_bits, value_bits) else 32
+    form = Format(kind.value, key_bits, value_bits, TYPES[dtype], TYPES[bias_dtype], aligned, call.product)
+    blocks = Blocks(block(len(segments), least=1), block(call.rows), tokens, block(key_channels), block(value_channels))
+    return Shape(call.rows, call.queries, key_channels, value_channels), form, blocks
 
 
-def _line(segment: Segment, part: Part, first: int, query_at: int) -> list[int]:
-    """The segment's line of the table, as kvcapsule.kernels.triton.row_kernels.FIELDS says."""
+def _lines(
+    segments: Sequence[Segment], parts: Sequence[Part], queries: Sequence[torch.Tensor | None]
+) -> tuple[int, ...]:
+    """The segments' lines of the table; `queries`: their derotated queries, which lie one after the other, or None."""
+    lines, first_item, first_query = [], 0, 0
+    for segment, part, derotated in zip(segments, parts, queries, strict=True):
+        lines.append(_line(segment, part, first_item, -1 if derotated is None else first_query))
+        first_item += part.units * part.splits
+        first_query += 0 if derotated is None else derotated.numel()
+    # As in `combine`: what grows is an argument of its own, so that the table stays the same from token to token.
+    lines[-1] = lines[-1]._replace(tokens=0, splits=0)
+    return tuple(n for line in lines for n in line)
 
+
+def _line(segment: Segment, part: Part, first_item: int, first_query: int) -> Line:
     def address(tensor: torch.Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
     keys, values = segment.keys, segment.values
     scales: list[torch.Tensor | None] = [None] * 4
     if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
-        kind, k, v = QUANTISED.value, keys.codes, values.codes
+        kind, key_rows, value_rows = QUANTISED.value, keys.codes, values.codes
         scales = [keys.step, keys.zero, values.step, values.zero]
     else:
         assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
-        kind, k, v = RAW.value, keys, values
-    return [
-        first, segment.tokens, part.splits, keys.shape[1], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
-        address(segment.owner), address(segment.head), address(segment.bias), address(segment.mask), query_at,
-        kind, *map(address, scales),
-    ]  # fmt: skip
-
-
-def _as_bytes(visible: torch.Tensor) -> torch.Tensor:
-    return (visible if visible.stride(-1) == 1 else visible.contiguous()).view(torch.uint8)
+        kind, key_rows, value_rows = RAW.value, keys, values
+    return Line(
+        first_item=first_item, tokens=segment.tokens, splits=part.splits, heads=keys.shape[1],
+        key_rows=key_rows.data_ptr(), key_entry_stride=key_rows.stride(0), key_head_stride=key_rows.stride(1),
+        value_rows=value_rows.data_ptr(), value_entry_stride=value_rows.stride(0),
+        value_head_stride=value_rows.stride(1), owner=address(segment.owner), head=address(segment.head),
+        bias=address(segment.bias), mask=address(segment.mask), query=first_query, kind=kind,
+        key_scale=address(scales[0]), key_minimum=address(scales[1]),
+        value_scale=address(scales[2]), value_minimum=address(scales[3]),
+    )  # fmt: skip
