@@ -5,67 +5,42 @@ Whatever is allocated and not written holds NaN throughout this file.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
-from support.random_segments import (
-    DIM,
-    HEADS,
-    OWNERS,
-    SCALE,
-    Draw,
-    of_cell_width,
-    of_odd_size,
-    quantised,
-    query_of,
-    with_hidden_tokens,
-)
+from support import triton_cases
+from support.random_segments import DIM, HEADS, OWNERS, SCALE, Draw, quantised, query_of, with_hidden_tokens
+from support.triton_cases import DEVICE, FORMS, SMALL, Case, on_device
 
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.triton import arguments, plan, row_launch
 from kvcapsule.kernels.triton import attend as kernels
 from kvcapsule.policy.kivi import GroupedRows
-from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Rows, Segment
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINGLE, HALF = 1e-5, 2e-3
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def on_device(segment: Segment) -> Segment:
-    moved: dict[str, Any] = {}
-    for name, value in vars(segment).items():
-        if isinstance(value, Frame):
-            moved[name] = Frame(value.cos.to(DEVICE), value.sin.to(DEVICE))
-        elif hasattr(value, "to"):
-            moved[name] = value.to(DEVICE)
-    return replace(segment, **moved)
-
-
 def attended(
     query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0
 ) -> torch.Tensor:
     """By the kernels, which leave as many segments as said to the reference."""
-    rows = query.shape[1] // HEADS * query.shape[2]
-    moved = [on_device(s) for s in segments]
-    paths = [plan.route(s, rows, visible is not None and s is moved[-1]) for s in moved]
-    assert paths.count("reference") == left, paths
-    seen = None if visible is None else visible.to(DEVICE)
-    with torch.no_grad():
-        return kernels.attend(query.to(DEVICE), moved, SCALE, seen).cpu()
+    return triton_cases.attended(Case(query, segments, visible), left)
 
 
 def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0) -> float:
     """Relative error of the kernels against the reference in double precision."""
-    with torch.no_grad():
-        expected = reference.attend(query.double(), segments, SCALE, visible)
-    assert expected.norm() > 0.1
-    return float((attended(query, segments, visible, left).double() - expected).norm() / expected.norm())
+    return triton_cases.error(Case(query, segments, visible), left)
+
+
+@pytest.mark.parametrize("name", [*SMALL, *FORMS])
+def test_shared_cases_in_single_precision(name: str) -> None:
+    """Odd sizes, every width, and every form with a 7B model's heads; test_triton_gpu.py has them in all precisions."""
+    assert triton_cases.error((SMALL | FORMS)[name](torch.float32)) < SINGLE
 
 
 def test_the_kernels_are_interpreted_or_there_is_a_gpu() -> None:
@@ -94,24 +69,6 @@ def test_bfloat16_is_kept_from_the_interpreters_product() -> None:
     assert error(query_of(dtype=torch.bfloat16), [draw.raw([0, 1, 2, 3], 20)]) < 1e-2
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 65])
-def test_odd_sizes(tokens: int) -> None:
-    """Of plain rows, few-bit rows beside them in one launch, maps and codes; 65 tokens take two splits."""
-    assert error(query_of(group=1), of_odd_size(tokens)) < SINGLE
-
-
-@pytest.mark.parametrize(("key_bits", "value_bits"), [(8, 3), (3, 8), (2, 4), (1, 1)])
-def test_widths_of_few_bit_rows(key_bits: int, value_bits: int) -> None:
-    draw = Draw(key_bits)
-    # Beside other rows: what is the same for all scores of a segment shows in its mass alone.
-    assert error(query_of(batch=1), [quantised(draw.raw([0], 21), key_bits, value_bits), draw.raw([0], 3)]) < SINGLE
-
-
-@pytest.mark.parametrize("width", [0, *WIDTHS])
-def test_widths_of_cells(width: int) -> None:
-    assert error(query_of(batch=1), of_cell_width(width)) < SINGLE
-
-
 def test_latents_in_few_bits_and_pairs_of_unlike_rows() -> None:
     """A codec's latents may be quantised besides, and keys may be stored in another way than values."""
     draw = Draw()
@@ -128,7 +85,7 @@ def test_latents_in_few_bits_and_pairs_of_unlike_rows() -> None:
 
 
 def test_several_queries_see_a_causal_tail_in_a_larger_buffer() -> None:
-    """What lies past the written tokens, before a row's first one, or outside a mask may be anything; the length is on the device."""
+    """What lies past the written tokens, before a row's first one, or outside a mask may be anything."""
     query, (clean, seen) = query_of(3, 3, batch=3), with_hidden_tokens(0.0)
     assert error(query, clean, seen) < SINGLE
     assert torch.equal(attended(query, with_hidden_tokens(torch.nan)[0], seen), attended(query, clean, seen))

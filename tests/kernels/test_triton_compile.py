@@ -16,7 +16,7 @@ SPILLED = 256
     "options", ["--arch 90 --dtype float16 --bits 4", pytest.param("--dtype float16 bfloat16", marks=pytest.mark.slow)]
 )
 def test_every_kernel_compiles(options: str, tmp_path: Path) -> None:
-    """In a process of its own, for here the kernels are interpreted. Single precision, which no GPU is bought for, may spill."""
+    """In a process of its own: here the kernels are interpreted. Single precision may spill, as it is for tests."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(HERE / "compile_kernels.py"), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent, timeout=1800)
