@@ -1,5 +1,4 @@
-"""Which implementation of attention and of packing serves a type of device: kernels or plain PyTorch
-(docs/kernels.md)."""
+"""Which implementation of attention serves a type of device: kernels or plain PyTorch (docs/kernels.md)."""
 
 import os
 from importlib.util import find_spec
@@ -52,7 +51,7 @@ def _installed(name: str) -> bool:
 
 
 def _require_triton(device: str) -> None:
-    from .fused.device import INTERPRETED
+    from .triton.arguments import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"
