@@ -61,7 +61,7 @@ class CellTransform(nn.Module):
         same = (
             known is not None
             and known.widths is self.widths
-            and known.step is self.step
+            and known.scale is self.step
             and known.offset is self.offset
         )
         if known is None or not same or version != self._coded_widths:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..segments.segment import Packed, Rows, Segment, Stepped, read_sets
+from ..segments.segment import AffineRows, Packed, Rows, Segment, read_sets
 
 _AT_ONCE = 2**21
 """Numbers that packed rows are read to at once, where they are of many entries."""
@@ -219,12 +219,12 @@ def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def _packed_products(q_EHRD: torch.Tensor, rows: Packed) -> torch.Tensor:
-    if not isinstance(rows, Stepped):
+    if not isinstance(rows, AffineRows):
         return _times(q_EHRD, rows.read(q_EHRD.dtype).transpose(-1, -2))
-    step, middle = rows.step.to(q_EHRD.dtype), rows.middle.to(q_EHRD.dtype)
-    turned = q_EHRD * step
+    scale, midpoint = rows.scale.to(q_EHRD.dtype), rows.midpoint.to(q_EHRD.dtype)
+    turned = q_EHRD * scale
     by_plane = torch.stack([turned @ plane for plane in rows.planes(q_EHRD.dtype)], dim=-1)
-    return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * middle).sum(dim=-1, keepdim=True)
+    return by_plane.flatten(3)[..., : rows.shape[2]] + (q_EHRD * midpoint).sum(dim=-1, keepdim=True)
 
 
 def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -257,13 +257,13 @@ def by_row(x_E: torch.Tensor, owner: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
     work = weights_EHRM.dtype
-    if not isinstance(rows, Stepped):
+    if not isinstance(rows, AffineRows):
         return _times(weights_EHRM, rows.read(work))
     found = torch.zeros_like(weights_EHRM[..., :1])
     for i, plane in enumerate(rows.planes(work)):
         own = weights_EHRM[..., i :: rows.lanes]
         found = found + own @ plane[..., : own.shape[3]].transpose(-1, -2)
-    return found * rows.step.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.middle.to(work)
+    return found * rows.scale.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.midpoint.to(work)
 
 
 PLAIN = Reading(products, sums, totals)
@@ -304,7 +304,7 @@ def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | 
     always numbers.
     """
     rows = segment.values
-    always = not isinstance(rows, torch.Tensor) and isinstance(rows, Stepped)
+    always = not isinstance(rows, torch.Tensor) and isinstance(rows, AffineRows)
     if always or (segment.mask is None and visible is None):
         return reading.sums(weights_EHRM, rows)
     values = read_sets(rows, weights_EHRM.dtype)

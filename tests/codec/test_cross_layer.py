@@ -24,7 +24,7 @@ from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
 from kvcapsule.policy.combine import Paired, TextPruning
 from kvcapsule.segments.coefficient_rows import CodedRows
-from kvcapsule.segments.segment import Segment, Shared, storage_bytes
+from kvcapsule.segments.segment import Memo, Segment, storage_bytes
 from kvcapsule.vlm.geometry import KVGeometry
 
 FOUR = dataclasses.replace(GEOMETRY, layers=4)
@@ -158,7 +158,7 @@ def test_one_layer_alone_is_refused() -> None:
 def test_selected_rows_stay_in_one_place() -> None:
     of = prefills(2)
     done = compressed(cross_layer_capsule(), of)
-    rows, shared = torch.tensor([1, 0, 0]), Shared()
+    rows, shared = torch.tensor([1, 0, 0]), Memo()
     chosen = {layer: done[layer].visual[0].select(rows, shared) for layer in (0, 1)}
     assert chosen[0].keys is chosen[0].values is chosen[1].keys
     assert chosen[0].owner is chosen[1].owner and chosen[0].frame is chosen[1].frame

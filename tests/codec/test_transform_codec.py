@@ -242,9 +242,9 @@ def test_a_capsule_made_in_inference_mode_encodes_alike() -> None:
 def test_a_cast_capsule_reads_with_the_cast_parameters() -> None:
     capsule = transform_capsule()
     codec = capsule.layers[0].keys.transform
-    assert codec.coding().step.dtype == torch.float32
+    assert codec.coding().scale.dtype == torch.float32
     capsule.double()
-    assert codec.coding().step.dtype == codec.coding().offset.dtype == torch.float64
+    assert codec.coding().scale.dtype == codec.coding().offset.dtype == torch.float64
 
 
 # Attention

@@ -59,11 +59,11 @@ class Stored(NamedTuple):
             coding = rows.coding
             widths = [kind.width for kind in coding.layout.classes] or [1]
             kind = {"KIND": CODED, "BITS": 8, "WIDEST": max(widths), "THREES": 3 in widths}
-            return cls(rows.packed, rows.packed.stride(0), 0, coding.step, coding.step, coding.cells, count // 8, coding.heads, kind)
+            return cls(rows.packed, rows.packed.stride(0), 0, coding.scale, coding.scale, coding.cells, count // 8, coding.heads, kind)
         kind = {"KIND": RAW, "BITS": 8, "WIDEST": 8, "THREES": False}
         if isinstance(rows, QuantizedRows):
             kind |= {"KIND": QUANTISED, "BITS": rows.bits}
-            return cls(rows.codes, rows.codes.stride(0), rows.codes.stride(1), rows.step, rows.zero, rows.codes, -(-count // 8), 1, kind)
+            return cls(rows.codes, rows.codes.stride(0), rows.codes.stride(1), rows.scale, rows.minimum, rows.codes, -(-count // 8), 1, kind)
         assert isinstance(rows, torch.Tensor)
         return cls(rows, rows.stride(0), rows.stride(1), rows, rows, rows, 0, 1, kind)
 

@@ -48,7 +48,7 @@ def _stored(segment: Segment) -> tuple[Any, ...]:
     keys, values = segment.keys, segment.values
     channels = (keys.shape[3], values.shape[3])
     if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
-        return (*channels, keys.step.dtype, keys.bits, values.bits)
+        return (*channels, keys.scale.dtype, keys.bits, values.bits)
     assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
     return (*channels, keys.dtype, 0, 0)
 
@@ -131,7 +131,7 @@ def _line(segment: Segment, part: Part, first: int, query_at: int) -> list[int]:
     scales: list[torch.Tensor | None] = [None] * 4
     if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
         kind, k, v = QUANTISED.value, keys.codes, values.codes
-        scales = [keys.step, keys.zero, values.step, values.zero]
+        scales = [keys.scale, keys.minimum, values.scale, values.minimum]
     else:
         assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
         kind, k, v = RAW.value, keys, values
