@@ -6,9 +6,9 @@ from .base import (
     KeyCodec,
     KeyPart,
     LayerCodec,
+    LayerGroupCodec,
+    LayerGroupEncoding,
     PairCodec,
-    StackCodec,
-    StackEncoding,
     ValueCodec,
     ValuePart,
 )
@@ -33,9 +33,9 @@ __all__ = [
     "KeyCodec",
     "KeyPart",
     "LayerCodec",
+    "LayerGroupCodec",
+    "LayerGroupEncoding",
     "PairCodec",
-    "StackCodec",
-    "StackEncoding",
     "ValueCodec",
     "ValuePart",
 ]

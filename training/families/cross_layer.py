@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
-from kvcapsule.codec.transform import side_by_side
+from kvcapsule.codec.transform import merge_heads
 from kvcapsule.segments.segment import Segment
 
 from ..capsule_fit import Task
@@ -160,7 +160,7 @@ class CrossLayerFit(TransformFit):
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool) -> Iterator[tuple[int, torch.Tensor]]:
         """The stacks, one after another, to hold one."""
         for number, (stack, own) in enumerate(zip(self.stacks, self.coordinates, strict=True)):
-            parts = [side_by_side(x.double(), self.heads) for i in stack for x in (layers[i].keys, layers[i].values)]
+            parts = [merge_heads(x.double(), self.heads) for i in stack for x in (layers[i].keys, layers[i].values)]
             yield number, torch.cat(parts, dim=3) @ (own.back if gradients else own.into)
 
     def _codecs(self, units: list[Unit], readers: bool) -> nn.ModuleList:
@@ -174,8 +174,15 @@ class CrossLayerFit(TransformFit):
 
     def _transform(self, unit: Unit, widths: torch.Tensor, own: Coordinates, layers: int) -> CrossLayerTransform:
         rows, channels = used(widths)
-        sizes = (self.task.tile, self.task.geometry.head_dim, rows, channels)
-        built = CrossLayerTransform(layers, len(widths), self.heads, *sizes).to(unit.variance.device)
+        built = CrossLayerTransform(
+            layers=layers,
+            head_groups=len(widths),
+            heads=self.heads,
+            tile=self.task.tile,
+            dim=self.task.geometry.head_dim,
+            rows=rows,
+            channels=channels,
+        ).to(unit.variance.device)
         unit.fill(built, widths)
         with torch.no_grad():
             for axes, parts in (

@@ -9,10 +9,10 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec import LayerCodec, StackCodec
+from kvcapsule.codec import LayerCodec, LayerGroupCodec
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.kvcapsule import pyramid
-from kvcapsule.codec.noise_shaping import Readers
+from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import (
     CellTransform,
     Transform,
@@ -20,7 +20,7 @@ from kvcapsule.codec.transform import (
     TransformKeys,
     TransformLayer,
     TransformValues,
-    side_by_side,
+    merge_heads,
 )
 from kvcapsule.segments.segment import Segment
 
@@ -77,7 +77,9 @@ class TransformFit(CapsuleFit):
         batches, dim = self.task.recipe.moment_batches, self.task.geometry.head_dim
         units = self._units(batches)
 
-        def code(units: list[Unit], widths: list[torch.Tensor], readers: Sequence[Readers | None]) -> nn.ModuleList:
+        def code(
+            units: list[Unit], widths: list[torch.Tensor], readers: Sequence[TokenWeighting | None]
+        ) -> nn.ModuleList:
             return _layers([unit.transform(w, self.heads, dim) for unit, w in zip(units, widths, strict=True)], readers)
 
         layers = self.task.geometry.layers
@@ -116,7 +118,7 @@ class TransformFit(CapsuleFit):
             ),
         )
 
-    def codec(self, index: int) -> LayerCodec | StackCodec:
+    def codec(self, index: int) -> LayerCodec | LayerGroupCodec:
         return self._pair(index)
 
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
@@ -193,12 +195,12 @@ class TransformFit(CapsuleFit):
             value_part = codec.values.part(coded(transform, transform.coefficients(layer.values.float()), weights))
         return Segment(owner=layer.owner, frame=layer.frame, **key_part._asdict(), **value_part._asdict())
 
-    def readers(self, layers: Sequence[int]) -> Readers | None:
+    def readers(self, layers: Sequence[int]) -> TokenWeighting | None:
         """The bank of these layers, which one code serves."""
         if not self.banks:
             return None
         queries = torch.stack([self.banks[i].bank() for i in layers]) * self.scale
-        built = Readers(*queries.shape, self.heads).to(queries.device)
+        built = TokenWeighting(queries.shape, self.heads).to(queries.device)
         built.queries.copy_(queries)
         return built
 
@@ -221,8 +223,8 @@ class TransformFit(CapsuleFit):
             numbers = self.numbers(step, len(batch.answers))
             for i, layer in enumerate(self.harvest(batch)):
                 require_finite(layer, i)
-                moments[2 * i].add(side_by_side(layer.keys, self.heads))
-                moments[2 * i + 1].add(side_by_side(layer.values, self.heads))
+                moments[2 * i].add(merge_heads(layer.keys, self.heads))
+                moments[2 * i + 1].add(merge_heads(layer.values, self.heads))
                 queries[i].add(layer)
                 for bank in self.banks[i : i + 1]:
                     bank.add(layer, numbers)
@@ -259,7 +261,7 @@ class TransformFit(CapsuleFit):
         """Keys and values of each layer in turn, a set's heads side by side: [E, S, T, W]."""
         for i, layer in enumerate(layers):
             for part, x in enumerate((layer.keys, layer.values)):
-                yield 2 * i + part, side_by_side(x.double(), self.heads)
+                yield 2 * i + part, merge_heads(x.double(), self.heads)
 
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and tiles [E, S, T, W] of each source, in its coordinates.
@@ -418,7 +420,7 @@ class _Sums(nn.Module):
         self.register_buffer("energy", torch.zeros(units, dtype=torch.float64))
 
 
-def _layers(transforms: Sequence[Transform], readers: Sequence[Readers | None]) -> nn.ModuleList:
+def _layers(transforms: Sequence[Transform], readers: Sequence[TokenWeighting | None]) -> nn.ModuleList:
     """Layers of transforms of their keys and their values in turn."""
     pairs = zip(transforms[::2], transforms[1::2], readers, strict=True)
     return nn.ModuleList(TransformLayer(TransformKeys(k), TransformValues(v), r) for k, v, r in pairs)
