@@ -1,5 +1,5 @@
-"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with
-them."""
+"""Capsule: the trained artefact with the config and the codecs of all layers, and a method that compresses visual spans
+with them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from .write import contents_of, save_folder
 
 
 class Capsule(nn.Module):
-    """Codecs for every layer of a model, or for every stack of layers. Give it to `attach` or `CapsuleCache`."""
+    """Codecs for every layer, or every layer group, of a model. Pass it to `attach` or `CapsuleCache`."""
 
     def __init__(self, config: CapsuleConfig) -> None:
         super().__init__()

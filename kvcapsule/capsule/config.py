@@ -1,4 +1,4 @@
-"""The config of a capsule: all that inference needs to know of it, readable without its weights."""
+"""Capsule config: family, codec settings, KV geometry and base model, readable without the weights."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,18 +8,18 @@ from ..errors import CapsuleError
 from ..vlm.geometry import KVGeometry
 
 FORMAT_VERSION = 1
-"""Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
-raise it."""
+"""Increased whenever files of an earlier version could not be read or would be misread; a new family or field does not
+increase it."""
 
 
 @dataclass(frozen=True)
 class CapsuleConfig:
-    """All that inference needs to know of a capsule, readable without its weights."""
+    """What inference needs to know of a capsule besides its weights; the content of config.json."""
 
     family: str
     """A key of kvcapsule.codec.FAMILIES."""
     codec: CodecConfig
-    """Sizes of the codecs."""
+    """Settings of the codecs."""
     geometry: KVGeometry
     """The KV geometry that the capsule fits."""
     base_model: str
@@ -28,7 +28,7 @@ class CapsuleConfig:
     """Revision of that model."""
     format_version: int = FORMAT_VERSION
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Free facts for the reader; inference does not use them."""
+    """Further information for people; inference does not use it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {

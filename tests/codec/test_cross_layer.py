@@ -304,7 +304,7 @@ def test_configs_that_cannot_be(options: dict[str, object], message: str) -> Non
     ("options", "message"),
     [
         ({"rows": (8, 8)}, "2 rows for 1 layer groups: give one for each group"),
-        ({"channels": ()}, "0 channels for 1 stacks"),
+        ({"channels": ()}, "0 channels for 1 layer groups"),
         ({"joint_heads": 3}, "joint_heads 3 does not divide 2 KV heads"),
     ],
 )
