@@ -34,7 +34,7 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 
 .PHONY: help venv test test-lower test-newest style format demo demo-vlm smol-vlm smol-vlm-training smol-vlm-results rate-distortion \
-	policies long-answer bench bench-gpu wheel clean
+	policies long-answer bench bench-gpu gpu-check wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -122,6 +122,14 @@ bench: $(READY) ## time attention, decode steps and serving on the CPU; takes ha
 bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --device cuda --images 1,16,64 --rounds 100 --steps 100 --memory-mib 40960 --encode-tokens 4096 \
 		--compiled true --json eval/results/bench-gpu.json --plot eval/results/bench-gpu-serving.png --report eval/results/bench-gpu.md $(BENCH_FLAGS)
+
+# On a machine with a CUDA device and PyTorch's CUDA build. At most eight minutes: five for the tests marked gpu, three
+# for attention of one layer of a 7B model. It has not been run yet: no GPU was at hand when it was written.
+gpu-check: $(READY) ## on a CUDA machine: the tests marked gpu, then time attention at a 7B shape (eval/results/gpu-check.json)
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu-check needs a CUDA device: PyTorch sees none.')"
+	HF_HUB_OFFLINE=1 timeout 300 $(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+	HF_HUB_OFFLINE=1 timeout 180 $(BIN)/kvcapsule bench --device cuda --level operator --geometry qwen2.5-vl-7b \
+		--visual-tokens 2880 --batch 1,8 --rounds 50 --seconds 2 --json eval/results/gpu-check.json $(BENCH_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..kernels.backend import backend
+from ..kernels.backend import backend_for
 
 _JITTER = 1e-4
 """Added to a token's normalised energy: keeps the factorisation stable in fp32 when tokens are nearly equal."""
@@ -189,4 +189,4 @@ def _kernel_serves(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
         for t in (x, y)
     )
     learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend("cpu") == "numba"
+    return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend_for("cpu") == "numba"

@@ -11,7 +11,7 @@ _chosen: dict[str, str] = {}
 """Backend by device type, filled at first use."""
 
 
-def backend(device: str) -> str:
+def backend_for(device: str) -> str:
     """The member of BACKENDS that serves tensors of a type of device ("cpu", "cuda").
 
     Raises:
@@ -51,7 +51,7 @@ def _installed(name: str) -> bool:
 
 
 def _require_triton(device: str) -> None:
-    from .fused.device import INTERPRETED
+    from .triton.arguments import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"

@@ -7,7 +7,7 @@ cache. It was not tried.
 
 from dataclasses import dataclass
 
-TRANSFORMERS = ">=5.22,<5.24"
+TRANSFORMERS = ">=5.16,<5.25"
 """The versions of transformers that the table was tested with: those that pyproject.toml allows."""
 
 WORKS, REFUSED = "works", "refused"

@@ -1,11 +1,12 @@
 """KV geometry: the layers, KV heads, head dim and rotary scheme of a model's language part."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from ..errors import GeometryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class KVGeometry:
         return self.query_heads // self.kv_heads
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> "KVGeometry":
+    def from_config(cls, config: "PreTrainedConfig") -> "KVGeometry":
         """Read the geometry from the config of any VLM of transformers.
 
         Raises:
@@ -85,7 +86,7 @@ class KVGeometry:
             )
 
 
-def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+def full_attention_layers(config: "PreTrainedConfig") -> list[int]:
     """Indices of the layers whose cache grows with the prompt, that is all but sliding-window and linear-attention
     layers, whose state is bounded and stays uncompressed."""
     text = config.get_text_config(decoder=True)
@@ -109,7 +110,7 @@ def _heads(layer: Any) -> tuple[int, int, int]:
     return heads, kv_heads, int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
-def _rotary_scheme(text: PreTrainedConfig) -> str:
+def _rotary_scheme(text: "PreTrainedConfig") -> str:
     rope = getattr(text, "rope_parameters", None)
     if not rope or text.model_type in _UNROTATED:
         return "none"

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class VisualSpan(NamedTuple):
@@ -21,7 +23,7 @@ class VisualSpan(NamedTuple):
 
 
 def find_spans(
-    config: PreTrainedConfig, input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None
+    config: "PreTrainedConfig", input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None
 ) -> list[VisualSpan]:
     """Find the visual spans of a (left-padded) batch, sorted by row and then by position.
 
@@ -66,7 +68,7 @@ def _runs(marked: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def _grids(
-    config: PreTrainedConfig, kind: str, inputs: Mapping[str, Any], total: int
+    config: "PreTrainedConfig", kind: str, inputs: Mapping[str, Any], total: int
 ) -> list[tuple[int, int, int]] | None:
     """Token grid of each image or video in the order of the prompt; None if the inputs do not specify it."""
     thw = inputs.get(f"{kind}_grid_thw")

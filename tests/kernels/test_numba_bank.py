@@ -137,4 +137,4 @@ def test_keys_in_half_precision_are_read_in_single(calls: list[str]) -> None:
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has another backend serve."""
-    return lambda name: monkeypatch.setattr(attention_matching, "backend", lambda device: name)
+    return lambda name: monkeypatch.setattr(attention_matching, "backend_for", lambda device: name)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages
 from kvcapsule.training.families.soft_mask import SoftLinear
@@ -38,7 +39,7 @@ def test_harvest_is_what_the_full_cache_holds(model, batch) -> None:
     layers = harvest(model, batch, tile=49)
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
-        model(**batch, past_key_values=cache)
+        model(**batch, **cache_argument(cache))
     for layer, own in zip(layers, cache.layers, strict=True):
         assert layer.keys.shape == (3 * 4, 2, 49, 32)
         keys = layer.frame.rotate(layer.keys)
