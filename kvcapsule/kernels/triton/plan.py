@@ -78,12 +78,12 @@ def _form(rows: Rows) -> str | None:
         dense = rows.stride(3) == 1 and (rows.stride(2) == rows.shape[3] or rows.shape[2] == 1)
         return "raw" if dense and rows.dtype in TYPES else None
     if isinstance(rows, QuantizedRows):
-        tensors = (rows.codes, rows.step, rows.zero)
+        tensors = (rows.codes, rows.scale, rows.minimum)
         # Eight codes are loaded as one word, whose address must be a multiple of its size.
         readable = all(t.is_contiguous() for t in tensors) and rows.codes.data_ptr() % 8 == 0
-        return "quantised" if readable and rows.step.dtype in TYPES and rows.zero.dtype == rows.step.dtype else None
+        return "quantised" if readable and rows.scale.dtype in TYPES and rows.minimum.dtype == rows.scale.dtype else None
     if isinstance(rows, CodedRows):
-        return "coded" if rows.packed.stride(1) == 1 and rows.coding.step.is_contiguous() else None
+        return "coded" if rows.packed.stride(1) == 1 and rows.coding.scale.is_contiguous() else None
     return None
 
 
@@ -92,7 +92,7 @@ def _dtype(rows: Rows) -> torch.dtype:
     if isinstance(rows, torch.Tensor):
         return rows.dtype
     assert isinstance(rows, QuantizedRows)
-    return rows.step.dtype
+    return rows.scale.dtype
 
 
 def split_length(units_and_tokens: Sequence[tuple[int, int]], programs: int) -> int:

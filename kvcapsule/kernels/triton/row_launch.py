@@ -34,7 +34,7 @@ class _Storage(NamedTuple):
     def of(cls, segment: Segment) -> "_Storage":
         keys, values = segment.keys, segment.values
         if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
-            return cls(keys.shape[3], values.shape[3], keys.step.dtype, (keys.bits, values.bits))
+            return cls(keys.shape[3], values.shape[3], keys.scale.dtype, (keys.bits, values.bits))
         assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
         return cls(keys.shape[3], values.shape[3], keys.dtype, (0, 0))
 
@@ -145,7 +145,7 @@ def _line(segment: Segment, part: Part, first_item: int, first_query: int) -> Li
     scales: list[torch.Tensor | None] = [None] * 4
     if isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
         kind, key_rows, value_rows = QUANTISED.value, keys.codes, values.codes
-        scales = [keys.step, keys.zero, values.step, values.zero]
+        scales = [keys.scale, keys.minimum, values.scale, values.minimum]
     else:
         assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
         kind, key_rows, value_rows = RAW.value, keys, values

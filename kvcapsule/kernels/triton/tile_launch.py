@@ -98,11 +98,11 @@ def _stored_rows(rows: Rows, offset_product: torch.Tensor | None) -> StoredRows:
     if isinstance(rows, CodedRows):
         packed, coding = rows.packed, rows.coding
         return StoredRows(
-            packed, packed.stride(0), 0, count, count // 8, coding.step, None, coding.cells, offset_product
+            packed, packed.stride(0), 0, count, count // 8, coding.scale, None, coding.cells, offset_product
         )
     if isinstance(rows, QuantizedRows):
         entry_stride, set_stride = rows.codes.stride()[:2]
-        return StoredRows(rows.codes, entry_stride, set_stride, count, -(-count // 8), rows.step, rows.zero)
+        return StoredRows(rows.codes, entry_stride, set_stride, count, -(-count // 8), rows.scale, rows.minimum)
     assert isinstance(rows, torch.Tensor)
     entry_stride, set_stride = rows.stride()[:2]
     return StoredRows(rows, entry_stride, set_stride, count, 0)
