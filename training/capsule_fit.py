@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcapsule.codec import CodecConfig, LayerCodec, StackCodec
+from kvcapsule.codec import CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
@@ -99,7 +99,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         """The sizes of the codecs, known once they are prepared."""
 
     @abstractmethod
-    def codec(self, index: int) -> LayerCodec | StackCodec:
+    def codec(self, index: int) -> LayerCodec | LayerGroupCodec:
         """The codec of a layer, or of a stack of layers, as it is to be saved."""
 
     @abstractmethod

@@ -9,8 +9,8 @@ from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment
 
 from .harvest import Recorder
@@ -28,17 +28,11 @@ class _ReadingLayer(CapsuleLayer):
         return False
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-        assert self._new is not None
-        (keys, values), self._new = self._new, None
-        turn = self.turn
-        valid = turn.valid if turn.valid is not None else torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool)
-        prefill = LayerPrefill(
-            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
-        )
+        prefill = self.take_prefill(query, scale)
         self.recorder.compress(prefill)
         layer = self.recorder.layers.pop()
-        group = query.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        group = query.shape[1] // prefill.keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (prefill.keys, prefill.values))
         exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
         first = query.shape[2] - layer.query.shape[2]
         read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
@@ -58,7 +52,7 @@ def logits_through(
             _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
             for i, own in enumerate(cache.layers)
         ]
-        logits: torch.Tensor = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last).logits
+        logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
 
 

@@ -15,7 +15,7 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import PairCodec
 from kvcapsule.codec.bit_allocation import allocate
-from kvcapsule.codec.noise_shaping import Readers
+from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
 from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.vlm.geometry import KVGeometry
@@ -82,7 +82,7 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
         )
         for transform, width in zip((codec.keys.transform, codec.values.transform), chosen, strict=True):
             _draw(transform, width, generator)
-        for readers in (m for m in codec.modules() if isinstance(m, Readers)):
+        for readers in (m for m in codec.modules() if isinstance(m, TokenWeighting)):
             readers.queries.copy_(torch.randn(readers.queries.shape, generator=generator) * geometry.head_dim**-0.5)
     return built.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The config of a capsule: all that inference needs to know of it, readable without its weights."""
+"""Capsule config: family, codec settings, KV geometry and base model, readable without the weights."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,12 +16,12 @@ PACKAGE = "package"
 
 @dataclass(frozen=True)
 class CapsuleConfig:
-    """All that inference needs to know of a capsule, readable without its weights."""
+    """What inference needs to know of a capsule besides its weights; the content of config.json."""
 
     family: str
     """Name of a kvcapsule.codec.CodecFamily, of kvcapsule or of another package."""
     codec: CodecConfig
-    """Sizes of the codecs."""
+    """Settings of the codecs."""
     geometry: KVGeometry
     """The KV geometry that the capsule fits."""
     base_model: str

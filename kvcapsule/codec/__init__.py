@@ -9,9 +9,9 @@ from .base import (
     KeyCodec,
     KeyPart,
     LayerCodec,
+    LayerGroupCodec,
+    LayerGroupEncoding,
     PairCodec,
-    StackCodec,
-    StackEncoding,
     ValueCodec,
     ValuePart,
 )
@@ -54,9 +54,9 @@ __all__ = [
     "KeyCodec",
     "KeyPart",
     "LayerCodec",
+    "LayerGroupCodec",
+    "LayerGroupEncoding",
     "PairCodec",
-    "StackCodec",
-    "StackEncoding",
     "ValueCodec",
     "ValuePart",
 ]

@@ -1,8 +1,9 @@
 """CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from ..kernels import attend
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, LayerByLayer, Method, Revises, Run, Written, reads_hidden, start
-from ..segments.segment import Segment, Shared, storage_bytes
+from ..segments.segment import Memo, Segment, storage_bytes
 from ..vlm.geometry import KVGeometry
 from ..vlm.spans import VisualSpan, find_spans
 from . import attention_interface
@@ -84,7 +85,7 @@ class CapsuleLayer(CacheLayerMixin):
         """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
         self.hidden: torch.Tensor | None = None
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
-        self.shared: Shared | None = None
+        self.shared: Memo | None = None
         """What the cache's layers have in common while their rows are selected, so that it stays in one place."""
         self.record_past = False
         self._held: LayerPrefill | None = None
@@ -147,25 +148,39 @@ class CapsuleLayer(CacheLayerMixin):
         return attend(query, [*self.visual, *self.text, tail], scale, visible)
 
     def commit(self, query: torch.Tensor, scale: float) -> None:
-        hidden, self.hidden = self.hidden, None
-        self._remember(query)
         if self._new is None:
+            self.hidden = None
+            self._remember(query)
             self._revise(scale)
-            return
-        keys, values = self._new
-        self._new = None
-        new = keys.shape[2]
-        self.before += new
-        valid = self.turn.valid
+        else:
+            self.store_prefill(self.take_prefill(query, scale))
+
+    def take_prefill(self, query: torch.Tensor, scale: float) -> LayerPrefill:
+        """What the present forward brought to this layer, as a method sees it; the layer is then as it was before.
+
+        Args:
+            query: [B, H * G, N, D] of the forward's tokens.
+            scale: factor of the attention scores.
+        """
+        assert self._new is not None
+        (keys, values), self._new = self._new, None
+        hidden, self.hidden = self.hidden, None
+        turn, rotation, valid = self.turn, self.turn.position_embeddings, self.turn.valid
         if valid is None:
-            valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
-        turn, rotation = self.turn, self.turn.position_embeddings
+            valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         # Where a model's layers lie on several devices, what one forward brings for all of them lies on the first.
         if rotation is not None:
             rotation = (rotation[0].to(keys.device), rotation[1].to(keys.device))
-        prefill = LayerPrefill(
+        return LayerPrefill(
             self.index, query, keys, values, turn.spans, valid.to(keys.device), scale, rotation, turn.shared, hidden
         )
+
+    def store_prefill(self, prefill: LayerPrefill) -> None:
+        """Compress a prefill of this layer behind what is stored, now or (see activate_past_recording) later."""
+        if not self.is_initialized:
+            self.lazy_initialization(prefill.keys, prefill.values)
+        self._remember(prefill.query)
+        self.before += prefill.keys.shape[2]
         if self.record_past:
             self._held = prefill
         else:
@@ -324,8 +339,8 @@ class CapsuleLayer(CacheLayerMixin):
 class CapsuleCache(Cache):
     """A KV cache that stores what a method makes of the prompt: a capsule's latents, a policy's rows.
 
-    Give it to `model.generate(..., past_key_values=cache)` or to the model's forward, inside `attach(model)`; keep it
-    for the next turn.
+    Give it to `model.generate(..., cache=cache)` or to the model's forward (`past_key_values=cache` before transformers
+    5.24), inside `attach(model)`; keep it for the next turn.
 
     Args:
         config: the VLM's config.
@@ -389,6 +404,29 @@ class CapsuleCache(Cache):
             turn = turn._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
         self._set(turn)
 
+    def fill(self, prefills: Sequence[LayerPrefill], run: Run | None = None) -> None:
+        """Store recorded prefills in an empty cache, as the forward that they were recorded from would have.
+
+        Args:
+            prefills: of all layers with full attention, in their order.
+            run: what compresses them, one forward's; None: the method's own.
+
+        Raises:
+            ValueError: if the cache is not empty, or the layers are not those of the prefills.
+        """
+        layers = {layer.index: layer for layer in self._own()}
+        if self.get_seq_length() > 0 or [prefill.layer for prefill in prefills] != list(layers):
+            raise ValueError(
+                f"prefills of the layers {[prefill.layer for prefill in prefills]} cannot fill a cache of"
+                f" {self.get_seq_length()} tokens whose layers with full attention are {list(layers)}."
+            )
+        self._set(Turn([], None, None, {}, start(self.method, list(layers)) if run is None else run, layers))
+        shared: dict[tuple[int, bool, torch.device], Any] = {}
+        for prefill in prefills:
+            hidden = prefill.hidden if reads_hidden(self.method) else None
+            layers[prefill.layer].store_prefill(replace(prefill, shared=shared, hidden=hidden))
+        self.end()
+
     def end(self) -> None:
         """The forward is over: what it brought is let go, but for layers that wait; called by the hook that `attach`
         sets."""
@@ -443,7 +481,7 @@ class CapsuleCache(Cache):
     def _selecting(self) -> Iterator[None]:
         """While rows of the batch are selected: all layers select the same ones."""
         self._settle()
-        shared = Shared()
+        shared = Memo()
         for layer in self._own():
             layer.shared = shared
         try:

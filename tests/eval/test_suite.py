@@ -237,7 +237,7 @@ def test_options_that_do_not_go_with_a_suite(suite_file, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suite", "report"), [("rate-distortion", "docs/results.md"), ("policies", "docs/policies.md")]
+    ("suite", "report"), [("rate-distortion", "docs/results-tables.md"), ("policies", "docs/policies-tables.md")]
 )
 def test_the_makefile_runs_the_suites(suite: str, report: str) -> None:
     root = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from support.run_vlm import tiny_gemma
 from test_analysis import moments_of, variances_of
 
 from kvcapsule.codec.bit_allocation import bits_for, water_fill
-from kvcapsule.codec.transform import side_by_side
+from kvcapsule.codec.transform import merge_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS
 from kvcapsule.training.analysis.layer import LayerStudy
@@ -75,7 +75,7 @@ def assert_alike(one: list[dict[str, Any]], other: list[dict[str, Any]], rel: fl
 
 def assert_whole(found: list[dict[str, Any]], layers: Sequence[Layer], heads: int) -> None:
     """What is found is what all tiles, lying side by side in memory, come to."""
-    units = [side_by_side(x, heads) for of in layers for x in of]
+    units = [merge_heads(x, heads) for of in layers for x in of]
     units = [x / moments_of(x).variance() ** 0.5 for x in units]
     unbiased = len(units[0]) / (len(units[0]) - 1)
     apart, together = (

@@ -15,7 +15,7 @@ TILE = 64
 
 def decoders(config: TransformConfig | CrossLayerConfig) -> int:
     """Bytes of what reads all layers of the large model, at 16 bits."""
-    first = range(0, LARGE.layers, max(1, config.stacked))
+    first = range(0, LARGE.layers, max(1, config.layer_group))
     codecs = [config.build(LARGE, layer).bfloat16() for layer in first]
     return sum(m.decoder_bytes() for codec in codecs for m in codec.modules() if isinstance(m, CellTransform))
 

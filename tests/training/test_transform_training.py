@@ -156,7 +156,7 @@ def test_a_coefficient_far_out_survives_eight_bits() -> None:
 
 def test_straight_through_is_what_reading_the_codes_gives_and_moves_every_parameter() -> None:
     torch.manual_seed(0)
-    transform = Transform(sets=2, heads=2, tile=12, dim=6, rows=8, channels=5)
+    transform = Transform(head_groups=2, heads=2, tile=12, dim=6, rows=8, channels=5)
     with torch.no_grad():
         for parameter in transform.parameters():
             parameter.normal_()

@@ -12,8 +12,8 @@ from torch import nn
 
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.bit_allocation import allocate, distortion
-from kvcapsule.codec.noise_shaping import Readers
-from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues, side_by_side
+from kvcapsule.codec.noise_shaping import TokenWeighting
+from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues, merge_heads
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 
@@ -53,7 +53,7 @@ def layer_sources(layers: Sequence[LayerHarvest], heads: int) -> Tiles:
     """Keys and values of each layer in turn, the heads of a set side by side: [E, S, T, W]."""
     for i, layer in enumerate(layers):
         for part, x in enumerate((layer.keys, layer.values)):
-            yield 2 * i + part, side_by_side(x.double(), heads)
+            yield 2 * i + part, merge_heads(x.double(), heads)
 
 
 def tiles(fit: Fit, batches: int, title: str, of: Sources) -> Tiles:
@@ -79,8 +79,8 @@ def closed_form(fit: Fit, heads: int) -> ClosedForm:
         numbers = fit.numbers(step, len(batch.answers))
         for i, layer in enumerate(fit.harvest(batch)):
             require_finite(layer, i)
-            moments[2 * i].add(side_by_side(layer.keys, heads))
-            moments[2 * i + 1].add(side_by_side(layer.values, heads))
+            moments[2 * i].add(merge_heads(layer.keys, heads))
+            moments[2 * i + 1].add(merge_heads(layer.values, heads))
             queries[i].add(layer)
             if banks:
                 banks[i].add(layer, numbers)
@@ -153,7 +153,7 @@ def sensitivities(fit: Fit, sources: Sequence[CodingSource], budget: BitBudget, 
 
 
 def transform_layers(
-    transforms: Sequence[Transform], banks: Sequence[Readers | None] | None = None
+    transforms: Sequence[Transform], banks: Sequence[TokenWeighting | None] | None = None
 ) -> list[TransformLayer]:
     """Layers of transforms of their keys and their values in turn, with each layer's query bank if there are any."""
     pairs = zip(transforms[::2], transforms[1::2], banks or [None] * (len(transforms) // 2), strict=True)

@@ -25,7 +25,9 @@ class CodingSource(nn.Module):
     def transform(self, widths: torch.Tensor, heads: int, dim: int) -> Transform:
         """The transform code of given widths [S, G, D], cut to the rows and channels that have any."""
         rows, channels = used(widths)
-        built = Transform(len(widths), heads, self.variance.shape[1], dim, rows, channels).to(self.variance.device)
+        built = Transform(
+            head_groups=len(widths), heads=heads, tile=self.variance.shape[1], dim=dim, rows=rows, channels=channels
+        ).to(self.variance.device)
         self.fill(built, widths)
         with torch.no_grad():
             built.channels_in.copy_(self.bases.channels_in[:, :, :channels])

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from kvcapsule.codec.noise_shaping import Readers
+from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import CellTransform
 from kvcapsule.errors import ConfigError
 
@@ -112,13 +112,13 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             self.reduce(own)
         return mixed(sums, baseline, moments)
 
-    def query_bank(self, queries: Sequence[torch.Tensor]) -> Readers | None:
+    def query_bank(self, queries: Sequence[torch.Tensor]) -> TokenWeighting | None:
         """The query bank of layers that one code serves, given the queries [H, Q, D] of each; None where there are
         none."""
         if not queries:
             return None
         stacked = torch.stack(list(queries))
-        bank = Readers(*stacked.shape, self.heads).to(stacked.device)
+        bank = TokenWeighting(stacked.shape, self.heads).to(stacked.device)
         bank.queries.copy_(stacked)
         return bank
 

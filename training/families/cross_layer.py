@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
-from kvcapsule.codec.transform import side_by_side
+from kvcapsule.codec.transform import merge_heads
 from kvcapsule.segments.segment import Segment
 
 from ..capsule_fit import Task
@@ -206,8 +206,15 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         self, source: CodingSource, widths: torch.Tensor, own: Coordinates, layers: int
     ) -> CrossLayerTransform:
         rows, channels = used(widths)
-        sizes = (self.task.tile, self.task.geometry.head_dim, rows, channels)
-        built = CrossLayerTransform(layers, len(widths), self.heads, *sizes).to(source.variance.device)
+        built = CrossLayerTransform(
+            layers=layers,
+            head_groups=len(widths),
+            heads=self.heads,
+            tile=self.task.tile,
+            dim=self.task.geometry.head_dim,
+            rows=rows,
+            channels=channels,
+        ).to(source.variance.device)
         source.fill(built, widths)
         with torch.no_grad():
             for axes, parts in (
@@ -235,5 +242,5 @@ def group_sources(
         gradients: whether the layers hold gradients, which the coordinates map by their inverse transpose.
     """
     for number, (group, own) in enumerate(zip(groups, coordinates, strict=True)):
-        parts = [side_by_side(x.double(), heads) for i in group for x in (layers[i].keys, layers[i].values)]
+        parts = [merge_heads(x.double(), heads) for i in group for x in (layers[i].keys, layers[i].values)]
         yield number, torch.cat(parts, dim=3) @ (own.back if gradients else own.into)

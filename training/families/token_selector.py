@@ -3,14 +3,14 @@
 import torch
 import torch.nn.functional as F
 
-from kvcapsule.codec.attention_matching import Reading, targets
+from kvcapsule.codec.attention_matching import BankAttention, targets
 from kvcapsule.codec.compact import CompactLayer, Selector
 
 _CHUNK = 32
 """Tiles whose choice is made at once."""
 
 
-def greedy_choice(reading: Reading, v_EHTD: torch.Tensor, count: int) -> torch.Tensor:
+def greedy_choice(reading: BankAttention, v_EHTD: torch.Tensor, count: int) -> torch.Tensor:
     """The teacher: one token after the other, always the one that adds most to what is explained of the tile's output
     and mass.
 
@@ -44,7 +44,7 @@ def greedy_choice(reading: Reading, v_EHTD: torch.Tensor, count: int) -> torch.T
 def chosen_by_teacher(codec: CompactLayer, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
     """[E, H, T] bool: the tokens that the greedy choice keeps."""
     kept = [
-        greedy_choice(codec.read(k), v, codec.stored)
+        greedy_choice(codec.bank_attention(k), v, codec.stored)
         for k, v in zip(k_EHTD.split(_CHUNK), v_EHTD.split(_CHUNK), strict=True)
     ]
     marked = torch.zeros(k_EHTD.shape[:3], dtype=torch.bool, device=k_EHTD.device)
