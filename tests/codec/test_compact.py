@@ -20,10 +20,11 @@ from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment, storage_bytes
+from kvcapsule.training.families.token_selector import chosen_by_teacher, greedy_choice, imitation_loss, initialise
 from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main as train
-from kvcapsule.training.query_bank import QueryBank, begin, chosen_by_teacher, greedy_choice, imitation_loss
+from kvcapsule.training.query_bank import QueryBank
 from kvcapsule.vlm.geometry import KVGeometry
 
 LONG = 24
@@ -410,7 +411,7 @@ def test_save_and_load(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_family_is_registered() -> None:
-    assert FAMILIES["compact"] is CompactConfig
+    assert FAMILIES["compact"].config is CompactConfig
     config = CompactConfig.from_dict({"tile": 8, "ratios": [0.5, 0.25], "selector": "learned"})
     assert config.ratios == (0.5, 0.25)
 
@@ -529,7 +530,7 @@ def test_a_selector_learns_its_teachers_choice() -> None:
     chosen = chosen_by_teacher(codec, keys.float(), values.float())
     assert (chosen.sum(-1) == codec.stored).all()
     assert codec.selector is not None
-    begin(codec.selector, keys, values)
+    initialise(codec.selector, keys, values)
 
     def agreement() -> float:
         own = codec.choose(codec.bank_attention(keys.float()), keys.float(), values.float()).kept

@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES
+from kvcapsule.codec.bit_allocation import DISTORTION, SCALE
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformValues
 from kvcapsule.errors import CapsuleError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.training.families.allocation import DISTORTION, STEP
 
 SIZES = {"key_rows": (8, 8), "key_channels": (6, 6), "value_rows": (16, 16), "value_channels": (5, 5)}
 TILES = [(0, 3), (0, 13), (1, 5)]
@@ -142,7 +142,7 @@ def _coefficients(transform: Transform, x_EHTD: torch.Tensor, joint: int) -> tor
 @pytest.mark.parametrize("width", WIDTHS)
 def test_error_of_a_gaussian_is_the_one_that_allocation_counts_on(width: int) -> None:
     """The integral over its density, point by point."""
-    transform = identity_transform(step=STEP[width])
+    transform = identity_transform(step=SCALE[width])
     transform.widths.fill_(width)
     values = torch.linspace(-7, 7, 1000 * 16 * DIM, dtype=torch.float64).view(1000, 1, 16, DIM)
     part = TransformValues(transform).encode(values)
@@ -378,7 +378,7 @@ def test_sizes_of_another_capsule_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_family_is_registered() -> None:
-    assert FAMILIES["transform"] is TransformConfig
+    assert FAMILIES["transform"].config is TransformConfig
     config = transform_capsule(joint_heads=2).config
     assert CapsuleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

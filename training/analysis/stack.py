@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvcapsule.codec.bit_allocation import bits_for, water_fill
 from kvcapsule.codec.transform import merge_heads
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
-from ..families.grouping import joint_heads, joint_layers, stacks
-from ..families.spectra import Moments
+from ..families.grouping import joint_heads, joint_layers, layer_groups
 from ..harvest import LayerHarvest
-from .distortion import BITS, FULL_BITS, bits_for, water_fill
+from ..second_moments import Moments
+from .distortion import BITS, FULL_BITS
 from .layer import NAMES, LayerStudy
 from .spectrum import TileMoments
 
@@ -151,7 +152,7 @@ def stacks_of(model: PreTrainedModel) -> list[StackStudy]:
     """The stacks that `kvcapsule train cross-layer` forms by default, of the layers with full attention."""
     geometry, layers = KVGeometry.from_config(model.config), full_attention_layers(model.config)
     heads = joint_heads(geometry.kv_heads, geometry.head_dim)
-    runs = stacks(len(layers), joint_layers(heads, geometry.head_dim))
+    runs = layer_groups(len(layers), joint_layers(heads, geometry.head_dim))
     return [StackStudy(layers[run.start : run.stop], heads) for run in runs]
 
 
