@@ -37,7 +37,7 @@ TEXT: dict[str, type[Policy] | type[TextPolicy]] = {
         name: policy
         for name, policy in POLICIES.items()
         if getattr(policy, "SEPARABLE", True)
-        and policy.DIAL != "ratio"
+        and policy.DIAL != "retention"
         and (hasattr(policy, "revise") or not issubclass(policy, VisualPolicy))
     },
 }

@@ -1,5 +1,5 @@
-"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with
-them."""
+"""Capsule: the trained artefact with the config and the codecs of all layers, and a method that compresses visual spans
+with them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codec import LayerCodec, StackCodec
+from ..codec import LayerCodec, LayerGroupCodec
 from ..errors import CapsuleError
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, LayerByLayer, Run
@@ -21,12 +21,12 @@ from .write import contents_of, save_folder
 
 
 class Capsule(nn.Module):
-    """Codecs for every layer of a model, or for every stack of layers. Give it to `attach` or `CapsuleCache`."""
+    """Codecs for every layer, or every layer group, of a model. Pass it to `attach` or `CapsuleCache`."""
 
     def __init__(self, config: CapsuleConfig) -> None:
         super().__init__()
         self.config = config
-        first = range(0, config.geometry.layers, max(1, config.codec.stacked))
+        first = range(0, config.geometry.layers, max(1, config.codec.layer_group))
         self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
@@ -35,7 +35,7 @@ class Capsule(nn.Module):
 
     def start(self, layers: Sequence[int]) -> Run:
         """One forward's compression of these layers (indices in the model)."""
-        codecs = [codec for codec in self.layers if isinstance(codec, StackCodec)]
+        codecs = [codec for codec in self.layers if isinstance(codec, LayerGroupCodec)]
         return StackRun(codecs, self.config.codec, self.config.geometry, layers) if codecs else LayerByLayer(self)
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class Capsule(nn.Module):
             ValueError: if its codec is one of several layers, which `start` compresses together.
         """
         config = self.config.codec
-        if config.stacked:
+        if config.layer_group:
             raise ValueError(
                 f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `start`."
             )

@@ -60,7 +60,7 @@ class PyramidKV(SnapKV):
             raise RuntimeError(
                 "PyramidKV does not know the number of layers: give `layers`, or let a CapsuleCache start it."
             )
-        total = max(self.layers, round(self.ratio * self.layers * length))
+        total = max(self.layers, round(self.retention * self.layers * length))
         return pyramid_counts(total, self.layers, length, self.beta)[layer]
 
 

@@ -190,7 +190,7 @@ def test_a_batch_is_its_rows_one_by_one(method: AirCache) -> None:
 
 @each
 def test_a_ratio_of_one_keeps_everything(method: AirCache) -> None:
-    for of, found in zip(mixed(), run(replace(method, ratio=1.0), mixed()), strict=True):
+    for of, found in zip(mixed(), run(replace(method, retention=1.0), mixed()), strict=True):
         full = Full().compress(of)
         assert [places(found.visual, row) for row in range(4)] == [places(full.visual, row) for row in range(4)]
         same_answers(found, full, of)
@@ -240,10 +240,10 @@ def test_half_precision_is_scored_in_single() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": 0.0}, "retention ratio 0.0 is outside (0, 1]"),
-        ({"ratio": 0.1, "alpha": 0.0}, "alpha 0.0 is outside (0, 1]"),
+        ({"retention": 0.0}, "retention ratio 0.0 is outside (0, 1]"),
+        ({"retention": 0.1, "alpha": 0.0}, "alpha 0.0 is outside (0, 1]"),
         *(
-            ({"ratio": 0.1, name: "some"}, f"{name} 'some' is none of ")
+            ({"retention": 0.1, name: "some"}, f"{name} 'some' is none of ")
             for name in ("measure", "text", "heads", "normalisation", "negative", "overflow")
         ),
     ],

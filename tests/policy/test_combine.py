@@ -201,10 +201,10 @@ def test_the_geometry_is_the_visual_methods() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.0}, r"text retention ratio 0.0 is outside \(0, 1\]"),
-        ({"ratio": 1.2}, r"text retention ratio 1.2 is outside \(0, 1\]"),
-        ({"ratio": 0.5, "sinks": -1}, "sinks -1 and recent 16 count tokens"),
-        ({"ratio": 0.5, "recent": -1}, "sinks 4 and recent -1 count tokens"),
+        ({"retention": 0.0}, r"text retention ratio 0.0 is outside \(0, 1\]"),
+        ({"retention": 1.2}, r"text retention ratio 1.2 is outside \(0, 1\]"),
+        ({"retention": 0.5, "sinks": -1}, "sinks -1 and recent 16 count tokens"),
+        ({"retention": 0.5, "recent": -1}, "sinks 4 and recent -1 count tokens"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

@@ -70,7 +70,7 @@ def make(name: str, dial: float) -> Method:
 def test_the_table_is_sound() -> None:
     assert set(TABLE) <= set(POLICIES)
     for name, policy in POLICIES.items():
-        assert policy.DIAL in (None, "ratio", "budget"), name
+        assert policy.DIAL in (None, "retention", "budget"), name
         known = [f.name for f in fields(policy)]
         assert policy.DIAL is None or policy.DIAL in known, name
         frozen = make(name, 0.5)
@@ -139,7 +139,7 @@ def test_bytes_fall_as_the_dial_promises(name: str, dial: float) -> None:
     """Of the visual tokens, with the text as it was, or of all."""
     ours, full = compressed(make(name, dial), LONG), compressed(Full(), LONG)
     visual, text, whole, raw = (sum(map(held, parts)) for one in (ours, full) for parts in zip(*one, strict=True))
-    if POLICIES[name].DIAL == "ratio":
+    if POLICIES[name].DIAL == "retention":
         assert visual == pytest.approx(dial * whole, rel=0.02)
         assert text == raw
     else:

@@ -240,7 +240,10 @@ class TestSpans:
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     @pytest.mark.parametrize(
-        "index", [i for i, case in enumerate(CASES) if "_" in case.family.apart], ids=lambda i: NAMES[i], indirect=True
+        "index",
+        [i for i, case in enumerate(CASES) if "_" in case.family.span_boundary],
+        ids=lambda i: NAMES[i],
+        indirect=True,
     )
     def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
         """Where nothing but the images' number tells them apart."""
@@ -269,7 +272,7 @@ class TestFrames:
                 one.model.generate(**tiny_families.batch(one.tiny, rows), **OPTIONS)
             tiles = cut_tiles(witness.seen[0], 4)
             assert tiles is not None and tiles.frame is not None
-            found.append((tiles.keys, tiles.frame.back(tiles.keys)))
+            found.append((tiles.keys, tiles.frame.unrotate(tiles.keys)))
         (keys, back), (further, further_back) = found
         torch.testing.assert_close(further_back, back, rtol=0, atol=EXACT)
         assert not torch.allclose(further, keys, atol=1e-2)
