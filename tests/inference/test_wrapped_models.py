@@ -20,7 +20,7 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
@@ -189,7 +189,7 @@ class TestDeviceMap:
         """
         seen: list[LayerPrefill] = []
 
-        class Witness:
+        class Witness(Method):
             def compress(self, prefill: LayerPrefill) -> Compressed:
                 seen.append(prefill)
                 return Compressed([], [])
