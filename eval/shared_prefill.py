@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import passed_cache, replace_output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, CompressionPass, Method
 
@@ -77,11 +78,11 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None
 
     @wraps(forward)
     def replay(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = passed_cache(kwargs)
         if cache is None or cache.get_seq_length() > 0:
             return forward(*args, **kwargs)
         _fill(cache, prefill.layers, {} if made is None else made)
-        return type(prefill.output)(**{**prefill.output, "past_key_values": cache})
+        return replace_output_cache(prefill.output, cache)
 
     # By this parameter generate knows models whose images it may encode before the forward, which here needs none.
     known = signature(forward)

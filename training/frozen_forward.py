@@ -9,6 +9,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
 
@@ -51,7 +52,7 @@ def logits_through(
             _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
             for i, own in enumerate(cache.layers)
         ]
-        logits: torch.Tensor = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last).logits
+        logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
 
 

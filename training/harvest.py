@@ -11,6 +11,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.methods.tiles import cut_tiles, tiled
@@ -103,5 +104,5 @@ def harvest_with_logits(
     recorder = Recorder(tile, canonical)
     with attach(model):
         cache = CapsuleCache(model.config, recorder)
-        out = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last)
+        out = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last)
     return recorder.layers, out.logits

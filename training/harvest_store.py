@@ -100,14 +100,14 @@ def _write(layers: list[LayerHarvest], path: Path) -> None:
         # Cloned: layers share tensors, which a file must hold apart.
         tensors |= {f"{index}.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in parts.items()}
     first = layers[0]
-    neighbours = first.frame is not None and first.frame.neighbours
+    interleaved = first.frame is not None and first.frame.interleaved
     # Under another name until it is whole: an interrupted run, or another process, must not find half of it.
     partial = path.with_name(f"{unique_name(path)}.partial")
     try:
         save_file(
             tensors,
             partial,
-            {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(neighbours))},
+            {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(interleaved))},
         )
         partial.replace(path)
     finally:

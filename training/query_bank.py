@@ -51,7 +51,7 @@ class QueryBank:
         heads = layer.keys.shape[1]
         reads = layer.reads[layer.owner][:, None].expand(-1, layer.query.shape[1] // heads, -1)  # [E, G, Q]
         query = layer.query.float()[layer.owner]
-        query = query if layer.frame is None else layer.frame.back(query)
+        query = query if layer.frame is None else layer.frame.unrotate(query)
         query = query.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4)[reads].transpose(0, 1)  # [H, n, D]
         share = _shares(layer).permute(0, 2, 3, 1)[reads].transpose(0, 1)
         # In fp64 and by its log: with shares this uneven, powers of a random number would all round to 0.

@@ -27,6 +27,7 @@ from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import CapsuleError, DataError, GeometryError, InputError, ModelError
 from kvcapsule.inference.attach import attach
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import RKV, Combined
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
@@ -181,7 +182,7 @@ def write(
     with nullcontext() if entry.method is None else attach(model):
         cast("Any", model).generate(
             **batch.inputs,
-            past_key_values=cache,
+            **cache_argument(cache),
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             # An image token that is written looks like an image to whoever reads the sequence again.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.backend import backend
+from ..kernels.backend import backend_for
 
 _JITTER = 1e-4
 """Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies
@@ -151,4 +151,4 @@ def _compiled(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
         for t in (x, y)
     )
     learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend("cpu") == "numba"
+    return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend_for("cpu") == "numba"

@@ -14,6 +14,7 @@ from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generate import generating
+from .transformers_api import passed_cache, require_supported
 
 _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""
@@ -38,16 +39,18 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
 
     Args:
         model: a decoder-only VLM of transformers, or a PEFT wrapper around one.
-        method: a Capsule or a policy. None: caches are passed by hand (`past_key_values=CapsuleCache(model.config,
-            method)`).
+        method: a Capsule or a policy. None: caches are passed by hand (`cache=CapsuleCache(model.config, method)`;
+            `past_key_values=` before transformers 5.24).
 
     Raises:
         GeometryError: if the method was made for another KV geometry.
+        ModelError: if the installed transformers is not of a supported version.
         RuntimeError: if the model is attached already.
         TypeError: for what is no model of transformers.
         ValueError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the
         prompt.
     """
+    require_supported()
     inner = _unwrapped(model)
     text_config = inner.config.get_text_config(decoder=True)
     before = str(text_config._attn_implementation)
@@ -121,7 +124,7 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
             # A compiled forward is a decode step over a cache with room: it brings nothing to prepare for.
             return
         _forget()
-        cache = kwargs.get("past_key_values")
+        cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             cache.begin(input_ids, kwargs.get("attention_mask"), kwargs)

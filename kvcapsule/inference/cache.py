@@ -339,8 +339,8 @@ class CapsuleLayer(CacheLayerMixin):
 class CapsuleCache(Cache):
     """A KV cache that stores what a method makes of the prompt: a capsule's latents, a policy's rows.
 
-    Give it to `model.generate(..., past_key_values=cache)` or to the model's forward, inside `attach(model)`; keep it
-    for the next turn.
+    Give it to `model.generate(..., cache=cache)` or to the model's forward (`past_key_values=cache` before transformers
+    5.24), inside `attach(model)`; keep it for the next turn.
 
     Args:
         config: the VLM's config.

@@ -14,17 +14,17 @@ from functools import cache
 import torch
 
 from ..segments.segment import Segment
-from .backend import backend
+from .backend import backend_for
 from .reference import attend as reference_attend
 
-__all__ = ["attend", "backend"]
+__all__ = ["attend", "backend_for"]
 
 
 def attend(
     query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend, by the backend of the query's device."""
-    chosen = backend(query.device.type)
+    chosen = backend_for(query.device.type)
     if chosen == "triton":
         out: torch.Tensor = _attend_by_triton(query, segments, scale, visible)
         return out

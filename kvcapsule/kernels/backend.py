@@ -12,7 +12,7 @@ _chosen: dict[str, str] = {}
 """The backend of each type of device that was asked for."""
 
 
-def backend(device: str) -> str:
+def backend_for(device: str) -> str:
     """The member of BACKENDS that serves tensors of a type of device ("cpu", "cuda").
 
     Raises:

@@ -3,12 +3,12 @@
 import torch
 
 from ..segments import bit_packing
-from .backend import backend
+from .backend import backend_for
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """As kvcapsule.segments.bit_packing.pack, by the backend of the codes' device."""
-    if backend(codes.device.type) == "triton":
+    if backend_for(codes.device.type) == "triton":
         from .fused.packing import pack as by_triton
 
         return by_triton(codes, bits)

@@ -137,7 +137,7 @@ def segment_scores(
     if not segment.each_row:
         q = q[segment.owner] if segment.head is None else q[segment.owner, segment.head][:, None]
     if segment.frame is not None:
-        q = segment.frame.back(q)
+        q = segment.frame.unrotate(q)
     if segment.q_map is not None:
         q = mapped(q, segment.q_map)
     scores = (reading or PLAIN).products(q, segment.keys)

@@ -77,8 +77,8 @@ class Method(ABC):
     separable: ClassVar[bool] = True
     """Whether its visual segments and its text segments can be used one without the other (see Combined)."""
     budget_field: ClassVar[str | None] = None
-    """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None:
-    it has no such setting."""
+    """The setting that says how much is kept, from 0 to 1 (all): "retention" of the visual tokens, "budget" of all;
+    None: it has no such setting."""
 
     @abstractmethod
     def compress(self, prefill: LayerPrefill) -> Compressed:

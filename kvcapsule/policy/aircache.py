@@ -57,10 +57,10 @@ class AirCache(SharedBudget[EliteAttention], Policy):
     of the turn's own tokens. Keys and values of all layers are held until the last has run.
     """
 
-    budget_field = "ratio"
+    budget_field = "retention"
     compresses_text = False
 
-    ratio: float
+    retention: float
     """r: kept visual tokens / visual tokens, the mean over the layers; the paper's headline is 0.1."""
     alpha: float = 0.9
     """Attention of the last text token, as a share of its greatest, that makes a text token one of the elite."""
@@ -88,7 +88,7 @@ class AirCache(SharedBudget[EliteAttention], Policy):
     is not spent ("clip")."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        check_ratio(self.retention)
         if not 0 < self.alpha <= 1:
             raise ValueError(
                 f"alpha {self.alpha} is outside (0, 1]: it is a share of the greatest attention, 1 leaves its token"
@@ -154,7 +154,7 @@ class AirCache(SharedBudget[EliteAttention], Policy):
         else:
             measures = {"both": (strength, skew), "strength": (strength,), "skewness": (skew,)}[self.measure]
             weights = [sum(layer) / len(measures) for layer in zip(*map(self.normalised, measures), strict=True)]
-        return whole_counts(layer_shares(weights, self.ratio, 0.0, 1.0, self.overflow), tokens)
+        return whole_counts(layer_shares(weights, self.retention, 0.0, 1.0, self.overflow), tokens)
 
     def normalised(self, measure: Sequence[float]) -> list[float]:
         """s': of mean 1 over the layers; all 1 where no layer has any."""

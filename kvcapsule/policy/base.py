@@ -42,20 +42,20 @@ class VisualPolicy(Policy):
 class TokenPruning(VisualPolicy):
     """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
 
-    budget_field = "ratio"
+    budget_field = "retention"
 
-    ratio: float
+    retention: float
     """Kept visual tokens / visual tokens, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        check_ratio(self.retention)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
         kept = torch.zeros_like(prefill.valid)
         for span in prefill.spans:
             run = slice(span.start, span.start + span.length)
-            best = scores[span.row, run].topk(max(1, round(self.ratio * span.length))).indices
+            best = scores[span.row, run].topk(max(1, round(self.retention * span.length))).indices
             kept[span.row, span.start + best] = True
         return Compressed(keep(prefill, kept), text)
 

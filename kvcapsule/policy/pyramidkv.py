@@ -61,7 +61,7 @@ class _LineLayer(PyramidKV):
     layers: int
 
     def count(self, length: int) -> int:
-        total = max(self.layers, round(self.ratio * self.layers * length))
+        total = max(self.layers, round(self.retention * self.layers * length))
         return pyramid_counts(total, self.layers, length, self.beta)[self.place]
 
 

@@ -31,13 +31,13 @@ class HeadPruning(VisualPolicy):
     which tokens they are is stored nowhere.
     """
 
-    budget_field = "ratio"
+    budget_field = "retention"
 
-    ratio: float
+    retention: float
     """Kept visual tokens / visual tokens, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        check_ratio(self.retention)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
@@ -57,7 +57,7 @@ class HeadPruning(VisualPolicy):
 
     def count(self, length: int) -> int:
         """Kept tokens of a span of `length`."""
-        return max(1, round(self.ratio * length))
+        return max(1, round(self.retention * length))
 
     @abstractmethod
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:

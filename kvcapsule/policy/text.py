@@ -39,9 +39,9 @@ class TextPruning(TextPolicy):
     the attention is that among the turn's own tokens, and the first tokens are those of the turn.
     """
 
-    budget_field = "ratio"
+    budget_field = "retention"
 
-    ratio: float
+    retention: float
     """Kept text tokens / text tokens of a row, the first and the last ones included; these are kept whatever it
     says."""
     sinks: int = 4
@@ -50,19 +50,19 @@ class TextPruning(TextPolicy):
     """Last text tokens that are always kept."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio, "text retention ratio")
+        check_ratio(self.retention, "text retention ratio")
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks {self.sinks} and recent {self.recent} count tokens: 0 or more.")
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
         text = prefill.valid & ~prefill.visual()
         counts = text.sum(dim=1)
-        if self.ratio == 1:
+        if self.retention == 1:
             return keep(prefill, text)
         place = text.cumsum(dim=1)
         always = text & ((place <= self.sinks) | (place > (counts - self.recent)[:, None]))
         scores = last_attention(prefill).masked_fill(~text, -1.0).masked_fill(always, torch.inf)
-        wanted = torch.tensor([retained(self.ratio, n) if n else 0 for n in counts.tolist()], device=text.device)
+        wanted = torch.tensor([retained(self.retention, n) if n else 0 for n in counts.tolist()], device=text.device)
         wanted = torch.maximum(wanted, always.sum(dim=1))
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
         return keep(prefill, text & (rank < wanted[:, None]))

@@ -249,7 +249,7 @@ class Segment:
         if self.q_map is not None:
             keys = keys @ self.q_map.to(dtype).transpose(-1, -2)
         if self.frame is not None:
-            keys = self.frame.forward(keys)
+            keys = self.frame.rotate(keys)
         if self.value_map is not None:
             values = _spread(self.value_map, values.shape[1]).to(dtype) @ values
         if self.value_mean is not None:

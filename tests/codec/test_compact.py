@@ -371,7 +371,7 @@ def test_a_capsule_reads_as_its_layers_encode() -> None:
     tiles = [(0, 3), (0, 13), (1, 5)]
     keys, values = (torch.stack([x[row][:, at : at + TILE] for row, at in tiles]) for x in (of.keys, of.values))
     frame = Frame(cos, sin)
-    encoded = built.layers[1].encode(frame.back(keys), values)
+    encoded = built.layers[1].encode(frame.unrotate(keys), values)
     query = rand(2, 4, 3, DIM, seed=7)
     expected = attend(query, [encoded.segment(torch.tensor([0, 0, 1]), frame), rest, *text], of.scale)
     torch.testing.assert_close(attend(query, [segment, rest, *text], of.scale), expected)
@@ -463,7 +463,7 @@ def test_the_bank_holds_queries_that_read_in_the_tiles_frames(harvested: LayerHa
     offered = []
     for tile, row in enumerate(harvested.owner.tolist()):
         query = harvested.query[row][:, harvested.reads[row]].float()
-        offered.append(harvested.frame.select(torch.tensor([tile])).back(query[None])[0].view(HEADS, -1, DIM))
+        offered.append(harvested.frame.select(torch.tensor([tile])).unrotate(query[None])[0].view(HEADS, -1, DIM))
     for head in range(HEADS):
         one, other = found[head].double(), torch.cat(offered, dim=1)[head].double()
         distance = (one[:, None] - other).norm(dim=-1)

@@ -19,6 +19,7 @@ from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
@@ -194,7 +195,7 @@ def test_a_cache_counts_the_code_once_whatever_is_done_to_its_rows(
     one = int(capsule.layers[0].transform.widths.sum()) + 8 + 2 * 16 * 4
     with attach(model), torch.no_grad():
         cache = CapsuleCache(model.config, capsule)
-        model(**batch, past_key_values=cache)
+        model(**batch, **cache_argument(cache))
         assert cache.bytes().visual == 12 * one, "three images of four tiles"
         cache.reorder_cache(torch.tensor([1, 1]))
         assert cache.bytes().visual == 16 * one
@@ -214,7 +215,7 @@ def test_generate_with_beams_turns_and_a_policy_for_the_text(
     with attach(model):
         found = [
             model.generate(
-                **b, past_key_values=CapsuleCache(model.config, random_cross_layer(49, joint_layers=3)), **options
+                **b, **cache_argument(CapsuleCache(model.config, random_cross_layer(49, joint_layers=3))), **options
             )[0, -5:]
             for b in (both, alone)
         ]
@@ -224,7 +225,7 @@ def test_generate_with_beams_turns_and_a_policy_for_the_text(
             before = cache.get_seq_length()
             with torch.no_grad():
                 mask = torch.ones(1, before + alone["input_ids"].shape[1], dtype=torch.int64)
-                model(**{**alone, "attention_mask": mask}, past_key_values=cache)
+                model(**{**alone, "attention_mask": mask}, **cache_argument(cache))
             assert [len(layer.visual) for layer in cache.layers] == [turn + 1] * 4
 
 
@@ -243,7 +244,7 @@ def test_rows_of_prefills_that_wait_are_selected_in_all_layers(
             cache = CapsuleCache(model.config, random_cross_layer(49))
             if waits:
                 cache.activate_past_recording()
-            model(**batch, past_key_values=cache)
+            model(**batch, **cache_argument(cache))
             cache.reorder_cache(torch.tensor(rows))
             logits.append(step(model, cache, torch.tensor([[40]] * len(rows)), mask))
     assert torch.equal(logits[0], logits[1])
@@ -259,7 +260,7 @@ def test_a_copied_cache_copies_codes_and_no_codec(
     capsule = random_cross_layer(49)
     cache = CapsuleCache(model.config, Combined(capsule, TextPruning(0.5)) if paired else capsule)
     with attach(model), torch.no_grad():
-        model(**make_batch((1, "Read line 2.")), past_key_values=cache)
+        model(**make_batch((1, "Read line 2.")), **cache_argument(cache))
     made: list[torch.nn.Module] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "__setstate__", lambda self, state: made.append(self))

@@ -112,10 +112,10 @@ def test_what_is_read_is_the_decoder_of_the_codes(joint: int) -> None:
     assert segment.owner.tolist() == [row for row, _ in TILES]
     assert segment.frame is not None
     keys, values = segment.materialize(torch.float64)
-    in_frame = (tiles_of(of.keys), segment.frame.back(tiles_of(of.keys)))
+    in_frame = (tiles_of(of.keys), segment.frame.unrotate(tiles_of(of.keys)))
     assert not torch.allclose(*in_frame, atol=0.1)
     for rows, codec, read, x in (
-        (segment.keys, layer.keys.transform, segment.frame.back(keys), in_frame[1]),
+        (segment.keys, layer.keys.transform, segment.frame.unrotate(keys), in_frame[1]),
         (segment.values, layer.values.transform, values, tiles_of(of.values)),
     ):
         encoded = CodedRows.encode(_coefficients(codec, x, joint), codec.coding())

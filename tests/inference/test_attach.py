@@ -15,6 +15,7 @@ from kvcapsule.inference import attention_interface
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument, output_cache, passed_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import Full, PostVisionAttention
@@ -64,7 +65,7 @@ class TestAttach:
                 raise KeyError
             assert self.traces(model) == traces
             out = model.generate(**batch, **greedy)
-            assert type(out.past_key_values) is DynamicCache
+            assert type(output_cache(out)) is DynamicCache
         finally:
             model.set_attn_implementation("sdpa")
 
@@ -83,7 +84,7 @@ class TestAttach:
             with attach(model, Full()):
                 model.generate(**make_batch((0, "Hello.")), **greedy)
             assert model.generate is own
-            assert isinstance(calls[0]["past_key_values"], CapsuleCache)
+            assert isinstance(passed_cache(calls[0]), CapsuleCache)
         finally:
             del model.__dict__["generate"]
 
@@ -92,7 +93,7 @@ class TestAttach:
     ) -> None:
         with attach(model, PostVisionAttention(0.1)):
             assert_same(
-                model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0
+                model.generate(**mixed, **cache_argument(DynamicCache(config=model.config)), **greedy), expected, atol=0
             )
             without = model.generate(**mixed, use_cache=False, **greedy)
             config = GenerationConfig(**{**greedy, "use_cache": False, "eos_token_id": 3, "pad_token_id": 0})
@@ -104,13 +105,13 @@ class TestAttach:
                 model.generation_config.use_cache = before
         for out in (without, *by_config):
             assert torch.equal(out.sequences, expected.sequences)
-            assert out.past_key_values is None
+            assert output_cache(out) is None
 
     def test_a_cache_outside_is_refused(
         self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
     ) -> None:
         with pytest.raises(RuntimeError, match=r"never read it.*with kvcapsule\.attach\(model"):
-            model.generate(**mixed, past_key_values=CapsuleCache(model.config, Full()), **greedy)
+            model.generate(**mixed, **cache_argument(CapsuleCache(model.config, Full())), **greedy)
         assert_same(model.generate(**mixed, **greedy), expected, atol=0)
         assert_same(run(model, Full(), mixed, **greedy), expected)
 
@@ -157,7 +158,7 @@ class TestAttach:
             prefill(model, mixed, cache)
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
             assert_same(
-                model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0
+                model.generate(**mixed, **cache_argument(DynamicCache(config=model.config)), **greedy), expected, atol=0
             )
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
         with attach(model):

@@ -19,6 +19,7 @@ from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full
@@ -62,9 +63,9 @@ class TestPeft:
         assert not torch.equal(expected.sequences, model.generate(**batch, **greedy).sequences)
         out = run(adapted, identity(50), batch, **greedy)
         assert_same(out, expected)
-        assert isinstance(out.past_key_values, CapsuleCache)
-        assert out.past_key_values.bytes().visual > 0
-        assert type(adapted.generate(**batch, **greedy).past_key_values) is DynamicCache
+        assert isinstance(output_cache(out), CapsuleCache)
+        assert output_cache(out).bytes().visual > 0
+        assert type(output_cache(adapted.generate(**batch, **greedy))) is DynamicCache
 
     @pytest.mark.parametrize("past_hooks", [False, True], ids=["called", "forward alone"])
     def test_direct_forward(
@@ -165,7 +166,7 @@ class TestDeviceMap:
         assert_same(out, lossy)
         assert not any(
             t.is_meta
-            for layer in out.past_key_values.layers
+            for layer in output_cache(out).layers
             for s in (*layer.visual, *layer.text)
             for t in s.entry_tensors()
         )

@@ -24,45 +24,45 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice.backend("cpu") == "numba"
-    assert choice.backend("mps") == "reference"
+    assert choice.backend_for("cpu") == "numba"
+    assert choice.backend_for("mps") == "reference"
     monkeypatch.setattr(device, "INTERPRETED", False)
-    assert choice.backend("cuda") == "triton"
+    assert choice.backend_for("cuda") == "triton"
 
 
 def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    assert choice.backend("cuda") == choice.backend("cpu") == "reference"
+    assert choice.backend_for("cuda") == choice.backend_for("cpu") == "reference"
     for name, extra in (("triton", "triton"), ("numba", "cpu")):
         choice._chosen.clear()
         monkeypatch.setenv(choice.VARIABLE, name)
         with pytest.raises(RuntimeError, match=rf"pip install 'kvcapsule\[{extra}\]'"):
-            choice.backend("cpu")
+            choice.backend_for("cpu")
 
 
 def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "INTERPRETED", True)
     monkeypatch.setenv(choice.VARIABLE, "triton")
-    assert choice.backend("cpu") == "triton"
+    assert choice.backend_for("cpu") == "triton"
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        choice.backend("cuda")
+        choice.backend_for("cuda")
     monkeypatch.setattr(device, "INTERPRETED", False)
     choice._chosen.clear()
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
-        choice.backend("cpu")
+        choice.backend_for("cpu")
     monkeypatch.setenv(choice.VARIABLE, "numba")
-    assert choice.backend("cpu") == "numba"
+    assert choice.backend_for("cpu") == "numba"
     with pytest.raises(RuntimeError, match="KVCAPSULE_KERNELS=numba serves the CPU alone, not tensors on cuda"):
-        choice.backend("cuda")
+        choice.backend_for("cuda")
     monkeypatch.setenv(choice.VARIABLE, "reference")
     choice._chosen.clear()
-    assert choice.backend("cuda") == choice.backend("cpu") == "reference"
+    assert choice.backend_for("cuda") == choice.backend_for("cpu") == "reference"
 
 
 def test_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "cuda")
     with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, numba, triton"):
-        choice.backend("cpu")
+        choice.backend_for("cpu")
 
 
 @pytest.mark.parametrize("method", ["transform", "spaced"])

@@ -100,7 +100,7 @@ def test_scores_of_any_size_stay_finite(factor: float) -> None:
 @pytest.mark.parametrize("tile", [49, 160], ids=["all compete", "a shortlist competes"])
 @pytest.mark.parametrize("options", [{}, {"latent_bits": 4}, {"selector": "learned"}], ids=str)
 def test_the_same_rows_are_kept(tile: int, options: dict[str, Any], calls: list[str], backends: Callable[[str], None]) -> None:
-    codec = CompactConfig(tile, ratios=(0.1,), attention_matching=96, **options).build(KVGeometry("llava", 1, 4, 2, 16, "1d"), 0)
+    codec = CompactConfig(tile, ratios=(0.1,), bank=96, **options).build(KVGeometry("llava", 1, 4, 2, 16, "1d"), 0)
     assert isinstance(codec, CompactLayer)
     codec.requires_grad_(False).bank.copy_(torch.randn(codec.bank.shape, generator=torch.Generator().manual_seed(0)))
     _, keys, values = drawn(2, 5, tile, 16, 16)
@@ -137,4 +137,4 @@ def test_keys_in_half_precision_are_read_in_single(calls: list[str]) -> None:
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has another backend serve."""
-    return lambda name: monkeypatch.setattr(attention_matching, "backend", lambda device: name)
+    return lambda name: monkeypatch.setattr(attention_matching, "backend_for", lambda device: name)

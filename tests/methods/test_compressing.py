@@ -11,6 +11,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, CompressionPass, Method
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized
@@ -116,7 +117,7 @@ class TestCompressing:
         self, compressed: tuple[Method, int, Any], mixed: BatchFeature, model: Model
     ) -> None:
         _, promised, out = compressed
-        held = out.past_key_values.bytes()
+        held = output_cache(out).bytes()
         assert held.visual == promised
         assert held.other == 0
         assert held.tail == L * 2 * H * D * FLOAT * 64 * 3

@@ -10,6 +10,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.kept_rows import keep, keep_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
@@ -141,7 +142,7 @@ def test_a_shared_budget_is_committed_when_all_layers_are_known(
     batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=3, do_sample=False)
     assert method.seen == [[0, 1, 2, 3]]
     length = batch["input_ids"].shape[1]
     stored = [
@@ -195,7 +196,7 @@ def test_a_method_acts_again_while_tokens_are_written(
     batch = make_batch((1, "Read line 2."), (2, "Transcribe the page."))
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert method.written == [(layer, 4, 3) for _ in range(2) for layer in range(4)]
     for layer in cache.layers:
         assert isinstance(layer, CapsuleLayer)

@@ -15,6 +15,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, DecodeState
@@ -529,7 +530,7 @@ def test_hidden_states_are_what_enters_each_layer(
     policy = Listening()
     with attach(model, policy if own else None):
         cache = CapsuleCache(model.config, policy)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert sorted(policy.taken) == [0, 1, 2, 3]
     seen = batch["attention_mask"].bool()
     for layer, hidden in policy.taken.items():
@@ -568,7 +569,7 @@ def test_generation_past_the_window(
     with attach(model, policy):
         cache = CapsuleCache(model.config, policy)
         model.generate(
-            **batch, past_key_values=cache, max_new_tokens=36, min_new_tokens=36, num_beams=beams, do_sample=False
+            **batch, **cache_argument(cache), max_new_tokens=36, min_new_tokens=36, num_beams=beams, do_sample=False
         )
     for row in range(2 * beams):
         assert stored_tokens(cache, row) == [int(batch["attention_mask"][row // beams].sum()) + 35] * 4
@@ -588,13 +589,13 @@ def test_a_second_turn_with_an_image(
     length = first["input_ids"].shape[1] + second["input_ids"].shape[1]
     with attach(model, policy), torch.no_grad():
         cache = CapsuleCache(model.config, policy)
-        model(**first, past_key_values=cache)
-        model(input_ids=torch.full((1, 3), 5), past_key_values=cache)
-        out = model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache)
+        model(**first, **cache_argument(cache))
+        model(input_ids=torch.full((1, 3), 5), **cache_argument(cache))
+        out = model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], **cache_argument(cache))
         assert torch.isfinite(out.logits).all()
         assert cache.get_seq_length() == length + 3
         assert stored_tokens(cache, 0) == [length + 3] * 4
-        model(input_ids=torch.full((1, 40), 5), past_key_values=cache)
+        model(input_ids=torch.full((1, 40), 5), **cache_argument(cache))
     assert stored_tokens(cache, 0) == [length + 43] * 4
     raw = [
         s
@@ -616,7 +617,7 @@ def test_as_the_text_s_method_beside_another(
     batch = make_batch((1, "Read line 2."))
     with attach(model, method):
         cache = CapsuleCache(model.config, method)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=40, min_new_tokens=40, do_sample=False)
     layers = [layer for layer in cache.layers if isinstance(layer, CapsuleLayer)]
     assert all(bits_of(s) == 16 for layer in layers for s in layer.visual)
     assert all(any(bits_of(s) < 16 for s in layer.text) for layer in layers)

@@ -386,7 +386,7 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "neighbours included."
         ),
         "papers": ["2404.14469"],
-        "required": ["ratio"],
+        "required": ["retention"],
         "defaults": {"window": 32, "kernel": 7, "pooling": "avg"},
     }
     assert by_name["kvcapsule"]["required"] == ["tile"] and by_name["kvcapsule"]["papers"] == ["2605.16439"]

@@ -12,6 +12,7 @@ from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import Combined, EvenlySpaced, Full, LookM, Quantized
@@ -181,7 +182,7 @@ def test_a_generation_with_both(
     for text in (TextPruning(1.0), TextPruning(0.5, sinks=2, recent=4), QuantizedText(8)):
         with attach(model, Combined(identity(49), text)):
             cache = CapsuleCache(model.config, Combined(identity(49), text))
-            found = model.generate(**batch, **greedy, past_key_values=cache)
+            found = model.generate(**batch, **greedy, **cache_argument(cache))
         text_bytes.append(cache.bytes().text)
         if len(text_bytes) == 1:
             assert torch.equal(found.sequences, expected.sequences)
@@ -200,10 +201,10 @@ def test_the_geometry_is_the_visual_methods() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.0}, r"text retention ratio 0.0 is outside \(0, 1\]"),
-        ({"ratio": 1.2}, r"text retention ratio 1.2 is outside \(0, 1\]"),
-        ({"ratio": 0.5, "sinks": -1}, "sinks -1 and recent 16 count tokens"),
-        ({"ratio": 0.5, "recent": -1}, "sinks 4 and recent -1 count tokens"),
+        ({"retention": 0.0}, r"text retention ratio 0.0 is outside \(0, 1\]"),
+        ({"retention": 1.2}, r"text retention ratio 1.2 is outside \(0, 1\]"),
+        ({"retention": 0.5, "sinks": -1}, "sinks -1 and recent 16 count tokens"),
+        ({"retention": 0.5, "recent": -1}, "sinks 4 and recent -1 count tokens"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
@@ -199,7 +200,7 @@ Talk = Callable[[Any], tuple[Any, Any]]
 
 
 def run(model: Model, batch: Any, cache: Any, **options: Any) -> Any:
-    return model.generate(**batch, past_key_values=cache, do_sample=False, return_dict_in_generate=True, **options)
+    return model.generate(**batch, **cache_argument(cache), do_sample=False, return_dict_in_generate=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def forward(
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     with torch.no_grad():
         logits: torch.Tensor = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **images
+            input_ids=ids, attention_mask=mask, position_ids=positions, **cache_argument(cache), **images
         ).logits
     return logits
 

@@ -14,6 +14,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, DecodeState
 from kvcapsule.policy import RKV, Full, r_kv
@@ -413,7 +414,7 @@ def answer(
     with attach(model):
         cache = Watched(model.config, method)
         options = {"do_sample": False, "suppress_tokens": [model.config.image_token_id], **options}
-        out = model.generate(**batch, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, **options)
+        out = model.generate(**batch, **cache_argument(cache), max_new_tokens=count, min_new_tokens=count, **options)
     return out[:, batch["input_ids"].shape[1] :], cache
 
 
@@ -524,7 +525,7 @@ def test_later_turns(
     }
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        said = model.generate(**make_batch((1, "Read line 2.")), past_key_values=cache, **turn)
+        said = model.generate(**make_batch((1, "Read line 2.")), **cache_argument(cache), **turn)
         first = [list(layer.text) for layer in own(cache)]
         assert [layer.tail_length for layer in own(cache)] == [11] * 4
 
@@ -537,7 +538,7 @@ def test_later_turns(
             ids = torch.cat([said, more["input_ids"]], dim=1)
             inputs = {"pixel_values": more["pixel_values"]} if pages else {}
             return model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, past_key_values=cache, **turn
+                input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, **cache_argument(cache), **turn
             )
 
         said = go_on("And line 3, and after it all of the lines that are left on this page, please?")

@@ -18,6 +18,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import Full, VLCache, postvision
 from kvcapsule.policy.budgets import layer_shares, whole_counts
@@ -409,7 +410,7 @@ def test_generation_beside_a_capsule(
     ):
         with attach(model, method):
             cache = CapsuleCache(model.config, method)
-            found = model.generate(**batch, **greedy, past_key_values=cache)
+            found = model.generate(**batch, **greedy, **cache_argument(cache))
         if name == "full":
             assert torch.equal(found.sequences, expected.sequences)
         stored[name] = cache.bytes()
@@ -427,7 +428,7 @@ def test_generation_with_beams_and_padding(
     with attach(model):
         cache = CapsuleCache(model.config, VLCache(0.1, sets=sets, overflow="share"))
         output = model.generate(
-            **batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
+            **batch, **cache_argument(cache), max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
         )
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
     prompt = 2 * int(batch["attention_mask"].sum()) * TOKEN_BYTES
@@ -450,7 +451,7 @@ def test_a_second_turn_is_compressed_by_itself(
                     "attention_mask": mask,
                     "position_ids": (mask.cumsum(1) - 1)[:, -turn["input_ids"].shape[1] :],
                 },
-                past_key_values=cache,
+                **cache_argument(cache),
             )
             stored.append(cache.bytes().visual + cache.bytes().text)
     for turn, (before, after) in zip(turns, pairwise(stored), strict=True):

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages
 from kvcapsule.training.families.soft_mask import SoftLinear
@@ -38,10 +39,10 @@ def test_harvest_is_what_the_full_cache_holds(model, batch) -> None:
     layers = harvest(model, batch, tile=49)
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
-        model(**batch, past_key_values=cache)
+        model(**batch, **cache_argument(cache))
     for layer, own in zip(layers, cache.layers, strict=True):
         assert layer.keys.shape == (3 * 4, 2, 49, 32)
-        keys = layer.frame.forward(layer.keys)
+        keys = layer.frame.rotate(layer.keys)
         for row in range(3):
             start = int((batch["input_ids"][row] == model.config.image_token_id).nonzero()[0])
             mine = layer.owner == row
@@ -92,7 +93,7 @@ def test_moments_agree_with_the_stacked_data(model, batch) -> None:
         moments.centred_value_gram(), torch.einsum("ehtd,ehsd->hts", centred, centred), atol=1e-8, rtol=1e-8
     )
     # Token Gram matrices do not care for the frame that the keys are in.
-    turned = layer.frame.forward(layer.keys.double())
+    turned = layer.frame.rotate(layer.keys.double())
     torch.testing.assert_close(moments.key_gram, torch.einsum("ehtd,ehsd->hts", turned, turned), atol=1e-4, rtol=1e-5)
 
 

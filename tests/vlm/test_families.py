@@ -25,6 +25,7 @@ from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.methods.tiles import cut_tiles
@@ -205,7 +206,7 @@ def spans_seen(one: Built, way: str, batch: BatchFeature) -> Sequence[VisualSpan
         if way == "generate":
             one.model.generate(**batch, **OPTIONS)
         else:
-            one.model(**batch, past_key_values=CapsuleCache(one.model.config, witness))
+            one.model(**batch, **cache_argument(CapsuleCache(one.model.config, witness)))
     return witness.seen[0].spans
 
 
@@ -235,7 +236,10 @@ class TestSpans:
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     @pytest.mark.parametrize(
-        "index", [i for i, case in enumerate(CASES) if "_" in case.family.apart], ids=lambda i: NAMES[i], indirect=True
+        "index",
+        [i for i, case in enumerate(CASES) if "_" in case.family.span_boundary],
+        ids=lambda i: NAMES[i],
+        indirect=True,
     )
     def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
         """Where nothing but the images' number tells them apart."""
@@ -264,7 +268,7 @@ class TestFrames:
                 one.model.generate(**tiny_families.batch(one.tiny, rows), **OPTIONS)
             tiles = cut_tiles(witness.seen[0], 4)
             assert tiles is not None and tiles.frame is not None
-            found.append((tiles.keys, tiles.frame.back(tiles.keys)))
+            found.append((tiles.keys, tiles.frame.unrotate(tiles.keys)))
         (keys, back), (further, further_back) = found
         torch.testing.assert_close(further_back, back, rtol=0, atol=EXACT)
         assert not torch.allclose(further, keys, atol=1e-2)
@@ -325,7 +329,7 @@ def lossy(request: pytest.FixtureRequest, one: Built) -> Capsule:
 def segments_of(one: Built, method: Method, rows: Sequence[Sequence[Any]]) -> tuple[CapsuleCache, Any]:
     cache = CapsuleCache(one.model.config, method)
     with attach(one.model):
-        out = one.model.generate(**tiny_families.batch(one.tiny, *rows), past_key_values=cache, **OPTIONS)
+        out = one.model.generate(**tiny_families.batch(one.tiny, *rows), **cache_argument(cache), **OPTIONS)
     return cache, out
 
 
@@ -402,7 +406,7 @@ def converse(one: Built, cache: Any) -> Talk:
             if new:
                 pixels = tiny.join([new]) if tiny.join else tiny_families.joined(new)
                 inputs["mm_encoder_outputs"] = {"image": model.model.get_image_features(**pixels, return_dict=True)}
-            out = model.generate(**inputs, past_key_values=cache, **OPTIONS)
+            out = model.generate(**inputs, **cache_argument(cache), **OPTIONS)
             said += out.sequences[0, -NEW:].tolist()
             outputs.append(out)
     finally:

@@ -102,7 +102,7 @@ class QueryMoments(nn.Module):
         q = layer.query * layer.reads[:, None, :, None]
         q = q[layer.owner]
         if layer.frame is not None:
-            q = layer.frame.back(q)
+            q = layer.frame.unrotate(q)
         q = q.double().unflatten(1, (heads, -1)).flatten(2, 3)
         self.total += torch.einsum("ehqd,ehqf->hdf", q, q)
         self.count += layer.reads[layer.owner].sum()

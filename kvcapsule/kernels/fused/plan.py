@@ -46,7 +46,7 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
         return "reference"
     if segment.bias is not None and segment.bias.dtype not in TYPES:
         return "reference"
-    if segment.frame is not None and segment.frame.neighbours:
+    if segment.frame is not None and segment.frame.interleaved:
         return "reference"
     keys, values = _form(segment.keys), _form(segment.values)
     if keys is None or values is None:

@@ -175,7 +175,7 @@ def _turn(s: Segment) -> Turn:
     frame, q_map = s.frame, _NO if s.q_map is None else flat(s.q_map.contiguous())
     if frame is None:
         return _NO_TURN._replace(q_map=q_map)
-    return Turn(flat(frame.cos.contiguous()), flat(frame.sin.contiguous()), U(frame.cos.shape[1]), frame.neighbours, q_map)
+    return Turn(flat(frame.cos.contiguous()), flat(frame.sin.contiguous()), U(frame.cos.shape[1]), frame.interleaved, q_map)
 
 
 def _steps(x: torch.Tensor) -> tuple[Any, ...]:
