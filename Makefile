@@ -34,7 +34,7 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 
 .PHONY: help venv test test-lower test-newest style format demo demo-vlm smol-vlm smol-vlm-training smol-vlm-results rate-distortion \
-	policies long-answer bench bench-gpu wheel clean
+	policies long-answer bench bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,9 +92,9 @@ smol-vlm-training: $(VENV)/.smol-ready ## train smol-vlm's connector and LoRA; s
 smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm): full cache, all suites, analysis; trains the capsules that are missing
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --methods full --data.size 630 --data.seed 1 --json eval/results/smol-vlm-full.json $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --json eval/results/smol-vlm.json \
-		--plot eval/results/smol-vlm.png --report docs/results.md $(SUITE_FLAGS)
+		--plot eval/results/smol-vlm.png --report docs/results-tables.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer --json eval/results/smol-transfer.json $(SUITE_FLAGS)
-	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer.json --report docs/results.md --name smol-transfer-sets
+	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer.json --report docs/results-tables.md --name smol-transfer-sets
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule analyze --model runs/smol-vlm --data.source pictures --data.split validation --questions 48 \
 		--json eval/results/analyze-smol-vlm.json
 
@@ -104,7 +104,7 @@ $(VENV)/.smol-ready: $(READY)
 
 rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \
-		--plot eval/results/rate-distortion.png --report docs/results.md $(SUITE_FLAGS)
+		--plot eval/results/rate-distortion.png --report docs/results-tables.md $(SUITE_FLAGS)
 
 long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
 	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.studies.long_answer --json eval/results/long-answer.json \
@@ -112,16 +112,26 @@ long-answer: $(READY) ## draw the bytes of the cache over a long answer, with an
 
 policies: $(READY) ## compare all policies at equal bytes with the shipped capsules
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite policies --json eval/results/policies.json \
-		--plot eval/results/policies.png --report docs/policies.md $(SUITE_FLAGS)
+		--plot eval/results/policies.png --report docs/policies-tables.md $(SUITE_FLAGS)
 
 bench: $(READY) ## time attention, decode steps and serving on the CPU; takes half an hour, and wants the machine for itself
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --geometry qwen2.5-vl-7b,llava-next-vicuna-7b,llava-next-mistral-7b \
 		--visual-tokens 576,2880,16384 --batch 1,4,8 --rounds 7 --seconds 1 --threads 1 --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
-		--report docs/bench.md $(BENCH_FLAGS)
+		--report docs/bench-tables.md $(BENCH_FLAGS)
 
 bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --device cuda --images 1,16,64 --rounds 100 --steps 100 --memory-mib 40960 --encode-tokens 4096 \
 		--compiled true --json eval/results/bench-gpu.json --plot eval/results/bench-gpu-serving.png --report eval/results/bench-gpu.md $(BENCH_FLAGS)
+
+# On a machine with a CUDA device and PyTorch's CUDA build. At most eight minutes: five for the tests marked gpu, three
+# for attention of one layer of a 7B model. It has not been run yet: no GPU was at hand when it was written.
+gpu-check: $(READY) ## on a CUDA machine: the tests marked gpu, then time attention at a 7B shape (eval/results/gpu-check.json)
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu-check needs a CUDA device: PyTorch sees none.')"
+	HF_HUB_OFFLINE=1 timeout 300 $(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+	HF_HUB_OFFLINE=1 timeout 180 $(BIN)/kvcapsule bench --device cuda --level operator --geometry qwen2.5-vl-7b \
+		--visual-tokens 2880 --batch 1,8 --rounds 50 --seconds 2 --json eval/results/gpu-check.json $(BENCH_FLAGS)
+pages: $(READY) ## rewrite the generated tables of README and docs from the committed results; measures nothing
+	$(BIN)/python -m kvcapsule.eval.pages
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist

@@ -56,10 +56,10 @@ def logits_through(
     return logits
 
 
-def asked(answers: torch.Tensor, last: int) -> torch.Tensor:
+def answer_mask(answers: torch.Tensor, last: int) -> torch.Tensor:
     """[B, last] bool: which of the last logits predict a token of the answer; answers [B] as in `divergence`."""
-    places = torch.arange(last, device=answers.device)
-    return (places >= last - 1 - answers[:, None]) & (places < last - 1)
+    positions = torch.arange(last, device=answers.device)
+    return (positions >= last - 1 - answers[:, None]) & (positions < last - 1)
 
 
 def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
@@ -69,6 +69,6 @@ def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor)
         true, through: logits [B, last, vocabulary] of the last tokens.
         answers: [B], how many tokens each row's answer has (at its end); what predicts them lies one place before them.
     """
-    predict = asked(answers, true.shape[1])
+    predict = answer_mask(answers, true.shape[1])
     log_true, log_through = true[predict].float().log_softmax(-1), through[predict].float().log_softmax(-1)
     return (log_true.exp() * (log_true - log_through)).sum(-1).mean()

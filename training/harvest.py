@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature, PreTrainedModel
 
+from kvcapsule.errors import DataError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
@@ -51,9 +52,9 @@ class Recorder(Method):
     def compress(self, prefill: LayerPrefill) -> Compressed:
         tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
         if tiles is None:
-            raise ValueError(
-                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
-                "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
+            raise DataError(
+                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"
+                " --codec.tile, or data whose prompts hold images of the size that the capsule is for."
             )
         ends = [
             max((s.start + s.length for s in prefill.spans if s.row == row), default=0)

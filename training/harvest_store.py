@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.atomic_files import unique_name
+from kvcapsule.errors import InputError
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 
@@ -46,14 +47,14 @@ class HarvestStore:
         """The harvest of a batch, read if it is there, else made and written.
 
         Raises:
-            ValueError: if a file cannot be written or read.
+            InputError: if a file cannot be written or read.
         """
         path = self.path(inputs)
         if path.is_file():
             try:
                 return _read(path, self.model.device)
             except (OSError, SafetensorError) as error:
-                raise ValueError(
+                raise InputError(
                     f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
                 ) from error
         made = harvest(self.model, inputs, self.tile, self.canonical)
@@ -61,7 +62,7 @@ class HarvestStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(made, path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise InputError(
                 f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
             ) from error
         if self.tell is not None:

@@ -1,5 +1,5 @@
-"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with
-them."""
+"""Capsule: the trained artefact with the config and the codecs of all layers, and a method that compresses visual spans
+with them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codec import LayerCodec, StackCodec
+from ..codec import LayerCodec, LayerGroupCodec
 from ..errors import CapsuleError
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Method
@@ -21,13 +21,13 @@ from .write import contents_of, save_folder
 
 
 class Capsule(nn.Module, Method):
-    """Codecs for every layer of a model, or for every stack of layers. Give it to `attach` or `CapsuleCache`."""
+    """Codecs for every layer, or every layer group, of a model. Pass it to `attach` or `CapsuleCache`."""
 
     def __init__(self, config: CapsuleConfig) -> None:
         super().__init__()
         self.config = config
-        self.independent_layers = not config.codec.stacked
-        first = range(0, config.geometry.layers, max(1, config.codec.stacked))
+        self.independent_layers = not config.codec.layer_group
+        first = range(0, config.geometry.layers, max(1, config.codec.layer_group))
         self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
@@ -35,7 +35,7 @@ class Capsule(nn.Module, Method):
         self.config.geometry.require(geometry)
 
     def begin_pass(self, layers: Sequence[int]) -> CompressionPass:
-        codecs = [codec for codec in self.layers if isinstance(codec, StackCodec)]
+        codecs = [codec for codec in self.layers if isinstance(codec, LayerGroupCodec)]
         if not codecs:
             return LayerByLayerPass(self)
         return LayerGroupPass(codecs, self.config.codec, self.config.geometry, layers)
@@ -48,7 +48,7 @@ class Capsule(nn.Module, Method):
             ValueError: if its codec is one of several layers, which `begin_pass` compresses together.
         """
         config = self.config.codec
-        if config.stacked:
+        if config.layer_group:
             raise ValueError(
                 f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `begin_pass`."
             )

@@ -14,7 +14,7 @@ from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generate import generating
-from .transformers_api import passed_cache, require_supported
+from .transformers_api import passed_cache, require_supported, rotation_per_token
 
 _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""
@@ -137,7 +137,7 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
         kind = kwargs.get("layer_type", next((a for a in args if isinstance(a, str)), _FULL_ATTENTION))
         cache = _active.get()
         if cache is not None and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
-            cache.set_position_embeddings(*output)
+            cache.set_position_embeddings(*rotation_per_token(module, *output))
 
     def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = None if torch.compiler.is_compiling() else _active.get()

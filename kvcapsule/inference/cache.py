@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from ..kernels import attend
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, CompressionPass, DecodeState, LayerByLayerPass, Method
-from ..segments.segment import Segment, Shared, storage_bytes
+from ..segments.segment import Memo, Segment, storage_bytes
 from ..vlm.geometry import KVGeometry
 from ..vlm.spans import VisualSpan, find_spans
 from . import attention_interface
@@ -85,7 +85,7 @@ class CapsuleLayer(CacheLayerMixin):
         """[B, H * G, W, D]: the latest queries, for a method that acts during decoding."""
         self.hidden: torch.Tensor | None = None
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
-        self.shared: Shared | None = None
+        self.shared: Memo | None = None
         """What the cache's layers have in common while their rows are selected, so that it stays in one place."""
         self.record_past = False
         self._held: LayerPrefill | None = None
@@ -483,7 +483,7 @@ class CapsuleCache(Cache):
     def _selecting(self) -> Iterator[None]:
         """While rows of the batch are selected: all layers select the same ones."""
         self._settle()
-        shared = Shared()
+        shared = Memo()
         for layer in self._own():
             layer.shared = shared
         try:

@@ -50,7 +50,12 @@ class TestPeft:
         if request.param == "PeftModel":
             return get_peft_model(own_model, LoraConfig(**LORA)).eval()
         if request.param == "add_adapter":
-            own_model.add_adapter(LoraConfig(**LORA))
+            try:
+                own_model.add_adapter(LoraConfig(**LORA))
+            except ValueError as error:
+                if "version of PEFT" not in str(error):
+                    raise
+                pytest.skip(f"add_adapter: this transformers does not take the installed PEFT ({error})")
             return own_model.eval()
         get_peft_model(copy.deepcopy(own_model), LoraConfig(**LORA)).save_pretrained(tmp_path)
         own_model.load_adapter(str(tmp_path))

@@ -224,7 +224,7 @@ def test_parameters_that_change_or_move_are_read() -> None:
     segment = draw.transform([0], 6, (1, 3), (2, 3))
     query, before = query_of(batch=1), []
     coding = segment.keys.coding  # type: ignore[union-attr]
-    for change in (lambda: None, lambda: coding.step.mul_(2), lambda: setattr(coding.offset, "data", coding.offset.data * 3)):
+    for change in (lambda: None, lambda: coding.scale.mul_(2), lambda: setattr(coding.offset, "data", coding.offset.data * 3)):
         change()
         assert error(query, [segment]) < SINGLE
         before.append(native.attend(query, [segment], 0.3))

@@ -347,7 +347,7 @@ def test_bits_for_an_element(count: int, printed: float) -> None:
     payload = 8 * storage_bytes(iter([*raw, *(p.codes for p in packed)]))
     assert payload == elements * 2 + 14 * low * 2 * dim
     assert payload / elements == pytest.approx(printed, abs=0.01)
-    scales = 8 * storage_bytes(t for p in packed for t in (p.step, p.zero))
+    scales = 8 * storage_bytes(t for p in packed for t in (p.scale, p.minimum))
     assert scales == (count - low) * 2 * 2 * 16
     everything = 8 * storage_bytes(t for s in segments for t in s.entry_tensors() if t is not s.owner)
     assert everything == payload + scales

@@ -262,7 +262,7 @@ def test_grouped_rows_are_packed_rows(shape: tuple[int, int, int, int], along_to
     assert isinstance(rows, Packed) and rows.shape == x.shape and not rows.shared()
     read = rows.read(torch.float32)
     assert read.shape == x.shape
-    assert float((read - x).abs().max()) <= float(rows.step.max()) / 2 + 1e-6
+    assert float((read - x).abs().max()) <= float(rows.scale.max()) / 2 + 1e-6
     assert torch.equal(rows.select(torch.tensor([0, 0])).read(torch.float32), read[[0, 0]])
     assert torch.equal(rows.to("cpu").read(torch.float32), read)
 

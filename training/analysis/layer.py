@@ -10,8 +10,8 @@ from kvcapsule.errors import InputError
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.tiles import cut_tiles
 
-from ..families.spectra import Bases, CoefficientMoments
 from ..harvest import LayerHarvest
+from ..second_moments import Bases, CoefficientMoments
 from .distortion import BITS, FULL_BITS, fixed_share, predict
 from .drift import Drift, attention_on
 from .similarity import Similarity

@@ -1,11 +1,11 @@
-"""What the kernels cover, and the small tables that a launch is steered by.
+"""Plan of a call: which path each segment takes, how long splits are, and the small tables that launches read.
 
-Which path a segment takes depends on its form alone, never on whether a kernel failed:
+The path of a segment depends on its form alone, never on whether a kernel failed:
 
-    rows        both keys and values raw, or both QuantizedRows, and no map along the tokens
+    rows        keys and values both raw, or both QuantizedRows, and no map along the tokens
     maps        any other pairing of raw rows, QuantizedRows and CodedRows, with or without maps
-    reference   rows that are packed in another way (an MLP's, per-group codes), tensors that are not dense, frames that turn neighbouring
-                channels, single-head entries or a mask a query on anything but rows
+    reference   rows packed in another way (an MLP's, per-group codes), tensors that are not dense, frames that rotate
+                neighbouring channels; single-head entries or a mask for each query on anything but rows
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...segments.coefficient_rows import CodedRows
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
-from .device import TYPES
+from .arguments import TYPES
 
 MOST_ROWS = 64
-"""Query heads of a KV head times queries that a program holds; more (a second turn's prefill) is work for matrix products."""
+"""Most rows of a unit: more (a second turn's prefill) is work for matrix products."""
 MOST_CHANNELS = 256
-"""Of rows that a program holds whole."""
+"""Most channels of rows that a program holds in full."""
 _MOST_SHARED = 128
-"""Rows of a set of heads that are coded together."""
+"""Most rows of a set of KV heads that are coded together."""
 _SPLITS = (1024, 512, 256, 128, 64)
+"""Lengths of a split, in tokens."""
 
 
 def covers(query: torch.Tensor, segments: Sequence[Segment], heads: int) -> bool:
-    """Whether the kernels serve this call: few queries, half or single precision, no gradients."""
+    """Whether the kernels compute this call: few queries, half or single precision, no gradients."""
     _, query_heads, queries, dim = query.shape
-    if query.dtype not in TYPES or query_heads // heads * queries > MOST_ROWS or dim > MOST_CHANNELS or query.stride(3) != 1:
+    if (
+        query.dtype not in TYPES
+        or query_heads // heads * queries > MOST_ROWS
+        or dim > MOST_CHANNELS
+        or query.stride(3) != 1
+    ):
         return False
     if not torch.is_grad_enabled():
         return True
@@ -41,8 +47,8 @@ def covers(query: torch.Tensor, segments: Sequence[Segment], heads: int) -> bool
 
 
 def route(segment: Segment, query_rows: int, visible: bool) -> str:
-    """ "rows", "maps" or "reference", for `query_rows` rows a KV head, with or without a mask a query."""
-    if not all(t.is_contiguous() for t in _small(segment)) or segment.owner.dtype != torch.int64:
+    """The segment's path, for `query_rows` rows a unit, with or without a mask for each query (`visible`)."""
+    if not all(t.is_contiguous() for t in _small_tensors(segment)) or segment.owner.dtype != torch.int64:
         return "reference"
     if segment.bias is not None and segment.bias.dtype not in TYPES:
         return "reference"
@@ -51,7 +57,8 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
     keys, values = _form(segment.keys), _form(segment.values)
     if keys is None or values is None:
         return "reference"
-    plain = segment.score_map is None and segment.value_map is None and max(segment.keys.shape[3], segment.values.shape[3]) <= MOST_CHANNELS
+    channels = max(segment.keys.shape[3], segment.values.shape[3])
+    plain = segment.score_map is None and segment.value_map is None and channels <= MOST_CHANNELS
     if plain and keys == values != "coded" and _dtype(segment.keys) == _dtype(segment.values):
         return "rows"
     shared = max(rows.coding.heads if isinstance(rows, CodedRows) else 1 for rows in (segment.keys, segment.values))
@@ -60,36 +67,36 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
     return "maps"
 
 
-def _small(segment: Segment) -> list[torch.Tensor]:
+def _small_tensors(segment: Segment) -> list[torch.Tensor]:
     frame = () if segment.frame is None else (segment.frame.cos, segment.frame.sin)
     return [t for t in (segment.owner, segment.head, segment.bias, segment.mask, *frame) if t is not None]
 
 
 def _form(rows: Rows) -> str | None:
+    """ "raw", "quantised" or "coded"; None for rows that the kernels cannot read."""
     if isinstance(rows, torch.Tensor):
         dense = rows.stride(3) == 1 and (rows.stride(2) == rows.shape[3] or rows.shape[2] == 1)
         return "raw" if dense and rows.dtype in TYPES else None
     if isinstance(rows, QuantizedRows):
-        tensors = (rows.codes, rows.step, rows.zero)
-        # Eight codes are read as one word, which may not lie across two.
-        sound = all(t.is_contiguous() for t in tensors) and rows.codes.data_ptr() % 8 == 0
-        return "quantised" if sound and rows.step.dtype in TYPES and rows.zero.dtype == rows.step.dtype else None
+        tensors = (rows.codes, rows.scale, rows.minimum)
+        # Eight codes are loaded as one word, whose address must be a multiple of its size.
+        readable = all(t.is_contiguous() for t in tensors) and rows.codes.data_ptr() % 8 == 0
+        return "quantised" if readable and rows.scale.dtype in TYPES and rows.minimum.dtype == rows.scale.dtype else None
     if isinstance(rows, CodedRows):
-        return "coded" if rows.packed.stride(1) == 1 and rows.coding.step.is_contiguous() else None
+        return "coded" if rows.packed.stride(1) == 1 and rows.coding.scale.is_contiguous() else None
     return None
 
 
 def _dtype(rows: Rows) -> torch.dtype:
-    return rows.dtype if isinstance(rows, torch.Tensor) else _step(rows).dtype
-
-
-def _step(rows: Rows) -> torch.Tensor:
+    """Of raw rows, or of the scales of quantised ones."""
+    if isinstance(rows, torch.Tensor):
+        return rows.dtype
     assert isinstance(rows, QuantizedRows)
-    return rows.step
+    return rows.scale.dtype
 
 
 def split_length(units_and_tokens: Sequence[tuple[int, int]], programs: int) -> int:
-    """Tokens of one item: the most that still gives the device `programs` items."""
+    """Tokens of one work item: the most that still gives the device `programs` items."""
     for length in _SPLITS:
         if sum(units * -(-tokens // length) for units, tokens in units_and_tokens) >= programs:
             return length
@@ -98,12 +105,12 @@ def split_length(units_and_tokens: Sequence[tuple[int, int]], programs: int) -> 
 
 @lru_cache(maxsize=4096)
 def table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Numbers on the device. Kept, because a step's are those of the step before; they are a function of the numbers alone."""
+    """Numbers as an int64 tensor on the device, cached: those of a decode step are mostly those of the step before."""
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-class Index(NamedTuple):
-    """The units of each slot (batch row and KV head, counted through): order[bounds[i] : bounds[i + 1]]."""
+class UnitIndex(NamedTuple):
+    """The units of each slot (a batch row's KV head): those of slot i are order[bounds[i] : bounds[i + 1]]."""
 
     order: torch.Tensor
     """[U] int64."""
@@ -112,27 +119,27 @@ class Index(NamedTuple):
 
 
 _indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the owner tensor itself: as long as a segment lives, its index need not be made again."""
+"""Indices by the owner tensor: an index lives as long as its segment."""
 
 
-def index_of(segment: Segment, batch: int, heads: int) -> Index:
-    """Where a segment's units belong; worked out on the device, without waiting for it."""
+def index_of(segment: Segment, batch: int, heads: int) -> UnitIndex:
+    """The units of a segment by slot, computed on the device without waiting for it, and cached."""
     known = _indices.setdefault(segment.owner, {})
     head = segment.head
     key = (batch, heads, None if head is None else id(head))
     # An id may be that of another tensor by now: the tensor itself is kept beside the index.
     if key not in known:
-        own = torch.arange(heads, device=segment.owner.device) if head is None else head[:, None]
-        slots = (segment.owner[:, None] * heads + own).flatten()
+        heads_of_entry = torch.arange(heads, device=segment.owner.device) if head is None else head[:, None]
+        slots = (segment.owner[:, None] * heads + heads_of_entry).flatten()
         slots, order = slots.sort(stable=True)
         bounds = torch.searchsorted(slots, torch.arange(batch * heads + 1, device=slots.device))
-        known[key] = (Index(order, bounds), head)
-    found: Index = known[key][0]
-    return found
+        known[key] = (UnitIndex(order, bounds), head)
+    index: UnitIndex = known[key][0]
+    return index
 
 
 @lru_cache(maxsize=64)
-def slot_index(slots: int, device: torch.device) -> Index:
-    """One unit a slot."""
-    every = torch.arange(slots + 1, device=device)
-    return Index(every[:-1], every)
+def index_of_slots(slots: int, device: torch.device) -> UnitIndex:
+    """One unit for each slot."""
+    numbers = torch.arange(slots + 1, device=device)
+    return UnitIndex(numbers[:-1], numbers)
