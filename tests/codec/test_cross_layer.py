@@ -23,7 +23,7 @@ from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
-from kvcapsule.policy.combine import Paired, TextPruning
+from kvcapsule.policy import Combined, TextPruning
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Memo, Segment, storage_bytes
 from kvcapsule.vlm.geometry import KVGeometry
@@ -222,7 +222,7 @@ def test_generate_with_beams_turns_and_a_policy_for_the_text(
             for b in (both, alone)
         ]
         assert torch.equal(found[0], found[1])
-        cache = CapsuleCache(model.config, Paired(random_cross_layer(49, joint_layers=4), TextPruning(0.5, recent=4)))
+        cache = CapsuleCache(model.config, Combined(random_cross_layer(49, joint_layers=4), TextPruning(0.5, recent=4)))
         for turn in range(2):
             before = cache.get_seq_length()
             with torch.no_grad():
@@ -260,7 +260,7 @@ def test_a_copied_cache_copies_codes_and_no_codec(
     make_batch: Callable[..., BatchFeature],
 ) -> None:
     capsule = random_cross_layer(49)
-    cache = CapsuleCache(model.config, Paired(capsule, TextPruning(0.5)) if paired else capsule)
+    cache = CapsuleCache(model.config, Combined(capsule, TextPruning(0.5)) if paired else capsule)
     with attach(model), torch.no_grad():
         model(**make_batch((1, "Read line 2.")), **cache_argument(cache))
     made: list[torch.nn.Module] = []
