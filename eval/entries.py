@@ -12,7 +12,7 @@ from kvcapsule.cli.results import shown_path
 from kvcapsule.errors import InputError
 from kvcapsule.extensions import Selection
 from kvcapsule.methods.method import Method
-from kvcapsule.policy import POLICIES, REGISTRY, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
+from kvcapsule.policy import POLICIES, REGISTRY, TEXT_POLICIES, Policy
 
 from .equal_bytes import PerLayer
 
@@ -20,8 +20,8 @@ FULL = "full"
 """The row of the full cache: in every run, as all others are measured against it."""
 RIVALS = Selection(
     REGISTRY,
-    {name: policy for name, policy in POLICIES.items() if policy.DIAL is not None},
-    lambda _, policy: policy if policy.DIAL is not None else None,
+    {name: policy for name, policy in POLICIES.items() if policy.budget_field is not None},
+    lambda _, policy: policy if policy.budget_field is not None else None,
 )
 """Policies with a dial, which is turned so that they store as many bytes as the first capsule."""
 _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,27 +30,25 @@ _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: (name, {})
         for name, policy in POLICIES.items()
-        if policy.DIAL is None
+        if policy.budget_field is None
         and name != FULL
         and all(p.default is not p.empty for p in signature(policy).parameters.values())
     },
 }
 FIXED: Selection[type[Policy], tuple[str, dict[str, Any]]] = Selection(
-    REGISTRY, _FIXED, lambda name, policy: (name, {}) if policy.DIAL is None else None
+    REGISTRY, _FIXED, lambda name, policy: (name, {}) if policy.budget_field is None else None
 )
 """Rows that store what they store: a policy without a dial, and its settings."""
 ALL: Selection[type[Policy], type[Policy]] = Selection(REGISTRY, POLICIES, lambda _, policy: policy)
 """Every policy."""
-TEXT: dict[str, type[Policy] | type[TextPolicy]] = {
-    **TEXT_POLICIES,
-    **{
-        name: policy
-        for name, policy in POLICIES.items()
-        if getattr(policy, "SEPARABLE", True)
-        and policy.DIAL != "retention"
-        and (hasattr(policy, "revise") or not issubclass(policy, VisualPolicy))
+TEXT: Selection[type[Policy], type[Policy]] = Selection(
+    REGISTRY,
+    {
+        **TEXT_POLICIES,
+        **{name: policy for name, policy in POLICIES.items() if policy.separable and policy.compresses_text},
     },
-}
+    lambda _, policy: policy if policy.separable and policy.compresses_text else None,
+)
 """What can see to the text beside a capsule: not what keeps all text raw."""
 BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
 """The training-free rows of a run that asks for none in particular."""
@@ -79,12 +77,12 @@ def build(name: str, settings: Mapping[str, Any], dial: float | None = None, amo
         InputError: for a setting that it has not, or that cannot be.
     """
     policy: Any = among[name]
-    known = [f.name for f in fields(policy) if f.name != policy.DIAL]
+    known = [f.name for f in fields(policy) if f.name != policy.budget_field]
     if unknown := [key for key in settings if key not in known]:
         raise InputError(f"{name} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(known) or 'none'}.")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     if dial is not None:
-        given[policy.DIAL] = dial
+        given[policy.budget_field] = dial
     try:
         made: Method = policy(**given)
     except (TypeError, ValueError) as error:
@@ -93,7 +91,7 @@ def build(name: str, settings: Mapping[str, Any], dial: float | None = None, amo
 
 
 def family_of(name: str, among: Mapping[str, Any] = ALL) -> str:
-    return QUANTISATION if among[name].DIAL is None else PRUNING
+    return QUANTISATION if among[name].budget_field is None else PRUNING
 
 
 def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
