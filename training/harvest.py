@@ -14,7 +14,7 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
@@ -43,7 +43,7 @@ class LayerHarvest:
     scale: float
 
 
-class Recorder:
+class Recorder(Method):
     """A method that keeps what it is shown."""
 
     def __init__(self, tile: int, canonical: bool = True) -> None:

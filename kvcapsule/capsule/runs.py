@@ -47,7 +47,7 @@ class _Waiting(NamedTuple):
     raw: Compressed
 
 
-class StackRun:
+class LayerGroupPass:
     """One forward's compression by codecs of stacks: a stack is done when its last layer is added.
 
     Until then what its codec makes of each layer waits, and what is in no tile; a layer's keys and values are not held.

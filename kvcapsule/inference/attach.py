@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..methods.method import Method, reads_hidden
+from ..methods.method import Method
 from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
@@ -57,15 +57,14 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
     if before == IMPLEMENTATION:
         raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")
     geometry = KVGeometry.from_config(inner.config)
-    check = getattr(method, "require_geometry", None)
-    if check is not None:
-        check(geometry)
+    if method is not None:
+        method.require_geometry(geometry)
     with ExitStack() as stack:
         stack.callback(_forget)
         stack.enter_context(prefilling(_attention_configs(inner, before), before))
         _set_text_attention(inner, IMPLEMENTATION)
         stack.callback(_set_text_attention, inner, before)
-        for handle in _hooks(model, inner, hidden=method is None or reads_hidden(method)):
+        for handle in _hooks(model, inner, hidden=method is None or method.needs_hidden_states):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
             raise RuntimeError(

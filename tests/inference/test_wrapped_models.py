@@ -21,7 +21,7 @@ from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
@@ -195,7 +195,7 @@ class TestDeviceMap:
         """
         seen: list[LayerPrefill] = []
 
-        class Witness:
+        class Witness(Method):
             def compress(self, prefill: LayerPrefill) -> Compressed:
                 seen.append(prefill)
                 return Compressed([], [])

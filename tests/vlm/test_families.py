@@ -298,7 +298,8 @@ class Talk(NamedTuple):
 
 def converse(one: Built, cache: Any) -> Talk:
     """New images are handed over as features, the grids of all: what transformers takes for every family, whatever its
-    positions. Before 5.18 it took new images as pixels, and of families with grids no new images at all."""
+    positions. Before 5.18 new images were handed over as pixels, which families with grids and those of Gemma failed
+    on with any cache."""
     tiny, model, positions, outputs = one.tiny, one.model, [], []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -331,8 +332,8 @@ def converse(one: Built, cache: Any) -> Talk:
 
 class TestThreeTurns:
     def test_positions_and_logits(self, one: Built) -> None:
-        if one.case.family.apart == "grids" and not ENCODES_IMAGES:
-            pytest.skip(f"{one.case.family.name}: takes a new image in a later turn from transformers 5.18 on")
+        if not ENCODES_IMAGES and (one.case.family.apart == "grids" or one.case.family.name.startswith("Gemma")):
+            pytest.skip(f"{one.case.family.name} takes a new image in a later turn from transformers 5.18 on")
         own = converse(one, DynamicCache(config=one.model.config))
         assert len(own.positions) == 3 * NEW
         methods = {"identity": one.identity(5), "kvcapsule": LOSSY["kvcapsule"](one.geometry), "full": Full()}
