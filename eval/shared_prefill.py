@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference.transformers_api import passed_cache, replace_output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Run, start
+from kvcapsule.methods.method import Compressed, CompressionPass, Method
 
 
 class Prefill(NamedTuple):
@@ -35,12 +35,12 @@ Made = dict[int, Sequence[tuple[int, Compressed]]]
 same prefill again."""
 
 
-class Keeper:
+class Keeper(Method):
     """A method that keeps what it is shown, and stores nothing."""
 
-    def __init__(self, reads_hidden: bool = False) -> None:
-        """reads_hidden: whether hidden states are kept too, for the methods that ask for them."""
-        self.reads_hidden = reads_hidden
+    def __init__(self, needs_hidden_states: bool = False) -> None:
+        """needs_hidden_states: whether hidden states are kept too, for the methods that ask for them."""
+        self.needs_hidden_states = needs_hidden_states
         self.layers: list[LayerPrefill] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -100,21 +100,21 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None
 
 
 class _Known:
-    """A run that was done before, where it was."""
+    """A pass whose results are read where they are known already."""
 
-    def __init__(self, run: Run, made: Made) -> None:
-        self.run, self.made = run, made
+    def __init__(self, compression: CompressionPass, made: Made) -> None:
+        self.compression, self.made = compression, made
 
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
         if prefill.layer not in self.made:
-            self.made[prefill.layer] = self.run.add(prefill)
+            self.made[prefill.layer] = self.compression.add(prefill)
         return self.made[prefill.layer]
 
 
 def _fill(cache: Cache, layers: list[LayerPrefill], made: Made) -> None:
     """What the layers' attention would do to an empty cache, without the attention."""
     if isinstance(cache, CapsuleCache):
-        cache.fill(layers, _Known(start(cache.method, [prefill.layer for prefill in layers]), made))
+        cache.fill(layers, _Known(cache.method.begin_pass([prefill.layer for prefill in layers]), made))
         return
     for prefill in layers:
         layer = cache.layers[prefill.layer]

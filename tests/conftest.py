@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 if sys.platform != "linux":
-    collect_ignore = ["kernels/test_triton.py", "kernels/test_triton_compile.py"]  # Triton is built for Linux alone.
+    # Triton is built for Linux alone.
+    collect_ignore = ["kernels/test_triton.py", "kernels/test_triton_compile.py", "kernels/test_triton_gpu.py"]
 # Triton reads this when it first meets a kernel: here, before any test can have imported one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -75,6 +77,12 @@ def no_deprecated_names() -> Iterator[None]:
     yield
     logger.removeHandler(heard)
     assert not heard.messages, "\n".join(heard.messages)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def version_in_reports(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """A JUnit file says which transformers it is of (support/range_table.py)."""
+    record_testsuite_property("transformers", transformers.__version__)
 
 
 @pytest.fixture(scope="session")

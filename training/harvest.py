@@ -1,7 +1,7 @@
-"""Harvest: the keys and values that a frozen VLM writes for its visual tokens, and the queries that read them.
+"""Harvest: keys and values of a frozen VLM's visual tokens, and the queries that attend to them.
 
-The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in
-place of compressing sees what a capsule would see at inference, layer by layer.
+The VLM runs one ordinary forward over question and answer (teacher-forced). A method that records instead of
+compressing sees the same layer prefills as a capsule at inference.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature, PreTrainedModel
 
+from kvcapsule.errors import DataError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
@@ -21,27 +22,28 @@ from kvcapsule.segments.segment import Segment
 
 @dataclass(frozen=True)
 class LayerHarvest:
-    """One layer's visual tiles and their readers. E tiles of T tokens, B rows, Q queries, R other tokens."""
+    """One layer's visual tiles and the queries that attend to them. E tiles of T tokens, B rows, Q queries, R other
+    tokens."""
 
     keys: torch.Tensor
-    """[E, H, T, D], in the tiles' canonical frames where `frame` is given."""
+    """[E, H, T, D], in the tiles' canonical frames if `frame` is given."""
     values: torch.Tensor
     """[E, H, T, D]."""
     owner: torch.Tensor
-    """[E] row of each tile."""
+    """[E] batch row of each tile."""
     frame: Frame | None
     query: torch.Tensor
-    """[B, H * G, Q, D]: the tokens after the last image, prompt and answer."""
+    """[B, H * G, Q, D]: queries of the tokens after the last image (prompt and answer)."""
     reads: torch.Tensor
-    """[B, Q] bool: False where a row has no such token."""
+    """[B, Q] bool: False at padding of `query`."""
     rest: Segment
     """All other tokens, raw: text, and visual tokens that fill no tile."""
     visible: torch.Tensor
-    """[B, Q, R]: which of them each query sees."""
+    """[B, Q, R]: which tokens of `rest` each query sees."""
     scale: float
 
 
-class Recorder:
+class Recorder(Method):
     """A method that keeps what it is shown."""
 
     def __init__(self, tile: int, canonical: bool = True) -> None:
@@ -51,9 +53,9 @@ class Recorder:
     def compress(self, prefill: LayerPrefill) -> Compressed:
         tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
         if tiles is None:
-            raise ValueError(
-                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
-                "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
+            raise DataError(
+                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"
+                " --codec.tile, or data whose prompts hold images of the size that the capsule is for."
             )
         ends = [
             max((s.start + s.length for s in prefill.spans if s.row == row), default=0)

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..methods.method import Method, reads_hidden
+from ..methods.method import Method
 from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generate import generating
-from .transformers_api import passed_cache, require_supported
+from .transformers_api import passed_cache, require_supported, rotation_per_token
 
 _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""
@@ -57,15 +57,14 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
     if before == IMPLEMENTATION:
         raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")
     geometry = KVGeometry.from_config(inner.config)
-    check = getattr(method, "require_geometry", None)
-    if check is not None:
-        check(geometry)
+    if method is not None:
+        method.require_geometry(geometry)
     with ExitStack() as stack:
         stack.callback(_forget)
         stack.enter_context(prefilling(_attention_configs(inner, before), before))
         _set_text_attention(inner, IMPLEMENTATION)
         stack.callback(_set_text_attention, inner, before)
-        for handle in _hooks(model, inner, hidden=method is None or reads_hidden(method)):
+        for handle in _hooks(model, inner, hidden=method is None or method.needs_hidden_states):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
             raise RuntimeError(
@@ -138,7 +137,7 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
         kind = kwargs.get("layer_type", next((a for a in args if isinstance(a, str)), _FULL_ATTENTION))
         cache = _active.get()
         if cache is not None and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
-            cache.set_position_embeddings(*output)
+            cache.set_position_embeddings(*rotation_per_token(module, *output))
 
     def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = None if torch.compiler.is_compiling() else _active.get()

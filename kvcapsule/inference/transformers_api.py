@@ -1,13 +1,16 @@
 """How the installed transformers names things, and which versions are supported; everything else asks here.
 
 From 5.24 on a cache is passed to forward and generate as `cache` and returned under that name. Before it was
-`past_key_values`, which 5.24 still takes with a deprecation warning.
+`past_key_values`, which 5.24 still takes with a deprecation warning. From 5.17 on every rotary module gives one
+rotation a token. From 5.18 on generate encodes the images before the prefill (ENCODES_IMAGES).
 """
 
+import sys
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+import torch
 import transformers
 from packaging.specifiers import SpecifierSet
 from transformers import GenerationMixin
@@ -21,6 +24,9 @@ _TAKES_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generatio
 CACHE_ARGUMENT = "cache" if _TAKES_CACHE else _OLD_ARGUMENT
 """The name under which forward and generate take a cache and return one."""
 
+ENCODES_IMAGES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+"""Whether generate encodes the images first and hands their features to the prefill (`mm_encoder_outputs`)."""
+
 
 def require_supported() -> None:
     """Refuse a transformers whose cache and attention interfaces were not tested.
@@ -29,7 +35,7 @@ def require_supported() -> None:
         ModelError: with the versions that are supported, and how to get one.
     """
     version = transformers.__version__
-    # A development version (5.25.0.dev0) counts by its number: it holds what that release will.
+    # A development version of a release in the range counts as that release.
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
         raise ModelError(
             f"kvcapsule attaches to models of transformers {TRANSFORMERS}, and {version} is installed: run `pip install"
@@ -62,3 +68,30 @@ def output_cache(output: Any) -> Any:
 def replace_output_cache(output: Any, cache: Any) -> Any:
     """A copy of what a forward returned, with another cache in it."""
     return type(output)(**{**output, CACHE_ARGUMENT: cache})
+
+
+def rotation_per_token(
+    rotary: torch.nn.Module, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rotary module returned as cos and sin [B or 1, N, R], channel by channel as keys are rotated.
+
+    From transformers 5.17 on it is returned so. Before, Qwen2-VL and Qwen2.5-VL returned one rotation for each of the
+    three position axes, [3, B, N, R], whose sections their attention layers picked; and GLM-4V's and GLM-4.6V's layers
+    rotated channels 2i and 2i + 1 together by a rotation laid out for channels half a head apart.
+    """
+    config: Any = getattr(rotary, "config", None)
+    if cos.dim() == 4:
+        sections = config.rope_parameters["mrope_section"] * 2
+        return _pick_sections(cos, sections), _pick_sections(sin, sections)
+    if hasattr(rotary, "apply_mrope") and hasattr(sys.modules[type(rotary).__module__], "rotate_half_llm"):
+        return _interleave(cos), _interleave(sin)
+    return cos, sin
+
+
+def _pick_sections(rotation_3BNR: torch.Tensor, sections: list[int]) -> torch.Tensor:
+    parts = rotation_3BNR.split(sections, dim=-1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+
+def _interleave(rotation_BNR: torch.Tensor) -> torch.Tensor:
+    return rotation_BNR[..., : rotation_BNR.shape[-1] // 2].repeat_interleave(2, dim=-1)

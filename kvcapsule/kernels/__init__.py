@@ -1,5 +1,4 @@
-"""Attention over segments, and the packing of codes: a reference in plain PyTorch, and kernels in Triton and in Numba
-that agree with it.
+"""Attention over segments: a reference in plain PyTorch, and kernels in Triton and in Numba that agree with it.
 
 What runs is chosen once for each kind of device: Triton's kernels on CUDA and Numba's on the CPU, where these are
 installed (`pip install kvcapsule[triton]`, `kvcapsule[cpu]`), the reference everywhere else. The environment variable
@@ -46,6 +45,6 @@ def _attend_by_triton(
     query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None
 ) -> torch.Tensor:
     """The kernels bring their own launches, which the compiler leaves as they are."""
-    from .fused.attend import attend as chosen
+    from .triton.attend import attend as chosen
 
     return chosen(query, segments, scale, visible)

@@ -1,5 +1,4 @@
-"""Which implementation of attention and of packing serves a type of device: kernels or plain PyTorch
-(docs/kernels.md)."""
+"""Attention backend of each device type: compiled kernels or the plain PyTorch reference (docs/kernels.md)."""
 
 import os
 from importlib.util import find_spec
@@ -9,7 +8,7 @@ BACKENDS = ("reference", "numba", "triton")
 
 
 _chosen: dict[str, str] = {}
-"""The backend of each type of device that was asked for."""
+"""Backend by device type, filled at first use."""
 
 
 def backend_for(device: str) -> str:
@@ -25,13 +24,13 @@ def backend_for(device: str) -> str:
 
 
 def _choose(device: str) -> str:
-    asked = os.environ.get(VARIABLE)
-    if asked and asked not in BACKENDS:
+    setting = os.environ.get(VARIABLE)
+    if setting and setting not in BACKENDS:
         raise ValueError(
-            f"{VARIABLE}={asked}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
+            f"{VARIABLE}={setting}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
         )
-    own = {"cpu": "numba", "cuda": "triton"}.get(device, "reference")
-    chosen = asked or (own if _installed(own) else "reference")
+    kernels = {"cpu": "numba", "cuda": "triton"}.get(device, "reference")
+    chosen = setting or (kernels if _installed(kernels) else "reference")
     if chosen != "reference" and not _installed(chosen):
         extra = {"numba": "cpu", "triton": "triton"}[chosen]
         raise RuntimeError(
@@ -52,7 +51,7 @@ def _installed(name: str) -> bool:
 
 
 def _require_triton(device: str) -> None:
-    from .fused.device import INTERPRETED
+    from .triton.arguments import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"

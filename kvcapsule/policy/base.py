@@ -1,6 +1,6 @@
 """What a policy is: a training-free rule for a layer's tokens."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,26 +9,21 @@ import torch
 from ..codec.kvcapsule import check_ratio
 from ..methods.kept_rows import keep
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed
+from ..methods.method import Compressed, Method
 from ..segments.segment import Segment
 
 
-class Policy(ABC):
+class Policy(Method):
     """A training-free method; a frozen dataclass, whose fields are its settings."""
 
-    DIAL: ClassVar[str | None] = None
-    """The setting that says how much is kept, from 0 to 1 (all): "retention" of the visual tokens, "budget" of all;
-    None: there is none."""
-    SEPARABLE: ClassVar[bool] = True
-    """Whether what it stores of the visual tokens and of the text can be had one without the other (see Paired)."""
-
-    @abstractmethod
-    def compress(self, prefill: LayerPrefill) -> Compressed:
-        """A layer's prefill as segments; see kvcapsule.methods.method.Method."""
+    compresses_text: ClassVar[bool] = True
+    """Whether it acts on the text too, so that it can be the text's method beside a capsule (see Combined)."""
 
 
 class VisualPolicy(Policy):
     """A policy that acts on visual tokens and keeps all text raw."""
+
+    compresses_text = False
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -47,7 +42,7 @@ class VisualPolicy(Policy):
 class TokenPruning(VisualPolicy):
     """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
 
-    DIAL = "retention"
+    budget_field = "retention"
 
     retention: float
     """Kept visual tokens / visual tokens, in (0, 1]."""

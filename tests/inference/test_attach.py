@@ -16,7 +16,8 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument, output_cache, passed_cache
-from kvcapsule.methods.method import Method
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import Full, PostVisionAttention
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -186,11 +187,14 @@ class TestAttach:
                 torch.testing.assert_close(model(**mixed, use_cache=False).logits, plain, rtol=0, atol=0)
 
 
-class _Made:
+class _Made(Method):
     """A method made for some geometry."""
 
     def __init__(self, method: Method, geometry: KVGeometry) -> None:
-        self.compress, self.geometry = method.compress, geometry
+        self.method, self.geometry = method, geometry
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        return self.method.compress(prefill)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         self.geometry.require(geometry)

@@ -21,7 +21,7 @@ from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
@@ -50,7 +50,12 @@ class TestPeft:
         if request.param == "PeftModel":
             return get_peft_model(own_model, LoraConfig(**LORA)).eval()
         if request.param == "add_adapter":
-            own_model.add_adapter(LoraConfig(**LORA))
+            try:
+                own_model.add_adapter(LoraConfig(**LORA))
+            except ValueError as error:
+                if "version of PEFT" not in str(error):
+                    raise
+                pytest.skip(f"add_adapter: this transformers does not take the installed PEFT ({error})")
             return own_model.eval()
         get_peft_model(copy.deepcopy(own_model), LoraConfig(**LORA)).save_pretrained(tmp_path)
         own_model.load_adapter(str(tmp_path))
@@ -190,7 +195,7 @@ class TestDeviceMap:
         """
         seen: list[LayerPrefill] = []
 
-        class Witness:
+        class Witness(Method):
             def compress(self, prefill: LayerPrefill) -> Compressed:
                 seen.append(prefill)
                 return Compressed([], [])

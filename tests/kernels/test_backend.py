@@ -10,8 +10,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.kernels import backend as choice
-from kvcapsule.kernels.fused import device
 from kvcapsule.kernels.native import read
+from kvcapsule.kernels.triton import arguments
 from kvcapsule.policy import EvenlySpaced
 
 
@@ -26,7 +26,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.backend_for("cpu") == "numba"
     assert choice.backend_for("mps") == "reference"
-    monkeypatch.setattr(device, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     assert choice.backend_for("cuda") == "triton"
 
 
@@ -41,12 +41,12 @@ def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "INTERPRETED", True)
+    monkeypatch.setattr(arguments, "INTERPRETED", True)
     monkeypatch.setenv(choice.VARIABLE, "triton")
     assert choice.backend_for("cpu") == "triton"
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         choice.backend_for("cuda")
-    monkeypatch.setattr(device, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     choice._chosen.clear()
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
         choice.backend_for("cpu")
@@ -74,7 +74,7 @@ def test_a_model_writes_what_it_writes_with_the_reference(
     greedy: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Left-padded rows, one with an image and one without; prefill encodes with the packing kernel too."""
+    """Left-padded rows, one with an image and one without."""
     # The kernels that Triton interprets are for tests alone: on a GPU the compiled ones.
     place = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(place)

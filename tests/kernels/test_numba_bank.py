@@ -62,17 +62,17 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -
 @pytest.mark.parametrize("shortlist", [False, True])
 def test_kernels_agree_with_pytorch(size: tuple[int, ...], shortlist: bool, threads: int, calls: list[str]) -> None:
     queries, keys, values = drawn(*size)
-    found, expected = attention_matching.read_by(queries, keys), attention_matching.read_by(queries.double(), keys.double())
+    found, expected = attention_matching.bank_attention(queries, keys), attention_matching.bank_attention(queries.double(), keys.double())
     for name in ("scores", "attention", "log_mass", "energy", "mass"):
         near(getattr(found, name), getattr(expected, name))
-    among = attention_matching.highest(expected.energy, max(1, size[2] * 2 // 3)) if shortlist else None
+    among = attention_matching.top_tokens(expected.energy, max(1, size[2] * 2 // 3)) if shortlist else None
     wanted = attention_matching.targets(expected, values.double(), among)
     for one, other in zip(attention_matching.targets(found, values, among), wanted, strict=True):
         near(one, other)
     ranking = expected.energy if among is None else expected.energy.gather(-1, among)
     for passes in (1, 2):
-        gains = attention_matching.added(wanted.gram.float(), wanted.target.float(), ranking.float(), passes)
-        near(gains, attention_matching.added(wanted.gram, wanted.target, ranking, passes), 1e-5)
+        gains = attention_matching.marginal_gains(wanted.gram.float(), wanted.target.float(), ranking.float(), passes)
+        near(gains, attention_matching.marginal_gains(wanted.gram, wanted.target, ranking, passes), 1e-5)
     assert calls == ["read", "targets", "added", "added"]
     rows = found.attention[:, :, : max(1, size[2] // 7)]
     near(attention_matching.products(rows, found.attention), attention_matching.products(rows.double(), found.attention.double()))
@@ -82,16 +82,16 @@ def test_kernels_agree_with_pytorch(size: tuple[int, ...], shortlist: bool, thre
 def test_of_equals_the_earlier_one_is_ranked_first() -> None:
     """Two tokens that are alike: what the first explains is not left to the second."""
     gram, target = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 3)
-    gains = attention_matching.added(gram, target, torch.ones(1, 1, 2))
-    torch.testing.assert_close(gains, attention_matching.added(gram.double(), target.double(), torch.ones(1, 1, 2).double()).float())
+    gains = attention_matching.marginal_gains(gram, target, torch.ones(1, 1, 2))
+    torch.testing.assert_close(gains, attention_matching.marginal_gains(gram.double(), target.double(), torch.ones(1, 1, 2).double()).float())
     assert float(gains[0, 0, 0]) > 100 * float(gains[0, 0, 1])
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
 def test_scores_of_any_size_stay_finite(factor: float) -> None:
     queries, keys, _ = drawn(2, 2, 33, 16, 32)
-    found = attention_matching.read_by(factor * queries, keys)
-    expected = attention_matching.read_by(factor * queries.double(), keys.double())
+    found = attention_matching.bank_attention(factor * queries, keys)
+    expected = attention_matching.bank_attention(factor * queries.double(), keys.double())
     assert all(bool(x.isfinite().all()) for x in found)
     torch.testing.assert_close(found.log_mass.double(), expected.log_mass, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.attention.sum(-2), torch.ones(2, 2, 32), rtol=1e-5, atol=1e-5)
@@ -120,7 +120,7 @@ def test_the_same_rows_are_kept(tile: int, options: dict[str, Any], calls: list[
 def test_what_fills_no_vector_is_left_to_pytorch(sizes: tuple[int, int], calls: list[str]) -> None:
     count, dim = sizes
     queries, keys, values = drawn(2, 2, 9, dim, count)
-    found, expected = attention_matching.read_by(queries, keys), attention_matching.read_by(queries.double(), keys.double())
+    found, expected = attention_matching.bank_attention(queries, keys), attention_matching.bank_attention(queries.double(), keys.double())
     near(found.attention, expected.attention)
     for one, other in zip(attention_matching.targets(found, values), attention_matching.targets(expected, values.double()), strict=True):
         near(one, other)
@@ -129,8 +129,8 @@ def test_what_fills_no_vector_is_left_to_pytorch(sizes: tuple[int, int], calls: 
 
 def test_keys_in_half_precision_are_read_in_single(calls: list[str]) -> None:
     queries, keys, _ = drawn(2, 2, 9, 16, 16)
-    found = attention_matching.read_by(queries, keys.bfloat16())
-    near(found.attention, attention_matching.read_by(queries.double(), keys.bfloat16().double()).attention)
+    found = attention_matching.bank_attention(queries, keys.bfloat16())
+    near(found.attention, attention_matching.bank_attention(queries.double(), keys.bfloat16().double()).attention)
     assert calls == ["read"]
 
 

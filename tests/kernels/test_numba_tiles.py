@@ -224,7 +224,7 @@ def test_parameters_that_change_or_move_are_read() -> None:
     segment = draw.transform([0], 6, (1, 3), (2, 3))
     query, before = query_of(batch=1), []
     coding = segment.keys.coding  # type: ignore[union-attr]
-    for change in (lambda: None, lambda: coding.step.mul_(2), lambda: setattr(coding.offset, "data", coding.offset.data * 3)):
+    for change in (lambda: None, lambda: coding.scale.mul_(2), lambda: setattr(coding.offset, "data", coding.offset.data * 3)):
         change()
         assert error(query, [segment]) < SINGLE
         before.append(native.attend(query, [segment], 0.3))
@@ -259,7 +259,7 @@ def test_a_stack_is_read_in_one_pass_by_each_of_its_layers(joint_heads: int, thr
     """One code as keys and as values, and a part of the maps each."""
     capsule = cross_layer_capsule(joint_heads=joint_heads, channels=37)
     of = [single(prefill(layer)) for layer in (0, 1)]
-    run = capsule.start([0, 1])
+    run = capsule.begin_pass([0, 1])
     done = [compressed for p in of for _, compressed in run.add(p)]
     outputs = []
     for p, (visual, text) in zip(of, done, strict=True):

@@ -17,7 +17,7 @@ from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AirCache, Full, aircache
-from kvcapsule.policy.aircache import Observed, skewness
+from kvcapsule.policy.aircache import EliteAttention, skewness
 
 # By hand
 
@@ -102,7 +102,7 @@ def test_layers_share_what_is_observed() -> None:
     layers = [tokens([(0, 5, 20)], [0], 30, layer) for layer in range(2)]
     importance = torch.arange(30.0).expand(1, 1, 30)
     seen = [
-        Observed(importance * sign, torch.tensor([strength]), torch.zeros(1))
+        EliteAttention(importance * sign, torch.tensor([strength]), torch.zeros(1))
         for sign, strength in ((1, 0.75), (-1, 0.25))
     ]
     found = AirCache(0.3, measure="strength").commit(layers, seen)

@@ -15,7 +15,7 @@ from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Method, start
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import POLICIES, Full
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -54,7 +54,7 @@ TABLE = {
 def every(what: str, dialled: bool = False) -> pytest.MarkDecorator:
     """All policies with the property."""
     return pytest.mark.parametrize(
-        "name", [n for n in POLICIES if what not in case(n).but and (POLICIES[n].DIAL or not dialled)]
+        "name", [n for n in POLICIES if what not in case(n).but and (POLICIES[n].budget_field or not dialled)]
     )
 
 
@@ -64,15 +64,15 @@ def case(name: str) -> Case:
 
 def make(name: str, dial: float) -> Method:
     policy = POLICIES[name]
-    return policy(**case(name).settings, **({policy.DIAL: dial} if policy.DIAL else {}))
+    return policy(**case(name).settings, **({policy.budget_field: dial} if policy.budget_field else {}))
 
 
 def test_the_table_is_sound() -> None:
     assert set(TABLE) <= set(POLICIES)
     for name, policy in POLICIES.items():
-        assert policy.DIAL in (None, "retention", "budget"), name
+        assert policy.budget_field in (None, "ratio", "budget"), name
         known = [f.name for f in fields(policy)]
-        assert policy.DIAL is None or policy.DIAL in known, name
+        assert policy.budget_field is None or policy.budget_field in known, name
         frozen = make(name, 0.5)
         with pytest.raises(FrozenInstanceError):
             setattr(frozen, (known or ["any"])[0], 1)
@@ -106,7 +106,7 @@ policy."""
 
 def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:
     """What a cache would store, layer by layer."""
-    run = start(method, [p.layer for p in of])
+    run = method.begin_pass([p.layer for p in of])
     done = dict(pair for prefill in of for pair in run.add(prefill))
     return [done[p.layer] for p in of]
 
@@ -139,7 +139,7 @@ def test_bytes_fall_as_the_dial_promises(name: str, dial: float) -> None:
     """Of the visual tokens, with the text as it was, or of all."""
     ours, full = compressed(make(name, dial), LONG), compressed(Full(), LONG)
     visual, text, whole, raw = (sum(map(held, parts)) for one in (ours, full) for parts in zip(*one, strict=True))
-    if POLICIES[name].DIAL == "retention":
+    if POLICIES[name].budget_field == "ratio":
         assert visual == pytest.approx(dial * whole, rel=0.02)
         assert text == raw
     else:

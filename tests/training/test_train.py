@@ -13,12 +13,13 @@ from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages
+from kvcapsule.training.families.kvcapsule_options import KVCapsuleRecipe as Recipe
+from kvcapsule.training.families.kvcapsule_options import KVCapsuleShape
 from kvcapsule.training.families.soft_mask import SoftLinear
 from kvcapsule.training.harvest import harvest
 from kvcapsule.training.losses import full_output, output_error, unexplained
-from kvcapsule.training.main import build_parser, find_recipe, shipped_recipes
 from kvcapsule.training.main import main as command
-from kvcapsule.training.recipe import CodecRecipe, Recipe
+from kvcapsule.training.options import parse, shipped_recipes
 from kvcapsule.training.second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 
 QUICK = ["--data.size", "40", "--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu"]
@@ -153,9 +154,9 @@ def test_the_soft_mask_learns_the_tokens_that_matter() -> None:
     [
         (Recipe(ratio=0.4), (0.4, 0.4)),
         (Recipe(ratio=20), (0.05, 0.05)),
-        (Recipe(ratio=0.41, codec=CodecRecipe(key_share=0.2)), (0.164, 0.656)),
-        (Recipe(ratio=0.8, codec=CodecRecipe(key_share=0.2)), (0.6, 1.0)),
-        (Recipe(ratio=0.4, codec=CodecRecipe(key_ratio=0.1)), (0.1, 0.4)),
+        (Recipe(ratio=0.41, codec=KVCapsuleShape(key_share=0.2)), (0.164, 0.656)),
+        (Recipe(ratio=0.8, codec=KVCapsuleShape(key_share=0.2)), (0.6, 1.0)),
+        (Recipe(ratio=0.4, codec=KVCapsuleShape(key_ratio=0.1)), (0.1, 0.4)),
     ],
 )
 def test_one_ratio_gives_both(recipe: Recipe, wanted: tuple[float, float]) -> None:
@@ -164,7 +165,7 @@ def test_one_ratio_gives_both(recipe: Recipe, wanted: tuple[float, float]) -> No
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_parses(name: str) -> None:
-    values = build_parser().parse_args(["--recipe", str(find_recipe(name))])
+    values = parse([name], pytest.fail)
     assert values.model == ("runs/smol-vlm" if name.startswith("smol-vlm-") else "pages-vlm")
 
 

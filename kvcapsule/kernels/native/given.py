@@ -81,7 +81,7 @@ def _in_place(s: Segment) -> bool:
     """Whether a kernel reads all where it is: of a copy nobody would know when it is out of date."""
     small = [s.owner, s.mask, s.value_mean, s.q_map, *(() if s.frame is None else s.frame.tensors())]
     codings = [rows.coding for rows in (s.keys, s.values) if isinstance(rows, CodedRows)]
-    return all(t is None or t.is_contiguous() for t in (*small, *(t for c in codings for t in (c.widths, c.step, c.offset))))
+    return all(t is None or t.is_contiguous() for t in (*small, *(t for c in codings for t in (c.widths, c.scale, c.offset))))
 
 
 def _learning(tensors: Sequence[torch.Tensor]) -> bool:
@@ -105,7 +105,7 @@ def _kind(s: Segment) -> str | None:
         return "raw" if _mapped(s, s.keys.shape[1]) else None
     if isinstance(s.keys, CodedRows) and isinstance(s.values, CodedRows) and s.q_map is not None and s.value_mean is None:
         keys, values = s.keys.coding, s.values.coding
-        alike = len(keys.widths) == len(values.widths) and all(t.dtype == torch.float32 for c in (keys, values) for t in (c.step, c.offset))
+        alike = len(keys.widths) == len(values.widths) and all(t.dtype == torch.float32 for c in (keys, values) for t in (c.scale, c.offset))
         dense = s.keys.packed.stride(1) == 1 and s.values.packed.stride(1) == 1
         return "coded" if alike and dense and s.out_map is not None and _mapped(s, len(keys.widths)) else None
     return None
@@ -194,5 +194,5 @@ def _rows(rows: torch.Tensor) -> Raw:
 
 def _cells(rows: CodedRows, runs: Runs) -> Coded:
     tables = (table.numpy().reshape(-1).view("uint64" if table.dtype == torch.int64 else "uint32") for table in runs)
-    coding = (rows.coding.widths, rows.coding.step, rows.coding.offset)
+    coding = (rows.coding.widths, rows.coding.scale, rows.coding.offset)
     return Coded(flat(rows.packed), U(rows.packed.stride(0)), *tables, *(flat(t.contiguous()) for t in coding))

@@ -66,7 +66,7 @@ def _covers(x_EHRN: torch.Tensor, rows: Rows) -> bool:
         much = x_EHRN.shape[2] * rows.numel() >= _LEAST
         return much and dense and rows.dtype == torch.float32 and rows.shape[:2] == x_EHRN.shape[:2] and not _learning(x_EHRN, rows)
     if isinstance(rows, QuantizedRows):
-        return rows.codes.is_contiguous() and not _learning(x_EHRN, rows.step, rows.zero)
+        return rows.codes.is_contiguous() and not _learning(x_EHRN, rows.scale, rows.minimum)
     return False
 
 
@@ -84,7 +84,7 @@ def _raw(kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, parts: torch.Tenso
 
 def _few_bits(kernel: Kernel, x: torch.Tensor, rows: QuantizedRows, parts: torch.Tensor) -> None:
     entries, heads, dim, line = rows.codes.shape
-    step = rows.step.to(torch.float32).contiguous()
+    step = rows.scale.to(torch.float32).contiguous()
     given = (flat(x), U(x.shape[2]), flat(rows.codes), U(line), flat(step), U(dim), U(rows.tokens))
     _share(kernel, given, parts, entries * heads, rows.tokens, x.shape[2] * rows.shape.numel())
 
@@ -105,5 +105,5 @@ def _joined(parts: torch.Tensor) -> torch.Tensor:
 
 def _middle(rows: QuantizedRows) -> torch.Tensor:
     """[E, H, 1, D]: what is left out of the numbers."""
-    middle: torch.Tensor = rows.zero.to(torch.float32) + rows.step.to(torch.float32) * ((2**rows.bits - 1) / 2)
+    middle: torch.Tensor = rows.minimum.to(torch.float32) + rows.scale.to(torch.float32) * ((2**rows.bits - 1) / 2)
     return middle
