@@ -15,7 +15,7 @@ from kvcapsule.codec.bit_allocation import bits_for, water_fill
 from kvcapsule.codec.transform import merge_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS
-from kvcapsule.training.analysis.group import LayerGroupStudy, layer_groups_of
+from kvcapsule.training.analysis.layer_group import LayerGroupStudy, layer_groups_of
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer
 from kvcapsule.training.families.grouping import joint_heads, joint_layers, layer_groups
