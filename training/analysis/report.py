@@ -198,9 +198,9 @@ def _layer_groups(result: Mapping[str, Any]) -> Table:
         )
     table.caption = (
         "Layer groups are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what"
-        " their errors cost the answer is not measured here, and training weighs it. bits apart: bits for each element with"
-        " which codes apart come to the error of the code together; the rest is saved. In memory, that is: each layer"
-        " reads the code of its full group."
+        " their errors cost the answer is not measured here, and training weighs it. bits apart: bits for each element"
+        " with which codes apart come to the error of the code together; the rest is saved. In memory, that is: each"
+        " layer reads the code of its full group."
     )
     return table
 
