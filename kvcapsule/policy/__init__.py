@@ -1,6 +1,9 @@
 """Training-free methods. POLICIES is the one place where a policy is registered, TEXT_POLICIES that of those for the
 text alone."""
 
+from typing import Any
+
+from ..extensions import Registry
 from .adakv import AdaKV
 from .aircache import AirCache
 from .akvq_vl import AkvqVl
@@ -45,9 +48,21 @@ TEXT_POLICIES: dict[str, type[TextPolicy]] = {"text-pruning": TextPruning, "quan
 """What Combined may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there,
 too."""
 
+
+
+def _is_policy(loaded: Any) -> bool:
+    return isinstance(loaded, type) and issubclass(loaded, Policy)
+
+
+REGISTRY: Registry[type[Policy]] = Registry(
+    "policy", "kvcapsule.policies", POLICIES, "a subclass of kvcapsule.policy.Policy", _is_policy
+)
+"""POLICIES and those of other packages."""
+
 __all__ = [
     "H2O",
     "POLICIES",
+    "REGISTRY",
     "RKV",
     "TEXT_POLICIES",
     "AdaKV",
