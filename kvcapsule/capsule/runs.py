@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..codec import CodecConfig, LayerGroupCodec, LayerGroupEncoding
-from ..methods.kept_rows import keep
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..methods.tiles import Tiles, cut_tiles, tiled
@@ -27,15 +27,15 @@ def canonical_tiles(
     """
     tiles = cut_tiles(prefill, config.tile, config.canonical_frame, turned=True, lent=True)
     visual = prefill.visual()
-    text = keep(prefill, prefill.valid & ~visual)
+    text = gather_kept(prefill, prefill.valid & ~visual)
     if tiles is None:
-        return None, Compressed(keep(prefill, visual), text)
+        return None, Compressed(gather_kept(prefill, visual), text)
     if config.canonical_frame and tiles.frame is None and geometry.rotary != "none":
         raise RuntimeError(
             "no rotation of the prompt's positions reached the capsule: run the model inside `with"
             " kvcapsule.attach(model, ...):`."
         )
-    return tiles, Compressed(keep(prefill, visual & ~tiled(prefill, config.tile)), text)
+    return tiles, Compressed(gather_kept(prefill, visual & ~tiled(prefill, config.tile)), text)
 
 
 class _Waiting(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.kept_rows import keep_heads
+from ..methods.kept_rows import gather_kept_per_head
 from ..methods.layer_prefill import LayerPrefill
 from ..segments.segment import Segment
 
@@ -27,8 +27,8 @@ class HeadRows:
     """[B, H, M] bool: True at visual tokens."""
 
     def store(self, kept: torch.Tensor) -> list[Segment]:
-        """The rows that `kept` [B, H, M] marks, as segments of their own (see keep_heads)."""
-        return keep_heads(
+        """The rows that `kept` [B, H, M] marks, as segments of their own (see gather_kept_per_head)."""
+        return gather_kept_per_head(
             LayerPrefill(0, self.keys[:, :, :0], self.keys, self.values, [], self.valid.any(dim=1), 1.0), kept
         )
 

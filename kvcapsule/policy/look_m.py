@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ..methods.kept_rows import keep_heads
+from ..errors import ConfigError
+from ..methods.kept_rows import gather_kept_per_head
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
+from ..methods.ratios import check_budget
+from .attention_scores import attention_received
 from .base import Policy
-from .snapkv import attention_received
 
 MERGES = ("averaged", "pivotal", "weighted", "none")
 _CHUNK = 256
@@ -52,12 +54,11 @@ class LookM(Policy):
     """"averaged", "pivotal", "weighted", or "none": evicted tokens are dropped."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget {self.budget} is outside (0, 1]: it is kept tokens / prompt tokens, 1 keeps all.")
+        check_budget(self.budget)
         if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent {self.recent} is a share of the budget: 0 to 1.")
+            raise ConfigError(f"recent {self.recent} is a share of the budget: 0 to 1.")
         if self.merge not in MERGES:
-            raise ValueError(f"merge {self.merge!r} is none of {', '.join(map(repr, MERGES))}.")
+            raise ConfigError(f"merge {self.merge!r} is none of {', '.join(map(repr, MERGES))}.")
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -65,7 +66,7 @@ class LookM(Policy):
         visual = prefill.visual()[:, None]
         if self.merge != "none":
             prefill = self.merged(prefill, kept, visual & ~kept)
-        return Compressed(keep_heads(prefill, kept & visual), keep_heads(prefill, kept & ~visual))
+        return Compressed(gather_kept_per_head(prefill, kept & visual), gather_kept_per_head(prefill, kept & ~visual))
 
     def kept(self, prefill: LayerPrefill) -> torch.Tensor:
         """[B, H, N] bool: what each head keeps."""

@@ -11,7 +11,8 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys
+from kvcapsule.methods.ratios import pyramid, retained, weighted
 from kvcapsule.errors import CapsuleError, GeometryError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.quantized_rows import BITS, QuantizedRows

@@ -29,10 +29,10 @@ from kvcapsule.policy import (
     SnapKV,
     StreamingLLM,
     VisualPolicy,
+    attention_scores,
 )
-from kvcapsule.policy import snapkv as snapkv_module
+from kvcapsule.policy.attention_scores import attention_received
 from kvcapsule.policy.pyramidkv import pyramid_counts
-from kvcapsule.policy.snapkv import attention_received
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -126,7 +126,7 @@ SMALL = tokens([(0, 3, 6), (0, 9, 4), (1, 5, 7)], [1, 4], 16)
 @pytest.mark.parametrize("chunk", [256, 5, 1])
 def test_h2o_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the chunk, and with padding: what all queries give, over the heads that share keys."""
-    monkeypatch.setattr(snapkv_module, "_CHUNK", chunk)
+    monkeypatch.setattr(attention_scores, "CHUNK", chunk)
     scores = H2O(0.5).scores(SMALL)
     for row in (0, 1):
         for head in range(HEADS):

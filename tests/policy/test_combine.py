@@ -104,7 +104,7 @@ def test_attention_received_sums_to_queries_and_heads() -> None:
     """Nothing goes to padding; a row of three tokens has three queries."""
     of = tokens([], [0, 57])
     received = last_attention(of)
-    torch.testing.assert_close(received.sum(1), torch.tensor([4.0 * OBSERVED, 4.0 * 3]))
+    torch.testing.assert_close(received.sum(1), torch.tensor([4.0 * OBSERVED, 4.0 * 3], dtype=torch.float64))
     assert (received[1, :57] == 0).all()
 
 

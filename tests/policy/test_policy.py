@@ -9,7 +9,7 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.kept_rows import keep
+from kvcapsule.methods.kept_rows import gather_kept
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.policy import (
@@ -198,13 +198,13 @@ def test_rows_of_like_length_share_a_segment_and_others_do_not() -> None:
     valid = torch.ones(3, 40, dtype=torch.bool)
     of = prefill([], valid)
     counts = torch.tensor([10, 9, 10])
-    (near,) = keep(of, torch.arange(40) < counts[:, None])
+    (near,) = gather_kept(of, torch.arange(40) < counts[:, None])
     assert near.mask is not None
     assert near.mask.sum(1).tolist() == [10, 9, 10]
-    far = keep(of, torch.arange(40) < torch.tensor([30, 4, 30])[:, None])
+    far = gather_kept(of, torch.arange(40) < torch.tensor([30, 4, 30])[:, None])
     assert [(s.owner.tolist(), s.tokens, s.mask) for s in far] == [([1], 4, None), ([0, 2], 30, None)]
-    assert keep(of, torch.zeros(3, 40, dtype=torch.bool)) == []
-    (some,) = keep(of, (torch.arange(40) < 5) & torch.tensor([[True], [False], [True]]))
+    assert gather_kept(of, torch.zeros(3, 40, dtype=torch.bool)) == []
+    (some,) = gather_kept(of, (torch.arange(40) < 5) & torch.tensor([[True], [False], [True]]))
     assert some.owner.tolist() == [0, 2]
     torch.testing.assert_close(some.values, of.values[[0, 2], :, :5])
 

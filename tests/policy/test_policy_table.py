@@ -70,7 +70,7 @@ def make(name: str, dial: float) -> Method:
 def test_the_table_is_sound() -> None:
     assert set(TABLE) <= set(POLICIES)
     for name, policy in POLICIES.items():
-        assert policy.budget_field in (None, "ratio", "budget"), name
+        assert policy.budget_field in (None, "retention", "budget"), name
         known = [f.name for f in fields(policy)]
         assert policy.budget_field is None or policy.budget_field in known, name
         frozen = make(name, 0.5)
@@ -100,8 +100,8 @@ def layers(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
 MIXED = layers([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 64)
 """Left padding; one image, two with text between, none; spans of unlike length."""
 LONG = layers([(0, 20, 400), (0, 480, 350)], [0], 900)
-"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.keep), whatever the
-policy."""
+"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.gather_kept), whatever
+the policy."""
 
 
 def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:
@@ -139,7 +139,7 @@ def test_bytes_fall_as_the_dial_promises(name: str, dial: float) -> None:
     """Of the visual tokens, with the text as it was, or of all."""
     ours, full = compressed(make(name, dial), LONG), compressed(Full(), LONG)
     visual, text, whole, raw = (sum(map(held, parts)) for one in (ours, full) for parts in zip(*one, strict=True))
-    if POLICIES[name].budget_field == "ratio":
+    if POLICIES[name].budget_field == "retention":
         assert visual == pytest.approx(dial * whole, rel=0.02)
         assert text == raw
     else:
