@@ -107,6 +107,7 @@ class Selector(nn.Module):
 class CompactLayer(LayerCodec):
     """Compact codec of one layer: encodes keys and values together."""
 
+    borrows_tiles = True
     bank: torch.Tensor
 
     def __init__(self, heads: int, dim: int, stored: int, config: "CompactConfig") -> None:

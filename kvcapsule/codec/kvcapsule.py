@@ -27,6 +27,7 @@ from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePa
 class RetainedKeys(KeyCodec):
     """Key codec with retained rows `kept` [m] and a linear reconstruction `theta` [H, T, m]."""
 
+    borrows_tiles = True
     kept: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int) -> None:
@@ -42,6 +43,7 @@ class MlpKeys(KeyCodec):
     """Key codec with retained rows `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Rebuilds
     the full keys at every read."""
 
+    borrows_tiles = True
     kept: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int, hidden: int) -> None:
@@ -97,6 +99,7 @@ class PcaValues(ValueCodec):
     longer a PCA basis.
     """
 
+    borrows_tiles = True
     mean: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int, dim: int) -> None:

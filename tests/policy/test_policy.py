@@ -235,23 +235,23 @@ def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.
     places = set()
     for layer in (of, replace(of, keys=2 * of.keys, values=of.values + 1)):
         before = layer.keys.clone()
-        own, lent = cut_tiles(layer, 3, turned=True), cut_tiles(layer, 3, turned=True, lent=True)
+        own, borrowed = cut_tiles(layer, 3, derotated=True), cut_tiles(layer, 3, derotated=True, borrowed=True)
         plain = cut_tiles(layer, 3)
-        assert own is not None and lent is not None and plain is not None and plain.frame is not None
+        assert own is not None and borrowed is not None and plain is not None and plain.frame is not None
         torch.testing.assert_close(own.keys, plain.frame.unrotate(plain.keys))
         for one, other in (
-            (own.keys, lent.keys),
-            (own.values, lent.values),
-            (plain.values, lent.values),
+            (own.keys, borrowed.keys),
+            (own.values, borrowed.values),
+            (plain.values, borrowed.values),
             (layer.keys, before),
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
         kept = {x.untyped_storage().data_ptr() for x in (own.keys, own.values, plain.keys)}
         given = {x.untyped_storage().data_ptr() for x in (layer.keys, layer.values)}
         assert not kept & given
-        assert (lent.values.untyped_storage().data_ptr() in given) == (len(spans) == 1)
-        assert lent.keys.untyped_storage().data_ptr() not in given | kept
-        places.add(lent.keys.untyped_storage().data_ptr())
+        assert (borrowed.values.untyped_storage().data_ptr() in given) == (len(spans) == 1)
+        assert borrowed.keys.untyped_storage().data_ptr() not in given | kept
+        places.add(borrowed.keys.untyped_storage().data_ptr())
     assert len(places) == 1
 
 
@@ -265,7 +265,7 @@ def test_gradients_go_through_tiles(spans: list[VisualSpan]) -> None:
         keys=of.keys.requires_grad_(),
         values=of.values.requires_grad_(),
     )
-    tiles, plain = cut_tiles(of, 3, turned=True), cut_tiles(of, 3)
+    tiles, plain = cut_tiles(of, 3, derotated=True), cut_tiles(of, 3)
     assert tiles is not None and plain is not None and plain.frame is not None
     one, other = (
         torch.autograd.grad((keys * values).sum(), (of.keys, of.values))
