@@ -11,15 +11,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# The two ends of pyproject's range of transformers, each in an environment of its own.
-VENV_LOWER ?= .venv-lower
-VENV_NEWEST ?= .venv-newest
-LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-# What `newest` lets go of its pin: transformers, and what it names versions of.
-LOOSE := transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft
-RANGE_TESTS ?= tests/inference/test_cache.py tests/inference/test_cache_interface.py tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
-	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py tests/inference/test_peak_memory.py tests/vlm/test_families.py \
-	tests/vlm/test_spans.py tests/vlm/test_geometry.py tests/cli/test_generate.py
+# pyproject's range of transformers: 5.16 5.17 and so on. Each minor version has an environment of its own, .venv-5.16: the packages of
+# .venv, and over them the last patch of that transformers with what it asks for.
+BOUND = $(shell sed -n 's/.*"transformers>=5\.\([0-9]*\),<5\.\([0-9]*\)".*/\$(1)/p' pyproject.toml)
+MINORS := $(addprefix 5.,$(shell seq $(call BOUND,1) $$(($(call BOUND,2) - 1))))
+RANGE_TABLE ?= docs/models.md
+RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cache.py tests/inference/test_cache_interface.py \
+	tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
+	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
+	tests/inference/test_peak_memory.py tests/vlm/test_families.py tests/vlm/test_spans.py \
+	tests/vlm/test_geometry.py tests/cli/test_generate.py
 SOURCES := kvcapsule training eval checkpoints tests
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--ratio 20" EVAL_FLAGS=""
@@ -33,8 +34,8 @@ SMOL_FLAGS ?=
 GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest style format demo demo-vlm smol-vlm smol-vlm-training smol-vlm-results rate-distortion \
-	policies long-answer bench bench-gpu gpu-check pages wheel clean
+.PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) style format demo demo-vlm smol-vlm smol-vlm-training \
+	smol-vlm-results rate-distortion policies long-answer bench bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,20 +52,23 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY) ## run the tests (offline, CPU)
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-lower: $(VENV_LOWER)/.ready ## run the tests of cache, attention and generate on the lowest transformers of the range
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(VENV_LOWER)/bin/python -m pytest $(RANGE_TESTS) $(PYTEST_FLAGS)
+test-lower: test-$(firstword $(MINORS)) ## run the tests of cache, attention and generate on the lowest transformers of the range
 
-test-newest: $(VENV_NEWEST)/.ready ## run the same on the newest transformers of the range
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(VENV_NEWEST)/bin/python -m pytest $(RANGE_TESTS) $(PYTEST_FLAGS)
+test-newest: test-$(lastword $(MINORS)) ## run the same on the newest transformers of the range
 
-$(VENV_LOWER)/.ready: PIN = sed 's/^transformers==.*/transformers==$(LOWEST)/'
-$(VENV_NEWEST)/.ready: PIN = sed -E '/^($(LOOSE))==/d'
-$(VENV_LOWER)/.ready $(VENV_NEWEST)/.ready: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found (looked for: $(PYTHONS)). Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv $(@D)
-	$(PIN) constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt torch
-	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt -e ".[dev]"
+test-range: $(MINORS:%=test-%) ## run the same on each minor version in turn, and write the counts into docs/models.md
+	$(BIN)/python tests/support/range_table.py --page $(RANGE_TABLE) $(MINORS:%=.venv-%/range.xml)
+
+$(MINORS:%=test-%): test-%: .venv-%/.ready
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE .venv-$*/bin/python -m pytest --junitxml=.venv-$*/range.xml $(RANGE_TESTS) $(PYTEST_FLAGS)
+
+SITES = import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")
+$(MINORS:%=.venv-%/.ready): .venv-%/.ready: $(READY)
+	$(BIN)/python -m venv .venv-$*
+	.venv-$*/bin/python -m pip uninstall -q -y setuptools
+	$(BIN)/python -c '$(SITES)' > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	.venv-$*/bin/python -m pip install 'transformers==$*.*'
+	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
 style: $(READY) ## check lint, format and types

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 if sys.platform != "linux":
     # Triton is built for Linux alone.
@@ -76,6 +77,12 @@ def no_deprecated_names() -> Iterator[None]:
     yield
     logger.removeHandler(heard)
     assert not heard.messages, "\n".join(heard.messages)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def version_in_reports(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """A JUnit file says which transformers it is of (support/range_table.py)."""
+    record_testsuite_property("transformers", transformers.__version__)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """`kvcapsule methods`: every codec family and policy, what it is, whose it is and what it takes.
 
-All of it is read from the registries: the summary is the first paragraph of a method's module (of its class, for a policy of
-the text alone), papers are those that this paragraph or the first one of its class names, settings are the fields of its
-config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a mistyped option do
-not wait for them.
+All of it is read from the registries: the summary is the first paragraph of a method's module (of its class, for a
+policy of the text alone), papers are those that this paragraph or the first one of its class names, settings are the
+fields of its config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a
+mistyped option do not wait for them.
 """
 
 import argparse
@@ -13,10 +13,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import Parser
+from ..errors import KVCapsuleError
+from ..extensions import Registry
+from .errors import Parser, complain
 
+T = TypeVar("T")
 PROG = "kvcapsule methods"
 _PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
 _WIDE = 160
@@ -60,17 +63,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def known_methods() -> Iterator[MethodInfo]:
     """Codec families, then policies, then those for the text alone, in the order of their registries."""
-    from ..codec import FAMILIES
-    from ..policy import POLICIES, TEXT_POLICIES
+    from ..codec import REGISTRY as families
+    from ..policy import REGISTRY as policies
+    from ..policy import TEXT_POLICIES
 
-    for name, family in ((name, family.config) for name, family in FAMILIES.items()):
+    for name, family in ((name, family.config) for name, family in _loaded(families)):
         with_default = {f.name: f.default for f in fields(family) if f.default is not MISSING}
         yield _info(name, "codec", family, [f.name for f in fields(family) if f.name not in with_default], with_default)
-    for kind, policies in (("policy", POLICIES), ("text policy", TEXT_POLICIES)):
-        for name, policy in policies.items():
+    for kind, registered in (("policy", _loaded(policies)), ("text policy", TEXT_POLICIES.items())):
+        for name, policy in registered:
             taken = inspect.signature(policy).parameters.values()
             required = [p.name for p in taken if p.default is p.empty]
             yield _info(name, kind, policy, required, {p.name: p.default for p in taken if p.default is not p.empty})
+
+
+def _loaded(registry: Registry[T]) -> Iterator[tuple[str, T]]:
+    """All of a registry, those of other packages too; of a package that cannot be imported a line on stderr."""
+    for name in registry.names():
+        try:
+            yield name, registry.find(name)
+        except KVCapsuleError as error:
+            complain(PROG, error)
 
 
 def _info(name: str, kind: str, method: type, required: list[str], defaults: dict[str, Any]) -> MethodInfo:

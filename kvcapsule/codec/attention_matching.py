@@ -189,6 +189,5 @@ def _kernel_serves(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
         for t in (x, y)
     )
     learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return (
-        plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend_for("cpu") == "numba"
-    )
+    usable = plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling()
+    return usable and backend_for("cpu") == "numba"

@@ -171,7 +171,9 @@ class CrossLayerConfig(CodecConfig):
                     f"{len(getattr(self, name))} {name} for {len(depths)} layer groups: give one for each group."
                 )
         if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
-            raise ConfigError(f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into sets.")
+            raise ConfigError(
+                f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into head groups."
+            )
         transform = CrossLayerTransform(
             layers=depths[group],
             head_groups=geometry.kv_heads // self.joint_heads,

@@ -224,7 +224,9 @@ class TransformConfig(CodecConfig):
                 )
 
         if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
-            raise ConfigError(f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into sets.")
+            raise ConfigError(
+                f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into head groups."
+            )
 
         def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:
             return Transform(

@@ -35,7 +35,7 @@ def require_supported() -> None:
         ModelError: with the versions that are supported, and how to get one.
     """
     version = transformers.__version__
-    # A development version (5.25.0.dev0) counts by its number: it holds what that release will.
+    # A development version of a release in the range counts as that release.
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
         raise ModelError(
             f"kvcapsule attaches to models of transformers {TRANSFORMERS}, and {version} is installed: run `pip install"

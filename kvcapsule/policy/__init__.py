@@ -3,6 +3,9 @@ is that of `kvcapsule methods` and of reports."""
 # ruff: noqa: I001
 
 from inspect import isabstract
+from typing import Any
+
+from ..extensions import Registry
 
 from .base import HeadPruning as HeadPruning, Policy as Policy, TokenPruning as TokenPruning
 from .base import VisualPolicy as VisualPolicy
@@ -45,3 +48,13 @@ POLICIES = _registered()
 TEXT_POLICIES: dict[str, type[TextPolicy]] = {"text-pruning": TextPruning, "quantized-text": QuantizedText}
 """What Combined may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there,
 too."""
+
+
+def _is_policy(loaded: Any) -> bool:
+    return isinstance(loaded, type) and issubclass(loaded, Policy)
+
+
+REGISTRY: Registry[type[Policy]] = Registry(
+    "policy", "kvcapsule.policies", POLICIES, "a subclass of kvcapsule.policy.Policy", _is_policy
+)
+"""POLICIES and those of other packages."""

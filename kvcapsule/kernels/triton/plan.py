@@ -81,7 +81,9 @@ def _form(rows: Rows) -> str | None:
         tensors = (rows.codes, rows.scale, rows.minimum)
         # Eight codes are loaded as one word, whose address must be a multiple of its size.
         readable = all(t.is_contiguous() for t in tensors) and rows.codes.data_ptr() % 8 == 0
-        return "quantised" if readable and rows.scale.dtype in TYPES and rows.minimum.dtype == rows.scale.dtype else None
+        return (
+            "quantised" if readable and rows.scale.dtype in TYPES and rows.minimum.dtype == rows.scale.dtype else None
+        )
     if isinstance(rows, CodedRows):
         return "coded" if rows.packed.stride(1) == 1 and rows.coding.scale.is_contiguous() else None
     return None
