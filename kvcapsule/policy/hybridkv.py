@@ -120,13 +120,13 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
         scores = torch.stack([o.score for o in observations], dim=1).flatten(1).tolist()
         counts = torch.stack([first.valid.sum(dim=1), always.sum(dim=1)], dim=1).tolist()
         # A mean has no value beside it: of a token's bytes it takes the key's share.
-        allotted = [
+        budgets = [
             self.allot(s, tokens, least, ceil(tokens / self.chunk) * key / (key + value))
             for s, (tokens, least) in zip(scores, counts, strict=True)
         ]
         kept, loaded = (
             torch.tensor(x, device=first.keys.device).view(batch, layers, heads).unbind(1)
-            for x in ([a.kept for a in allotted], [a.loaded for a in allotted])
+            for x in ([a.kept for a in budgets], [a.loaded for a in budgets])
         )
         return [self._store(p, o.received, *n) for p, o, *n in zip(prefills, observations, kept, loaded, strict=True)]
 

@@ -132,17 +132,17 @@ class RKV(VisualPolicy, DecodeTimeMethod):
         compressed = self._drop(rows, state.query, state.valid[:, -state.query.shape[2] :], state.scale)
         return Compressed(compressed.visual if everything else state.visual, [*prompt, *compressed.text])
 
-    def _drop(self, rows: HeadRows, query: torch.Tensor, asking: torch.Tensor, scale: float) -> Compressed:
-        kept = self.kept(rows, query, asking, scale)
+    def _drop(self, rows: HeadRows, query: torch.Tensor, query_valid: torch.Tensor, scale: float) -> Compressed:
+        kept = self.kept(rows, query, query_valid, scale)
         return Compressed(rows.store(kept & rows.visual), rows.store(kept & ~rows.visual))
 
-    def kept(self, rows: HeadRows, query: torch.Tensor, asking: torch.Tensor, scale: float) -> torch.Tensor:
+    def kept(self, rows: HeadRows, query: torch.Tensor, query_valid: torch.Tensor, scale: float) -> torch.Tensor:
         """[B, H, N] bool: the tokens that each KV head keeps; all, where they are within the budget.
 
         Args:
             rows: N tokens.
             query: [B, H * G, W, D], those of the last W tokens.
-            asking: [B, W] bool: False at queries of padding.
+            query_valid: [B, W] bool: False at queries of padding.
             scale: factor of the scores.
         """
         if bool((rows.valid.sum(dim=2) <= self.budget_tokens).all()):
@@ -151,7 +151,7 @@ class RKV(VisualPolicy, DecodeTimeMethod):
         keys = rows.keys.to(torch.promote_types(rows.keys.dtype, torch.float32)).masked_fill(
             ~rows.valid[..., None], 0.0
         )
-        important = self.importance(query.to(keys.dtype), keys[:, :, : -self.window], candidates, asking, scale)
+        important = self.importance(query.to(keys.dtype), keys[:, :, : -self.window], candidates, query_valid, scale)
         redundant = self.redundancy(keys[:, :, : -self.window], candidates)
         scores = self.mix * important - (1 - self.mix) * redundant
         observed = rows.valid[:, :, -self.window :]
@@ -160,7 +160,7 @@ class RKV(VisualPolicy, DecodeTimeMethod):
         return torch.cat([candidates & best, observed], dim=2)
 
     def importance(
-        self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor, asking: torch.Tensor, scale: float
+        self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor, query_valid: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """[B, H, C]: I of candidates whose keys are [B, H, C, D] and which are there where `valid` [B, H, C] is True; 0
         elsewhere."""
@@ -168,8 +168,8 @@ class RKV(VisualPolicy, DecodeTimeMethod):
         logits = (query_BHGWD @ keys[:, :, None].transpose(-1, -2)).amax(dim=2) * scale
         lowest = torch.finfo(logits.dtype).min
         attention = logits.masked_fill(~valid[:, :, None], lowest).softmax(dim=-1)
-        attention = attention.masked_fill(~(valid[:, :, None] & asking[:, None, :, None]), 0.0)
-        queries = asking.sum(dim=1).clamp_min(1)[:, None, None]
+        attention = attention.masked_fill(~(valid[:, :, None] & query_valid[:, None, :, None]), 0.0)
+        queries = query_valid.sum(dim=1).clamp_min(1)[:, None, None]
         smoothed = F.max_pool1d(attention.flatten(0, 1), self.kernel, stride=1, padding=self.kernel // 2)
         return smoothed.view_as(attention).sum(dim=2) / queries * valid
 

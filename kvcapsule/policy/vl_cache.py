@@ -171,12 +171,12 @@ def _text_last(prefill: LayerPrefill) -> torch.Tensor:
 
 def _text_alone(prefill: LayerPrefill) -> LayerPrefill:
     """The text as if there were nothing else, left-padded, without queries."""
-    places = _text_last(prefill)
+    positions = _text_last(prefill)
     keys, values = (
-        x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        x.gather(2, positions[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         for x in (prefill.keys, prefill.values)
     )
-    valid = (prefill.valid & ~prefill.visual()).gather(1, places)
+    valid = (prefill.valid & ~prefill.visual()).gather(1, positions)
     short = replace(prefill, keys=keys, values=values, valid=valid, spans=[], position_embeddings=None, shared={})
     return short.without_queries()
 

@@ -2,6 +2,7 @@
 counts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,15 @@ def prefill() -> LayerPrefill:
     query, keys, values = (
         rand(ROWS, heads, TOKENS, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
-    return LayerPrefill(0, query, keys, values, [], torch.ones(ROWS, TOKENS, dtype=torch.bool), DIM**-0.5)
+    return LayerPrefill(
+        layer=0,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=[],
+        valid=torch.ones(ROWS, TOKENS, dtype=torch.bool),
+        scale=DIM**-0.5,
+    )
 
 
 def uneven(seed: int = 0) -> torch.Tensor:
@@ -158,10 +167,7 @@ def test_a_shared_budget_of_one_layer() -> None:
 
 
 def test_pairing_waits_for_both_methods() -> None:
-    layers = [
-        LayerPrefill(i, *(prefill().query, prefill().keys, prefill().values), [], prefill().valid, 1.0)
-        for i in range(2)
-    ]
+    layers = [replace(prefill(), layer=i, scale=1.0) for i in range(2)]
     run = Combined(Full(), ByLayer()).begin_pass([0, 1])
     assert list(run.add(layers[0])) == []
     assert [layer for layer, _ in run.add(layers[1])] == [0, 1]

@@ -42,7 +42,16 @@ def tokens(
     query, keys, values = (
         rand(rows, heads, count, dim, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
-    return LayerPrefill(layer, query, keys, values, visual, valid, dim**-0.5, hidden=rand(rows, count, 5, seed=8))
+    return LayerPrefill(
+        layer=layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=visual,
+        valid=valid,
+        scale=dim**-0.5,
+        hidden=rand(rows, count, 5, seed=8),
+    )
 
 
 def mixed() -> LayerPrefill:
@@ -61,7 +70,16 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     assert of.hidden is not None
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
     query, keys, values, hidden = (t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.hidden))
-    return LayerPrefill(of.layer, query, keys, values, spans, of.valid[row : row + 1, begin:], of.scale, hidden=hidden)
+    return LayerPrefill(
+        layer=of.layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=of.valid[row : row + 1, begin:],
+        scale=of.scale,
+        hidden=hidden,
+    )
 
 
 # Worked out independently, with loops
@@ -326,13 +344,13 @@ def test_bits_for_an_element(count: int, printed: float) -> None:
     hidden = torch.zeros(1, count, 4)
     hidden[0, 20:35, 2] = 100.0
     of = LayerPrefill(
-        0,
-        x,
-        x,
-        x.clone(),
-        [VisualSpan(0, 5, 300, (1, 1, 300))],
-        torch.ones(1, count, dtype=torch.bool),
-        1.0,
+        layer=0,
+        query=x,
+        keys=x,
+        values=x.clone(),
+        spans=[VisualSpan(0, 5, 300, (1, 1, 300))],
+        valid=torch.ones(1, count, dtype=torch.bool),
+        scale=1.0,
         hidden=hidden,
     )
     stored = AkvqVl(()).compress(of)
@@ -354,7 +372,13 @@ def test_bits_for_an_element_of_a_text_salient_layer() -> None:
     count, dim, recent, visual = 600, 128, 128, 300
     x = rand(1, 1, count, dim).half()
     of = LayerPrefill(
-        0, x, x, x.clone(), [VisualSpan(0, 5, visual, (1, 1, visual))], torch.ones(1, count, dtype=torch.bool), 1.0
+        layer=0,
+        query=x,
+        keys=x,
+        values=x.clone(),
+        spans=[VisualSpan(0, 5, visual, (1, 1, visual))],
+        valid=torch.ones(1, count, dtype=torch.bool),
+        scale=1.0,
     )
     stored = AkvqVl((0,)).compress(of)
     everything = 8 * storage_bytes(

@@ -35,7 +35,14 @@ def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int = 6
     )
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
     return LayerPrefill(
-        0, rand(rows, 4, count, 8, seed=1), rand(rows, 2, count, 8, seed=2), values, visual, valid, 8**-0.5, None
+        layer=0,
+        query=rand(rows, 4, count, 8, seed=1),
+        keys=rand(rows, 2, count, 8, seed=2),
+        values=values,
+        spans=visual,
+        valid=valid,
+        scale=8**-0.5,
+        position_embeddings=None,
     )
 
 

@@ -26,7 +26,9 @@ def prefill(valid: torch.Tensor, *spans: tuple[int, int, int], layer: int = 0) -
         rand(batch, h, tokens, DIM, seed=3 * layer + i) for i, h in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    return LayerPrefill(layer, 2 * query, keys, values, visual, valid, DIM**-0.5)
+    return LayerPrefill(
+        layer=layer, query=2 * query, keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5
+    )
 
 
 VALID = torch.ones(2, 30, dtype=torch.bool)

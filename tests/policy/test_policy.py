@@ -30,7 +30,7 @@ def prefill(spans: list[VisualSpan], valid: torch.Tensor, dim: int = 4, seed: in
     batch, tokens = valid.shape
     generator = torch.Generator().manual_seed(seed)
     query, keys, values = (torch.randn(batch, heads, tokens, dim, generator=generator) for heads in (4, 2, 2))
-    return LayerPrefill(0, query, keys, values, spans, valid, dim**-0.5)
+    return LayerPrefill(layer=0, query=query, keys=keys, values=values, spans=spans, valid=valid, scale=dim**-0.5)
 
 
 def span(row: int, start: int, length: int) -> VisualSpan:
@@ -181,13 +181,13 @@ def test_padding_of_uneven_rows_does_not_widen_a_range() -> None:
     assert both.mask is not None
     for row, length in ((0, 5), (1, 4)):
         alone = LayerPrefill(
-            0,
-            of.query[row : row + 1],
-            of.keys[row : row + 1],
-            of.values[row : row + 1],
-            [span(0, 2, length)],
-            valid[:1],
-            0.5,
+            layer=0,
+            query=of.query[row : row + 1],
+            keys=of.keys[row : row + 1],
+            values=of.values[row : row + 1],
+            spans=[span(0, 2, length)],
+            valid=valid[:1],
+            scale=0.5,
         )
         (one,) = Quantized(2).compress(alone).visual
         for ours, theirs in zip(both.materialize(), one.materialize(), strict=True):

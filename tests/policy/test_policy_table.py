@@ -94,7 +94,10 @@ def layers(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
         [rand(rows, h, count, DIM, seed=9 * i + j) for j, h in enumerate((HEADS * GROUP, HEADS, HEADS))]
         for i in range(LAYERS)
     ]
-    return [LayerPrefill(i, *three, visual, valid, DIM**-0.5) for i, three in enumerate(drawn)]
+    return [
+        LayerPrefill(layer=i, query=query, keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5)
+        for i, (query, keys, values) in enumerate(drawn)
+    ]
 
 
 MIXED = layers([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 64)
@@ -116,7 +119,15 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     begin = int((~of.valid[row]).sum())
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
     query, keys, values = (t[row : row + 1, :, begin:] for t in (of.query, of.keys, of.values))
-    return LayerPrefill(of.layer, query, keys, values, spans, of.valid[row : row + 1, begin:], of.scale)
+    return LayerPrefill(
+        layer=of.layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=of.valid[row : row + 1, begin:],
+        scale=of.scale,
+    )
 
 
 def read(layer: Compressed, query: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:

@@ -211,7 +211,9 @@ def prompt(
     of = tokens(padding=padding)
     query = rand(2, HEADS * GROUP, TOKENS, DIM, seed=3)
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    return LayerPrefill(0, query, of.keys, of.values, visual, of.valid[:, 0], DIM**-0.5)
+    return LayerPrefill(
+        layer=0, query=query, keys=of.keys, values=of.values, spans=visual, valid=of.valid[:, 0], scale=DIM**-0.5
+    )
 
 
 def test_the_prompt_is_left_alone() -> None:
