@@ -44,14 +44,14 @@ class LayerHarvest:
 
 
 class Recorder(Method):
-    """A method that keeps what it is shown."""
+    """Method that records layer prefills instead of compressing them."""
 
     def __init__(self, tile: int, canonical: bool = True) -> None:
         self.tile, self.canonical = tile, canonical
         self.layers: list[LayerHarvest] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
+        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, derotated=True)
         if tiles is None:
             raise DataError(
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"
@@ -83,7 +83,7 @@ class Recorder(Method):
 
 
 def _rest(prefill: LayerPrefill, kept: torch.Tensor) -> tuple[Segment, torch.Tensor]:
-    """The kept tokens as one padded segment, and their positions [B, R]."""
+    """The tokens marked in `kept` as one padded segment, and their positions [B, R]."""
     counts = kept.sum(dim=1)
     order = torch.sort((~kept).to(torch.int8), dim=1, stable=True).indices[:, : int(counts.max())]
     rows = torch.arange(kept.shape[0], device=kept.device)
@@ -102,7 +102,8 @@ def harvest(model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: 
 def harvest_with_logits(
     model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, last: int
 ) -> tuple[list[LayerHarvest], torch.Tensor]:
-    """The same, and the logits [B, last, vocabulary] of the last tokens."""
+    """Record every layer of a forward over a batch, and return the logits [B, last, vocabulary] of the last tokens
+    too."""
     recorder = Recorder(tile, canonical)
     with attach(model):
         cache = CapsuleCache(model.config, recorder)

@@ -48,7 +48,7 @@ def build_parser() -> ArgumentParser:
         description=(
             "Study a frozen VLM's visual keys and values on some data, before any training: how alike tokens are, how"
             " many components hold their energy, how far attention drifts during the answer, the least error at given"
-            " bits, and what one code for a stack of layers saves."
+            " bits, and what one code for a layer group saves."
         ),
     )
 

@@ -31,7 +31,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         _spectra(result),
         _drift(result),
         _predicted(result),
-        *([_stacks(result)] if result["stacks"] else []),
+        *([_layer_groups(result)] if result["stacks"] else []),
     ]
 
 
@@ -160,13 +160,13 @@ def _predicted(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _stacks(result: Mapping[str, Any]) -> Table:
+def _layer_groups(result: Mapping[str, Any]) -> Table:
     entries = result["stacks"]
     settings = sorted({(entry["bits"], entry["compression"]) for entry in entries})
     by = {(entry["first"], entry["last"], entry["bits"]): entry for entry in entries}
-    stacks = sorted({(entry["first"], entry["last"]) for entry in entries})
+    groups = sorted({(entry["first"], entry["last"]) for entry in entries})
     table = _table(
-        "Does one code for a stack of layers pay? Predicted unexplained variance, keys and values of each layer apart,"
+        "Does one code for a layer group pay? Predicted unexplained variance, keys and values of each layer apart,"
         " all together",
         [
             f"{title}\n{bits:g} ({compression:.0f}x)"
@@ -181,26 +181,26 @@ def _stacks(result: Mapping[str, Any]) -> Table:
         table.add_row(name, *both, *(_cell(means[bits, "apart_bits"], ".2f") for bits, _ in settings))
 
     names = ("apart", "together", "apart_bits")
-    for stack in stacks:
+    for group in groups:
         add(
-            " to ".join(map(str, sorted(set(stack)))),
-            {(bits, name): by[*stack, bits][name] for bits, _ in settings for name in names},
+            " to ".join(map(str, sorted(set(group)))),
+            {(bits, name): by[*group, bits][name] for bits, _ in settings for name in names},
         )
-    if len(stacks) > 1:
+    if len(groups) > 1:
         table.add_section()
         add(
             "mean",
             {
-                (bits, name): mean([by[*stack, bits][name] for stack in stacks])
+                (bits, name): mean([by[*group, bits][name] for group in groups])
                 for bits, _ in settings
                 for name in names
             },
         )
     table.caption = (
-        "Stacks are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what their"
-        " errors cost the answer is not measured here, and training weighs it. bits apart: bits for each element with"
-        " which codes apart come to the error of the code together; the rest is saved. In memory, that is: each layer"
-        " reads the code of its whole stack."
+        "Layer groups are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what"
+        " their errors cost the answer is not measured here, and training weighs it. bits apart: bits for each element"
+        " with which codes apart come to the error of the code together; the rest is saved. In memory, that is: each"
+        " layer reads the code of its full group."
     )
     return table
 

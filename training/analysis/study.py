@@ -54,7 +54,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         )
     reader = Reader(rows, model, processor, config.batch)
     tile = config.tile or whole_image(reader)
-    layers, stacks = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
+    layers, groups = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
     return {
         "model": shown_path(config.model),
         "geometry": geometry.to_dict(),
@@ -66,7 +66,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         "layers": [_rounded(layer.result()) for layer in layers],
         "drift": _rounded(_drift(layers)),
         "predicted": [_rounded(entry) for layer in layers for entry in layer.predicted()],
-        "stacks": [_rounded(entry) for stack in stacks for entry in stack.predicted()],
+        "stacks": [_rounded(entry) for group in groups for entry in group.predicted()],
         "questions": len(rows),
         "tiles": layers[0].count,
         "frame": "canonical" if layers[0].framed else "none",
