@@ -28,12 +28,11 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..segments.bit_packing import GROUP
 from ..segments.coefficient_rows import CodedRows
 from ..vlm.geometry import KVGeometry
-from .base import CodecConfig, Encoded, KeyPart, LayerGroupCodec, LayerGroupEncoding, ValuePart
-from .noise_shaping import TokenWeighting, check_query_bank, shaping_macs, token_weighting
-from .transform import CellTransform, merge_heads, split_heads
+from .base import Encoded, KeyPart, LayerGroupCodec, LayerGroupEncoding, ValuePart
+from .coefficient_transform import CellTransform, CoefficientCodecConfig, merge_heads, split_heads
+from .noise_shaping import TokenWeighting, token_weighting
 
 
 class CrossLayerTransform(CellTransform):
@@ -110,52 +109,25 @@ class _Encoding(LayerGroupEncoding):
 
 
 @dataclass(frozen=True)
-class CrossLayerConfig(CodecConfig):
+class CrossLayerConfig(CoefficientCodecConfig):
     """Settings of a cross-layer transform code."""
 
     joint_layers: int = 1
     """Layers per layer group; the last group may have fewer."""
-    joint_heads: int = 1
-    """KV heads per head group, which are coded together; divides the number of KV heads."""
     rows: Sequence[int] = ()
     """Token components per layer group; multiples of 8."""
     channels: Sequence[int] = ()
     """Channels of the coefficients per layer group."""
-    bits: float = 0.0
-    """Mean bits of codes per element of keys and values. Information only: the widths are in the weights."""
-    readers: int = 0
-    """Queries per KV head and layer in the query bank that weights tokens (kvcapsule.codec.noise_shaping); 0: equal
-    weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_query_bank(self.readers)
-        if self.latent_bits:
-            raise ConfigError(
-                f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave"
-                " it 0."
-            )
         if self.joint_layers < 1:
             raise ConfigError(f"joint_layers {self.joint_layers}: a layer group has at least 1 layer.")
-        if wrong := [c for c in self.channels if c < 1]:
-            raise ConfigError(f"channels {wrong}: at least 1 channel is needed.")
-        if wrong := [r for r in self.rows if r < 1 or r % GROUP]:
-            raise ConfigError(f"rows {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
+        self.check_sizes("rows", "channels")
 
     @property
     def layer_group(self) -> int:
         return self.joint_layers
-
-    def encode_macs(self, geometry: KVGeometry) -> int:
-        """Multiply-adds of encoding one full tile in all layers: channels layer by layer, tokens group by group, and
-        noise shaping."""
-        width, head_groups = geometry.head_dim * self.joint_heads, geometry.kv_heads // self.joint_heads
-        sizes = list(zip(self.depths(geometry), self.rows, self.channels, strict=True))
-        coding = sum(head_groups * self.tile * c * (2 * depth * width + r) for depth, r, c in sizes)
-        if not self.readers:
-            return coding
-        reading = geometry.layers * geometry.kv_heads * self.readers * self.tile * geometry.head_dim
-        return coding + reading + head_groups * sum(sum(shaping_macs(self.tile, r, c)) for _, r, c in sizes)
 
     def depths(self, geometry: KVGeometry) -> list[int]:
         """Number of layers in each layer group."""
@@ -170,13 +142,9 @@ class CrossLayerConfig(CodecConfig):
                 raise ConfigError(
                     f"{len(getattr(self, name))} {name} for {len(depths)} layer groups: give one for each group."
                 )
-        if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
-            raise ConfigError(
-                f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into head groups."
-            )
         transform = CrossLayerTransform(
             layers=depths[group],
-            head_groups=geometry.kv_heads // self.joint_heads,
+            head_groups=self.head_groups(geometry),
             heads=self.joint_heads,
             tile=self.tile,
             dim=geometry.head_dim,

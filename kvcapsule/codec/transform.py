@@ -25,62 +25,11 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..segments.bit_packing import GROUP
-from ..segments.coefficient_rows import CodedRows, Coding
+from ..segments.coefficient_rows import CodedRows
 from ..vlm.geometry import KVGeometry
-from .base import CodecConfig, Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
-from .noise_shaping import TokenWeighting, check_query_bank, shaped, shaping_macs, token_weighting
-
-
-class CellTransform(nn.Module):
-    """Base of transform codes: bases along tokens, and the coding of the coefficients with their mean (`offset`).
-
-    S head groups of `heads` KV heads; M rows (a multiple of 8) and C channels have at least one coded cell. Encoder and
-    decoder are initialised as inverses of each other and trained separately. `step` is the scale of a cell's codes.
-    """
-
-    channels_out: nn.Parameter
-    """Channel basis of the decoder; subclasses create it, and channels_in of the encoder."""
-    widths: torch.Tensor
-
-    def __init__(self, *, head_groups: int, heads: int, tile: int, rows: int, channels: int) -> None:
-        super().__init__()
-        cells = (head_groups, rows // GROUP, channels)
-        self.heads = heads
-        self.tokens_in = nn.Parameter(torch.zeros(head_groups, rows, tile))
-        self.tokens_out = nn.Parameter(torch.zeros(head_groups, tile, rows))
-        self.offset = nn.Parameter(torch.zeros(head_groups, rows, channels))
-        self.step = nn.Parameter(torch.ones(*cells))
-        self.register_buffer("widths", torch.zeros(*cells, dtype=torch.uint8))
-        self._coding: Coding | None = None
-        self._coded_widths = 0
-
-    def coding(self) -> Coding:
-        """The coding of the coefficients. It is cached with its layout, and rebuilt when the parameters were replaced
-        (loaded, moved, cast) or the widths written to."""
-        known, version = self._coding, 0 if self.widths.is_inference() else self.widths._version
-        same = (
-            known is not None
-            and known.widths is self.widths
-            and known.scale is self.step
-            and known.offset is self.offset
-        )
-        if known is None or not same or version != self._coded_widths:
-            known = Coding(self.widths, self.step, self.offset, self.heads)
-            self._coding, self._coded_widths = known, version
-        return known
-
-    def shaped(self, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None) -> torch.Tensor:
-        """Coefficients shifted for noise shaping by token weights [E, S, T]; unchanged without weights."""
-        return (
-            coefficients_ESMC
-            if weights_EST is None
-            else shaped(coefficients_ESMC, self.tokens_out, weights_EST, self.coding())
-        )
-
-    def decoder_bytes(self) -> int:
-        """Bytes of the parameters that reading needs, in their current dtype."""
-        return sum(t.nbytes for t in (self.tokens_out, self.channels_out, self.offset, self.step, self.widths))
+from .base import Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
+from .coefficient_transform import CellTransform, CoefficientCodecConfig, merge_heads, split_heads
+from .noise_shaping import TokenWeighting, token_weighting
 
 
 class Transform(CellTransform):
@@ -106,18 +55,6 @@ class Transform(CellTransform):
     def encode(self, x_EHTD: torch.Tensor, weights_EST: torch.Tensor | None = None) -> CodedRows:
         """Code tiles; weights_EST: token weights per head group. None: equal weights."""
         return CodedRows.encode(self.shaped(self.coefficients(x_EHTD), weights_EST), self.coding())
-
-
-def merge_heads(x_EHTD: torch.Tensor, heads: int) -> torch.Tensor:
-    """Concatenate the heads of each head group along the channels: [E, H, T, D] to [E, H / heads, T, heads * D]."""
-    groups: torch.Tensor = x_EHTD.unflatten(1, (-1, heads)).transpose(2, 3)
-    return groups.flatten(3)
-
-
-def split_heads(channels_SWC: torch.Tensor, heads: int) -> torch.Tensor:
-    """Split maps of head groups into maps of single heads: [S, heads * D, C] to [S * heads, D, C]."""
-    maps: torch.Tensor = channels_SWC.unflatten(1, (heads, -1))
-    return maps.flatten(0, 1)
 
 
 class TransformKeys(KeyCodec):
@@ -172,7 +109,7 @@ class TransformLayer(PairCodec):
 
 
 @dataclass(frozen=True)
-class TransformConfig(CodecConfig):
+class TransformConfig(CoefficientCodecConfig):
     """Settings of a transform code."""
 
     key_rows: Sequence[int] = ()
@@ -183,38 +120,11 @@ class TransformConfig(CodecConfig):
     """Token components of the values, layer by layer; multiples of 8."""
     value_channels: Sequence[int] = ()
     """Channels of the values' coefficients, layer by layer."""
-    joint_heads: int = 1
-    """KV heads per head group, which are coded together; divides the number of KV heads."""
-    bits: float = 0.0
-    """Mean bits of codes per element of keys and values. Information only: the widths are in the weights."""
-    readers: int = 0
-    """Queries per KV head in the query bank that weights tokens (kvcapsule.codec.noise_shaping); 0: equal weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_query_bank(self.readers)
-        if self.latent_bits:
-            raise ConfigError(
-                f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave"
-                " it 0."
-            )
-        for name, channels in (("key_channels", self.key_channels), ("value_channels", self.value_channels)):
-            if wrong := [c for c in channels if c < 1]:
-                raise ConfigError(f"{name} {wrong}: at least 1 channel is needed.")
-        for name, rows in (("key_rows", self.key_rows), ("value_rows", self.value_rows)):
-            if wrong := [r for r in rows if r < 1 or r % GROUP]:
-                raise ConfigError(f"{name} {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
-
-    def encode_macs(self, geometry: KVGeometry) -> int:
-        """Multiply-adds of encoding one full tile in all layers: both products of `Transform.coefficients`, token axis
-        first, and noise shaping."""
-        width, head_groups = geometry.head_dim * self.joint_heads, geometry.kv_heads // self.joint_heads
-        sizes = list(zip((*self.key_rows, *self.value_rows), (*self.key_channels, *self.value_channels), strict=True))
-        coding = sum(head_groups * r * width * (self.tile + c) for r, c in sizes)
-        if not self.readers:
-            return coding
-        reading = geometry.layers * geometry.kv_heads * self.readers * self.tile * geometry.head_dim
-        return coding + reading + head_groups * sum(sum(shaping_macs(self.tile, r, c)) for r, c in sizes)
+        for part in ("key", "value"):
+            self.check_sizes(f"{part}_rows", f"{part}_channels")
 
     def build(self, geometry: KVGeometry, layer: int) -> TransformLayer:
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
@@ -222,15 +132,11 @@ class TransformConfig(CodecConfig):
                 raise ConfigError(
                     f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer."
                 )
-
-        if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
-            raise ConfigError(
-                f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into head groups."
-            )
+        head_groups = self.head_groups(geometry)
 
         def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:
             return Transform(
-                head_groups=geometry.kv_heads // self.joint_heads,
+                head_groups=head_groups,
                 heads=self.joint_heads,
                 tile=self.tile,
                 dim=geometry.head_dim,

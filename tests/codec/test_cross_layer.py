@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.builders import DIM, GEOMETRY, HEADS, TILE, cross_layer_capsule, prefill, rand
+from support.encode_macs import encode_macs
 from support.run_vlm import longer, step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BatchFeature
@@ -325,7 +326,7 @@ def test_encoding_costs_the_multiply_adds_that_it_says() -> None:
             for place in range(len(stack.transform.channels_in) // 2):
                 encoding.add(place, tile, tile)
             stack.transform.coefficients(encoding.sums)
-    assert counter.get_total_flops() == 2 * capsule.config.codec.encode_macs(geometry)
+    assert counter.get_total_flops() == 2 * encode_macs(capsule.config.codec, geometry)
 
 
 def test_the_maps_of_a_7b_class_model_pay_off_with_the_first_image() -> None:

@@ -16,13 +16,15 @@ from support.builders import (
     randomise,
     transform_capsule,
 )
+from support.encode_macs import encode_macs
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.codec.coefficient_transform import CellTransform
 from kvcapsule.codec.cross_layer import CrossLayerConfig
 from kvcapsule.codec.noise_shaping import TokenWeighting, shaped, shaping_macs
-from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
+from kvcapsule.codec.transform import Transform, TransformConfig
 from kvcapsule.errors import CapsuleError
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import GROUP
@@ -247,7 +249,7 @@ def test_shaping_costs_the_multiply_adds_that_it_says() -> None:
         capsule = with_readers(CAPSULES[family](readers=6))
         plain = dataclasses.replace(capsule.config.codec, readers=0)
         reading = GEOMETRY.layers * HEADS * 6 * TILE * DIM
-        added = capsule.config.codec.encode_macs(GEOMETRY) - plain.encode_macs(GEOMETRY) - reading
+        added = encode_macs(capsule.config.codec, GEOMETRY) - encode_macs(plain, GEOMETRY) - reading
         sizes = _sizes(capsule)
         assert len(sizes) == parts and added == HEADS * sum(sum(shaping_macs(TILE, r, c)) for r, c in sizes)
 

@@ -12,7 +12,7 @@ from support.moments import moments_of, variances_of
 from support.run_vlm import tiny_gemma
 
 from kvcapsule.codec.bit_allocation import bits_for, water_fill
-from kvcapsule.codec.transform import merge_heads
+from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS
 from kvcapsule.training.analysis.layer import LayerStudy

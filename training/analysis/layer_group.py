@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcapsule.codec.bit_allocation import bits_for, water_fill
-from kvcapsule.codec.transform import merge_heads
+from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
 from ..families.grouping import joint_heads, joint_layers, layer_groups

@@ -12,8 +12,9 @@ from torch import nn
 
 from kvcapsule.codec.base import KeyPart, ValuePart
 from kvcapsule.codec.bit_allocation import allocate, distortion
+from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.noise_shaping import TokenWeighting
-from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues, merge_heads
+from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 

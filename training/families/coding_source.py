@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from kvcapsule.codec.bit_allocation import cell_reach, cell_scale, cell_variance
-from kvcapsule.codec.transform import CellTransform, Transform
+from kvcapsule.codec.coefficient_transform import CellTransform
+from kvcapsule.codec.transform import Transform
 from kvcapsule.segments.bit_packing import GROUP
 
 from ..second_moments import Bases, CoefficientMoments, Extremes

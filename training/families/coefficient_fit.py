@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
+from kvcapsule.codec.coefficient_transform import CellTransform
 from kvcapsule.codec.noise_shaping import TokenWeighting
-from kvcapsule.codec.transform import CellTransform
 from kvcapsule.errors import ConfigError
 
 from ..capsule_fit import CapsuleFit, Task, scheduled

@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
-from kvcapsule.codec.transform import merge_heads
 from kvcapsule.segments.segment import Segment
 
 from ..capsule_fit import Task

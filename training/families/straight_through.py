@@ -6,7 +6,7 @@ The step learns as in LSQ (arXiv 1902.08153): inside the range from the rounding
 
 import torch
 
-from kvcapsule.codec.transform import CellTransform
+from kvcapsule.codec.coefficient_transform import CellTransform
 from kvcapsule.segments.bit_packing import GROUP
 
 
