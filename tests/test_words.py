@@ -29,7 +29,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {
     "kvcapsule/kernels/triton/": ("joined",),
     "kvcapsule/methods/": ("lent", "made", "turned"),
     "kvcapsule/policy/": ("allotted", "asked", "each", "found", "given", "joined", "whole"),
-    "kvcapsule/segments/coefficient_rows.py": ("found", "twin"),
+    "kvcapsule/segments/coefficient_rows.py": ("found",),
     "training/analysis/similarity.py": ("neighbours",),  # A key of the command's JSON.
     "training/capsule_fit.py": ("found",),
     "training/datamodule.py": ("asked",),
