@@ -14,8 +14,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.errors import ConfigError
 
+from ..stage import Stage
 from .assemble import pretrained_halves
-from .stages import NameStage, ReadStage, Stage
+from .stages import NameStage, ReadStage
 from .turns import Mixture, NameCollator, TurnCollator, all_names, loader
 from .weights import add_lora, save_trained
 
