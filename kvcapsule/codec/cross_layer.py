@@ -72,6 +72,8 @@ class CrossLayerTransform(CellTransform):
 class CrossLayerCodec(LayerGroupCodec):
     """Codec of a layer group: a transform code, with token weights for noise shaping or without."""
 
+    borrows_tiles = True
+
     def __init__(self, transform: CrossLayerTransform, readers: TokenWeighting | None) -> None:
         super().__init__()
         self.transform, self.readers = transform, readers
