@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from kvcapsule.testbeds.pages import LINES, TASKS, WORDS, Page, page, questions
 
-from ..stage import Indices
 from .model import GRID, PATCH, SPECIALS
 
 IGNORE = -100
@@ -45,6 +44,19 @@ class TurnBatch(NamedTuple):
     """[B, T]: text token of the symbol whose centre lies in a visual token, or IGNORE."""
     keys: torch.Tensor
     """[B, N]: at every token of an answer, the text token of its question's key, or IGNORE if it has none."""
+
+
+class Indices(Dataset[int]):
+    """The page numbers start .. start + length."""
+
+    def __init__(self, start: int, length: int) -> None:
+        self.start, self.length = start, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> int:
+        return self.start + i
 
 
 def loader(

@@ -13,10 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ..stage import Stage
 from .data import PatchCollator, TurnCollator, loader
 from .model import build_model, build_processor
-from .stages import PatchStage, ReaderStage
+from .stages import PatchStage, ReaderStage, Stage
 
 EPOCH = 100
 """Steps between checkpoints."""

@@ -1,6 +1,9 @@
 """Two training stages of pages-vlm as Lightning modules: the vision tower classifies patches, then the full model
 answers questions."""
 
+import math
+
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,8 +11,31 @@ from transformers import LlavaForConditionalGeneration
 
 from kvcapsule.testbeds.pages import LINES, MAX_DIGITS, WORDS
 
-from ..stage import Stage
 from .data import IGNORE, SYMBOLS, TASK_WEIGHT, PatchBatch, TurnBatch
+
+
+class Stage(L.LightningModule):
+    """Base of both stages: trains a VLM by AdamW with warm-up and cosine schedule."""
+
+    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float, warmup: int = 100) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.steps, self.lr, self.warmup = steps, lr, warmup
+
+    def groups(self) -> list[dict[str, object]]:
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.AdamW(self.groups(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.02)
+
+        def factor(step: int) -> float:
+            if step < self.warmup:
+                return (step + 1) / self.warmup
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class PatchStage(Stage):

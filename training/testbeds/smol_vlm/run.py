@@ -14,9 +14,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.errors import ConfigError
 
-from ..stage import Stage
 from .assemble import pretrained_halves
-from .stages import NameStage, ReadStage
+from .stages import NameStage, ReadStage, Stage
 from .turns import Mixture, NameCollator, TurnCollator, all_names, loader
 from .weights import add_lora, save_trained
 

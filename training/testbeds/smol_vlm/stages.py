@@ -1,27 +1,28 @@
 """Training stages of smol-vlm as Lightning modules: the connector learns names of visual tokens, then answers through
 the frozen language model, at last together with a LoRA."""
 
+import math
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from ..stage import Stage
 from .turns import IGNORE, TASKS, NameBatch, TurnBatch
 
 _SHARPNESS = 20.0
 """Inverse temperature of the softmax over cosines with names."""
 
 
-class ConnectorStage(Stage):
-    """Base of the stages of smol-vlm, whose checkpoints hold unfrozen parameters alone."""
+class Stage(L.LightningModule):
+    """Base of the stages: trains a VLM's unfrozen parameters by AdamW with warm-up and cosine schedule; checkpoints
+    hold these parameters alone."""
 
-    warmup = 50
-    weight_decay = 0.01
-
-    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float) -> None:
-        super().__init__(vlm, steps, lr)
+    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float, warmup: int = 50) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.steps, self.lr, self.warmup = steps, lr, warmup
         # Frozen parameters come from the packages, not from a checkpoint.
         self.strict_loading = False
 
@@ -31,8 +32,21 @@ class ConnectorStage(Stage):
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in learning
         }
 
+    def configure_optimizers(self) -> dict[str, object]:
+        learning = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
-class NameStage(ConnectorStage):
+        def factor(step: int) -> float:
+            if step < self.warmup:
+                return (step + 1) / self.warmup
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class NameStage(Stage):
     """Naming stage: trains the connector to map each visual token close to the language model's embedding of the name
     of the object shown.
 
@@ -74,7 +88,7 @@ class NameStage(ConnectorStage):
         return loss + length
 
 
-class ReadStage(ConnectorStage):
+class ReadStage(Stage):
     """Answering stage: trains the connector, and the LoRA if there is one, on answers to packed questions."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float) -> None:

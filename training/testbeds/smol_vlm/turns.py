@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from kvcapsule.data.prompts import conversation
 from kvcapsule.testbeds import easy_vqa, emoji, words
 from kvcapsule.testbeds.pages import Question
 from kvcapsule.testbeds.picture import Picture
-
-from ..stage import Indices
 
 IGNORE = -100
 TASKS = tuple(
@@ -167,6 +165,19 @@ class _Row(NamedTuple):
     labels: list[int]
     tasks: list[int]
     turns: list[int]
+
+
+class Indices(Dataset[int]):
+    """The picture numbers start .. start + length."""
+
+    def __init__(self, start: int, length: int) -> None:
+        self.start, self.length = start, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> int:
+        return self.start + i
 
 
 def loader(collate: NameCollator | TurnCollator, start: int, pictures: int, batch: int) -> DataLoader[int]:
