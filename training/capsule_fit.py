@@ -4,13 +4,13 @@ of its state."""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -25,6 +25,7 @@ from kvcapsule.vlm.geometry import KVGeometry
 from .datamodule import Batch, Questions
 from .frozen_forward import divergence, logits_through
 from .harvest import LayerHarvest, harvest, harvest_with_logits
+from .harvest_memory import HARVEST_MEMORY, HarvestMemory
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe, flat, group_names
@@ -69,6 +70,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """The family's options: a subclass of Recipe."""
     has_unused_parameters: ClassVar[bool] = False
     """Whether a step may leave some parameters without a gradient, which DDP must then look for."""
+    reuses_harvests: ClassVar[bool] = False
+    """Whether `prepare` makes several passes over the same batches, whose harvests are then held in memory."""
     layers: nn.ModuleList
 
     def __init__(self, task: Task[R]) -> None:
@@ -76,6 +79,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         # In a tuple, so that Lightning neither saves nor moves nor trains the model.
         self._frozen = (task,)
         self._store: HarvestStore | None = None
+        self._memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
         self.prepared = False
 
     @property
@@ -141,20 +145,21 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             return
         model = self.task.model
         if not getattr(model, "hf_device_map", None):
-            model.to(self.trainer.strategy.root_device)
+            to: Any = model.to
+            to(self.trainer.strategy.root_device)
         self.prepare()
+        self._memory.close()
         self.prepared = True
         if not self.steps:
             self.finish()
         self.show(self.derived())
 
     def batches(self, count: int, title: str) -> Iterator[Batch]:
-        """This rank's share of the first steps' rows, those of an epoch at most."""
+        """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
         loader = self.task.data.train_dataloader()
         count = min(count, len(loader))
-        return iter(
-            track(islice(loader, count), title, total=count, console=self.task.console, disable=self.global_rank != 0)
-        )
+        batches = self._memory.batches(loader, count)
+        return iter(track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0))
 
     def numbers(self, step: int, count: int) -> list[int]:
         """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""
@@ -162,6 +167,11 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         return [step * self.task.recipe.batch + self.global_rank + i * world for i in range(count)]
 
     def harvest(self, batch: Batch) -> list[LayerHarvest]:
+        """Keys, values and queries of every layer: from memory or from disk where they are there, else by the frozen
+        VLM."""
+        return self._memory.harvest(batch, self._harvest)
+
+    def _harvest(self, batch: Batch) -> list[LayerHarvest]:
         task = self.task
         if task.recipe.harvests is None:
             return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
@@ -228,7 +238,7 @@ def mean(errors: Sequence[Errors]) -> Errors:
 
 def scheduled(
     parameters: Any, lr: float, rate: Callable[[int], float], betas: tuple[float, float] = (0.9, 0.999)
-) -> dict[str, Any]:
+) -> OptimizerLRSchedulerConfig:
     """Adam with a schedule by steps, as Lightning takes it."""
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -33,6 +33,7 @@ class Questions(L.LightningDataModule):
         rows: datasets.Dataset,
         held_out: datasets.Dataset,
         processor: ProcessorMixin,
+        *,
         batch: int,
         workers: int = 0,
         seed: int = 0,

@@ -21,7 +21,7 @@ from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
 from kvcapsule.capsule.write import require_replaceable
 from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
-from kvcapsule.errors import ConfigError, GeometryError, InputError
+from kvcapsule.errors import ConfigError, DataError, GeometryError, InputError
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 from kvcapsule.vlm.spans import find_spans
@@ -67,7 +67,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         )
     rows = source.load(recipe.data)
     if len(rows) <= recipe.held_out:
-        raise source.DataError(
+        raise DataError(
             f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data."
         )
     trained = len(rows) - recipe.held_out
@@ -75,7 +75,14 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     # Whole batches are cached on disk: those of later epochs are then the same ones.
     fixed = recipe.harvests is not None
     data = Questions(
-        rows.select(range(trained)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype, fixed
+        rows.select(range(trained)),
+        held_out,
+        processor,
+        batch=recipe.batch,
+        workers=recipe.workers,
+        seed=recipe.seed,
+        dtype=model.dtype,
+        fixed=fixed,
     )
     fit = fit_of(Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console))
     trainer = _run(recipe, fit, data)
@@ -114,7 +121,7 @@ def _whole_image(model: PreTrainedModel, data: Questions) -> int:
     lengths = sorted({span.length for span in find_spans(model.config, batch.inputs["input_ids"], batch.inputs)})
     if len(lengths) != 1:
         shown = f"images of {', '.join(map(str, lengths))} visual tokens" if lengths else "no image"
-        raise source.DataError(
+        raise DataError(
             f"a whole-image capsule needs images of one size, but a batch has {shown}: give a tile, as in"
             " --codec.tile 64."
         )

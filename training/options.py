@@ -187,7 +187,8 @@ def _own_options(
         if group and not values:
             del contents[group]
     show(f"{path}: left out {', '.join(others)}: not of the family {family}.")
-    return yaml.safe_dump(contents)
+    text: str = yaml.safe_dump(contents)
+    return text
 
 
 def _not_of(option: str, owners: Sequence[str], family: str) -> str:

@@ -120,4 +120,5 @@ def _shares(layer: LayerHarvest) -> torch.Tensor:
     index = owner.view(-1, 1, 1, 1).expand_as(lse)
     top = lse.new_full((batch, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
     total = torch.zeros_like(top).index_add(0, owner, (lse - top[owner]).exp())
-    return (tiles - top[layer.owner]).exp() / total[layer.owner]
+    shares: torch.Tensor = (tiles - top[layer.owner]).exp() / total[layer.owner]
+    return shares

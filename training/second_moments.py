@@ -203,7 +203,8 @@ class TokenMoments(nn.Module):
 
 def principal_basis(gram: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank` leading eigenvectors of [H, T, T] as rows: [H, rank, T]."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank].transpose(-1, -2).contiguous()
+    vectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.flip(-1)[..., :rank].transpose(-1, -2).contiguous()
 
 
 def ridge_reconstruction(gram: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:

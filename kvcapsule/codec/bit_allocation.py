@@ -72,13 +72,15 @@ def _ranked(variances: torch.Tensor) -> torch.Tensor:
 def cell_variance(variance_HTD: torch.Tensor) -> torch.Tensor:
     """Sum of the variances in each cell of eight token components, [H, ceil(T / 8), D]."""
     padded = torch.nn.functional.pad(variance_HTD, (0, 0, 0, -variance_HTD.shape[1] % GROUP))
-    return padded.unflatten(1, (-1, GROUP)).sum(2)
+    cells: torch.Tensor = padded.unflatten(1, (-1, GROUP))
+    return cells.sum(2)
 
 
 def cell_reach(reach_HTD: torch.Tensor) -> torch.Tensor:
     """Largest distance from the mean in each cell of eight token components, [H, ceil(T / 8), D]."""
     padded = torch.nn.functional.pad(reach_HTD, (0, 0, 0, -reach_HTD.shape[1] % GROUP))
-    return padded.unflatten(1, (-1, GROUP)).amax(2)
+    cells: torch.Tensor = padded.unflatten(1, (-1, GROUP))
+    return cells.amax(2)
 
 
 def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:

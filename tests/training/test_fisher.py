@@ -33,7 +33,7 @@ def batches() -> dict[str, Batch]:
     _, processor = load_vlm("pages-vlm", None, "float32", "cpu")
     rows = source.load(SourceConfig(source="pages", split="validation", size=3))
     of = {"all": rows, "last": rows.select([2])}
-    return {name: next(iter(Questions(r, r, processor, 3).val_dataloader())) for name, r in of.items()}
+    return {name: next(iter(Questions(r, r, processor, batch=3).val_dataloader())) for name, r in of.items()}
 
 
 def read(layers: list[LayerHarvest]) -> list[Segment]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import CellTransform
@@ -36,6 +37,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
     """Closed forms, solved by `prepare`, then Adam on all that is continuous."""
 
     has_kl = True
+    reuses_harvests = True
 
     def __init__(self, task: Task[C]) -> None:
         super().__init__(task)
@@ -82,7 +84,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         self.log("train/loss", loss)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # The quantiser's error halves with each bit, and what moves the bases by more than that makes a fine code
         # worse.
         lr = self.options.lr * min(1.0, 2.0 ** (_COARSE - self.task.recipe.element_bits))

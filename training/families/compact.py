@@ -2,9 +2,10 @@
 tokens."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
 from torch import nn
 
@@ -120,7 +121,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
         self.log("train/imitation", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return scheduled(self.layers.parameters(), self.recipe.lr, lambda step: max(0.0, 1 - step / self.steps))
 
     def derived(self) -> Table:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
 from torch import nn
 
@@ -114,7 +115,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         masks = [p for name, p in self.named_parameters() if name.endswith("soft.logits")]
         rest = [p for name, p in self.named_parameters() if not name.endswith("soft.logits")]
         return scheduled(

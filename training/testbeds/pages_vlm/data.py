@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from kvcapsule.testbeds.pages import LINES, TASKS, WORDS, Page, page, questions
 
+from ..stage import IGNORE
 from .model import GRID, PATCH, SPECIALS
 
-IGNORE = -100
 SYMBOLS = ("",) + tuple("0123456789") + WORDS
 _TURNS = ("transcribe", "line", "lookup", "count", "line", "lookup", "count")
 TASK_WEIGHT = {"transcribe": 1.0, "line": 1.125, "lookup": 2.0, "count": 1.25}
@@ -44,25 +43,6 @@ class TurnBatch(NamedTuple):
     """[B, T]: text token of the symbol whose centre lies in a visual token, or IGNORE."""
     keys: torch.Tensor
     """[B, N]: at every token of an answer, the text token of its question's key, or IGNORE if it has none."""
-
-
-class Indices(Dataset[int]):
-    """The page numbers start .. start + length."""
-
-    def __init__(self, start: int, length: int) -> None:
-        self.start, self.length = start, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> int:
-        return self.start + i
-
-
-def loader(
-    collate: "PatchCollator | TurnCollator", start: int, steps: int, batch: int, workers: int = 1
-) -> DataLoader[int]:
-    return DataLoader(Indices(start, steps * batch), batch, collate_fn=collate, num_workers=workers)
 
 
 class PatchCollator:

@@ -1,5 +1,7 @@
 """pages-vlm before training: tokenizer, processor and a randomly initialised LlavaForConditionalGeneration."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -77,6 +79,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
     The vision tower is a SegFormer, whose convolutions learn to read in few steps (training/NOTES.md). The initialiser
     ranges fit the width.
     """
+    width: dict[str, Any] = {"hidden_size": 128}
     vision = SegformerConfig(
         num_encoder_blocks=2,
         depths=[1, 3],
@@ -89,8 +92,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
         reshape_last_stage=False,
         hidden_dropout_prob=0.0,
         drop_path_rate=0.0,
-        hidden_size=128,
         initializer_range=0.08,
+        # Where LLaVA looks for the tower's width; no field of a SegFormer.
+        **width,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -107,10 +111,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    image_token: Any = tokenizer.convert_tokens_to_ids(SPECIALS["image"])
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(SPECIALS["image"]),
+        image_token_index=image_token,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_seq_length=GRID * GRID,

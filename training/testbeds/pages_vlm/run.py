@@ -2,20 +2,18 @@
 checkpoint."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
 from jsonargparse import auto_cli
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from .data import PatchCollator, TurnCollator, loader
+from ..stage import Collate, NumberedSamples, Stage, fit
+from .data import PatchCollator, TurnCollator
 from .model import build_model, build_processor
-from .stages import PatchStage, ReaderStage, Stage
+from .stages import PatchStage, ReaderStage
 
 EPOCH = 100
 """Steps between checkpoints."""
@@ -48,20 +46,6 @@ class DemoVlmConfig:
     seed: int = 0
 
 
-class _Data(L.LightningDataModule):
-    """Pages numbered by epoch, so that a resumed run sees the same pages as an uninterrupted one."""
-
-    def __init__(self, collate: Callable[[int], PatchCollator | TurnCollator], first: int, batch: int) -> None:
-        """collate: maps the step to a collator."""
-        super().__init__()
-        self.collate, self.first, self.batch = collate, first, batch
-
-    def train_dataloader(self) -> object:
-        assert self.trainer is not None
-        step = self.trainer.current_epoch * EPOCH
-        return loader(self.collate(step), self.first + step * self.batch, EPOCH, self.batch)
-
-
 def main(config: DemoVlmConfig) -> None:
     """Train pages-vlm and save it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -76,27 +60,22 @@ def main(config: DemoVlmConfig) -> None:
     work = Path(config.work)
     patches, easy, turns = PatchCollator(processor), TurnCollator(processor, EASY_LINES), TurnCollator(processor)
     if config.start is None:
-        _fit(PatchStage(vlm, config.patch_steps), _Data(lambda _: patches, 0, config.patch_batch), work / "patches")
+        samples = NumberedSamples(
+            lambda _: patches, 0, config.patch_batch, EPOCH, at_once=config.patch_batch, workers=1
+        )
+        _fit(PatchStage(vlm, config.patch_steps), samples, work / "patches")
+
+    def collate(step: int) -> Collate:
+        return easy if config.start is None and step < config.easy_steps else turns
+
     first = config.patch_steps * config.patch_batch
-    data = _Data(lambda step: easy if config.start is None and step < config.easy_steps else turns, first, config.batch)
-    _fit(ReaderStage(vlm, config.reader_steps), data, work / "reader")
+    samples = NumberedSamples(collate, first, config.batch, EPOCH, at_once=config.batch, workers=1)
+    _fit(ReaderStage(vlm, config.reader_steps), samples, work / "reader")
     save(vlm, processor, Path(config.output))
 
 
-def _fit(stage: Stage, data: _Data, work: Path) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=stage.steps,
-        default_root_dir=work,
-        logger=CSVLogger(work, name="log", version=""),
-        callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
-        gradient_clip_val=1.0,
-        log_every_n_steps=20,
-        reload_dataloaders_every_n_epochs=1,
-        enable_model_summary=False,
-    )
-    last = work / "last.ckpt"
-    trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None)
+def _fit(stage: Stage, samples: NumberedSamples, work: Path) -> None:
+    fit(stage, samples, work, accelerator="cpu", max_steps=stage.steps, log_every_n_steps=20)
 
 
 def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:

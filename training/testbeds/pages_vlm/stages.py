@@ -1,9 +1,8 @@
 """Two training stages of pages-vlm as Lightning modules: the vision tower classifies patches, then the full model
 answers questions."""
 
-import math
+from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,31 +10,8 @@ from transformers import LlavaForConditionalGeneration
 
 from kvcapsule.testbeds.pages import LINES, MAX_DIGITS, WORDS
 
-from .data import IGNORE, SYMBOLS, TASK_WEIGHT, PatchBatch, TurnBatch
-
-
-class Stage(L.LightningModule):
-    """Base of both stages: trains a VLM by AdamW with warm-up and cosine schedule."""
-
-    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float, warmup: int = 100) -> None:
-        super().__init__()
-        self.vlm = vlm
-        self.steps, self.lr, self.warmup = steps, lr, warmup
-
-    def groups(self) -> list[dict[str, object]]:
-        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.AdamW(self.groups(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.02)
-
-        def factor(step: int) -> float:
-            if step < self.warmup:
-                return (step + 1) / self.warmup
-            done = (step - self.warmup) / max(1, self.steps - self.warmup)
-            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+from ..stage import IGNORE, Stage
+from .data import SYMBOLS, TASK_WEIGHT, PatchBatch, TurnBatch
 
 
 class PatchStage(Stage):
@@ -43,7 +19,7 @@ class PatchStage(Stage):
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 2e-3) -> None:
         super().__init__(vlm, steps, lr)
-        width = vlm.config.vision_config.hidden_size
+        width = self.vision_config.hidden_size
         self.norm = nn.LayerNorm(width)
         sizes = (len(SYMBOLS), LINES[1] + 1, MAX_DIGITS + 2, 1 + 10 + len(WORDS))
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
@@ -53,7 +29,7 @@ class PatchStage(Stage):
     def training_step(self, batch: PatchBatch, _: int) -> torch.Tensor:
         tower = self.vlm.model.vision_tower(batch.pixel_values, output_hidden_states=True)
         features = self.norm(tower.hidden_states[-1])
-        loss = features.new_zeros(())
+        loss: torch.Tensor = features.new_zeros(())
         shown = batch.labels[..., 0] > 0
         for name, head, target in zip(
             ("symbol", "line", "column", "word"), self.heads, batch.labels.unbind(-1), strict=True
@@ -86,12 +62,12 @@ class ReaderStage(Stage):
     ) -> None:
         super().__init__(vlm, steps, lr)
         self.vision_lr, self.naming, self.keys = vision_lr, naming, keys
-        text = vlm.config.text_config
+        text = self.text_config
         self.halfway = text.num_hidden_layers // 2
         self.key_head = nn.Sequential(nn.LayerNorm(text.hidden_size), nn.Linear(text.hidden_size, text.vocab_size))
         vlm.requires_grad_(True)
 
-    def groups(self) -> list[dict[str, object]]:
+    def groups(self) -> list[dict[str, Any]]:
         tower = list(self.vlm.model.vision_tower.parameters())
         known = {id(p) for p in tower}
         rest = [p for p in self.parameters() if id(p) not in known]

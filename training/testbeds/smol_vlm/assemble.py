@@ -1,6 +1,7 @@
 """Assembly of smol-vlm: two pretrained parts as one LlavaForConditionalGeneration with an untrained connector."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -67,7 +68,8 @@ def join(
     vlm.model.language_model.load_state_dict(state)
     vlm.model.vision_tower.load_state_dict(tower.state_dict())
     vlm.tie_weights()
-    for settings in (vlm.config, vlm.config.text_config, vlm.generation_config):
+    holders: tuple[Any, ...] = (vlm.config, vlm.config.text_config, vlm.generation_config)
+    for settings in holders:
         settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
     return vlm.eval(), build_processor(tokenizer, vision.image_size, vision.patch_size)

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,8 +35,8 @@ def read_language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
     """
     if find_spec("gguf") is None:
         raise SmolError('reading SmolLM2 needs the gguf package: pip install -e ".[smol-vlm]".')
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     return model, tokenizer
 
 
@@ -49,7 +50,8 @@ def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
         {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, normalized=False, special=True)]}
     )
     tokenizer.chat_template = template_with_parts(tokenizer.chat_template)
-    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    number: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return int(number)
 
 
 def template_with_parts(template: str) -> str:

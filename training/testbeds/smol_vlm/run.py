@@ -4,19 +4,20 @@ resumes at the last checkpoint."""
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import auto_cli
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule.errors import ConfigError
 
+from ..stage import NumberedSamples, Stage, fit
 from .assemble import pretrained_halves
-from .stages import NameStage, ReadStage, Stage
-from .turns import Mixture, NameCollator, TurnCollator, all_names, loader
+from .stages import NameStage, ReadStage
+from .turns import Mixture, NameCollator, TurnCollator, all_names
 from .weights import add_lora, save_trained
 
 
@@ -67,19 +68,6 @@ class SmolVlmConfig:
             raise ConfigError(f"batch {self.batch} must be a multiple of at_once {self.at_once}.")
 
 
-class _Data(L.LightningDataModule):
-    """Pictures numbered by epoch, so that a resumed run sees the same pictures as an uninterrupted one."""
-
-    def __init__(self, collate: NameCollator | TurnCollator, first: int, batch: int, at_once: int, every: int) -> None:
-        super().__init__()
-        self.collate, self.first, self.batch, self.at_once, self.every = collate, first, batch, at_once, every
-
-    def train_dataloader(self) -> object:
-        assert self.trainer is not None
-        pictures = self.every * self.batch
-        return loader(self.collate, self.first + self.trainer.current_epoch * pictures, pictures, self.at_once)
-
-
 def main(config: SmolVlmConfig) -> None:
     """Train with the models and data of the packages."""
     vlm, processor = pretrained_halves()
@@ -92,51 +80,50 @@ def train(config: SmolVlmConfig, vlm: LlavaForConditionalGeneration, processor: 
     torch.set_num_threads(config.threads)
     L.seed_everything(config.seed)
     work, tokenizer = Path(config.work), processor.tokenizer
-    vision = vlm.config.vision_config
+    vision: Any = vlm.config.vision_config
     grid = vision.image_size // vision.patch_size
     # bfloat16 saves casting the frozen weights at every step; the connector and the LoRA stay in float32.
     vlm.model.language_model.bfloat16()
     vlm.tie_weights()
     vlm.set_attn_implementation({"text_config": config.attention})
     names, turns = NameCollator(processor, draw, grid), TurnCollator(processor, draw, grid * grid)
+
+    def numbered(collate: NameCollator | TurnCollator, batch: int, at_once: int) -> NumberedSamples:
+        return NumberedSamples(lambda _: collate, first, batch, config.every, at_once=at_once)
+
     first = 0
     if config.name_steps:
         stage: Stage = NameStage(vlm, tokenizer, all_names(), config.name_steps, config.name_lr)
-        _fit(stage, _Data(names, first, config.name_batch, config.name_batch, config.every), work / "names", config, 1)
+        _fit(stage, numbered(names, config.name_batch, config.name_batch), work / "names", config)
         first += config.name_steps * config.name_batch
-    rounds = config.batch // config.at_once
     if config.connector_steps:
-        data = _Data(turns, first, config.batch, config.at_once, config.every)
-        _fit(ReadStage(vlm, config.connector_steps, config.connector_lr), data, work / "connector", config, rounds)
+        samples = numbered(turns, config.batch, config.at_once)
+        _fit(ReadStage(vlm, config.connector_steps, config.connector_lr), samples, work / "connector", config)
         first += config.connector_steps * config.batch
     lora = None
     if config.lora_steps:
         lora = add_lora(vlm, config.rank)
-        data = _Data(turns, first, config.batch, config.at_once, config.every)
-        _fit(ReadStage(vlm, config.lora_steps, config.lora_lr), data, work / "lora", config, rounds)
+        samples = numbered(turns, config.batch, config.at_once)
+        _fit(ReadStage(vlm, config.lora_steps, config.lora_lr), samples, work / "lora", config)
     save_trained(vlm, lora, Path(config.output))
 
 
-def _fit(stage: Stage, data: _Data, work: Path, config: SmolVlmConfig, rounds: int) -> None:
+def _fit(stage: Stage, samples: NumberedSamples, work: Path, config: SmolVlmConfig) -> None:
     stage.train()
-    trainer = L.Trainer(
+    fit(
+        stage,
+        samples,
+        work,
         accelerator=config.accelerator,
         devices=1,
         precision="bf16-mixed",
         # Not max_steps, with which Lightning repeats part of an epoch after a restart.
         max_epochs=stage.steps // config.every,
-        accumulate_grad_batches=rounds,
-        default_root_dir=work,
+        accumulate_grad_batches=config.batch // config.at_once if isinstance(stage, ReadStage) else 1,
         # One version per start, because a logger deletes earlier logs in its folder.
         logger=CSVLogger(work, name="log"),
-        callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
-        gradient_clip_val=1.0,
         log_every_n_steps=10,
-        reload_dataloaders_every_n_epochs=1,
-        enable_model_summary=False,
     )
-    last = work / "last.ckpt"
-    trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None)
 
 
 if __name__ == "__main__":

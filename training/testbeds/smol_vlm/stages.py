@@ -1,28 +1,27 @@
 """Training stages of smol-vlm as Lightning modules: the connector learns names of visual tokens, then answers through
 the frozen language model, at last together with a LoRA."""
 
-import math
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from .turns import IGNORE, TASKS, NameBatch, TurnBatch
+from ..stage import IGNORE, Stage
+from .turns import TASKS, NameBatch, TurnBatch
 
 _SHARPNESS = 20.0
 """Inverse temperature of the softmax over cosines with names."""
 
 
-class Stage(L.LightningModule):
-    """Base of the stages: trains a VLM's unfrozen parameters by AdamW with warm-up and cosine schedule; checkpoints
-    hold these parameters alone."""
+class FrozenStage(Stage):
+    """Stage with a largely frozen VLM, whose checkpoints hold the parameters that learn alone."""
 
-    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float, warmup: int = 50) -> None:
-        super().__init__()
-        self.vlm = vlm
-        self.steps, self.lr, self.warmup = steps, lr, warmup
+    warmup = 50
+    weight_decay = 0.01
+
+    def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float) -> None:
+        super().__init__(vlm, steps, lr)
         # Frozen parameters come from the packages, not from a checkpoint.
         self.strict_loading = False
 
@@ -32,21 +31,8 @@ class Stage(L.LightningModule):
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in learning
         }
 
-    def configure_optimizers(self) -> dict[str, object]:
-        learning = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learning, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
-        def factor(step: int) -> float:
-            if step < self.warmup:
-                return (step + 1) / self.warmup
-            done = (step - self.warmup) / max(1, self.steps - self.warmup)
-            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class NameStage(Stage):
+class NameStage(FrozenStage):
     """Naming stage: trains the connector to map each visual token close to the language model's embedding of the name
     of the object shown.
 
@@ -64,7 +50,8 @@ class NameStage(Stage):
         lr: float = 2e-3,
     ) -> None:
         super().__init__(vlm, steps, lr)
-        table = vlm.get_input_embeddings().weight.detach().float()
+        embeddings: Any = vlm.get_input_embeddings()
+        table = embeddings.weight.detach().float()
         rows = [table[tokenizer.encode(f" {name}", add_special_tokens=False)].mean(0) for name in names]
         self.length = float(table.norm(dim=-1).mean())
         self.register_buffer("names_ND", torch.stack(rows), persistent=False)
@@ -74,8 +61,9 @@ class NameStage(Stage):
     def training_step(self, batch: NameBatch, _: int) -> torch.Tensor:
         tokens = torch.stack(self.vlm.get_image_features(batch.pixel_values).pooler_output).float()
         # Name embeddings have a large common component, so cosines are taken without their mean.
-        centre = self.names_ND.mean(0)
-        cosines = F.normalize(tokens - centre, dim=-1) @ F.normalize(self.names_ND - centre, dim=-1).T
+        names_ND = self.get_buffer("names_ND")
+        centre = names_ND.mean(0)
+        cosines = F.normalize(tokens - centre, dim=-1) @ F.normalize(names_ND - centre, dim=-1).T
         known = batch.names != IGNORE
         losses = F.cross_entropy(_SHARPNESS * cosines[known], batch.names[known], reduction="none")
         shown = batch.names[known] > 0
@@ -85,10 +73,11 @@ class NameStage(Stage):
         self.log_dict(
             {"loss": loss, "length": length, "named": right[shown].mean(), "empty": right[~shown].mean()}, prog_bar=True
         )
-        return loss + length
+        summed: torch.Tensor = loss + length
+        return summed
 
 
-class ReadStage(Stage):
+class ReadStage(FrozenStage):
     """Answering stage: trains the connector, and the LoRA if there is one, on answers to packed questions."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float) -> None:
@@ -98,8 +87,9 @@ class ReadStage(Stage):
 
     def training_step(self, batch: TurnBatch, _: int) -> torch.Tensor:
         mask = batch.attention_mask
-        if self.vlm.config.text_config._attn_implementation == "eager":
-            dtype = self.vlm.get_input_embeddings().weight.dtype
+        if self.text_config._attn_implementation == "eager":
+            embeddings: Any = self.vlm.get_input_embeddings()
+            dtype = embeddings.weight.dtype
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         hidden = self.vlm.model(
             input_ids=batch.input_ids,

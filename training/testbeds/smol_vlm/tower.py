@@ -2,6 +2,7 @@
 and features standardised by the batch norms' statistics."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,7 +27,8 @@ def build_tower(
     state = {"stem." + name: tensor for name, tensor in _folded(published, "_conv_stem", "_bn0").items()}
     centres, spreads = [], []
     number = 0
-    for index, stage in enumerate(tower.stages):
+    stages: Any = tower.stages
+    for index, stage in enumerate(stages):
         mean = variance = torch.zeros(config.channels[index])
         for block_index, block in enumerate(stage):
             at = f"_blocks.{number}"
@@ -47,7 +49,8 @@ def build_tower(
             spreads.append(variance.sqrt().repeat_interleave(repeats))
     state["mean"], state["scale"] = torch.cat(centres), 1 / torch.cat(spreads).clamp_min(1e-3)
     tower.load_state_dict(state)
-    return tower.eval().requires_grad_(False)
+    tower.requires_grad_(False).train(False)
+    return tower
 
 
 def _folded(published: Mapping[str, torch.Tensor], conv: str, norm: str) -> dict[str, torch.Tensor]:

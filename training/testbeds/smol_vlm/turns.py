@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from kvcapsule.data.prompts import conversation
@@ -15,7 +14,8 @@ from kvcapsule.testbeds import easy_vqa, emoji, words
 from kvcapsule.testbeds.pages import Question
 from kvcapsule.testbeds.picture import Picture
 
-IGNORE = -100
+from ..stage import IGNORE
+
 TASKS = tuple(
     f"{name}-{task}" for name, of in (("emoji", emoji), ("easy-vqa", easy_vqa), ("words", words)) for task in of.TASKS
 )
@@ -165,23 +165,6 @@ class _Row(NamedTuple):
     labels: list[int]
     tasks: list[int]
     turns: list[int]
-
-
-class Indices(Dataset[int]):
-    """The picture numbers start .. start + length."""
-
-    def __init__(self, start: int, length: int) -> None:
-        self.start, self.length = start, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> int:
-        return self.start + i
-
-
-def loader(collate: NameCollator | TurnCollator, start: int, pictures: int, batch: int) -> DataLoader[int]:
-    return DataLoader(Indices(start, pictures), batch, collate_fn=collate)
 
 
 def _some(questions: tuple[Question, ...], rng: np.random.Generator) -> list[Question]:

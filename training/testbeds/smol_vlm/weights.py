@@ -27,7 +27,7 @@ def save_trained(vlm: LlavaForConditionalGeneration, lora: PeftModel | None, out
     connector = vlm.model.multi_modal_projector.state_dict()
     save_file({name: tensor.half().contiguous() for name, tensor in connector.items()}, output / CONNECTOR)
     if lora is not None:
-        lora.save_pretrained(output / LORA)
+        lora.save_pretrained(str(output / LORA))
         (output / LORA / "README.md").unlink(missing_ok=True)
         path = output / LORA / "adapter_model.safetensors"
         save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
