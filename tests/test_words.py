@@ -26,7 +26,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {
     "kvcapsule/inference/": ("given", "own", "settle", "twin", "waits"),
     "kvcapsule/kernels/native/": PRIVATE_WORDS,
     "kvcapsule/kernels/triton/": ("joined",),
-    "kvcapsule/segments/coefficient_rows.py": ("found", "twin"),
+    "kvcapsule/segments/coefficient_rows.py": ("found",),
     "training/analysis/similarity.py": ("neighbours",),  # A key of the command's JSON.
     "training/capsule_fit.py": ("found",),
     "training/datamodule.py": ("asked",),

@@ -351,8 +351,8 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "The frozen VLM",
-        "Visual tokens of a tile",
-        "Questions that are harvested",
+        "Visual tokens per tile",
+        "Number of questions",
         "Column with the question",
         "four pictures",
     ):
