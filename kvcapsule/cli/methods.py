@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def known_methods() -> Iterator[MethodInfo]:
     """Codec families, then policies, then those for the text alone, in the order of their registries."""
-    from ..codec import REGISTRY as families
-    from ..policy import REGISTRY as policies
+    from ..codec import REGISTRY as FAMILY_REGISTRY
+    from ..policy import REGISTRY as POLICY_REGISTRY
     from ..policy import TEXT_POLICIES
 
-    for name, family in ((name, family.config) for name, family in _loaded(families)):
+    for name, family in ((name, family.config) for name, family in _loaded(FAMILY_REGISTRY)):
         with_default = {f.name: f.default for f in fields(family) if f.default is not MISSING}
         yield _info(name, "codec", family, [f.name for f in fields(family) if f.name not in with_default], with_default)
-    for kind, registered in (("policy", _loaded(policies)), ("text policy", TEXT_POLICIES.items())):
+    for kind, registered in (("policy", _loaded(POLICY_REGISTRY)), ("text policy", TEXT_POLICIES.items())):
         for name, policy in registered:
             taken = inspect.signature(policy).parameters.values()
             required = [p.name for p in taken if p.default is p.empty]

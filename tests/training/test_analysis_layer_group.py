@@ -203,7 +203,7 @@ def test_stack_holds_tiles_until_its_last_layer() -> None:
     group, held = LayerGroupStudy([0, 1], 1), []
     for of in layers * 2:
         Observer(TILE, True, lambda _, tiles: group.first(tiles)).compress(of)
-        held.append(len(group.held))
+        held.append(len(group.pending))
     assert held == [2, 0, 2, 0]
 
 
