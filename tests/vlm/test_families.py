@@ -423,7 +423,7 @@ def converse(one: Built, cache: Any) -> Talk:
 
 class TestThreeTurns:
     def test_positions_and_logits(self, one: Built) -> None:
-        if not ENCODES_IMAGES and (one.case.family.apart == "grids" or one.case.family.name.startswith("Gemma")):
+        if not ENCODES_IMAGES and (one.case.family.span_boundary == "grids" or one.case.family.name.startswith("Gemma")):
             pytest.skip(f"{one.case.family.name} takes a new image in a later turn from transformers 5.18 on")
         own = converse(one, DynamicCache(config=one.model.config))
         assert len(own.positions) == 3 * NEW
