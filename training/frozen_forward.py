@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
@@ -24,7 +25,7 @@ class _ReadingLayer(CapsuleLayer):
         self.recorder, self.tiles = recorder, tiles
 
     @property
-    def fresh(self) -> bool:
+    def is_empty(self) -> bool:
         return False
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
@@ -49,8 +50,8 @@ def logits_through(
     with attach(model):
         cache = CapsuleCache(model.config, Recorder(tile, canonical))
         cache.layers = [
-            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
-            for i, own in enumerate(cache.layers)
+            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(layer, CapsuleLayer) else layer
+            for i, layer in enumerate(cache.layers)
         ]
         logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
