@@ -1,5 +1,5 @@
-"""A cache with a static tail: the tail at a fixed address, its length on the device, and a decode step that is one and the same
-program."""
+"""A cache with a static tail: a buffer at a fixed address, its length on the device, and a decode step that is one and
+the same program."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -177,7 +177,7 @@ def test_more_than_the_capacity(attached: Model, mixed: BatchFeature) -> None:
 def test_what_a_static_cache_cannot_be(model: Model, mixed: BatchFeature) -> None:
     with pytest.raises(ValueError, match="tail_capacity 0: give the tokens"):
         CapsuleCache(model.config, Full(), tail_capacity=0)
-    with pytest.raises(ValueError, match="RKV acts again while tokens are written"):
+    with pytest.raises(ValueError, match="RKV acts during decoding"):
         CapsuleCache(model.config, RKV(), tail_capacity=8)
     with attach(model, Full()):
         with pytest.raises(ValueError, match='"static" needs max_new_tokens'):
