@@ -10,16 +10,21 @@ from typing import Any
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli.results import shown_path
 from kvcapsule.errors import InputError
+from kvcapsule.extensions import Selection
 from kvcapsule.methods.method import Method
-from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy
+from kvcapsule.policy import POLICIES, REGISTRY, TEXT_POLICIES, Policy
 
 from .equal_bytes import PerLayer
 
 FULL = "full"
 """The row of the full cache: in every run, as all others are measured against it."""
-RIVALS = {name: policy for name, policy in POLICIES.items() if policy.budget_field is not None}
+RIVALS = Selection(
+    REGISTRY,
+    {name: policy for name, policy in POLICIES.items() if policy.budget_field is not None},
+    lambda _, policy: policy if policy.budget_field is not None else None,
+)
 """Policies with a dial, which is turned so that they store as many bytes as the first capsule."""
-FIXED: dict[str, tuple[str, dict[str, Any]]] = {
+_FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"int{bits}": ("quantized", {"bits": bits}) for bits in (8, 4, 3, 2)},
     **{f"kivi{bits}": ("kivi", {"bits": bits}) for bits in (4, 2)},
     **{
@@ -30,11 +35,20 @@ FIXED: dict[str, tuple[str, dict[str, Any]]] = {
         and all(p.default is not p.empty for p in signature(policy).parameters.values())
     },
 }
+FIXED: Selection[type[Policy], tuple[str, dict[str, Any]]] = Selection(
+    REGISTRY, _FIXED, lambda name, policy: (name, {}) if policy.budget_field is None else None
+)
 """Rows that store what they store: a policy without a dial, and its settings."""
-TEXT: dict[str, type[Policy]] = {
-    **TEXT_POLICIES,
-    **{name: policy for name, policy in POLICIES.items() if policy.separable and policy.compresses_text},
-}
+ALL: Selection[type[Policy], type[Policy]] = Selection(REGISTRY, POLICIES, lambda _, policy: policy)
+"""Every policy."""
+TEXT: Selection[type[Policy], type[Policy]] = Selection(
+    REGISTRY,
+    {
+        **TEXT_POLICIES,
+        **{name: policy for name, policy in POLICIES.items() if policy.separable and policy.compresses_text},
+    },
+    lambda _, policy: policy if policy.separable and policy.compresses_text else None,
+)
 """What can see to the text beside a capsule: not what keeps all text raw."""
 BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
 """The training-free rows of a run that asks for none in particular."""
@@ -56,9 +70,7 @@ class Entry:
     """What tells this setting of the method from another."""
 
 
-def build(
-    name: str, settings: Mapping[str, Any], dial: float | None = None, among: Mapping[str, type] = POLICIES
-) -> Method:
+def build(name: str, settings: Mapping[str, Any], dial: float | None = None, among: Mapping[str, type] = ALL) -> Method:
     """A policy of these settings, its dial turned to `dial`.
 
     Raises:
@@ -78,7 +90,7 @@ def build(
     return made
 
 
-def family_of(name: str, among: Mapping[str, Any] = POLICIES) -> str:
+def family_of(name: str, among: Mapping[str, Any] = ALL) -> str:
     return QUANTISATION if among[name].budget_field is None else PRUNING
 
 
@@ -114,6 +126,7 @@ def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
     """
     capsule_rows = list(capsule_rows)
     available = [*capsule_rows, *RIVALS, *FIXED]
+    available += [name for name in wanted if name not in available and (name in RIVALS or name in FIXED)]
     for name in wanted:
         if name not in (FULL, *available):
             raise InputError(f"there is no method {name!r}; this run has {', '.join([FULL, *available])}.")

@@ -4,7 +4,7 @@ A package names them in its entry points, in the group `kvcapsule.policies` or `
 installed package, "module:ATTRIBUTE" names one that Python can import. Nothing of them is imported before it is used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from .errors import ConfigError
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ class Registry(Generic[T]):
         installed = self._installed(name)
         return _package(installed[0]) if installed else None
 
-    def foreign(self) -> Iterator[str]:
+    def foreign(self) -> list[str]:
         """Names of other packages' entry points."""
-        return (name for name in self.names() if name not in self.builtin or self._installed(name))
+        return [name for name in self.names() if self.is_foreign(name)]
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether this names another package's: by an entry point, or as module:ATTRIBUTE."""
+        return ":" in name or bool(self._installed(name))
 
     def _installed(self, name: str) -> list[EntryPoint]:
         return list(entry_points(group=self.group, name=name))
@@ -110,6 +115,38 @@ class Registry(Generic[T]):
             raise ConfigError(f"{subject} is of type {type(loaded).__name__}, but {self.expected} is needed.")
         checked: T = loaded
         return checked
+
+
+class Selection(Mapping[str, V], Generic[T, V]):
+    """Some of a registry, by name: iteration gives kvcapsule's own alone; a look-up knows those of other packages, too.
+
+    What a run does by default is thus the same whatever else is installed.
+    """
+
+    def __init__(self, registry: Registry[T], builtin: Mapping[str, V], select: Callable[[str, T], V | None]) -> None:
+        """A selection.
+
+        Args:
+            registry: of policies or families.
+            builtin: those selected of kvcapsule's own.
+            select: of one of another package, by its name; None if it is not selected.
+        """
+        self._registry, self._builtin, self._select = registry, builtin, select
+
+    def __getitem__(self, name: str) -> V:
+        """Raises KeyError for one that is not selected, and ConfigError for one that cannot be imported."""
+        if not self._registry.is_foreign(name):
+            return self._builtin[name]
+        selected = self._select(name, self._registry.find(name))
+        if selected is None:
+            raise KeyError(name)
+        return selected
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._builtin)
+
+    def __len__(self) -> int:
+        return len(self._builtin)
 
 
 def _package(entry: EntryPoint) -> str:

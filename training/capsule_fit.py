@@ -86,9 +86,9 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """Whether the KL of the logits is measured on held-out questions."""
 
     @property
-    @abstractmethod
     def steps(self) -> int:
-        """Steps of gradient descent."""
+        """Steps of gradient descent; 0 for a family with a closed form alone."""
+        return 0
 
     @abstractmethod
     def prepare(self) -> None:
@@ -102,13 +102,20 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     def codec(self, index: int) -> LayerCodec | LayerGroupCodec:
         """The codec of a layer, or of a stack of layers, as it is to be saved."""
 
-    @abstractmethod
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
-        """The tiles of all layers as attention would read them, differentiable in the codecs."""
+        """The tiles of all layers as attention would read them, differentiable in the codecs; layer by layer, unless a
+        family overrides it."""
+        segments = []
+        for index, layer in enumerate(layers):
+            codec = self.codec(index)
+            assert isinstance(codec, LayerCodec), "a codec of several layers overrides this"
+            encoded = codec.encode(layer.keys.float(), layer.values.float())
+            segments.append(encoded.segment(layer.owner, layer.frame))
+        return segments
 
-    @abstractmethod
     def derived(self) -> Table:
-        """What the run decided for each layer, for the user to see."""
+        """Sizes that the run derived for each layer, shown to the user once `prepare` is done."""
+        return Table(title=f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens")
 
     def finish(self) -> None:
         """Called once, when no step is left."""

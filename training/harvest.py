@@ -1,7 +1,7 @@
-"""Harvest: the keys and values that a frozen VLM writes for its visual tokens, and the queries that read them.
+"""Harvest: keys and values of a frozen VLM's visual tokens, and the queries that attend to them.
 
-The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in
-place of compressing sees what a capsule would see at inference, layer by layer.
+The VLM runs one ordinary forward over question and answer (teacher-forced). A method that records instead of
+compressing sees the same layer prefills as a capsule at inference.
 """
 
 from dataclasses import dataclass
@@ -22,35 +22,36 @@ from kvcapsule.segments.segment import Segment
 
 @dataclass(frozen=True)
 class LayerHarvest:
-    """One layer's visual tiles and their readers. E tiles of T tokens, B rows, Q queries, R other tokens."""
+    """One layer's visual tiles and the queries that attend to them. E tiles of T tokens, B rows, Q queries, R other
+    tokens."""
 
     keys: torch.Tensor
-    """[E, H, T, D], in the tiles' canonical frames where `frame` is given."""
+    """[E, H, T, D], in the tiles' canonical frames if `frame` is given."""
     values: torch.Tensor
     """[E, H, T, D]."""
     owner: torch.Tensor
-    """[E] row of each tile."""
+    """[E] batch row of each tile."""
     frame: Frame | None
     query: torch.Tensor
-    """[B, H * G, Q, D]: the tokens after the last image, prompt and answer."""
+    """[B, H * G, Q, D]: queries of the tokens after the last image (prompt and answer)."""
     reads: torch.Tensor
-    """[B, Q] bool: False where a row has no such token."""
+    """[B, Q] bool: False at padding of `query`."""
     rest: Segment
     """All other tokens, raw: text, and visual tokens that fill no tile."""
     visible: torch.Tensor
-    """[B, Q, R]: which of them each query sees."""
+    """[B, Q, R]: which tokens of `rest` each query sees."""
     scale: float
 
 
 class Recorder(Method):
-    """A method that keeps what it is shown."""
+    """Method that records layer prefills instead of compressing them."""
 
     def __init__(self, tile: int, canonical: bool = True) -> None:
         self.tile, self.canonical = tile, canonical
         self.layers: list[LayerHarvest] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
+        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, derotated=True)
         if tiles is None:
             raise DataError(
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"
@@ -82,7 +83,7 @@ class Recorder(Method):
 
 
 def _rest(prefill: LayerPrefill, kept: torch.Tensor) -> tuple[Segment, torch.Tensor]:
-    """The kept tokens as one padded segment, and their positions [B, R]."""
+    """The tokens marked in `kept` as one padded segment, and their positions [B, R]."""
     counts = kept.sum(dim=1)
     order = torch.sort((~kept).to(torch.int8), dim=1, stable=True).indices[:, : int(counts.max())]
     rows = torch.arange(kept.shape[0], device=kept.device)
@@ -101,7 +102,8 @@ def harvest(model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: 
 def harvest_with_logits(
     model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, last: int
 ) -> tuple[list[LayerHarvest], torch.Tensor]:
-    """The same, and the logits [B, last, vocabulary] of the last tokens."""
+    """Record every layer of a forward over a batch, and return the logits [B, last, vocabulary] of the last tokens
+    too."""
     recorder = Recorder(tile, canonical)
     with attach(model):
         cache = CapsuleCache(model.config, recorder)

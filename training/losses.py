@@ -24,36 +24,35 @@ def full_output(layer: LayerHarvest) -> torch.Tensor:
 
 
 def output_error(layer: LayerHarvest, visual: Segment, truth: torch.Tensor) -> torch.Tensor:
-    """Squared error of attention's output under the queries that really read it, relative to the output's own
-    energy."""
+    """Squared error of attention's output under the queries after the image, relative to the squared output."""
     errors, energy = error_and_energy(layer, visual, truth, 1)
     return errors.sum() / energy.clamp_min(1e-12)
 
 
 def error_and_energy(
-    layer: LayerHarvest, visual: Segment, truth: torch.Tensor, sets: int
+    layer: LayerHarvest, visual: Segment, truth: torch.Tensor, head_groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over the queries that really read: squared error of attention's output, and the output's own energy.
+    """Squared error of attention's output, and squared output, summed over the queries after the image.
 
     Args:
         layer: the harvest.
-        visual: its tiles, as they would be read.
-        truth: `full_output` of it.
-        sets: sets of neighbouring heads whose parts of the error are wanted apart.
+        visual: its tiles as a codec's segment.
+        truth: its `full_output`.
+        head_groups: number of groups of neighbouring heads whose errors are summed separately.
 
-    Returns: [sets] and a scalar.
+    Returns: [head_groups] and a scalar.
     """
-    # Filled, not multiplied: padding that sees nothing has an output that is not a number.
+    # masked_fill, not a product: the output of padding that sees no token is NaN.
     unread = ~layer.reads[:, None, :, None]
     error = (
         (attend(layer.query, [visual, layer.rest], layer.scale, layer.visible) - truth).float().masked_fill(unread, 0.0)
     )
-    squares = error.square().unflatten(1, (sets, -1)).sum((0, 2, 3, 4))
+    squares = error.square().unflatten(1, (head_groups, -1)).sum((0, 2, 3, 4))
     return squares, truth.float().masked_fill(unread, 0.0).square().sum()
 
 
 def require_finite(layer: LayerHarvest, index: int) -> None:
-    """Raises DataError that names the layer and what in it is not a number."""
+    """Raises DataError that names the layer and the tensor with NaN or infinity."""
     for name in ("keys", "values", "query"):
         if not bool(torch.isfinite(getattr(layer, name)).all()):
             raise DataError(

@@ -168,7 +168,8 @@ def facts(result: Mapping[str, Any]) -> str:
 
 def element_bits(rows: Sequence[Mapping[str, Any]]) -> int:
     """Bits of an element of the full cache in this run."""
-    return round(16 * rows[0]["compression"] / rows[0]["compression16"])
+    bits: int = round(16 * rows[0]["compression"] / rows[0]["compression16"])
+    return bits
 
 
 def command_block(path: Path, command: str, json: str | None = None, made: str | None = None) -> str:

@@ -13,10 +13,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import Parser
+from ..errors import KVCapsuleError
+from ..extensions import Registry
+from .errors import Parser, complain
 
+T = TypeVar("T")
 PROG = "kvcapsule methods"
 _PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
 _WIDE = 160
@@ -60,17 +63,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def known_methods() -> Iterator[MethodInfo]:
     """Codec families, then policies, then those for the text alone, in the order of their registries."""
-    from ..codec import FAMILIES
-    from ..policy import POLICIES, TEXT_POLICIES
+    from ..codec import REGISTRY as FAMILY_REGISTRY
+    from ..policy import REGISTRY as POLICY_REGISTRY
+    from ..policy import TEXT_POLICIES
 
-    for name, family in ((name, family.config) for name, family in FAMILIES.items()):
+    for name, family in ((name, family.config) for name, family in _loaded(FAMILY_REGISTRY)):
         with_default = {f.name: f.default for f in fields(family) if f.default is not MISSING}
         yield _info(name, "codec", family, [f.name for f in fields(family) if f.name not in with_default], with_default)
-    for kind, policies in (("policy", POLICIES), ("text policy", TEXT_POLICIES)):
-        for name, policy in policies.items():
+    for kind, registered in (("policy", _loaded(POLICY_REGISTRY)), ("text policy", TEXT_POLICIES.items())):
+        for name, policy in registered:
             taken = inspect.signature(policy).parameters.values()
             required = [p.name for p in taken if p.default is p.empty]
             yield _info(name, kind, policy, required, {p.name: p.default for p in taken if p.default is not p.empty})
+
+
+def _loaded(registry: Registry[T]) -> Iterator[tuple[str, T]]:
+    """All of a registry, those of other packages too; of a package that cannot be imported a line on stderr."""
+    for name in registry.names():
+        try:
+            yield name, registry.find(name)
+        except KVCapsuleError as error:
+            complain(PROG, error)
 
 
 def _info(name: str, kind: str, method: type, required: list[str], defaults: dict[str, Any]) -> MethodInfo:

@@ -123,6 +123,8 @@ def split_heads(channels_SWC: torch.Tensor, heads: int) -> torch.Tensor:
 class TransformKeys(KeyCodec):
     """Transform-coded keys."""
 
+    borrows_tiles = True
+
     def __init__(self, transform: Transform) -> None:
         super().__init__()
         self.transform = transform
@@ -137,6 +139,8 @@ class TransformKeys(KeyCodec):
 
 class TransformValues(ValueCodec):
     """Transform-coded values."""
+
+    borrows_tiles = True
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
@@ -220,7 +224,9 @@ class TransformConfig(CodecConfig):
                 )
 
         if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
-            raise ConfigError(f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into sets.")
+            raise ConfigError(
+                f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into head groups."
+            )
 
         def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:
             return Transform(

@@ -150,7 +150,7 @@ class CapsuleCache(Cache):
     def end_forward(self) -> None:
         """Drop the context of the forward, but for pending prefills; called by the hook that `attach` sets."""
         for layer in self.capsule_layers():
-            layer.context = layer.context._replace(spans=[]) if layer.is_pending else layer.idle()
+            layer.context = layer.context._replace(spans=[]) if layer.pending_tensors() else layer.idle()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must

@@ -67,11 +67,6 @@ class CapsuleLayer(CacheLayerMixin):
         return ForwardContext([], None, None, {}, LayerByLayerPass(self.method), {self.index: self})
 
     @property
-    def is_pending(self) -> bool:
-        """Whether a prefill is not compressed yet."""
-        return self._pending is not None
-
-    @property
     def is_empty(self) -> bool:
         """Whether nothing is stored, not even a tail."""
         return self.tail_start == 0 and self.tail_length == 0
@@ -140,8 +135,18 @@ class CapsuleLayer(CacheLayerMixin):
         # Where a model's layers lie on several devices, what one forward brings for all of them lies on the first.
         if rotation is not None:
             rotation = (rotation[0].to(device), rotation[1].to(device))
-        spans, shared = context.spans, context.shared
-        return LayerPrefill(self.index, query, keys, values, spans, valid.to(device), scale, rotation, shared, hidden)
+        return LayerPrefill(
+            layer=self.index,
+            query=query,
+            keys=keys,
+            values=values,
+            spans=context.spans,
+            valid=valid.to(device),
+            scale=scale,
+            position_embeddings=rotation,
+            shared=context.shared,
+            hidden=hidden,
+        )
 
     def store_prefill(self, prefill: LayerPrefill) -> None:
         """Compress a prefill of this layer behind what is stored, now or (see activate_past_recording) later."""
@@ -167,7 +172,7 @@ class CapsuleLayer(CacheLayerMixin):
         self.record_past = True
 
     def pending_tensors(self) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of the pending prefill."""
+        """Queries, keys and values of a prefill that is not compressed yet; empty if there is none."""
         return () if self._pending is None else (self._pending.query, self._pending.keys, self._pending.values)
 
     def flush_pending(self, drop: int = 0) -> None:

@@ -181,9 +181,9 @@ class Coding:
             if self.layout.classes
             else self.widths.new_zeros(0, dtype=torch.int64)
         )
-        places = torch.full((self.widths.numel(),), len(coded), dtype=torch.int32, device=self.widths.device)
-        places[coded] = torch.arange(len(coded), dtype=torch.int32, device=self.widths.device)
-        return places.view(self.widths.shape).transpose(1, 2).flatten()
+        positions = torch.full((self.widths.numel(),), len(coded), dtype=torch.int32, device=self.widths.device)
+        positions[coded] = torch.arange(len(coded), dtype=torch.int32, device=self.widths.device)
+        return positions.view(self.widths.shape).transpose(1, 2).flatten()
 
     def scale_and_minimum(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and minimum, [S, C, G, 8] each: coefficient = scale * code + minimum."""
@@ -231,7 +231,7 @@ class CodedRows:
     def __init__(self, packed: torch.Tensor, coding: Coding) -> None:
         """packed [E, size] uint8."""
         self.packed, self.coding = packed, coding
-        self._twin: weakref.ref[CodedRows] | None = None
+        self._moved: weakref.ref[CodedRows] | None = None
         """Weak reference to these rows on the device that they were last moved from or to."""
 
     @classmethod
@@ -269,11 +269,11 @@ class CodedRows:
         while any layer holds them."""
         if self.packed.device == torch.device(device):
             return self
-        twin = self._twin() if self._twin else None
-        if twin is None or twin.packed.device != torch.device(device):
-            twin = CodedRows(self.packed.to(device), self.coding)
-            self._twin, twin._twin = weakref.ref(twin), weakref.ref(self)
-        return twin
+        moved = self._moved() if self._moved else None
+        if moved is None or moved.packed.device != torch.device(device):
+            moved = CodedRows(self.packed.to(device), self.coding)
+            self._moved, moved._moved = weakref.ref(moved), weakref.ref(self)
+        return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodedRows":
         """Copies the codes; the coding, which all entries share, is not copied."""

@@ -5,112 +5,41 @@ import functools
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import tiny_families
+from support import tiny_vlm
 from support.builders import kv_capsule, transform_capsule
-from support.tiny_families import BUILDERS, REFUSED, Picture, Tiny
-from transformers import AutoConfig, BatchFeature, DynamicCache, PreTrainedModel
+from support.family_models import CASES, EXACT, NEW, OPTIONS, TILE, Built, Witness, assert_same, built
+from support.tiny_families import BUILDERS, REFUSED
+from support.tiny_vlm import Picture
+from transformers import AutoConfig, BatchFeature, DynamicCache
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.cli import main
-from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import ENCODES_IMAGES, cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Method
+from kvcapsule.methods.method import Method
 from kvcapsule.methods.tiles import cut_tiles
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.segments.segment import Segment
-from kvcapsule.vlm.families import FAMILIES, TRANSFORMERS, Family
+from kvcapsule.vlm.families import FAMILIES, TRANSFORMERS
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
-
-EXACT = 1e-5
-NEW = 5
-MARKS = [
-    tiny_families.IMAGE,
-    tiny_families.VIDEO,
-    tiny_families.START,
-    tiny_families.END,
-    tiny_families.CUT,
-    tiny_families.VIDEO_START,
-    tiny_families.VIDEO_END,
-]
-OPTIONS: dict[str, Any] = {
-    "max_new_tokens": NEW,
-    "min_new_tokens": NEW,
-    "do_sample": False,
-    "pad_token_id": tiny_families.PAD,
-    "suppress_tokens": MARKS,
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}
-TILE = 8
-
-
-class Case(NamedTuple):
-    family: Family
-    model_type: str
-    class_name: str
-    builder: Callable[[], Tiny]
-
-
-CASES = [
-    Case(family, *of_type)
-    for family in FAMILIES
-    if family.status == "works"
-    for of_type in zip(family.model_types, family.classes, BUILDERS[family.name], strict=True)
-]
-
-
-class Built(NamedTuple):
-    case: Case
-    tiny: Tiny
-    model: PreTrainedModel
-    geometry: KVGeometry
-
-    @property
-    def prompts(self) -> list[list[Any]]:
-        """Two images of different sizes amid text, one behind padding, none."""
-        first, second = self.tiny.picture(0), self.tiny.picture(1)
-        return [[5, 6, first, 7, second, 8, 9], [3, second, 4, 4], [1, 2, 3]]
-
-    @property
-    def film(self) -> list[list[Any]]:
-        """A video, beside an image where the model takes both at once (GLM-4V gives them the same placeholder), and
-        behind padding."""
-        video, image = self.tiny.video(2), self.tiny.picture(1)
-        return [
-            [5, video, 6, 7] if self.case.family.name == "GLM-4V" else [5, video, 6, image, 7],
-            [4, self.tiny.video(3), 8],
-        ]
-
-    def identity(self, tile: int = TILE) -> Capsule:
-        return Capsule(CapsuleConfig("identity", IdentityConfig(tile), self.geometry, "tiny"))
-
-
-@functools.cache
-def built(index: int) -> Built:
-    case = CASES[index]
-    tiny = case.builder()
-    model = tiny_families.build(case.model_type, tiny)
-    return Built(case, tiny, model, KVGeometry.from_config(model.config))
 
 
 @functools.cache
 def expected(index: int) -> Any:
     """The model's own answer to `prompts`."""
     one = built(index)
-    return one.model.generate(**tiny_families.batch(one.tiny, *one.prompts), **OPTIONS)
+    return one.model.generate(**tiny_vlm.batch(one.tiny, *one.prompts), **OPTIONS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,26 +66,7 @@ def one(index: int) -> Built:
 
 def answer(one: Built, method: Method, rows: Sequence[Sequence[Any]]) -> Any:
     with attach(one.model, method):
-        return one.model.generate(**tiny_families.batch(one.tiny, *rows), **OPTIONS)
-
-
-def assert_same(out: Any, expected: Any, atol: float = EXACT) -> None:
-    assert torch.equal(out.sequences[:, -NEW:], expected.sequences[:, -NEW:])
-    assert len(out.logits) == len(expected.logits) == NEW
-    for ours, theirs in zip(out.logits, expected.logits, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
-
-
-class Witness(Full):
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[LayerPrefill] = []
-
-    def compress(self, prefill: LayerPrefill) -> Compressed:
-        self.seen.append(prefill)
-        return super().compress(prefill)
+        return one.model.generate(**tiny_vlm.batch(one.tiny, *rows), **OPTIONS)
 
 
 class TestTable:
@@ -214,7 +124,7 @@ def loses_count_of_frames(one: Built) -> bool:
     if one.case.family.name != "Gemma 4":
         return False
     try:
-        one.model(**tiny_families.batch(one.tiny, *one.film))
+        one.model(**tiny_vlm.batch(one.tiny, *one.film))
     except ValueError as error:
         assert "`num_frames_per_video` is required" in str(error)
         return True
@@ -228,7 +138,7 @@ class TestSpans:
     def test_lengths_and_places(self, way: str, one: Built) -> None:
         lost = way == "forward" and loses_count_of_frames(one)
         for rows in (one.prompts, one.film) if one.tiny.video and not lost else (one.prompts,):
-            batch = tiny_families.batch(one.tiny, *rows)
+            batch = tiny_vlm.batch(one.tiny, *rows)
             spans = spans_seen(one, way, batch)
             assert [s.length for s in spans] == [
                 n for row in rows for part in row if isinstance(part, Picture) for n in part.spans
@@ -237,7 +147,7 @@ class TestSpans:
             for span in spans:
                 assert span.grid[0] * span.grid[1] * span.grid[2] == span.length
                 marked[span.row, span.start : span.start + span.length] += 1
-            assert torch.equal(marked, ((ids == tiny_families.IMAGE) | (ids == tiny_families.VIDEO)).long())
+            assert torch.equal(marked, ((ids == tiny_vlm.IMAGE) | (ids == tiny_vlm.VIDEO)).long())
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     @pytest.mark.parametrize(
@@ -248,10 +158,8 @@ class TestSpans:
     )
     def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
         """Where nothing but the images' number tells them apart."""
-        pair = [
-            one.tiny.picture(i)._replace(tokens=[tiny_families.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)
-        ]
-        spans = spans_seen(one, way, tiny_families.batch(one.tiny, [5, *pair, 6], [3, 4]))
+        pair = [one.tiny.picture(i)._replace(tokens=[tiny_vlm.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)]
+        spans = spans_seen(one, way, tiny_vlm.batch(one.tiny, [5, *pair, 6], [3, 4]))
         assert [span.length for span in spans] == pair[0].spans + pair[1].spans
 
 
@@ -270,7 +178,7 @@ class TestFrames:
         for rows in ([5, image, 7], [5, 3, 4, 9, 8, 2, 6, image, 7]):
             witness = Witness()
             with attach(one.model, witness):
-                one.model.generate(**tiny_families.batch(one.tiny, rows), **OPTIONS)
+                one.model.generate(**tiny_vlm.batch(one.tiny, rows), **OPTIONS)
             tiles = cut_tiles(witness.seen[0], 4)
             assert tiles is not None and tiles.frame is not None
             found.append((tiles.keys, tiles.frame.unrotate(tiles.keys)))
@@ -287,7 +195,7 @@ class TestFrames:
     def test_no_frame_for_keys_that_are_not_rotated(self, one: Built) -> None:
         witness = Witness()
         with attach(one.model, witness):
-            one.model.generate(**tiny_families.batch(one.tiny, *one.prompts), **OPTIONS)
+            one.model.generate(**tiny_vlm.batch(one.tiny, *one.prompts), **OPTIONS)
         assert all(prefill.position_embeddings is None for prefill in witness.seen)
 
 
@@ -302,7 +210,7 @@ class TestFullCache:
         "index", [i for i, case in enumerate(CASES) if case.family.video], ids=lambda i: NAMES[i], indirect=True
     )
     def test_video(self, one: Built) -> None:
-        batch = tiny_families.batch(one.tiny, *one.film)
+        batch = tiny_vlm.batch(one.tiny, *one.film)
         assert_same(answer(one, one.identity(5), one.film), one.model.generate(**batch, **OPTIONS))
 
     def test_the_images_are_read(self, one: Built, index: int) -> None:
@@ -334,7 +242,7 @@ def lossy(request: pytest.FixtureRequest, one: Built) -> Capsule:
 def segments_of(one: Built, method: Method, rows: Sequence[Sequence[Any]]) -> tuple[CapsuleCache, Any]:
     cache = CapsuleCache(one.model.config, method)
     with attach(one.model):
-        out = one.model.generate(**tiny_families.batch(one.tiny, *rows), **cache_argument(cache), **OPTIONS)
+        out = one.model.generate(**tiny_vlm.batch(one.tiny, *rows), **cache_argument(cache), **OPTIONS)
     return cache, out
 
 
@@ -405,14 +313,14 @@ def converse(one: Built, cache: Any) -> Talk:
             pictures = [part for part in said if isinstance(part, Picture)]
             inputs = {
                 k: v
-                for k, v in tiny_families.batch(tiny, said).items()
+                for k, v in tiny_vlm.batch(tiny, said).items()
                 if k not in pictures[0].inputs or k == "image_grid_thw"
             }
             new = [part for part in asked if isinstance(part, Picture)]
             if new and not ENCODES_IMAGES:
-                inputs |= tiny.join([new]) if tiny.join else tiny_families.joined(new)
+                inputs |= tiny.join([new]) if tiny.join else tiny_vlm.joined(new)
             elif new:
-                pixels = tiny.join([new]) if tiny.join else tiny_families.joined(new)
+                pixels = tiny.join([new]) if tiny.join else tiny_vlm.joined(new)
                 inputs["mm_encoder_outputs"] = {"image": model.model.get_image_features(**pixels, return_dict=True)}
             out = model.generate(**inputs, **cache_argument(cache), **OPTIONS)
             said += out.sequences[0, -NEW:].tolist()

@@ -1,4 +1,4 @@
-"""One study: from what was asked for to the object that docs/analyze.md describes."""
+"""Study: from an AnalyzeConfig to the JSON object that docs/analyze.md describes."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ from .questions import Reader
 
 
 def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]:
-    """Study everything and return the object that docs/analyze.md describes.
+    """Run the study and return the object that docs/analyze.md describes.
 
     Args:
         config: see there.
@@ -34,7 +34,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
 
     Raises:
         InputError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to check comes
-        first.
+            first.
     """
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
@@ -54,7 +54,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         )
     reader = Reader(rows, model, processor, config.batch)
     tile = config.tile or whole_image(reader)
-    layers, stacks = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
+    layers, groups = two_passes(reader, tile, not config.tile, config.canonical_frame, console)
     return {
         "model": shown_path(config.model),
         "geometry": geometry.to_dict(),
@@ -66,7 +66,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         "layers": [_rounded(layer.result()) for layer in layers],
         "drift": _rounded(_drift(layers)),
         "predicted": [_rounded(entry) for layer in layers for entry in layer.predicted()],
-        "stacks": [_rounded(entry) for stack in stacks for entry in stack.predicted()],
+        "stacks": [_rounded(entry) for group in groups for entry in group.predicted()],
         "questions": len(rows),
         "tiles": layers[0].count,
         "frame": "canonical" if layers[0].framed else "none",
@@ -77,7 +77,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every number; what is none, such as a mean over no pairs, as None, because JSON has no NaN."""
+    """Round all numbers to six digits; NaN, such as a mean over no pairs, becomes None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -88,7 +88,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _drift(layers: Sequence[LayerStudy]) -> dict[str, Any]:
-    """The "drift" of the object."""
+    """The entry "drift" of the object."""
     steps = layers[0].drift.steps
     return {
         "steps": list(range(steps)),

@@ -1,7 +1,6 @@
 """Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of
 tokens."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -10,8 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
-from kvcapsule.codec.kvcapsule import pyramid, retained
-from kvcapsule.segments.segment import Segment
+from kvcapsule.methods.ratios import pyramid, retained
 
 from ..capsule_fit import CapsuleFit, Task, scheduled
 from ..datamodule import Batch
@@ -111,10 +109,6 @@ class CompactFit(CapsuleFit[CompactRecipe]):
         codec = self.layers[index]
         assert isinstance(codec, CompactLayer)
         return codec
-
-    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
-        encoded = [self.codec(i).encode(layer.keys.float(), layer.values.float()) for i, layer in enumerate(layers)]
-        return [tiles.segment(layer.owner, layer.frame) for tiles, layer in zip(encoded, layers, strict=True)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         losses = []

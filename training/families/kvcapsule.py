@@ -1,7 +1,6 @@
 """Training of the kvcapsule family: closed form, then a soft mask, then a hard mask."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +8,12 @@ from rich.table import Table
 from torch import nn
 
 from kvcapsule.codec import PairCodec
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, retained
-from kvcapsule.segments.segment import Segment
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
+from kvcapsule.methods.ratios import retained
 from kvcapsule.vlm.geometry import KVGeometry
 
 from ..capsule_fit import CapsuleFit, Task, mean, scheduled
 from ..datamodule import Batch
-from ..harvest import LayerHarvest
 from ..losses import unexplained
 from ..second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 from .kvcapsule_options import KVCapsuleRecipe, OptimOptions
@@ -91,10 +89,6 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def codec(self, index: int) -> PairCodec:
         return self._layer(index).codec
-
-    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
-        encoded = [self.codec(i).encode(layer.keys.float(), layer.values.float()) for i, layer in enumerate(layers)]
-        return [tiles.segment(layer.owner, layer.frame) for tiles, layer in zip(encoded, layers, strict=True)]
 
     def finish(self) -> None:
         if not self.hardened:

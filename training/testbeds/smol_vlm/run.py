@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from kvcapsule.errors import ConfigError
+
 from .assemble import pretrained_halves
 from .stages import NameStage, ReadStage, Stage
 from .turns import Mixture, NameCollator, TurnCollator, all_names, loader
@@ -60,9 +62,9 @@ class SmolVlmConfig:
     def __post_init__(self) -> None:
         for name in ("name_steps", "connector_steps", "lora_steps"):
             if getattr(self, name) % self.every:
-                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of every {self.every}.")
+                raise ConfigError(f"{name} {getattr(self, name)} must be a multiple of every {self.every}.")
         if self.batch % self.at_once:
-            raise ValueError(f"batch {self.batch} must be a multiple of at_once {self.at_once}.")
+            raise ConfigError(f"batch {self.batch} must be a multiple of at_once {self.at_once}.")
 
 
 class _Data(L.LightningDataModule):

@@ -1,0 +1,69 @@
+"""The README's blocks run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcapsule.cli import COMMANDS, main
+from kvcapsule.testbeds.pages import page
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+HAND_WRITTEN = re.sub(r"<!-- table: .*?<!-- end of table -->", "", TEXT, flags=re.DOTALL)
+"""The README without its generated table, whose command takes hours."""
+STARTS = {
+    "train": "kvcapsule.training.main.train",
+    "analyze": "kvcapsule.training.analysis.main.run",
+    "eval": "kvcapsule.eval.main.run",
+    "bench": "kvcapsule.eval.bench.main.run",
+}
+"""Of commands that take minutes: the function that they start with what their command line says."""
+RUN = ("models", "methods", "estimate", "generate")
+OF_THE_NETWORK = ("push",)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", HAND_WRITTEN, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == "kvcapsule"]
+
+
+def test_the_python_block_answers_a_question(tmp_path: Path) -> None:
+    (block,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 5
+
+
+def test_every_command_is_shown() -> None:
+    assert {command for command, *_ in commands()} == set(COMMANDS) == {*STARTS, *RUN, *OF_THE_NETWORK}
+
+
+class Started(BaseException):
+    """Raised in place of the work, past all that a command catches."""
+
+
+def start(*args: object, **kwargs: object) -> None:
+    raise Started
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] in STARTS], ids=" ".join)
+def test_a_long_command_is_understood(words: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(STARTS[words[0]], start)
+    with pytest.raises(Started):
+        main(words)
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] in RUN], ids=" ".join)
+def test_a_short_command_runs(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    page("test", 0).image.save("page.png")
+    assert main(words) == 0
+    assert capsys.readouterr().out
