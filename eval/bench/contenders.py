@@ -109,7 +109,7 @@ def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) ->
     """A method whose tail has a fixed room, for what is written behind the prompt."""
     return Rung(
         f"{name}-static-compiled",
-        lambda room: CapsuleCache(model.config, method, room=room - prompt),
+        lambda room: CapsuleCache(model.config, method, tail_capacity=room - prompt),
         method,
         compiled=True,
     )

@@ -137,7 +137,7 @@ def test_compiled_methods_write_into_a_room(subject: Subject) -> None:
         with rung.on(subject.model):
             step = decode_step.stepper(subject.model, rung, cache, 3)
             seen.append([step(), step()][1])
-    assert cache.layers[0].room == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
+    assert cache.layers[0].tail_capacity == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
 
 

@@ -14,7 +14,8 @@ from kvcapsule.eval.equal_bytes import Layout
 from kvcapsule.eval.quality import Tally
 from kvcapsule.eval.report.rows import rows, tables
 from kvcapsule.eval.watched_generate import generate, new_cache
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.host_retrieval import HostRows, Retrieved
 from kvcapsule.methods.method import Method
