@@ -77,17 +77,19 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_modules_that_are_named_exist(page: Path) -> None:
     """`kvcapsule.x.y` is a module, or a name in one."""
     for name in set(_MODULE.findall("\n".join(_CODE.findall(page.read_text())))):
-        if name.endswith((".egg", ".git")) or find_spec_or_none(name):
-            continue
-        module, _, attribute = name.rpartition(".")
-        assert find_spec_or_none(module) and hasattr(import_module(module), attribute), name
+        parts = name.split(".")
+        depth = next(n for n in range(len(parts), 0, -1) if is_module(".".join(parts[:n])))
+        thing: object = import_module(".".join(parts[:depth])) if depth < len(parts) else None
+        for part in parts[depth:]:
+            assert hasattr(thing, part), name
+            thing = getattr(thing, part)
 
 
-def find_spec_or_none(name: str) -> object | None:
+def is_module(name: str) -> bool:
     try:
-        return find_spec(name)
+        return find_spec(name) is not None
     except ModuleNotFoundError:
-        return None
+        return False
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
