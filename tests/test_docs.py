@@ -1,5 +1,5 @@
-"""The documents: lines of 120 columns, links that lead somewhere, names of files, modules, make targets and options that
-exist."""
+"""The documents: lines of 120 columns, links that lead somewhere, and names of files, modules, make targets and options
+that exist."""
 
 import json
 import re
