@@ -131,3 +131,13 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         targets = (target.partition("#")[0] for target in _LINK.findall("\n".join(prose(page.read_text()))))
         todo += [(page.parent / target).resolve() for target in targets if target and "://" not in target]
     assert set(PAGES) <= seen, sorted(str(page.relative_to(ROOT)) for page in set(PAGES) - seen)
+
+
+def test_the_tree_is_described() -> None:
+    """Every folder of code, and every file that stands in none of the library's, has a line in the tables."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    folders = {path.parent for root in ("kvcapsule", "training", "eval") for path in (ROOT / root).glob("*/*.py")}
+    lines = {f"`{folder.relative_to(ROOT)}/`" for folder in folders if "__pycache__" not in folder.parts}
+    lines |= {f"`kvcapsule/{file.name}`" for file in (ROOT / "kvcapsule").glob("*.py") if not file.name.startswith("_")}
+    lines -= {"`training/recipes/`", "`eval/suites/`"}
+    assert {line for line in lines if f"| {line} |" not in text} == set()
