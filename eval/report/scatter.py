@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..entries import FIXED, FULL, QUANTISATION
+from ..entries import FULL, PRUNING
 from .picture import COLOURS, FULL_COLOUR, LOOKS, MARKERS, add_legend, new_picture, style_axes
 
 _SIZES = (11, 9)
@@ -41,11 +41,11 @@ def _looks(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     others = zip(cycle(MARKERS), cycle(COLOURS), strict=False)
     drawn = set()
     for row in rows:
-        family = QUANTISATION if row["method"] in FIXED else row["method"].partition(":")[0]
-        if row["method"] == FULL:
+        kind = row["method"] if row["family"] == PRUNING else row["family"]
+        if kind == FULL:
             marker, colour = "o", FULL_COLOUR
-        elif family in LOOKS:
-            marker, colour = LOOKS[family]
+        elif kind in LOOKS:
+            marker, colour = LOOKS[kind]
         else:
             marker, colour = next(others)
         if (marker, colour) in drawn:

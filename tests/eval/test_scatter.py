@@ -12,8 +12,10 @@ from kvcapsule.eval.report.scatter import picture
 
 
 def _row(method: str, size: int, score: float) -> dict[str, Any]:
+    kinds = {"int": "quantisation", "pos": "token-pruning", "eve": "token-pruning"}
     return {
         "method": method,
+        "family": kinds.get(method[:3], method.partition(":")[0]),
         "visual_kv_bytes": size,
         "accuracy": {"a": score, "b": score},
         "compression": 400_000 / size,
