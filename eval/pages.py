@@ -42,7 +42,8 @@ def _front(page: Path, result: Mapping[str, Any], file: str) -> None:
     """The short table of the README."""
     note = markdown.paragraph(
         markdown.facts(result),
-        f"*Compression as run* is of elements of {markdown.element_bits(result['rows'])} bits; *compression vs 16 bit*"
+        "The task columns are accuracies, *same answers* the share of answers that equal the full cache's."
+        f" *Compression as run* is of elements of {markdown.element_bits(result['rows'])} bits; *compression vs 16 bit*"
         " counts the full cache at 16 bits and the method as it was measured (pruned tokens, too, would take half the"
         " bytes there). Times: full cache = 1.",
     )

@@ -87,7 +87,7 @@ def test_commands_of_the_page(trained: Path) -> None:
 
 def test_methods_lists_them_and_says_what_is_broken(package: Path, tmp_path: Path) -> None:
     install(tmp_path, "kvc-broken", {GROUPS[0]: {"torn": "kvc_broken.policy:Torn"}})
-    done = run(["rows"], tmp_path, package, tmp_path)
+    done = run(["methods"], tmp_path, package, tmp_path)
     assert done.returncode == 0
     assert "longest-keys" in done.stdout and "strided" in done.stdout and "snapkv" in done.stdout
     (line,) = [line for line in done.stderr.splitlines() if line]

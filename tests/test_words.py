@@ -20,19 +20,15 @@ PRIVATE_WORDS = (
 """No identifier is one of these words. `found` -> the noun of the result, `own` -> the noun of the thing, and so on."""
 EXEMPT: dict[str, tuple[str, ...]] = {
     # Words that a folder still uses; its owner removes them, and then the entry.
-    "kvcapsule/capsule/runs.py": ("lent", "turned"),
     "kvcapsule/inference/": ("given", "own", "settle", "twin", "waits"),
     "kvcapsule/kernels/native/": PRIVATE_WORDS,
     "kvcapsule/kernels/triton/": ("joined",),
-    "kvcapsule/methods/": ("lent", "made", "turned"),
-    "kvcapsule/policy/": ("allotted", "asked", "each", "found", "given", "joined", "whole"),
     "kvcapsule/segments/coefficient_rows.py": ("found", "twin"),
     "training/analysis/similarity.py": ("neighbours",),  # A key of the command's JSON.
     "training/capsule_fit.py": ("found",),
     "training/datamodule.py": ("asked",),
     "training/families/": ("explained", "own", "stacked"),
     "training/fit.py": ("own",),
-    "training/harvest.py": ("turned",),
     "training/options.py": ("given",),
 }
 MOST_PARAMETERS = 8

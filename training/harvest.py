@@ -51,7 +51,7 @@ class Recorder(Method):
         self.layers: list[LayerHarvest] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
+        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, derotated=True)
         if tiles is None:
             raise DataError(
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"

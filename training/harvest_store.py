@@ -115,18 +115,18 @@ def _write(layers: list[LayerHarvest], path: Path) -> None:
 
 
 def _read(path: Path, device: torch.device) -> list[LayerHarvest]:
-    with safe_open(path, "pt", device=str(device)) as held:
-        about = held.metadata()
-        names = set(held.keys())
+    with safe_open(path, "pt", device=str(device)) as file:
+        metadata = file.metadata()
+        names = set(file.keys())
         layers = []
-        for index, scale in enumerate(about["scales"].split()):
+        for index, scale in enumerate(metadata["scales"].split()):
 
             def get(name: str, index: int = index) -> torch.Tensor:
-                tensor: torch.Tensor = held.get_tensor(f"{index}.{name}")
+                tensor: torch.Tensor = file.get_tensor(f"{index}.{name}")
                 return tensor
 
             frame = (
-                Frame(get(_FRAME[0]), get(_FRAME[1]), about["neighbours"] == "1")
+                Frame(get(_FRAME[0]), get(_FRAME[1]), metadata["neighbours"] == "1")
                 if f"{index}.{_FRAME[0]}" in names
                 else None
             )

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.codec import PairCodec
-from kvcapsule.codec.kvcapsule import retained
 from kvcapsule.codec.transform import TransformKeys, TransformValues
 from kvcapsule.methods.method import Method
+from kvcapsule.methods.ratios import retained
 
 from .layer_data import TAIL, Cell
 from .random_methods import KEPT, RETAINED

@@ -85,7 +85,16 @@ def prefill(cell: Cell, layer: Layer, rows: int) -> LayerPrefill:
     valid = torch.ones(rows, prompt, dtype=torch.bool, device=cell.device)
     keys, values = (x[:rows, :, :prompt] for x in (layer.keys, layer.values))
     no_queries = keys.new_empty(rows, cell.shape.query_heads, 0, cell.shape.head_dim)
-    return LayerPrefill(0, no_queries, keys, values, spans, valid, cell.shape.head_dim**-0.5, rotation(cell, prompt))
+    return LayerPrefill(
+        layer=0,
+        query=no_queries,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=valid,
+        scale=cell.shape.head_dim**-0.5,
+        position_embeddings=rotation(cell, prompt),
+    )
 
 
 def rotation(cell: Cell, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import ConfigError, KVCapsuleError
 from kvcapsule.inference.attach import attach
-from kvcapsule.policy.postvision import THRESHOLD, SparsityMeter
+from kvcapsule.policy.vl_cache import THRESHOLD, SparsityMeter
 from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import batches

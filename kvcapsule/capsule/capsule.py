@@ -16,7 +16,7 @@ from ..vlm.geometry import KVGeometry
 from . import hub
 from .config import CapsuleConfig
 from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
-from .runs import LayerGroupPass, canonical_tiles
+from .runs import LayerGroupPass, canonical_tiles, require_copies
 from .write import contents_of, save_folder
 
 
@@ -52,12 +52,14 @@ class Capsule(nn.Module, Method):
             raise ValueError(
                 f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `begin_pass`."
             )
-        tiles, raw = canonical_tiles(prefill, config, self.config.geometry)
-        if tiles is None:
-            return raw
         codec = self.layers[prefill.layer]
         assert isinstance(codec, LayerCodec)
+        tiles, raw = canonical_tiles(prefill, config, self.config.geometry, codec.borrows_tiles)
+        if tiles is None:
+            return raw
         encoded = codec.encode(tiles.keys, tiles.values)
+        if codec.borrows_tiles:
+            require_copies(codec, [encoded], tiles)
         if config.latent_bits:
             encoded = encoded.quantised(config.latent_bits)
         return Compressed([encoded.segment(tiles.owner, tiles.frame), *raw.visual], raw.text)

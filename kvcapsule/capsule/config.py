@@ -16,7 +16,7 @@ PACKAGE = "package"
 
 @dataclass(frozen=True)
 class CapsuleConfig:
-    """What inference needs to know of a capsule besides its weights; the content of config.json."""
+    """Description of a capsule that inference needs besides the weights; the content of config.json."""
 
     family: str
     """Name of a kvcapsule.codec.CodecFamily, of kvcapsule or of another package."""

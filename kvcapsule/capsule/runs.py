@@ -1,13 +1,14 @@
-"""How a capsule goes through a prefill: its tiles in their canonical frames, and stacks of layers whose tiles have one
+"""How a capsule compresses a prefill: its tiles in their canonical frames, and layer groups whose tiles have one
 codec."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from ..codec import CodecConfig, LayerGroupCodec, LayerGroupEncoding
-from ..methods.kept_rows import keep
+from ..codec import CodecConfig, Encoded, LayerGroupCodec, LayerGroupEncoding
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..methods.tiles import Tiles, cut_tiles, tiled
@@ -16,30 +17,46 @@ from ..vlm.geometry import KVGeometry
 
 
 def canonical_tiles(
-    prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry
+    prefill: LayerPrefill, config: CodecConfig, geometry: KVGeometry, borrowed: bool = False
 ) -> tuple[Tiles | None, Compressed]:
     """A layer's visual tiles, and what is in none of them, raw. None: nothing fills a tile.
 
     Keys are as if each tile began at position 0, where the config says so.
 
+    Args:
+        prefill: of the layer.
+        config: of the codec.
+        geometry: of the model.
+        borrowed: whether the tiles may be overwritten by the next layer's (see cut_tiles).
+
     Raises:
         RuntimeError: if the model rotates its keys and the rotation is not known.
     """
-    tiles = cut_tiles(prefill, config.tile, config.canonical_frame, turned=True, lent=True)
+    tiles = cut_tiles(prefill, config.tile, config.canonical_frame, derotated=True, borrowed=borrowed)
     visual = prefill.visual()
-    text = keep(prefill, prefill.valid & ~visual)
+    text = gather_kept(prefill, prefill.valid & ~visual)
     if tiles is None:
-        return None, Compressed(keep(prefill, visual), text)
+        return None, Compressed(gather_kept(prefill, visual), text)
     if config.canonical_frame and tiles.frame is None and geometry.rotary != "none":
         raise RuntimeError(
             "no rotation of the prompt's positions reached the capsule: run the model inside `with"
             " kvcapsule.attach(model, ...):`."
         )
-    return tiles, Compressed(keep(prefill, visual & ~tiled(prefill, config.tile)), text)
+    return tiles, Compressed(gather_kept(prefill, visual & ~tiled(prefill, config.tile)), text)
 
 
-class _Waiting(NamedTuple):
-    """What is held of a layer until its stack is done."""
+def require_copies(codec: nn.Module, encoded: Iterable[Encoded], tiles: Tiles) -> None:
+    """Raises RuntimeError if anything that a codec encoded is a view of the tiles that it borrowed."""
+    borrowed = {tiles.keys.untyped_storage().data_ptr(), tiles.values.untyped_storage().data_ptr()}
+    if any(tensor.untyped_storage().data_ptr() in borrowed for one in encoded for tensor in one.tensors()):
+        raise RuntimeError(
+            f"{type(codec).__name__} borrows its tiles (borrows_tiles = True) and encoded views of them, which the next"
+            " layer overwrites: let it return copies, or leave borrows_tiles False."
+        )
+
+
+class _PendingLayer(NamedTuple):
+    """What is held of a layer until its group is done."""
 
     layer: int
     owner: torch.Tensor
@@ -48,9 +65,9 @@ class _Waiting(NamedTuple):
 
 
 class LayerGroupPass:
-    """One forward's compression by codecs of stacks: a stack is done when its last layer is added.
+    """One forward's compression by codecs of layer groups: a group is done when its last layer is added.
 
-    Until then what its codec makes of each layer waits, and what is in no tile; a layer's keys and values are not held.
+    Until then what its codec makes of each layer is held, and what is in no tile; a layer's keys and values are not.
     """
 
     def __init__(
@@ -58,26 +75,29 @@ class LayerGroupPass:
     ) -> None:
         """layers: all that will be added, by their index in the model and in their order."""
         self.codecs, self.config, self.geometry = codecs, config, geometry
-        # A model's layers with a window are not among them, so that the last of a stack may be missing.
+        # A model's layers with a window are not among them, so that the last of a group may be missing.
         self.last = {layer // config.layer_group: layer for layer in layers}
         self.encoding: LayerGroupEncoding | None = None
-        self.waiting: list[_Waiting] = []
+        self.pending: list[_PendingLayer] = []
 
     @torch.no_grad()
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        stack, place = divmod(prefill.layer, self.config.layer_group)
-        tiles, raw = canonical_tiles(prefill, self.config, self.geometry)
+        group, index = divmod(prefill.layer, self.config.layer_group)
+        codec = self.codecs[group]
+        tiles, raw = canonical_tiles(prefill, self.config, self.geometry, codec.borrows_tiles)
         if tiles is None:
             return [(prefill.layer, raw)]
-        self.encoding = self.encoding or self.codecs[stack].start()
-        self.encoding.add(place, tiles.keys, tiles.values)
-        self.waiting.append(_Waiting(prefill.layer, tiles.owner, tiles.frame, raw))
-        if prefill.layer != self.last[stack]:
+        self.encoding = self.encoding or codec.start()
+        self.encoding.add(index, tiles.keys, tiles.values)
+        self.pending.append(_PendingLayer(prefill.layer, tiles.owner, tiles.frame, raw))
+        if prefill.layer != self.last[group]:
             return []
-        all_encoded = self.encoding.finish([of.layer % self.config.layer_group for of in self.waiting])
+        group_encoded = self.encoding.finish([of.layer % self.config.layer_group for of in self.pending])
+        if codec.borrows_tiles:
+            require_copies(codec, group_encoded, tiles)
         done = [
             (of.layer, Compressed([encoded.segment(of.owner, of.frame), *of.raw.visual], of.raw.text))
-            for of, encoded in zip(self.waiting, all_encoded, strict=True)
+            for of, encoded in zip(self.pending, group_encoded, strict=True)
         ]
-        self.encoding, self.waiting = None, []
+        self.encoding, self.pending = None, []
         return done

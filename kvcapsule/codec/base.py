@@ -1,7 +1,7 @@
 """Codec interface: an encoder and a linear decoder for the tiles of one layer, or of a group of layers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.rotary_frame import Frame
-from ..segments.segment import Rows, Segment
+from ..segments.segment import Rows, Segment, stored
 from ..vlm.geometry import KVGeometry
 
 
@@ -35,6 +35,9 @@ class ValuePart(NamedTuple):
 class KeyCodec(nn.Module, ABC):
     """A codec for the keys of one layer."""
 
+    borrows_tiles: bool = False
+    """See LayerCodec."""
+
     @abstractmethod
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
         """Encode tiles of keys, in their canonical frames if the family's config says so."""
@@ -42,6 +45,9 @@ class KeyCodec(nn.Module, ABC):
 
 class ValueCodec(nn.Module, ABC):
     """A codec for the values of one layer."""
+
+    borrows_tiles: bool = False
+    """See LayerCodec."""
 
     @abstractmethod
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
@@ -55,6 +61,12 @@ class Encoded(NamedTuple):
     values: ValuePart
     bias: torch.Tensor | None = None
     """[E, H, N] added to the scores (see Segment)."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is stored of the tiles."""
+        yield from (*stored(self.keys.keys), *stored(self.values.values))
+        if self.bias is not None:
+            yield self.bias
 
     def segment(self, owner: torch.Tensor, frame: Frame | None) -> Segment:
         """The tiles as a segment that attention reads."""
@@ -77,12 +89,13 @@ class Encoded(NamedTuple):
 class LayerCodec(nn.Module, ABC):
     """Codec of one layer: encodes the keys and values of its tiles."""
 
+    borrows_tiles: bool = False
+    """Whether the tiles that it encodes may be in memory that is overwritten afterwards: True spares a copy of each
+    layer's tiles, and promises that nothing encoded is a view of them (kvcapsule.methods.tiles.cut_tiles)."""
+
     @abstractmethod
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values.
-
-        They are lent (kvcapsule.methods.tiles.cut_tiles): what is stored as it is must be a copy.
-        """
+        """Encode tiles of keys (in their canonical frames if the family's config says so) and of values."""
 
 
 class PairCodec(LayerCodec):
@@ -91,6 +104,7 @@ class PairCodec(LayerCodec):
     def __init__(self, keys: KeyCodec, values: ValueCodec) -> None:
         super().__init__()
         self.keys, self.values = keys, values
+        self.borrows_tiles = keys.borrows_tiles and values.borrows_tiles
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
         return Encoded(self.keys.encode(k_EHTD), self.values.encode(v_EHTD))
@@ -101,7 +115,7 @@ class LayerGroupEncoding(ABC):
 
     @abstractmethod
     def add(self, index: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
-        """Take the tiles of layer `index` of the layer group; they are lent, as to LayerCodec.encode."""
+        """Take the tiles of layer `index` of the layer group."""
 
     @abstractmethod
     def finish(self, indices: Sequence[int]) -> list[Encoded]:
@@ -110,6 +124,9 @@ class LayerGroupEncoding(ABC):
 
 class LayerGroupCodec(nn.Module, ABC):
     """Codec of a layer group: encodes the tiles of neighbouring layers together."""
+
+    borrows_tiles: bool = False
+    """See LayerCodec."""
 
     @abstractmethod
     def start(self) -> LayerGroupEncoding:

@@ -1,9 +1,10 @@
-"""Bits of transform coefficients: reverse water-filling (Cover and Thomas, chapter 10), ideal and with real widths.
+"""Bit allocation of transform coefficients: reverse water-filling (Cover and Thomas, chapter 10), ideal and with real
+widths.
 
-The ideal rule (`water_fill`, `bits_for`) gives the least error that any code of Gaussian components can reach. The
-real one (`allocate`) buys widths of bit-packed cells, each where it lowers the error most for its bytes.
+The ideal rule (`water_fill`, `bits_for`) gives the smallest error that any code of Gaussian components can reach. The
+real one (`allocate`) greedily raises the widths of bit-packed cells where a byte reduces the error most.
 
-H heads or sets of them, T token components, D channels, G cells of eight token components.
+H heads or head groups, T token components, D channels, G cells of eight token components.
 """
 
 from collections.abc import Sequence
@@ -15,34 +16,34 @@ import torch
 from ..segments.bit_packing import GROUP, WIDTHS
 
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0000877}
-"""Squared error of the best uniform quantiser of so many bits, as a share of a Gaussian's variance (Max, 1960; 8 bits:
-Jayant and Noll)."""
+"""Squared error of the optimal uniform quantiser by bits, relative to a Gaussian's variance (Max, 1960; 8 bits: Jayant
+and Noll)."""
 SCALE = {0: 1.0, 1: 1.5956, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
-"""Its scale (the distance of two levels), in standard deviations."""
+"""Scale (distance of two levels) of that quantiser by bits, in standard deviations."""
 WIDEST = 8
-"""The width whose cells cover the largest coefficient seen: it costs next to nothing there, and at fewer bits more in
-rounding than clipping does."""
+"""Width whose cells cover the largest coefficient seen. With fewer bits the coarser rounding would cost more than
+clipping."""
 MARGIN = 1.25
-"""How much farther they reach than that: a new page's coefficients are seldom greater by more (training/NOTES.md)."""
+"""Range of 8-bit cells relative to the largest coefficient seen; new images rarely exceed it (training/NOTES.md)."""
 
 
 class Water(NamedTuple):
     """Reverse water-filling of independent Gaussian components."""
 
     level: float
-    """Components below it are left out; all others are coded down to this error."""
+    """Components with a smaller variance get no bits; all others are coded to this squared error."""
     distortion: float
     """Sum of the squared errors."""
 
 
 def water_fill(variances: torch.Tensor, bits: float) -> Water:
-    """The least error that `bits` a component (mean over all of them) can reach."""
+    """Smallest distortion with an average of `bits` per component."""
     count = variances.numel()
     ranked = _ranked(variances)
     if not len(ranked):
         return Water(0.0, 0.0)
     coded = torch.arange(1, len(ranked) + 1, dtype=ranked.dtype, device=ranked.device)
-    # With the first k coded, their levels follow from the bits; k is right as long as the k-th lies above the level.
+    # If the k largest components are coded, the bits determine the level; k is valid while the k-th is above the level.
     levels = (ranked.log2().cumsum(0) / coded - 2 * count * bits / coded).exp2()
     k = max(1, int((levels <= ranked).sum()))
     level = float(levels[k - 1])
@@ -50,13 +51,12 @@ def water_fill(variances: torch.Tensor, bits: float) -> Water:
 
 
 def bits_for(variances: torch.Tensor, distortion: float) -> float:
-    """The bits a component (mean over all of them) at which `water_fill` comes to this distortion; infinite for one
-    that no bits reach."""
+    """Average bits per component at which `water_fill` reaches this distortion; infinite if no number of bits does."""
     ranked = _ranked(variances)
     if distortion >= float(ranked.sum()):
         return 0.0
     coded = torch.arange(1, len(ranked) + 1, dtype=ranked.dtype, device=ranked.device)
-    # What the components behind the first k lose, added up from the least.
+    # Sum of the components after the first k, added up from the smallest.
     left = ranked.flip(0).cumsum(0).flip(0) - ranked
     levels = (distortion - left) / coded
     k = max(1, int((levels <= ranked).sum()))
@@ -64,29 +64,29 @@ def bits_for(variances: torch.Tensor, distortion: float) -> float:
 
 
 def _ranked(variances: torch.Tensor) -> torch.Tensor:
-    """The positive ones in fp64, the greatest first."""
+    """Positive variances in fp64, in descending order."""
     ranked = variances.double().flatten().sort(descending=True).values
     return ranked[ranked > 0]
 
 
 def cell_variance(variance_HTD: torch.Tensor) -> torch.Tensor:
-    """Sum of the variances in each cell of eight token components: [H, ceil(T / 8), D]."""
+    """Sum of the variances in each cell of eight token components, [H, ceil(T / 8), D]."""
     padded = torch.nn.functional.pad(variance_HTD, (0, 0, 0, -variance_HTD.shape[1] % GROUP))
     return padded.unflatten(1, (-1, GROUP)).sum(2)
 
 
 def cell_reach(reach_HTD: torch.Tensor) -> torch.Tensor:
-    """The greatest reach in each cell of eight token components: [H, ceil(T / 8), D]."""
+    """Largest distance from the mean in each cell of eight token components, [H, ceil(T / 8), D]."""
     padded = torch.nn.functional.pad(reach_HTD, (0, 0, 0, -reach_HTD.shape[1] % GROUP))
     return padded.unflatten(1, (-1, GROUP)).amax(2)
 
 
 def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
-    """Widths of cells that make the total cost least for the bytes spent.
+    """Widths of cells that minimise the total cost for a budget of bytes.
 
     Args:
-        costs: of each source [H, G, D], the cost of leaving each cell out; a cell of width w keeps DISTORTION[w] of it
-            and takes w bytes. One that costs nothing gets none.
+        costs: for each source, the cost [H, G, D] of cells without bits; with width w a cell costs DISTORTION[w] of it
+            and takes w bytes. Cells without cost get no bits.
         budget: bytes of all cells of all sources for one tile.
 
     Returns: uint8 widths of each source, [H, G, D].
@@ -95,7 +95,7 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
     ladder = (0, *WIDTHS)
     rises = [b - a for a, b in pairwise(ladder)]
     gains = torch.stack([flat * (DISTORTION[a] - DISTORTION[b]) / (b - a) for a, b in pairwise(ladder)])
-    # DISTORTION falls ever more slowly, so a cell's rises are bought in their order.
+    # DISTORTION is convex, so a cell's width rises in order.
     order = gains.flatten().argsort(descending=True, stable=True)
     price = torch.tensor(rises)[:, None].expand_as(gains).flatten()[order]
     bought = torch.zeros(gains.numel(), dtype=torch.uint8)
@@ -105,7 +105,7 @@ def allocate(costs: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
 
 
 def distortion(widths: torch.Tensor) -> torch.Tensor:
-    """DISTORTION of each width, elementwise."""
+    """DISTORTION by width, elementwise."""
     table = torch.zeros(9, dtype=torch.float64)
     for width, share in DISTORTION.items():
         table[width] = share
@@ -113,11 +113,11 @@ def distortion(widths: torch.Tensor) -> torch.Tensor:
 
 
 def cell_scale(widths: torch.Tensor, deviation: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-    """Scales of cells of given widths, standard deviations and greatest distances from the mean.
+    """Scales of cells, from widths, standard deviations and largest distances from the mean.
 
-    They are optimal for a Gaussian, whose best scale clips what lies far out. Real coefficients have heavier tails: one
-    that is clipped by several standard deviations can change an answer, however many bits the others have. Cells of 8
-    bits are so fine that they can cover all.
+    Scales are optimal for a Gaussian, which clips outliers. Real coefficients have heavier tails, and one clipped by
+    several standard deviations can change an answer, however many bits the others have. Cells of 8 bits are fine enough
+    to cover MARGIN times the largest coefficient instead.
     """
     table = torch.zeros(9, dtype=deviation.dtype)
     for width, scale in SCALE.items():

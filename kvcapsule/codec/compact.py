@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError
+from ..methods.ratios import check_ratio, retained
 from ..segments.quantized_rows import QuantizedRows
 from ..vlm.geometry import KVGeometry
 from .attention_matching import (
@@ -51,7 +52,6 @@ from .attention_matching import (
     top_tokens,
 )
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
-from .kvcapsule import check_ratio, retained
 
 SELECTORS = ("attention", "learned")
 _SHORTLIST = 4
@@ -107,6 +107,7 @@ class Selector(nn.Module):
 class CompactLayer(LayerCodec):
     """Compact codec of one layer: encodes keys and values together."""
 
+    borrows_tiles = True
     bank: torch.Tensor
 
     def __init__(self, heads: int, dim: int, stored: int, config: "CompactConfig") -> None:

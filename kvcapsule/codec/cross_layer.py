@@ -48,7 +48,7 @@ class CrossLayerTransform(CellTransform):
         self.channels_out = nn.Parameter(torch.zeros(2 * layers, head_groups, heads * dim, channels))
 
     def across(self, index: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
-        """What layer `index` of the layer group adds to the sums along channels, [E, S, T, C], in fp32 or better."""
+        """Contribution of layer `index` in the layer group to sums along channels, [E, S, T, C], in fp32 or better."""
         work = torch.promote_types(k_EHTD.dtype, torch.float32)
         parts = zip((k_EHTD, v_EHTD), self.channels_in[2 * index : 2 * index + 2], strict=True)
         keys, values = (merge_heads(x.to(work), self.heads) @ channels.to(work) for x, channels in parts)
@@ -71,6 +71,8 @@ class CrossLayerTransform(CellTransform):
 
 class CrossLayerCodec(LayerGroupCodec):
     """Codec of a layer group: a transform code, with token weights for noise shaping or without."""
+
+    borrows_tiles = True
 
     def __init__(self, transform: CrossLayerTransform, readers: TokenWeighting | None) -> None:
         super().__init__()

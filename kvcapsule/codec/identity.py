@@ -12,12 +12,16 @@ from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePa
 class IdentityKeys(KeyCodec):
     """Key codec that stores a copy of the keys."""
 
+    borrows_tiles = True
+
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
         return KeyPart(k_EHTD.clone(memory_format=torch.contiguous_format))
 
 
 class IdentityValues(ValueCodec):
     """Value codec that stores a copy of the values."""
+
+    borrows_tiles = True
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
         return ValuePart(v_EHTD.clone(memory_format=torch.contiguous_format))

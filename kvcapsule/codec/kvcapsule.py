@@ -14,73 +14,20 @@ read, which takes more memory traffic than no compression. It is here for compar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..methods.ratios import check_ratio, retained
 from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
-
-
-def retained(ratio: float, tile: int) -> int:
-    """Number of tokens that a retention ratio keeps of a tile, m = ceil(r T)."""
-    return max(1, ceil(round(ratio * tile, 6)))
-
-
-def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
-    """Retention ratios that fall linearly from mean (1 + slope) in the first layer to mean (1 - slope) in the last.
-
-    The paper says that earlier layers keep more, but gives no numbers; a linear schedule is the simplest reading. If
-    the first layers would exceed 1, the slope is reduced so that the mean holds.
-
-    Raises:
-        ConfigError: for a mean outside (0, 1] or a slope outside [0, 1).
-    """
-    check_ratio(mean)
-    if not 0 <= slope < 1:
-        raise ConfigError(
-            f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps thrice as much in the first layer as in"
-            " the last."
-        )
-    slope = min(slope, 1 / mean - 1)
-    steps = [1 - 2 * i / (layers - 1) if layers > 1 else 0.0 for i in range(layers)]
-    return tuple(mean * (1 + slope * step) for step in steps)
-
-
-def weighted(mean: float, weights: Sequence[float]) -> tuple[float, ...]:
-    """Retention ratios proportional to one weight per layer, with the given mean. A ratio is at most 1; the excess is
-    distributed over the other layers.
-
-    Raises:
-        ConfigError: for a mean outside (0, 1] or weights that are not all positive.
-    """
-    check_ratio(mean)
-    if not weights or min(weights) <= 0:
-        raise ConfigError(f"layer weights {list(weights)}: one positive number for each layer is needed.")
-    ratios = [0.0] * len(weights)
-    open_layers = set(range(len(weights)))
-    left = mean * len(weights)
-    while open_layers:
-        scale = left / sum(weights[i] for i in open_layers)
-        full = {i for i in open_layers if scale * weights[i] >= 1}
-        for i in full or open_layers:
-            ratios[i] = 1.0 if full else scale * weights[i]
-        left -= len(full)
-        open_layers = open_layers - full if full else set()
-    return tuple(ratios)
-
-
-def check_ratio(ratio: float, name: str = "retention ratio") -> None:
-    """Raises ConfigError unless the ratio is in (0, 1]."""
-    if not 0 < ratio <= 1:
-        raise ConfigError(f"{name} {ratio} is outside (0, 1]: it is stored tokens / visual tokens, 1 keeps all.")
 
 
 class RetainedKeys(KeyCodec):
     """Key codec with retained rows `kept` [m] and a linear reconstruction `theta` [H, T, m]."""
 
+    borrows_tiles = True
     kept: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int) -> None:
@@ -96,6 +43,7 @@ class MlpKeys(KeyCodec):
     """Key codec with retained rows `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Rebuilds
     the full keys at every read."""
 
+    borrows_tiles = True
     kept: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int, hidden: int) -> None:
@@ -151,6 +99,7 @@ class PcaValues(ValueCodec):
     longer a PCA basis.
     """
 
+    borrows_tiles = True
     mean: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int, dim: int) -> None:

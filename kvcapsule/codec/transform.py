@@ -123,6 +123,8 @@ def split_heads(channels_SWC: torch.Tensor, heads: int) -> torch.Tensor:
 class TransformKeys(KeyCodec):
     """Transform-coded keys."""
 
+    borrows_tiles = True
+
     def __init__(self, transform: Transform) -> None:
         super().__init__()
         self.transform = transform
@@ -137,6 +139,8 @@ class TransformKeys(KeyCodec):
 
 class TransformValues(ValueCodec):
     """Transform-coded values."""
+
+    borrows_tiles = True
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()

@@ -172,7 +172,16 @@ class CapsuleLayer(CacheLayerMixin):
         if rotation is not None:
             rotation = (rotation[0].to(keys.device), rotation[1].to(keys.device))
         return LayerPrefill(
-            self.index, query, keys, values, turn.spans, valid.to(keys.device), scale, rotation, turn.shared, hidden
+            layer=self.index,
+            query=query,
+            keys=keys,
+            values=values,
+            spans=turn.spans,
+            valid=valid.to(keys.device),
+            scale=scale,
+            position_embeddings=rotation,
+            shared=turn.shared,
+            hidden=hidden,
         )
 
     def store_prefill(self, prefill: LayerPrefill) -> None:

@@ -75,8 +75,11 @@ class Retrieved(Segment):
 
     the K chunks with the highest scores are copied into the buffer, and attention is over these alone, exact among
     them. They are chosen and copied anew at each step, and nothing else is done meanwhile. The softmax gives each query
-    head the same say, whatever the size of its scores. Several new tokens at once (a later turn's prompt) read all
-    rows, of one layer at a time: each of them would else need a choice and a buffer of its own.
+    head the same say, whatever the size of its scores.
+
+    Several new tokens at once (a later turn's prompt) read all rows, which are then on the device, of one layer at a
+    time: each of them would else need a choice and a buffer of its own. It is the one place where attention reads what
+    `materialize` builds.
 
     Entries are `keys` and `values` [E, 1, K * T, D], the buffer, which holds what the last query asked for. In
     `select`, entries that come from one share its slot of the host's store. Where the model runs on the CPU, device and
@@ -105,7 +108,7 @@ class Retrieved(Segment):
             count: K, at least 1; no more chunks are loaded than there are.
 
         Raises:
-            ValueError: if the rows are not of one length.
+            ValueError: if the rows are not of one length: the caller groups them.
         """
         lengths = prefill.valid[rows].sum(dim=1)
         length = int(lengths[0])
@@ -142,8 +145,8 @@ class Retrieved(Segment):
         mask = None
         chunk = self.host.keys.shape[2]
         if self.length % chunk:
-            places = chosen[..., None] * chunk + torch.arange(chunk, device=chosen.device)
-            mask = places.flatten(1) < self.length
+            positions = chosen[..., None] * chunk + torch.arange(chunk, device=chosen.device)
+            mask = positions.flatten(1) < self.length
         return Segment(self.keys, self.values, self.owner, mask=mask, head=self.head)
 
     def chosen(self, q_BHGQD: torch.Tensor, scale: float) -> torch.Tensor:
@@ -179,7 +182,7 @@ class Retrieved(Segment):
     def materialize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows, [E, 1, n, D] each, on the device."""
         chunks = torch.arange(self.means.shape[1]).expand(len(self.slot), -1)
-        places = self.means.shape[1] * self.host.keys.shape[2]
-        keys, values = (x.new_empty(len(self.slot), 1, places, x.shape[3], device=self.means.device) for x in self.host)
+        rows = self.means.shape[1] * self.host.keys.shape[2]
+        keys, values = (x.new_empty(len(self.slot), 1, rows, x.shape[3], device=self.means.device) for x in self.host)
         self.host.load(self.slot, chunks, keys, values)
         return keys[:, :, : self.length].to(dtype), values[:, :, : self.length].to(dtype)

@@ -7,16 +7,16 @@ import torch
 from ..segments.segment import Segment
 from .layer_prefill import LayerPrefill
 
-_SLACK = 1.25
+MAX_PADDING = 1.25
 """Padded rows may hold this many times the tokens that they keep; past it, rows of each length get a segment of their
 own."""
 
 
-def keep(prefill: LayerPrefill, kept: torch.Tensor, slack: float = _SLACK) -> list[Segment]:
+def gather_kept(prefill: LayerPrefill, kept: torch.Tensor, max_padding: float = MAX_PADDING) -> list[Segment]:
     """The tokens that `kept` [B, N] (every head alike) marks, as raw rows; none at all gives no segment.
 
     Rows that keep fewer than the fullest are padded to its length where that is little, and the padding counts as
-    stored bytes: `slack` times the tokens that are kept, at most.
+    stored bytes: `max_padding` times the tokens that are kept, at most.
     """
     counts = kept.sum(dim=1)
     rows = counts.nonzero()[:, 0]
@@ -25,7 +25,7 @@ def keep(prefill: LayerPrefill, kept: torch.Tensor, slack: float = _SLACK) -> li
     if bool(kept.all()):
         return [Segment(prefill.keys.contiguous(), prefill.values.contiguous(), rows, each_row=True)]
     present = counts[rows]
-    if int(present.max()) * len(rows) <= slack * int(present.sum()):
+    if int(present.max()) * len(rows) <= max_padding * int(present.sum()):
         return [_gather(prefill, kept, rows)]
     return [_gather(prefill, kept, rows[present == count]) for count in present.unique()]
 
@@ -47,12 +47,12 @@ def _gather(prefill: LayerPrefill, kept: torch.Tensor, rows: torch.Tensor) -> Se
     return Segment(take(prefill.keys), take(prefill.values), rows, mask=mask, each_row=len(rows) == len(kept))
 
 
-UNEVEN = 1.02
-"""As _SLACK, for budgets that differ from head to head or from row to row by a method's design: they are to be what
-they say, in bytes."""
+PER_HEAD_PADDING = 1.02
+"""As MAX_PADDING, for budgets that differ from head to head or from row to row by a method's design, so that they hold
+in bytes."""
 
 
-def keep_heads(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
+def gather_kept_per_head(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
     """The tokens that `kept` [B, H, N] marks for each KV head by itself, as raw rows: what a head does not keep is not
     stored for it.
 
@@ -67,13 +67,13 @@ def keep_heads(prefill: LayerPrefill, kept: torch.Tensor) -> list[Segment]:
         order = torch.sort((~kept).to(torch.int8), dim=2, stable=True).indices[..., None]
         moved = [x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (prefill.keys, prefill.values)]
         front = torch.arange(kept.shape[2], device=kept.device) < counts[:, :1]
-        return keep(replace(prefill, keys=moved[0], values=moved[1]), front, UNEVEN)
+        return gather_kept(replace(prefill, keys=moved[0], values=moved[1]), front, PER_HEAD_PADDING)
     pairs = counts.flatten().nonzero()[:, 0]
     pairs = pairs[counts.flatten()[pairs].argsort(descending=True, stable=True)]
     segments, lengths = [], counts.flatten()[pairs].tolist()
     begin = 0
     while begin < len(lengths):
-        end = begin + sum(lengths[begin] <= n * UNEVEN for n in lengths[begin:])
+        end = begin + sum(lengths[begin] <= n * PER_HEAD_PADDING for n in lengths[begin:])
         segments.append(_gather_heads(prefill, kept, pairs[begin:end].sort().values))
         begin = end
     return segments

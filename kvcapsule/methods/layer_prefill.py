@@ -9,7 +9,7 @@ import torch
 from ..vlm.spans import VisualSpan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPrefill:
     """One layer's keys, values and queries of the tokens of one forward, rotated as the model does.
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.kept_rows import keep_heads
+from ..errors import ConfigError
+from ..methods.kept_rows import gather_kept_per_head
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..segments.segment import Segment
@@ -30,7 +31,7 @@ class AdaKV(SnapKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.safeguard <= 1:
-            raise ValueError(f"safeguard {self.safeguard} is a share of an even budget: 0 to 1.")
+            raise ConfigError(f"safeguard {self.safeguard} is a share of an even budget: 0 to 1.")
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
@@ -38,7 +39,7 @@ class AdaKV(SnapKV):
         for span in prefill.spans:
             run = slice(span.start, span.start + span.length)
             kept[span.row, :, run] = self.dealt(scores[span.row, :, run], self.count(span.length))
-        return Compressed(keep_heads(prefill, kept), text)
+        return Compressed(gather_kept_per_head(prefill, kept), text)
 
     def dealt(self, scores_HT: torch.Tensor, count: int) -> torch.Tensor:
         """[H, T] bool: H * count tokens, of which no head has less than the safeguard's share."""

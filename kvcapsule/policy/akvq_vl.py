@@ -12,13 +12,13 @@ over each token's groups of at most 128 channels, with a and c their least and g
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
-from ..errors import GeometryError
-from ..methods.kept_rows import keep
+from ..errors import ConfigError, GeometryError
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, DecodeState, DecodeTimeMethod
 from ..segments.group_quantized_rows import GroupedRows
@@ -26,11 +26,18 @@ from ..segments.hadamard import hadamard
 from ..segments.quantized_rows import check_bits
 from ..segments.segment import Rows, Segment
 from ..vlm.geometry import KVGeometry
+from .attention_scores import attention_received
 from .base import Policy
-from .recent_window import Exact, cut, entries, exact, joined
-from .snapkv import attention_received
+from .budgets import ranks
+from .recent_window import cut, entries, merge_coded
 
-_CHUNK = 32
+OBSERVED = 32
+"""Last prompt queries whose attention "auto" measures: they see all, so that early tokens are not favoured as by a mean
+over all."""
+PIVOT = "pivot"
+"""Segment.tag of rows that stay raw. Otherwise a tag is the number of bits of a segment's codes: of raw rows, once they
+leave the window."""
+_LEAST_INTERVAL = 32
 """Written tokens that leave the window together at least, however short it is."""
 
 
@@ -83,40 +90,30 @@ class AkvqVl(Policy, DecodeTimeMethod):
     clip: float = 0.8
     """Factor of a group's least and greatest value, which are then the range of its codes of `bits` (applied so in
     RotateKV's code)."""
-    text_clip: float = 1.0
-    """As `clip`, for `text_bits`."""
     group: int = 128
     """Channels of a token that share a step and a zero; a head of fewer is one group."""
-    rotate: bool = True
-    """Rotate keys and values before they are coded. Head dims that are no power of two are rotated in blocks
-    (kvcapsule.segments.hadamard)."""
-    observed: int = 32
-    """Last prompt queries whose attention "auto" measures: they see all, so that early tokens are not favoured as by a
-    mean over all."""
 
     def __post_init__(self) -> None:
         if isinstance(self.text_layers, str) and self.text_layers != "auto":
-            raise ValueError(f"text_layers {self.text_layers!r}: 'auto', or the indices of the text-salient layers.")
-        for name in ("recent", "pivots"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} counts tokens: 0 or more.")
-        for name in ("group", "observed"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least one is needed.")
-        for name in ("clip", "text_clip"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is outside (0, 1], where 1 clips nothing.")
+            raise ConfigError(f"text_layers {self.text_layers!r}: 'auto', or the indices of the text-salient layers.")
+        for name, count in (("recent", self.recent), ("pivots", self.pivots)):
+            if count < 0:
+                raise ConfigError(f"{name} {count} counts tokens: 0 or more.")
+        if self.group < 1:
+            raise ConfigError(f"group {self.group}: at least one channel is needed.")
+        if not 0 < self.clip <= 1:
+            raise ConfigError(f"clip {self.clip} is outside (0, 1], where 1 clips nothing.")
         check_bits(self.bits)
         check_bits(self.text_bits)
         if self.text_bits <= self.bits:
-            raise ValueError(
+            raise ConfigError(
                 f"text_bits {self.text_bits} are to be more than the {self.bits} bits of all that is not salient."
             )
 
     @property
     def interval(self) -> int:
         """Written tokens after which the window moves."""
-        return max(self.recent, _CHUNK)
+        return max(self.recent, _LEAST_INTERVAL)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         """Raises GeometryError for layers that the model has not, or channels that cannot be rotated."""
@@ -126,22 +123,22 @@ class AkvqVl(Policy, DecodeTimeMethod):
             raise GeometryError(
                 f"text_layers {tuple(self.text_layers)}: the model's layers are 0 to {geometry.layers - 1}."
             )
-        if self.rotate and geometry.head_dim % 2:
-            raise GeometryError(f"a head dim of {geometry.head_dim} has no Walsh-Hadamard rotation: pass rotate=False.")
+        if geometry.head_dim % 2:
+            raise GeometryError(f"a head dim of {geometry.head_dim} has no Walsh-Hadamard rotation.")
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
         """Raises ValueError if a row may be pivot-token-salient and the prefill brings no hidden states."""
         recent = prefill.valid.clone()
         recent[:, : max(0, recent.shape[1] - self.recent)] = False
-        held, salient = self._types(prefill, recent)
+        pivot, salient = self._types(prefill, recent)
         visual = prefill.visual()
         text = prefill.valid & ~visual
         return Compressed(
-            self._store(prefill, visual, held, recent, self.bits),
+            self._store(prefill, visual, pivot, recent, self.bits),
             [
-                *self._store(prefill, text & salient, held, recent, self.text_bits),
-                *self._store(prefill, text & ~salient, held, recent, self.bits),
+                *self._store(prefill, text & salient, pivot, recent, self.text_bits),
+                *self._store(prefill, text & ~salient, pivot, recent, self.bits),
             ],
         )
 
@@ -152,7 +149,7 @@ class AkvqVl(Policy, DecodeTimeMethod):
         pivot = massive(prefill, self.pivots)
         if not isinstance(self.text_layers, str):
             return pivot, torch.zeros_like(recent[:, :1])
-        received = attention_received(prefill, max(0, recent.shape[1] - self.observed)).sum(dim=1)
+        received = attention_received(prefill, max(0, recent.shape[1] - OBSERVED)).sum(dim=1)
         visual, other = prefill.visual(), prefill.valid & ~recent & ~pivot
         of_text, of_visual, of_pivots = (
             _mean(received, of) for of in (other & ~visual, other & visual, pivot & ~recent)
@@ -161,36 +158,31 @@ class AkvqVl(Policy, DecodeTimeMethod):
         return pivot & ~salient, salient
 
     def _store(
-        self, prefill: LayerPrefill, chosen: torch.Tensor, held: torch.Tensor, recent: torch.Tensor, bits: int
+        self, prefill: LayerPrefill, chosen: torch.Tensor, pivot: torch.Tensor, recent: torch.Tensor, bits: int
     ) -> list[Segment]:
         """Segments of the tokens that `chosen` [B, N] marks, whose codes have `bits` bits."""
-        rest = chosen & ~held
+        rest = chosen & ~pivot
         return [
-            *(exact(s, None) for s in keep(prefill, chosen & held)),
-            *(exact(s, bits) for s in keep(prefill, rest & recent)),
-            *(self._coded(s, bits) for s in keep(prefill, rest & ~recent)),
+            *(replace(s, tag=PIVOT) for s in gather_kept(prefill, chosen & pivot)),
+            *(replace(s, tag=bits) for s in gather_kept(prefill, rest & recent)),
+            *(self._coded(s, bits) for s in gather_kept(prefill, rest & ~recent)),
         ]
 
     def _coded(self, raw: Segment, bits: int) -> Segment:
         keys, q_map = self._pack(raw.keys, bits)
         values, out_map = self._pack(raw.values, bits)
-        return Segment(keys, values, raw.owner, q_map=q_map, out_map=out_map, mask=raw.mask)
+        return Segment(keys, values, raw.owner, q_map=q_map, out_map=out_map, mask=raw.mask, tag=bits)
 
-    def _pack(self, x_EHMD: Rows, bits: int) -> tuple[GroupedRows, torch.Tensor | None]:
+    def _pack(self, x_EHMD: Rows, bits: int) -> tuple[GroupedRows, torch.Tensor]:
         """Rows in codes, and the rotation [H, D, D] that they are read through, which is its own inverse."""
         assert isinstance(x_EHMD, torch.Tensor)
         heads, dim = x_EHMD.shape[1], x_EHMD.shape[3]
-        rotation = None
-        if self.rotate:
-            work = torch.promote_types(x_EHMD.dtype, torch.float32)
-            rotation = hadamard(dim, work, x_EHMD.device)
-            x_EHMD = (x_EHMD.to(work) @ rotation).to(x_EHMD.dtype)
-            rotation = rotation.expand(heads, dim, dim)
-        clip = self.text_clip if bits == self.text_bits else self.clip
-        return (
-            GroupedRows.pack(x_EHMD, bits, min(self.group, dim), along_tokens=False, clip=clip, zero_is_code=True),
-            rotation,
-        )
+        work = torch.promote_types(x_EHMD.dtype, torch.float32)
+        rotation = hadamard(dim, work, x_EHMD.device)
+        rotated = (x_EHMD.to(work) @ rotation).to(x_EHMD.dtype)
+        clip = 1.0 if bits == self.text_bits else self.clip
+        rows = GroupedRows.pack(rotated, bits, min(self.group, dim), along_tokens=False, clip=clip, zero_is_code=True)
+        return rows, rotation.expand(heads, dim, dim)
 
     def decode_time(self) -> DecodeTimeMethod:
         return self
@@ -203,18 +195,19 @@ class AkvqVl(Policy, DecodeTimeMethod):
         left = max(0, tail.tokens - self.recent)
         visual, pivots, coded = [], [], []
         for s in state.visual:
-            visual.append(self._coded(s, s.later) if isinstance(s, Exact) and s.later else s)
+            left_window = isinstance(s.tag, int) and not isinstance(s.keys, GroupedRows)
+            visual.append(self._coded(s, int(s.tag)) if left_window else s)
         for s in (*state.text, cut(tail, 0, left)):
             if isinstance(s.keys, GroupedRows):
                 coded.append(s)
-            elif not isinstance(s, Exact):
+            elif s.tag is None:
                 coded += [self._coded(part, bits) for part, bits in self._by_type(s, salient)]
-            elif s.later:
-                coded.append(self._coded(s, s.later))
+            elif isinstance(s.tag, int):
+                coded.append(self._coded(s, s.tag))
             else:
                 pivots.append(s)
-        recent = [exact(part, bits) for part, bits in self._by_type(cut(tail, left, tail.tokens), salient)]
-        return Compressed(visual, [*pivots, *recent, *joined(coded)])
+        recent = [replace(part, tag=bits) for part, bits in self._by_type(cut(tail, left, tail.tokens), salient)]
+        return Compressed(visual, [*pivots, *recent, *merge_coded(coded)])
 
     def _text_salient(self, state: DecodeState) -> torch.Tensor:
         """[B] bool: the rows that are text-salient in this layer; where the prompt decided, what is stored of its text
@@ -223,8 +216,7 @@ class AkvqVl(Policy, DecodeTimeMethod):
         if not isinstance(self.text_layers, str):
             return salient | (state.layer in self.text_layers)
         for s in state.text:
-            bits = s.later if isinstance(s, Exact) else getattr(s.keys, "bits", None)
-            if bits == self.text_bits:
+            if s.tag == self.text_bits:
                 salient[s.owner] = True
         return salient
 
@@ -254,10 +246,9 @@ def massive(prefill: LayerPrefill, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros_like(prefill.valid)
     if prefill.hidden is None:
-        raise ValueError(
+        raise ConfigError(
             "this prefill brings no hidden states, in which AKVQ-VL finds its pivots: attach the method that the cache"
             " was made with (`with attach(model, method)`), or do without pivots (pivots=0)."
         )
     peak = prefill.hidden.abs().amax(dim=-1).float().masked_fill(~prefill.valid, -torch.inf)
-    rank = peak.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-    return prefill.valid & (rank < count)
+    return prefill.valid & (ranks(peak) < count)

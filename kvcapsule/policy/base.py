@@ -1,15 +1,16 @@
-"""What a policy is: a training-free rule for a layer's tokens."""
+"""What policies derive from: rules for the visual tokens, and for visual tokens that are kept or dropped, for all heads
+alike or head by head."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from ..codec.kvcapsule import check_ratio
-from ..methods.kept_rows import keep
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, Method
+from ..methods.ratios import check_ratio
 from ..segments.segment import Segment
 
 
@@ -28,7 +29,7 @@ class VisualPolicy(Policy):
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
         visual = prefill.visual()
-        text = keep(prefill, prefill.valid & ~visual)
+        text = gather_kept(prefill, prefill.valid & ~visual)
         if not prefill.spans:
             return Compressed([], text)
         return self.compress_visual(prefill, text)
@@ -57,8 +58,54 @@ class TokenPruning(VisualPolicy):
             run = slice(span.start, span.start + span.length)
             best = scores[span.row, run].topk(max(1, round(self.retention * span.length))).indices
             kept[span.row, span.start + best] = True
-        return Compressed(keep(prefill, kept), text)
+        return Compressed(gather_kept(prefill, kept), text)
 
     @abstractmethod
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         """[B, N]: what each token is worth; only visual tokens are looked at."""
+
+
+@dataclass(frozen=True)
+class HeadPruning(VisualPolicy):
+    """Keeps the same number of every visual span's tokens in every KV head, each head its own, raw and at their
+    positions.
+
+    Rows of different tokens lie side by side, [E, H, M, D]: keys carry their rotation and attention needs no more, so
+    which tokens they are is stored nowhere.
+    """
+
+    budget_field = "retention"
+
+    retention: float
+    """Kept visual tokens / visual tokens, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.retention)
+
+    def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
+        scores = self.scores(prefill)
+        batch, heads, tokens, _ = prefill.keys.shape
+        # What a head keeps of a span is moved to the span's beginning: there all heads keep the same places.
+        source = torch.arange(tokens, device=scores.device).repeat(batch, heads, 1)
+        kept = torch.zeros_like(prefill.valid)
+        for span in prefill.spans:
+            count = self.count(span.length)
+            ranked = scores[span.row, :, span.start : span.start + span.length].argsort(
+                dim=-1, descending=True, stable=True
+            )
+            source[span.row, :, span.start : span.start + count] = span.start + ranked[:, :count].sort(dim=-1).values
+            kept[span.row, span.start : span.start + count] = True
+        moved = replace(prefill, keys=_take(prefill.keys, source), values=_take(prefill.values, source))
+        return Compressed(gather_kept(moved, kept), text)
+
+    def count(self, length: int) -> int:
+        """Kept tokens of a span of `length`."""
+        return max(1, round(self.retention * length))
+
+    @abstractmethod
+    def scores(self, prefill: LayerPrefill) -> torch.Tensor:
+        """[B, H, N]: what each token is worth to each KV head; only visual tokens are looked at."""
+
+
+def _take(x_BHND: torch.Tensor, source_BHN: torch.Tensor) -> torch.Tensor:
+    return x_BHND.gather(2, source_BHN[..., None].expand(-1, -1, -1, x_BHND.shape[3]))

@@ -1,89 +1,60 @@
-"""Budgets that layers share: from a weight for each layer to whole numbers of tokens, and from scores to the tokens
-that are kept."""
+"""Budgets in whole tokens, and the tokens that fill them."""
 
 from collections.abc import Sequence
 from math import floor
 
 import torch
 
-OVERFLOWS = ("clip", "share")
-_STEPS = 200
-"""Of the bisection: past the precision of a float64."""
+from ..methods.ratios import proportional
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError for a setting that is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is none of {', '.join(map(repr, choices))}.")
-
-
-def layer_shares(weights: Sequence[float], mean: float, least: float, most: float, overflow: str) -> list[float]:
-    """Each layer's share of its own tokens, in proportion to its weight: clip(weight / sum of weights * mean * layers,
-    least, most).
-
-    Args:
-        weights: of the layers, 0 or more; all of them 0 count as all alike.
-        mean: of the shares, before they are clipped.
-        least: share of a layer, whatever its weight.
-        most: as least; a mean of `most` gives it to every layer, so that the end of the dial is the full cache.
-        overflow: "clip": the shares are what the formula gives, and their mean may not be `mean`; "share": what a layer
-            cannot take goes to the others, in proportion to their weights, and their mean is `mean`.
-    """
-    layers, total = len(weights), sum(weights)
-    if mean >= most:
-        return [most] * layers
-    if total <= 0:
-        return [min(most, max(least, mean))] * layers
-
-    def clipped(scale: float) -> list[float]:
-        return [min(most, max(least, scale * weight)) for weight in weights]
-
-    if overflow == "clip":
-        return clipped(mean * layers / total)
-    # A layer without weight has its turn once all others are full.
-    weights = [max(weight, 1e-9 * max(weights)) for weight in weights]
-    low, high = 0.0, most / min(weights)
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(clipped(middle)) < mean * layers else (low, middle)
-    return clipped(high)
-
-
-def whole_counts(shares: Sequence[float], tokens: int) -> list[int]:
-    """Tokens of each layer, of `tokens` that there are: one at least, and together the rounded sum of what the shares
-    say.
-
-    Largest remainders: every layer has the whole part of its share, and what is left goes, a token each, to those with
-    the greatest fractions, the first layer first where they are alike.
-    """
-    exact = [min(tokens, max(1.0, share * tokens)) for share in shares]
-    counts = [floor(count) for count in exact]
-    left = round(sum(exact)) - sum(counts)
-    for layer in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[:left]:
-        counts[layer] += 1
+def largest_remainder(exact: Sequence[float], total: int) -> list[int]:
+    """Whole numbers of sum `total`: the whole part of each, and 1 more for those with the greatest fractions, of equal
+    ones the first."""
+    counts = [floor(number) for number in exact]
+    # A fraction of all but the last bits of a double is a whole number that was computed.
+    order = sorted(range(len(exact)), key=lambda i: (round(counts[i] - exact[i], 6), i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
     return counts
 
 
-def last_tokens(among: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor:
-    """The last `counts` ([B, 1] or one for all) of the tokens that `among` [B, N] marks, in each row."""
-    behind = among.sum(dim=1, keepdim=True) - among.cumsum(dim=1)
-    return among & (behind < counts)
+def share_out(weights: Sequence[float], least: int, most: int, total: int) -> list[int]:
+    """Whole numbers in proportion to `weights`, each from `least` to `most`, whose sum is `total`, or as near as these
+    allow."""
+    total = min(max(total, least * len(weights)), most * len(weights))
+    return largest_remainder(proportional(weights, total, least, most), total)
+
+
+def layer_counts(shares: Sequence[float], tokens: int) -> list[int]:
+    """Tokens of each layer, of `tokens` that there are: at least 1 each, and together the rounded sum of the shares."""
+    exact = [min(tokens, max(1.0, share * tokens)) for share in shares]
+    return largest_remainder(exact, round(sum(exact)))
+
+
+def ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Rank of each score along the last dimension: 0 is the greatest; of equal ones the first comes first."""
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+
+
+def last_tokens(among_BN: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor:
+    """[B, N] bool: the last `counts` ([B, 1] or one for all) of the marked tokens in each row."""
+    behind = among_BN.sum(dim=1, keepdim=True) - among_BN.cumsum(dim=1)
+    return among_BN & (behind < counts)
 
 
 def best_tokens(
-    scores: torch.Tensor, among: torch.Tensor, counts: torch.Tensor, always: torch.Tensor | None = None
+    scores_BN: torch.Tensor, among_BN: torch.Tensor, counts_B: torch.Tensor, always_BN: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Marks [B, R, N]: in each row and for each of its R sets the `counts` [B] tokens with the highest scores, the
-    first where alike.
+    """[B, N] bool: in each row the `counts_B` tokens with the highest scores, of equal ones the first.
 
     Args:
-        scores: [B, R, N].
-        among: [B, N] bool: the tokens that compete.
-        counts: [B] int64.
-        always: [B, N] bool: tokens that come before all others.
+        scores_BN: floats.
+        among_BN: bool: the tokens that compete.
+        counts_B: int64.
+        always_BN: bool: tokens that come before all others.
     """
-    ranked = scores.masked_fill(~among[:, None], -torch.inf)
-    if always is not None:
-        ranked = ranked.masked_fill((among & always)[:, None], torch.inf)
-    rank = ranked.argsort(dim=2, descending=True, stable=True).argsort(dim=2, stable=True)
-    return among[:, None] & (rank < counts[:, None, None])
+    ranked = scores_BN.masked_fill(~among_BN, -torch.inf)
+    if always_BN is not None:
+        ranked = ranked.masked_fill(among_BN & always_BN, torch.inf)
+    return among_BN & (ranks(ranked) < counts_B[:, None])

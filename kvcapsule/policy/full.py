@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..methods.kept_rows import keep
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..segments.segment import Segment
@@ -14,4 +14,4 @@ class Full(VisualPolicy):
     """All visual tokens raw."""
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        return Compressed(keep(prefill, prefill.visual()), text)
+        return Compressed(gather_kept(prefill, prefill.visual()), text)

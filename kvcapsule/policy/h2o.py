@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..methods.layer_prefill import LayerPrefill
-from .snapkv import HeadPruning, attention_received
+from .attention_scores import attention_received
+from .base import HeadPruning
 
 
 @dataclass(frozen=True)

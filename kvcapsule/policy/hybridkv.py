@@ -12,27 +12,24 @@ dynamic: B_dyn / N_dyn tokens, to the nearest power of two, loaded at each step 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor, log2
 from typing import NamedTuple
 
 import torch
 
+from ..errors import ConfigError
 from ..methods.host_retrieval import Retrieved
-from ..methods.kept_rows import keep_heads
+from ..methods.kept_rows import gather_kept_per_head
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..methods.shared_budget import SharedBudget
+from .attention_scores import attention_chunks, attention_received
 from .base import Policy
-from .concentration import concentration
-from .head_budgets import nearest_power, share_out
-from .snapkv import attention_received
-
-GROUPS = ("mean", "min")
-INDEX = ("within", "beside")
+from .budgets import ranks, share_out
 
 
 class HeadAttention(NamedTuple):
-    """What is needed of one layer when budgets are known."""
+    """What is measured of one layer before the budgets are known."""
 
     score: torch.Tensor
     """[B, H]: S."""
@@ -54,14 +51,18 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
     """Head types and budgets are chosen for each row of the batch, from its own prompt and over all layers.
 
     Heads are KV heads: their rows are stored once for a group of query heads, and types for query heads by themselves
-    would store them up to once for each. Chosen here, where the paper is silent or a budget would not hold: a query's
-    attention is causal, and its top share is of the tokens that it sees, so that the prompt's first words (which see
-    few) do not count as focused; static budgets are rounded so that their sum is exact (the paper rounds each up);
-    static heads take over what the power of two adds or leaves, and where they cannot (there are none, or all keep all
-    their tokens), dynamic budgets are whole chunks that make up the total. Dynamic heads whose means and buffer would
-    take as much as all their tokens keep these on the device: a budget of 1 is the full cache. Text and window of
-    static heads and one chunk of dynamic ones are kept whatever the budget says. With r beyond what there is, dynamic
-    heads get all of it.
+    would store them up to once for each. Chosen here, where the paper is silent or a budget would not hold:
+
+    - A query's attention is causal, and its top share is of the tokens that it sees, so that the prompt's first words
+      (which see few) do not count as focused. A score is the mean over the query heads that share a KV head.
+    - theta is an attention mass, as the paper uses it, and not the quantile that it is called.
+    - Chunk means count within the budget, so that its bytes are as said; the paper seems to count them beside it.
+    - Static budgets are rounded so that their sum is exact (the paper rounds each up). Static heads take over what the
+      power of two adds or leaves; where they cannot (there are none, or all keep all their tokens), dynamic budgets are
+      chunks that make up the total.
+    - Dynamic heads whose means and buffer would take as much as all their tokens keep these on the device: a budget of
+      1 is the full cache. Text and window of static heads and one chunk of dynamic ones are kept whatever the budget
+      says. With r beyond what there is, dynamic heads get all of it.
 
     Bytes of a dynamic head are counted as visual where its row has an image: chunks hold what comes, image and text.
     For the same reason the policy cannot be combined with another one. Tokens written later stay raw on the device
@@ -72,7 +73,6 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
 
     budget_field = "budget"
     separable = False
-    """Whether visual tokens and text are stored apart."""
 
     budget: float
     """Bytes on the device / those of all prompt tokens, in (0, 1]; 1 keeps all."""
@@ -90,17 +90,6 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
     short prompts."""
     chunk: int = 8
     """Tokens that are loaded together."""
-    group: str = "mean"
-    """How S of the query heads that share a KV head are joined: "mean", as each is one more reader, or "min": static
-    only if all are."""
-    quantile: bool = False
-    """Read theta as a quantile of the prompt's scores: the paper calls it quantile-based, but uses it as a mass, as is
-    done here."""
-    padded: bool = True
-    """Round a dynamic head's budget to the nearest power of two."""
-    index: str = "within"
-    """Chunk means are paid for "within" the budget, so that its bytes are as said, or "beside" it, as the paper seems
-    to count."""
 
     def __post_init__(self) -> None:
         for name, share, meaning in (
@@ -109,23 +98,17 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
             ("top", self.top, "the share of the tokens whose attention is summed"),
         ):
             if not 0 < share <= 1:
-                raise ValueError(f"{name} {share} is outside (0, 1]: it is {meaning}.")
-        if self.theta < 0 or (self.quantile and self.theta > 1):
-            raise ValueError(
-                f"theta {self.theta} is an attention mass, 0 or more, or with quantile=True a quantile from 0 to 1."
-            )
+                raise ConfigError(f"{name} {share} is outside (0, 1]: it is {meaning}.")
+        if self.theta < 0:
+            raise ConfigError(f"theta {self.theta} is an attention mass: 0 or more.")
         if self.dynamic <= 0:
-            raise ValueError(f"dynamic {self.dynamic} is a dynamic head's budget over the mean one: more than 0.")
+            raise ConfigError(f"dynamic {self.dynamic} is a dynamic head's budget over the mean one: more than 0.")
         if self.window < 1 or self.chunk < 1:
-            raise ValueError(f"window {self.window} and chunk {self.chunk} count tokens: at least one.")
-        for name, value, known in (("group", self.group, GROUPS), ("index", self.index, INDEX)):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is neither {' nor '.join(map(repr, known))}.")
+            raise ConfigError(f"window {self.window} and chunk {self.chunk} count tokens: at least one.")
 
     @torch.no_grad()
     def observe(self, prefill: LayerPrefill) -> HeadAttention:
-        mass = concentration(prefill, self.top)
-        score = mass.mean(dim=2) if self.group == "mean" else mass.amin(dim=2)
+        score = concentration(prefill, self.top).mean(dim=2)
         return HeadAttention(score, attention_received(prefill, max(0, prefill.keys.shape[2] - self.window)))
 
     @torch.no_grad()
@@ -137,13 +120,13 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
         scores = torch.stack([o.score for o in observations], dim=1).flatten(1).tolist()
         counts = torch.stack([first.valid.sum(dim=1), always.sum(dim=1)], dim=1).tolist()
         # A mean has no value beside it: of a token's bytes it takes the key's share.
-        allotted = [
+        budgets = [
             self.allot(s, tokens, least, ceil(tokens / self.chunk) * key / (key + value))
             for s, (tokens, least) in zip(scores, counts, strict=True)
         ]
         kept, loaded = (
             torch.tensor(x, device=first.keys.device).view(batch, layers, heads).unbind(1)
-            for x in ([a.kept for a in allotted], [a.loaded for a in allotted])
+            for x in ([a.kept for a in budgets], [a.loaded for a in budgets])
         )
         return [self._store(p, o.received, *n) for p, o, *n in zip(prefills, observations, kept, loaded, strict=True)]
 
@@ -151,11 +134,6 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
         """[B, N] bool: the window and all text."""
         from_end = prefill.valid.flip(1).cumsum(dim=1).flip(1)
         return prefill.valid & (~prefill.visual() | (from_end <= self.window))
-
-    def static(self, scores: Sequence[float]) -> list[bool]:
-        """Which heads are static."""
-        bar = float(torch.tensor(scores, dtype=torch.float64).quantile(self.theta)) if self.quantile else self.theta
-        return [score >= bar for score in scores]
 
     def allot(self, scores: Sequence[float], tokens: int, always: int, means: float) -> Allotment:
         """Share one row's budget out.
@@ -166,26 +144,25 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
             always: of these, what a static head keeps in any case.
             means: what the chunk means of a dynamic head take, in tokens.
         """
-        static = self.static(scores)
+        static = [score >= self.theta for score in scores]
         dynamic = len(static) - sum(static)
-        inside = means if self.index == "within" else 0.0
-        total = max(0.0, self.budget * tokens * len(static) - inside * dynamic)
-        each = min(float(tokens), self._dynamic_budget(total / len(static), dynamic, len(static))) if dynamic else 0.0
+        total = max(0.0, self.budget * tokens * len(static) - means * dynamic)
+        of_dynamic = self._dynamic_budget(total / len(static), dynamic, len(static), tokens) if dynamic else 0.0
         focused = [score for score, is_static in zip(scores, static, strict=True) if is_static]
-        given = self._static_budgets(focused, total - dynamic * each, always, tokens)
-        left = total - sum(given)
-        if dynamic and max(left / dynamic, self.chunk) + inside < tokens - 1e-6:
-            whole, more = divmod(max(dynamic, round(left / self.chunk)), dynamic)
-            chunks = [min(whole + (i < more), ceil(tokens / self.chunk)) for i in range(dynamic)]
+        of_static = self._static_budgets(focused, total - dynamic * of_dynamic, always, tokens)
+        left = total - sum(of_static)
+        if dynamic and max(left / dynamic, self.chunk) + means < tokens - 1e-6:
+            at_least, more = divmod(max(dynamic, round(left / self.chunk)), dynamic)
+            chunks = [min(at_least + (i < more), ceil(tokens / self.chunk)) for i in range(dynamic)]
             kept = [0] * dynamic
         else:
             chunks, kept = [0] * dynamic, [tokens] * dynamic
-        return Allotment(_woven(static, given, kept), _woven(static, [0] * len(given), chunks))
+        return Allotment(_woven(static, of_static, kept), _woven(static, [0] * len(of_static), chunks))
 
-    def _dynamic_budget(self, mean: float, dynamic: int, heads: int) -> float:
-        """Tokens of each dynamic head, for a mean budget of all heads."""
-        each = ceil(round(min(self.dynamic, heads / dynamic) * mean * dynamic, 6)) / dynamic
-        return max(self.chunk, nearest_power(each)) if self.padded else each
+    def _dynamic_budget(self, mean: float, dynamic: int, heads: int, tokens: int) -> float:
+        """Tokens of one dynamic head, for a mean budget of all heads."""
+        exact = ceil(round(min(self.dynamic, heads / dynamic) * mean * dynamic, 6)) / dynamic
+        return min(float(tokens), max(self.chunk, nearest_power(exact)))
 
     def _static_budgets(self, scores: Sequence[float], total: float, always: int, tokens: int) -> list[int]:
         """Tokens of the static heads, with these scores."""
@@ -203,11 +180,11 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
         """A layer whose heads keep `kept` [B, H] tokens each, or load `loaded` [B, H] chunks each."""
         visual, always = prefill.visual(), self.always(prefill)
         scores = received.masked_fill(~(prefill.valid & ~always)[:, None], -1.0)
-        rank = scores.argsort(dim=2, descending=True, stable=True).argsort(dim=2, stable=True)
-        best = rank < (kept - always.sum(dim=1, keepdim=True))[..., None]
+        best = ranks(scores) < (kept - always.sum(dim=1, keepdim=True))[..., None]
         chosen = prefill.valid[:, None] & (always[:, None] | best) & (kept > 0)[..., None]
         compressed = Compressed(
-            keep_heads(prefill, chosen & visual[:, None]), keep_heads(prefill, chosen & ~visual[:, None])
+            gather_kept_per_head(prefill, chosen & visual[:, None]),
+            gather_kept_per_head(prefill, chosen & ~visual[:, None]),
         )
         rows, heads = loaded.nonzero(as_tuple=True)
         alike = torch.stack(
@@ -225,3 +202,27 @@ def _woven(static: Sequence[bool], of_static: Sequence[int], of_dynamic: Sequenc
     """What static and dynamic heads have, in the order of all heads."""
     sources = {True: iter(of_static), False: iter(of_dynamic)}
     return [next(sources[is_static]) for is_static in static]
+
+
+def concentration(prefill: LayerPrefill, top: float) -> torch.Tensor:
+    """[B, H, G]: for each query head the attention on a text query's ceil(top * n) most attended of n visible tokens, a
+    mean over queries; 0 for a row without text: nothing then says that a head is focused."""
+    batch, heads = prefill.keys.shape[:2]
+    text = prefill.valid & ~prefill.visual()
+    work = torch.promote_types(prefill.keys.dtype, torch.float32)
+    mass = torch.zeros(batch, heads, prefill.query.shape[1] // heads, dtype=work, device=prefill.keys.device)
+    for chunk in attention_chunks(prefill, text):
+        # A product that is a whole number but for the last bit of a double is that number.
+        most = (top * chunk.visible.sum(dim=2).double() - 1e-6).ceil().clamp_min(1)
+        best = chunk.weights.topk(int(most.max()), dim=-1).values
+        counted = torch.arange(best.shape[-1], device=best.device) < most[..., None]
+        mass += (best * counted[:, None, None]).sum(dim=(3, 4))
+    return mass / text.sum(dim=1).clamp_min(1)[:, None, None]
+
+
+def nearest_power(count: float) -> int:
+    """The power of two that lies nearest, at least 1; of two that lie equally near, the greater."""
+    if count <= 1:
+        return 1
+    below = 2 ** floor(log2(count))
+    return int(below if count - below < 2 * below - count else 2 * below)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.kept_rows import keep
+from ..errors import ConfigError
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..segments.group_quantized_rows import GroupedRows
@@ -36,13 +37,13 @@ class Kivi(VisualPolicy):
     def __post_init__(self) -> None:
         check_bits(self.bits)
         if self.group < 1:
-            raise ValueError(f"group {self.group}: at least one element is needed.")
+            raise ConfigError(f"group {self.group}: at least one element is needed.")
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         visual = prefill.visual()
         counts = visual.sum(dim=1)
         # Rows of each length by themselves: padding would get into the last group's range.
-        segments = [s for count in counts.unique() for s in keep(prefill, visual & (counts == count)[:, None])]
+        segments = [s for count in counts.unique() for s in gather_kept(prefill, visual & (counts == count)[:, None])]
         return Compressed([self._pack(segment) for segment in segments], text)
 
     def _pack(self, segment: Segment) -> Segment:

@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ..methods.kept_rows import keep_heads
+from ..errors import ConfigError
+from ..methods.kept_rows import gather_kept_per_head
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
+from ..methods.ratios import check_budget
+from .attention_scores import attention_received
 from .base import Policy
-from .snapkv import attention_received
 
 MERGES = ("averaged", "pivotal", "weighted", "none")
 _CHUNK = 256
@@ -52,12 +54,11 @@ class LookM(Policy):
     """"averaged", "pivotal", "weighted", or "none": evicted tokens are dropped."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget {self.budget} is outside (0, 1]: it is kept tokens / prompt tokens, 1 keeps all.")
+        check_budget(self.budget)
         if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent {self.recent} is a share of the budget: 0 to 1.")
+            raise ConfigError(f"recent {self.recent} is a share of the budget: 0 to 1.")
         if self.merge not in MERGES:
-            raise ValueError(f"merge {self.merge!r} is none of {', '.join(map(repr, MERGES))}.")
+            raise ConfigError(f"merge {self.merge!r} is none of {', '.join(map(repr, MERGES))}.")
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -65,7 +66,7 @@ class LookM(Policy):
         visual = prefill.visual()[:, None]
         if self.merge != "none":
             prefill = self.merged(prefill, kept, visual & ~kept)
-        return Compressed(keep_heads(prefill, kept & visual), keep_heads(prefill, kept & ~visual))
+        return Compressed(gather_kept_per_head(prefill, kept & visual), gather_kept_per_head(prefill, kept & ~visual))
 
     def kept(self, prefill: LayerPrefill) -> torch.Tensor:
         """[B, H, N] bool: what each head keeps."""
@@ -89,30 +90,39 @@ class LookM(Policy):
         evicts as many."""
         keys, values = prefill.keys.clone(), prefill.values.clone()
         for row in evicted_BHN.any(dim=2).any(dim=1).nonzero()[:, 0].tolist():
-            here, gone = (marked[row].nonzero()[:, 1].view(keys.shape[1], -1, 1) for marked in (kept_BHN, evicted_BHN))
-            likeness, target = _nearest(prefill.keys[row], here, gone)
+            kept, evicted = (
+                marked[row].nonzero()[:, 1].view(keys.shape[1], -1, 1) for marked in (kept_BHN, evicted_BHN)
+            )
+            likeness, target = _nearest(prefill.keys[row], kept, evicted)
             for x_BHND in (keys, values):
-                index = here.expand(-1, -1, x_BHND.shape[3])
-                x_BHND[row] = x_BHND[row].scatter(1, index, self._centres(x_BHND[row], here, gone, likeness, target))
+                index = kept.expand(-1, -1, x_BHND.shape[3])
+                x_BHND[row] = x_BHND[row].scatter(1, index, self._centres(x_BHND[row], kept, evicted, likeness, target))
         return replace(prefill, keys=keys, values=values)
 
     def _centres(
-        self, x_HND: torch.Tensor, here: torch.Tensor, gone: torch.Tensor, likeness: torch.Tensor, target: torch.Tensor
+        self,
+        x_HND: torch.Tensor,
+        kept: torch.Tensor,
+        evicted: torch.Tensor,
+        likeness: torch.Tensor,
+        target: torch.Tensor,
     ) -> torch.Tensor:
         """The kept rows [H, K, D] after the evicted ones [H, E, D] went into those that `target` [H, E, 1] names."""
         work = torch.promote_types(x_HND.dtype, torch.float32)
-        centre, other = (x_HND.to(work).take_along_dim(index, 1) for index in (here, gone))
+        centre, other = (x_HND.to(work).take_along_dim(index, 1) for index in (kept, evicted))
         if self.merge == "pivotal":
             other = (other + centre.take_along_dim(target, 1)) / 2
         elif self.merge == "weighted":
             other = other * likeness
-        count = torch.ones_like(here, dtype=work).scatter_add(1, target, torch.ones_like(likeness))
+        count = torch.ones_like(kept, dtype=work).scatter_add(1, target, torch.ones_like(likeness))
         return (centre.scatter_add(1, target.expand_as(other), other) / count).to(x_HND.dtype)
 
 
-def _nearest(keys_HND: torch.Tensor, here: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(keys_HND: torch.Tensor, kept: torch.Tensor, evicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine to the nearest kept key, and which of them it is, [H, E, 1] each."""
     unit = F.normalize(keys_HND.to(torch.promote_types(keys_HND.dtype, torch.float32)), dim=2)
-    kept = unit.take_along_dim(here, 1).transpose(1, 2)
-    found = [(unit.take_along_dim(part, 1) @ kept).max(dim=2, keepdim=True) for part in gone.split(_CHUNK, dim=1)]
-    return torch.cat([n.values for n in found], dim=1), torch.cat([n.indices for n in found], dim=1)
+    kept_keys = unit.take_along_dim(kept, 1).transpose(1, 2)
+    nearest = [
+        (unit.take_along_dim(part, 1) @ kept_keys).max(dim=2, keepdim=True) for part in evicted.split(_CHUNK, dim=1)
+    ]
+    return torch.cat([n.values for n in nearest], dim=1), torch.cat([n.indices for n in nearest], dim=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..methods.layer_prefill import LayerPrefill
+from .attention_scores import attention_from, behind_last_image
 from .base import TokenPruning
 
 
@@ -20,16 +21,4 @@ class PostVisionAttention(TokenPruning):
     """
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
-        batch, heads, tokens, _ = prefill.keys.shape
-        after = torch.zeros_like(prefill.valid)
-        for row in range(batch):
-            ends = [s.start + s.length for s in prefill.spans if s.row == row]
-            after[row, max(ends, default=0) :] = prefill.valid[row, max(ends, default=0) :]
-        first = int(after.any(dim=0).to(torch.int8).argmax())
-        positions = torch.arange(tokens, device=after.device)
-        query = prefill.query[:, :, first:].unflatten(1, (heads, -1)).float()
-        logits = (query @ prefill.keys.float().transpose(-1, -2)[:, :, None]) * prefill.scale
-        seen = prefill.valid[:, None, :] & (positions <= positions[first:, None])
-        attention = logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(dim=-1)
-        received: torch.Tensor = (attention * after[:, None, None, first:, None]).sum(dim=(1, 2, 3))
-        return received
+        return attention_from(prefill, behind_last_image(prefill)).sum(dim=1)

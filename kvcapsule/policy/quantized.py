@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.kept_rows import keep
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..segments.quantized_rows import QuantizedRows, check_bits
@@ -24,7 +24,7 @@ class Quantized(VisualPolicy):
         check_bits(self.bits)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        rows = keep(prefill, prefill.visual())
+        rows = gather_kept(prefill, prefill.visual())
         return Compressed([self._pack(segment) for segment in rows], text)
 
     def _pack(self, segment: Segment) -> Segment:

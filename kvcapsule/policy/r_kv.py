@@ -11,26 +11,23 @@ Shapes: B batch rows, H KV heads, G query heads per KV head, N tokens, C = N - a
 head dim.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from ..methods.kept_rows import keep
+from ..errors import ConfigError
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, DecodeState, DecodeTimeMethod
 from ..segments.segment import Segment
 from .base import VisualPolicy
+from .budgets import ranks
 from .head_rows import HeadRows, side_by_side
 
-CHOICES = {
-    "scope": ("generated", "all"),
-    "pooling": ("query", "mean"),
-    "similar_to": ("candidates", "all"),
-    "spared": ("neighbour", "token"),
-    "heads": ("each", "shared"),
-}
-"""The values of the settings that are words."""
+SCOPES = ("generated", "all")
+PROMPT = "prompt"
+"""Segment.tag of a prompt's text, which scope "generated" leaves alone: all other text was written since."""
 _EPS = 1e-8
 """Beside the length of a key, so that no length is 0 (the paper's)."""
 _CHUNK = 256
@@ -38,18 +35,16 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Prompt(Segment):
-    """Rows of a prompt that R-KV leaves alone, in its scope "generated": all other text was written since."""
-
-
-@dataclass(frozen=True)
 class RKV(VisualPolicy, DecodeTimeMethod):
     """Holds what is written at `budget_tokens` rows a KV head beside a buffer of new ones; positions keep counting.
 
     The budget is a number of tokens, not a share of a prompt, so there is no `budget_field`: however long the answer,
-    the cache stays at it. Where paper and code differ or are silent, the choice is a field. New tokens are counted from
-    the end of the prompt, as in the paper (the authors' first code compresses whenever the whole length is a multiple
-    of 128). Each row of a batch is ranked by itself.
+    the cache stays at it. Where paper and code differ, this is the paper: importance is smoothed query by query, then
+    averaged; redundancy is measured against the other candidates, so that what is spared is a token that could be
+    dropped; every KV head keeps its own tokens (section 3); the observed tokens count within the budget; new tokens are
+    counted from the end of the prompt. As in the code, and as the authors say in words, a spared similarity lowers the
+    redundancy of the more recent of two similar tokens, so that of near duplicates the newest stay. Each row of a batch
+    is ranked by itself.
 
     `Combined(capsule, RKV())` combines it with a capsule for the visual tokens; scope "all" is for R-KV alone.
     """
@@ -78,55 +73,30 @@ class RKV(VisualPolicy, DecodeTimeMethod):
     kernel: int = 7
     """Tokens over which importance is smoothed by its maximum, the token itself in their middle (the paper's 2W, not
     stated); the code's is 7; 1 smooths nothing. Neighbours are those that are stored side by side."""
-    pooling: str = "query"
-    """"query" (paper): each query's attention is smoothed, then averaged. "mean" (code): averaged, then smoothed."""
-    similar_to: str = "candidates"
-    """Whom a candidate's redundancy is measured against: the other "candidates" (paper), so that what is spared is a
-    token that could be dropped; or "all" (code), observed tokens as well, which stay anyway."""
-    spared: str = "neighbour"
-    """Whose redundancy the spared similarities lower. "neighbour" (the code; so say the authors in words): that of the
-    most recent similar tokens, so that of near duplicates the newest stay. "token" (the paper's formula to the letter):
-    that of the token itself."""
-    spare_first: bool = False
-    """Whether a token without any similar one spares the oldest token, as in the code, where this looks like an
-    oversight."""
-    heads: str = "each"
-    """"each" (the paper's section 3, and the code): every KV head keeps its own tokens. "shared" (its algorithm 1):
-    scores are averaged over the heads, which then keep the same."""
-    beyond: bool = False
-    """Whether the observed tokens come on top of the budget (the paper's algorithm 1) instead of within it (section 3,
-    and the code)."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for settings that cannot work, naming them."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is neither {' nor '.join(map(repr, choices))}.")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope {self.scope!r} is neither {' nor '.join(map(repr, SCOPES))}.")
         if self.window < 1:
-            raise ValueError(f"window {self.window}: at least one token has to observe.")
+            raise ConfigError(f"window {self.window}: at least one token has to observe.")
         if self.buffer < self.window:
-            raise ValueError(
+            raise ConfigError(
                 f"buffer {self.buffer} is smaller than the window {self.window}, whose tokens are to be new ones."
             )
-        if self.limit <= self.window:
-            raise ValueError(
+        if self.budget_tokens <= self.window:
+            raise ConfigError(
                 f"budget_tokens {self.budget_tokens} leaves no room beside the {self.window} observed tokens."
             )
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"kernel {self.kernel} is to be odd, so that the token is in the middle of its neighbours."
             )
         if not 0 <= self.mix <= 1:
-            raise ValueError(f"mix {self.mix} is the share of importance in the score: from 0 to 1.")
+            raise ConfigError(f"mix {self.mix} is the share of importance in the score: from 0 to 1.")
         if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold {self.threshold} is a cosine: from -1 to 1.")
+            raise ConfigError(f"threshold {self.threshold} is a cosine: from -1 to 1.")
         if self.beta < 0:
-            raise ValueError(f"beta {self.beta} counts tokens: 0 or more.")
-
-    @property
-    def limit(self) -> int:
-        """Rows a KV head keeps, all in all."""
-        return self.budget_tokens + (self.window if self.beyond else 0)
+            raise ConfigError(f"beta {self.beta} counts tokens: 0 or more.")
 
     @property
     def interval(self) -> int:
@@ -139,14 +109,13 @@ class RKV(VisualPolicy, DecodeTimeMethod):
             heads = prefill.keys.shape[1]
             valid, visual = (x[:, None].expand(-1, heads, -1) for x in (prefill.valid, prefill.visual()))
             rows = HeadRows(prefill.keys, prefill.values, valid, visual)
-            return self._hold(
-                rows, prefill.query[:, :, -self.window :], prefill.valid[:, -self.window :], prefill.scale
-            )
+            observed = slice(-self.window, None)
+            return self._drop(rows, prefill.query[:, :, observed], prefill.valid[:, observed], prefill.scale)
         compressed = super().compress(prefill)
-        return Compressed(compressed.visual, [_as_prompt(segment) for segment in compressed.text])
+        return Compressed(compressed.visual, [replace(segment, tag=PROMPT) for segment in compressed.text])
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        return Compressed(keep(prefill, prefill.visual()), text)
+        return Compressed(gather_kept(prefill, prefill.visual()), text)
 
     def decode_time(self) -> DecodeTimeMethod:
         return self
@@ -155,49 +124,43 @@ class RKV(VisualPolicy, DecodeTimeMethod):
     def on_decode(self, state: DecodeState) -> Compressed:
         """Bring what competes for the budget, the tail with it, down to the budget."""
         batch, heads = state.keys.shape[:2]
-        whole = self.scope == "all"
-        left = [] if whole else [s for s in state.text if isinstance(s, Prompt)]
         tail = Segment(state.keys, state.values, torch.arange(batch, device=state.keys.device), mask=state.valid)
-        text = [*(s for s in state.text if whole or not isinstance(s, Prompt)), tail]
-        rows = side_by_side(state.visual if whole else [], text, batch, heads)
-        held = self._hold(rows, state.query, state.valid[:, -state.query.shape[2] :], state.scale)
-        return Compressed(held.visual if whole else state.visual, [*left, *held.text])
+        everything = self.scope == "all"
+        prompt = [s for s in state.text if s.tag == PROMPT]
+        generated = [s for s in state.text if s.tag != PROMPT]
+        rows = side_by_side(state.visual if everything else [], [*generated, tail], batch, heads)
+        compressed = self._drop(rows, state.query, state.valid[:, -state.query.shape[2] :], state.scale)
+        return Compressed(compressed.visual if everything else state.visual, [*prompt, *compressed.text])
 
-    def _hold(self, rows: HeadRows, query: torch.Tensor, asking: torch.Tensor, scale: float) -> Compressed:
-        kept = self.kept(rows, query, asking, scale)
+    def _drop(self, rows: HeadRows, query: torch.Tensor, query_valid: torch.Tensor, scale: float) -> Compressed:
+        kept = self.kept(rows, query, query_valid, scale)
         return Compressed(rows.store(kept & rows.visual), rows.store(kept & ~rows.visual))
 
-    def kept(self, rows: HeadRows, query: torch.Tensor, asking: torch.Tensor, scale: float) -> torch.Tensor:
+    def kept(self, rows: HeadRows, query: torch.Tensor, query_valid: torch.Tensor, scale: float) -> torch.Tensor:
         """[B, H, N] bool: the tokens that each KV head keeps; all, where they are within the budget.
 
         Args:
             rows: N tokens.
             query: [B, H * G, W, D], those of the last W tokens.
-            asking: [B, W] bool: False at queries of padding.
+            query_valid: [B, W] bool: False at queries of padding.
             scale: factor of the scores.
         """
-        if bool((rows.valid.sum(dim=2) <= self.limit).all()):
+        if bool((rows.valid.sum(dim=2) <= self.budget_tokens).all()):
             return rows.valid
         candidates = rows.valid[:, :, : -self.window]
         keys = rows.keys.to(torch.promote_types(rows.keys.dtype, torch.float32)).masked_fill(
             ~rows.valid[..., None], 0.0
         )
-        important = self.importance(query.to(keys.dtype), keys[:, :, : -self.window], candidates, asking, scale)
-        redundant = self.redundancy(keys, rows.valid)
+        important = self.importance(query.to(keys.dtype), keys[:, :, : -self.window], candidates, query_valid, scale)
+        redundant = self.redundancy(keys[:, :, : -self.window], candidates)
         scores = self.mix * important - (1 - self.mix) * redundant
-        if self.heads == "shared":
-            scores = scores.mean(dim=1, keepdim=True).expand_as(scores)
-        rank = (
-            scores.masked_fill(~candidates, -torch.inf)
-            .argsort(dim=2, descending=True, stable=True)
-            .argsort(dim=2, stable=True)
-        )
         observed = rows.valid[:, :, -self.window :]
-        room = self.limit - observed.sum(dim=2, keepdim=True)
-        return torch.cat([candidates & (rank < room), observed], dim=2)
+        free = self.budget_tokens - observed.sum(dim=2, keepdim=True)
+        best = ranks(scores.masked_fill(~candidates, -torch.inf)) < free
+        return torch.cat([candidates & best, observed], dim=2)
 
     def importance(
-        self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor, asking: torch.Tensor, scale: float
+        self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor, query_valid: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """[B, H, C]: I of candidates whose keys are [B, H, C, D] and which are there where `valid` [B, H, C] is True; 0
         elsewhere."""
@@ -205,54 +168,33 @@ class RKV(VisualPolicy, DecodeTimeMethod):
         logits = (query_BHGWD @ keys[:, :, None].transpose(-1, -2)).amax(dim=2) * scale
         lowest = torch.finfo(logits.dtype).min
         attention = logits.masked_fill(~valid[:, :, None], lowest).softmax(dim=-1)
-        attention = attention.masked_fill(~(valid[:, :, None] & asking[:, None, :, None]), 0.0)
-        number = asking.sum(dim=1).clamp_min(1)[:, None, None]
-        if self.pooling == "mean":
-            return self._smooth(attention.sum(dim=2) / number) * valid
-        return self._smooth(attention.flatten(0, 1)).view_as(attention).sum(dim=2) / number * valid
-
-    def _smooth(self, x: torch.Tensor) -> torch.Tensor:
-        smoothed: torch.Tensor = F.max_pool1d(x, self.kernel, stride=1, padding=self.kernel // 2)
-        return smoothed
+        attention = attention.masked_fill(~(valid[:, :, None] & query_valid[:, None, :, None]), 0.0)
+        queries = query_valid.sum(dim=1).clamp_min(1)[:, None, None]
+        smoothed = F.max_pool1d(attention.flatten(0, 1), self.kernel, stride=1, padding=self.kernel // 2)
+        return smoothed.view_as(attention).sum(dim=2) / queries * valid
 
     def redundancy(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """[B, H, C]: R of all but the last a tokens, of which keys are [B, H, N, D] and `valid` [B, H, N]; 0 where
-        there is none.
+        """[B, H, C]: R of candidates whose keys are [B, H, C, D] and which are there where `valid` [B, H, C] is True; 0
+        elsewhere.
 
-        Similarities are computed a chunk of tokens at a time: no more than [B, H, 256, N] is in memory at once.
+        Similarities are computed a chunk of tokens at a time: no more than [B, H, 256, C] is in memory at once.
         """
-        among = keys.shape[2] - (self.window if self.similar_to == "candidates" else 0)
-        keys, valid = keys[:, :, :among], valid[:, :, :among]
         unit = keys / (keys.norm(dim=-1, keepdim=True) + _EPS) * valid[..., None]
         total = torch.zeros_like(unit[..., 0])
-        for begin in range(0, among, _CHUNK):
-            rows = torch.arange(begin, min(begin + _CHUNK, among), device=keys.device)
-            similarity = self._unspared(unit, valid, rows)
-            if self.spared == "token":
-                total[:, :, rows] = similarity.sum(dim=3)
-            else:
-                total += similarity.sum(dim=2)
+        for index in torch.arange(keys.shape[2], device=keys.device).split(_CHUNK):
+            total += self._unspared(unit, valid, index).sum(dim=2)
         mean = total / valid.sum(dim=2, keepdim=True).clamp_min(1)
-        redundant = mean.masked_fill(~valid, torch.finfo(mean.dtype).min).softmax(dim=2) * valid
-        return redundant if self.similar_to == "candidates" else redundant[:, :, : -self.window]
+        return mean.masked_fill(~valid, torch.finfo(mean.dtype).min).softmax(dim=2) * valid
 
-    def _unspared(self, unit: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[B, H, R, N]: similarity of the tokens `rows` [R] to all, 0 to themselves, to what is not there and to those
+    def _unspared(self, unit: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """[B, H, R, C]: similarity of the tokens `index` [R] to all, 0 to themselves, to what is not there and to those
         that they spare."""
-        similarity = unit[:, :, rows] @ unit.transpose(-1, -2)
+        similarity = unit[:, :, index] @ unit.transpose(-1, -2)
         others = (
-            (rows[:, None] != torch.arange(unit.shape[2], device=rows.device))
+            (index[:, None] != torch.arange(unit.shape[2], device=index.device))
             & valid[:, :, None]
-            & valid[:, :, rows, None]
+            & valid[:, :, index, None]
         )
         similar = others & (similarity > self.threshold)
         newer = similar.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)
-        spared = similar & (newer <= self.beta)
-        if self.spare_first:
-            oldest = valid & (valid.cumsum(dim=2) == 1)
-            spared |= ~similar.any(dim=-1, keepdim=True) & oldest[:, :, None]
-        return similarity.masked_fill(~others | spared, 0.0)
-
-
-def _as_prompt(segment: Segment) -> Prompt:
-    return Prompt(**{field.name: getattr(segment, field.name) for field in fields(segment)})
+        return similarity.masked_fill(~others | (similar & (newer <= self.beta)), 0.0)

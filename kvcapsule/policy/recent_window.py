@@ -1,24 +1,12 @@
-"""Raw rows that are stored in few bits once they have left a window of recent tokens, and the joining of such rows."""
+"""Rows that leave a window of recent tokens: parts of raw segments, and coded segments merged into one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.segment import Segment
-
-
-@dataclass(frozen=True)
-class Exact(Segment):
-    """Raw rows that know what becomes of them."""
-
-    later: int | None = None
-    """Bits of a code once they have left the window; None: they stay raw."""
-
-
-def exact(raw: Segment, later: int | None) -> Exact:
-    return Exact(raw.keys, raw.values, raw.owner, mask=raw.mask, later=later)
 
 
 def entries(raw: Segment, index: torch.Tensor) -> Segment:
@@ -37,16 +25,16 @@ def cut(raw: Segment, begin: int, end: int) -> Segment:
     return Segment(raw.keys[:, :, begin:end], raw.values[:, :, begin:end], raw.owner, mask=mask)
 
 
-def joined(coded: Sequence[Segment]) -> list[Segment]:
+def merge_coded(coded: Sequence[Segment]) -> list[Segment]:
     """Segments of GroupedRows with like owners and bits as one: attention's time grows with the number of segments."""
     alike: dict[tuple[int, ...], list[Segment]] = {}
     for s in coded:
         assert isinstance(s.keys, GroupedRows)
         alike.setdefault((s.keys.bits, *s.owner.tolist()), []).append(s)
-    return [_join(parts) for parts in alike.values()]
+    return [_merge(parts) for parts in alike.values()]
 
 
-def _join(parts: list[Segment]) -> Segment:
+def _merge(parts: list[Segment]) -> Segment:
     if len(parts) == 1:
         return parts[0]
     keys, values = [], []
@@ -56,9 +44,9 @@ def _join(parts: list[Segment]) -> Segment:
         values.append(s.values)
     mask = None
     if any(s.mask is not None for s in parts):
-        there = [
+        masks = [
             torch.ones(len(s.owner), s.tokens, dtype=torch.bool, device=s.owner.device) if s.mask is None else s.mask
             for s in parts
         ]
-        mask = torch.cat(there, dim=1)
+        mask = torch.cat(masks, dim=1)
     return replace(parts[0], keys=GroupedRows.join(keys), values=GroupedRows.join(values), mask=mask)

@@ -1,93 +1,17 @@
 """SnapKV (arXiv 2404.14469): each KV head keeps the visual tokens that the prompt's last queries attend to, neighbours
-included.
+included."""
 
-What policies that rank tokens for each KV head have in common is here, too: `HeadPruning` and `attention_received`.
-"""
-
-from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ..codec.kvcapsule import check_ratio
-from ..methods.kept_rows import keep
+from ..errors import ConfigError
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed
-from ..segments.segment import Segment
-from .base import VisualPolicy
+from .attention_scores import attention_received
+from .base import HeadPruning
 
 POOLINGS = ("avg", "max")
-_CHUNK = 256
-"""Queries whose attention is computed at once."""
-
-
-@dataclass(frozen=True)
-class HeadPruning(VisualPolicy):
-    """Keeps the same number of every visual span's tokens in every KV head, each head its own, raw and at their
-    positions.
-
-    Rows of different tokens lie side by side, [E, H, M, D]: keys carry their rotation and attention needs no more, so
-    which tokens they are is stored nowhere.
-    """
-
-    budget_field = "retention"
-
-    retention: float
-    """Kept visual tokens / visual tokens, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        check_ratio(self.retention)
-
-    def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        scores = self.scores(prefill)
-        batch, heads, tokens, _ = prefill.keys.shape
-        # What a head keeps of a span is moved to the span's beginning: there all heads keep the same places.
-        source = torch.arange(tokens, device=scores.device).repeat(batch, heads, 1)
-        kept = torch.zeros_like(prefill.valid)
-        for span in prefill.spans:
-            count = self.count(span.length)
-            ranked = scores[span.row, :, span.start : span.start + span.length].argsort(
-                dim=-1, descending=True, stable=True
-            )
-            source[span.row, :, span.start : span.start + count] = span.start + ranked[:, :count].sort(dim=-1).values
-            kept[span.row, span.start : span.start + count] = True
-        moved = replace(prefill, keys=_take(prefill.keys, source), values=_take(prefill.values, source))
-        return Compressed(keep(moved, kept), text)
-
-    def count(self, length: int) -> int:
-        """Kept tokens of a span of `length`."""
-        return max(1, round(self.retention * length))
-
-    @abstractmethod
-    def scores(self, prefill: LayerPrefill) -> torch.Tensor:
-        """[B, H, N]: what each token is worth to each KV head; only visual tokens are looked at."""
-
-
-def _take(x_BHND: torch.Tensor, source_BHN: torch.Tensor) -> torch.Tensor:
-    return x_BHND.gather(2, source_BHN[..., None].expand(-1, -1, -1, x_BHND.shape[3]))
-
-
-def attention_received(prefill: LayerPrefill, first: int) -> torch.Tensor:
-    """[B, H, N]: attention that each token gets from the valid queries from position `first` on, summed over them and a
-    KV head's queries.
-
-    Exact causal softmax over all valid keys, a chunk of queries at a time: no more than [B, H, G, 256, N] is in memory
-    at once.
-    """
-    batch, heads, tokens, _ = prefill.keys.shape
-    work = torch.promote_types(prefill.keys.dtype, torch.float32)
-    keys = prefill.keys.to(work)
-    received = torch.zeros(batch, heads, tokens, dtype=work, device=keys.device)
-    positions = torch.arange(tokens, device=keys.device)
-    for begin in range(first, tokens, _CHUNK):
-        end = min(begin + _CHUNK, tokens)
-        query = prefill.query[:, :, begin:end].unflatten(1, (heads, -1)).to(work)
-        logits = (query @ keys[:, :, None, :end].transpose(-1, -2)) * prefill.scale
-        seen = prefill.valid[:, None, :end] & (positions[:end] <= positions[begin:end, None])
-        attention = logits.masked_fill(~seen[:, None, None], torch.finfo(work).min).softmax(dim=-1)
-        received[:, :, :end] += (attention * prefill.valid[:, None, None, begin:end, None]).sum(dim=(2, 3))
-    return received
 
 
 @dataclass(frozen=True)
@@ -112,13 +36,13 @@ class SnapKV(HeadPruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1:
-            raise ValueError(f"window {self.window}: at least one query has to rank.")
+            raise ConfigError(f"window {self.window}: at least one query has to rank.")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"kernel {self.kernel} is to be odd, so that the token is in the middle of its neighbours."
             )
         if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling {self.pooling!r} is neither {' nor '.join(map(repr, POOLINGS))}.")
+            raise ConfigError(f"pooling {self.pooling!r} is neither {' nor '.join(map(repr, POOLINGS))}.")
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         received = attention_received(prefill, max(0, prefill.keys.shape[2] - self.window))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ConfigError
 from ..methods.layer_prefill import LayerPrefill
 from .base import TokenPruning
 
@@ -23,7 +24,7 @@ class StreamingLLM(TokenPruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sinks < 0:
-            raise ValueError(f"sinks {self.sinks} count tokens: 0 or more.")
+            raise ConfigError(f"sinks {self.sinks} count tokens: 0 or more.")
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         scores = torch.zeros(prefill.valid.shape, device=prefill.keys.device)

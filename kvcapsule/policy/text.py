@@ -5,13 +5,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..codec.kvcapsule import check_ratio, retained
-from ..methods.kept_rows import keep
+from ..errors import ConfigError
+from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
+from ..methods.ratios import check_ratio, retained
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.segment import Segment
+from .attention_scores import attention_received
 from .base import Policy
+from .budgets import best_tokens
 
 OBSERVED = 16
 """The prompt's last queries that rank its text."""
@@ -52,20 +55,18 @@ class TextPruning(TextPolicy):
     def __post_init__(self) -> None:
         check_ratio(self.retention, "text retention ratio")
         if self.sinks < 0 or self.recent < 0:
-            raise ValueError(f"sinks {self.sinks} and recent {self.recent} count tokens: 0 or more.")
+            raise ConfigError(f"sinks {self.sinks} and recent {self.recent} count tokens: 0 or more.")
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
         text = prefill.valid & ~prefill.visual()
         counts = text.sum(dim=1)
         if self.retention == 1:
-            return keep(prefill, text)
+            return gather_kept(prefill, text)
         place = text.cumsum(dim=1)
         always = text & ((place <= self.sinks) | (place > (counts - self.recent)[:, None]))
-        scores = last_attention(prefill).masked_fill(~text, -1.0).masked_fill(always, torch.inf)
         wanted = torch.tensor([retained(self.retention, n) if n else 0 for n in counts.tolist()], device=text.device)
         wanted = torch.maximum(wanted, always.sum(dim=1))
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-        return keep(prefill, text & (rank < wanted[:, None]))
+        return gather_kept(prefill, best_tokens(last_attention(prefill), text, wanted, always))
 
 
 def last_attention(prefill: LayerPrefill) -> torch.Tensor:
@@ -73,15 +74,7 @@ def last_attention(prefill: LayerPrefill) -> torch.Tensor:
 
     Rows are left-padded, so that all of them end together; only these queries' scores are computed.
     """
-    heads, tokens = prefill.keys.shape[1:3]
-    first = max(0, tokens - OBSERVED)
-    positions = torch.arange(tokens, device=prefill.keys.device)
-    query = prefill.query[:, :, first:].unflatten(1, (heads, -1)).float()
-    logits = (query @ prefill.keys.float().transpose(-1, -2)[:, :, None]) * prefill.scale
-    seen = prefill.valid[:, None, :] & (positions <= positions[first:, None])
-    attention = logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(dim=-1)
-    received: torch.Tensor = (attention * prefill.valid[:, None, None, first:, None]).sum(dim=(1, 2, 3))
-    return received
+    return attention_received(prefill, max(0, prefill.keys.shape[2] - OBSERVED)).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class QuantizedText(TextPolicy):
         check_bits(self.bits)
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
-        return [self._pack(segment) for segment in keep(prefill, prefill.valid & ~prefill.visual())]
+        return [self._pack(segment) for segment in gather_kept(prefill, prefill.valid & ~prefill.visual())]
 
     def _pack(self, segment: Segment) -> Segment:
         assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)

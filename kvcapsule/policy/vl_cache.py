@@ -1,12 +1,15 @@
 """VL-Cache (arXiv 2410.23317): layers share a budget by how sparse they attend; tokens are ranked by the text behind
 the last image.
 
-    beta_l = clip((1 - gamma_l) / sum over layers of (1 - gamma) * alpha * L, 0.01, 1)      gamma_l: sparsity of layer l
-                                                                                            (postvision)
-    k_l    = beta_l m                                                                       m: tokens of the prompt
+    A      = softmax(Q_P K^T * scale), causal       P: the prompt's tokens behind its last visual one; Q_P: their
+             queries, K: all keys
+    gamma  = share of the A_qj, q in P, j <= q, with A_qj < p max_j A_qj      mean over query heads: a layer's sparsity
+    s_j    = sum over q in P of A_qj
+    beta_l = clip((1 - gamma_l) / sum over layers of (1 - gamma) * alpha * L, 0.01, 1)
+    k_l    = beta_l m                               m: tokens of the prompt
 
-Of a layer's k_l tokens a tenth are the last ones; the others are those with the greatest s_j (postvision), text and
-visual in one ranking.
+Of a layer's k_l tokens a tenth are the last ones; the others are those with the greatest s_j, text and visual in one
+ranking.
 """
 
 from collections.abc import Sequence
@@ -15,27 +18,60 @@ from typing import NamedTuple
 
 import torch
 
-from ..codec.kvcapsule import retained
-from ..methods.kept_rows import UNEVEN, keep, keep_heads
+from ..errors import ConfigError
+from ..methods.kept_rows import PER_HEAD_PADDING, gather_kept
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed
+from ..methods.method import Compressed, Method
+from ..methods.ratios import check_budget, retained
 from ..methods.shared_budget import SharedBudget
+from .attention_scores import attention_chunks, behind_last_image
 from .base import Policy
-from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
-from .postvision import THRESHOLD, WINDOW, attention_of, ranking_queries
+from .budgets import best_tokens, last_tokens, layer_counts
+from .full import Full
 
-SETS = ("layer", "head")
-GROUPS = ("sum", "max")
-QUERIES = ("post-vision", "last")
-RECENT_OF = ("layer", "mean")
+THRESHOLD = 0.01
+"""The paper's p."""
+WINDOW = 50
+"""Last prompt tokens that take the place of P in the paper's speed test."""
 SCOPES = ("all", "text")
 
 
+class PostVision(NamedTuple):
+    """Attention of the tokens that rank."""
+
+    received: torch.Tensor
+    """[B, H, G, N]: what each token gets from each query head, summed over the queries of P."""
+    sparsity: torch.Tensor
+    """[B]: gamma."""
+
+
+def ranking_queries(prefill: LayerPrefill, window: int = WINDOW) -> torch.Tensor:
+    """[B, N] bool: the queries P; in a row without text behind an image, the row's last `window` tokens."""
+    behind = behind_last_image(prefill)
+    return torch.where(behind.any(dim=1, keepdim=True), behind, last_tokens(prefill.valid, window))
+
+
+def attention_of(prefill: LayerPrefill, queries_BN: torch.Tensor, threshold: float = THRESHOLD) -> PostVision:
+    """The causal attention of the marked tokens."""
+    batch, heads, tokens, _ = prefill.keys.shape
+    work = torch.promote_types(prefill.keys.dtype, torch.float32)
+    device = prefill.keys.device
+    received = torch.zeros(batch, heads, prefill.query.shape[1] // heads, tokens, dtype=work, device=device)
+    dense = torch.zeros(batch, dtype=torch.int64, device=device)
+    visible = torch.zeros_like(dense)
+    for chunk in attention_chunks(prefill, queries_BN):
+        received[..., : chunk.weights.shape[4]] += chunk.weights.sum(dim=3)
+        above = chunk.weights >= threshold * chunk.weights.amax(dim=-1, keepdim=True)
+        dense += (above & chunk.visible[:, None, None]).sum(dim=(1, 2, 3, 4))
+        visible += chunk.visible.sum(dim=(1, 2))
+    return PostVision(received, 1 - dense.to(work) / (prefill.query.shape[1] * visible).clamp_min(1))
+
+
 class RankedTokens(NamedTuple):
-    """What is known of one layer when the budgets are shared out."""
+    """What is measured of one layer before the budgets are known."""
 
     scores: torch.Tensor
-    """[B, R, N]: of the tokens that are held, for R = 1 set or one for each KV head."""
+    """[B, N]: s of the tokens that are held, summed over query heads."""
     sparsity: torch.Tensor
     """[B]."""
 
@@ -45,17 +81,19 @@ class VLCache(SharedBudget[RankedTokens], Policy):
     """Keeps a share of the prompt's tokens, raw and at their positions, once, as prefill ends; what is written
     afterwards is kept.
 
-    The paper leaves open what the settings from `sets` on say. Rows of a batch have budgets of their own; fractions of
-    a token are added up over the layers (whole_counts), so that little budgets are met, too. In a later turn all of it
-    is of the turn's own tokens. Keys and values of all layers are held until the last has run; with scope "text" only
-    those of the text.
+    Chosen here: all heads of a layer keep the same tokens, as nothing in the paper's formulas but the sparsity has a
+    head's index; a layer's last tokens are a tenth of its own budget; what a layer cannot take beyond all its tokens is
+    not spent, as the paper does not renormalise. Rows of a batch have budgets of their own; fractions of a token are
+    added up over the layers (layer_counts), so that little budgets are met, too. In a later turn all of it is of the
+    turn's own tokens. Keys and values of all layers are held until the last has run; with scope "text" only those of
+    the text.
     """
 
     budget_field = "budget"
 
     budget: float
     """alpha: kept tokens / prompt tokens, the mean over the layers; the paper's headline is 0.1. Layers that the clip
-    holds back make it less (see `overflow`); at 1 all is kept."""
+    holds back make it less; at 1 all is kept."""
     threshold: float = THRESHOLD
     """p: attention below this share of a query's greatest counts as zero where sparsity is measured; scores sum all of
     it."""
@@ -63,57 +101,31 @@ class VLCache(SharedBudget[RankedTokens], Policy):
     """Share of a layer's budget that its last tokens take; 0: none."""
     least: float = 0.01
     """Least share of its tokens that a layer keeps."""
-    queries: str = "post-vision"
-    """Who ranks: "post-vision", the text behind the last image, or "last", the last `window` tokens, as in the paper's
-    speed test."""
     window: int = WINDOW
-    """Of queries "last", and of rows that have no image or no text behind it."""
-    sets: str = "layer"
-    """"layer": one set of tokens for all its KV heads, as nothing in the paper's formulas but the sparsity has a head's
-    index; "head": each KV head its own, as many as the others."""
-    group: str = "sum"
-    """What a token is worth to a KV head: the "sum" (as s_j sums over queries) or the "max" over the query heads that
-    share it; heads of a layer's one set are summed."""
-    recent_of: str = "layer"
-    """The budget that `recent` is a share of: the "layer"'s own, so that no more than this share of it is forced, or
-    the "mean" over layers, the same number of tokens in all of them; the sparsity then shares out what is left."""
-    overflow: str = "clip"
-    """What a layer cannot take beyond all its tokens is not spent ("clip": the paper does not renormalise), or goes to
-    the others ("share": what is stored is then the budget, and budgets near 1 near everything)."""
+    """Last tokens that rank in rows that have no image or no text behind it."""
     scope: str = "all"
     """"all": text and visual tokens compete. "text": the same scores and sparsities prune the text, budgets are shares
     of its tokens and no visual token is stored: for Combined, beside a capsule."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget {self.budget} is outside (0, 1]: it is kept tokens / prompt tokens, 1 keeps all.")
+        check_budget(self.budget)
         if not 0 <= self.least <= self.budget:
-            raise ValueError(
+            raise ConfigError(
                 f"least {self.least} is what every layer keeps: it is from 0 to the budget, {self.budget}."
             )
         if not 0 <= self.threshold <= 1 or not 0 <= self.recent <= 1:
-            raise ValueError(f"threshold {self.threshold} and recent {self.recent} are shares: from 0 to 1.")
+            raise ConfigError(f"threshold {self.threshold} and recent {self.recent} are shares: from 0 to 1.")
         if self.window < 1:
-            raise ValueError(f"window {self.window}: at least one query has to rank.")
-        for name, choices in (
-            ("queries", QUERIES),
-            ("sets", SETS),
-            ("group", GROUPS),
-            ("recent_of", RECENT_OF),
-            ("overflow", OVERFLOWS),
-            ("scope", SCOPES),
-        ):
-            check_choice(name, getattr(self, name), choices)
+            raise ConfigError(f"window {self.window}: at least one query has to rank.")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope {self.scope!r} is none of {', '.join(map(repr, SCOPES))}.")
 
     def observe(self, prefill: LayerPrefill) -> RankedTokens:
-        queries = ranking_queries(prefill, self.window, self.queries == "post-vision")
-        attention = attention_of(prefill, queries, self.threshold)
-        scores = attention.received.sum(dim=2) if self.group == "sum" else attention.received.amax(dim=2)
-        if self.sets == "layer":
-            scores = scores.sum(dim=1, keepdim=True)
-        if self.scope == "text":
-            scores = scores.gather(2, _text_last(prefill)[:, None].expand(-1, scores.shape[1], -1))
-        return RankedTokens(scores, attention.sparsity)
+        attention = attention_of(prefill, ranking_queries(prefill, self.window), self.threshold)
+        scores = attention.received.sum(dim=(1, 2))
+        return RankedTokens(
+            scores.gather(1, _text_last(prefill)) if self.scope == "text" else scores, attention.sparsity
+        )
 
     def retain(self, prefill: LayerPrefill) -> LayerPrefill:
         return _text_alone(prefill) if self.scope == "text" else prefill.without_queries()
@@ -122,33 +134,36 @@ class VLCache(SharedBudget[RankedTokens], Policy):
         sparsity_BL = torch.stack([o.sparsity for o in observations], dim=1).tolist()
         tokens_B = prefills[0].valid.sum(dim=1).tolist()
         counts_LB = zip(*map(self.counts, sparsity_BL, tokens_B), strict=True)
-        return [self._keep(p, o.scores, counts) for p, o, counts in zip(prefills, observations, counts_LB, strict=True)]
+        layers = zip(prefills, observations, counts_LB, strict=True)
+        return [self._keep(prefill, observation.scores, counts) for prefill, observation, counts in layers]
 
     def counts(self, sparsity: Sequence[float], tokens: int) -> list[int]:
         """k of each layer for one row, of `tokens` that there are."""
-        fixed = self.recent * self.budget if self.recent_of == "mean" else 0.0
-        least = self.least * (1 - fixed / self.budget)
-        shares = layer_shares([1 - gamma for gamma in sparsity], self.budget - fixed, least, 1 - fixed, self.overflow)
-        return whole_counts([fixed + share for share in shares], tokens)
+        return layer_counts(clipped_shares([1 - gamma for gamma in sparsity], self.budget, self.least), tokens)
 
-    def _keep(self, prefill: LayerPrefill, scores: torch.Tensor, counts: Sequence[int]) -> Compressed:
-        tokens = prefill.valid.sum(dim=1).tolist()
-        of = counts if self.recent_of == "layer" else [round(self.budget * n) for n in tokens]
-        recents = [
-            min(k, retained(self.recent, n)) if self.recent and k else 0 for k, n in zip(counts, of, strict=True)
-        ]
-        device = scores.device
+    def _keep(self, prefill: LayerPrefill, scores_BN: torch.Tensor, counts: Sequence[int]) -> Compressed:
+        recents = [min(k, retained(self.recent, k)) if self.recent and k else 0 for k in counts]
+        device = scores_BN.device
         recent = last_tokens(prefill.valid, torch.tensor(recents, device=device)[:, None])
-        kept = best_tokens(scores, prefill.valid, torch.tensor(counts, device=device), recent)
+        kept = best_tokens(scores_BN, prefill.valid, torch.tensor(counts, device=device), recent)
         visual = prefill.visual()
-        if self.sets == "layer":
-            return Compressed(keep(prefill, kept[:, 0] & visual, UNEVEN), keep(prefill, kept[:, 0] & ~visual, UNEVEN))
-        return Compressed(keep_heads(prefill, kept & visual[:, None]), keep_heads(prefill, kept & ~visual[:, None]))
+        parts = (kept & visual, kept & ~visual)
+        return Compressed(*(gather_kept(prefill, part, PER_HEAD_PADDING) for part in parts))
+
+
+def clipped_shares(density: Sequence[float], mean: float, least: float) -> list[float]:
+    """beta of each layer: in proportion to 1 - gamma, all of them 0 counting as equal; a mean of 1 gives every layer
+    all, so that a budget of 1 is the full cache."""
+    if mean >= 1:
+        return [1.0] * len(density)
+    total = sum(density)
+    factor = mean * len(density) / total if total > 0 else 0.0
+    return [min(1.0, max(least, factor * layer if total > 0 else mean)) for layer in density]
 
 
 def _text_last(prefill: LayerPrefill) -> torch.Tensor:
-    """[B, most text tokens of a row]: places of a row's text in their order, at the end; before them, in shorter rows,
-    places of others."""
+    """[B, most text tokens of a row]: positions of a row's text in their order, at the end; before them, in shorter
+    rows, positions of others."""
     text = prefill.valid & ~prefill.visual()
     order = torch.sort(text.to(torch.int8), dim=1, stable=True).indices
     return order[:, text.shape[1] - int(text.sum(dim=1).max()) :]
@@ -156,11 +171,32 @@ def _text_last(prefill: LayerPrefill) -> torch.Tensor:
 
 def _text_alone(prefill: LayerPrefill) -> LayerPrefill:
     """The text as if there were nothing else, left-padded, without queries."""
-    places = _text_last(prefill)
+    positions = _text_last(prefill)
     keys, values = (
-        x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        x.gather(2, positions[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         for x in (prefill.keys, prefill.values)
     )
-    valid = (prefill.valid & ~prefill.visual()).gather(1, places)
+    valid = (prefill.valid & ~prefill.visual()).gather(1, positions)
     short = replace(prefill, keys=keys, values=values, valid=valid, spans=[], position_embeddings=None, shared={})
     return short.without_queries()
+
+
+class SparsityMeter(Method):
+    """The full cache; what it notes is how sparse each layer's attention was in the latest prefill.
+
+        meter = SparsityMeter()
+        with attach(model, meter):
+            model.generate(**batch, max_new_tokens=1)
+        meter.sparsity    # by layer: [B]
+
+    Threshold as VLCache has it; the tokens that rank are those of its defaults.
+    """
+
+    def __init__(self, threshold: float = THRESHOLD) -> None:
+        self.threshold = threshold
+        self.sparsity: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        self.sparsity[prefill.layer] = attention_of(prefill, ranking_queries(prefill), self.threshold).sparsity
+        return Full().compress(prefill)

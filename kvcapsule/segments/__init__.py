@@ -1,1 +1,1 @@
-"""What attention can read: the segment, and the forms of its stored rows."""
+"""Segments, the form in which attention reads a KV cache, and the forms of their stored rows."""

@@ -181,9 +181,9 @@ class Coding:
             if self.layout.classes
             else self.widths.new_zeros(0, dtype=torch.int64)
         )
-        places = torch.full((self.widths.numel(),), len(coded), dtype=torch.int32, device=self.widths.device)
-        places[coded] = torch.arange(len(coded), dtype=torch.int32, device=self.widths.device)
-        return places.view(self.widths.shape).transpose(1, 2).flatten()
+        positions = torch.full((self.widths.numel(),), len(coded), dtype=torch.int32, device=self.widths.device)
+        positions[coded] = torch.arange(len(coded), dtype=torch.int32, device=self.widths.device)
+        return positions.view(self.widths.shape).transpose(1, 2).flatten()
 
     def scale_and_minimum(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and minimum, [S, C, G, 8] each: coefficient = scale * code + minimum."""

@@ -80,9 +80,9 @@ class QuantizedRows:
         if self.bits == 3:
             yield unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3).to(dtype) - half
             return
-        for place in range(self.lanes):
+        for lane in range(self.lanes):
             # The subtraction wraps around in uint8; the bytes are then read as int8.
-            yield (((self.codes >> (place * self.bits)) & (2**self.bits - 1)) - half).view(torch.int8).to(dtype)
+            yield (((self.codes >> (lane * self.bits)) & (2**self.bits - 1)) - half).view(torch.int8).to(dtype)
 
     def select(self, index: torch.Tensor) -> "QuantizedRows":
         return QuantizedRows(self.codes[index], self.scale[index], self.minimum[index], self.bits, self.tokens)

@@ -123,6 +123,9 @@ class Segment:
     """Whether entry i belongs to batch row i, one entry per row. A field, because reading `owner` would wait for the
     device."""
 
+    tag: str | int | None = None
+    """A method's mark on its own segments, to know them again during decoding; attention does not read it."""
+
     def __post_init__(self) -> None:
         entries, heads = self.keys.shape[:2]
         n_keys = self.keys.shape[2] if self.score_map is None else self.score_map.shape[1]

@@ -38,7 +38,7 @@ def easy_vqa(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASK
     """
     pictures = shapes(split)
     by_task = [[(p, question) for p in pictures for question in p.questions if question.task == task] for task in tasks]
-    orders = [generator(split, place, seed, _STREAM).permutation(len(rows)) for place, rows in enumerate(by_task)]
+    orders = [generator(split, index, seed, _STREAM).permutation(len(rows)) for index, rows in enumerate(by_task)]
     size = min(size, len(tasks) * min(map(len, by_task)))
     chosen = [by_task[i % len(tasks)][orders[i % len(tasks)][i // len(tasks)]] for i in range(size)]
     return table((p.image, question) for p, question in chosen)
@@ -97,8 +97,8 @@ def _shape(image: Image.Image, questions: list[Question]) -> Thing:
     pixels = np.asarray(image, int)
     inside = np.abs(pixels - pixels[0, 0]).sum(-1) > 24
     down, across = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
-    said = {word for q in questions if q.task == "open" for word in (q.answer, *q.prompt.rstrip("?").split())}
-    name = " ".join(word for word in (*COLOURS, *SHAPES) if word in said)
+    words = {word for q in questions if q.task == "open" for word in (q.answer, *q.prompt.rstrip("?").split())}
+    name = " ".join(word for word in (*COLOURS, *SHAPES) if word in words)
     if not len(down):
         return Thing(name, 0, 0, *map(float, image.size))
     return Thing(name, float(across[0]), float(down[0]), float(across[-1] + 1), float(down[-1] + 1))

@@ -150,8 +150,8 @@ class EfficientNetLiteModel(PreTrainedModel):
                 at = F.interpolate(at, size=(grid, grid), mode="bilinear", align_corners=False)
             parts.append(at.flatten(2).transpose(1, 2))
         features_BTC = (torch.cat(parts, dim=-1) - self.mean) * self.scale
-        places = positions(grid, self.config.position_waves).to(features_BTC)
-        tokens_BTC = torch.cat([features_BTC, places.expand(len(features_BTC), -1, -1)], dim=-1)
+        waves = positions(grid, self.config.position_waves).to(features_BTC)
+        tokens_BTC = torch.cat([features_BTC, waves.expand(len(features_BTC), -1, -1)], dim=-1)
         return BaseModelOutput(last_hidden_state=tokens_BTC, hidden_states=(tokens_BTC,))
 
 

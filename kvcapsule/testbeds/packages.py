@@ -85,8 +85,8 @@ class Package:
             )
         done = subprocess.run(command, cwd=into, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines()
-            reason = said[-1] if said else f"exit status {done.returncode}"
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            reason = lines[-1] if lines else f"exit status {done.returncode}"
             raise PackageError(f"{' '.join(command[:3])} could not fetch {self.name} {self.version}: {reason} {hint}")
 
     def _check(self, path: Path) -> None:

@@ -72,13 +72,13 @@ def table(rows: Iterable[tuple[Image.Image, Question]]) -> "datasets.Dataset":
     """Data set of images with one question each."""
     import datasets
 
-    held: dict[str, list[Any]] = {"image": [], "prompt": [], "answer": [], "task": []}
+    columns: dict[str, list[Any]] = {"image": [], "prompt": [], "answer": [], "task": []}
     for image, question in rows:
-        for column, value in zip(held, (image, question.prompt, question.answer, question.task), strict=True):
-            held[column].append(value)
+        for column, value in zip(columns, (image, question.prompt, question.answer, question.task), strict=True):
+            columns[column].append(value)
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "prompt": text, "answer": text, "task": text})
-    return datasets.Dataset.from_dict(held, features=features)
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def prior_accuracy(train: Iterable[Mapping[str, str]], test: Iterable[Mapping[str, str]]) -> dict[str, float]:

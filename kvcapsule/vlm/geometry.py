@@ -78,10 +78,11 @@ class KVGeometry:
     def require(self, other: "KVGeometry", what: str = "capsule") -> None:
         """Raise GeometryError, with both geometries in the message, unless `other` (a model's) equals this one."""
         if self != other:
-            mine, theirs = self.to_dict(), other.to_dict()
-            differing = ", ".join(f"{k}: {mine[k]} != {theirs[k]}" for k in mine if mine[k] != theirs[k])
+            capsule, model = self.to_dict(), other.to_dict()
+            differing = ", ".join(f"{k}: {capsule[k]} != {model[k]}" for k in capsule if capsule[k] != model[k])
             raise GeometryError(
-                f"this {what} was made for another KV geometry ({differing}).\n  {what}: {mine}\n  model:   {theirs}\n"
+                f"this {what} was made for another KV geometry ({differing}).\n"
+                f"  {what}: {capsule}\n  model:   {model}\n"
                 "Use the model that it was trained on, or train one for this model with `kvcapsule train --model ...`."
             )
 

@@ -49,17 +49,17 @@ def load_vlm(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}.")
-    place = str(shipped(name) or name)
+    source = str(shipped(name) or name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        processor = AutoProcessor.from_pretrained(place, revision=revision)
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
         model = AutoModelForImageTextToText.from_pretrained(
-            place, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
+            source, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
         )
     except (OSError, ValueError, KeyError) as error:
-        if Path(name).name == _BUILT_LOCALLY and not Path(place).exists():
+        if Path(name).name == _BUILT_LOCALLY and not Path(source).exists():
             raise ModelError(f"there is no folder {name!r}: `make {_BUILT_LOCALLY}` makes it.") from error
-        kind = "folder" if Path(place).exists() else "model"
+        kind = "folder" if Path(source).exists() else "model"
         raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_families
+from support import tiny_families, tiny_vlm
 from transformers import AutoConfig, LlamaConfig, LlavaConfig
 
 from kvcapsule.cli import main
@@ -148,7 +148,7 @@ def test_resolution(capsys: pytest.CaptureFixture[str]) -> None:
 def test_weights_are_those_of_the_model(model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Held: every parameter once. Read: the language model and its head, an embedding that is not the head too left
     out."""
-    model = tiny_families.build(model_type, getattr(tiny_families, model_type)())
+    model = tiny_vlm.build(model_type, getattr(tiny_families, model_type)())
     model.config.save_pretrained(tmp_path)
     found = estimate(capsys, "--model", str(tmp_path), "--visual-tokens", "64")
     assert found["model_type"] == model_type
@@ -158,7 +158,7 @@ def test_weights_are_those_of_the_model(model_type: str, tmp_path: Path, capsys:
         for name, p in model.named_parameters()
         if "language_model.layers." in name or "language_model.norm." in name
     )
-    assert found["weight_bytes_read"] == 2 * (layers + tiny_families.VOCABULARY * tiny_families.WIDTH)
+    assert found["weight_bytes_read"] == 2 * (layers + tiny_vlm.VOCABULARY * tiny_vlm.WIDTH)
 
 
 def test_a_model_of_true_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,7 @@ def test_a_model_of_true_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_experts_of_one_token_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two of four, so that the bound stays one; all are held."""
-    model = tiny_families.build("qwen3_vl_moe", tiny_families.qwen3_vl_moe())
+    model = tiny_vlm.build("qwen3_vl_moe", tiny_families.qwen3_vl_moe())
     model.config.save_pretrained(tmp_path)
     found = estimate(capsys, "--model", str(tmp_path), "--visual-tokens", "64")
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -191,7 +191,7 @@ def test_experts_of_one_token_are_read(tmp_path: Path, capsys: pytest.CaptureFix
         if "language_model.layers." in name or "language_model.norm." in name
     )
     assert experts > 0
-    assert found["weight_bytes_read"] == 2 * (layers - experts / 2 + tiny_families.VOCABULARY * tiny_families.WIDTH)
+    assert found["weight_bytes_read"] == 2 * (layers - experts / 2 + tiny_vlm.VOCABULARY * tiny_vlm.WIDTH)
     assert found["weight_bytes_held"] == 2 * sum(p.numel() for p in model.parameters())
 
 

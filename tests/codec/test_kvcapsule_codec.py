@@ -11,9 +11,10 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES
 from kvcapsule.codec.identity import IdentityConfig
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys, pyramid, retained, weighted
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, PcaValues, RetainedKeys
 from kvcapsule.errors import CapsuleError, GeometryError
 from kvcapsule.kernels.reference import attend
+from kvcapsule.methods.ratios import pyramid, retained, weighted
 from kvcapsule.segments.quantized_rows import BITS, QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment, storage_bytes

@@ -25,7 +25,10 @@ def _prefills(visual: int, tokens: int) -> list[LayerPrefill]:
         [rand(1, heads, tokens, 32, seed=9 * layer + i).float() for i, heads in enumerate((4, 2, 2))]
         for layer in range(LAYERS)
     ]
-    return [LayerPrefill(layer, *three, spans, valid, 32**-0.5) for layer, three in enumerate(drawn)]
+    return [
+        LayerPrefill(layer=layer, query=query, keys=keys, values=values, spans=spans, valid=valid, scale=32**-0.5)
+        for layer, (query, keys, values) in enumerate(drawn)
+    ]
 
 
 def _weigher(visual: int, tokens: int) -> Callable[[Method], int]:

@@ -22,7 +22,9 @@ _FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
 def test_each_cell_is_where_its_line_says(channels: int, entries: int) -> None:
     """By channels and by groups; the last entry's last bytes are those of the whole buffer."""
     draw = torch.Generator().manual_seed(channels)
-    widths = torch.tensor([0, *WIDTHS])[torch.randint(len(WIDTHS) + 1, (2, 3, channels), generator=draw)].to(torch.uint8)
+    widths = torch.tensor([0, *WIDTHS])[torch.randint(len(WIDTHS) + 1, (2, 3, channels), generator=draw)].to(
+        torch.uint8
+    )
     coding = Coding(widths, torch.ones(widths.shape), torch.zeros(2, 24, channels))
     codes = torch.randint(256, (entries, 2, 24, channels), generator=draw) % 2 ** widths.long().repeat_interleave(8, 1)
     rows = CodedRows(coding.layout.pack(codes.to(torch.uint8)), coding)
@@ -53,7 +55,12 @@ def test_each_cell_is_where_its_line_says(channels: int, entries: int) -> None:
 @pytest.mark.slow
 def test_without_avx_512(tmp_path: os.PathLike[str]) -> None:
     """The tests of cells for a CPU that has no registers to look up in."""
-    env = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma", "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
     chosen = ["-k", "widths_of_cells or coded_tiles", "tests/kernels/test_numba_tiles.py"]
     found = subprocess.run([sys.executable, "-m", "pytest", "-q", *chosen], env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout

@@ -46,7 +46,9 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, scale: float = 0.3) -> float:
+def error(
+    query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, scale: float = 0.3
+) -> float:
     """Relative error against the reference in double precision."""
     with torch.no_grad():
         expected = reference.attend(query.double(), segments, scale, visible)
@@ -170,7 +172,12 @@ def test_what_is_covered() -> None:
     with torch.no_grad():
         assert [made.kind for made in map(given, (coded, raw, plain)) if made is not None] == ["coded", "raw", "plain"]
         half = replace(plain, keys=plain.keys.half(), values=plain.values.half())  # type: ignore[union-attr]
-        for other in (draw.raw([0], 5, dim=8), half, replace(raw, bias=draw(1, HEADS, 9)), replace(coded, out_map=None)):
+        for other in (
+            draw.raw([0], 5, dim=8),
+            half,
+            replace(raw, bias=draw(1, HEADS, 9)),
+            replace(coded, out_map=None),
+        ):
             assert given(other) is None
 
 
@@ -179,7 +186,9 @@ def test_rows_in_the_frames_of_their_tiles(rows: int, threads: int) -> None:
     """A compact capsule's: few rows of each tile, with a bias, keys as if the tile began at position 0."""
     draw, owner = Draw(rows), torch.tensor([1, 0, 1, 1, 0])
     raw = [draw(5, HEADS, rows, DIM) for _ in range(2)]
-    segment = Segment(*raw, owner, bias=draw(5, HEADS, rows), frame=frames(draw, 5, DIM // 2, False), mask=draw(5, rows) > -1)
+    segment = Segment(
+        *raw, owner, bias=draw(5, HEADS, rows), frame=frames(draw, 5, DIM // 2, False), mask=draw(5, rows) > -1
+    )
     with torch.no_grad():
         assert given(segment) is not None
     assert error(query_of(7, batch=2, dim=DIM), [segment, draw.raw([0, 1], 4, dim=DIM)]) < SINGLE
@@ -224,7 +233,11 @@ def test_parameters_that_change_or_move_are_read() -> None:
     segment = draw.transform([0], 6, (1, 3), (2, 3))
     query, before = query_of(batch=1), []
     coding = segment.keys.coding  # type: ignore[union-attr]
-    for change in (lambda: None, lambda: coding.scale.mul_(2), lambda: setattr(coding.offset, "data", coding.offset.data * 3)):
+    for change in (
+        lambda: None,
+        lambda: coding.scale.mul_(2),
+        lambda: setattr(coding.offset, "data", coding.offset.data * 3),
+    ):
         change()
         assert error(query, [segment]) < SINGLE
         before.append(native.attend(query, [segment], 0.3))

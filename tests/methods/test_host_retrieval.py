@@ -16,7 +16,7 @@ def prefill(valid: torch.Tensor) -> LayerPrefill:
     query, keys, values = (
         rand(*valid.shape[:1], h, valid.shape[1], DIM, seed=h) for h in (HEADS * GROUP, HEADS, HEADS)
     )
-    return LayerPrefill(0, query, keys, values, [], valid, DIM**-0.5)
+    return LayerPrefill(layer=0, query=query, keys=keys, values=values, spans=[], valid=valid, scale=DIM**-0.5)
 
 
 def retrieved(tokens: int = 30, count: int = 2, chunk: int = 8) -> tuple[LayerPrefill, Retrieved]:
@@ -68,7 +68,9 @@ class TestRetrieval:
         valid = torch.ones(2, 32, dtype=torch.bool)
         keys = torch.zeros(2, HEADS, 32, DIM, dtype=torch.float64)
         keys[:, :, torch.arange(32), torch.arange(32) // 8] = 1.0
-        of = LayerPrefill(0, keys.repeat_interleave(GROUP, 1), keys, keys, [], valid, 1.0)
+        of = LayerPrefill(
+            layer=0, query=keys.repeat_interleave(GROUP, 1), keys=keys, values=keys, spans=[], valid=valid, scale=1.0
+        )
         segment = Retrieved.of(of, torch.tensor([0, 1]), torch.tensor([1, 0]), 8, 2)
         query = torch.zeros(2, HEADS, GROUP, 1, DIM, dtype=torch.float64)
         query[0, 1, 0, 0, 3], query[0, 1, 1, 0, 0] = 9.0, 5.0
@@ -78,7 +80,15 @@ class TestRetrieval:
     def test_a_query_head_with_large_scores_does_not_outvote_the_others(self) -> None:
         """Two query heads of three ask for chunk 1 with small scores, one for chunk 0 with large ones."""
         keys = torch.eye(2, dtype=torch.float64).repeat_interleave(8, 0)[None, None]
-        of = LayerPrefill(0, keys.repeat(1, 3, 1, 1), keys, keys, [], torch.ones(1, 16, dtype=torch.bool), 1.0)
+        of = LayerPrefill(
+            layer=0,
+            query=keys.repeat(1, 3, 1, 1),
+            keys=keys,
+            values=keys,
+            spans=[],
+            valid=torch.ones(1, 16, dtype=torch.bool),
+            scale=1.0,
+        )
         segment = Retrieved.of(of, torch.tensor([0]), torch.tensor([0]), 8, 1)
         query = torch.tensor([[100.0, 0.0], [0.0, 4.0], [0.0, 4.0]], dtype=torch.float64).view(1, 1, 3, 1, 2)
         assert segment.chosen(query, 1.0).tolist() == [[1]]
@@ -176,7 +186,15 @@ class TestRetrieval:
 @pytest.mark.gpu
 def test_rows_lie_pinned_on_the_host() -> None:
     of, on_cpu = retrieved()
-    moved = LayerPrefill(0, *(x.cuda() for x in (of.query, of.keys, of.values)), [], of.valid.cuda(), of.scale)
+    moved = LayerPrefill(
+        layer=0,
+        query=of.query.cuda(),
+        keys=of.keys.cuda(),
+        values=of.values.cuda(),
+        spans=[],
+        valid=of.valid.cuda(),
+        scale=of.scale,
+    )
     segment = Retrieved.of(moved, torch.tensor([0, 1]).cuda(), torch.tensor([1, 0]).cuda(), 8, 2)
     assert all(t.device.type == "cpu" for t in segment.host_tensors()) and segment.host.keys.is_pinned()
     assert all(t.is_cuda for t in segment.entry_tensors())

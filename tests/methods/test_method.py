@@ -2,6 +2,7 @@
 counts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.kept_rows import keep, keep_heads
+from kvcapsule.methods.kept_rows import gather_kept, gather_kept_per_head
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, DecodeState, DecodeTimeMethod, LayerByLayerPass
 from kvcapsule.methods.shared_budget import SharedBudget
@@ -26,7 +27,15 @@ def prefill() -> LayerPrefill:
     query, keys, values = (
         rand(ROWS, heads, TOKENS, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
-    return LayerPrefill(0, query, keys, values, [], torch.ones(ROWS, TOKENS, dtype=torch.bool), DIM**-0.5)
+    return LayerPrefill(
+        layer=0,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=[],
+        valid=torch.ones(ROWS, TOKENS, dtype=torch.bool),
+        scale=DIM**-0.5,
+    )
 
 
 def uneven(seed: int = 0) -> torch.Tensor:
@@ -54,13 +63,13 @@ def tail(of: LayerPrefill) -> Segment:
 def test_heads_of_unlike_counts_attend_as_if_masked() -> None:
     of, kept = prefill(), uneven()
     query = rand(ROWS, HEADS * GROUP, 2, DIM, seed=7)
-    out = attend(query, [*keep_heads(of, kept), tail(of)], of.scale)
+    out = attend(query, [*gather_kept_per_head(of, kept), tail(of)], of.scale)
     torch.testing.assert_close(out, masked_attention(of, kept, query))
 
 
 def test_what_a_head_does_not_keep_is_not_stored() -> None:
     of, kept = prefill(), uneven()
-    segments = keep_heads(of, kept)
+    segments = gather_kept_per_head(of, kept)
     rows = sum(s.keys.shape[0] * s.keys.shape[2] for s in segments)
     assert int(kept.sum()) <= rows <= 1.02 * int(kept.sum())
     tensors = [t for s in segments for t in (s.keys, s.values)]
@@ -79,19 +88,19 @@ def test_what_a_head_does_not_keep_is_not_stored() -> None:
 def test_heads_of_like_counts_lie_side_by_side() -> None:
     of = prefill()
     kept = torch.rand(ROWS, HEADS, TOKENS, generator=torch.Generator().manual_seed(1)).argsort(-1).argsort(-1) < 9
-    (segment,) = keep_heads(of, kept)
+    (segment,) = gather_kept_per_head(of, kept)
     assert segment.head is None
     assert tuple(segment.keys.shape) == (ROWS, HEADS, 9, DIM)
     query = rand(ROWS, HEADS * GROUP, 1, DIM, seed=7)
     torch.testing.assert_close(attend(query, [segment, tail(of)], of.scale), masked_attention(of, kept, query))
-    assert keep_heads(of, torch.zeros_like(kept)) == []
+    assert gather_kept_per_head(of, torch.zeros_like(kept)) == []
 
 
 def test_rows_of_single_heads_are_selected_with_their_heads() -> None:
     of, kept = prefill(), uneven()
     query = rand(ROWS, HEADS * GROUP, 1, DIM, seed=7)
     rows = torch.tensor([2, 0, 0])
-    chosen = [s.select(rows) for s in [*keep_heads(of, kept), tail(of)]]
+    chosen = [s.select(rows) for s in [*gather_kept_per_head(of, kept), tail(of)]]
     torch.testing.assert_close(attend(query, chosen, of.scale), attend_alone(of, kept, query, rows))
 
 
@@ -132,7 +141,7 @@ class ByLayer(SharedBudget[float]):
 
     def cut(self, of: LayerPrefill, share: float) -> Compressed:
         first = of.valid & (of.valid.cumsum(dim=1) <= round(share * of.valid.shape[1]))
-        return Compressed(keep(of, first & of.visual()), keep(of, first & ~of.visual()))
+        return Compressed(gather_kept(of, first & of.visual()), gather_kept(of, first & ~of.visual()))
 
 
 def test_a_shared_budget_is_committed_when_all_layers_are_known(
@@ -158,10 +167,7 @@ def test_a_shared_budget_of_one_layer() -> None:
 
 
 def test_pairing_waits_for_both_methods() -> None:
-    layers = [
-        LayerPrefill(i, *(prefill().query, prefill().keys, prefill().values), [], prefill().valid, 1.0)
-        for i in range(2)
-    ]
+    layers = [replace(prefill(), layer=i, scale=1.0) for i in range(2)]
     run = Combined(Full(), ByLayer()).begin_pass([0, 1])
     assert list(run.add(layers[0])) == []
     assert [layer for layer, _ in run.add(layers[1])] == [0, 1]

@@ -28,7 +28,7 @@ def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int) ->
         rand(rows, heads, count, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
     values[..., 0] = torch.arange(count, dtype=torch.float64)
-    return LayerPrefill(0, query, keys, values, visual, valid, DIM**-0.5)
+    return LayerPrefill(layer=0, query=query, keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5)
 
 
 def rows_of(segments: list[Segment], row: int, head: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -207,13 +207,13 @@ def test_half_precision_merges_in_single() -> None:
     """A thousand like tokens: summed in half precision, they would not come out as what they are."""
     of = tokens([(0, 4, 1000)], [0], 1010)
     half = LayerPrefill(
-        0,
-        of.query.half(),
-        torch.ones_like(of.keys).half(),
-        3 * torch.ones_like(of.values).half(),
-        of.spans,
-        of.valid,
-        0.3,
+        layer=0,
+        query=of.query.half(),
+        keys=torch.ones_like(of.keys).half(),
+        values=3 * torch.ones_like(of.values).half(),
+        spans=of.spans,
+        valid=of.valid,
+        scale=0.3,
     )
     visual, _ = LookM(0.02, merge="averaged").compress(half)
     assert visual and all(

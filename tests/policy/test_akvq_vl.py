@@ -19,9 +19,9 @@ from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, DecodeState
-from kvcapsule.policy import POLICIES, AkvqVl, Full
+from kvcapsule.policy import POLICIES, AkvqVl, Full, akvq_vl
+from kvcapsule.policy.akvq_vl import PIVOT
 from kvcapsule.policy.combine import Combined
-from kvcapsule.policy.recent_window import Exact
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.hadamard import hadamard
 from kvcapsule.segments.segment import Segment, storage_bytes
@@ -42,7 +42,16 @@ def tokens(
     query, keys, values = (
         rand(rows, heads, count, dim, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
-    return LayerPrefill(layer, query, keys, values, visual, valid, dim**-0.5, hidden=rand(rows, count, 5, seed=8))
+    return LayerPrefill(
+        layer=layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=visual,
+        valid=valid,
+        scale=dim**-0.5,
+        hidden=rand(rows, count, 5, seed=8),
+    )
 
 
 def mixed() -> LayerPrefill:
@@ -61,7 +70,16 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     assert of.hidden is not None
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
     query, keys, values, hidden = (t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.hidden))
-    return LayerPrefill(of.layer, query, keys, values, spans, of.valid[row : row + 1, begin:], of.scale, hidden=hidden)
+    return LayerPrefill(
+        layer=of.layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=of.valid[row : row + 1, begin:],
+        scale=of.scale,
+        hidden=hidden,
+    )
 
 
 # Worked out independently, with loops
@@ -260,7 +278,8 @@ def test_every_token_in_its_bits(salient: bool) -> None:
         assert_stored(ours, of, row, salient, 12, 6)
 
 
-def test_the_prompt_decides_by_its_attention() -> None:
+def test_the_prompt_decides_by_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(akvq_vl, "OBSERVED", 10)
     of = mixed()
     decided = []
     for row in range(3):
@@ -273,7 +292,7 @@ def test_the_prompt_decides_by_its_attention() -> None:
         among = mean(text), mean(visual), mean([p for p in pivot if p < count - 12])
         decided.append(among[0] > max(among[1:]))
     assert decided == [True, False, decided[2]], "of both types there is one"
-    ours = AkvqVl(recent=12, pivots=6, observed=10).compress(of)
+    ours = AkvqVl(recent=12, pivots=6).compress(of)
     for row in range(3):
         assert_stored(ours, of, row, decided[row], 12, 6)
 
@@ -288,17 +307,20 @@ def test_the_prompt_decides_by_its_attention() -> None:
         (1.0, 1.0, 1.0, False),
     ],
 )
-def test_text_is_to_draw_more_than_either(text: float, visual: float, pivot: float, salient: bool) -> None:
+def test_text_is_to_draw_more_than_either(
+    text: float, visual: float, pivot: float, salient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scores of the three kinds of tokens, the same for all queries; recent tokens and padding, which are left out,
     score highest."""
+    monkeypatch.setattr(akvq_vl, "OBSERVED", 4)
     of = tokens([(0, 13, 30)], [2], 60)
     assert of.hidden is not None
     of.hidden[0, [3, 20, 55]] = 40.0
     of.query[:], scores = 1.0, torch.full((60,), text, dtype=torch.float64)
     scores[13:43], scores[[3, 20]], scores[48:], scores[:2] = visual, pivot, 9.0, 9.0
     of.keys[:] = (scores / (of.scale * DIM))[:, None]
-    stored = AkvqVl(recent=12, pivots=3, observed=4).compress(of).text
-    assert {s.later for s in stored if isinstance(s, Exact)} == ({4} if salient else {2, None})
+    stored = AkvqVl(recent=12, pivots=3).compress(of).text
+    assert {s.tag for s in stored if bits_of(s) == 16} == ({4} if salient else {2, PIVOT})
 
 
 def test_only_what_needs_pivots_asks_for_hidden_states() -> None:
@@ -308,14 +330,6 @@ def test_only_what_needs_pivots_asks_for_hidden_states() -> None:
     for policy in (AkvqVl(pivots=0), AkvqVl((0,))):
         assert policy.compress(of).text
     assert replace(mixed()).without_queries().hidden is None
-
-
-def test_values_without_rotation() -> None:
-    of = tokens([(0, 3, 20)], [0], 30)
-    (segment,) = AkvqVl((), recent=7, pivots=0, rotate=False).compress(of).visual
-    assert segment.q_map is None and segment.out_map is None
-    line = segment.materialize(torch.float64)[1][0, 1, 4].tolist()
-    assert line == pytest.approx(rounded(of.values[0, 1, 7].tolist(), 2, 0.8), abs=1e-6)
 
 
 # Bytes
@@ -330,13 +344,13 @@ def test_bits_for_an_element(count: int, printed: float) -> None:
     hidden = torch.zeros(1, count, 4)
     hidden[0, 20:35, 2] = 100.0
     of = LayerPrefill(
-        0,
-        x,
-        x,
-        x.clone(),
-        [VisualSpan(0, 5, 300, (1, 1, 300))],
-        torch.ones(1, count, dtype=torch.bool),
-        1.0,
+        layer=0,
+        query=x,
+        keys=x,
+        values=x.clone(),
+        spans=[VisualSpan(0, 5, 300, (1, 1, 300))],
+        valid=torch.ones(1, count, dtype=torch.bool),
+        scale=1.0,
         hidden=hidden,
     )
     stored = AkvqVl(()).compress(of)
@@ -358,7 +372,13 @@ def test_bits_for_an_element_of_a_text_salient_layer() -> None:
     count, dim, recent, visual = 600, 128, 128, 300
     x = rand(1, 1, count, dim).half()
     of = LayerPrefill(
-        0, x, x, x.clone(), [VisualSpan(0, 5, visual, (1, 1, visual))], torch.ones(1, count, dtype=torch.bool), 1.0
+        layer=0,
+        query=x,
+        keys=x,
+        values=x.clone(),
+        spans=[VisualSpan(0, 5, visual, (1, 1, visual))],
+        valid=torch.ones(1, count, dtype=torch.bool),
+        scale=1.0,
     )
     stored = AkvqVl((0,)).compress(of)
     everything = 8 * storage_bytes(
@@ -398,9 +418,7 @@ def test_rows_can_be_chosen() -> None:
     rows = torch.tensor([1, 1, 0])
     chosen = [s.select(rows) for s in (*visual, *text)]
     torch.testing.assert_close(attend(query[rows], chosen, 0.3), before[rows])
-    assert [s.later for s in chosen if isinstance(s, Exact)] == [
-        s.later for s in (*visual, *text) if isinstance(s, Exact)
-    ]
+    assert [s.tag for s in chosen] == [s.tag for s in (*visual, *text)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -440,7 +458,7 @@ def test_what_leaves_the_window_is_stored_as_its_like() -> None:
     second = replace(second, keys=second.keys * 3, values=second.values - 1)
     after = revised(POLICY, of, first, second)
     for row in range(3):
-        salient = any(s.later == 4 and row in s.owner for s in POLICY.compress(of).text if isinstance(s, Exact))
+        salient = any(s.tag == 4 and row in s.owner for s in POLICY.compress(of).text if bits_of(s) == 16)
         assert salient == (row == 0) or row == 2
         pivot = [] if salient else pivots_of(of, row, 6)
         bits = 4 if salient else 2
@@ -577,8 +595,8 @@ def test_generation_past_the_window(
         assert isinstance(layer, CapsuleLayer)
         assert layer.tail_length == 35 - 32
         raw = [s for s in layer.text if isinstance(s.keys, torch.Tensor)]
-        assert all(isinstance(s, Exact) for s in raw)
-        assert sum(len(s.owner) * s.tokens for s in raw if isinstance(s, Exact) and s.later) == 2 * beams * 20
+        assert all(s.tag is not None for s in raw)
+        assert sum(len(s.owner) * s.tokens for s in raw if s.tag != PIVOT) == 2 * beams * 20
 
 
 def test_a_second_turn_with_an_image(
@@ -604,10 +622,8 @@ def test_a_second_turn_with_an_image(
         for s in (*layer.visual, *layer.text)
         if bits_of(s) == 16
     ]
-    assert {s.later for s in raw if isinstance(s, Exact)} <= {None, 2, 4} and all(isinstance(s, Exact) for s in raw)
-    assert all(s.tokens == 20 for s in raw if isinstance(s, Exact) and s.later), (
-        "both prompts' windows and the three tokens have left"
-    )
+    assert {s.tag for s in raw} <= {PIVOT, 2, 4}
+    assert all(s.tokens == 20 for s in raw if s.tag != PIVOT), "both prompts' windows and the three tokens have left"
 
 
 def test_as_the_text_s_method_beside_another(
@@ -634,9 +650,7 @@ def test_as_the_text_s_method_beside_another(
         ({"recent": -1}, "recent -1 counts tokens"),
         ({"pivots": -2}, "pivots -2 counts tokens"),
         ({"group": 0}, "group 0: at least one"),
-        ({"observed": 0}, "observed 0: at least one"),
         ({"clip": 0.0}, "clip 0.0 is outside (0, 1]"),
-        ({"text_clip": 1.5}, "text_clip 1.5 is outside (0, 1]"),
         ({"bits": 5}, "5 bits cannot be packed"),
         ({"bits": 4}, "text_bits 4 are to be more than the 4 bits"),
     ],
@@ -650,7 +664,6 @@ def test_models_that_do_not_fit_are_refused() -> None:
     with pytest.raises(GeometryError, match=re.escape("text_layers (0, 4): the model's layers are 0 to 3")):
         AkvqVl((0, 4)).require_geometry(KVGeometry("llava", 4, 4, 2, 8, "1d"))
     odd = KVGeometry("llava", 4, 4, 2, 9, "none")
-    with pytest.raises(GeometryError, match="a head dim of 9 has no Walsh-Hadamard rotation: pass rotate=False"):
+    with pytest.raises(GeometryError, match="a head dim of 9 has no Walsh-Hadamard rotation"):
         AkvqVl().require_geometry(odd)
-    AkvqVl(rotate=False).require_geometry(odd)
     assert POLICIES["akvq-vl"] is AkvqVl

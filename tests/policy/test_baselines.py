@@ -29,10 +29,10 @@ from kvcapsule.policy import (
     SnapKV,
     StreamingLLM,
     VisualPolicy,
+    attention_scores,
 )
-from kvcapsule.policy import snapkv as snapkv_module
+from kvcapsule.policy.attention_scores import attention_received
 from kvcapsule.policy.pyramidkv import pyramid_counts
-from kvcapsule.policy.snapkv import attention_received
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -66,7 +66,7 @@ def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int, la
         rand(rows, heads, count, DIM, seed=s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
     keys[..., 0] = values[..., 0] = torch.arange(count, dtype=torch.float64) / count
-    return LayerPrefill(layer, query, keys, values, visual, valid, DIM**-0.5)
+    return LayerPrefill(layer=layer, query=query, keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5)
 
 
 def mixed() -> LayerPrefill:
@@ -81,7 +81,9 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     query, keys, values, valid = (
         t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
     )
-    return LayerPrefill(of.layer, query, keys, values, spans, valid[..., 0], of.scale)
+    return LayerPrefill(
+        layer=of.layer, query=query, keys=keys, values=values, spans=spans, valid=valid[..., 0], scale=of.scale
+    )
 
 
 def places(segments: list[Segment], row: int, count: int) -> list[list[int]]:
@@ -126,7 +128,7 @@ SMALL = tokens([(0, 3, 6), (0, 9, 4), (1, 5, 7)], [1, 4], 16)
 @pytest.mark.parametrize("chunk", [256, 5, 1])
 def test_h2o_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the chunk, and with padding: what all queries give, over the heads that share keys."""
-    monkeypatch.setattr(snapkv_module, "_CHUNK", chunk)
+    monkeypatch.setattr(attention_scores, "CHUNK", chunk)
     scores = H2O(0.5).scores(SMALL)
     for row in (0, 1):
         for head in range(HEADS):
@@ -286,7 +288,15 @@ def test_kivi_bytes(bits: int) -> None:
     for length, groups, eights in ((192, 6, 24), (196, 7, 25)):
         x = rand(1, HEADS, length, 64).half()
         valid = torch.ones(1, length, dtype=torch.bool)
-        of = LayerPrefill(0, x, x, x.clone(), [VisualSpan(0, 0, length, (1, 1, length))], valid, 1.0)
+        of = LayerPrefill(
+            layer=0,
+            query=x,
+            keys=x,
+            values=x.clone(),
+            spans=[VisualSpan(0, 0, length, (1, 1, length))],
+            valid=valid,
+            scale=1.0,
+        )
         keys, values = 64 * (eights * bits + groups * 2 * 2), length * (8 * bits + 2 * 2 * 2)
         assert visual_bytes(Kivi(bits), of) == HEADS * (keys + values)
         # The nominal bits + 1 for an element, and at most 3.1 % more.

@@ -35,7 +35,14 @@ def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int = 6
     )
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
     return LayerPrefill(
-        0, rand(rows, 4, count, 8, seed=1), rand(rows, 2, count, 8, seed=2), values, visual, valid, 8**-0.5, None
+        layer=0,
+        query=rand(rows, 4, count, 8, seed=1),
+        keys=rand(rows, 2, count, 8, seed=2),
+        values=values,
+        spans=visual,
+        valid=valid,
+        scale=8**-0.5,
+        position_embeddings=None,
     )
 
 
@@ -104,7 +111,7 @@ def test_attention_received_sums_to_queries_and_heads() -> None:
     """Nothing goes to padding; a row of three tokens has three queries."""
     of = tokens([], [0, 57])
     received = last_attention(of)
-    torch.testing.assert_close(received.sum(1), torch.tensor([4.0 * OBSERVED, 4.0 * 3]))
+    torch.testing.assert_close(received.sum(1), torch.tensor([4.0 * OBSERVED, 4.0 * 3], dtype=torch.float64))
     assert (received[1, :57] == 0).all()
 
 

@@ -10,9 +10,9 @@ from support.builders import rand
 from kvcapsule.methods.host_retrieval import Retrieved
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import HybridKV, StreamingLLM
+from kvcapsule.policy.budgets import share_out
 from kvcapsule.policy.combine import Combined
-from kvcapsule.policy.concentration import concentration
-from kvcapsule.policy.head_budgets import nearest_power, share_out
+from kvcapsule.policy.hybridkv import concentration, nearest_power
 from kvcapsule.policy.text import TextPruning
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.spans import VisualSpan
@@ -26,7 +26,9 @@ def prefill(valid: torch.Tensor, *spans: tuple[int, int, int], layer: int = 0) -
         rand(batch, h, tokens, DIM, seed=3 * layer + i) for i, h in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    return LayerPrefill(layer, 2 * query, keys, values, visual, valid, DIM**-0.5)
+    return LayerPrefill(
+        layer=layer, query=2 * query, keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5
+    )
 
 
 VALID = torch.ones(2, 30, dtype=torch.bool)
@@ -79,16 +81,6 @@ class TestHeadTypes:
         of = prefill(VALID, *SPANS)
         each = concentration(of, 0.05)
         torch.testing.assert_close(HybridKV(0.3).observe(of).score, (each[..., 0] + each[..., 1]) / 2)
-        torch.testing.assert_close(
-            HybridKV(0.3, group="min").observe(of).score, torch.minimum(each[..., 0], each[..., 1])
-        )
-
-    def test_theta(self) -> None:
-        assert HybridKV(0.3).static([0.89, 0.90, 0.91, 1.0]) == [False, True, True, True]
-        assert HybridKV(0.3, theta=0.0).static([0.0, 1.0]) == [True, True]
-        assert HybridKV(0.3, theta=1.1).static([0.0, 1.0]) == [False, False]
-        # The middle of 0.2, 0.3, 0.5 and 0.6 is 0.4.
-        assert HybridKV(0.3, theta=0.5, quantile=True).static([0.6, 0.2, 0.3, 0.5]) == [True, False, False, True]
 
 
 class TestBudgets:
@@ -99,8 +91,8 @@ class TestBudgets:
         The static heads have 200 - 64 = 136, a quarter of it evenly: 17 each and 102 in the ratio 0.9 to 1: 65.3 and
         70.7 in whole tokens.
         """
-        policy = HybridKV(0.5, uniform=0.25, index="beside")
-        assert policy.allot([0.9, 0.2, 0.1, 1.0], 100, 20, 6.5) == ([65, 0, 0, 71], [0, 4, 4, 0])
+        policy = HybridKV(0.5, uniform=0.25)
+        assert policy.allot([0.9, 0.2, 0.1, 1.0], 100, 20, 0.0) == ([65, 0, 0, 71], [0, 4, 4, 0])
 
     def test_means_are_paid_for_first(self) -> None:
         """200 - 2 * 6.5 = 187; ceil(0.75 * 46.75 * 2) = 71, 35.5 each: 32; static 187 - 64 = 123: 30.75 / 2 + 92.25 *
@@ -108,15 +100,9 @@ class TestBudgets:
         policy = HybridKV(0.5, uniform=0.25)
         assert policy.allot([0.9, 0.2, 0.1, 1.0], 100, 20, 6.5) == ([59, 0, 0, 64], [0, 4, 4, 0])
 
-    def test_without_padding(self) -> None:
-        """75 for the two dynamic heads, 125 for the static ones; of nine chunks of 8 the first has one more."""
-        policy = HybridKV(0.5, index="beside", padded=False)
-        kept, loaded = policy.allot([0.9, 0.2, 0.1, 0.9], 100, 20, 6.5)
-        assert (kept, loaded) == ([63, 0, 0, 62], [0, 5, 4, 0])
-
     def test_dynamic_heads_alone_have_all(self) -> None:
         """Three heads at 0.4: 120 tokens, 15 chunks; with means of 6.5: 100.5 and 13 chunks (12.56 to the nearest)."""
-        assert HybridKV(0.4, index="beside").allot([0.1] * 3, 100, 20, 6.5) == ([0, 0, 0], [5, 5, 5])
+        assert HybridKV(0.4).allot([0.1] * 3, 100, 20, 0.0) == ([0, 0, 0], [5, 5, 5])
         assert HybridKV(0.4).allot([0.1] * 3, 100, 20, 6.5) == ([0, 0, 0], [5, 4, 4])
 
     def test_static_heads_alone_have_all(self) -> None:
@@ -125,7 +111,7 @@ class TestBudgets:
     def test_what_static_heads_cannot_keep_is_loaded(self) -> None:
         """At 0.9, 360: dynamic heads have 67.5, or 64; the static ones cannot keep more than 100, and 160 are left: 80
         each."""
-        assert HybridKV(0.9, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 20, 6.5) == (
+        assert HybridKV(0.9).allot([0.95, 0.1, 0.1, 0.95], 100, 20, 0.0) == (
             [100, 0, 0, 100],
             [0, 10, 10, 0],
         )
@@ -133,11 +119,11 @@ class TestBudgets:
     def test_what_static_heads_need_is_not_loaded(self) -> None:
         """At 0.25, 100: two static heads keep 40 each in any case, and 20 are left, two chunks and a half; at 0.26
         three chunks."""
-        assert HybridKV(0.25, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 40, 6.5) == (
+        assert HybridKV(0.25).allot([0.95, 0.1, 0.1, 0.95], 100, 40, 0.0) == (
             [40, 0, 0, 40],
             [0, 1, 1, 0],
         )
-        assert HybridKV(0.26, index="beside").allot([0.95, 0.1, 0.1, 0.95], 100, 40, 6.5) == (
+        assert HybridKV(0.26).allot([0.95, 0.1, 0.1, 0.95], 100, 40, 0.0) == (
             [40, 0, 0, 40],
             [0, 2, 1, 0],
         )
@@ -148,11 +134,10 @@ class TestBudgets:
         assert HybridKV(0.1).allot([0.1, 0.95], 9, 9, 1.0) == ([9, 9], [0, 0])
         assert HybridKV(0.1).allot([0.1, 0.95], 10, 10, 1.0) == ([0, 10], [1, 0])
 
-    @pytest.mark.parametrize("index", ["within", "beside"])
     @pytest.mark.parametrize("tokens", [1, 7, 99, 100])
     @pytest.mark.parametrize("scores", [[0.95, 0.1, 0.2], [0.1] * 3, [0.95] * 3])
-    def test_a_budget_of_one_keeps_all(self, scores: list[float], tokens: int, index: str) -> None:
-        allotted = HybridKV(1.0, index=index).allot(scores, tokens, min(tokens, 10), -(-tokens // 8) / 2)
+    def test_a_budget_of_one_keeps_all(self, scores: list[float], tokens: int) -> None:
+        allotted = HybridKV(1.0).allot(scores, tokens, min(tokens, 10), -(-tokens // 8) / 2)
         assert allotted == ([tokens] * 3, [0] * 3)
 
     @pytest.mark.parametrize(
@@ -182,12 +167,9 @@ class TestBudgets:
             ({"uniform": 0.0}, r"uniform 0.0 is outside \(0, 1\]: it is the share of the static"),
             ({"top": 1.5}, r"top 1.5 is outside \(0, 1\]: it is the share of the tokens"),
             ({"theta": -0.1}, "theta -0.1 is an attention mass"),
-            ({"theta": 1.5, "quantile": True}, "a quantile from 0 to 1"),
             ({"dynamic": 0.0}, "dynamic 0.0 is a dynamic head's budget"),
             ({"window": 0}, "window 0 and chunk 8 count tokens"),
             ({"chunk": 0}, "window 16 and chunk 0 count tokens"),
-            ({"group": "max"}, "group 'max' is neither 'mean' nor 'min'"),
-            ({"index": "off"}, "index 'off' is neither 'within' nor 'beside'"),
         ],
     )
     def test_settings_that_cannot_work_are_refused(self, settings: dict[str, Any], message: str) -> None:

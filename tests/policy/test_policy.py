@@ -9,7 +9,7 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.kept_rows import keep
+from kvcapsule.methods.kept_rows import gather_kept
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.policy import (
@@ -30,7 +30,7 @@ def prefill(spans: list[VisualSpan], valid: torch.Tensor, dim: int = 4, seed: in
     batch, tokens = valid.shape
     generator = torch.Generator().manual_seed(seed)
     query, keys, values = (torch.randn(batch, heads, tokens, dim, generator=generator) for heads in (4, 2, 2))
-    return LayerPrefill(0, query, keys, values, spans, valid, dim**-0.5)
+    return LayerPrefill(layer=0, query=query, keys=keys, values=values, spans=spans, valid=valid, scale=dim**-0.5)
 
 
 def span(row: int, start: int, length: int) -> VisualSpan:
@@ -181,13 +181,13 @@ def test_padding_of_uneven_rows_does_not_widen_a_range() -> None:
     assert both.mask is not None
     for row, length in ((0, 5), (1, 4)):
         alone = LayerPrefill(
-            0,
-            of.query[row : row + 1],
-            of.keys[row : row + 1],
-            of.values[row : row + 1],
-            [span(0, 2, length)],
-            valid[:1],
-            0.5,
+            layer=0,
+            query=of.query[row : row + 1],
+            keys=of.keys[row : row + 1],
+            values=of.values[row : row + 1],
+            spans=[span(0, 2, length)],
+            valid=valid[:1],
+            scale=0.5,
         )
         (one,) = Quantized(2).compress(alone).visual
         for ours, theirs in zip(both.materialize(), one.materialize(), strict=True):
@@ -198,13 +198,13 @@ def test_rows_of_like_length_share_a_segment_and_others_do_not() -> None:
     valid = torch.ones(3, 40, dtype=torch.bool)
     of = prefill([], valid)
     counts = torch.tensor([10, 9, 10])
-    (near,) = keep(of, torch.arange(40) < counts[:, None])
+    (near,) = gather_kept(of, torch.arange(40) < counts[:, None])
     assert near.mask is not None
     assert near.mask.sum(1).tolist() == [10, 9, 10]
-    far = keep(of, torch.arange(40) < torch.tensor([30, 4, 30])[:, None])
+    far = gather_kept(of, torch.arange(40) < torch.tensor([30, 4, 30])[:, None])
     assert [(s.owner.tolist(), s.tokens, s.mask) for s in far] == [([1], 4, None), ([0, 2], 30, None)]
-    assert keep(of, torch.zeros(3, 40, dtype=torch.bool)) == []
-    (some,) = keep(of, (torch.arange(40) < 5) & torch.tensor([[True], [False], [True]]))
+    assert gather_kept(of, torch.zeros(3, 40, dtype=torch.bool)) == []
+    (some,) = gather_kept(of, (torch.arange(40) < 5) & torch.tensor([[True], [False], [True]]))
     assert some.owner.tolist() == [0, 2]
     torch.testing.assert_close(some.values, of.values[[0, 2], :, :5])
 
@@ -235,23 +235,23 @@ def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.
     places = set()
     for layer in (of, replace(of, keys=2 * of.keys, values=of.values + 1)):
         before = layer.keys.clone()
-        own, lent = cut_tiles(layer, 3, turned=True), cut_tiles(layer, 3, turned=True, lent=True)
+        own, borrowed = cut_tiles(layer, 3, derotated=True), cut_tiles(layer, 3, derotated=True, borrowed=True)
         plain = cut_tiles(layer, 3)
-        assert own is not None and lent is not None and plain is not None and plain.frame is not None
+        assert own is not None and borrowed is not None and plain is not None and plain.frame is not None
         torch.testing.assert_close(own.keys, plain.frame.unrotate(plain.keys))
         for one, other in (
-            (own.keys, lent.keys),
-            (own.values, lent.values),
-            (plain.values, lent.values),
+            (own.keys, borrowed.keys),
+            (own.values, borrowed.values),
+            (plain.values, borrowed.values),
             (layer.keys, before),
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
         kept = {x.untyped_storage().data_ptr() for x in (own.keys, own.values, plain.keys)}
         given = {x.untyped_storage().data_ptr() for x in (layer.keys, layer.values)}
         assert not kept & given
-        assert (lent.values.untyped_storage().data_ptr() in given) == (len(spans) == 1)
-        assert lent.keys.untyped_storage().data_ptr() not in given | kept
-        places.add(lent.keys.untyped_storage().data_ptr())
+        assert (borrowed.values.untyped_storage().data_ptr() in given) == (len(spans) == 1)
+        assert borrowed.keys.untyped_storage().data_ptr() not in given | kept
+        places.add(borrowed.keys.untyped_storage().data_ptr())
     assert len(places) == 1
 
 
@@ -265,7 +265,7 @@ def test_gradients_go_through_tiles(spans: list[VisualSpan]) -> None:
         keys=of.keys.requires_grad_(),
         values=of.values.requires_grad_(),
     )
-    tiles, plain = cut_tiles(of, 3, turned=True), cut_tiles(of, 3)
+    tiles, plain = cut_tiles(of, 3, derotated=True), cut_tiles(of, 3)
     assert tiles is not None and plain is not None and plain.frame is not None
     one, other = (
         torch.autograd.grad((keys * values).sum(), (of.keys, of.values))

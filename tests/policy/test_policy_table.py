@@ -70,7 +70,7 @@ def make(name: str, dial: float) -> Method:
 def test_the_table_is_sound() -> None:
     assert set(TABLE) <= set(POLICIES)
     for name, policy in POLICIES.items():
-        assert policy.budget_field in (None, "ratio", "budget"), name
+        assert policy.budget_field in (None, "retention", "budget"), name
         known = [f.name for f in fields(policy)]
         assert policy.budget_field is None or policy.budget_field in known, name
         frozen = make(name, 0.5)
@@ -94,14 +94,17 @@ def layers(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
         [rand(rows, h, count, DIM, seed=9 * i + j) for j, h in enumerate((HEADS * GROUP, HEADS, HEADS))]
         for i in range(LAYERS)
     ]
-    return [LayerPrefill(i, *three, visual, valid, DIM**-0.5) for i, three in enumerate(drawn)]
+    return [
+        LayerPrefill(layer=i, query=query, keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5)
+        for i, (query, keys, values) in enumerate(drawn)
+    ]
 
 
 MIXED = layers([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 64)
 """Left padding; one image, two with text between, none; spans of unlike length."""
 LONG = layers([(0, 20, 400), (0, 480, 350)], [0], 900)
-"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.keep), whatever the
-policy."""
+"""One row: rows of a batch that keep unlike counts may be padded (kvcapsule.methods.kept_rows.gather_kept), whatever
+the policy."""
 
 
 def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:
@@ -116,7 +119,15 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     begin = int((~of.valid[row]).sum())
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
     query, keys, values = (t[row : row + 1, :, begin:] for t in (of.query, of.keys, of.values))
-    return LayerPrefill(of.layer, query, keys, values, spans, of.valid[row : row + 1, begin:], of.scale)
+    return LayerPrefill(
+        layer=of.layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=of.valid[row : row + 1, begin:],
+        scale=of.scale,
+    )
 
 
 def read(layer: Compressed, query: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,7 +150,7 @@ def test_bytes_fall_as_the_dial_promises(name: str, dial: float) -> None:
     """Of the visual tokens, with the text as it was, or of all."""
     ours, full = compressed(make(name, dial), LONG), compressed(Full(), LONG)
     visual, text, whole, raw = (sum(map(held, parts)) for one in (ours, full) for parts in zip(*one, strict=True))
-    if POLICIES[name].budget_field == "ratio":
+    if POLICIES[name].budget_field == "retention":
         assert visual == pytest.approx(dial * whole, rel=0.02)
         assert text == raw
     else:

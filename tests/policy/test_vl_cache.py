@@ -20,11 +20,11 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.policy import Full, VLCache, postvision
-from kvcapsule.policy.budgets import layer_shares, whole_counts
+from kvcapsule.methods.ratios import proportional
+from kvcapsule.policy import Full, VLCache, attention_scores
+from kvcapsule.policy.budgets import layer_counts
 from kvcapsule.policy.combine import Combined
-from kvcapsule.policy.postvision import SparsityMeter, attention_of, layer_sparsity, ranking_queries
-from kvcapsule.policy.vl_cache import RankedTokens
+from kvcapsule.policy.vl_cache import RankedTokens, SparsityMeter, attention_of, clipped_shares, ranking_queries
 from kvcapsule.vlm.spans import find_spans
 
 # By hand
@@ -42,12 +42,14 @@ HAND = scripted(WEIGHTS, 6, 2, [(1, 3)])
 def test_sparsity_by_hand() -> None:
     """Of 5 + 6 entries: one below 1 and two below 0.1 in the first head, none below 0.01 and four below 10 in the
     second."""
-    assert float(layer_sparsity(HAND)) == pytest.approx((3 / 11 + 4 / 11) / 2)
+    queries = ranking_queries(HAND)
+    assert float(attention_of(HAND, queries).sparsity) == pytest.approx((3 / 11 + 4 / 11) / 2)
     # A tenth: 1.1, 0.9 and 2 below 10; 0.05, 0.2 and 0.09 below 1; none; four and 20 below 100.
-    assert float(layer_sparsity(HAND, threshold=0.1)) == pytest.approx((6 / 11 + 5 / 11) / 2)
-    assert float(layer_sparsity(HAND, threshold=0.0)) == 0
+    assert float(attention_of(HAND, queries, 0.1).sparsity) == pytest.approx((6 / 11 + 5 / 11) / 2)
+    assert float(attention_of(HAND, queries, 0.0).sparsity) == 0
     # Only the last token ranks: 2 of 6 and 4 of 6.
-    assert float(layer_sparsity(HAND, window=1, post_vision=False)) == pytest.approx(0.5)
+    last = torch.arange(6)[None] == 5
+    assert float(attention_of(HAND, last).sparsity) == pytest.approx(0.5)
 
 
 def test_token_scores_by_hand() -> None:
@@ -77,10 +79,6 @@ def test_token_scores_by_hand() -> None:
         ({"budget": 1 / 3}, [0, 5]),
         ({"budget": 1 / 2, "recent": 0.5}, [0, 4, 5]),
         ({"budget": 1 / 2, "recent": 1.0}, [3, 4, 5]),
-        # The greater of both heads: 1.18 for token 0, 0.395 for 5, 0.328 for 3.
-        ({"budget": 1 / 3, "recent": 0.0, "group": "max"}, [0, 5]),
-        # The last token alone ranks: 1.37 for token 0, 0.414 for 5, 0.198 for 4, 0.009 for 2.
-        ({"budget": 1 / 2, "recent": 0.0, "queries": "last", "window": 1}, [0, 4, 5]),
         # Of the text alone, half of three.
         ({"budget": 2 / 3, "recent": 0.0, "scope": "text"}, [0, 5]),
     ],
@@ -95,46 +93,36 @@ def test_kept_tokens_by_hand(settings: dict[str, Any], kept: list[int]) -> None:
 def test_layer_shares_by_hand() -> None:
     """1 - gamma: 0.1, 0.5, 0.02, 0.38, which add up to 1."""
     weights = [1 - gamma for gamma in (0.9, 0.5, 0.98, 0.62)]
-    assert layer_shares(weights, 0.5, 0.01, 1, "clip") == pytest.approx([0.2, 1.0, 0.04, 0.76])
+    assert clipped_shares(weights, 0.5, 0.01) == pytest.approx([0.2, 1.0, 0.04, 0.76])
     # Times 0.4: the third layer is below the least share.
-    assert layer_shares(weights, 0.1, 0.01, 1, "clip") == pytest.approx([0.04, 0.2, 0.01, 0.152])
+    assert clipped_shares(weights, 0.1, 0.01) == pytest.approx([0.04, 0.2, 0.01, 0.152])
     # Times 3: two layers have more than all; what they cannot take is lost, or shared by the others, 5 to 1.
-    assert layer_shares(weights, 0.75, 0.01, 1, "clip") == pytest.approx([0.3, 1.0, 0.06, 1.0])
-    assert layer_shares(weights, 0.75, 0.01, 1, "share") == pytest.approx([5 / 6, 1.0, 1 / 6, 1.0])
+    assert clipped_shares(weights, 0.75, 0.01) == pytest.approx([0.3, 1.0, 0.06, 1.0])
+    assert proportional(weights, 3.0, 0.01, 1) == pytest.approx([5 / 6, 1.0, 1 / 6, 1.0])
     # The least share is spent at the others' cost: 0.39 for three of 0.98.
-    assert layer_shares(weights, 0.1, 0.01, 1, "share") == pytest.approx(
+    assert proportional(weights, 0.4, 0.01, 1) == pytest.approx(
         [0.39 * w / 0.98 for w in (0.1, 0.5)] + [0.01, 0.39 * 0.38 / 0.98]
     )
-    assert layer_shares(weights, 1.0, 0.01, 1, "clip") == [1.0] * 4
-    assert layer_shares([0.0, 1.0, 0.0], 0.5, 0.0, 1, "share") == pytest.approx([0.25, 1.0, 0.25]), (
-        "no weight: what is left"
-    )
-    assert layer_shares([0.0, 0.0], 0.5, 0.0, 1, "clip") == [0.5, 0.5]
+    assert clipped_shares(weights, 1.0, 0.01) == [1.0] * 4
+    assert proportional([0.0, 1.0, 0.0], 1.5, 0.0, 1) == pytest.approx([0.25, 1.0, 0.25]), "no weight: what is left"
+    assert clipped_shares([0.0, 0.0], 0.5, 0.0) == [0.5, 0.5]
 
 
-def test_whole_counts_by_hand() -> None:
-    assert whole_counts([0.2, 1.0, 0.04, 0.76], 25) == [5, 25, 1, 19]
+def test_layer_counts_by_hand() -> None:
+    assert layer_counts([0.2, 1.0, 0.04, 0.76], 25) == [5, 25, 1, 19]
     # 2.5 each are ten; 1.2, 1.3 and 3.4 are six.
-    assert whole_counts([0.25] * 4, 10) == [3, 3, 2, 2]
-    assert whole_counts([0.12, 0.13, 0.34], 10) == [1, 1, 4]
-    assert whole_counts([0.001, 0.5], 10) == [1, 5], "one at least"
-    assert whole_counts([0.3, 0.6], 0) == [0, 0]
+    assert layer_counts([0.25] * 4, 10) == [3, 3, 2, 2]
+    assert layer_counts([0.12, 0.13, 0.34], 10) == [1, 1, 4]
+    assert layer_counts([0.001, 0.5], 10) == [1, 5], "one at least"
+    assert layer_counts([0.3, 0.6], 0) == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("recent_of", "counts", "recents"),
-    [
-        # Half of twenty tokens, in shares of 1 to 5: 3.33 and 16.67, whose last fifths are 0.6 and 3.4, rounded up.
-        ("layer", [3, 17], [1, 4]),
-        # Two of the mean of ten are the last ones in both layers; of the other eight, 1 to 5, 2.67 and 13.33.
-        ("mean", [5, 15], [2, 2]),
-    ],
-)
-def test_counts_and_recents_by_hand(recent_of: str, counts: list[int], recents: list[int]) -> None:
-    method = VLCache(0.5, recent=0.2, recent_of=recent_of)
+def test_counts_and_recents_by_hand() -> None:
+    """Half of twenty tokens, in shares of 1 to 5: 3.33 and 16.67, whose last fifths are 0.6 and 3.4, rounded up."""
+    method, counts, recents = VLCache(0.5, recent=0.2), [3, 17], [1, 4]
     assert method.counts([0.9, 0.5], 20) == counts
     layers = [scripted({}, 20, 1, []).without_queries() for _ in range(2)]
-    first_is_best = -torch.arange(20.0).expand(1, 1, 20)
+    first_is_best = -torch.arange(20.0).expand(1, 20)
     found = method.commit(layers, [RankedTokens(first_is_best, torch.tensor([gamma])) for gamma in (0.9, 0.5)])
     for compressed, count, recent in zip(found, counts, recents, strict=True):
         assert places(compressed.text) == [[*range(count - recent), *range(20 - recent, 20)]]
@@ -168,7 +156,7 @@ its image."""
 
 @pytest.mark.parametrize("chunk", [256, 7])
 def test_attention_of_padded_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postvision, "_CHUNK", chunk)
+    monkeypatch.setattr(attention_scores, "CHUNK", chunk)
     of = mixed()[1]
     queries = ranking_queries(of, WINDOW)
     found = attention_of(of, queries, 0.05)
@@ -184,11 +172,10 @@ def test_attention_of_padded_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scope", ["all", "text"])
-@pytest.mark.parametrize("sets", ["layer", "head"])
-def test_kept_tokens_of_all_layers(sets: str, scope: str) -> None:
+def test_kept_tokens_of_all_layers(scope: str) -> None:
     """Every row and layer, from the definition to the tokens that are stored."""
     layers = mixed()
-    method = VLCache(0.4, threshold=0.05, window=WINDOW, sets=sets, scope=scope)
+    method = VLCache(0.4, threshold=0.05, window=WINDOW, scope=scope)
     found = run(method, layers)
     for row, ranking in enumerate(RANKING):
         visual = [j for j in range(60) if layers[0].visual()[row, j]]
@@ -204,10 +191,9 @@ def test_kept_tokens_of_all_layers(sets: str, scope: str) -> None:
             counts.append(len(every[0]))
             assert abs(counts[-1] - share) < 1
             for head, kept in enumerate(every):
-                readers = received if sets == "layer" else received[2 * head : 2 * head + 2]
                 recent = among[len(among) - -(-counts[-1] // 10) :]
                 rest = sorted(
-                    (j for j in among if j not in recent), key=lambda j: -sum(got.get(j, 0.0) for got in readers)
+                    (j for j in among if j not in recent), key=lambda j: -sum(got.get(j, 0.0) for got in received)
                 )
                 assert kept == sorted(recent + rest[: counts[-1] - len(recent)]), (row, head)
                 assert [j for j in kept if j not in visual] == (text[head] if text else [])
@@ -218,12 +204,9 @@ def test_kept_tokens_of_all_layers(sets: str, scope: str) -> None:
 
 EVERY = [
     VLCache(0.4),
-    VLCache(0.4, sets="head", group="max"),
-    VLCache(0.4, queries="last", window=9, recent_of="mean", overflow="share"),
     VLCache(0.3, scope="text"),
-    VLCache(0.3, scope="text", sets="head"),
 ]
-each = pytest.mark.parametrize("method", EVERY, ids=["plain", "heads", "last", "text", "text-heads"])
+each = pytest.mark.parametrize("method", EVERY, ids=["plain", "text"])
 
 
 @each
@@ -260,22 +243,19 @@ def test_a_budget_of_one_keeps_everything(method: VLCache) -> None:
         same_answers(found, full, of)
 
 
-@pytest.mark.parametrize("sets", ["layer", "head"])
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.25, 0.5, 0.9])
-def test_bytes_fall_as_promised(budget: float, sets: str) -> None:
-    """Over four layers of 410 tokens, whatever a layer cannot take; without sharing, less where a layer is full."""
+def test_bytes_fall_as_promised(budget: float) -> None:
+    """Over four layers of 410 tokens; less where a layer is full, as what it cannot take is not spent."""
     layers = [tokens([(0, 5, 196), (0, 201, 196)], [0], 410, layer) for layer in range(4)]
     full = sum(stored_bytes(part) for of in layers for part in Full().compress(of))
-    for overflow in ("share", "clip"):
-        method = VLCache(budget, sets=sets, overflow=overflow)
-        found = run(method, layers)
-        used = sum(stored_bytes(part) for compressed in found for part in compressed)
-        counts = [len(places([*c.visual, *c.text])[0]) for c in found]
-        if overflow == "share" or max(counts) < 410:
-            assert used == pytest.approx(budget * full, rel=0.02)
-        else:
-            assert used < budget * full
-        assert (max(counts) == 410) == (budget > 0.4)
+    found = run(VLCache(budget), layers)
+    used = sum(stored_bytes(part) for compressed in found for part in compressed)
+    counts = [len(places([*c.visual, *c.text])[0]) for c in found]
+    if max(counts) < 410:
+        assert used == pytest.approx(budget * full, rel=0.02)
+    else:
+        assert used < budget * full
+    assert (max(counts) == 410) == (budget > 0.4)
 
 
 def test_only_the_ranking_queries_attend() -> None:
@@ -303,10 +283,7 @@ def test_half_precision_is_scored_in_single() -> None:
         ({"budget": 0.1, "threshold": -0.1}, "threshold -0.1 and recent 0.1 are shares"),
         ({"budget": 0.1, "recent": 1.1}, "threshold 0.01 and recent 1.1 are shares"),
         ({"budget": 0.1, "window": 0}, "window 0"),
-        *(
-            ({"budget": 0.1, name: "some"}, f"{name} 'some' is none of ")
-            for name in ("queries", "sets", "group", "recent_of", "overflow", "scope")
-        ),
+        ({"budget": 0.1, "scope": "some"}, "scope 'some' is none of "),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -420,13 +397,12 @@ def test_generation_beside_a_capsule(
     assert stored["half"].visual == stored["whole"].visual < 0.5 * stored["full"].visual
 
 
-@pytest.mark.parametrize("sets", ["layer", "head"])
 def test_generation_with_beams_and_padding(
-    sets: str, model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
+    model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
 ) -> None:
     batch = make_batch((1, "Read line 2."), (2, "What is the number beside the owl?"))
     with attach(model):
-        cache = CapsuleCache(model.config, VLCache(0.1, sets=sets, overflow="share"))
+        cache = CapsuleCache(model.config, VLCache(0.1))
         output = model.generate(
             **batch, **cache_argument(cache), max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
         )
@@ -442,7 +418,7 @@ def test_a_second_turn_is_compressed_by_itself(
     turns = [make_batch((1, "Read line 2.")), make_batch((2, "Which of the two?"))]
     mask, stored = torch.ones(1, 0, dtype=torch.int64), [0]
     with attach(model), torch.no_grad():
-        cache = CapsuleCache(model.config, VLCache(0.1, overflow="share"))
+        cache = CapsuleCache(model.config, VLCache(0.1))
         for turn in turns:
             mask = torch.cat([mask, turn["attention_mask"]], dim=1)
             model(

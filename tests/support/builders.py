@@ -33,7 +33,16 @@ def prefill(
     angles = torch.arange(30.0, dtype=torch.float64)[None, :, None] / 3 ** torch.arange(4.0)
     rotation = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()) if rotary else None
     visual = [VisualSpan(row, start, length, (1, 1, length)) for row, start, length in spans]
-    return LayerPrefill(layer, query, keys, values, visual, torch.ones(2, 30, dtype=torch.bool), DIM**-0.5, rotation)
+    return LayerPrefill(
+        layer=layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=visual,
+        valid=torch.ones(2, 30, dtype=torch.bool),
+        scale=DIM**-0.5,
+        position_embeddings=rotation,
+    )
 
 
 def random_widths(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -16,25 +16,26 @@ from kvcapsule.policy import Full
 from kvcapsule.vlm.families import FAMILIES, Family
 from kvcapsule.vlm.geometry import KVGeometry
 
-from . import tiny_families
-from .tiny_families import BUILDERS, Tiny
+from . import tiny_vlm
+from .tiny_families import BUILDERS
+from .tiny_vlm import Tiny
 
 EXACT = 1e-5
 NEW = 5
 MARKS = [
-    tiny_families.IMAGE,
-    tiny_families.VIDEO,
-    tiny_families.START,
-    tiny_families.END,
-    tiny_families.CUT,
-    tiny_families.VIDEO_START,
-    tiny_families.VIDEO_END,
+    tiny_vlm.IMAGE,
+    tiny_vlm.VIDEO,
+    tiny_vlm.START,
+    tiny_vlm.END,
+    tiny_vlm.CUT,
+    tiny_vlm.VIDEO_START,
+    tiny_vlm.VIDEO_END,
 ]
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": NEW,
     "min_new_tokens": NEW,
     "do_sample": False,
-    "pad_token_id": tiny_families.PAD,
+    "pad_token_id": tiny_vlm.PAD,
     "suppress_tokens": MARKS,
     "output_logits": True,
     "return_dict_in_generate": True,
@@ -87,7 +88,7 @@ class Built(NamedTuple):
 def built(index: int) -> Built:
     case = CASES[index]
     tiny = case.builder()
-    model = tiny_families.build(case.model_type, tiny)
+    model = tiny_vlm.build(case.model_type, tiny)
     return Built(case, tiny, model, KVGeometry.from_config(model.config))
 
 

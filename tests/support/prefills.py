@@ -25,7 +25,9 @@ def tokens(spans: Sequence[tuple[int, int, int]], padding: Sequence[int], count:
         rand(rows, heads, count, DIM, seed=10 * layer + s) for s, heads in enumerate((HEADS * GROUP, HEADS, HEADS))
     )
     values[..., 0] = torch.arange(count, dtype=torch.float64)
-    return LayerPrefill(layer, query * (1 + layer), keys, values, visual, valid, DIM**-0.5)
+    return LayerPrefill(
+        layer=layer, query=query * (1 + layer), keys=keys, values=values, spans=visual, valid=valid, scale=DIM**-0.5
+    )
 
 
 def mixed(layers: int = 3) -> list[LayerPrefill]:
@@ -46,7 +48,15 @@ def scripted(
     values = torch.arange(count, dtype=torch.float64)[None, None, :, None].expand(1, 1, count, 2).clone()
     visual = [VisualSpan(0, start, length, (1, 1, length)) for start, length in spans]
     keys = torch.eye(count, dtype=torch.float64)[None, None]
-    return LayerPrefill(0, query, keys, values, visual, torch.ones(1, count, dtype=torch.bool), 1.0)
+    return LayerPrefill(
+        layer=0,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=visual,
+        valid=torch.ones(1, count, dtype=torch.bool),
+        scale=1.0,
+    )
 
 
 def alone(of: LayerPrefill, row: int) -> LayerPrefill:
@@ -56,7 +66,9 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     query, keys, values, valid = (
         t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
     )
-    return LayerPrefill(of.layer, query, keys, values, spans, valid[..., 0], of.scale)
+    return LayerPrefill(
+        layer=of.layer, query=query, keys=keys, values=values, spans=spans, valid=valid[..., 0], scale=of.scale
+    )
 
 
 def run(method: Any, layers: Sequence[LayerPrefill]) -> list[Compressed]:

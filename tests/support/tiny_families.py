@@ -1,314 +1,35 @@
-"""One tiny model of every family, built from a config with random weights, and prompts for it: text around images of
-several sizes."""
+"""One tiny model of every family, built from a config with random weights."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, BatchFeature, Gemma4Model, PreTrainedModel
-
-PAD, IMAGE, VIDEO, START, END, CUT, VIDEO_START, VIDEO_END = 0, 90, 91, 92, 93, 94, 95, 96
-"""Token ids: padding, the placeholders, what stands around images and between the rows or frames of one."""
-VOCABULARY = 100
-WIDTH = 32
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": PAD,
-}
-TOWER = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
-GAIN = 8.0
-"""Factor of the weight matrices: at their initial size all logits are alike, and no test could tell one cache from
-another."""
-
-
-class Picture(NamedTuple):
-    """An image or a video as a processor would hand it over."""
-
-    tokens: list[int]
-    """What stands in the prompt for it."""
-    inputs: dict[str, torch.Tensor]
-    """What the model is given for it; those of several pictures are joined along their first dimension."""
-    spans: list[int]
-    """Lengths of the visual spans that it makes."""
-
-
-Part = int | Picture
-"""Of a prompt: a token of text or a picture."""
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """How to build a family's model and its inputs."""
-
-    settings: dict[str, Any]
-    """Of the config."""
-    picture: Callable[[int], Picture]
-    """picture(i): image number i; images 0 and 1 differ in size where the family takes images of any size."""
-    video: Callable[[int], Picture] | None = None
-    types: str = ""
-    """Name of the input that marks visual tokens by 1 (images) and 2 (videos)."""
-    join: Callable[[list[list[Picture]]], dict[str, torch.Tensor]] | None = None
-    """Joins pictures, row by row, where their first dimension is not the pictures'."""
-
-
-def build(model_type: str, tiny: Tiny, seed: int = 0) -> PreTrainedModel:
-    """The family's real class from a random config, in eval mode and float32."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **tiny.settings)
-    model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(GAIN)
-    return model.eval().requires_grad_(False)
-
-
-def batch(tiny: Tiny, *rows: Sequence[Part]) -> BatchFeature:
-    """A left-padded batch of prompts."""
-    ids = [[t for part in row for t in ([part] if isinstance(part, int) else part.tokens)] for row in rows]
-    longest = max(map(len, ids))
-    input_ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    pictures = [[part for part in row if isinstance(part, Picture)] for row in rows]
-    if tiny.types:
-        inputs[tiny.types] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
-        # GLM-4V writes the frames of a video with the placeholders of images, between two marks.
-        in_video = (input_ids == VIDEO_START).cumsum(1) > (input_ids == VIDEO_END).cumsum(1)
-        inputs[tiny.types] += ((input_ids == IMAGE) & in_video).int()
-    if any(pictures):
-        inputs |= tiny.join(pictures) if tiny.join else joined([p for row in pictures for p in row])
-    return BatchFeature(inputs)
-
-
-def joined(pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-    names = dict.fromkeys(name for p in pictures for name in p.inputs)
-    return {name: torch.cat([p.inputs[name] for p in pictures if name in p.inputs]) for name in names}
-
-
-def noise(index: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + index))
-
-
-def around(count: int) -> list[int]:
-    return [START, *[IMAGE] * count, END]
-
-
-def clip(patch: int = 4, side: int = 16) -> dict[str, Any]:
-    return {
-        **TOWER,
-        "model_type": "clip_vision_model",
-        "image_size": side,
-        "patch_size": patch,
-        "projection_dim": WIDTH,
-    }
-
-
-def siglip(patch: int = 4, side: int = 16) -> dict[str, Any]:
-    return {
-        **TOWER,
-        "model_type": "siglip_vision_model",
-        "image_size": side,
-        "patch_size": patch,
-        "vision_use_head": False,
-    }
-
-
-def llama(**more: Any) -> dict[str, Any]:
-    return {**TEXT, "model_type": "llama", **more}
-
-
-def qwen2(**more: Any) -> dict[str, Any]:
-    return {**TEXT, "model_type": "qwen2", **more}
-
-
-def fixed(count: int, *shape: int, name: str = "pixel_values") -> Callable[[int], Picture]:
-    """Images of one size, of `count` tokens each."""
-    return lambda index: Picture(around(count), {name: noise(index, 1, *shape)}, [count])
-
-
-def llava() -> Tiny:
-    settings = {"text_config": llama(), "vision_config": clip(), "image_token_index": IMAGE, "vision_feature_layer": -1}
-    return Tiny(settings, fixed(16, 3, 16, 16))
-
-
-def vipllava() -> Tiny:
-    settings = {
-        "text_config": llama(),
-        "vision_config": clip(),
-        "image_token_index": IMAGE,
-        "vision_feature_layers": [-1, -2],
-    }
-    return Tiny(settings, fixed(16, 3, 16, 16))
-
-
-PINPOINTS = [[16, 32], [32, 16]]
-
-
-def any_resolution(side: int = 4) -> Callable[[int], Picture]:
-    """A thumbnail and two patches of side x side tokens, beside or below each other, with a newline token for each of
-    their rows."""
-
-    def picture(index: int) -> Picture:
-        height, width = PINPOINTS[index % 2]
-        count = 3 * side**2 + side * height // 16
-        inputs = {"pixel_values": noise(index, 1, 3, 3, 16, 16), "image_sizes": torch.tensor([[height, width]])}
-        return Picture(around(count), inputs, [count])
-
-    return picture
-
-
-def llava_next() -> Tiny:
-    settings = {"text_config": llama(), "vision_config": clip(), "image_token_index": IMAGE, "vision_feature_layer": -1}
-    return Tiny({**settings, "image_grid_pinpoints": PINPOINTS}, any_resolution())
-
-
-def llava_next_video() -> Tiny:
-    def video(index: int) -> Picture:
-        return Picture([START, *[VIDEO] * 12, END], {"pixel_values_videos": noise(index, 1, 3, 3, 16, 16)}, [12])
-
-    base = llava_next()
-    settings = {**base.settings, "video_token_index": VIDEO, "spatial_pool_stride": 2}
-    return Tiny(settings, base.picture, video)
-
-
-def llava_onevision() -> Tiny:
-    def video(index: int) -> Picture:
-        return Picture([START, *[VIDEO] * 13, END], {"pixel_values_videos": noise(index, 1, 3, 3, 16, 16)}, [13])
-
-    settings = {
-        "text_config": qwen2(),
-        "vision_config": siglip(),
-        "image_token_index": IMAGE,
-        "video_token_index": VIDEO,
-    }
-    settings |= {"image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_9"}
-    return Tiny(settings, any_resolution(), video)
-
-
-SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-GRIDS = [(1, 8, 12), (1, 4, 8)]
-
-
-def qwen_picture(merge: int = 2, temporal: int = 2, patch: int = 4) -> Callable[[int], Picture]:
-    def picture(index: int) -> Picture:
-        grid = torch.tensor([GRIDS[index % 2]])
-        patches = int(grid.prod())
-        count = patches // merge**2
-        inputs = {"pixel_values": noise(index, patches, 3 * temporal * patch**2), "image_grid_thw": grid}
-        return Picture(around(count), inputs, [count])
-
-    return picture
-
-
-def qwen_video(cut: bool = False, merge: int = 2, temporal: int = 2, patch: int = 4) -> Callable[[int], Picture]:
-    """Three steps in time of 4 tokens; with `cut` each stands apart, behind a time stamp."""
-
-    def video(index: int) -> Picture:
-        grid = torch.tensor([[3, 4, 4]])
-        inputs = {"pixel_values_videos": noise(index, 48, 3 * temporal * patch**2), "video_grid_thw": grid}
-        if cut:
-            return Picture([token for _ in range(3) for token in (CUT, START, *[VIDEO] * 4, END)], inputs, [4] * 3)
-        return Picture([START, *[VIDEO] * 12, END], inputs, [12])
-
-    return video
-
-
-MARKS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-TYPES = "mm_token_type_ids"
-
-
-def qwen2_vl() -> Tiny:
-    vision = {"depth": 1, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 1, "patch_size": 4}
-    return Tiny(
-        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS},
-        qwen_picture(),
-        qwen_video(),
-        TYPES,
-    )
-
-
-def qwen2_5_vl() -> Tiny:
-    vision = {
-        "depth": 1,
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-        "patch_size": 4,
-    }
-    vision |= {"spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [0]}
-    return Tiny(
-        {"text_config": {**TEXT, "rope_parameters": SECTIONS}, "vision_config": vision, **MARKS},
-        qwen_picture(),
-        qwen_video(),
-        TYPES,
-    )
-
-
-def qwen3_vision(deep: bool = True) -> dict[str, Any]:
-    vision = {
-        "depth": 1,
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-        "patch_size": 4,
-    }
-    return {
-        **vision,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 64,
-        **({"deepstack_visual_indexes": [0]} if deep else {}),
-    }
-
-
-INTERLEAVED = {**SECTIONS, "mrope_interleaved": True}
-
-
-def qwen3_vl() -> Tiny:
-    text = {**TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED}
-    return Tiny(
-        {"text_config": text, "vision_config": qwen3_vision(), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES
-    )
-
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def qwen3_vl_moe() -> Tiny:
-    text = {**TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED, **EXPERTS}
-    return Tiny(
-        {"text_config": text, "vision_config": qwen3_vision(), **MARKS}, qwen_picture(), qwen_video(cut=True), TYPES
-    )
-
-
-LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-
-
-def qwen3_5(**more: Any) -> Tiny:
-    text = {**TEXT, "head_dim": 32, "rope_parameters": {**INTERLEAVED, "partial_rotary_factor": 0.25}, **LINEAR, **more}
-    text |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
-    return Tiny(
-        {"text_config": text, "vision_config": qwen3_vision(deep=False), **MARKS},
-        qwen_picture(),
-        qwen_video(cut=True),
-        TYPES,
-    )
-
-
-def qwen3_5_moe() -> Tiny:
-    return qwen3_5(**EXPERTS, shared_expert_intermediate_size=16)
+from transformers import Gemma4Model
+
+from .tiny_llava import PINPOINTS, any_resolution, llava, llava_next, llava_next_video, llava_onevision, vipllava
+from .tiny_qwen import TYPES, glm4v, glm4v_moe, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
+from .tiny_vlm import (
+    CUT,
+    END,
+    IMAGE,
+    PAD,
+    START,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VOCABULARY,
+    WIDTH,
+    Picture,
+    Tiny,
+    around,
+    clip,
+    fixed,
+    llama,
+    noise,
+    qwen2,
+    siglip,
+)
 
 
 def internvl() -> Tiny:
@@ -495,51 +216,6 @@ def cohere2_vision() -> Tiny:
         "downsample_factor": 2,
     }
     return Tiny({**settings, "alignment_intermediate_size": 64}, marked_parts)
-
-
-GLM_MARKS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
-GLM_MARKS |= {"video_start_token_id": VIDEO_START, "video_end_token_id": VIDEO_END}
-
-
-def glm_video(index: int) -> Picture:
-    """Frames of a video stand for themselves, each with the image's placeholders, behind a time stamp."""
-    grid = torch.tensor([[3, 4, 4]])
-    tokens = [token for _ in range(3) for token in (START, *[IMAGE] * 4, END, CUT)]
-    return Picture(
-        [VIDEO_START, *tokens, VIDEO_END],
-        {"pixel_values_videos": noise(index, 48, 96), "video_grid_thw": grid},
-        [4] * 3,
-    )
-
-
-def glm_vision() -> dict[str, Any]:
-    vision = {
-        "depth": 1,
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-        "patch_size": 4,
-    }
-    return {**vision, "image_size": 32, "spatial_merge_size": 2}
-
-
-def glm4v() -> Tiny:
-    text = {**TEXT, "rope_parameters": {**SECTIONS, "mrope_section": [1, 1, 2]}}
-    return Tiny({"text_config": text, "vision_config": glm_vision(), **GLM_MARKS}, qwen_picture(), glm_video, TYPES)
-
-
-def glm4v_moe() -> Tiny:
-    text = {
-        **TEXT,
-        "head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-    }
-    text |= {"n_group": 1, "topk_group": 1, "rope_parameters": {**SECTIONS, "partial_rotary_factor": 1.0}}
-    return Tiny({"text_config": text, "vision_config": glm_vision(), **GLM_MARKS}, qwen_picture(), glm_video, TYPES)
 
 
 def got_ocr2() -> Tiny:

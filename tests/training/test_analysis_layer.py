@@ -30,7 +30,16 @@ def turned() -> LayerPrefill:
     length = 1 + (torch.arange(30) % 2)[:, None, None]
     keys = frame.rotate(rand(1, HEADS, DIM).expand(30, -1, -1) * length).transpose(0, 1).expand(2, -1, -1, -1)
     embeddings = (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
-    return LayerPrefill(3, of.query, keys, of.values, of.spans, of.valid, of.scale, embeddings)
+    return LayerPrefill(
+        layer=3,
+        query=of.query,
+        keys=keys,
+        values=of.values,
+        spans=of.spans,
+        valid=of.valid,
+        scale=of.scale,
+        position_embeddings=embeddings,
+    )
 
 
 def studied(of: LayerPrefill, tile: int, canonical: bool = True, batches: int = 2) -> LayerStudy:
@@ -170,7 +179,16 @@ def test_layer_padding_may_hold_anything() -> None:
 def test_layer_rotations_that_have_no_frame_are_refused_with_the_way_out() -> None:
     of = prefill()
     odd = tuple(part[..., : DIM // 2].repeat_interleave(2, -1).roll(1, -1) for part in of.position_embeddings or ())
-    of = LayerPrefill(0, of.query, of.keys, of.values, of.spans, of.valid, of.scale, odd)  # type: ignore[arg-type]
+    of = LayerPrefill(
+        layer=0,
+        query=of.query,
+        keys=of.keys,
+        values=of.values,
+        spans=of.spans,
+        valid=of.valid,
+        scale=of.scale,
+        position_embeddings=odd,
+    )  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--canonical_frame false"):
         Observer(5, True, lambda prefill, tiles: None).compress(of)
     Observer(5, False, lambda prefill, tiles: None).compress(of)

@@ -15,8 +15,8 @@ from kvcapsule.codec.bit_allocation import bits_for, water_fill
 from kvcapsule.codec.transform import merge_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS
-from kvcapsule.training.analysis.layer_group import LayerGroupStudy, layer_groups_of
 from kvcapsule.training.analysis.layer import LayerStudy
+from kvcapsule.training.analysis.layer_group import LayerGroupStudy, layer_groups_of
 from kvcapsule.training.analysis.passes import Observer
 from kvcapsule.training.families.grouping import joint_heads, joint_layers, layer_groups
 from kvcapsule.training.harvest import LayerHarvest
@@ -39,7 +39,16 @@ def prefill_of(layer: int, of: Layer) -> LayerPrefill:
     keys, values = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in of)
     rows, _, tokens, _ = keys.shape
     spans = [VisualSpan(row, 0, tokens - 1, (1, 1, tokens - 1)) for row in range(rows)]
-    return LayerPrefill(layer, keys, keys, values, spans, torch.ones(rows, tokens, dtype=torch.bool), 1.0, None)
+    return LayerPrefill(
+        layer=layer,
+        query=keys,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=torch.ones(rows, tokens, dtype=torch.bool),
+        scale=1.0,
+        position_embeddings=None,
+    )
 
 
 def studied(batches: Sequence[Sequence[LayerPrefill]], heads: int, tile: int = TILE) -> LayerGroupStudy:
@@ -120,7 +129,16 @@ def test_stack_batches_of_several_images_in_their_frames(heads: int) -> None:
             of = prefill(layer, **kind)
             keys, values = (x + rand(*x.shape, seed=10 * number + layer) for x in (of.keys, of.values.roll(layer, 1)))
             batch.append(
-                LayerPrefill(layer, of.query, keys, values, of.spans, of.valid, of.scale, of.position_embeddings)
+                LayerPrefill(
+                    layer=layer,
+                    query=of.query,
+                    keys=keys,
+                    values=values,
+                    spans=of.spans,
+                    valid=of.valid,
+                    scale=of.scale,
+                    position_embeddings=of.position_embeddings,
+                )
             )
         batches.append(batch)
     tiles: list[list[LayerHarvest]] = [[], []]
@@ -185,7 +203,7 @@ def test_stack_holds_tiles_until_its_last_layer() -> None:
     group, held = LayerGroupStudy([0, 1], 1), []
     for of in layers * 2:
         Observer(TILE, True, lambda _, tiles: group.first(tiles)).compress(of)
-        held.append(len(group.held))
+        held.append(len(group.pending))
     assert held == [2, 0, 2, 0]
 
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import tiny_families
+from support import tiny_vlm
 from support.builders import kv_capsule, transform_capsule
 from support.family_models import CASES, EXACT, NEW, OPTIONS, TILE, Built, Witness, assert_same, built
-from support.tiny_families import BUILDERS, REFUSED, Picture
+from support.tiny_families import BUILDERS, REFUSED
+from support.tiny_vlm import Picture
 from transformers import AutoConfig, BatchFeature, DynamicCache
 
 from kvcapsule.capsule.capsule import Capsule
@@ -37,7 +38,7 @@ from kvcapsule.vlm.spans import VisualSpan
 def expected(index: int) -> Any:
     """The model's own answer to `prompts`."""
     one = built(index)
-    return one.model.generate(**tiny_families.batch(one.tiny, *one.prompts), **OPTIONS)
+    return one.model.generate(**tiny_vlm.batch(one.tiny, *one.prompts), **OPTIONS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,7 +65,7 @@ def one(index: int) -> Built:
 
 def answer(one: Built, method: Method, rows: Sequence[Sequence[Any]]) -> Any:
     with attach(one.model, method):
-        return one.model.generate(**tiny_families.batch(one.tiny, *rows), **OPTIONS)
+        return one.model.generate(**tiny_vlm.batch(one.tiny, *rows), **OPTIONS)
 
 
 class TestTable:
@@ -122,7 +123,7 @@ def loses_count_of_frames(one: Built) -> bool:
     if one.case.family.name != "Gemma 4":
         return False
     try:
-        one.model(**tiny_families.batch(one.tiny, *one.film))
+        one.model(**tiny_vlm.batch(one.tiny, *one.film))
     except ValueError as error:
         assert "`num_frames_per_video` is required" in str(error)
         return True
@@ -136,7 +137,7 @@ class TestSpans:
     def test_lengths_and_places(self, way: str, one: Built) -> None:
         lost = way == "forward" and loses_count_of_frames(one)
         for rows in (one.prompts, one.film) if one.tiny.video and not lost else (one.prompts,):
-            batch = tiny_families.batch(one.tiny, *rows)
+            batch = tiny_vlm.batch(one.tiny, *rows)
             spans = spans_seen(one, way, batch)
             assert [s.length for s in spans] == [
                 n for row in rows for part in row if isinstance(part, Picture) for n in part.spans
@@ -145,7 +146,7 @@ class TestSpans:
             for span in spans:
                 assert span.grid[0] * span.grid[1] * span.grid[2] == span.length
                 marked[span.row, span.start : span.start + span.length] += 1
-            assert torch.equal(marked, ((ids == tiny_families.IMAGE) | (ids == tiny_families.VIDEO)).long())
+            assert torch.equal(marked, ((ids == tiny_vlm.IMAGE) | (ids == tiny_vlm.VIDEO)).long())
 
     @pytest.mark.parametrize("way", ["generate", "forward"])
     @pytest.mark.parametrize(
@@ -156,10 +157,8 @@ class TestSpans:
     )
     def test_images_of_one_size_side_by_side(self, way: str, one: Built) -> None:
         """Where nothing but the images' number tells them apart."""
-        pair = [
-            one.tiny.picture(i)._replace(tokens=[tiny_families.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)
-        ]
-        spans = spans_seen(one, way, tiny_families.batch(one.tiny, [5, *pair, 6], [3, 4]))
+        pair = [one.tiny.picture(i)._replace(tokens=[tiny_vlm.IMAGE] * sum(one.tiny.picture(i).spans)) for i in (1, 3)]
+        spans = spans_seen(one, way, tiny_vlm.batch(one.tiny, [5, *pair, 6], [3, 4]))
         assert [span.length for span in spans] == pair[0].spans + pair[1].spans
 
 
@@ -178,7 +177,7 @@ class TestFrames:
         for rows in ([5, image, 7], [5, 3, 4, 9, 8, 2, 6, image, 7]):
             witness = Witness()
             with attach(one.model, witness):
-                one.model.generate(**tiny_families.batch(one.tiny, rows), **OPTIONS)
+                one.model.generate(**tiny_vlm.batch(one.tiny, rows), **OPTIONS)
             tiles = cut_tiles(witness.seen[0], 4)
             assert tiles is not None and tiles.frame is not None
             found.append((tiles.keys, tiles.frame.unrotate(tiles.keys)))
@@ -195,7 +194,7 @@ class TestFrames:
     def test_no_frame_for_keys_that_are_not_rotated(self, one: Built) -> None:
         witness = Witness()
         with attach(one.model, witness):
-            one.model.generate(**tiny_families.batch(one.tiny, *one.prompts), **OPTIONS)
+            one.model.generate(**tiny_vlm.batch(one.tiny, *one.prompts), **OPTIONS)
         assert all(prefill.position_embeddings is None for prefill in witness.seen)
 
 
@@ -210,7 +209,7 @@ class TestFullCache:
         "index", [i for i, case in enumerate(CASES) if case.family.video], ids=lambda i: NAMES[i], indirect=True
     )
     def test_video(self, one: Built) -> None:
-        batch = tiny_families.batch(one.tiny, *one.film)
+        batch = tiny_vlm.batch(one.tiny, *one.film)
         assert_same(answer(one, one.identity(5), one.film), one.model.generate(**batch, **OPTIONS))
 
     def test_the_images_are_read(self, one: Built, index: int) -> None:
@@ -242,7 +241,7 @@ def lossy(request: pytest.FixtureRequest, one: Built) -> Capsule:
 def segments_of(one: Built, method: Method, rows: Sequence[Sequence[Any]]) -> tuple[CapsuleCache, Any]:
     cache = CapsuleCache(one.model.config, method)
     with attach(one.model):
-        out = one.model.generate(**tiny_families.batch(one.tiny, *rows), **cache_argument(cache), **OPTIONS)
+        out = one.model.generate(**tiny_vlm.batch(one.tiny, *rows), **cache_argument(cache), **OPTIONS)
     return cache, out
 
 
@@ -313,14 +312,14 @@ def converse(one: Built, cache: Any) -> Talk:
             pictures = [part for part in said if isinstance(part, Picture)]
             inputs = {
                 k: v
-                for k, v in tiny_families.batch(tiny, said).items()
+                for k, v in tiny_vlm.batch(tiny, said).items()
                 if k not in pictures[0].inputs or k == "image_grid_thw"
             }
             new = [part for part in asked if isinstance(part, Picture)]
             if new and not ENCODES_IMAGES:
-                inputs |= tiny.join([new]) if tiny.join else tiny_families.joined(new)
+                inputs |= tiny.join([new]) if tiny.join else tiny_vlm.joined(new)
             elif new:
-                pixels = tiny.join([new]) if tiny.join else tiny_families.joined(new)
+                pixels = tiny.join([new]) if tiny.join else tiny_vlm.joined(new)
                 inputs["mm_encoder_outputs"] = {"image": model.model.get_image_features(**pixels, return_dict=True)}
             out = model.generate(**inputs, **cache_argument(cache), **OPTIONS)
             said += out.sequences[0, -NEW:].tolist()

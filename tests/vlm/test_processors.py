@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support import tiny_families
+from support import tiny_llava
 from support.family_models import CASES, OPTIONS, Witness, assert_same, built
-from support.tiny_families import BUILDERS, CUT, END, IMAGE, PAD, START, VOCABULARY
+from support.tiny_families import BUILDERS
+from support.tiny_vlm import CUT, END, IMAGE, PAD, START, VOCABULARY
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
@@ -62,7 +63,7 @@ def llava() -> ProcessorMixin:
 
 def any_resolution() -> LlavaNextImageProcessorPil:
     return LlavaNextImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size=square(16), image_grid_pinpoints=tiny_families.PINPOINTS
+        size={"shortest_edge": 16}, crop_size=square(16), image_grid_pinpoints=tiny_llava.PINPOINTS
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kvcapsule.codec.bit_allocation import water_fill
-from kvcapsule.codec.kvcapsule import retained
+from kvcapsule.methods.ratios import retained
 
 from .spectrum import TileMoments
 

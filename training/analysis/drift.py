@@ -26,7 +26,7 @@ def attention_on(
     Args:
         query_AQD: queries of A = H G heads.
         keys_HND: keys of the row.
-        places: [Q] positions of the queries; a query sees tokens up to its own position.
+        positions: [Q] positions of the queries; a query sees tokens up to its own position.
         seen_N: bool, False at padding.
         scale: scale of the scores.
     """

@@ -137,9 +137,9 @@ class LayerStudy:
         behind = max((span.start + span.length for span in spans), default=answer.start)
         if not spans or answer.start <= behind:
             return
-        places = range(behind, answer.stop)
+        positions = range(behind, answer.stop)
         query, keys = prefill.query[row][:, behind : answer.stop], prefill.keys[row]
-        attention = attention_on(query, keys, places, prefill.valid[row], prefill.scale)
+        attention = attention_on(query, keys, positions, prefill.valid[row], prefill.scale)
         visual = attention[:, prefill.visual()[row]]
         prompt = answer.start - behind
         self.drift.add(visual[prompt - 1 :], visual[:prompt].sum(0))
@@ -156,9 +156,9 @@ def _images(prefill: LayerPrefill) -> list[tuple[str, torch.Tensor, int]]:
 
 def _require_finite(prefill: LayerPrefill) -> None:
     read = prefill.visual()
-    places = torch.arange(read.shape[1], device=read.device)
-    last = torch.where(read, places, -1).amax(1, keepdim=True)
-    asks = prefill.valid & (places > last) & (last >= 0)
+    positions = torch.arange(read.shape[1], device=read.device)
+    last = torch.where(read, positions, -1).amax(1, keepdim=True)
+    asks = prefill.valid & (positions > last) & (last >= 0)
     for name, tensor, where in (
         ("keys", prefill.keys, read),
         ("values", prefill.values, read),

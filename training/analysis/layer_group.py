@@ -62,7 +62,7 @@ class LayerGroupStudy:
             heads: KV heads per head group.
         """
         self.layers, self.heads = list(layers), heads
-        self.held: list[torch.Tensor] = []
+        self.pending: list[torch.Tensor] = []
         self._channels: dict[int, torch.Tensor] = {}
         self._studies: list[LayerStudy] = []
 
@@ -139,12 +139,12 @@ class LayerGroupStudy:
         channels, [E, T, C] in fp64."""
         if tiles is None:
             return
-        self.held += [merge_heads(x, self.heads) for x in (tiles.keys, tiles.values)]
-        if len(self.held) == 2 * len(self.layers):
-            device = self.held[0].device
-            for index in range(self.held[0].shape[1]):
-                yield index, torch.cat([x[:, index].to(device).double() for x in self.held], 2)
-            self.held = []
+        self.pending += [merge_heads(x, self.heads) for x in (tiles.keys, tiles.values)]
+        if len(self.pending) == 2 * len(self.layers):
+            device = self.pending[0].device
+            for index in range(self.pending[0].shape[1]):
+                yield index, torch.cat([x[:, index].to(device).double() for x in self.pending], 2)
+            self.pending = []
 
 
 def layer_groups_of(model: PreTrainedModel) -> list[LayerGroupStudy]:

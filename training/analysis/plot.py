@@ -45,9 +45,9 @@ def draw(result: Mapping[str, Any], folder: Path) -> None:
         InputError: if one cannot be written.
     """
     for name, picture in PICTURES.items():
-        held = BytesIO()
-        picture(result).savefig(held, format="png")
-        write_whole(folder / f"{name}.png", held.getvalue())
+        image = BytesIO()
+        picture(result).savefig(image, format="png")
+        write_whole(folder / f"{name}.png", image.getvalue())
 
 
 def similarity(result: Mapping[str, Any]) -> Figure:

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
-from kvcapsule.codec.kvcapsule import pyramid, retained
+from kvcapsule.methods.ratios import pyramid, retained
 
 from ..capsule_fit import CapsuleFit, Task, scheduled
 from ..datamodule import Batch

@@ -8,7 +8,8 @@ from rich.table import Table
 from torch import nn
 
 from kvcapsule.codec import PairCodec
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, retained
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
+from kvcapsule.methods.ratios import retained
 from kvcapsule.vlm.geometry import KVGeometry
 
 from ..capsule_fit import CapsuleFit, Task, mean, scheduled

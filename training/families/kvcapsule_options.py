@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, pyramid, weighted
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.errors import ConfigError
+from kvcapsule.methods.ratios import pyramid, weighted
 
 from ..recipe import PyramidOptions, Recipe, require_at_least_zero
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, RetainedKeys, retained
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, MlpKeys, RetainedKeys
+from kvcapsule.methods.ratios import retained
 from kvcapsule.vlm.geometry import KVGeometry
 
 _CONFIDENCE = 2.0

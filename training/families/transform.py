@@ -8,9 +8,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec.kvcapsule import pyramid
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformLayer
 from kvcapsule.errors import ConfigError
+from kvcapsule.methods.ratios import pyramid
 from kvcapsule.segments.segment import Segment
 
 from ..harvest import LayerHarvest

@@ -118,8 +118,8 @@ class ReadStage(Stage):
 
     def _log_answers(self, right: torch.Tensor, turns: torch.Tensor, tasks: torch.Tensor) -> None:
         """Log the share of answers whose tokens are all correct, by task."""
-        for place, task in enumerate(TASKS):
-            of_task = tasks == place
+        for task_index, task in enumerate(TASKS):
+            of_task = tasks == task_index
             if of_task.any():
                 numbers, index = turns[of_task].unique(return_inverse=True)
                 wrong = torch.zeros(len(numbers)).index_add_(0, index, (~right[of_task]).float().cpu())

@@ -28,14 +28,14 @@ def build_tower(
     number = 0
     for index, stage in enumerate(tower.stages):
         mean = variance = torch.zeros(config.channels[index])
-        for place, block in enumerate(stage):
+        for block_index, block in enumerate(stage):
             at = f"_blocks.{number}"
             pairs = [("depthwise", "_depthwise_conv", "_bn1"), ("project", "_project_conv", "_bn2")]
             if block.expand is not None:
                 pairs.insert(0, ("expand", "_expand_conv", "_bn0"))
             for ours, conv, norm in pairs:
                 folded = _folded(published, f"{at}.{conv}", f"{at}.{norm}")
-                state |= {f"stages.{index}.{place}.{ours}.{name}": tensor for name, tensor in folded.items()}
+                state |= {f"stages.{index}.{block_index}.{ours}.{name}": tensor for name, tensor in folded.items()}
             # The output of a batch norm has its bias as mean and its weight as deviation; summed blocks count as
             # independent.
             mean = mean * block.skips + published[f"{at}._bn2.bias"]

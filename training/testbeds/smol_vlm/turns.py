@@ -74,7 +74,7 @@ class NameCollator:
 
     def __init__(self, processor: LlavaProcessor, draw: Mixture, grid: int) -> None:
         self.processor, self.draw, self.grid = processor, draw, grid
-        self.places = {name: i for i, name in reversed(list(enumerate(all_names())))}
+        self.name_index = {name: i for i, name in reversed(list(enumerate(all_names())))}
 
     def __call__(self, indices: list[int]) -> NameBatch:
         drawn = [self.draw(i)[1] for i in indices]
@@ -88,7 +88,7 @@ class NameCollator:
         for thing in of.things:
             rows = (middle * down >= thing.top) & (middle * down < thing.bottom)
             columns = (middle * across >= thing.left) & (middle * across < thing.right)
-            labels[rows[:, None] & columns[None]] = self.places.get(thing.name, IGNORE)
+            labels[rows[:, None] & columns[None]] = self.name_index.get(thing.name, IGNORE)
         return labels.flatten()
 
 
