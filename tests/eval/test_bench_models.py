@@ -248,7 +248,7 @@ def test_encoding_is_the_methods_own(monkeypatch: pytest.MonkeyPatch) -> None:
         def compress(self, prefill: Any) -> None:
             seen.append(prefill.keys.shape[2])
 
-    monkeypatch.setattr(encode.methods, "make", lambda *given: Noting())
+    monkeypatch.setattr(encode.random_methods, "make", lambda *given: Noting())
     encode.measure(Cell(SMALL, 1, 70, 5, TILE, torch.float32, CPU), ["int4"], 3, 1.0)
     assert set(seen) == {75}
 

@@ -358,7 +358,7 @@ class TestThreeTurns:
 
 class TestCommand:
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["models", "--json"]) == 0
+        assert main(["models", "--json", "-"]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert [row["name"] for row in rows] == [family.name for family in FAMILIES]
         for row, family in zip(rows, FAMILIES, strict=True):
