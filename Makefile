@@ -23,7 +23,7 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 	tests/vlm/test_geometry.py tests/cli/test_generate.py
 SOURCES := kvcapsule training eval checkpoints tests
 
-# make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--ratio 20" EVAL_FLAGS=""
+# make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--compression 20" EVAL_FLAGS=""
 PYTEST_FLAGS ?=
 DEMO ?= runs/demo
 TRAIN_FLAGS ?= --force true

@@ -1,4 +1,4 @@
-"""A data set's rows as batches of a model's inputs."""
+"""Rows of a data set as batches of a model's inputs."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .equal_bytes import Layout
 
 
 class Question(NamedTuple):
-    """A row that has been read."""
+    """A row of a data set."""
 
     images: list[Image.Image]
     prompt: str
@@ -33,21 +33,21 @@ class Batch(NamedTuple):
 
 
 def batches(rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int) -> Iterator[Batch]:
-    """All rows in their order, `size` at a time; images are read when their turn comes.
+    """All rows in their order, `size` at a time; images are read batch by batch.
 
     Raises:
         DataError: naming the row, if an image cannot be read or there is no answer to compare with.
-        InputError: if the processor cannot make inputs of them, or the model sees no visual tokens in these.
+        InputError: if the processor cannot take them, or if their inputs have no visual tokens.
     """
     for start in range(0, len(rows), size):
-        asked = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
-        yield make_batch(asked, model, processor)
+        questions = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
+        yield make_batch(questions, model, processor)
 
 
-def make_batch(asked: list[Question], model: PreTrainedModel, processor: ProcessorMixin) -> Batch:
+def make_batch(questions: list[Question], model: PreTrainedModel, processor: ProcessorMixin) -> Batch:
     """One batch of inputs; see `batches`."""
     try:
-        inputs = encode(processor, [conversation(q.images, q.prompt) for q in asked], model.dtype)
+        inputs = encode(processor, [conversation(q.images, q.prompt) for q in questions], model.dtype)
         spans = find_spans(model.config, inputs["input_ids"], inputs)
     except ValueError as error:
         raise InputError(f"the model's processor cannot take these questions: {error}") from error
@@ -56,7 +56,7 @@ def make_batch(asked: list[Question], model: PreTrainedModel, processor: Process
             f"{model.config.model_type}: its prompts hold no visual tokens, so there is nothing to compress."
         )
     layout = Layout(spans, inputs["attention_mask"].bool())
-    return Batch(asked, inputs.to(model.device), layout)
+    return Batch(questions, inputs.to(model.device), layout)
 
 
 def read(rows: datasets.Dataset, index: int) -> Question:

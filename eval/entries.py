@@ -1,4 +1,4 @@
-"""Which methods a run compares. All policies are those of kvcapsule.policy, where they are registered."""
+"""The methods that a run compares: capsules, and the policies registered in kvcapsule.policy."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,13 +17,13 @@ from kvcapsule.policy import POLICIES, REGISTRY, TEXT_POLICIES, Policy
 from .equal_bytes import PerLayer
 
 FULL = "full"
-"""The row of the full cache: in every run, as all others are measured against it."""
+"""The row of the full cache, which every run has, as all others are compared with it."""
 RIVALS = Selection(
     REGISTRY,
     {name: policy for name, policy in POLICIES.items() if policy.budget_field is not None},
     lambda _, policy: policy if policy.budget_field is not None else None,
 )
-"""Policies with a dial, which is turned so that they store as many bytes as the first capsule."""
+"""Policies with a setting for how much they keep, which can be matched to the bytes of another method."""
 _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"int{bits}": ("quantized", {"bits": bits}) for bits in (8, 4, 3, 2)},
     **{f"kivi{bits}": ("kivi", {"bits": bits}) for bits in (4, 2)},
@@ -38,7 +38,7 @@ _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
 FIXED: Selection[type[Policy], tuple[str, dict[str, Any]]] = Selection(
     REGISTRY, _FIXED, lambda name, policy: (name, {}) if policy.budget_field is None else None
 )
-"""Rows that store what they store: a policy without a dial, and its settings."""
+"""Rows whose bytes cannot be chosen: a policy without such a setting, and its other settings."""
 ALL: Selection[type[Policy], type[Policy]] = Selection(REGISTRY, POLICIES, lambda _, policy: policy)
 """Every policy."""
 TEXT: Selection[type[Policy], type[Policy]] = Selection(
@@ -49,45 +49,53 @@ TEXT: Selection[type[Policy], type[Policy]] = Selection(
     },
     lambda _, policy: policy if policy.separable and policy.compresses_text else None,
 )
-"""What can see to the text beside a capsule: not what keeps all text raw."""
+"""Policies for the text that can be combined with a capsule: those that do not keep all text raw."""
 BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
-"""The training-free rows of a run that asks for none in particular."""
+"""The training-free rows of a run without --methods."""
 PRUNING, QUANTISATION = "token-pruning", "quantisation"
-"""Families of policies with a dial and without; a capsule's is that of its codec."""
+"""Families of the policies in RIVALS and of all others; the family of a capsule is that of its codec."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method that takes part in a run."""
+    """A method of a run."""
 
     name: str
-    """Of its row."""
+    """Name of its row."""
     method: Method | None
     """None: the model's own cache and attention."""
     family: str
-    """What kind of method it is; the rows of a kind are points of one curve."""
+    """Kind of the method; the rows of a kind are points of one curve."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What tells this setting of the method from another."""
+    """Settings that distinguish this row from others of the method."""
 
 
-def build(name: str, settings: Mapping[str, Any], dial: float | None = None, among: Mapping[str, type] = ALL) -> Method:
-    """A policy of these settings, its dial turned to `dial`.
+def build(
+    name: str, settings: Mapping[str, Any], share: float | None = None, among: Mapping[str, type] = ALL
+) -> Method:
+    """A policy with these settings.
+
+    Args:
+        name: of the policy.
+        settings: by name of the field.
+        share: of the tokens that it keeps; None for a policy without such a setting.
+        among: the policies by name.
 
     Raises:
-        InputError: for a setting that it has not, or that cannot be.
+        InputError: for an unknown setting, or a value that it cannot have.
     """
     policy: Any = among[name]
     known = [f.name for f in fields(policy) if f.name != policy.budget_field]
     if unknown := [key for key in settings if key not in known]:
         raise InputError(f"{name} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(known) or 'none'}.")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    if dial is not None:
-        given[policy.budget_field] = dial
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    if share is not None:
+        values[policy.budget_field] = share
     try:
-        made: Method = policy(**given)
+        method: Method = policy(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {error}") from error
-    return made
+    return method
 
 
 def family_of(name: str, among: Mapping[str, Any] = ALL) -> str:
@@ -95,9 +103,9 @@ def family_of(name: str, among: Mapping[str, Any] = ALL) -> str:
 
 
 def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
-    """Load capsules; by row: the name that was given, and the capsule.
+    """Load capsules: by row, the name in `names` and the capsule.
 
-    A row is named after the family; where several capsules are of one family, the capsule's own name follows.
+    A row is named after the family; if several capsules are of one family, the capsule's name follows.
 
     Raises:
         CapsuleError: if one cannot be loaded.
@@ -118,11 +126,10 @@ def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
 
 
 def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
-    """The rows of a run besides the full cache's, in their order; the capsules and BY_DEFAULT where nothing is wanted
-    in particular.
+    """The rows of a run without the full cache's, in order; without `wanted` the capsules and BY_DEFAULT.
 
     Raises:
-        InputError: for a method that there is not.
+        InputError: for an unknown method.
     """
     capsule_rows = list(capsule_rows)
     available = [*capsule_rows, *RIVALS, *FIXED]
@@ -136,38 +143,38 @@ def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
 def entries(
     rows: Sequence[str],
     capsules: Mapping[str, tuple[str, Capsule]],
-    turned: Callable[[str], Method],
+    build_policy: Callable[[str], Method],
     matched_to: str | None,
 ) -> list[Entry]:
     """The full cache and the methods named by `rows`.
 
     Args:
-        rows: what `chosen` gave.
-        capsules: what `open_capsules` gave, on the model's device.
-        turned: makes a policy of RIVALS by its name, with the dial where the run wants it.
-        matched_to: the row of the capsule whose bytes that matches; None if the dial was given by hand.
+        rows: as from `chosen`.
+        capsules: as from `open_capsules`, on the model's device.
+        build_policy: builds a policy of RIVALS that keeps as much as the run wants.
+        matched_to: the row of the capsule whose bytes the policies match; None if the run has a budget.
     """
-    found = [full_entry()]
+    result = [full_entry()]
     for row in rows:
         if row in capsules:
             name, capsule = capsules[row]
-            found.append(Entry(row, capsule, capsule.config.family, capsule_settings(name, capsule)))
+            result.append(Entry(row, capsule, capsule.config.family, capsule_settings(name, capsule)))
         elif row in RIVALS:
-            method = turned(row)
+            method = build_policy(row)
             matched = {} if matched_to is None else {"matched_to": matched_to}
-            found.append(Entry(row, method, PRUNING, {**policy_settings(row, method), **matched}))
+            result.append(Entry(row, method, PRUNING, {**policy_settings(row, method), **matched}))
         else:
-            found.append(fixed_entry(row, *FIXED[row]))
-    return found
+            result.append(fixed_entry(row, *FIXED[row]))
+    return result
 
 
 def full_entry() -> Entry:
-    """The full cache."""
+    """The entry of the full cache."""
     return Entry(FULL, None, FULL)
 
 
 def fixed_entry(row: str, name: str, settings: Mapping[str, Any]) -> Entry:
-    """A policy without a dial."""
+    """The entry of a policy whose bytes cannot be chosen."""
     policy = build(name, settings)
     return Entry(row, policy, QUANTISATION, policy_settings(name, policy))
 
@@ -178,7 +185,7 @@ def capsule_settings(name: str, capsule: Capsule) -> dict[str, Any]:
 
 
 def policy_settings(name: str, method: Method) -> dict[str, Any]:
-    """A policy's name and its fields; of one that differs by layer, a list of what differs."""
+    """A policy's name and its fields; a field that differs by layer is a list."""
     policies: Sequence[Any] = method.methods if isinstance(method, PerLayer) else [method]
     return {
         "policy": name,
@@ -187,7 +194,7 @@ def policy_settings(name: str, method: Method) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """A list with an item for each layer: the item alone, where all are equal."""
+    """One item in place of a list of equal items for all layers."""
     return _by_layer(value) if isinstance(value, (list, tuple)) and value else value
 
 

@@ -1,10 +1,9 @@
-"""Equal bytes: the dial at which a policy stores as many bytes of the prompts, visual and text together, as another
-method does.
+"""Equal bytes: the share of tokens with which a policy stores as many bytes of the prompts, visual and text together,
+as another method.
 
-Bytes are measured, right after prefill, on a sample of the questions: a policy may spend its budget as it likes. One
-that keeps whole tokens, as many in every layer, hits a byte count to a token in each layer at best: of 10 kept tokens,
-that is 10 %. Where layers can be dealt with one by one, the first of them are therefore given the next higher dial, as
-many as it takes.
+Bytes are measured right after prefill on a sample of the questions. A policy that keeps the same number of tokens in
+every layer changes its bytes by one token in all layers at once: of 10 kept tokens, that is 10 %. Where layers are
+independent, the first layers therefore get the next higher share, as many of them as the bytes need.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +17,11 @@ from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.vlm.spans import VisualSpan
 
 TOLERANCE = 0.02
-"""Bytes are called equal when they differ by no more than this share of those that are matched."""
+"""Bytes count as equal if they differ by at most this share of the target."""
 STEPS = 4096
-"""Dials are multiples of 1 / STEPS."""
+"""Shares are multiples of 1 / STEPS."""
 _LINEAR = 6
-"""Measurements in which bytes that grow evenly with the dial are found; where they do not, the range is halved after
-that."""
+"""Measurements with linear interpolation, which suffice if bytes grow evenly with the share; then bisection follows."""
 
 
 class Layout(NamedTuple):
@@ -35,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class PerLayer(Method):
-    """A method for each layer of the model, so that bytes can be matched finer than by one token in every layer."""
+    """A method for every layer of the model, so that bytes can be matched to one token in one layer."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = methods
@@ -45,21 +43,17 @@ class PerLayer(Method):
 
 
 Build = Callable[[float], Method]
-"""A method at a dial, in (0, 1]."""
+"""Builds a method that keeps a share of the tokens, in (0, 1]."""
 
 
 def match(target: int, build: Build, stored: Callable[[Method], int], layers: int) -> Method:
-    """The method that stores about `target` bytes.
-
-    Within TOLERANCE wherever the method allows it; where it does not, the next that stores more, so that a rival never
-    has too little.
+    """The method that stores `target` bytes within TOLERANCE, or else the next one that stores more.
 
     Args:
-        target: bytes that another method was measured to store.
-        build: makes the method at a dial, or raises ValueError where it is too low; more bytes are expected of a higher
-            one.
-        stored: measures a method.
-        layers: of the model.
+        target: measured bytes of another method.
+        build: builds the method, or raises ValueError if the share is too low; bytes must grow with the share.
+        stored: measures the bytes of a method.
+        layers: number of layers of the model.
     """
 
     @cache
@@ -67,7 +61,7 @@ def match(target: int, build: Build, stored: Callable[[Method], int], layers: in
         try:
             method = build(step / STEPS)
         except ValueError:
-            # Some methods have a least share; what is refused at 1 is no matter of the dial.
+            # Some methods have a least share; what is refused at 1 has another cause.
             if step == STEPS:
                 raise
             return None, 0
@@ -76,25 +70,25 @@ def match(target: int, build: Build, stored: Callable[[Method], int], layers: in
     most, _ = at(STEPS)
     mixable = most is not None and most.independent_layers and most.decode_time() is None
     low, high = _bracket(target, lambda step: at(step)[1], TOLERANCE if mixable else TOLERANCE / 4)
-    found = [(method, size) for method, size in (at(low), at(high)) if method is not None]
-    if mixable and len(found) == 2:
-        found += _between(target, found[0], found[1], stored, layers)
-    nearest = min(found, key=lambda pair: abs(pair[1] - target))
+    candidates = [(method, size) for method, size in (at(low), at(high)) if method is not None]
+    if mixable and len(candidates) == 2:
+        candidates += _between(target, candidates[0], candidates[1], stored, layers)
+    nearest = min(candidates, key=lambda pair: abs(pair[1] - target))
     if abs(nearest[1] - target) > TOLERANCE * target:
-        nearest = min((pair for pair in found if pair[1] >= target), key=lambda pair: pair[1], default=nearest)
+        nearest = min((pair for pair in candidates if pair[1] >= target), key=lambda pair: pair[1], default=nearest)
     return nearest[0]
 
 
 def _bracket(target: int, at: Callable[[int], int], width: float) -> tuple[int, int]:
-    """Steps below and above `target`, neighbours or of bytes that are no further apart than `width` of it; the ends
-    where it is outside."""
+    """Steps with bytes below and above `target`: neighbours, or with bytes that differ by at most `width` of it; one
+    end twice if the target is outside."""
     low, high = 1, STEPS
     if at(high) <= target or at(low) > target:
         return (high, high) if at(high) <= target else (low, low)
     above, tries = True, 0
     while high - low > 1 and at(high) - at(low) > width * target:
         slope = (at(high) - at(low)) / (high - low)
-        # Aimed past the target, now below it and now above, so that the range closes from both ends.
+        # Aims beyond the target, in turn below and above it, so that the range shrinks from both ends.
         aim = target - at(low) + (-0.4 if above else 0.4) * width * target
         step = low + round(aim / slope) if tries < _LINEAR else (low + high) // 2
         step = min(max(step, low + 1), high - 1)
@@ -106,7 +100,7 @@ def _bracket(target: int, at: Callable[[int], int], width: float) -> tuple[int, 
 def _between(
     target: int, low: tuple[Method, int], high: tuple[Method, int], stored: Callable[[Method], int], layers: int
 ) -> list[tuple[Method, int]]:
-    """The two mixtures nearest to `target`: the first n layers by the higher dial, the others by the lower one."""
+    """The two mixtures nearest to `target`: the first n layers with the higher share, the others with the lower one."""
     mixtures = {0: low, layers: high}
     fewer, more = 0, layers
     while more - fewer > 1:

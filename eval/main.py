@@ -4,45 +4,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from rich.console import Console
 
-from kvcapsule.atomic_files import to_json
 from kvcapsule.capsule.write import update_metrics
 from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import command_line, write_whole
+from kvcapsule.cli.options import OptionParser, instance, option_parser, require_current
+from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
 from kvcapsule.cli.tables import report_console
-from kvcapsule.errors import InputError
+from kvcapsule.errors import InputError, KVCapsuleError
 
-from .command_line import normal, on_purpose
-from .config import EvalConfig
-from .report import curves, markdown, scatter
+from .eval_config import RENAMED, EvalConfig
+from .report import markdown, rate_curves, scatter
+from .report.picture import save_picture
 from .report.rows import tables
 from .run import run
 from .suite.suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
-_LISTS = {"--capsule": False, "--methods": True}
-"""Options that may be given several times, and whether commas part what one of them is given."""
+_LISTS = {"capsule": False, "methods": True}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2, and one line on stderr, for input that cannot be used."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = _parse(_normal(words))
-        found = run(config, Console(stderr=True), command_line(PROG, words))
-        report_console().print(*tables(found["rows"], _title(found)), sep="\n")
-        _write(found, config)
-    except (ArgumentError, ValueError) as error:
-        if not on_purpose(error):
-            raise
+        config = _parse(words)
+        result = run(config, Console(stderr=True), command_line(PROG, words))
+        if config.json != STDOUT:
+            report_console().print(*tables(result["rows"], _title(result)), sep="\n")
+        write_json(config.json, result)
+        _write(result, config)
+    except (ArgumentError, KVCapsuleError) as error:
         return complain(PROG, error)
     return 0
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> OptionParser:
     """Every field of EvalConfig as an option, explained by its docstring."""
     return option_parser(
         EvalConfig,
@@ -53,9 +51,11 @@ def build_parser() -> ArgumentParser:
         ),
         description=(
             "Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one"
-            f" run. A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression"
+            f" run. A suite ({', '.join(shipped_suites())}, or a YAML file) compares many methods at many compression"
             " ratios."
         ),
+        lists=_LISTS,
+        renamed=RENAMED,
     )
 
 
@@ -63,43 +63,39 @@ def _parse(words: list[str]) -> EvalConfig:
     """The options: those of the command line, then those of a suite, then defaults.
 
     Raises:
-        InputError, ArgumentError: for options that there are not, or that have not such a value.
+        ConfigError, InputError, ArgumentError: for unknown options, or values that they cannot have.
     """
     parser = build_parser()
-    values = parser.parse_args(words)
+    values = parser.read(words)
     if values.suite is not None:
+        suite = load(values.suite)
         try:
-            options = parser.parse_object(load(values.suite).options, defaults=False)
-        except ArgumentError as error:
+            require_current(suite.options, RENAMED)
+            options = parser.parse_object(suite.options, defaults=False)
+        except (ArgumentError, KVCapsuleError) as error:
             raise InputError(f"the suite {values.suite} cannot be used: options: {error}") from error
         parser.set_defaults(dict(options.items()))
-        values = parser.parse_args(words)
+        values = parser.read(words)
     return instance(EvalConfig, parser, values)
 
 
-def _normal(words: list[str]) -> list[str]:
-    return normal(words, _LISTS)
-
-
-def _write(found: dict[str, Any], config: EvalConfig) -> None:
-    """The files that were asked for.
+def _write(result: dict[str, Any], config: EvalConfig) -> None:
+    """Write the picture, the report and the capsule's metrics where they are wanted.
 
     Raises:
         InputError, CapsuleError: if one cannot be written.
     """
     try:
-        if config.json is not None:
-            write_whole(Path(config.json), to_json(found))
         if config.plot is not None:
-            picture = scatter.picture if config.suite is None else curves.picture
-            scatter.draw(picture(found["rows"], _title(found)), Path(config.plot))
+            picture = scatter.picture if config.suite is None else rate_curves.picture
+            save_picture(picture(result["rows"], _title(result)), Path(config.plot))
         if config.suite is not None and config.report is not None:
-            markdown.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
+            markdown.refresh(Path(config.report), name_of(config.suite), result, json_file(config.json), config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error
     if config.save_metrics:
-        update_metrics(config.capsule[0], {"eval": found})
+        update_metrics(config.capsule[0], {"eval": result})
 
 
-def _title(found: dict[str, Any]) -> str:
-    return f"{found['model']} on {found['data']['source']}, {found['rows'][0]['n']} questions"
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions"

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 
 TRANSCRIBE = "transcribe"
-"""The task whose answers are long texts, scored by their share of right characters; every other task is right or
+"""The task whose answers are long texts, scored by their share of right characters; other answers are right or
 wrong."""
 ALOUD = ("lookup", "count")
-"""The tasks whose answers may be worked out aloud: their last word is judged."""
+"""The tasks whose answers may contain the working: their last word is scored."""
 
 
 def accuracy(task: str, answer: str, right: str) -> float:
     """Score of one answer in 0..1; white space around it does not count.
 
     Task "transcribe": 1 - character error rate, at least 0. Any other task: 1 if the answer is the right one, else 0;
-    of "lookup" and "count" the last word is the answer, and what comes before it is not judged.
+    of "lookup" and "count" the last word is the answer, and the words before it are not scored.
     """
     answer, right = answer.strip(), right.strip()
     if task == TRANSCRIBE:
@@ -26,8 +26,8 @@ def accuracy(task: str, answer: str, right: str) -> float:
 
 
 def character_error_rate(answer: str, right: str) -> float:
-    """Edits that turn the answer into the right text, per character of the right text; above 1 for an answer that
-    rambles on."""
+    """Edits that turn the answer into the right text, per character of the right text; above 1 for a far too long
+    answer."""
     return edit_distance(answer, right) / max(1, len(right))
 
 
@@ -44,6 +44,6 @@ def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
 def divergence(full_BV: torch.Tensor, method_BV: torch.Tensor) -> torch.Tensor:
     """KL(full || method) in nats of each row's next-token distribution, from logits [B, V]: [B], in float64."""
     full, method = full_BV.double().log_softmax(-1), method_BV.double().log_softmax(-1)
-    # Where the full cache gives a token no chance at all, the token adds nothing; 0 * -inf would make it NaN.
+    # A token of probability 0 with the full cache adds nothing; 0 * -inf would make it NaN.
     terms = torch.where(full == -torch.inf, 0.0, full.exp() * (full - method))
     return terms.sum(-1).clamp_min(0.0)

@@ -6,29 +6,33 @@ is for a change of the tables' form, and its test holds that the documents show 
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError
 
+from kvcapsule.cli.errors import complain
+from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import write_whole
-from kvcapsule.errors import InputError
+from kvcapsule.errors import InputError, KVCapsuleError
 
-from .bench import markdown as bench_markdown
-from .bench.config import LEVELS
+from .bench import bench_page
+from .bench.bench_config import LEVELS
 from .report import by_dataset, markdown
-from .studies import long_answer_page
+from .studies import long_answer
 
+PROG = "python -m kvcapsule.eval.pages"
 RESULTS = "eval/results"
 FRONT_NAME = "pages"
-"""Of the table's place in README.md."""
+"""Name in the markers of the table in README.md."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PagesConfig:
-    """Which tree is rewritten."""
+    """Which documents are rewritten."""
 
     root: str = "."
     """Root folder of the repository."""
@@ -59,11 +63,11 @@ def _data_sets(page: Path, result: Mapping[str, Any], file: str) -> None:
 
 def _bench(page: Path, result: Mapping[str, Any], file: str) -> None:
     """The tables of all levels of the bench."""
-    bench_markdown.refresh(page, result, LEVELS, file, f"{RESULTS}/bench-cpu-serving.png")
+    bench_page.refresh(page, result, LEVELS, file, f"{RESULTS}/bench-cpu-serving.png")
 
 
 def _long_answer(page: Path, result: Mapping[str, Any], file: str) -> None:
-    write_whole(page, long_answer_page.page(result).encode())
+    write_whole(page, long_answer.page(result).encode())
 
 
 PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
@@ -75,11 +79,26 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "bench-cpu.json": ("docs/bench-tables.md", _bench),
     "long-answer.json": ("docs/long-answer.md", _long_answer),
 }
-"""Of each result: the page that shows it, and what writes its table there."""
+"""By file of a result: the page that shows it, and the function that writes its table."""
 
 
-def main(config: PagesConfig) -> None:
-    """Rewrite all of them.
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        parser = option_parser(
+            PagesConfig,
+            PROG,
+            usage=f"{PROG} [--root DIR]",
+            description="Rewrite the generated tables of the documents from the committed results.",
+        )
+        rewrite(instance(PagesConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
+    except (ArgumentError, KVCapsuleError) as error:
+        return complain(PROG, error)
+    return 0
+
+
+def rewrite(config: PagesConfig) -> None:
+    """Rewrite the tables of all pages.
 
     Raises:
         InputError: if a result cannot be read, or a page has no place for its table.
@@ -95,7 +114,4 @@ def main(config: PagesConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(auto_cli(PagesConfig, as_positional=False))
-    except InputError as error:
-        raise SystemExit(f"the pages cannot be written: {error}") from error
+    sys.exit(main())

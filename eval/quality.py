@@ -1,5 +1,5 @@
-"""The quality run: every method answers every question; answers, bytes and logits are compared with those of the full
-cache."""
+"""The quality run: every method answers every question, and its answers, bytes and logits are compared with those of
+the full cache."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from kvcapsule.methods.method import Method
 from .batches import Batch, batches
 from .entries import FULL, Entry
 from .metrics import accuracy, divergence
-from .shared_prefill import Made, Prefill
+from .shared_prefill import CompressedLayers, Prefill
 from .watched_generate import Generated, Held, generate, new_cache, record
 
 
 @dataclass
 class Tally:
-    """What a method did on the questions so far."""
+    """Sums over the questions that a method has answered so far."""
 
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Accuracy of each answer, by task."""
     same: int = 0
-    """Answers that are the full cache's, character by character."""
+    """Answers that equal the full cache's, character by character."""
     divergence: float = 0.0
     """Sum of KL(full || method) over positions."""
     positions: int = 0
@@ -41,9 +41,9 @@ class Tally:
     total: int = 0
     """Sum of bytes over batches."""
     host: int = 0
-    """Sum of bytes over batches, of what methods keep in the host's memory."""
+    """Sum of bytes in the host's memory over batches."""
     parameters: int = 0
-    """The most bytes that were read at once; they are the same ones for every batch."""
+    """Bytes of the codecs' parameters: the most of all batches, which share them."""
 
     @property
     def count(self) -> int:
@@ -62,7 +62,7 @@ def prompt_bytes(
 ) -> int:
     """Bytes that a method stores of prompts, visual and text together, measured right after prefill.
 
-    prefills: one for each of the prompts, or none at all; without, it is run.
+    prefills: recordings for all prompts, or none, which runs them.
     """
     with attach(model, method):
         return sum(
@@ -88,14 +88,13 @@ def evaluate(
         processor: its processor.
         rows: with the columns image, prompt, answer and task.
         entries: the full cache is the first.
-        size: questions in a batch.
+        size: questions of a batch.
         max_new_tokens: most tokens of an answer.
         progress: shows a bar.
-        share: run the prefill of a batch once and give it to all entries, where the model allows it
-            (`replay.replayable`).
+        share: run the prefill of a batch once for all entries; the model must be `shared_prefill.replayable`.
 
     Returns:
-        By name of the entry.
+        Tallies by name of the entry.
     """
     if entries[0].name != FULL:
         raise ValueError("the full cache must be the first entry: the others are compared with its answers.")
@@ -106,28 +105,30 @@ def evaluate(
         prefill = record(model, batch.inputs, batch.layout, hidden) if share else None
         reference: Generated | None = None
         for entry in entries:
-            made: Made = {}
+            compressed: CompressedLayers = {}
             with nullcontext() if entry.method is None else attach(model, entry.method):
                 cache = new_cache(model, entry.method)
-                given = generate(model, batch.inputs, cache, batch.layout, max_new_tokens, prefill=prefill, made=made)
-                reference = reference or given
-                teacher_forced = given
-                if not torch.equal(given.tokens, reference.tokens):
+                generated = generate(
+                    model, batch.inputs, cache, batch.layout, max_new_tokens, prefill=prefill, compressed=compressed
+                )
+                reference = reference or generated
+                teacher_forced = generated
+                if not torch.equal(generated.tokens, reference.tokens):
                     cache = new_cache(model, entry.method)
                     teacher_forced = generate(
-                        model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, made
+                        model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, compressed
                     )
-            _add(tallies[entry.name], model, processor, batch, given, teacher_forced, reference)
+            _add(tallies[entry.name], model, processor, batch, generated, teacher_forced, reference)
             progress.advance(task, len(batch.questions))
     return tallies
 
 
 def by_task(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows, those of a task together: a batch takes as many steps as its longest answer, and a task's answers are
-    alike in length."""
+    """The rows sorted by task: a batch takes as many steps as its longest answer, and answers of a task have similar
+    lengths."""
     tasks = list(rows["task"])
-    places = {task: place for place, task in enumerate(dict.fromkeys(tasks))}
-    return rows.select(sorted(range(len(rows)), key=lambda i: places[tasks[i]]))
+    order = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
+    return rows.select(sorted(range(len(rows)), key=lambda i: order[tasks[i]]))
 
 
 def _add(
@@ -135,32 +136,31 @@ def _add(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     batch: Batch,
-    given: Generated,
+    generated: Generated,
     teacher_forced: Generated,
     reference: Generated,
 ) -> None:
-    tally.add_bytes(given.held)
-    written = answered(given.tokens, model.generation_config.eos_token_id)
-    for question, ids, own, theirs in zip(
+    tally.add_bytes(generated.held)
+    written = answered(generated.tokens, model.generation_config.eos_token_id)
+    for question, ids, answer, full_answer in zip(
         batch.questions,
         written,
-        texts(processor, model, given.tokens),
+        texts(processor, model, generated.tokens),
         texts(processor, model, reference.tokens),
         strict=True,
     ):
-        tally.scores[question.task].append(accuracy(question.task, own, question.answer))
+        tally.scores[question.task].append(accuracy(question.task, answer, question.answer))
         tally.tokens[question.task] += int(ids.sum())
-        tally.same += own == theirs
+        tally.same += answer == full_answer
     positions = answered(reference.tokens, model.generation_config.eos_token_id)
-    # The first token comes out of the prefill, which is exact for every method: only the others show what was read from
-    # the cache.
+    # The first token comes from the prefill, which is exact for every method: only the others depend on the cache.
     for step in range(1, positions.shape[1]):
-        asked = positions[:, step]
+        counted = positions[:, step]
         if reference is not teacher_forced:
             tally.divergence += float(
-                divergence(reference.logits[step][asked], teacher_forced.logits[step][asked]).sum()
+                divergence(reference.logits[step][counted], teacher_forced.logits[step][counted]).sum()
             )
-        tally.positions += int(asked.sum())
+        tally.positions += int(counted.sum())
 
 
 def answered(tokens: torch.Tensor, end: int | list[int] | None) -> torch.Tensor:
@@ -174,8 +174,8 @@ def answered(tokens: torch.Tensor, end: int | list[int] | None) -> torch.Tensor:
 
 
 def texts(processor: ProcessorMixin, model: PreTrainedModel, tokens: torch.Tensor) -> list[str]:
-    """The answers as text, without special tokens and what follows the end."""
-    kept = answered(tokens, model.generation_config.eos_token_id)
-    rows = [ids[mask].tolist() for ids, mask in zip(tokens, kept, strict=True)]
+    """The answers as text, up to their end and without special tokens."""
+    masks = answered(tokens, model.generation_config.eos_token_id)
+    rows = [ids[mask].tolist() for ids, mask in zip(tokens, masks, strict=True)]
     decoded: list[str] = processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
     return decoded

@@ -1,4 +1,4 @@
-"""One run: from what was asked for to the object that docs/eval-json.md describes."""
+"""One run of `kvcapsule eval`: from its options to the object that docs/eval-json.md describes."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -7,31 +7,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.cli import session
 from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import DataError, InputError
 from kvcapsule.methods.method import Method
 from kvcapsule.vlm.geometry import KVGeometry
-from kvcapsule.vlm.loading import load_vlm, require_device
+from kvcapsule.vlm.loading import load_vlm
 
 from .batches import batches
-from .config import EvalConfig
 from .entries import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
 from .equal_bytes import TOLERANCE, Build, match
+from .eval_config import EvalConfig
 from .quality import evaluate, prompt_bytes
 from .report import markdown
 from .report.rows import answer_tokens, rows
 from .shared_prefill import replayable
 from .suite.capsules import open_trained
-from .suite.entries import Bench, Capsules
+from .suite.entries import Capsules, EntryContext
 from .suite.suite import load
 from .timing import time_entries
 from .watched_generate import record
@@ -42,13 +42,13 @@ SAMPLE = 32
 """Questions, the first of the run, on which bytes are matched."""
 
 
-class Field(NamedTuple):
-    """What takes part in a run."""
+class Participants(NamedTuple):
+    """The capsules and methods of a run."""
 
     capsules: list[Capsule]
-    """All that are loaded."""
+    """Loaded, on the CPU."""
     entries: Callable[[PreTrainedModel, ProcessorMixin, datasets.Dataset, Progress], list[Entry]]
-    """Makes the methods, once the capsules are on the model's device; the full cache is the first."""
+    """Builds the methods, once the capsules are on the model's device; the full cache is the first."""
 
 
 def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
@@ -63,18 +63,12 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         InputError, CapsuleError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to
         check comes first.
     """
-    if not console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    require_device(config.device)
+    session.begin(console, threads=config.threads, seed=config.seed, device=config.device)
     require_writable([config.json, config.plot, config.report])
-    field = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
+    participants = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device, config.resize)
-        for capsule in field.capsules:
+        for capsule in participants.capsules:
             capsule.require_geometry(KVGeometry.from_config(model.config))
             capsule.to(model.device)
         questions = source.load(config.data)
@@ -82,26 +76,22 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        taking_part = field.entries(model, processor, questions, progress)
-        for entry in taking_part:
+        methods = participants.entries(model, processor, questions, progress)
+        for entry in methods:
             if entry.method is not None:
                 entry.method.require_geometry(KVGeometry.from_config(model.config))
         shared = config.share_prefill and replayable(model)
-        tallies = evaluate(
-            model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress, shared
-        )
-        timings = (
-            time_entries(model, processor, questions, taking_part, config.batch, progress) if config.timing else {}
-        )
-    found = rows(taking_part, tallies, timings, model.dtype)
-    _warn_unequal(found, console)
+        tallies = evaluate(model, processor, questions, methods, config.batch, config.max_new_tokens, progress, shared)
+        timings = time_entries(model, processor, questions, methods, config.batch, progress) if config.timing else {}
+    results = rows(methods, tallies, timings, model.dtype)
+    _warn_unequal(results, console)
     return {
         "model": shown_path(config.model),
         "data": {**asdict(config.data), "source": shown_path(config.data.source)},
         "versions": versions(),
         "seed": config.seed,
         "machine": machine(),
-        "rows": found,
+        "rows": results,
         "baseline": _baseline(model),
         "command": command,
         "revision": config.revision,
@@ -112,8 +102,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     }
 
 
-class Scales:
-    """Measures what methods store of the first questions' prompts."""
+class ByteMeter:
+    """Measures what methods store of the first questions' prompts, and matches methods to each other's bytes."""
 
     def __init__(
         self,
@@ -131,51 +121,51 @@ class Scales:
         # Read when they are first needed: not every run matches bytes.
         self._prompts = cache(lambda: list(batches(first, model, processor, config.batch)))
         shared = config.share_prefill and replayable(model)
-        # With hidden states, as nobody knows yet which methods will be weighed.
+        # With hidden states: which methods will be measured is not known yet.
         self._prefills = cache(
             lambda: [record(model, p.inputs, p.layout, hidden=True) for p in self._prompts()] if shared else []
         )
 
-    def weigh(self, method: Method) -> int:
+    def measure(self, method: Method) -> int:
         return prompt_bytes(self.model, self._prompts(), method, self._prefills())
 
-    def match(self, target: int, make: Build, name: str) -> Method:
-        """What `make` makes, at the dial where it stores `target` bytes."""
+    def match(self, target: int, build: Build, name: str) -> Method:
+        """The method of `build` at the share of tokens with which it stores `target` bytes; `name` is for the
+        screen."""
         self._task, self._matched = self.progress.add_task("") if self._task is None else self._task, self._matched + 1
         self.progress.update(self._task, description=f"matching the bytes of {name}", total=self._matched)
-        found = match(target, make, self.weigh, self.layers)
+        method = match(target, build, self.measure, self.layers)
         self.progress.advance(self._task)
-        return found
+        return method
 
 
-def _named(config: EvalConfig) -> Field:
+def _named(config: EvalConfig) -> Participants:
     """The capsules and the policies that the options name."""
     capsules = open_capsules(config.capsule)
     names = chosen(config.methods, capsules)
-    share = config.budget if config.ratio is None else config.ratio
-    if share is None and not capsules and any(name in RIVALS for name in names):
+    if config.budget is None and not capsules and any(name in RIVALS for name in names):
         raise InputError(
             "give a --capsule whose bytes pruning is to match, or a --budget; or name --methods that need neither."
         )
     first = next(iter(capsules), None)
 
-    def make(
+    def build_all(
         model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress
     ) -> list[Entry]:
-        scales = Scales(config, model, processor, questions, progress)
-        target = cache(lambda: scales.weigh(capsules[str(first)][1]))
+        meter = ByteMeter(config, model, processor, questions, progress)
+        target = cache(lambda: meter.measure(capsules[str(first)][1]))
 
-        def turned(name: str) -> Method:
+        def build_policy(name: str) -> Method:
             if first is None:
-                return build(name, {}, share)
-            return scales.match(target(), lambda dial: build(name, {}, dial), name)
+                return build(name, {}, config.budget)
+            return meter.match(target(), lambda share: build(name, {}, share), name)
 
-        return entries(names, capsules, turned, first)
+        return entries(names, capsules, build_policy, first)
 
-    return Field([capsule for _, capsule in capsules.values()], make)
+    return Participants([capsule for _, capsule in capsules.values()], build_all)
 
 
-def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
+def _of_suite(config: EvalConfig, name: str, console: Console) -> Participants:
     """The entries of a suite; capsules that are missing are trained now."""
     suite = load(name)
     specs = suite.chosen(config.methods)
@@ -189,32 +179,34 @@ def _of_suite(config: EvalConfig, name: str, console: Console) -> Field:
     }
     by_name = {spec.name: spec for spec in suite.specs}
 
-    # Entries are made once the capsules are on the model's device, where a requantised one shares their parameters.
-    def make(
+    # Entries are built once the capsules are on the model's device, where a requantised one shares their parameters.
+    def build_all(
         model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, progress: Progress
     ) -> list[Entry]:
-        scales = Scales(config, model, processor, questions, progress)
+        meter = ByteMeter(config, model, processor, questions, progress)
 
         @cache
         def target(row: str) -> int:
-            method = by_name[row].entry(bench).method
+            method = by_name[row].entry(context).method
             assert method is not None
-            return scales.weigh(method)
+            return meter.measure(method)
 
-        bench = Bench(capsules, lambda row, made, name: scales.match(target(row), made, name))
-        return [full_entry(), *(spec.entry(bench) for spec in specs)]
+        context = EntryContext(capsules, lambda row, build, name: meter.match(target(row), build, name))
+        return [full_entry(), *(spec.entry(context) for spec in specs)]
 
-    return Field([capsule for _, capsule in capsules.values()], make)
+    return Participants([capsule for _, capsule in capsules.values()], build_all)
 
 
-def _warn_unequal(found: list[dict[str, Any]], console: Console) -> None:
-    """Say so where whole tokens, or a sample that is unlike the whole, did not allow equal bytes."""
-    by_name = {row["method"]: row["kv_bytes"] for row in found}
-    for row in found:
-        whole = by_name.get(row["settings"].get("matched_to"))
-        if whole is not None and abs(row["kv_bytes"] / whole - 1) > TOLERANCE:
+def _warn_unequal(results: list[dict[str, Any]], console: Console) -> None:
+    """Name the rows whose bytes are not those that they were matched to: a method keeps whole tokens, and the sample
+    may differ from all questions."""
+    by_name = {row["method"]: row["kv_bytes"] for row in results}
+    for row in results:
+        target = by_name.get(row["settings"].get("matched_to"))
+        if target is not None and abs(row["kv_bytes"] / target - 1) > TOLERANCE:
             console.print(
-                f"{row['method']} stores {row['kv_bytes'] / whole:.1%} of the bytes of {row['settings']['matched_to']}."
+                f"{row['method']} stores {row['kv_bytes'] / target:.1%} of the bytes of"
+                f" {row['settings']['matched_to']}."
             )
 
 

@@ -1,9 +1,8 @@
-"""One prefill for all methods: it is the same forward for each of them, so it runs once a batch, and every method
-compresses what it left.
+"""One prefill for all methods: the forward is the same for all of them, so it runs once a batch, and every method
+compresses its recording.
 
-What a method sees of a prefill (LayerPrefill) is recorded layer by layer, with what the model returned. A later
-`generate` over an empty cache is then given both in place of the forward over its prompt; the steps behind the prompt
-are run as ever.
+The recording has the LayerPrefill of each layer and the model's output. A later `generate` over an empty cache uses
+both in place of the forward over its prompt, and runs the decode steps as usual.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,31 +14,32 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import passed_cache, replace_output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, CompressionPass, Method
 
 
 class Prefill(NamedTuple):
-    """A batch's prefill, to be given to any method."""
+    """The recorded prefill of a batch, for any method."""
 
     layers: list[LayerPrefill]
-    """Of each layer; every method reads the same tensors and changes none."""
+    """Of every layer; all methods read the same tensors, and none writes to them."""
     output: Any
-    """What the model returned."""
+    """The model's output."""
 
 
-Made = dict[int, Sequence[tuple[int, Compressed]]]
-"""What a method made of a prefill as each layer ended, by that layer: empty at first, then what it would make of the
-same prefill again."""
+CompressedLayers = dict[int, Sequence[tuple[int, Compressed]]]
+"""Results of a method's pass over a prefill, by the layer that was added last: empty at first, then reused for the same
+method and prefill."""
 
 
 class Keeper(Method):
-    """A method that keeps what it is shown, and stores nothing."""
+    """A method that records every layer's prefill, and stores nothing."""
 
     def __init__(self, needs_hidden_states: bool = False) -> None:
-        """needs_hidden_states: whether hidden states are kept too, for the methods that ask for them."""
+        """needs_hidden_states: record hidden states too, for methods that need them."""
         self.needs_hidden_states = needs_hidden_states
         self.layers: list[LayerPrefill] = []
 
@@ -49,8 +49,8 @@ class Keeper(Method):
 
 
 def replayable(model: PreTrainedModel) -> bool:
-    """Whether all that a prefill leaves is what methods see: layers with a window or linear attention have a cache of
-    their own."""
+    """Whether methods see everything that a prefill leaves: layers with a window or linear attention have other caches,
+    which no method sees."""
     return all(isinstance(layer, CapsuleLayer) for layer in CapsuleCache(model.config, Keeper()).layers)
 
 
@@ -66,25 +66,31 @@ def recording(model: PreTrainedModel) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None = None) -> Iterator[None]:
-    """Within the block, a forward over an empty cache is the recorded prefill; with None, every forward is run.
+def replaying(
+    model: PreTrainedModel, prefill: Prefill | None, compressed: CompressedLayers | None = None
+) -> Iterator[None]:
+    """Within the block, a forward over an empty cache is replaced by the recorded prefill.
 
-    made: kept from one call to the next of the same method and prefill, it saves the compression too.
+    Args:
+        model: a VLM.
+        prefill: the recording; None runs every forward.
+        compressed: results of the pass of this method over this prefill, read if they are there and filled if not; None
+            compresses again.
     """
     if prefill is None:
         yield
         return
-    forward, own = model.forward, model.__dict__.get("forward")
+    forward, instance_forward = model.forward, model.__dict__.get("forward")
 
     @wraps(forward)
     def replay(*args: Any, **kwargs: Any) -> Any:
         cache = passed_cache(kwargs)
         if cache is None or cache.get_seq_length() > 0:
             return forward(*args, **kwargs)
-        _fill(cache, prefill.layers, {} if made is None else made)
+        _fill(cache, prefill.layers, {} if compressed is None else compressed)
         return replace_output_cache(prefill.output, cache)
 
-    # By this parameter generate knows models whose images it may encode before the forward, which here needs none.
+    # By this parameter generate recognises models whose images it may encode before the forward, which needs none here.
     known = signature(forward)
     replay.__dict__["__signature__"] = known.replace(
         parameters=[p for n, p in known.parameters.items() if n != "mm_encoder_outputs"]
@@ -93,28 +99,28 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None
     try:
         yield
     finally:
-        if own is None:
+        if instance_forward is None:
             del model.__dict__["forward"]
         else:
-            model.__dict__["forward"] = own
+            model.__dict__["forward"] = instance_forward
 
 
-class _Known:
-    """A pass whose results are read where they are known already."""
+class _ReusingPass:
+    """A compression pass that reuses known results."""
 
-    def __init__(self, compression: CompressionPass, made: Made) -> None:
-        self.compression, self.made = compression, made
+    def __init__(self, compression: CompressionPass, compressed: CompressedLayers) -> None:
+        self.compression, self.compressed = compression, compressed
 
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        if prefill.layer not in self.made:
-            self.made[prefill.layer] = self.compression.add(prefill)
-        return self.made[prefill.layer]
+        if prefill.layer not in self.compressed:
+            self.compressed[prefill.layer] = self.compression.add(prefill)
+        return self.compressed[prefill.layer]
 
 
-def _fill(cache: Cache, layers: list[LayerPrefill], made: Made) -> None:
-    """What the layers' attention would do to an empty cache, without the attention."""
+def _fill(cache: Cache, layers: list[LayerPrefill], compressed: CompressedLayers) -> None:
+    """Fill an empty cache from recorded prefills, as the layers' attention would."""
     if isinstance(cache, CapsuleCache):
-        cache.fill(layers, _Known(cache.method.begin_pass([prefill.layer for prefill in layers]), made))
+        cache.fill(layers, _ReusingPass(cache.method.begin_pass([prefill.layer for prefill in layers]), compressed))
         return
     for prefill in layers:
         layer = cache.layers[prefill.layer]

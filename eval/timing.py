@@ -1,9 +1,9 @@
-"""The timing run: prefill and decode of every method on the same batches, one method after the other, again and again.
+"""The timing run: prefill and decoding of every method on the same batches, round-robin.
 
-The full cache is timed as a user of transformers has it: DynamicCache, the model's own attention, `generate`. Every
-method is timed through `generate` too, so its fixed costs are in all times; on small models they hide part of a
-difference. Batches are made of one prompt with different images: prompts of different lengths would need padding, and a
-padding mask slows the full cache's attention alone.
+The full cache is timed as a user of transformers has it: DynamicCache, the model's attention, `generate`. Every method
+is timed through `generate` too, so all times have its fixed costs, which on small models hide part of a difference. A
+batch has one prompt with different images: prompts of different lengths would need padding, and a padding mask slows
+only the full cache's attention.
 """
 
 from collections import defaultdict
@@ -27,9 +27,9 @@ from .entries import FULL, Entry
 from .watched_generate import GREEDY, new_cache
 
 BATCHES = 2
-"""Different batches that are timed."""
+"""Number of timed batches."""
 ROUNDS = 5
-"""How often every method is timed on each, after one run to warm up."""
+"""Timed runs of every method on each batch, after one run to warm up."""
 STEPS = 24
 """Decode steps of a run."""
 
@@ -38,13 +38,13 @@ class Seconds(NamedTuple):
     """One run of one method on one batch."""
 
     prefill: float
-    """Until the first logits, compression included."""
+    """Seconds until the first logits, compression included."""
     step: float
-    """Mean of the decode steps."""
+    """Mean seconds of the decode steps."""
 
 
 class Timing(NamedTuple):
-    """Medians, over batches and rounds, of what a method takes relative to the full cache in the same round."""
+    """Medians, over batches and rounds, of times relative to the full cache in the same round."""
 
     prefill_ratio: float
     """Time of the method / time of the full cache: below 1 is faster."""
@@ -62,7 +62,7 @@ def time_entries(
     rounds: int = ROUNDS,
     steps: int = STEPS,
 ) -> dict[str, Timing]:
-    """Time every entry; the arguments are those of `runner.evaluate`.
+    """Time every entry; the arguments are those of `quality.evaluate`.
 
     Returns:
         By name of the entry. The full cache's ratios are 1 by definition.
@@ -72,17 +72,17 @@ def time_entries(
     ratios: dict[str, list[Timing]] = defaultdict(list)
     for batch in timed:
         for turn in range(rounds + 1):
-            # The order turns, so that no method always runs in the wake of the same other.
+            # The order rotates, so that no method always follows the same other one.
             order = [*entries[turn % len(entries) :], *entries[: turn % len(entries)]]
-            took = {}
+            seconds_of = {}
             for entry in order:
                 with nullcontext() if entry.method is None else attach(model, entry.method):
-                    took[entry.name] = run_timed(model, batch.inputs, new_cache(model, entry.method), steps)
+                    seconds_of[entry.name] = run_timed(model, batch.inputs, new_cache(model, entry.method), steps)
                 progress.advance(task)
             if turn == 0:
                 continue
-            full = took[FULL]
-            for name, seconds in took.items():
+            full = seconds_of[FULL]
+            for name, seconds in seconds_of.items():
                 ratios[name].append(Timing(seconds.prefill / full.prefill, full.step / seconds.step))
     return {name: Timing(*(median(column) for column in zip(*values, strict=True))) for name, values in ratios.items()}
 
@@ -90,17 +90,17 @@ def time_entries(
 def _one_prompt_batches(
     rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int
 ) -> list[Batch]:
-    made = []
+    result = []
     for start in range(0, min(len(rows), BATCHES * size), size):
-        asked = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
-        made.append(make_batch([q._replace(prompt=asked[0].prompt) for q in asked], model, processor))
-    return made
+        questions = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
+        result.append(make_batch([q._replace(prompt=questions[0].prompt) for q in questions], model, processor))
+    return result
 
 
 def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps: int, **options: Any) -> Seconds:
-    """Write `steps` tokens behind the first one with `generate`, through an empty cache.
+    """Write `steps` tokens after the first one with `generate`, through an empty cache.
 
-    A CapsuleCache needs `with attach(model):` around it. `options`: others of generate.
+    A CapsuleCache needs `with attach(model):` around it. `options`: further options of generate.
     """
     clock = _Clock(model.device, steps)
     started = clock.now()
@@ -122,7 +122,7 @@ class _Clock(LogitsProcessor):
 
     def __init__(self, device: torch.device, steps: int) -> None:
         self.device, self.steps = device, steps
-        self.seen = 0
+        self.calls = 0
         self.first = self.last = 0.0
 
     def now(self) -> float:
@@ -131,9 +131,9 @@ class _Clock(LogitsProcessor):
         return perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.seen == 0:
+        if self.calls == 0:
             self.first = self.now()
-        elif self.seen == self.steps:
+        elif self.calls == self.steps:
             self.last = self.now()
-        self.seen += 1
+        self.calls += 1
         return scores

@@ -1,4 +1,4 @@
-"""`model.generate` with a cache of a method's own, watched while it runs: bytes right after prefill, logits of every
+"""`model.generate` with a method's cache, which measures the bytes after the prefill and returns the logits of every
 step."""
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from kvcapsule.methods.method import Method
 from kvcapsule.segments.segment import storage_bytes
 
 from .equal_bytes import Layout
-from .shared_prefill import Keeper, Made, Prefill, recording, replaying
+from .shared_prefill import CompressedLayers, Keeper, Prefill, recording, replaying
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 """The likeliest token at every step. The last three silence warnings of models whose saved defaults are for
@@ -23,29 +23,29 @@ sampling."""
 
 
 class Held(NamedTuple):
-    """What a cache holds of a batch, in bytes of storages."""
+    """Bytes of a cache's storages, for a batch."""
 
     visual: int
     total: int
-    """On the device, codecs' parameters not included."""
+    """On the device, without the codecs' parameters."""
     parameters: int
     host: int = 0
-    """In the host's memory, beside the device's."""
+    """In the host's memory, not part of `total`."""
 
 
 class Generated(NamedTuple):
-    """What one run of a batch gave."""
+    """The output of one run of a batch."""
 
     tokens: torch.Tensor
     """[B, A] the new tokens."""
     logits: Sequence[torch.Tensor]
-    """A tensors [B, V]: what the model said before anything was done to choose a token."""
+    """A tensors [B, V]: the model's logits before any logits processor."""
     held: Held
-    """Right after prefill."""
+    """Measured right after the prefill."""
 
 
 def new_cache(model: PreTrainedModel, method: Method | None) -> Cache:
-    """An empty cache; for no method the one that transformers' generate would make by itself."""
+    """An empty cache; without a method the one that transformers' generate uses by default."""
     if method is None:
         return DynamicCache(config=model.config.get_text_config(decoder=True))
     return CapsuleCache(model.config, method)
@@ -59,26 +59,26 @@ def generate(
     max_new_tokens: int,
     forced: torch.Tensor | None = None,
     prefill: Prefill | None = None,
-    made: Made | None = None,
+    compressed: CompressedLayers | None = None,
 ) -> Generated:
     """Answer a batch greedily; a CapsuleCache needs `with attach(model):` around it.
 
     Args:
         model: a VLM.
-        inputs: of the batch.
+        inputs: inputs of the batch.
         cache: an empty one, see `new_cache`.
-        layout: of the batch.
+        layout: layout of the batch.
         max_new_tokens: most tokens of an answer, the end token included.
-        forced: [B, A] tokens to write whatever the model says (teacher forcing), one step at a time like any others.
-        prefill: of the same batch, in place of the forward over the prompt; None runs it.
-        made: see `replaying`.
+        forced: [B, A] tokens to write in place of the likeliest ones (teacher forcing).
+        prefill: recorded for the same batch, in place of the forward over the prompt; None runs it.
+        compressed: see `replaying`.
     """
     watch = _AfterPrefill(cache, layout)
     processors: list[LogitsProcessor] = [watch]
     if forced is not None:
         processors.append(_Forced(forced, inputs["input_ids"].shape[1]))
         max_new_tokens = forced.shape[1]
-    with replaying(model, prefill, made):
+    with replaying(model, prefill, compressed):
         output = cast("Any", model).generate(
             **inputs,
             **cache_argument(cache),
@@ -93,9 +93,9 @@ def generate(
 
 
 def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden: bool) -> Prefill:
-    """Run a batch's prefill through the model's own attention and keep all that methods may see of it.
+    """Run a batch's prefill through the model's attention and record everything that methods may see of it.
 
-    hidden: whether hidden states are kept too.
+    hidden: whether to record hidden states too.
     """
     keeper = Keeper(hidden)
     with attach(model), recording(model) as outputs:
@@ -104,10 +104,10 @@ def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden:
 
 
 def held_bytes(cache: Cache, layout: Layout) -> Held:
-    """Measure a cache that has just been filled with the prompts of a batch.
+    """Measure a cache that holds the prompts of a batch.
 
-    transformers' own cache keeps a layer's tokens, visual, text and padding, in one tensor; its visual bytes are that
-    tensor's bytes times the share of its positions that are visual.
+    transformers' cache stores a layer's visual, text and padding tokens in one tensor; its visual bytes are that
+    tensor's bytes times the share of visual positions.
     """
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()
@@ -115,12 +115,12 @@ def held_bytes(cache: Cache, layout: Layout) -> Held:
     visual = sum(span.length for span in layout.spans)
     total = storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
     growing = [layer for layer in cache.layers if type(layer) is DynamicLayer]
-    whole = storage_bytes(t for layer in growing for t in (layer.keys, layer.values) if t is not None)
-    return Held(whole * visual // layout.valid.numel(), total, 0)
+    growing_bytes = storage_bytes(t for layer in growing for t in (layer.keys, layer.values) if t is not None)
+    return Held(growing_bytes * visual // layout.valid.numel(), total, 0)
 
 
 class _AfterPrefill(LogitsProcessor):
-    """Measures the cache when the first logits arrive: it then holds the prompt and nothing else."""
+    """Measures the cache when the first logits arrive, as it then holds only the prompt."""
 
     def __init__(self, cache: Cache, layout: Layout) -> None:
         self.cache, self.layout = cache, layout
@@ -133,7 +133,7 @@ class _AfterPrefill(LogitsProcessor):
 
 
 class _Forced(LogitsProcessor):
-    """Leaves one token to choose at every step: that of a given answer."""
+    """Forces the token of an answer at every step."""
 
     def __init__(self, answer: torch.Tensor, prompt: int) -> None:
         self.answer, self.prompt = answer, prompt

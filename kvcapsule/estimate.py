@@ -1,4 +1,4 @@
-"""What a compressed cache can give at most, from bytes alone: no model is run, and nothing here is measured.
+"""Upper bound of the decode speed-up with a compressed cache, from bytes alone: no model is run, nothing is measured.
 
 A decode step reads the weights once and the cache of every sequence. If it is bound by nothing but these bytes, a batch
 of B goes
@@ -14,21 +14,21 @@ reads. At batch 1 it is near 1 wherever weights outweigh the cache.
 from dataclasses import dataclass
 
 REFERENCE_BYTES = 2
-"""Of an element at 16 bits: what a ratio counts from, whatever the cache is held in, as in `kvcapsule train
---ratio`."""
+"""Bytes of an element at 16 bits, which compression is counted against whatever the precision of the cache, as in
+`kvcapsule train --compression`."""
 SCALE_BITS = {16: 0.0, 8: 0.0, 4: 0.25}
-"""Bits a weight beside its own: at 4 bits a scale and a zero of 16 bits for every 128; at 8 a scale a row, which is
-nothing."""
+"""Bits of scales for each weight, by the bits of a weight: at 4 bits a scale and a minimum of 16 bits for every 128
+weights; at 8 a scale a row, which is next to nothing."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Bytes of one sequence's cache; those of its layers with full attention."""
+    """Bytes of one sequence's cache, in the layers with full attention."""
 
     visual: float
-    """Of the visual tokens: F, and F / c as capsules."""
+    """Bytes of the visual tokens: F, and F / c as capsules."""
     text: float
-    """Of all other tokens."""
+    """Bytes of all other tokens."""
 
     @property
     def total(self) -> float:
@@ -37,17 +37,17 @@ class Cache:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a model, by how they are stored and read."""
+    """Numbers of parameters of a model, by how they are stored and read."""
 
     read_matrices: float
-    """Those that a decode step reads and that are quantised: the matrices of the decoder layers, of experts only those
-    of one token."""
+    """Quantised ones that a decode step reads: the matrices of the decoder layers, of experts only those of one
+    token."""
     read_others: float
-    """Those that it reads as they are: output head, norms, biases."""
+    """Others that it reads: output head, norms, biases."""
     held_matrices: float
-    """Those that are quantised, all experts included."""
+    """All quantised ones, all experts included."""
     held_others: float
-    """All that stay as they are: embeddings and the vision tower too."""
+    """All others: embeddings and the vision tower too."""
 
     def read_bytes(self, element: int, bits: int | None = None) -> float:
         """W. `element`: bytes of a parameter that is not quantised; `bits`: a key of SCALE_BITS, None to quantise
@@ -55,7 +55,7 @@ class Weights:
         return self.read_matrices * _matrix_bytes(element, bits) + self.read_others * element
 
     def held_bytes(self, element: int, bits: int | None = None) -> float:
-        """What the whole model takes in memory."""
+        """Bytes of all parameters in memory."""
         return self.held_matrices * _matrix_bytes(element, bits) + self.held_others * element
 
 
@@ -65,13 +65,13 @@ def full_cache(token: int, visual: int, text: int) -> Cache:
     return Cache(token * visual, token * text)
 
 
-def capsule_cache(full: Cache, element: int, ratio: float) -> Cache:
-    """The cache whose visual tokens take `ratio` times less than at 16 bits; the text stays as it is.
+def capsule_cache(full: Cache, element: int, compression: float) -> Cache:
+    """The cache with visual tokens in `compression` times fewer bytes than at 16 bits, and the same text.
 
     Args:
         element: bytes of an element of `full`.
     """
-    return Cache(full.visual * REFERENCE_BYTES / element / ratio, full.text)
+    return Cache(full.visual * REFERENCE_BYTES / element / compression, full.text)
 
 
 def speedup_bound(weights: float, full: Cache, capsule: Cache, batch: int) -> float:
@@ -80,7 +80,7 @@ def speedup_bound(weights: float, full: Cache, capsule: Cache, batch: int) -> fl
 
 
 def speedup_limit(full: Cache, capsule: Cache) -> float:
-    """What S goes towards as the batch grows; the text is what keeps it from c."""
+    """The limit of S as the batch grows; below c because the text is not compressed."""
     return full.total / capsule.total
 
 

@@ -65,10 +65,10 @@ def tensors(name: str) -> dict[str, str]:
 SURFACE: dict[str, Callable[[], Any]] = {
     "public names": lambda: sorted(kvcapsule.__all__),
     "options": lambda: {command: options(command) for command in COMMANDS},
-    "methods --json": lambda: sorted(set().union(*json.loads(printed("methods", "--json")))),
-    "models --json": lambda: sorted(keys_of(json.loads(printed("models", "--json")))),
+    "methods --json": lambda: sorted(set().union(*json.loads(printed("methods", "--json", "-")))),
+    "models --json": lambda: sorted(keys_of(json.loads(printed("models", "--json", "-")))),
     "estimate --json": lambda: sorted(
-        keys_of(json.loads(printed("estimate", "--model", "pages-vlm", "--visual-tokens", "196", "--json")))
+        keys_of(json.loads(printed("estimate", "--model", "pages-vlm", "--visual-tokens", "196", "--json", "-")))
     ),
     "capsule config": lambda: sorted(field.name for field in fields(CapsuleConfig)),
     "codec configs": lambda: {

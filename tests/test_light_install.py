@@ -54,7 +54,10 @@ heads = (geometry.query_heads, geometry.kv_heads, geometry.kv_heads)
 query, keys, values = (torch.randn(1, h, tile + 2, geometry.head_dim) for h in heads)
 angle = torch.arange(tile + 2)[:, None] / 100.0 ** torch.linspace(0, 1, geometry.head_dim // 2).repeat(2)
 spans, valid = [VisualSpan(0, 1, tile, (1, 1, tile))], torch.ones(1, tile + 2, dtype=torch.bool)
-prefill = LayerPrefill(0, query, keys, values, spans, valid, 0.2, (angle.cos()[None], angle.sin()[None]))
+rotation = (angle.cos()[None], angle.sin()[None])
+prefill = LayerPrefill(
+    layer=0, query=query, keys=keys, values=values, spans=spans, valid=valid, scale=0.2, position_embeddings=rotation
+)
 visual, text = capsule.compress(prefill)
 (stored,) = visual
 assert stored.keys.shape[2] < tile

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
 from kvcapsule.capsule.write import require_replaceable
+from kvcapsule.cli import session
 from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
 from kvcapsule.errors import ConfigError, DataError, GeometryError, InputError
@@ -53,8 +53,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
             f"the family {family.name} takes a {fit_of.recipe_class.__name__}, not a {type(recipe).__name__}."
         )
     _check_output(recipe, output)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    session.begin(console, threads=recipe.threads, seed=recipe.seed, device=recipe.device)
     L.seed_everything(recipe.seed, verbose=False)
     started = time.perf_counter()
     model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, recipe.device)

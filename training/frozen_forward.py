@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
@@ -25,7 +26,7 @@ class _ReadingLayer(CapsuleLayer):
         self.recorder, self.tiles = recorder, tiles
 
     @property
-    def fresh(self) -> bool:
+    def is_empty(self) -> bool:
         return False
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A file holds the harvest of one batch, all layers, as safetensors. Its name is a digest of everything that the harvest
 depends on: the model's weights, the batch's inputs, the tile and the frame. A file can therefore never be out of date,
-and capsules of all families and ratios share one folder.
+and capsules of all families and compressions share one folder.
 """
 
 import hashlib

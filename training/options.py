@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 
+from kvcapsule.cli.options import OptionParser, normalized, require_current, require_current_words
 from kvcapsule.codec import REGISTRY
 from kvcapsule.errors import ConfigError, InputError
 
@@ -21,7 +22,17 @@ from .recipe import Recipe, flat, group_names, option_names
 
 DEFAULT_RECIPE = "cross-layer"
 """Recipe of `kvcapsule train` without arguments."""
-_USAGE = "kvcapsule train [RECIPE] [--ratio R] [--model ID_OR_PATH] [--output DIR] [options]"
+_USAGE = "kvcapsule train [RECIPE] [--compression C] [--model ID_OR_PATH] [--output DIR] [options]"
+_RENAMED = {
+    "ratio": "--ratio is --compression now, how many times fewer bytes are stored: give 20 where --ratio was 20 or"
+    " 0.05.",
+    "transform.maps": "--transform.maps is --transform.max-map-mib now, the upper limit in MiB for decoder maps.",
+    "transform.readers": "--transform.readers is --transform.query-bank now, the training queries of each KV head.",
+    "codec.key_ratio": "--codec.key-ratio is --codec.key-retention now.",
+    "codec.value_ratio": "--codec.value-ratio is --codec.value-retention now.",
+    "optim.ratio_weight": "--optim.ratio-weight is --optim.retention-weight now.",
+}
+"""Options that no longer exist, and the sentence that refuses them."""
 _SAVED = frozenset(("output", "force", "resume", "trainer"))
 """Keys by which a recipe that a run saved is known: it holds every option."""
 
@@ -36,7 +47,8 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     Raises:
         ConfigError, InputError: for options or files that cannot be used.
     """
-    rest = list(words)
+    require_current_words(words, _RENAMED)
+    rest = normalized(words)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
     given = _value_of("family", rest)
     if named is None:
@@ -60,14 +72,14 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     return built
 
 
-def build_parser(family: str = DEFAULT_RECIPE) -> ArgumentParser:
+def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
     """Every option of a family's recipe, explained by its docstring. It raises ArgumentError and does not exit."""
     parser = _parser(
         f"Train a capsule on the KV activations of a frozen VLM. RECIPE is a YAML file or the name of a shipped recipe"
         f" ({', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}); options override its fields. Families:"
         f" {', '.join(dict.fromkeys([*trainable(), *REGISTRY.foreign()]))}."
     )
-    parser.add_argument("--recipe", action="config", help="a YAML file of these options (the same as RECIPE)")
+    parser.add_argument("--recipe", action="config", help="YAML file of these options (the same as RECIPE)")
     parser.add_class_arguments(recipe_class(family), None)
     return parser
 
@@ -75,14 +87,14 @@ def build_parser(family: str = DEFAULT_RECIPE) -> ArgumentParser:
 def full_help() -> str:
     """The help of `kvcapsule train` where no recipe is named: the shared options, and then each family's."""
     shared = _parser(build_parser().description or "")
-    shared.add_argument("--recipe", action="config", help="a YAML file of these options (the same as RECIPE)")
+    shared.add_argument("--recipe", action="config", help="YAML file of these options (the same as RECIPE)")
     shared.add_class_arguments(Recipe, None)
     return "\n".join([shared.format_help(), *map(_family_help, trainable())])
 
 
 def _family_help(family: str) -> str:
     options, shared = recipe_class(family), set(option_names(Recipe))
-    parser = ArgumentParser(usage="", add_help=False, description=f"Options of the family {family}:")
+    parser = OptionParser(usage="", add_help=False, description=f"Options of the family {family}:")
     for option in fields(options):
         if isinstance(option.type, type) and is_dataclass(option.type):
             others = {f.name for f in fields(option.type) if f"{option.name}.{f.name}" in shared}
@@ -113,9 +125,9 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
 
 
-def _parser(description: str) -> ArgumentParser:
+def _parser(description: str) -> OptionParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog="kvcapsule train", usage=_USAGE, description=description, exit_on_error=False)
+    return OptionParser(prog="kvcapsule train", usage=_USAGE, description=description, exit_on_error=False)
 
 
 def _contents(path: Path) -> dict[str, Any]:
@@ -125,6 +137,10 @@ def _contents(path: Path) -> dict[str, Any]:
         raise InputError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(contents, dict):
         raise InputError(f"the recipe {path} holds a {type(contents).__name__}, not options and their values.")
+    try:
+        require_current(contents, _RENAMED)
+    except ConfigError as error:
+        raise ConfigError(f"the recipe {path}: {error}") from error
     return contents
 
 

@@ -17,8 +17,8 @@ class TileOptions:
     """Shape of the codecs."""
 
     tile: int = 0
-    """Visual tokens that one map covers; 0 takes the whole image, as the KVCapsule paper does, which ties the capsule
-    to one image size."""
+    """Visual tokens of a tile, which one map covers. 0: the whole image, as in the KVCapsule paper; the capsule then
+    fits one image size."""
     canonical_frame: bool = True
     """Store keys as if their tile began at position 0."""
 
@@ -34,19 +34,20 @@ class PyramidOptions(TileOptions):
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """Where Lightning runs the training."""
+    """Devices and processes of Lightning."""
 
     devices: int = 1
-    """Processes (or GPUs) of each node."""
+    """Processes (or GPUs) per node."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     strategy: str = "auto"
     """Lightning's strategy: auto or ddp."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run of `kvcapsule train`; each codec family has a subclass with options of its own."""
+    """What is trained, on which questions, and where the capsule is written; every codec family adds its options in a
+    subclass."""
 
     RESUMABLE: ClassVar[frozenset[str]] = frozenset(
         (
@@ -66,17 +67,16 @@ class Recipe:
     model: str = "pages-vlm"
     """The frozen VLM: a folder, a shipped name or an id on the Hub."""
     revision: str | None = None
-    """Its revision on the Hub."""
+    """Branch, tag or commit of the model on the Hub."""
     dtype: str = "auto"
     """Precision of the frozen VLM: auto, float32, float16 or bfloat16."""
     device: str | None = None
-    """Where it runs; None takes a GPU where there is one."""
+    """Device of the model, such as cpu or cuda:1. Default: CUDA if present."""
     family: str = "cross-layer"
     """The codec family: one that `kvcapsule methods` lists and that can be trained, or module:ATTRIBUTE of a
     kvcapsule.codec.CodecFamily."""
-    ratio: float = 0.4
-    """How much is stored: in (0, 1] the share of what there was; from 2 on how many times less. 0.05 and 20 are the
-    same."""
+    compression: float = 2.5
+    """How many times fewer bytes are stored than at 16 bits an element; at least 1."""
     codec: TileOptions = field(default_factory=TileOptions)
     """Shape of the codecs."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(size=2048))
@@ -84,33 +84,31 @@ class Recipe:
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     """Devices and processes."""
     held_out: int = 64
-    """Questions set aside to measure reconstruction on (the last of the source, never trained on)."""
+    """Questions on which reconstruction is measured: the last ones of the source, which are never trained on."""
     batch: int = 16
-    """Questions a step."""
+    """Questions of one step."""
     moment_batches: int = 40
-    """Batches that the closed-form parts (PCA, first reconstruction) are computed from."""
+    """Batches for the closed-form parts (PCA, first reconstruction)."""
     harvests: str | None = None
-    """Folder that caches the keys, values and queries of each batch, for later runs of any family and ratio on the
-    same model and data, which then need not run the model for them; they are large (the first run says how large).
-    Without it they are computed when needed."""
+    """Folder that caches the keys, values and queries of each batch, for later runs of any family and compression on
+    the same model and data, which then need not run the model for them. The first run says how large it is."""
     workers: int = 0
     """Processes that prepare batches."""
     threads: int | None = None
-    """CPU threads; None leaves it to torch."""
+    """CPU threads. Default: PyTorch's choice."""
     seed: int = 0
-    """Seed of everything random."""
+    """Random seed of the run."""
     output: str = "runs/capsule"
-    """The capsule's folder. Logs and checkpoints go to a folder of the same name with .run at its end."""
+    """Folder of the capsule. Logs and checkpoints are written to a folder of the same name plus .run."""
     force: bool = False
-    """Replace a capsule that is at output."""
+    """Replace the capsule in the output folder."""
     resume: bool = False
-    """Go on from the last checkpoint of an interrupted run with the same output."""
+    """Continue from the last checkpoint of an interrupted run with the same output."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.ratio <= 1 or self.ratio >= 2):
+        if not 1 <= self.compression < float("inf"):
             raise ConfigError(
-                f"--ratio {self.ratio}: give the retention ratio in (0, 1] (0.05 stores a twentieth), or from 2 on how"
-                " many times less is stored (20 is the same)."
+                f"--compression {self.compression}: give a number of at least 1, how many times fewer bytes are stored."
             )
         for name, count in (
             ("batch", self.batch),
@@ -122,8 +120,8 @@ class Recipe:
 
     @property
     def retention(self) -> float:
-        """What is stored / what there was, in (0, 1]."""
-        return self.ratio if self.ratio <= 1 else 1 / self.ratio
+        """Share that is stored, in (0, 1]: the inverse of the compression."""
+        return 1 / self.compression
 
     @property
     def work(self) -> Path:

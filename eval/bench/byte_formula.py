@@ -1,8 +1,8 @@
-"""What a decode-attention call must read, in closed form: what the measured bytes are held against.
+"""Bytes that a decode-attention call must read, in closed form, to compare the measured bytes with.
 
-Keys, values and all that a method stores for its sequences, and the maps of its codec once. s: bytes of an element;
-owners take 8 bytes an entry, a tile's frame 4 D. The widths of a transform code have no closed form: their sum is taken
-from the codec.
+They are keys, values and all else that a method stores for its sequences, and the maps of its codec once. s: bytes of
+an element; owners take 8 bytes an entry, a tile's frame 4 D. The widths of a transform code have no closed form: their
+sum is read from the codec.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from kvcapsule.methods.method import Method
 from kvcapsule.methods.ratios import retained
 
 from .layer_data import TAIL, Cell
-from .methods import KEPT, RETAINED
+from .random_methods import KEPT, RETAINED
 
 _OWNER = 8
 
@@ -25,8 +25,8 @@ def full(cell: Cell) -> float:
 
 
 def of(name: str, cell: Cell, method: Method) -> float:
-    """Of a method of `methods.METHODS`: its visual tokens, and raw rows of the prompt's text, of what fills no tile and
-    of the tail."""
+    """Bytes of a method of `random_methods.METHODS`: of its visual tokens, and of raw rows for the prompt's text, for
+    visual tokens that fill no tile and for the tail."""
     if name == "full-segments":
         return full(cell) + 3 * _OWNER * cell.batch
     tiled = name in _TILED
@@ -43,12 +43,12 @@ def _kept(cell: Cell) -> float:
 
 
 def _bias(cell: Cell) -> int:
-    """Of a row: one number for each KV head."""
+    """Bytes of a row's biases: one number for each KV head."""
     return cell.shape.kv_heads * cell.dtype.itemsize
 
 
 def _bits(bits: int) -> Callable[[Cell], float]:
-    """b bits an element, in groups of eight tokens; a step and a zero for each channel of keys and of values."""
+    """b bits an element, in groups of eight tokens; a scale and a minimum for each channel of keys and of values."""
 
     def count(cell: Cell) -> float:
         channels = 2 * cell.shape.kv_heads * cell.shape.head_dim

@@ -1,4 +1,4 @@
-"""The bytes that a call of attention really touches, counted operation by operation."""
+"""The bytes that a call of attention reads and writes, counted operation by operation."""
 
 from collections.abc import Callable, Iterable
 from math import prod
@@ -11,19 +11,19 @@ from torch.utils._pytree import tree_leaves
 from kvcapsule.kernels.native.flat import watched
 
 _MANY = 2**16
-"""Runs of a tensor past which the whole from its first to its last element counts."""
+"""Contiguous runs of a tensor above which its span from the first to the last element counts."""
 
 
 class Touched(NamedTuple):
-    """Of one call."""
+    """Bytes of one call."""
 
     stored: int
-    """What it reads of the tensors that were named, each byte once however often it is read."""
+    """Bytes that it reads of the stored tensors, each byte once."""
     traffic: int
-    """What all its operations read and write, intermediate results included: more than `stored` wherever something is
+    """Bytes that all its operations read and write, intermediate results included: more than `stored` where tensors are
     copied or repeated.
 
-    An upper bound of what crosses the memory bus: what is small stays in caches.
+    An upper bound of the traffic of the memory bus: small tensors stay in caches.
     """
 
 
@@ -44,16 +44,16 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        places = {x.untyped_storage().data_ptr() for x in given}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        places = {x.untyped_storage().data_ptr() for x in inputs}
         if func.is_view or (
-            made and all(x.untyped_storage().data_ptr() in places for x in made) and not func._schema.is_mutable
+            outputs and all(x.untyped_storage().data_ptr() in places for x in outputs) and not func._schema.is_mutable
         ):
             return out
-        for x in given:
+        for x in inputs:
             self.see(x)
-        self.traffic += sum(_elements(x) * x.itemsize for x in made)
+        self.traffic += sum(_elements(x) * x.itemsize for x in outputs)
         return out
 
     def see(self, x: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _elements(x: torch.Tensor) -> int:
-    """Different elements: what is expanded is one."""
+    """Number of different elements: an expanded dimension counts once."""
     count = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else min(size, 1)

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the same run: bytes a second, and multiply-adds."""
+"""Ceilings of the machine, measured in the same run: memory bandwidth and multiply-adds."""
 
 from statistics import median
 from typing import Any
@@ -9,24 +9,21 @@ from .interleaved_timing import Contender, interleave, last_level_cache
 
 _ROUNDS = 7
 _LEAST = 256 * 2**20
-"""Bytes of what is read or copied, or four times the last-level cache where that is more."""
+"""Bytes that are read or copied, or four times the last-level cache where that is more."""
 _MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices, by type of device."""
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The best of several ways to read, a copy (read and written bytes count), and a square matrix product; 10^9 a
-    second.
-
-    Medians of the readings, like all other times.
-    """
+    """Bandwidth of the faster of two ways to read, of a copy (bytes read and written), and the rate of a square matrix
+    product, in 10^9 a second; from medians, like all other times."""
     count = max(_LEAST, 4 * last_level_cache(device)) // 4
     source, target = torch.rand(count, device=device), torch.rand(count, device=device)
     rows = source.view(-1, 1024)
     vector = torch.rand(1024, device=device)
     side = _MATRIX[device.type]
     left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
-    found = interleave(
+    times = interleave(
         [
             Contender("sum", [source.sum]),
             Contender("product", [lambda: rows @ vector]),
@@ -37,7 +34,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         _ROUNDS,
         60.0,
     )
-    seconds = {name: median(times.rounds) for name, times in found.items()}
+    seconds = {name: median(readings.rounds) for name, readings in times.items()}
     return {
         "read_gb_s": source.nbytes / min(seconds["sum"], seconds["product"]) / 1e9,
         "copy_gb_s": 2 * source.nbytes / seconds["copy"] / 1e9,

@@ -1,11 +1,10 @@
-"""What decodes at step level and above: the ladder of full caches of transformers, and the methods.
+"""The contenders at step level and above: full caches of transformers from slow to fast, and the methods.
 
     L0  eager attention, DynamicCache      shown so that nobody takes it for the baseline
     L1  sdpa attention, DynamicCache       what generate does by itself
-    L2  sdpa attention, StaticCache        its steps also compiled, on request; those of methods too, whose tails then
-        have a fixed room
+    L2  sdpa attention, StaticCache        on request also compiled, as are methods with tails of a fixed size
 
-What ratios are against is whichever of L1 and L2 is quicker in that very run.
+Ratios are against whichever of L1 and L2 is faster in the same run.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,9 +27,8 @@ L0, L1, L2, L2_COMPILED = "L0-eager-dynamic", "L1-sdpa-dynamic", "L2-sdpa-static
 BASELINES = (L1, L2, L2_COMPILED)
 """The full caches that a ratio may be against."""
 
-
 Measured = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-"""JSON rows, and what was left out."""
+"""JSON rows, and entries of `skipped`."""
 
 
 class Rung(NamedTuple):
@@ -38,14 +36,14 @@ class Rung(NamedTuple):
 
     name: str
     cache: Callable[[int], Cache]
-    """An empty cache with room for so many tokens, those of the prompt included."""
+    """An empty cache for so many tokens, those of the prompt included."""
     method: Method | None = None
     attention: str = "sdpa"
     compiled: bool = False
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """While the block lasts, the model attends as this rung has it."""
+        """Within the block, the model uses the attention of this rung."""
         before = str(model.config.get_text_config(decoder=True)._attn_implementation)
         if self.attention != before:
             model.set_attn_implementation(self.attention)
@@ -65,12 +63,13 @@ class Rung(NamedTuple):
         return call
 
     def options(self) -> dict[str, Any]:
-        """Options of generate. Where it can, it compiles a StaticCache's steps by itself, so it is told."""
+        """Options of generate, which compiles the steps of a StaticCache unless it is told not to."""
         return {"compile_config": _everywhere()} if self.compiled else {"disable_compile": True}
 
 
 def _everywhere() -> Any:
-    """A CompileConfig for the CPU too, which generate leaves out unless this switch of its own tests is set."""
+    """A CompileConfig that also holds for the CPU, which generate does not compile unless a switch for its tests is
+    set."""
     config: Any = CompileConfig()
     config._compile_all_devices = True
     return config
@@ -81,50 +80,50 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
     model: Any = subject.model
     text = model.config.get_text_config(decoder=True)
 
-    def static(room: int) -> Cache:
-        return StaticCache(config=text, max_cache_len=room)
+    def static(tokens: int) -> Cache:
+        return StaticCache(config=text, max_cache_len=tokens)
 
-    found = [
-        Rung(L0, lambda room: new_cache(model, None), attention="eager"),
-        Rung(L1, lambda room: new_cache(model, None)),
+    result = [
+        Rung(L0, lambda tokens: new_cache(model, None), attention="eager"),
+        Rung(L1, lambda tokens: new_cache(model, None)),
         Rung(L2, static),
     ]
-    found += [_of_method(model, name, method) for name, method in subject.methods.items()]
+    result += [_of_method(model, name, method) for name, method in subject.methods.items()]
     if compiled:
         prompt = subject.batch(1)["input_ids"].shape[1]
-        found.append(Rung(L2_COMPILED, static, compiled=True))
-        found += [
+        result.append(Rung(L2_COMPILED, static, compiled=True))
+        result += [
             _compiled(model, name, method, prompt)
             for name, method in subject.methods.items()
             if method.decode_time() is None
         ]
-    return found
+    return result
 
 
 def _of_method(model: PreTrainedModel, name: str, method: Method) -> Rung:
-    return Rung(name, lambda room: new_cache(model, method), method)
+    return Rung(name, lambda tokens: new_cache(model, method), method)
 
 
 def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) -> Rung:
-    """A method whose tail has a fixed room, for what is written behind the prompt."""
+    """A method whose tail has a fixed size, for the tokens after the prompt."""
     return Rung(
         f"{name}-static-compiled",
-        lambda room: CapsuleCache(model.config, method, room=room - prompt),
+        lambda tokens: CapsuleCache(model.config, method, tail_capacity=tokens - prompt),
         method,
         compiled=True,
     )
 
 
 def held(cache: Cache) -> int:
-    """Bytes of the storages that a cache holds, room to grow and a capsule's maps included: what a step may read."""
+    """Bytes of a cache's storages, with unused capacity and a capsule's maps: what a step may read."""
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()
         return measured.total + measured.parameters
     return storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
 
 
-def no_room(level: str, subject: Subject, size: int, rung: Rung) -> dict[str, Any]:
-    """The entry of what was left out for want of the device's memory."""
+def out_of_memory(level: str, subject: Subject, size: int, rung: Rung) -> dict[str, Any]:
+    """The entry of `skipped` for a contender that did not fit into the device's memory."""
     return {
         "level": level,
         "geometry": subject.name,

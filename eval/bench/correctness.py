@@ -1,5 +1,4 @@
-"""No speed is reported of what is wrong: every contender's output is compared with attention in double precision
-first."""
+"""Every contender's output is compared with attention in double precision before it is timed."""
 
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from kvcapsule.segments.segment import Segment
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest |output - truth| / |truth| by precision."""
 _ROWS = 3
-"""Rows of the batch that are compared: the first, the last and one between."""
+"""Sequences of the batch that are compared: the first, the last and one between."""
 
 
 def rows(batch: int) -> list[int]:
@@ -39,9 +38,9 @@ def over_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sca
 
 
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:
-    """Of an output [B, H * G, 1, D]; infinite where it holds what is not a number."""
-    found = out[rows(len(out)), :, 0].double()
-    relative = float((found - truth).norm() / truth.norm())
+    """Relative error of an output [B, H * G, 1, D]; infinite if it holds NaN."""
+    output = out[rows(len(out)), :, 0].double()
+    relative = float((output - truth).norm() / truth.norm())
     return relative if relative == relative else float("inf")
 
 

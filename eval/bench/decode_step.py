@@ -1,4 +1,4 @@
-"""Step level: decode steps of a whole model behind a prompt that is cached already, without the loop of generate."""
+"""Step level: decode steps of a model after a cached prompt, without the loop of generate."""
 
 import copy
 from collections.abc import Callable
@@ -20,44 +20,43 @@ LEVEL = "step"
 PROMPTS = 2
 """Prompts that are prefilled where decoding alone is measured."""
 _WARM_UP = 4
-"""Steps before the first that is timed: one that `interleave` takes to warm up, one to see how long it takes, and room
-for two."""
+"""Capacity for the steps before the first that is timed: one to warm up, one to see how long it takes, two spare."""
 _TOKEN = 7
-"""The token that every step is fed: none that stands for an image."""
+"""The token that every step reads; it is no image token."""
 
 
 @torch.no_grad()
 def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: float) -> contenders.Measured:
     """Rows of a subject, the full caches, then its methods; and what did not fit into the device's memory.
 
-    Two prompts with different images are prefilled; the sequences of a larger batch are copies of these, in memory of
-    their own.
+    Two prompts with different images are prefilled; the sequences of a larger batch are copies of these in separate
+    memory.
 
     Args:
         subject: what decodes.
         size: sequences of the batch.
         steps: readings; the order of the contenders turns from step to step.
         compiled: whether a compiled forward is timed, too.
-        read_gb_s: the ceiling that fractions are of.
+        read_gb_s: read bandwidth of the machine, which `bandwidth_fraction` is a fraction of.
     """
     prompts = subject.batch(min(size, PROMPTS))
-    room = prompts["input_ids"].shape[1] + steps + _WARM_UP
+    tokens = prompts["input_ids"].shape[1] + steps + _WARM_UP
     caches: dict[str, Cache] = {}
     timed: dict[str, Contender] = {}
     skipped = []
     rungs = contenders.rungs(subject, compiled)
-    # Where memory is short it is the methods that must fit, then the yardsticks, and eager attention last.
+    # Where memory is short, the methods come first, then the baselines, and eager attention last.
     for rung in reversed(rungs):
         try:
-            cache = widened(filled(subject, rung, prompts, rung.cache(room)), size)
+            cache = widened(filled(subject, rung, prompts, rung.cache(tokens)), size)
         except torch.OutOfMemoryError:
-            skipped.append(contenders.no_room(LEVEL, subject, size, rung))
+            skipped.append(contenders.out_of_memory(LEVEL, subject, size, rung))
             continue
         caches[rung.name] = cache
         step = stepper(subject.model, rung, cache, size)
         timed[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
-    taking_part = [timed[rung.name] for rung in rungs if rung.name in timed]
-    times = interleave(taking_part, subject.model.device, steps, float("inf"), burst=0)
+    fitting = [timed[rung.name] for rung in rungs if rung.name in timed]
+    times = interleave(fitting, subject.model.device, steps, float("inf"), burst=0)
     return rows(
         subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s
     ), skipped
@@ -72,7 +71,7 @@ def filled(subject: Subject, rung: Rung, inputs: BatchFeature, cache: Cache) -> 
 
 
 def widened(prompts: Cache, size: int) -> Cache:
-    """A cache of `size` sequences whose prompts are those of `prompts`, again and again; in memory of its own."""
+    """A cache of `size` sequences in separate memory, with the prompts of `prompts` again and again."""
     cache: Any = copy.deepcopy(prompts)
     cache.reorder_cache(torch.arange(size) % PROMPTS)
     return cache  # type: ignore[no-any-return]

@@ -1,9 +1,8 @@
-"""What encoding adds to the time to the first token: a method's pass over one layer, against that layer's own prefill,
-both measured.
+"""Encode level: the time of a method's pass over one layer against the time of that layer's prefill, which is its share
+of the time to the first token.
 
 The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP.
-Norms, rotations and residuals are left out, so the layer is a little quicker, and the share a little larger, than they
-really are.
+Without norms, rotations and residuals the layer is a little faster, and the share a little larger, than in a model.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import layer_data, methods
+from . import layer_data, random_methods
 from .interleaved_timing import Contender, interleave
 from .layer_data import Cell
 from .shapes import Shape
@@ -56,15 +55,14 @@ class DecoderLayer(NamedTuple):
 
 @torch.no_grad()
 def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows of one shape; `ratio` is the layer's prefill over the method's pass: 20 and more is five percent and
-    less."""
+    """Rows of one shape; `ratio` is the time of the layer's prefill over that of the method's pass."""
     shape = cell.shape
     x_BNC = torch.randn(cell.batch, cell.visual + cell.text, shape.hidden, device=cell.device).to(cell.dtype)
     layer = DecoderLayer.draw(shape, cell.device, cell.dtype)
     prompt = layer_data.prefill(cell, layer_data.draw(cell), cell.batch)
     contenders = [Contender(PREFILL, [partial(layer.prefill, x_BNC, shape)], graph=False)]
     for name in names:
-        method = methods.make(name, shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)
+        method = random_methods.make(name, shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)
         contenders.append(Contender(name, [partial(method.compress, prompt)], graph=False))
     times = interleave(contenders, cell.device, rounds, seconds, burst=0)
     return [

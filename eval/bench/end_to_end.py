@@ -1,5 +1,5 @@
-"""End to end: `generate` on both sides, with the same prompts and as many tokens: time to the first token, time of the
-others, memory."""
+"""End-to-end level: `generate` with the same prompts and numbers of tokens for every contender: time to the first
+token, time of the others, memory."""
 
 from collections import defaultdict
 from functools import partial
@@ -17,7 +17,7 @@ from .peak_memory import peak_bytes
 
 LEVEL = "end-to-end"
 _MEASURED = 2
-"""Steps of the run that warms up and whose memory is measured: it ends with more of them as it was after the first."""
+"""Steps of the run that warms up and whose memory is measured; more of them do not raise its peak."""
 
 
 @torch.no_grad()
@@ -30,16 +30,16 @@ def measure(
         subject: what generates.
         size: sequences of the batch.
         steps: tokens written behind the first.
-        rounds: runs of each contender, which take turns.
-        seconds: after so many a contender rests, if it had `clock.LEAST` rounds.
-        compiled: whether a compiled forward is timed, too.
+        rounds: runs of each contender, round-robin.
+        seconds: a contender that took so many stops, after at least `interleaved_timing.LEAST` rounds.
+        compiled: also time a compiled forward.
     """
     inputs = subject.batch(size)
     prompt = inputs["input_ids"].shape[1]
-    found: dict[str, list[Seconds]] = defaultdict(list)
+    times: dict[str, list[Seconds]] = defaultdict(list)
     spent: dict[str, float] = defaultdict(float)
-    held, peaks, skipped = {}, {}, []
-    going = []
+    stored, peaks, skipped = {}, {}, []
+    fitting = []
     for rung in contenders.rungs(subject, compiled):
         cache = rung.cache(prompt + steps + 1)
         try:
@@ -48,21 +48,21 @@ def measure(
                     partial(run_timed, subject.model, inputs, cache, _MEASURED, **rung.options()), subject.model.device
                 )
         except torch.OutOfMemoryError:
-            skipped.append(contenders.no_room(LEVEL, subject, size, rung))
+            skipped.append(contenders.out_of_memory(LEVEL, subject, size, rung))
             continue
-        held[rung.name] = contenders.held(cache)
+        stored[rung.name] = contenders.held(cache)
         if rung.compiled:
-            # What counts memory keeps the compiler from its work.
+            # Nothing is compiled while memory is counted.
             _once(subject, rung, inputs, prompt, _MEASURED)
-        going.append(rung)
+        fitting.append(rung)
     for turn in range(rounds):
-        start = turn % len(going)
-        for rung in [*going[start:], *going[:start]]:
-            if len(found[rung.name]) == turn and (turn < LEAST or spent[rung.name] < seconds):
+        start = turn % len(fitting)
+        for rung in [*fitting[start:], *fitting[:start]]:
+            if len(times[rung.name]) == turn and (turn < LEAST or spent[rung.name] < seconds):
                 started = now(subject.model.device)
-                found[rung.name].append(_once(subject, rung, inputs, prompt, steps))
+                times[rung.name].append(_once(subject, rung, inputs, prompt, steps))
                 spent[rung.name] += now(subject.model.device) - started
-    return rows(subject, size, steps, found, held, peaks), skipped
+    return rows(subject, size, steps, times, stored, peaks), skipped
 
 
 def _once(subject: Subject, rung: Rung, inputs: BatchFeature, prompt: int, steps: int) -> Seconds:
@@ -74,17 +74,26 @@ def rows(
     subject: Subject,
     size: int,
     steps: int,
-    found: dict[str, list[Seconds]],
-    held: dict[str, int],
+    times: dict[str, list[Seconds]],
+    stored: dict[str, int],
     peaks: dict[str, int],
 ) -> list[dict[str, Any]]:
-    """JSON rows. `held`: bytes of each cache a few tokens behind its prompt; `peaks`: see peak.peak_bytes."""
-    prefill = {name: Times([run.prefill for run in runs]) for name, runs in found.items()}
-    step = {name: Times([run.step for run in runs]) for name, runs in found.items()}
-    whole = {name: Times([run.prefill + steps * run.step for run in runs]) for name, runs in found.items()}
-    full = [name for name in BASELINES if name in found]
+    """JSON rows.
+
+    Args:
+        subject: what generates.
+        size: sequences of the batch.
+        steps: tokens written after the first.
+        times: of every contender, run by run.
+        stored: bytes of each cache a few tokens after its prompt.
+        peaks: see peak_memory.peak_bytes.
+    """
+    prefill = {name: Times([run.prefill for run in runs]) for name, runs in times.items()}
+    step = {name: Times([run.step for run in runs]) for name, runs in times.items()}
+    total = {name: Times([run.prefill + steps * run.step for run in runs]) for name, runs in times.items()}
+    full = [name for name in BASELINES if name in times]
     baseline, quickest, shortest = (
-        min(full, key=lambda name: times[name].median, default=None) for times in (step, prefill, whole)
+        min(full, key=lambda name: readings[name].median, default=None) for readings in (step, prefill, total)
     )
     return [
         {
@@ -97,9 +106,9 @@ def rows(
             "method": name,
             "baseline": baseline,
             "ratio": step[name].over(step[baseline]) if baseline else None,
-            "whole_ratio": whole[name].over(whole[shortest]) if shortest else None,
-            "bytes": held[name],
-            "bytes_ratio": held[baseline] / held[name] if baseline else None,
+            "whole_ratio": total[name].over(total[shortest]) if shortest else None,
+            "bytes": stored[name],
+            "bytes_ratio": stored[baseline] / stored[name] if baseline else None,
             "weight_bytes": weight_bytes(subject.model),
             "peak_bytes": peaks[name],
             "seconds": step[name].median,
@@ -110,5 +119,5 @@ def rows(
             "tokens_s": size / step[name].median,
             "failed": None,
         }
-        for name, runs in found.items()
+        for name, runs in times.items()
     ]

@@ -1,7 +1,7 @@
-"""Timing of contenders in turn, so that whatever else the machine does falls on all of them alike.
+"""Round-robin timing of contenders, so that other work of the machine slows all of them alike.
 
-A contender is a list of calls that do the same on different copies of its data, one after the other: what a call reads
-has then left the caches of the processor, as it has when a decode step comes back to a layer after all the others.
+A contender is a list of calls that do the same on different copies of its data, one after the other. The data of a call
+have then left the processor's caches, as in a decode step, which returns to a layer after all the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 COLD = 2
-"""Times the last-level cache that the copies of a contender's data fill at least."""
+"""The copies of a contender's data are at least this many times as large as the last-level cache."""
 LEAST = 3
-"""Rounds that every contender takes part in, however slow it is."""
+"""Rounds of every contender, however slow it is."""
 BURST = 2e-3
-"""Seconds that one reading of the clock covers at least."""
+"""Least seconds of one reading of the clock."""
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE = 64 * 2**20
-"""Taken for the last-level cache where the system does not tell."""
+"""Bytes of the last-level cache where the system does not say."""
 
 
 class Contender(NamedTuple):
@@ -31,14 +31,13 @@ class Contender(NamedTuple):
     calls: Sequence[Callable[[], Any]]
     """The same work on copies of the data."""
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """What must be entered for the calls; not timed."""
+    """Context of the calls; entering it is not timed."""
     graph: bool = True
     """Whether the calls can be captured as a CUDA graph."""
 
 
 class Times(NamedTuple):
-    """Seconds of one call, round by round; contenders that are too slow for the time that they are given have fewer
-    rounds."""
+    """Seconds of one call, round by round; slow contenders have fewer rounds."""
 
     rounds: list[float]
 
@@ -55,40 +54,38 @@ class Times(NamedTuple):
         return high - low
 
     def over(self, other: "Times") -> float:
-        """How many times as long `other` takes: the median over the rounds that both took part in."""
+        """How many times as long `other` takes: the median over the rounds of both."""
         return median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=False))
 
 
 def interleave(
     contenders: Sequence[Contender], device: torch.device, rounds: int, seconds: float, burst: float = BURST
 ) -> dict[str, Times]:
-    """Time all contenders, one after the other, again and again.
+    """Time all contenders round-robin.
 
     Args:
         contenders: at least one.
         device: where they run.
         rounds: readings of each.
-        seconds: after so many a contender rests, if it had LEAST rounds.
-        burst: seconds that one reading of the clock covers at least, by as many calls as that takes; 0: a reading is
-            one call.
+        seconds: a contender that took so many stops, after at least LEAST rounds.
+        burst: least seconds of one reading of the clock, which covers as many calls as that takes; 0: one call.
     """
     timers = [_Burst(contender, device, burst) for contender in contenders]
-    found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    readings: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(rounds):
-        # The order turns, so that nobody always runs in the wake of the same other.
+        # The order rotates, so that no contender always follows the same other one.
         start = turn % len(timers)
         for timer in [*timers[start:], *timers[:start]]:
-            times = found[timer.name]
+            times = readings[timer.name]
             if len(times) == turn and (turn < LEAST or timer.spent < seconds):
                 times.append(timer.time())
-    return {name: Times(times) for name, times in found.items()}
+    return {name: Times(times) for name, times in readings.items()}
 
 
 class _Burst:
-    """As many calls of a contender as the clock needs, going on through its copies from reading to reading.
+    """One reading's calls of a contender; the next reading continues with the next copy of the data.
 
-    On CUDA one pass through the copies is captured as a graph, so that what the host does between launches is not
-    timed.
+    On CUDA one pass through the copies is captured as a graph, so that the host's work between launches is not timed.
     """
 
     def __init__(self, contender: Contender, device: torch.device, burst: float) -> None:
@@ -97,10 +94,10 @@ class _Burst:
         with self.around():
             for call in contender.calls:
                 call()
-            self.calls, self.each = contender.calls, 1
+            self.calls, self.calls_per_pass = contender.calls, 1
             if device.type == "cuda" and contender.graph:
-                self.calls, self.each = [_captured(contender.calls)], len(contender.calls)
-        while (took := self.time() * self.length * self.each) < burst:
+                self.calls, self.calls_per_pass = [_captured(contender.calls)], len(contender.calls)
+        while (took := self.time() * self.length * self.calls_per_pass) < burst:
             self.length *= max(2, min(64, int(burst / max(took, 1e-9))))
         self.spent = 0.0
 
@@ -110,11 +107,11 @@ class _Burst:
         self.next = (self.next + self.length) % len(self.calls)
         with self.around():
             started = now(self.device)
-            for place in order:
-                self.calls[place]()
+            for index in order:
+                self.calls[index]()
             took = now(self.device) - started
         self.spent += took
-        return took / self.length / self.each
+        return took / self.length / self.calls_per_pass
 
 
 def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
@@ -127,17 +124,17 @@ def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of the clock once the device is done."""
+    """The clock in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache before the memory of a device."""
+    """Bytes of the last-level cache of a device."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = [_size(place.read_text()) for place in _CACHES.glob("index*/size")]
+    sizes = [_size(file.read_text()) for file in _CACHES.glob("index*/size")]
     return max(sizes, default=_UNKNOWN_CACHE)
 
 
@@ -148,6 +145,5 @@ def _size(text: str) -> int:
 
 
 def copies(bytes_: int, device: torch.device) -> int:
-    """Copies of data of so many bytes that a contender goes through, so that none is still in a cache when its turn
-    comes again."""
+    """Number of copies of data of so many bytes, so that no copy is still in a cache when it is read again."""
     return 1 + COLD * last_level_cache(device) // max(1, bytes_)

@@ -1,4 +1,4 @@
-"""One layer's cache as each method stores it, made by the method's own encoder from random keys and values."""
+"""One layer's cache as each method stores it: the method's encoder runs on random keys and values."""
 
 import copy
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from kvcapsule.vlm.spans import VisualSpan
 from .shapes import Shape
 
 TAIL = 16
-"""Tokens written since the prompt, beside the text in it."""
+"""Tokens written after the prompt."""
 DIFFERENT = 2
-"""Sequences whose keys and values are drawn; the others of a batch are copies of these, in memory of their own."""
+"""Sequences with different keys and values; the others of a batch are copies of these in separate memory."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one comparison is about."""
+    """A shape, a batch and its tokens: the setting of one comparison."""
 
     shape: Shape
     batch: int
@@ -36,17 +36,17 @@ class Cell:
 
     @property
     def tokens(self) -> int:
-        """N: all that a query of the newest token sees."""
+        """N: all tokens that the newest token's query sees."""
         return self.visual + self.text + TAIL
 
     @property
     def full_bytes(self) -> int:
-        """Of the full cache, of one layer."""
+        """Bytes of the full cache of one layer."""
         return self.batch * self.tokens * self.shape.token_bytes(self.dtype.itemsize)
 
 
 class Layer(NamedTuple):
-    """One layer of a cell: raw, and what its methods are made from."""
+    """Raw keys, values and queries of one layer of a cell."""
 
     keys: torch.Tensor
     """[B, H, N, D]."""
@@ -69,7 +69,7 @@ def draw(cell: Cell) -> Layer:
 
 
 def store(cell: Cell, layer: Layer, method: Method) -> list[Segment]:
-    """The segments that a decode step reads: what `method` makes of the prompt, and the tail."""
+    """The segments that a decode step reads: the prompt as `method` stores it, and the tail."""
     different = min(cell.batch, DIFFERENT)
     compressed = method.compress(prefill(cell, layer, different))
     again = torch.arange(cell.batch, device=cell.device) % different
@@ -106,10 +106,10 @@ def rotation(cell: Cell, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def bytes_read(segments: list[Segment]) -> int:
-    """What a call must read: all that is stored for the sequences, and the maps that they share, once."""
+    """Bytes that a call must read: the storage of the sequences, and the maps that they share, once."""
     return storage_bytes(t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors()))
 
 
 def copied(segments: list[Segment]) -> list[Segment]:
-    """The same in memory of its own, maps included: another layer has others."""
+    """A copy in separate memory, maps included, as of another layer."""
     return copy.deepcopy(segments)

@@ -1,8 +1,7 @@
-"""The models whose decode steps are timed, with batches of prompts for them: pages-vlm, and random weights in shapes
-that are named.
+"""The models whose decode steps are timed, with batches of prompts: pages-vlm, and named shapes with random weights.
 
-A random model's tokens mean nothing; its time and bytes are those of a trained one of the same shape. All sequences of
-a batch have images of their own and prompts of the same length, so that nobody needs padding.
+The tokens of a random model mean nothing; its time and bytes are those of a trained model of the same shape. All
+sequences of a batch have different images and prompts of the same length, so that none needs padding.
 """
 
 from collections.abc import Callable
@@ -27,14 +26,14 @@ from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import make_batch, read
-from .methods import KEPT, make
+from .random_methods import KEPT, make
 from .shapes import SHAPES, Shape
 
 PAGES, KV_BOUND = "pages-vlm", "kv-bound"
 _TIMED = ("int4", "kvcapsule-r0.4", "kept-10%", "compact-10%", "transform-20x")
-"""Of `methods.METHODS`, on random models."""
+"""Of `random_methods.METHODS`, on random models."""
 _KV_BOUND = Shape(KV_BOUND, 4, 8, 4, 64, 256, 512, 512)
-"""Small weights beside a long visual context: a step reads 13.1 MB of weights and, at 2,304 visual tokens, 18.9 MB of
+"""A small model with a long visual context: a step reads 13.1 MB of weights and, at 2,304 visual tokens, 18.9 MB of
 keys and values a sequence, both in fp32."""
 _IMAGES = {
     KV_BOUND: (1, 48),
@@ -44,8 +43,8 @@ _IMAGES = {
     "internvl3-8b": (13, 16),
     "qwen2.5-vl-7b": (16, 32),
 }
-"""Images of a sequence, and tokens of an image's side: as many visual tokens as the model of that name has of a large
-image."""
+"""Images of a sequence, and tokens of an image's side: together as many visual tokens as the named model has for a
+large image."""
 _IMAGE, _PATCH = 5, 4
 
 
@@ -55,16 +54,16 @@ class Subject(NamedTuple):
     name: str
     model: PreTrainedModel
     batch: Callable[[int], BatchFeature]
-    """Inputs of so many sequences."""
+    """Inputs for a number of sequences."""
     visual: int
     """Visual tokens of a sequence."""
     methods: dict[str, Method]
     shape: dict[str, int]
-    """What its language part looks like, for the reader."""
+    """Shape of its language part, for the JSON."""
 
 
 def default(device: torch.device) -> list[str]:
-    """What is timed on a device unless asked otherwise."""
+    """The models that are timed on a device by default."""
     return [PAGES, KV_BOUND] if device.type == "cpu" else list(SHAPES)
 
 
@@ -86,13 +85,13 @@ def build(name: str, device: torch.device, dtype: torch.dtype, text: int, tile: 
 
 
 def _pages(device: torch.device, dtype: torch.dtype) -> Subject:
-    """The demo VLM, with the shipped capsules."""
+    """The demo VLM with the shipped capsules."""
     model, processor = load_vlm(PAGES, device=str(device), dtype=str(dtype).removeprefix("torch."))
 
     def batch(size: int) -> BatchFeature:
         rows = source.load(SourceConfig(split="test", size=size))
-        asked = [read(rows, i) for i in range(size)]
-        return make_batch([q._replace(prompt=asked[0].prompt) for q in asked], model, processor).inputs
+        questions = [read(rows, i) for i in range(size)]
+        return make_batch([q._replace(prompt=questions[0].prompt) for q in questions], model, processor).inputs
 
     methods: dict[str, Method] = {"int4": Quantized(4), "kept-10%": EvenlySpaced(KEPT)}
     shipped = {
@@ -108,8 +107,7 @@ def _pages(device: torch.device, dtype: torch.dtype) -> Subject:
 def random_llava(
     shape: Shape, images: int, side: int, device: torch.device, dtype: torch.dtype, text: int, tile: int, seed: int
 ) -> Subject:
-    """A LLaVA of a shape with random weights, whose vision tower is as small as can be: images of side x side
-    tokens."""
+    """A LLaVA of a shape with random weights and a minimal vision tower; an image has side x side tokens."""
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -143,7 +141,7 @@ def random_llava(
     def batch(size: int) -> BatchFeature:
         generator = torch.Generator().manual_seed(seed)
         words = torch.randint(_IMAGE + 1, shape.vocab, (size, text), generator=generator)
-        # An image, a token behind it so that the next one is told apart, and so on; then the question.
+        # After every image a token that separates it from the next one; then the question.
         pictures = torch.tensor(([_IMAGE] * side * side + [1]) * images).expand(size, -1)
         ids = torch.cat([pictures, words], dim=1).to(device)
         pixels = torch.randn(size * images, 3, _PATCH * side, _PATCH * side, generator=generator).to(device, dtype)
@@ -167,8 +165,7 @@ def _shape(model: Any) -> dict[str, int]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Weights that a decode step reads: the decoder's layers and the output head, not the embeddings that it looks
-    up."""
+    """Bytes of weights that a decode step reads: the decoder's layers and the output head, without embeddings."""
     head = model.get_output_embeddings()
     parts = [*model.get_decoder().layers.parameters(), *(head.parameters() if head is not None else ())]
     return sum(p.nbytes for p in {id(p): p for p in parts}.values())

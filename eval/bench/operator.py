@@ -9,7 +9,7 @@ import torch
 from kvcapsule.kernels import attend, backend_for
 from kvcapsule.segments.segment import Segment
 
-from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, methods
+from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, random_methods
 from .interleaved_timing import Contender, Times, copies, interleave
 from .layer_data import Cell
 from .shapes import SHAPES, Shape, distinct
@@ -20,42 +20,43 @@ _BANK = 512 * 4 * 4
 times over."""
 
 
-class Made(NamedTuple):
-    """A contender before it is timed."""
+class Untimed(NamedTuple):
+    """A contender of which all but the time is known."""
 
     name: str
     calls: Sequence[Callable[[], torch.Tensor]]
     bytes: int
-    """That a call must read."""
+    """Bytes that a call must read."""
     formula: float
-    """The same in closed form."""
+    """These bytes in closed form."""
     error: float
+    """Relative error of the output."""
     touched: bytes_touched.Touched | None
-    """None where kernels run that PyTorch does not see."""
+    """None where kernels run that PyTorch does not dispatch."""
 
 
 class Limits(NamedTuple):
-    """What a cell may take."""
+    """Limits of memory and time for one cell."""
 
     memory: int
     """Bytes of all contenders' data."""
     rounds: int
     seconds: float
-    """Of a contender, warm-up not included."""
+    """Seconds of a contender, warm-up not included."""
 
 
 def cells(
     shapes: Iterable[str], visual: Sequence[int], batches: Sequence[int], make: Callable[[Shape, int, int], Cell]
 ) -> Iterator[Cell]:
-    """The grid; shapes whose layers are alike once."""
+    """The cells to measure; shapes with equal layers are measured once."""
     for name in distinct(list(shapes)):
         for tokens in visual:
             for batch in batches:
                 yield make(SHAPES[name], tokens, batch)
 
 
-def alike(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Why some shapes have no rows of their own."""
+def equal_shapes(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Entries of `skipped` for the shapes whose layers equal those of another shape."""
     return [
         _skipped(other, None, None, None, f"one layer of it is like one of {first}, which is timed")
         for first, others in distinct(list(names)).items()
@@ -70,16 +71,16 @@ def measure(
     """Rows of one cell, the full cache's first, and what was left out.
 
     Args:
-        cell: what is compared.
-        names: of `methods.METHODS`.
-        limits: see there.
-        read_gb_s: the ceiling that fractions are of.
+        cell: the shape, batch and tokens.
+        names: of `random_methods.METHODS`.
+        limits: of memory and time.
+        read_gb_s: read bandwidth of the machine, which `bandwidth_fraction` is a fraction of.
     """
     skipped: list[dict[str, Any]] = []
     if (needed := _needed(cell, names)) > limits.memory:
         return [], [_skipped(cell.shape.name, cell.batch, cell.visual, None, _too_large(needed, limits.memory))]
     layer = layer_data.draw(cell)
-    made = []
+    untimed = []
     for name in (*full_attention.IN_PLACE, *full_attention.AMPLIFIED):
         extra = full_attention.extra_bytes(name, cell.full_bytes, cell.shape.group)
         if needed + extra > limits.memory:
@@ -87,22 +88,22 @@ def measure(
                 _skipped(cell.shape.name, cell.batch, cell.visual, name, _too_large(needed + extra, limits.memory))
             )
             continue
-        made.append(_of_full(name, cell, layer))
-    made += [_of_method(name, cell, layer) for name in names]
-    right = [m for m in made if m.error <= correctness.TOLERANCE[cell.dtype]]
+        untimed.append(_of_full(name, cell, layer))
+    untimed += [_of_method(name, cell, layer) for name in names]
+    right = [m for m in untimed if m.error <= correctness.TOLERANCE[cell.dtype]]
     times = interleave([Contender(m.name, m.calls) for m in right], cell.device, limits.rounds, limits.seconds)
-    return rows(cell, made, times, read_gb_s), skipped
+    return rows(cell, untimed, times, read_gb_s), skipped
 
 
-def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: float) -> list[dict[str, Any]]:
-    """JSON rows; without times where a contender's output was wrong."""
+def rows(cell: Cell, untimed: Sequence[Untimed], times: dict[str, Times], read_gb_s: float) -> list[dict[str, Any]]:
+    """JSON rows; a contender whose output is wrong has no times."""
     strongest = min(
         (name for name in full_attention.IN_PLACE if name in times), key=lambda name: times[name].median, default=None
     )
-    found = []
-    for m in made:
+    result = []
+    for m in untimed:
         time, base = times.get(m.name), times.get(strongest or "")
-        found.append(
+        result.append(
             {
                 "level": LEVEL,
                 "geometry": cell.shape.name,
@@ -133,34 +134,36 @@ def rows(cell: Cell, made: Sequence[Made], times: dict[str, Times], read_gb_s: f
                 ),
             }
         )
-    return found
+    return result
 
 
-def _of_full(name: str, cell: Cell, layer: layer_data.Layer) -> Made:
-    way, scale = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name], cell.shape.head_dim**-0.5
+def _of_full(name: str, cell: Cell, layer: layer_data.Layer) -> Untimed:
+    attention, scale = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name], cell.shape.head_dim**-0.5
     cache = full_attention.FullCache(layer.keys, layer.values)
     truth = correctness.over_rows(layer.query, *cache, scale)
     others = [
         full_attention.FullCache(*(x.clone() for x in cache)) for _ in range(copies(cell.full_bytes, cell.device) - 1)
     ]
-    calls = [partial(way, layer.query, one, scale) for one in (cache, *others)]
+    calls = [partial(attention, layer.query, one, scale) for one in (cache, *others)]
     counted = bytes_touched.count(calls[0], cache)
-    return Made(name, calls, cell.full_bytes, byte_formula.full(cell), correctness.error(calls[0](), truth), counted)
+    return Untimed(name, calls, cell.full_bytes, byte_formula.full(cell), correctness.error(calls[0](), truth), counted)
 
 
-def _of_method(name: str, cell: Cell, layer: layer_data.Layer) -> Made:
+def _of_method(name: str, cell: Cell, layer: layer_data.Layer) -> Untimed:
     scale = cell.shape.head_dim**-0.5
-    method = methods.make(name, cell.shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)
+    method = random_methods.make(name, cell.shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)
     segments = layer_data.store(cell, layer, method)
-    held = layer_data.bytes_read(segments)
+    stored = layer_data.bytes_read(segments)
     truth = correctness.over_segments(layer.query, segments, scale)
-    others = [layer_data.copied(segments) for _ in range(copies(held, cell.device) - 1)]
+    others = [layer_data.copied(segments) for _ in range(copies(stored, cell.device) - 1)]
     calls = [_call(layer.query, one, scale) for one in (segments, *others)]
     tensors = [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())]
     calls[0]()
     seen = backend_for(cell.device.type) != "triton"
     counted = bytes_touched.count(calls[0], tensors) if seen else None
-    return Made(name, calls, held, byte_formula.of(name, cell, method), correctness.error(calls[0](), truth), counted)
+    return Untimed(
+        name, calls, stored, byte_formula.of(name, cell, method), correctness.error(calls[0](), truth), counted
+    )
 
 
 def _call(query: torch.Tensor, segments: list[Segment], scale: float) -> Callable[[], torch.Tensor]:
@@ -168,8 +171,8 @@ def _call(query: torch.Tensor, segments: list[Segment], scale: float) -> Callabl
 
 
 def _needed(cell: Cell, names: Sequence[str]) -> int:
-    """Bytes of all that is held at once, with what encoding one or two sequences takes."""
-    shares = 1.0 + sum(methods.SHARES.get(name, 1.0) for name in names)
+    """Bytes of all contenders' data, and of encoding one or two sequences."""
+    shares = 1.0 + sum(random_methods.SHARES.get(name, 1.0) for name in names)
     # A few copies of the sequences that are encoded, in fp32; a compact capsule holds what its bank gives every token.
     encoded = min(cell.batch, layer_data.DIFFERENT)
     encoding = 24 * encoded * cell.full_bytes // cell.batch // cell.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes."""
+"""Peak memory of a function."""
 
 import weakref
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes at the most, beside what was there before: on CUDA as the allocator counts, on the CPU of all tensors that
-    operations make.
+    """Peak bytes of `work` above those before it: on CUDA as the allocator counts, on the CPU of all tensors that
+    operations return.
 
-    What an operation takes and gives back within itself is not seen on the CPU.
+    Memory that an operation allocates and frees internally is not counted on the CPU.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -28,7 +28,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made while it was on and are still alive, and the most there ever were."""
+    """Bytes of the storages allocated within the block that are still alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -36,10 +36,10 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in inputs:
                 self._note(x.untyped_storage())
         return out
 

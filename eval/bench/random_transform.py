@@ -1,8 +1,8 @@
-"""A transform code of given bytes for a made-up spectrum: what a trained one would look like, without training.
+"""A transform code of a chosen number of bytes for a synthetic spectrum: the shape of a trained code, without training.
 
 The variance of a coefficient falls by a power of its token component's number and exponentially over the channels, in
-keys faster than in values. The rates are such that about as many bytes, rows and channels fall to keys and to values as
-in the shipped capsule of pages-vlm.
+keys faster than in values. The rates divide bytes, rows and channels between keys and values about as in the shipped
+capsule of pages-vlm.
 
 Widths are those of training (`kvcapsule.codec.bit_allocation`), for variances that are known.
 """
@@ -25,22 +25,21 @@ _REACH = 6.0
 
 
 class Decay(NamedTuple):
-    """How the variances of keys or of values fall."""
+    """Decay of the variances of keys or of values."""
 
     tokens: float
-    """Power of the token component's number."""
+    """Exponent of the token component's number."""
     channels: float
-    """Natural log of the first channel's variance over the last one's."""
+    """Natural log of the ratio of the first channel's variance to the last one's."""
     weight: float
-    """Of the whole beside the other's."""
+    """Sum of all variances."""
 
 
 KEYS, VALUES = Decay(0.7, 16.0, 0.5), Decay(0.7, 7.0, 1.0)
 
 
 def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
-    """[G, C]: mean variance in each cell of eight token components of a channel; the whole sums up to the decay's
-    weight."""
+    """[G, C]: mean variance in each cell of eight token components of a channel; their sum is the decay's weight."""
     rows = torch.arange(1, -(-tile // GROUP) * GROUP + 1, dtype=torch.float64) ** -decay.tokens
     rows[tile:] = 0.0
     cells = (
@@ -50,14 +49,13 @@ def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
 
 
 _READERS = 64
-"""Queries of each KV head by which encoding weighs tokens: as many as training takes unless told otherwise."""
+"""Queries of each KV head by which encoding weights tokens: the default of training."""
 
 
 def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.Generator) -> Capsule:
-    """A transform code whose cells take at most `tile_bytes` a tile in every layer, for all KV heads; bases are drawn
-    at random.
+    """A transform code with random bases whose cells take at most `tile_bytes` a tile in every layer, for all KV heads.
 
-    Data of variance one use the levels of every cell.
+    Data of variance one use all levels of every cell.
     """
     spectra = [variance(tile, geometry.head_dim, decay) for decay in (KEYS, VALUES)]
     widths = allocate([v[None] for v in spectra], tile_bytes // geometry.kv_heads)
@@ -88,7 +86,7 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
 
 
 def _used(width: torch.Tensor) -> torch.Tensor:
-    """Without the rows and channels behind the last ones that have bits; at least one of each."""
+    """The widths up to the last row and the last channel that have bits; at least one of each."""
     groups, channels = (int((width.amax(dim) > 0).sum()) for dim in (1, 0))
     return width[: max(1, groups), : max(1, channels)]
 

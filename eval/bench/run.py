@@ -1,31 +1,29 @@
-"""One run: from what was asked for to the object that docs/bench.md describes."""
+"""One run of `kvcapsule bench`: from its options to the object that docs/bench.md describes."""
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvcapsule.cli import session
 from kvcapsule.cli.results import require_writable
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import InputError
 from kvcapsule.kernels import backend_for
-from kvcapsule.vlm.loading import require_device
 
-from . import ceilings, decode_step, encode, end_to_end, markdown, models, operator, serving
-from .config import BenchConfig
+from . import bench_page, ceilings, decode_step, encode, end_to_end, models, operator, serving
+from .bench_config import BenchConfig
 from .contenders import Measured
 from .models import Subject
 from .shapes import SHAPES, distinct
 
 _MEMORY = Path("/proc/meminfo")
 _FREE = 0.8
-"""Share of the free memory that a comparison may take unless asked otherwise."""
+"""Default share of the free memory that a comparison may take."""
 
 
 def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
@@ -34,41 +32,35 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
     Raises:
         InputError, ModelError: for input that cannot be used; what is quick to check comes first.
     """
-    if config.place.type == "cuda" and not torch.cuda.is_available():
+    if config.torch_device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use"
             " --device cpu."
         )
-    require_device(config.device)
+    session.begin(console, threads=config.threads, seed=config.seed, device=config.device)
     require_writable([config.json, config.plot, config.report])
     if config.report is not None:
-        markdown.require_places(Path(config.report), config.device, config.level)
-    if not console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+        bench_page.require_places(Path(config.report), config.device, config.level)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found: dict[str, list[dict[str, Any]]] = {"rows": [], "skipped": []}
+    result: dict[str, list[dict[str, Any]]] = {"rows": [], "skipped": []}
     with Progress(*columns, console=console) as progress:
         with_ceilings = progress.add_task("ceilings", total=1)
-        ceiling = ceilings.measure(config.place, config.precision)
+        ceiling = ceilings.measure(config.torch_device, config.precision)
         progress.advance(with_ceilings)
         for level in config.level:
             rows, skipped = _LEVELS[level](config, ceiling["read_gb_s"], progress)
-            found["rows"] += rows
-            found["skipped"] += skipped
+            result["rows"] += rows
+            result["skipped"] += skipped
     return {
         "ceilings": ceiling,
-        "rows": found["rows"],
-        "skipped": found["skipped"],
+        "rows": result["rows"],
+        "skipped": result["skipped"],
         "versions": versions(),
         "seed": config.seed,
         "machine": machine(),
         "device": config.device,
         "dtype": str(config.precision).removeprefix("torch."),
-        "kernels": backend_for(config.place.type),
+        "kernels": backend_for(config.torch_device.type),
         "quick": config.quick,
         "command": command,
     }
@@ -78,14 +70,14 @@ def memory_limit(config: BenchConfig) -> int:
     """Bytes that one comparison may take."""
     if config.memory_gib is not None:
         return int(config.memory_gib * 2**30)
-    if config.place.type == "cuda":
-        return int(_FREE * torch.cuda.mem_get_info(config.place)[0])
+    if config.torch_device.type == "cuda":
+        return int(_FREE * torch.cuda.mem_get_info(config.torch_device)[0])
     return int(_FREE * available_memory())
 
 
 def available_memory() -> int:
-    """Bytes that the host can give without swapping, as Linux counts them; half of all memory where the system does not
-    tell."""
+    """Bytes of the host's memory that are available without swapping, as Linux counts them; on other systems half of
+    all memory."""
     if _MEMORY.is_file():
         for line in _MEMORY.read_text().splitlines():
             name, _, value = line.partition(":")
@@ -97,7 +89,7 @@ def available_memory() -> int:
 def _operator(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
     grid = list(operator.cells(config.geometry, config.visual_tokens, config.batch, config.cell))
     limits = operator.Limits(memory_limit(config), config.rounds, config.seconds)
-    rows, skipped = [], operator.alike(config.geometry)
+    rows, skipped = [], operator.equal_shapes(config.geometry)
     task = progress.add_task("operator", total=len(grid))
     for cell in grid:
         progress.update(task, description=f"operator: {cell.shape.name}, {cell.batch} x {cell.visual} visual tokens")
@@ -147,19 +139,19 @@ def _of_models(
     sizes: Sequence[int],
     measure: Callable[[Subject, int], Measured],
 ) -> Measured:
-    """What `measure` gives of each model, which are built one after the other, at each size of a batch."""
-    names = config.model or models.default(config.place)
+    """Measure every model at every batch size; the models are built one after the other."""
+    names = config.model or models.default(config.torch_device)
     task = progress.add_task(level, total=len(names) * len(sizes))
-    found: Measured = [], []
+    result: Measured = [], []
     for name in names:
         progress.update(task, description=f"{level}: {name}")
-        subject = models.build(name, config.place, config.precision, config.text, config.tile, config.seed)
+        subject = models.build(name, config.torch_device, config.precision, config.text, config.tile, config.seed)
         for size in sizes:
             rows, skipped = measure(subject, size)
-            found[0].extend(rows)
-            found[1].extend(skipped)
+            result[0].extend(rows)
+            result[1].extend(skipped)
             progress.advance(task)
-    return found
+    return result
 
 
 _LEVELS: dict[str, Callable[[BenchConfig, float, Progress], Measured]] = {

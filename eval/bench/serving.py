@@ -1,10 +1,9 @@
-"""Serving within a memory budget: the largest batch of image questions whose cache fits, and how many tokens a second
-it writes.
+"""Serving level: the largest batch of image questions whose cache fits into a memory limit, and how many tokens a
+second it writes.
 
-What fits is found by bisection over storages that are really held: a cache of each size that is asked about is made,
-takes a decode step, and is weighed. Two prompts with different images are prefilled; the sequences of a larger batch
-are copies of these, in memory of their own. Weights are on neither side of the budget; a capsule's maps are on its
-side.
+The batch is found by bisection over real storages: a cache of each tried size is built, takes a decode step, and is
+measured. Two prompts with different images are prefilled; the sequences of a larger batch are copies of these in
+separate memory. The limit counts a capsule's maps, and no weights.
 """
 
 from collections.abc import Callable
@@ -22,30 +21,30 @@ from .models import Subject
 
 LEVEL = "serving"
 _MOST = 4096
-"""Sequences past which nobody asks."""
+"""Largest batch that is tried."""
 
 
 @torch.no_grad()
 def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of a subject: the full caches and its methods, each at its own largest batch; and those of which not one
-    sequence fits.
+    """Rows of a subject: the full caches and its methods at their largest batches; and those of which not one sequence
+    fits.
 
     Args:
         subject: what serves.
-        budget_mib: what the cache may take.
-        steps: tokens that are written at most; a StaticCache has room for so many.
+        budget_mib: memory for the cache, in MiB.
+        steps: most tokens to write, which a StaticCache allocates in advance.
     """
     budget, device = int(budget_mib * 2**20), subject.model.device
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for rung in contenders.rungs(subject, compiled=False):
         if rung.name == contenders.L0:
             continue
-        room = subject.batch(1)["input_ids"].shape[1] + steps
-        prompts = filled(subject, rung, subject.batch(PROMPTS), rung.cache(room))
-        size, held = largest(partial(_held, subject, rung, prompts), budget)
+        tokens = subject.batch(1)["input_ids"].shape[1] + steps
+        prompts = filled(subject, rung, subject.batch(PROMPTS), rung.cache(tokens))
+        size, stored = largest(partial(_bytes_of, subject, rung, prompts), budget)
         if size == 0:
-            skipped.append(_skipped(subject, rung, budget_mib, held))
+            skipped.append(_skipped(subject, rung, budget_mib, stored))
             continue
         cache = widened(prompts, size)
         # Two steps are taken before the first that is timed.
@@ -53,7 +52,7 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
             rung.name, [stepper(subject.model, rung, cache, size)], partial(rung.on, subject.model), graph=False
         )
         time = interleave([contender], device, steps - 2, float("inf"), burst=0)[rung.name]
-        found.append(
+        rows.append(
             {
                 "level": LEVEL,
                 "geometry": subject.name,
@@ -62,7 +61,7 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
                 "visual_tokens": subject.visual,
                 "method": rung.name,
                 "budget_mib": budget_mib,
-                "bytes": held,
+                "bytes": stored,
                 "seconds": time.median,
                 "iqr_seconds": time.iqr,
                 "rounds": len(time.rounds),
@@ -70,32 +69,35 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
                 "failed": None,
             }
         )
-    return _related(found), skipped
+    return _related(rows), skipped
 
 
-def largest(weigh: Callable[[int], int], budget: int) -> tuple[int, int]:
-    """The largest count whose weight is within the budget, and that weight; 0 and the weight of one where not even one
-    is.
+def largest(bytes_of: Callable[[int], int], limit: int) -> tuple[int, int]:
+    """The largest count with a size within the limit, and that size; 0 and the size of one if that is too large.
 
-    Doubles until it is past the budget, then bisects; a count's weight must not fall as counts rise.
+    Doubles the count until the size is above the limit, then bisects.
+
+    Args:
+        bytes_of: bytes of a count, which must not fall as counts grow.
+        limit: in bytes.
     """
-    low, held, high = 0, 0, 1
-    while high <= _MOST and (weight := weigh(high)) <= budget:
-        low, held, high = high, weight, 2 * high
+    low, size_of_low, high = 0, 0, 1
+    while high <= _MOST and (size := bytes_of(high)) <= limit:
+        low, size_of_low, high = high, size, 2 * high
     if low == 0:
-        return 0, weight
+        return 0, size
     high = min(high, _MOST + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        weight = weigh(middle)
-        if weight <= budget:
-            low, held = middle, weight
+        size = bytes_of(middle)
+        if size <= limit:
+            low, size_of_low = middle, size
         else:
             high = middle
-    return low, held
+    return low, size_of_low
 
 
-def _held(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
+def _bytes_of(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
     cache = widened(prompts, count)
     with rung.on(subject.model):
         stepper(subject.model, rung, cache, count)()
@@ -103,7 +105,7 @@ def _held(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
 
 
 def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the full cache that serves most tokens a second, and how many times as many others do."""
+    """Add the full cache with the most tokens a second as baseline, and the ratios to it."""
     full = max(
         (row for row in rows if row["method"] in BASELINES), key=lambda row: float(row["tokens_s"]), default=None
     )
@@ -114,12 +116,12 @@ def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _skipped(subject: Subject, rung: Rung, budget_mib: float, held: int) -> dict[str, Any]:
+def _skipped(subject: Subject, rung: Rung, budget_mib: float, stored: int) -> dict[str, Any]:
     return {
         "level": LEVEL,
         "geometry": subject.name,
         "batch": 1,
         "visual_tokens": subject.visual,
         "method": rung.name,
-        "reason": f"one sequence takes {held / 2**20:.1f} MiB, and --memory-mib allows {budget_mib:g}",
+        "reason": f"one sequence takes {stored / 2**20:.1f} MiB, and --memory-mib allows {budget_mib:g}",
     }

@@ -1,4 +1,4 @@
-"""Shapes of language parts by name: what the layers that are timed look like."""
+"""Shapes of language models by name, whose layers are timed."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from kvcapsule.vlm.geometry import KVGeometry
 
 @dataclass(frozen=True)
 class Shape:
-    """A language part, as its config on the Hub has it. Rotations are timed as 1-D RoPE whatever the model's are: they
-    cost the same."""
+    """A language model, as its config on the Hub has it. Rotations of all models are timed as 1-D RoPE, which costs the
+    same as others."""
 
     name: str
     layers: int
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def layer(self) -> tuple[int, int, int]:
-        """What a decode-attention call depends on."""
+        """The sizes that a decode-attention call depends on."""
         return self.query_heads, self.kv_heads, self.head_dim
 
     def token_bytes(self, element: int) -> int:
@@ -49,12 +49,12 @@ SHAPES = {
         Shape("internvl3-8b", 28, 28, 4, 128, 3584, 18944, 151674),
     )
 }
-"""Of what users run; layers that are alike are timed once (`distinct`)."""
+"""Shapes of models that people use; equal layers are timed once (`distinct`)."""
 
 
 def distinct(names: list[str]) -> dict[str, list[str]]:
-    """The first name of each kind of layer, and the names of those that have the same."""
-    found: dict[tuple[int, int, int], list[str]] = {}
+    """The first name of each kind of layer, and the other names with equal layers."""
+    by_layer: dict[tuple[int, int, int], list[str]] = {}
     for name in names:
-        found.setdefault(SHAPES[name].layer, []).append(name)
-    return {first: rest for first, *rest in found.values()}
+        by_layer.setdefault(SHAPES[name].layer, []).append(name)
+    return {first: rest for first, *rest in by_layer.values()}

@@ -1,62 +1,67 @@
-"""Accuracy by data set, of a result on several: `python -m kvcapsule.eval.report.by_dataset --json FILE --report
-FILE.md --name PLACE`.
+"""Accuracy by data set, of a result on several data sets: `python -m kvcapsule.eval.report.by_dataset --json FILE
+--report FILE.md --name NAME`.
 
-A task of the source "pictures" has the data set's name in front; a set's accuracy is the mean over its tasks.
+Tasks of the source "pictures" begin with the data set's name; a data set's accuracy is the mean over its tasks.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError
 
+from kvcapsule.cli.errors import complain
+from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.data.source import PICTURES
-from kvcapsule.errors import InputError
+from kvcapsule.errors import InputError, KVCapsuleError
 
 from ..entries import FULL
 from . import markdown
 
+PROG = "python -m kvcapsule.eval.report.by_dataset"
 
-@dataclass
-class BySetConfig:
-    """What is shown, and where."""
+
+@dataclass(frozen=True)
+class ByDatasetConfig:
+    """Which result is shown, and where."""
 
     json: str
-    """What `kvcapsule eval --json` wrote."""
+    """File of `kvcapsule eval --json` to read."""
     report: str
-    """Markdown file whose table is brought up to date."""
+    """Markdown file in which the table is updated."""
     name: str
-    """Of the table's place in it: the lines <!-- table: NAME --> and <!-- end of table -->."""
+    """Name of the table, as in the lines <!-- table: NAME --> and <!-- end of table --> of the report."""
 
 
-def by_set(accuracy: Mapping[str, float]) -> dict[str, float]:
+def by_dataset(accuracy: Mapping[str, float]) -> dict[str, float]:
     """Mean accuracy by data set, from that by task.
 
     Raises:
         InputError: for a task of no data set.
     """
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for task, value in accuracy.items():
         name = next((name for name in PICTURES if task.startswith(f"{name}-")), None)
         if name is None:
             raise InputError(
                 f"the task {task!r} is of none of {', '.join(PICTURES)}: give a result of `--data.source pictures`."
             )
-        found.setdefault(name, []).append(value)
-    return {name: mean(values) for name, values in found.items()}
+        values.setdefault(name, []).append(value)
+    return {name: mean(of_tasks) for name, of_tasks in values.items()}
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """A row for each method, with the points that it loses against the full cache on each set."""
-    rows = {row["method"]: by_set(row["accuracy"]) for row in found["rows"]}
+def table(result: Mapping[str, Any]) -> str:
+    """A Markdown table with a row for each method: accuracy, and the points lost against the full cache."""
+    rows = {row["method"]: by_dataset(row["accuracy"]) for row in result["rows"]}
     full = rows[FULL]
     lines = [["method", *full, "mean"]]
-    for method, of in rows.items():
-        pairs = [*((of[name], full[name]) for name in full), (mean(of.values()), mean(full.values()))]
-        lines.append([method, *(_cell(own, None if method == FULL else whole) for own, whole in pairs)])
+    for method, accuracy in rows.items():
+        pairs = [*((accuracy[name], full[name]) for name in full), (mean(accuracy.values()), mean(full.values()))]
+        lines.append([method, *(_cell(value, None if method == FULL else of_full) for value, of_full in pairs)])
     return markdown.grid(lines)
 
 
@@ -73,26 +78,38 @@ def refresh(path: Path, name: str, result: Mapping[str, Any], json: str) -> None
     markdown.put(path, name, "\n\n".join([table(result), note, markdown.command_block(path, result["command"], json)]))
 
 
-def _cell(own: float, whole: float | None) -> str:
+def _cell(accuracy: float, full: float | None) -> str:
     # Adding 0 turns a negative zero into one without a sign.
-    return f"{own:.3f}" if whole is None else f"{own:.3f} ({round(100 * (whole - own), 1) + 0:.1f})"
+    return f"{accuracy:.3f}" if full is None else f"{accuracy:.3f} ({round(100 * (full - accuracy), 1) + 0:.1f})"
 
 
-def main(config: BySetConfig) -> None:
-    """Read and write.
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        parser = option_parser(
+            ByDatasetConfig,
+            PROG,
+            usage=f"{PROG} --json FILE --report FILE.md --name NAME",
+            description="Write a table of accuracy by data set, of a result of `kvcapsule eval` on several data sets.",
+        )
+        update_table(instance(ByDatasetConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
+    except (ArgumentError, KVCapsuleError) as error:
+        return complain(PROG, error)
+    return 0
+
+
+def update_table(config: ByDatasetConfig) -> None:
+    """Read the result and update the table.
 
     Raises:
         InputError: if a file cannot be read, has other tasks, or has no place for the table.
     """
     try:
-        found: dict[str, Any] = json.loads(Path(config.json).read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(Path(config.json).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{config.json} cannot be read: {error}.") from error
-    refresh(Path(config.report), config.name, found, config.json)
+    refresh(Path(config.report), config.name, result, config.json)
 
 
 if __name__ == "__main__":
-    try:
-        main(auto_cli(BySetConfig, as_positional=False))
-    except InputError as error:
-        raise SystemExit(f"no table by data set: {error}") from error
+    sys.exit(main())

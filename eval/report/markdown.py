@@ -172,14 +172,14 @@ def element_bits(rows: Sequence[Mapping[str, Any]]) -> int:
     return bits
 
 
-def command_block(path: Path, command: str, json: str | None = None, made: str | None = None) -> str:
+def command_block(path: Path, command: str, json: str | None = None, lead: str | None = None) -> str:
     """The commands that measured a result, one a line, with a link to it. Where they name a page with `--report`, it is
     the page that the table stands on now."""
     page = f"--report {shown_path(str(path))}"
     lines = [re.sub(r"--report \S+", lambda _: page, line) for line in command.split(" && ")]
     source = "" if json is None else f" ([JSON]({link(path, json)}))"
-    made = made or ("Printed by this command" if len(lines) == 1 else "Printed by these commands")
-    return "\n".join([f"{made}{source}:", "", "```bash", *lines, "```"])
+    lead = lead or ("Printed by this command" if len(lines) == 1 else "Printed by these commands")
+    return "\n".join([f"{lead}{source}:", "", "```bash", *lines, "```"])
 
 
 def paragraph(*sentences: str) -> str:

@@ -1,8 +1,8 @@
 """One result of several runs of a suite, each with some of its rows: `python -m kvcapsule.eval.report.merge_runs
 --suite NAME --parts A.json,B.json`.
 
-So that the rows of a slow model can be measured in several processes. Every run answers the same questions and has the
-full cache's row, which tells whether they belong together.
+The rows of a slow model can thus be measured in several processes. Every run answers the same questions and has the
+row of the full cache, which shows whether the runs belong together.
 """
 
 import json
@@ -12,41 +12,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError
 
-from kvcapsule.atomic_files import to_json
-from kvcapsule.cli.results import require_writable, write_whole
-from kvcapsule.errors import InputError
+from kvcapsule.cli.errors import complain
+from kvcapsule.cli.options import instance, option_parser
+from kvcapsule.cli.results import json_file, require_writable, write_json
+from kvcapsule.errors import InputError, KVCapsuleError
 
-from ..command_line import normal
 from ..entries import FULL
 from ..suite.suite import load, name_of
-from . import curves, markdown, scatter
+from . import markdown, rate_curves
+from .picture import save_picture
 
-_OWN = ("rows", "command")
-"""Keys in which the parts differ."""
+PROG = "python -m kvcapsule.eval.report.merge_runs"
+_MAY_DIFFER = ("rows", "command")
+"""Keys in which the parts may differ."""
 
 
-@dataclass
-class JoinConfig:
-    """What is joined, and where the result goes."""
+@dataclass(frozen=True)
+class MergeConfig:
+    """Which results are merged, and where the result is written."""
 
     suite: str
-    """The suite whose rows they have, which says in what order they are shown."""
+    """The suite of the runs, whose order the rows get."""
     json: str
-    """File for the result."""
+    """File for the result as JSON; - prints it."""
     parts: list[str] = field(default_factory=list)
-    """Files of `kvcapsule eval --suite NAME --methods ... --json FILE`."""
+    """Files of `kvcapsule eval --suite NAME --methods ... --json FILE`; repeat it or use commas."""
     plot: str | None = None
-    """File for a picture, as that of `kvcapsule eval`."""
+    """File for a picture, as that of `kvcapsule eval`: .png, .svg or .pdf."""
     report: str | None = None
-    """Markdown file whose table of the suite is brought up to date."""
+    """Markdown file in which the table of the suite is updated."""
     replace: bool = False
-    """Let a later part's row stand in place of an earlier one's."""
+    """Where two parts have the same row, use that of the later part."""
 
 
-def join(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = False) -> dict[str, Any]:
-    """One object of several, its rows in the given order; replace: of a row that is there twice the last one.
+def merge(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = False) -> dict[str, Any]:
+    """Merge results of runs into one.
+
+    Args:
+        parts: results, as docs/eval-json.md describes them.
+        order: names of the rows, in the order that they get.
+        replace: of a row that two parts have, use that of the later part.
 
     Raises:
         InputError: if the parts are not of one comparison, if a row is there twice, or if one that the order has is
@@ -54,7 +61,7 @@ def join(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = 
     """
     first, *others = parts
     for number, part in enumerate(others, start=2):
-        if different := [key for key in first if key not in _OWN and first[key] != part.get(key)]:
+        if different := [key for key in first if key not in _MAY_DIFFER and first[key] != part.get(key)]:
             raise InputError(f"part {number} is of another run than the first: its {', '.join(different)} differs.")
         if _full(part) != _full(first):
             raise InputError(f"part {number} is of another run than the first: its full cache answers otherwise.")
@@ -69,39 +76,52 @@ def join(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool = 
 
 
 def _full(part: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(row for row in part["rows"] if row["method"] == FULL)
-    return found
+    row: dict[str, Any] = next(row for row in part["rows"] if row["method"] == FULL)
+    return row
 
 
-def main(config: JoinConfig) -> None:
-    """Read, join and write.
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        parser = option_parser(
+            MergeConfig,
+            PROG,
+            usage=f"{PROG} --suite NAME --parts A.json,B.json --json FILE [options]",
+            description="Merge results of several runs of a suite, each with some of its rows, into one result.",
+            lists={"parts": True},
+        )
+        merge_files(instance(MergeConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
+    except (ArgumentError, KVCapsuleError) as error:
+        return complain(PROG, error)
+    return 0
+
+
+def merge_files(config: MergeConfig) -> None:
+    """Read the parts, merge them, and write the result.
 
     Raises:
-        InputError: for files that cannot be read, joined or written.
+        InputError: for files that cannot be read, merged or written.
     """
     if len(config.parts) < 2:
         raise InputError("--parts: give two files or more, as in --parts a.json,b.json.")
     require_writable([config.json, config.plot, config.report])
     order = [FULL, *(spec.name for spec in load(config.suite).specs)]
-    found = join([_read(Path(part)) for part in config.parts], order, config.replace)
-    write_whole(Path(config.json), to_json(found))
+    result = merge([_read(Path(part)) for part in config.parts], order, config.replace)
+    write_json(config.json, result)
     if config.plot is not None:
-        title = f"{found['model']} on {found['data']['source']}, {found['rows'][0]['n']} questions"
-        scatter.draw(curves.picture(found["rows"], title), Path(config.plot))
+        title = f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions"
+        save_picture(rate_curves.picture(result["rows"], title), Path(config.plot))
     if config.report is not None:
-        markdown.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
+        markdown.refresh(Path(config.report), name_of(config.suite), result, json_file(config.json), config.plot)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    return found
+    return result
 
 
 if __name__ == "__main__":
-    try:
-        main(auto_cli(JoinConfig, as_positional=False, args=normal(sys.argv[1:], {"--parts": True})))
-    except InputError as error:
-        raise SystemExit(f"the parts cannot be joined: {error}") from error
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""A run as a JSON object (docs/eval-json.md) and as a table."""
+"""The rows of a run's JSON object (docs/eval-json.md), and the tables that `kvcapsule eval` prints of them."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -17,7 +17,7 @@ QUALITY = {
     "agreement": ("agreement", "{:.3f}"),
     "kl": ("KL", "{:.2g}"),
 }
-"""Keys of a row beside its accuracies: title and format in the table."""
+"""Keys of a row in the first table, after the accuracies: title and format."""
 COST = {
     "visual_kv_bytes": ("visual KV", "{:,}"),
     "compression": ("compr.", "{:.2f}x"),
@@ -28,7 +28,7 @@ COST = {
     "prefill_ratio": ("prefill", "{:.2f}"),
     "tokens_per_s_ratio": ("tok/s", "{:.2f}"),
 }
-"""Keys of a row in the second table."""
+"""Keys of a row in the second table: title and format."""
 _UNITS = "bytes a question (params: in all); prefill time, tokens/s: full cache = 1"
 
 
@@ -44,17 +44,17 @@ def rows(
         dtype: of the full cache's keys and values.
     """
     full = tallies[FULL]
-    found = []
+    results = []
     for entry in entries:
         tally, timing = tallies[entry.name], timings.get(entry.name)
-        found.append(
+        results.append(
             {
                 "method": entry.name,
                 "family": entry.family,
                 "settings": entry.settings,
                 "accuracy": {task: mean(scores) for task, scores in tally.scores.items()},
                 "agreement": tally.same / tally.count,
-                # JSON has no infinity, which the KL is where a method rules out what the full cache does not.
+                # JSON has no infinity, which is the KL where a method excludes a token that the full cache does not.
                 "kl": tally.divergence / tally.positions if tally.positions and isfinite(tally.divergence) else None,
                 "visual_kv_bytes": round(tally.visual / tally.count),
                 "kv_bytes": round(tally.total / tally.count),
@@ -67,7 +67,7 @@ def rows(
                 "n": tally.count,
             }
         )
-    return found
+    return results
 
 
 def answer_tokens(tally: Tally) -> dict[str, float]:
@@ -75,27 +75,26 @@ def answer_tokens(tally: Tally) -> dict[str, float]:
     return {task: tally.tokens[task] / len(scores) for task, scores in tally.scores.items()}
 
 
-def tables(found: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
-    """The rows as a person reads them: what the methods are good for, and what they cost."""
-    tasks = list(found[0]["accuracy"])
-    # In a run at 16 bits the two compressions are the same number, and few methods keep anything on the host.
-    shown = {"compression16": is_wide(found), "host_kv_bytes": any(row.get("host_kv_bytes") for row in found)}
+def tables(results: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
+    """Two tables for people: how good the methods' answers are, and their bytes and times."""
+    tasks = list(results[0]["accuracy"])
+    # In a run at 16 bits the two compressions are the same number, and few methods store anything on the host.
+    shown = {"compression16": is_wide(results), "host_kv_bytes": any(row.get("host_kv_bytes") for row in results)}
     costs = {key: column for key, column in COST.items() if shown.get(key, True)}
     quality, cost = (
         _table(title, [*tasks, *(name for name, _ in QUALITY.values())]),
         _table(_UNITS, [name for name, _ in costs.values()]),
     )
-    for row in found:
+    for row in results:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
         quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in QUALITY.items()))
         cost.add_row(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
     return [quality, cost]
 
 
-def is_wide(found: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the full cache of a run has elements of more than 16 bits, so that `compression` alone would flatter
-    few-bit rows."""
-    return any(row["compression16"] != row["compression"] for row in found)
+def is_wide(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the full cache of a run has elements of more than 16 bits, against which few bits look too good."""
+    return any(row["compression16"] != row["compression"] for row in results)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

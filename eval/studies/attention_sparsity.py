@@ -1,24 +1,25 @@
-"""How sparse each layer's post-vision attention is, which is what VL-Cache shares its budget by: `python -m
+"""The sparsity of each layer's post-vision attention, by which VL-Cache shares its budget: `python -m
 kvcapsule.eval.studies.attention_sparsity`."""
 
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvcapsule.atomic_files import to_json
+from kvcapsule.cli import session
 from kvcapsule.cli.errors import complain
-from kvcapsule.cli.results import command_line, require_writable, shown_path, write_whole
+from kvcapsule.cli.options import instance, option_parser
+from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json
+from kvcapsule.cli.tables import report_console
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import DataError, GeometryError, InputError, ModelError
+from kvcapsule.errors import ConfigError, KVCapsuleError
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy.vl_cache import THRESHOLD, SparsityMeter
 from kvcapsule.vlm.loading import load_vlm
@@ -30,59 +31,71 @@ PROG = "python -m kvcapsule.eval.studies.attention_sparsity"
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """What is measured, and where the result goes."""
+    """What is measured, and where the result is written."""
 
     model: str = "pages-vlm"
     """The VLM: a shipped name, a folder or an id on the Hub."""
     threshold: float = THRESHOLD
-    """An entry counts as zero below this share of its query's greatest."""
+    """A probability counts as zero if it is below this share of the greatest one of its query."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(split="test", size=200))
-    """Where the questions come from."""
+    """The questions."""
     batch: int = 16
     """Questions that are prefilled together."""
     json: str | None = None
-    """File for the result as JSON."""
+    """File for the result as JSON; - prints it in place of the table."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
-            raise InputError(f"--threshold {self.threshold}: a share of a query's greatest entry lies between 0 and 1.")
+            raise ConfigError(f"--threshold {self.threshold}: it is a share between 0 and 1.")
         if self.batch < 1:
-            raise InputError(f"--batch {self.batch}: at least 1 is needed.")
+            raise ConfigError(f"--batch {self.batch}: at least 1 is needed.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, write the file that was asked for, and return the exit code."""
+    """Measure, print the table or the JSON, write the file, and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = auto_cli(SparsityConfig, args=words, as_positional=False)
+        parser = option_parser(
+            SparsityConfig,
+            PROG,
+            usage=f"{PROG} [--model ID] [--data.source DATA] [--json FILE] [options]",
+            description="Measure how sparse the attention of a prompt's last queries to its tokens is, layer by layer.",
+        )
+        config = instance(SparsityConfig, parser, parser.read(words))
         require_writable([config.json])
-        found = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json is not None:
-            write_whole(Path(config.json), to_json(found))
-    except (InputError, DataError, GeometryError, ModelError) as error:
+        result = run(config, Console(stderr=True), command_line(PROG, words))
+        if config.json != STDOUT:
+            report_console().print(_table(result))
+        write_json(config.json, result)
+    except (ArgumentError, KVCapsuleError) as error:
         return complain(PROG, error)
-    table = Table("layer", "mean", "least", "greatest", title=f"sparsity of {found['model']}, {found['n']} questions")
-    for row in found["rows"]:
-        table.add_row(str(row["layer"]), *(f"{row[name]:.3f}" for name in ("mean", "least", "greatest")))
-    Console(highlight=False).print(table)
     return 0
 
 
+def _table(result: dict[str, Any]) -> Table:
+    title = f"sparsity of {result['model']}, {result['n']} questions"
+    table = Table("layer", "mean", "least", "greatest", title=title)
+    for row in result["rows"]:
+        table.add_row(str(row["layer"]), *(f"{row[name]:.3f}" for name in ("mean", "least", "greatest")))
+    return table
+
+
 def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any]:
-    """Prefill every question; a row for each full-attention layer: mean, least and greatest sparsity over the
-    questions."""
+    """Prefill every question; a row for each layer with full attention has the mean, least and greatest sparsity over
+    the questions."""
+    session.begin(console, threads=None, seed=0, device=None)
     model, processor = load_vlm(config.model)
-    asked = source.load(config.data)
+    questions = source.load(config.data)
     meter = SparsityMeter(config.threshold)
-    seen: dict[int, list[torch.Tensor]] = {}
+    sparsities: dict[int, list[torch.Tensor]] = {}
     with attach(model, meter):
-        steps = -(-len(asked) // config.batch)
-        for batch in track(batches(asked, model, processor, config.batch), "questions", total=steps, console=console):
+        steps, prompts = -(-len(questions) // config.batch), batches(questions, model, processor, config.batch)
+        for batch in track(prompts, "questions", total=steps, console=console):
             cast("Any", model).generate(**batch.inputs, max_new_tokens=1, do_sample=False)
             for layer, sparsity in meter.sparsity.items():
-                seen.setdefault(layer, []).append(sparsity.double().cpu())
+                sparsities.setdefault(layer, []).append(sparsity.double().cpu())
     rows = []
-    for layer, parts in sorted(seen.items()):
+    for layer, parts in sorted(sparsities.items()):
         all_ = torch.cat(parts)
         rows.append(
             {"layer": layer, "mean": float(all_.mean()), "least": float(all_.min()), "greatest": float(all_.max())}
@@ -91,7 +104,7 @@ def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any
         "model": shown_path(config.model),
         "data": {**asdict(config.data), "source": shown_path(config.data.source)},
         "threshold": config.threshold,
-        "n": len(asked),
+        "n": len(questions),
         "rows": rows,
         "versions": versions(),
         "machine": machine(),

@@ -1,31 +1,35 @@
 """Bytes of the cache over a long answer, with and without R-KV: `python -m kvcapsule.eval.studies.long_answer`, or
-`make long-answer`.
+`make long-answer`, which also writes docs/long-answer.md.
 
-Answers are made to be long: the end token is suppressed, so past its own end an answer is whatever the model goes on
-with. What is measured is the cache: its bytes at every token, and how often a method's likeliest next token is the full
-cache's, while all write the full cache's answer.
+The end token is suppressed to make the answers long, so what follows the end of an answer means nothing. Measured are
+the bytes of the cache at every token, and the share of tokens at which the method's likeliest next token is that of the
+full cache, while the full cache's answer is written.
 """
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from kvcapsule.atomic_files import to_json
 from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.cli import session
 from kvcapsule.cli.errors import complain
-from kvcapsule.cli.results import command_line, shown_path, write_whole
+from kvcapsule.cli.options import instance, option_parser
+from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import CapsuleError, DataError, GeometryError, InputError, ModelError
+from kvcapsule.errors import ConfigError, KVCapsuleError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import RKV, Combined
@@ -34,93 +38,118 @@ from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import Batch, make_batch, read
 from ..entries import Entry, capsule_settings, full_entry
-from ..report import scatter
+from ..report import markdown
+from ..report.picture import new_picture, require_picture_name, save_picture
 from ..watched_generate import GREEDY, held_bytes, new_cache
-from . import long_answer_page
 
-PROG = "python -m kvcapsule.eval.studies.long_answer"
+_MODULE = "kvcapsule.eval.studies.long_answer"
+PROG = f"python -m {_MODULE}"
+_COLOURS = ("#555555", "#0072b2", "#56b4e9", "#000000", "#009e73")
+"""Of Okabe and Ito's palette, which colour-blind readers can tell apart; methods in their order."""
+_FILE, _JSON = Path("docs/long-answer.md"), "eval/results/long-answer.json"
+_INTRODUCTION = (
+    "Bytes of the cache of one answer while {tokens} tokens are written after a page and a question. `full` is"
+    " transformers' own cache. A capsule makes the image small and lets the answer grow. `r-kv` keeps {budget} of the"
+    " written tokens, beside a buffer of {buffer}; `r-kv, prompt as well` keeps as many of prompt and answer together."
+)
+_READING = (
+    "The steps in the curves are the capacity that the buffer of the newest tokens reserves. While an answer is shorter"
+    " than buffer and budget, R-KV drops nothing, and stores its observing queries in addition to the tokens."
+)
+_METHOD = (
+    "The end token is suppressed to make answers long; past its own end an answer answers nothing. *Agreement* is how"
+    " often a method's likeliest next token is the full cache's while the full cache's answer is written: how closely a"
+    " method follows, not how well it answers. Bytes are measured from storages, reserved capacity and observing"
+    " queries included, the codecs' parameters not."
+)
 
 
 @dataclass(frozen=True)
-class GrowthConfig:
-    """What is measured, and where the result goes."""
+class LongAnswerConfig:
+    """What is measured, and where the result is written."""
 
     model: str = "pages-vlm"
     """The VLM: a shipped name, a folder or an id on the Hub."""
     capsule: str = "pages-vlm-transform"
-    """The capsule that R-KV is joined with."""
+    """The capsule that is measured alone and combined with R-KV."""
     tokens: int = 512
     """Tokens of every answer."""
     questions: int = 4
     """Questions of the test split of pages, answered in one batch."""
     budget_tokens: int = 128
-    """Of R-KV."""
+    """Token budget of R-KV."""
     buffer: int = 128
-    """Of R-KV."""
+    """Buffer of R-KV, in tokens."""
     threads: int | None = None
-    """CPU threads; by default PyTorch's choice."""
+    """CPU threads. Default: PyTorch's choice."""
     json: str | None = None
-    """File for the result as JSON."""
+    """File for the result as JSON; - prints it in place of the table."""
     plot: str | None = None
     """File for the picture: .png, .svg or .pdf."""
     report: str | None = None
-    """Markdown file with table and picture, written as a whole; needs --json and --plot, which it shows."""
+    """Markdown page to write, with the table and the picture; needs --json and --plot."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "questions"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
-        if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
-            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(scatter.SUFFIXES)}.")
-        if self.report is not None and None in (self.json, self.plot):
-            raise InputError("--report shows the files of --json and --plot: give both.")
+                raise ConfigError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
+        require_picture_name(self.plot)
+        if self.report is not None and (self.json in (None, STDOUT) or self.plot is None):
+            raise ConfigError("--report shows the files of --json and --plot: give both.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write the files that were asked for, and return the exit code."""
+    """Measure, print the table or the JSON, write the files, and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = auto_cli(GrowthConfig, args=words, as_positional=False)
-        found = run(config, Console(stderr=True), command_line(PROG, words))
-    except (InputError, CapsuleError, DataError, GeometryError, ModelError) as error:
+        parser = option_parser(
+            LongAnswerConfig,
+            PROG,
+            usage=f"{PROG} [--tokens N] [--json FILE] [--plot FILE] [--report FILE.md] [options]",
+            description="Measure the bytes of the cache while a long answer is written, with and without R-KV.",
+        )
+        config = instance(LongAnswerConfig, parser, parser.read(words))
+        require_writable([config.json, config.plot, config.report])
+        result = run(config, Console(stderr=True), command_line(PROG, words))
+        if config.json != STDOUT:
+            print(table(result))
+        write_json(config.json, result)
+        if config.plot is not None:
+            save_picture(picture(result), Path(config.plot))
+        if config.report is not None:
+            write_whole(Path(config.report), page(result).encode())
+    except (ArgumentError, KVCapsuleError) as error:
         return complain(PROG, error)
-    print(long_answer_page.table(found))
-    if config.json is not None:
-        write_whole(Path(config.json), to_json(found))
-    if config.plot is not None:
-        scatter.draw(long_answer_page.picture(found), Path(config.plot))
-    if config.report is not None:
-        write_whole(Path(config.report), (long_answer_page.page(found)).encode())
     return 0
 
 
-def run(config: GrowthConfig, console: Console, command: str) -> dict[str, Any]:
-    """Let every method write the same long answers, and return what was measured, under the keys of docs/eval-json.md
-    where they fit.
+def run(config: LongAnswerConfig, console: Console, command: str) -> dict[str, Any]:
+    """Let every method write the same long answers, and return the measurements, under keys of docs/eval-json.md where
+    they fit.
 
     A row's `bytes` are those of the cache for one answer: when the first token is chosen, then after each token but the
-    last, which nothing reads any more.
+    last one, which is never read.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    session.begin(console, threads=config.threads, seed=0, device=None)
     model, processor = load_vlm(config.model)
     capsule = Capsule.from_pretrained(config.capsule)
     capsule.require_geometry(KVGeometry.from_config(model.config))
     data = SourceConfig(split="test", size=config.questions)
-    asked = source.load(data)
-    batch = make_batch([read(asked, i) for i in range(len(asked))], model, processor)
-    taking_part = entries(config, capsule.to(model.device))
+    questions = source.load(data)
+    batch = make_batch([read(questions, i) for i in range(len(questions))], model, processor)
+    methods = entries(config, capsule.to(model.device))
     rows: list[dict[str, Any]] = []
     answer: torch.Tensor | None = None
     with Progress(console=console) as progress:
-        task = progress.add_task("tokens", total=len(taking_part) * config.tokens)
-        for entry in taking_part:
-            watch = write(model, batch, entry, config.tokens, answer, progress, task)
+        task = progress.add_task("tokens", total=len(methods) * config.tokens)
+        for entry in methods:
+            watch = Watch(new_cache(model, entry.method), batch, answer, progress, task)
+            write(model, entry, config.tokens, watch)
             likeliest = torch.stack(watch.likeliest, dim=1)
             answer = likeliest if answer is None else answer
-            held = [total // len(asked) for total in watch.bytes]
+            stored = [total // len(questions) for total in watch.bytes]
             agreement = float((likeliest == answer).double().mean())
-            rows.append({"method": entry.name, "settings": entry.settings, "agreement": agreement, "bytes": held})
+            rows.append({"method": entry.name, "settings": entry.settings, "agreement": agreement, "bytes": stored})
     return {
         "model": shown_path(config.model),
         "data": asdict(data),
@@ -133,22 +162,23 @@ def run(config: GrowthConfig, console: Console, command: str) -> dict[str, Any]:
     }
 
 
-def entries(config: GrowthConfig, capsule: Capsule) -> list[Entry]:
+def entries(config: LongAnswerConfig, capsule: Capsule) -> list[Entry]:
     """The full cache and the capsule, each with R-KV and without, and R-KV on the prompt as well."""
     method = RKV(config.budget_tokens, config.buffer)
-    held = {"budget_tokens": method.budget_tokens, "buffer": method.buffer}
+    sizes = {"budget_tokens": method.budget_tokens, "buffer": method.buffer}
     name, settings = capsule.config.family, capsule_settings(config.capsule, capsule)
     return [
         full_entry(),
-        Entry("r-kv", method, "r-kv", held),
-        Entry("r-kv, prompt as well", replace(method, scope="all"), "r-kv", {**held, "scope": "all"}),
+        Entry("r-kv", method, "r-kv", sizes),
+        Entry("r-kv, prompt as well", replace(method, scope="all"), "r-kv", {**sizes, "scope": "all"}),
         Entry(name, capsule, name, settings),
-        Entry(f"{name} + r-kv", Combined(capsule, method), name, {**settings, **held}),
+        Entry(f"{name} + r-kv", Combined(capsule, method), name, {**settings, **sizes}),
     ]
 
 
 class Watch(LogitsProcessor):
-    """Measures the cache at every token and notes the likeliest one; writes a given answer, if there is one."""
+    """Measures the cache at every token and records the likeliest token; forces the tokens of `answer` if there is
+    one."""
 
     def __init__(self, cache: Any, batch: Batch, answer: torch.Tensor | None, progress: Progress, task: TaskID) -> None:
         self.cache, self.batch, self.answer = cache, batch, answer
@@ -157,40 +187,84 @@ class Watch(LogitsProcessor):
         self.likeliest: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        place = len(self.bytes)
+        step = len(self.bytes)
         self.bytes.append(held_bytes(self.cache, self.batch.layout).total)
         self.likeliest.append(scores.argmax(dim=-1))
         self.progress.advance(self.task)
         if self.answer is None:
             return scores
-        return torch.full_like(scores, -torch.inf).scatter(1, self.answer[:, place, None], 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, self.answer[:, step, None], 0.0)
 
 
-def write(
-    model: PreTrainedModel,
-    batch: Batch,
-    entry: Entry,
-    tokens: int,
-    answer: torch.Tensor | None,
-    progress: Progress,
-    task: TaskID,
-) -> Watch:
-    """Write `tokens` tokens, those of `answer` [B, tokens] or the method's own."""
-    cache = new_cache(model, entry.method)
-    watch = Watch(cache, batch, answer, progress, task)
+def write(model: PreTrainedModel, entry: Entry, tokens: int, watch: Watch) -> None:
+    """Write `tokens` tokens to the cache of `watch`: those of its answer, or the method's own."""
     image = getattr(model.config, "image_token_id", None)
     with nullcontext() if entry.method is None else attach(model):
         cast("Any", model).generate(
-            **batch.inputs,
-            **cache_argument(cache),
+            **watch.batch.inputs,
+            **cache_argument(watch.cache),
             min_new_tokens=tokens,
             max_new_tokens=tokens,
-            # An image token that is written looks like an image to whoever reads the sequence again.
+            # An image token in the answer would be taken for an image.
             suppress_tokens=None if image is None else [image],
             logits_processor=LogitsProcessorList([watch]),
             **GREEDY,
         )
-    return watch
+
+
+def picture(result: Mapping[str, Any]) -> Figure:
+    """One line a method, bytes over tokens."""
+    figure, axes = new_picture(7.5, 4.8)
+    for row, colour in zip(result["rows"], _COLOURS, strict=True):
+        axes.plot([stored / 2**10 for stored in row["bytes"]], color=colour, linewidth=1.6, label=row["method"])
+    axes.set_title(
+        f"{result['model']}: {result['tokens']} tokens written behind a page and a question", loc="left", fontsize=11
+    )
+    axes.set_xlim(0, result["tokens"])
+    axes.set_ylim(0)
+    axes.set_xlabel("tokens written")
+    axes.set_ylabel("cache, KiB an answer")
+    axes.grid(color="#e5e5e5", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    return figure
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A Markdown table of the cache's bytes at the first token, at most and at the last token."""
+    head = ["method", "bytes at the first token", "at most", "at the last", "agreement"]
+    lines = [head]
+    for row in result["rows"]:
+        stored: Sequence[int] = row["bytes"]
+        sizes = (f"{n:,}" for n in (stored[0], max(stored), stored[-1]))
+        lines.append([row["method"], *sizes, f"{row['agreement']:.3f}"])
+    return markdown.grid(lines)
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page, in Markdown; it shows the picture beside it and links to the JSON under eval/results/."""
+    settings = next(row["settings"] for row in result["rows"] if row["method"] == "r-kv")
+    data, machine = result["data"], result["machine"]
+    processor = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
+    packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    facts = (
+        f"{result['model']} on {data['source']} ({data['split']}, seed {data['seed']}), {data['size']} questions in one"
+        f" batch, {result['dtype']}; {processor}, {machine['threads']} threads; {packages}."
+    )
+    numbers = {"tokens": f"{result['tokens']:,}", "budget": settings["budget_tokens"], "buffer": settings["buffer"]}
+    # The result may have been measured when the module had another name.
+    command = re.sub(r"^python -m \S+", f"python -m {_MODULE}", result["command"])
+    parts = [
+        "# A long answer",
+        markdown.paragraph(_INTRODUCTION.format(**numbers)),
+        table(result),
+        "![bytes of the cache over the written tokens](long-answer.png)",
+        markdown.paragraph(_READING),
+        markdown.paragraph(_METHOD),
+        markdown.paragraph(facts),
+        markdown.command_block(_FILE, command, _JSON, "Written by `make long-answer`, which runs this command"),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

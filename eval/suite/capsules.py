@@ -1,5 +1,5 @@
-"""The capsules of a suite: those that are there are loaded, the others are trained first, by a `kvcapsule train` of
-their own each."""
+"""The capsules of a suite: those that exist are loaded, the others are trained first, each by its own `kvcapsule
+train`."""
 
 import shlex
 import subprocess
@@ -15,20 +15,20 @@ from kvcapsule.capsule.read import CONFIG_FILE
 from kvcapsule.cli.results import shown_path
 from kvcapsule.errors import InputError
 
-from ..config import EvalConfig
+from ..eval_config import EvalConfig
 from .entries import Capsules, Spec
 
 _RECORD = ".train"
-"""Suffix of the file beside a capsule's folder that holds what a run trained it with."""
+"""Suffix of the file beside a capsule's folder that records the arguments of its training."""
 
 
 def open_trained(wanted: Sequence[Spec], folder: Path, config: EvalConfig, console: Console) -> Capsules:
     """Train the capsules that are missing, and load all.
 
     Args:
-        wanted: entries that make capsules.
-        folder: each capsule is the folder in it that has the entry's name.
-        config: names the model; its device and threads are those of the training too.
+        wanted: entries that train capsules.
+        folder: of all the capsules, each in a folder of its entry's name.
+        config: names the model; its device and threads are also those of the training.
         console: where commands and progress are shown.
 
     Raises:
@@ -61,7 +61,7 @@ def _train_all(missing: Sequence[Spec], folder: Path, config: EvalConfig, consol
 
 
 def _train(name: str, words: Sequence[str], console: Console) -> None:
-    """In a process of its own: eval does not import training, and the memory is given back."""
+    """Train in another process: eval does not import training, and the process returns its memory."""
     command = [sys.executable, "-m", "kvcapsule", *words]
     done = subprocess.run(
         command,
@@ -78,23 +78,26 @@ def _train(name: str, words: Sequence[str], console: Console) -> None:
 
 
 def _words(spec: Spec, folder: Path, config: EvalConfig) -> list[str]:
-    given = {"revision": config.revision, "device": config.device, "threads": config.threads}
+    options = {"revision": config.revision, "device": config.device, "threads": config.threads}
     words = ["train", *spec.arguments, "--model", config.model, "--output", str(folder / spec.name)]
-    return [*words, *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value)))]
+    return [
+        *words,
+        *(word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))),
+    ]
 
 
 def _record(spec: Spec, config: EvalConfig) -> str:
-    """What decides which capsule comes out of a training."""
+    """The arguments that decide which capsule a training gives."""
     revision = [] if config.revision is None else ["--revision", config.revision]
     return shlex.join([*spec.arguments, "--model", shown_path(config.model), *revision]) + "\n"
 
 
 def _require_same(spec: Spec, folder: Path, config: EvalConfig) -> None:
-    """Refuse a capsule that an earlier run trained with other arguments; one that was put there by hand has no
+    """Refuse a capsule that an earlier run trained with other arguments; one that a person copied here has no
     record."""
     record = folder / f"{spec.name}{_RECORD}"
-    if record.is_file() and (found := record.read_text(encoding="utf-8")) != (asked := _record(spec, config)):
+    if record.is_file() and (recorded := record.read_text(encoding="utf-8")) != (wanted := _record(spec, config)):
         raise InputError(
-            f"{folder / spec.name} was trained with `{found.strip()}`, but the suite asks for `{asked.strip()}`: "
-            "delete the folder to train it again, or name another one with --suite_capsules."
+            f"{folder / spec.name} was trained with `{recorded.strip()}`, but the suite asks for `{wanted.strip()}`: "
+            "delete the folder to train it again, or name another one with --suite-capsules."
         )

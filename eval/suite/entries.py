@@ -28,13 +28,13 @@ Capsules = Mapping[str, tuple[str, Capsule]]
 """By the name of the entry that makes it: the capsule's place, and the capsule."""
 
 
-class Bench(NamedTuple):
-    """What entries are made with."""
+class EntryContext(NamedTuple):
+    """What the entries of a suite need to build their methods."""
 
     capsules: Capsules
     match: Callable[[str, Build, str], Method]
-    """match(row, build, name): what `build` makes, at the dial where it stores as many bytes as the row; the name is
-    shown meanwhile."""
+    """match(row, build, name): the method of `build` at the share of tokens with which it stores as many bytes as the
+    row; the name is for the screen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +51,21 @@ class Spec(ABC):
 
     @property
     def matches(self) -> str | None:
-        """The entry whose bytes it is given."""
+        """The entry whose bytes it is matched to."""
         return None
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """Those of `kvcapsule train` that make the capsule of this entry, none if it makes none."""
+        """Arguments of `kvcapsule train` for the capsule of this entry; empty if it trains none."""
         return ()
 
     @property
     def place(self) -> str | None:
-        """What names the capsule of this entry, if it is one that is there already."""
+        """Name or folder of the capsule of this entry, if it exists already."""
         return None
 
     @abstractmethod
-    def entry(self, bench: Bench) -> Entry:
+    def entry(self, context: EntryContext) -> Entry:
         """The row's method.
 
         Raises:
@@ -80,19 +80,21 @@ class Trained(Spec):
     train: tuple[str, ...]
 
     @property
-    def ratio(self) -> float | None:
-        """What --ratio says, None where it is left to the recipe.
+    def compression(self) -> float | None:
+        """The value of --compression, None where it is left to the recipe.
 
         Raises:
             InputError: if it is no number.
         """
         for word, following in zip(self.train, (*self.train[1:], ""), strict=True):
             option, equals, value = word.partition("=")
-            if option == "--ratio":
+            if option == "--compression":
                 try:
                     return float(value if equals else following)
                 except ValueError as error:
-                    raise InputError(f"train: --ratio {value if equals else following!r} is no number.") from error
+                    raise InputError(
+                        f"train: --compression {value if equals else following!r} is no number."
+                    ) from error
         return None
 
     @property
@@ -103,16 +105,16 @@ class Trained(Spec):
     def arguments(self) -> tuple[str, ...]:
         return self.train
 
-    def entry(self, bench: Bench) -> Entry:
-        place, capsule = bench.capsules[self.name]
+    def entry(self, context: EntryContext) -> Entry:
+        place, capsule = context.capsules[self.name]
         family = capsule.config.family
-        given = {} if self.ratio is None else {"ratio": self.ratio if self.ratio <= 1 else 1 / self.ratio}
-        return Entry(self.name, capsule, family, {"family": family, **given, **capsule_settings(place, capsule)})
+        settings = {} if self.compression is None else {"compression": self.compression}
+        return Entry(self.name, capsule, family, {"family": family, **settings, **capsule_settings(place, capsule)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained(Spec):
-    """A capsule that is there: a shipped name, a folder or an id on the Hub."""
+    """A capsule that exists: a shipped name, a folder or an id on the Hub."""
 
     pretrained: str
 
@@ -124,8 +126,8 @@ class Pretrained(Spec):
     def place(self) -> str:
         return self.pretrained
 
-    def entry(self, bench: Bench) -> Entry:
-        place, capsule = bench.capsules[self.name]
+    def entry(self, context: EntryContext) -> Entry:
+        place, capsule = context.capsules[self.name]
         return Entry(
             self.name,
             capsule,
@@ -145,90 +147,94 @@ class Requantised(Spec):
     def reads(self) -> str:
         return self.capsule
 
-    def entry(self, bench: Bench) -> Entry:
-        place, capsule = bench.capsules[self.capsule]
+    def entry(self, context: EntryContext) -> Entry:
+        place, capsule = context.capsules[self.capsule]
         try:
             codec = replace(capsule.config.codec, latent_bits=self.latent_bits)
         except ValueError as error:
             raise InputError(f"the entry {self.name}: {error}") from error
-        # Built anew, as a codec may fit what it stores to the latents as they will be read; both hold the same
-        # parameters.
-        twin = Capsule(replace(capsule.config, codec=codec))
-        twin.load_state_dict(capsule.state_dict(), assign=True)
-        twin.eval().requires_grad_(False)
+        # Built anew, as a codec may fit what it stores to its quantised latents; both share the parameters.
+        requantised = Capsule(replace(capsule.config, codec=codec))
+        requantised.load_state_dict(capsule.state_dict(), assign=True)
+        requantised.eval().requires_grad_(False)
         family = f"{capsule.config.family}+{QUANTISATION}"
-        return Entry(self.name, twin, family, {"family": family, **capsule_settings(place, twin)})
+        return Entry(self.name, requantised, family, {"family": family, **capsule_settings(place, requantised)})
 
 
-class Rule(NamedTuple):
-    """A policy as an entry has it."""
+class TextRule(NamedTuple):
+    """A policy for the text as an entry has it."""
 
     method: str
-    dial: float | None
+    share: float | None
+    """Of the text that it keeps, in (0, 1]; None for a policy that keeps all."""
     settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside(Spec):
-    """The capsule of another entry, and a policy for the text."""
+class WithTextPolicy(Spec):
+    """The capsule of another entry, combined with a policy for the text."""
 
     capsule: str
-    text: Rule
+    text: TextRule
 
     @property
     def reads(self) -> str:
         return self.capsule
 
-    def entry(self, bench: Bench) -> Entry:
-        place, capsule = bench.capsules[self.capsule]
-        method, dial, settings = self.text
-        policy = build(method, settings, dial, TEXT)
+    def entry(self, context: EntryContext) -> Entry:
+        place, capsule = context.capsules[self.capsule]
+        method, share, settings = self.text
+        policy = build(method, settings, share, TEXT)
         family = f"{capsule.config.family}+{family_of(method, TEXT)}"
         shown = {"family": family, **capsule_settings(place, capsule), "text": policy_settings(method, policy)}
         return Entry(self.name, Combined(capsule, policy), family, shown)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialled(Spec):
-    """A policy that keeps a given share, or as many bytes as another entry."""
+class Pruned(Spec):
+    """A policy that keeps a share of the tokens, or as many bytes as another entry."""
 
     method: str
-    ratio: float | None = None
-    """How many times less it keeps, 1 at least."""
+    compression: float | None = None
+    """How many times fewer tokens it keeps, at least 1: the inverse of its retention or budget."""
+    retention: float | None = None
+    """Share of the visual tokens that it keeps, in (0, 1]."""
     budget: float | None = None
-    """The share that it keeps, in (0, 1]."""
+    """Share of all tokens that it keeps, in (0, 1]."""
     match: str | None = None
-    """The entry whose bytes it is given."""
+    """The entry whose bytes it is matched to."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the policy."""
+    """Other settings of the policy."""
 
     @property
     def matches(self) -> str | None:
         return self.match
 
-    def entry(self, bench: Bench) -> Entry:
+    def entry(self, context: EntryContext) -> Entry:
         shown: dict[str, Any] = {"family": PRUNING}
         if self.match is None:
-            policy = build(self.method, self.settings, dial(self.ratio, self.budget))
+            policy = build(self.method, self.settings, share_of(self.compression, self.retention, self.budget))
         else:
-            policy = bench.match(self.match, lambda share: build(self.method, self.settings, share), self.name)
+            policy = context.match(self.match, lambda share: build(self.method, self.settings, share), self.name)
             shown["matched_to"] = self.match
         return Entry(self.name, policy, PRUNING, {**shown, **policy_settings(self.method, policy)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Spec):
-    """A policy that stores what it stores."""
+    """A policy whose bytes cannot be chosen."""
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def entry(self, bench: Bench) -> Entry:
+    def entry(self, context: EntryContext) -> Entry:
         policy, settings = FIXED.get(self.method, (self.method, {}))
-        made = fixed_entry(self.name, policy, {**settings, **self.settings})
-        return replace(made, settings={"family": QUANTISATION, **made.settings})
+        entry = fixed_entry(self.name, policy, {**settings, **self.settings})
+        return replace(entry, settings={"family": QUANTISATION, **entry.settings})
 
 
-def dial(ratio: float | None, budget: float | None) -> float | None:
-    """The share that is kept, however it was said."""
-    return budget if ratio is None else 1 / ratio
+def share_of(compression: float | None, retention: float | None, budget: float | None) -> float | None:
+    """The share of tokens that is kept, from whichever of the three an entry has."""
+    if compression is not None:
+        return 1 / compression
+    return budget if retention is None else retention

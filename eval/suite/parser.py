@@ -1,4 +1,4 @@
-"""What a suite's file may say of an entry, read into a Spec."""
+"""Reading the entries of a suite's YAML file into Specs."""
 
 import math
 import re
@@ -7,18 +7,29 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kvcapsule.errors import InputError
+from kvcapsule.cli.options import require_current_words
+from kvcapsule.errors import ConfigError, InputError
 from kvcapsule.policy import POLICIES
 from kvcapsule.segments.quantized_rows import BITS
 
 from ..entries import FIXED, FULL, RIVALS, TEXT, build
-from .entries import Beside, Dialled, Fixed, Pretrained, Requantised, Rule, Spec, Trained, dial
+from .entries import Fixed, Pretrained, Pruned, Requantised, Spec, TextRule, Trained, WithTextPolicy, share_of
 
 _NAME = re.compile(r"\w[\w.+@-]*")
-_GIVEN = ("--model", "--revision", "--output")
-"""Arguments of `kvcapsule train` that the run gives, not the suite."""
+_SET_BY_RUN = ("--model", "--revision", "--output")
+"""Arguments of `kvcapsule train` that the run sets, not the suite."""
 ALL = "all"
-"""In place of a method's name: every policy with a dial."""
+"""In place of a method's name: every policy whose bytes can be chosen."""
+_SHARES = ("compression", "retention", "budget")
+"""Keys that say how much a policy keeps."""
+_RENAMED = {
+    "ratio": "ratio is compression now, how many times fewer tokens are kept (ratio: 5 is compression: 5); a share is"
+    " said by the policy's own setting, retention or budget."
+}
+"""Keys of an entry that no longer exist, and the sentence that refuses them."""
+_RENAMED_OPTIONS = {
+    "ratio": "train: --ratio is --compression now, how many times fewer bytes: give 20 where --ratio was 20 or 0.05."
+}
 
 
 def read(entry: Any) -> list[Spec]:
@@ -28,7 +39,10 @@ def read(entry: Any) -> list[Spec]:
         InputError: saying what is wrong with it.
     """
     if not isinstance(entry, dict):
-        raise InputError(f"expected keys and values, found {entry!r}.")
+        raise InputError(f"expected keys and values, not {entry!r}.")
+    for key in (key for part in (entry, entry.get("text")) if isinstance(part, dict) for key in part):
+        if key in _RENAMED:
+            raise InputError(_RENAMED[key])
     kinds = [key for key in _READERS if key in entry]
     if len(kinds) != 1:
         raise InputError(
@@ -52,13 +66,17 @@ def _trained(entry: Mapping[str, Any]) -> Spec:
     if "name" not in entry:
         raise InputError("a capsule needs a name.")
     if not isinstance(words, list) or not words or not all(isinstance(word, (str, int, float)) for word in words):
-        raise InputError(f"train {words!r}: expected a list of arguments, such as [transform, --ratio, 20].")
+        raise InputError(f"train {words!r}: expected a list of arguments, such as [transform, --compression, 20].")
     arguments = tuple(str(word).lower() if isinstance(word, bool) else str(word) for word in words)
-    if given := [word for word in arguments if word.partition("=")[0] in _GIVEN]:
-        raise InputError(f"train: {', '.join(given)} is given by the run, leave it out.")
+    if set_by_run := [word for word in arguments if word.partition("=")[0] in _SET_BY_RUN]:
+        raise InputError(f"train: {', '.join(set_by_run)} is given by the run, leave it out.")
+    try:
+        require_current_words(arguments, _RENAMED_OPTIONS)
+    except ConfigError as error:
+        raise InputError(str(error)) from error
     spec = Trained(name=str(entry["name"]), train=arguments)
-    # Said now, not behind the training.
-    _ = spec.ratio
+    # Refused now, not after the training.
+    _ = spec.compression
     return spec
 
 
@@ -71,31 +89,40 @@ def _pretrained(entry: Mapping[str, Any]) -> Spec:
 def _policy(entry: Mapping[str, Any]) -> Spec:
     method, settings = str(entry["method"]), _settings(entry)
     if method in RIVALS:
-        _require_known(entry, Dialled)
-        ratio, budget, match = _amount(method, entry)
+        _require_known(entry, Pruned)
+        shares, match = _amount(method, RIVALS, entry)
+        share = share_of(*shares)
         if match is None:
-            build(method, settings, dial(ratio, budget))
-        suffix = f"-{ratio:g}x" if ratio is not None else f"-{budget:g}" if budget is not None else f"@{match}"
-        name = str(entry.get("name", method + suffix))
-        return Dialled(name=name, method=method, settings=settings, ratio=ratio, budget=budget, match=match)
+            build(method, settings, share)
+        compression, retention, budget = shares
+        suffix = f"@{match}" if share is None else f"-{share:g}" if compression is None else f"-{compression:g}x"
+        return Pruned(
+            name=str(entry.get("name", method + suffix)),
+            method=method,
+            settings=settings,
+            compression=compression,
+            retention=retention,
+            budget=budget,
+            match=match,
+        )
     if method not in FIXED and (method not in POLICIES or method == FULL):
         raise InputError(
             f"there is no method {method!r}; there are {', '.join(dict.fromkeys([*RIVALS, *FIXED, *POLICIES]))}."
         )
     _require_known(entry, Fixed)
     spec = Fixed(name=str(entry.get("name", method)), method=method, settings=settings)
-    policy, given = FIXED.get(method, (method, {}))
-    build(policy, {**given, **settings})
+    policy, defaults = FIXED.get(method, (method, {}))
+    build(policy, {**defaults, **settings})
     return spec
 
 
 def _derived(entry: Mapping[str, Any]) -> Spec:
-    """What is made of the capsule of another entry."""
+    """A capsule of another entry, with a text policy or with its latents in fewer bits."""
     capsule = str(entry["capsule"])
     if "text" in entry:
-        _require_known(entry, Beside)
+        _require_known(entry, WithTextPolicy)
         rule = _text(entry["text"])
-        return Beside(name=str(entry.get("name", f"{capsule}+{rule.method}")), capsule=capsule, text=rule)
+        return WithTextPolicy(name=str(entry.get("name", f"{capsule}+{rule.method}")), capsule=capsule, text=rule)
     _require_known(entry, Requantised)
     bits = entry.get("latent_bits")
     if type(bits) is not int or bits not in BITS:
@@ -103,23 +130,23 @@ def _derived(entry: Mapping[str, Any]) -> Spec:
     return Requantised(name=str(entry.get("name", f"{capsule}+int{bits}")), capsule=capsule, latent_bits=bits)
 
 
-def _text(values: Any) -> Rule:
+def _text(values: Any) -> TextRule:
     if not isinstance(values, dict) or "method" not in values:
-        raise InputError(f"text {values!r}: expected a policy, such as {{method: text-pruning, budget: 0.5}}.")
-    if unknown := sorted(str(key) for key in values if key not in ("method", "ratio", "budget", "settings")):
-        raise InputError(f"text: unknown key {', '.join(unknown)}; it may have method, ratio, budget, settings.")
+        raise InputError(f"text {values!r}: expected a policy, such as {{method: text-pruning, retention: 0.5}}.")
+    known = ("method", *_SHARES, "settings")
+    if unknown := sorted(str(key) for key in values if key not in known):
+        raise InputError(f"text: unknown key {', '.join(unknown)}; it may have {', '.join(known)}.")
     method, settings = str(values["method"]), _settings(values)
     if method not in TEXT:
         raise InputError(f"text: there is no method {method!r} for text; there are {', '.join(TEXT)}.")
     share = None
     if TEXT[method].budget_field is None:
-        if given := [key for key in ("ratio", "budget") if key in values]:
-            raise InputError(f"text: {method} has no dial that {' or '.join(given)} could turn.")
+        if shares := [key for key in _SHARES if key in values]:
+            raise InputError(f"text: {method} has no setting for how much it keeps: leave {' and '.join(shares)} out.")
     else:
-        ratio, budget, _ = _amount(method, values)
-        share = dial(ratio, budget)
+        share = share_of(*_amount(method, TEXT, values)[0])
     build(method, settings, share, TEXT)
-    return Rule(method, share, settings)
+    return TextRule(method, share, settings)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Spec]] = {
@@ -131,18 +158,33 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Spec]] = {
 """The key that tells what an entry is, and what reads the entry."""
 
 
-def _amount(method: str, entry: Mapping[str, Any]) -> tuple[float | None, float | None, str | None]:
-    """How much a policy keeps, as the entry says it: ratio, budget, match."""
-    ratio, budget, match = (entry.get(key) for key in ("ratio", "budget", "match"))
-    if sum(value is not None for value in (ratio, budget, match)) != 1:
+Shares = tuple[float | None, float | None, float | None]
+
+
+def _amount(method: str, among: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[Shares, str | None]:
+    """How much a policy keeps, as the entry says it: (compression, retention, budget), and the entry to match.
+
+    Exactly one of the four is not None.
+    """
+    share_field = among[method].budget_field
+    compression, retention, budget = (entry.get(key) for key in _SHARES)
+    match = entry.get("match")
+    if sum(value is not None for value in (compression, retention, budget, match)) != 1:
         raise InputError(
-            f"{method} takes a ratio of at least 1 (how many times less it keeps), or a budget in (0, 1] (the share"
-            " that it keeps), or the entry that its bytes are to match; exactly one of them."
+            f"{method} takes a compression of at least 1 (how many times fewer tokens it keeps), or a {share_field} in"
+            " (0, 1] (the share that it keeps), or match, the entry whose bytes it is to store; exactly one of them."
         )
-    for value, least, most, wanted in ((ratio, 1, math.inf, "ratio of at least 1"), (budget, 0, 1, "budget in (0, 1]")):
+    for name, value in (("retention", retention), ("budget", budget)):
+        if value is not None and name != share_field:
+            raise InputError(f"{method} has no {name}: the share that it keeps is its {share_field}.")
+    for value, least, most, wanted in (
+        (compression, 1, math.inf, "compression of at least 1"),
+        (retention, 0, 1, "retention in (0, 1]"),
+        (budget, 0, 1, "budget in (0, 1]"),
+    ):
         if value is not None and not (type(value) in (int, float) and least <= value <= most and value > 0):
             raise InputError(f"{method} takes a {wanted}; found {value!r}.")
-    return ratio, budget, None if match is None else str(match)
+    return (compression, retention, budget), None if match is None else str(match)
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:

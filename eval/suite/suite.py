@@ -1,22 +1,22 @@
-"""A suite: options of `kvcapsule eval` and the methods to compare, at as many compression ratios as one likes, in a
-YAML file.
+"""A suite: options of `kvcapsule eval` and the methods to compare, at any number of compression ratios, in a YAML file.
 
     options:                                                    of `kvcapsule eval`; the command line overrides them
       data: {size: 400}
     entries:
-      - {name: transform-20x, train: [transform, --ratio, 20]}  a capsule, and the arguments of `kvcapsule train` that
-                                                                make it
-      - {pretrained: pages-vlm-transform, name: shipped}        a capsule that is there: shipped, a folder or on the Hub
+      - {name: transform-20x, train: [transform, --compression, 20]}
+                                                                a capsule, and the arguments of `kvcapsule train` for it
+      - {pretrained: pages-vlm-transform, name: shipped}        a capsule that exists: shipped, a folder or on the Hub
       - {capsule: transform-20x, latent_bits: 4}                the capsule of an entry again, its latents in fewer bits
-      - {capsule: shipped, text: {method: text-pruning, budget: 0.5}}      the same beside a policy for the text
-      - {method: evenly-spaced, ratio: 5}                       a policy that keeps 1/5 of what its dial is about
-      - {method: look-m, budget: 0.1, settings: {merge: none}}  a policy that keeps 0.1 of it; any policy may have
-                                                                settings
+      - {capsule: shipped, text: {method: text-pruning, retention: 0.5}}
+                                                                the same combined with a policy for the text
+      - {method: evenly-spaced, compression: 5}                 a policy that keeps 5 times fewer tokens
+      - {method: look-m, budget: 0.1, settings: {merge: none}}  a policy with a share of tokens, by the policy's own
+                                                                name for it (retention or budget), and other settings
       - {method: snapkv, match: shipped+text-pruning}           a policy at the bytes (visual and text) of another entry
-      - {method: all, match: shipped+text-pruning}              every policy with a dial, each in a row of its own
-      - {method: int3}                                          a policy without a dial
+      - {method: all, match: shipped+text-pruning}              a row for every policy whose bytes can be chosen
+      - {method: int3}                                          a policy whose bytes cannot be chosen
 
-A capsule that is trained must have a name; the other entries are named after what they are, unless they have one.
+A capsule to train must have a name; the other entries are named after their method, unless they have a name.
 """
 
 from collections.abc import Sequence
@@ -35,22 +35,22 @@ from .parser import read
 
 _PACKAGE = "kvcapsule.eval.suites"
 _DEFAULTS = {"timing": False}
-"""Options of every suite: it has many rows, and timing them takes longer than all their answers."""
+"""Options of every suite unless it sets them: timing its many rows takes longer than all their answers."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A file that has been read."""
+    """The contents of a suite's file."""
 
     name: str
-    """The file's, without its suffix."""
+    """The file's name, without its suffix."""
     options: dict[str, Any]
-    """Of `kvcapsule eval`, nested as in the file; the command's parser judges them."""
+    """Options of `kvcapsule eval`, nested as in the file; the command's parser checks them."""
     specs: tuple[Spec, ...]
     """Its entries."""
 
     def chosen(self, wanted: Sequence[str]) -> list[Spec]:
-        """The entries of these names, all where none is wanted in particular.
+        """The entries of these names, or all where no name is given.
 
         Raises:
             InputError: for a name that no entry has.
@@ -63,7 +63,7 @@ class Suite:
         return [spec for spec in self.specs if not wanted or spec.name in wanted]
 
     def capsules(self, chosen: Sequence[Spec]) -> list[Spec]:
-        """The entries that make the capsules which these entries, and those whose bytes they match, read."""
+        """The entries of the capsules that these entries need, and that the entries need whose bytes they match."""
         matched = {spec.matches for spec in chosen}
         read = {spec.reads for spec in self.specs if spec in chosen or spec.name in matched}
         return [spec for spec in self.specs if (spec.arguments or spec.place) and spec.name in read]
@@ -106,24 +106,24 @@ def _suite(name: str, values: Any) -> Suite:
         raise InputError("options: expected those of `kvcapsule eval`, --suite excepted, as keys and values.")
     if not isinstance(listed, list) or not listed:
         raise InputError("entries: expected a list of at least one.")
-    found: list[tuple[int, Spec]] = []
+    numbered: list[tuple[int, Spec]] = []
     for number, entry in enumerate(listed, start=1):
         try:
-            found += [(number, spec) for spec in read(entry)]
+            numbered += [(number, spec) for spec in read(entry)]
         except InputError as error:
             raise InputError(f"entry {number}: {error}") from error
-    _require_consistent(found)
-    return Suite(name, {**_DEFAULTS, **options}, tuple(spec for _, spec in found))
+    _require_consistent(numbered)
+    return Suite(name, {**_DEFAULTS, **options}, tuple(spec for _, spec in numbered))
 
 
-def _require_consistent(found: Sequence[tuple[int, Spec]]) -> None:
-    taken = {FULL}
-    capsules = [spec.name for _, spec in found if spec.arguments or spec.place]
-    yardsticks = [spec.name for _, spec in found if spec.matches is None]
-    for number, spec in found:
-        if spec.name in taken:
+def _require_consistent(numbered: Sequence[tuple[int, Spec]]) -> None:
+    names = {FULL}
+    capsules = [spec.name for _, spec in numbered if spec.arguments or spec.place]
+    yardsticks = [spec.name for _, spec in numbered if spec.matches is None]
+    for number, spec in numbered:
+        if spec.name in names:
             raise InputError(f"entry {number}: there is a row {spec.name!r} already, give this one another name.")
-        taken.add(spec.name)
+        names.add(spec.name)
         if spec.reads not in (None, *capsules):
             raise InputError(
                 f"entry {number}: no entry is a capsule {spec.reads!r}; there are {', '.join(capsules) or 'none'}."

@@ -23,13 +23,13 @@ COMMANDS = {
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when
 it is chosen."""
 HELP = {
-    "analyze": "study a VLM's visual keys and values on some data, and what compression to expect",
+    "analyze": "study a VLM's visual keys and values on some data before training",
     "train": "train a capsule on the KV activations of a frozen VLM",
     "eval": "compare capsules and policies with the full cache: answers, bytes, time",
     "bench": "time attention over segments, decode steps and serving against the full cache",
-    "estimate": "predict from a model's config the cache's bytes and the most that capsules can speed decoding up",
-    "generate": "answer a prompt about images, and say how large the cache was",
-    "methods": "list the codec families and policies, with their papers and defaults",
+    "estimate": "predict the cache's bytes and an upper bound of the decode speed-up from a model's config",
+    "generate": "answer a prompt about images, and print the bytes of the cache",
+    "methods": "list the codec families and policies, with their papers and settings",
     "models": "list the model families that work, and those that are refused",
     "push": "upload a capsule to the Hub",
 }
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: that of the command, 2 for input that cannot be used or an extra that is not installed, 130 for
         an interrupt, 141 where the reader of a pipe is gone.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    if not given:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
         print(usage(), file=sys.stderr)
         return WRONG_INPUT
-    name, *arguments = given
+    name, *arguments = words
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return complain(f"kvcapsule {name}", f"{module} is not installed: run `pip install 'kvcapsule[{extra}]'`.")
     except BrokenPipeError:
-        # What is still in the buffer has no reader either, and would be complained about at exit.
+        # The rest of the buffer has no reader either, and Python would report that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     except KeyboardInterrupt:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What `kvcapsule --help` prints."""
+    """The text of `kvcapsule --help`."""
     width = max(map(len, [*COMMANDS, *_OPTIONS]))
 
     def rows(entries: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
-"""`kvcapsule methods`: every codec family and policy, what it is, whose it is and what it takes.
+"""`kvcapsule methods`: every codec family and policy, with its paper and its settings.
 
 All of it is read from the registries: the summary is the first paragraph of a method's module (of its class, for a
-policy of the text alone), papers are those that this paragraph or the first one of its class names, settings are the
+policy of the text alone), the papers are named in this paragraph or in the first one of its class, the settings are the
 fields of its config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a
 mistyped option do not wait for them.
 """
@@ -18,29 +18,30 @@ from typing import Any, TypeVar
 from ..errors import KVCapsuleError
 from ..extensions import Registry
 from .errors import Parser, complain
+from .results import STDOUT, add_json_option, require_writable, write_json
 
 T = TypeVar("T")
 PROG = "kvcapsule methods"
 _PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
-_WIDE = 160
+_TABLE_WIDTH = 160
 """Columns of a table that is not printed to a terminal."""
 
 
 class Options(argparse.Namespace):
     """The parsed command line; help texts are in `_parser`."""
 
-    json: bool
+    json: str | None
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What is known of a method. Its fields are the keys of the JSON."""
+    """A method of the registries. Its fields are the keys of the JSON."""
 
     name: str
-    """In its registry."""
+    """Its name in the registry."""
     kind: str
-    """"codec" (trained; a capsule is made of it), "policy" (training-free) or "text policy" (likewise; stands beside
-    one of the others)."""
+    """"codec" (a family of trained capsules), "policy" (training-free) or "text policy" (training-free, for the text
+    alone; combined with one of the others)."""
     summary: str
     papers: list[str]
     """arXiv numbers."""
@@ -51,13 +52,16 @@ class MethodInfo:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, or the JSON, and return 0."""
-    options = _parser().parse_args(argv, namespace=Options())
-    found = list(known_methods())
-    if options.json:
-        print(json.dumps([asdict(method) for method in found], indent=2, ensure_ascii=False))
-    else:
-        _print_table(found)
+    """Print the table, or the JSON, and return the exit code."""
+    options = _parser().read(argv, Options())
+    methods = list(known_methods())
+    try:
+        require_writable([options.json])
+        if options.json != STDOUT:
+            _print_table(methods)
+        write_json(options.json, [asdict(method) for method in methods])
+    except KVCapsuleError as error:
+        return complain(PROG, error)
     return 0
 
 
@@ -72,9 +76,10 @@ def known_methods() -> Iterator[MethodInfo]:
         yield _info(name, "codec", family, [f.name for f in fields(family) if f.name not in with_default], with_default)
     for kind, registered in (("policy", _loaded(POLICY_REGISTRY)), ("text policy", TEXT_POLICIES.items())):
         for name, policy in registered:
-            taken = inspect.signature(policy).parameters.values()
-            required = [p.name for p in taken if p.default is p.empty]
-            yield _info(name, kind, policy, required, {p.name: p.default for p in taken if p.default is not p.empty})
+            settings = inspect.signature(policy).parameters.values()
+            required = [p.name for p in settings if p.default is p.empty]
+            defaults = {p.name: p.default for p in settings if p.default is not p.empty}
+            yield _info(name, kind, policy, required, defaults)
 
 
 def _loaded(registry: Registry[T]) -> Iterator[tuple[str, T]]:
@@ -98,16 +103,16 @@ def _first_paragraph(documented: Any) -> str:
     return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
 
 
-def _print_table(found: list[MethodInfo]) -> None:
+def _print_table(methods: list[MethodInfo]) -> None:
     from rich.table import Table
 
     from .tables import print_table
 
     table = Table("method", "kind", "what it does", "arXiv", "settings")
-    for method in found:
+    for method in methods:
         settings = [*method.required, *(f"{name}={_shown(value)}" for name, value in method.defaults.items())]
         table.add_row(method.name, method.kind, method.summary, "\n".join(method.papers), ", ".join(settings))
-    print_table(table, _WIDE)
+    print_table(table, _TABLE_WIDTH)
 
 
 def _shown(value: Any) -> str:
@@ -116,5 +121,5 @@ def _shown(value: Any) -> str:
 
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="List the codec families and policies, with their papers and defaults.")
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of the table")
+    add_json_option(parser)
     return parser

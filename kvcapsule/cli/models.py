@@ -1,18 +1,19 @@
-"""`kvcapsule models`: every family that was looked at, whether it works, and how its visual spans are found.
+"""`kvcapsule models`: the model families that work and those that are refused, and how visual spans are found.
 
-All of it is the table in `kvcapsule.vlm.families`, which the tests build a model of every row of.
+It prints the table in `kvcapsule.vlm.families`; the tests build a model for every row of it.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from ..errors import KVCapsuleError
 from ..vlm.families import FAMILIES, TRANSFORMERS, Family
-from .errors import Parser
+from .errors import Parser, complain
+from .results import STDOUT, add_json_option, require_writable, write_json
 
 PROG = "kvcapsule models"
-_WIDE = 190
+_TABLE_WIDTH = 190
 """Columns of a table that is not printed to a terminal."""
 _COLUMNS = ("family", "model type", "status", "positions", "a span is", "span boundary", "tested with", "note")
 _POSITIONS = {
@@ -27,16 +28,19 @@ _POSITIONS = {
 class Options(argparse.Namespace):
     """The parsed command line; help texts are in `_parser`."""
 
-    json: bool
+    json: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, or the JSON, and return 0."""
-    options = _parser().parse_args(argv, namespace=Options())
-    if options.json:
-        print(json.dumps([{**asdict(family), "transformers": TRANSFORMERS} for family in FAMILIES], indent=2))
-    else:
-        _print_table(FAMILIES)
+    """Print the table, or the JSON, and return the exit code."""
+    options = _parser().read(argv, Options())
+    try:
+        require_writable([options.json])
+        if options.json != STDOUT:
+            _print_table(FAMILIES)
+        write_json(options.json, [{**asdict(family), "transformers": TRANSFORMERS} for family in FAMILIES])
+    except KVCapsuleError as error:
+        return complain(PROG, error)
     return 0
 
 
@@ -66,12 +70,12 @@ def _print_table(families: Sequence[Family]) -> None:
             family.note,
         ]
         table.add_row(*row)
-    print_table(table, _WIDE, f"tested with transformers {TRANSFORMERS}")
+    print_table(table, _TABLE_WIDTH, f"tested with transformers {TRANSFORMERS}")
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog=PROG, description="List the model families, whether they work, and how their visual spans are found."
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of the table")
+    add_json_option(parser)
     return parser

@@ -1,18 +1,90 @@
-"""Commands whose options are the fields of a config class: their parser, and the config that a command line makes."""
+"""Commands whose options are the fields of a config class: the parser, and the config that a command line stands for.
 
+Options are shown with dashes (`--max-new-tokens`). Underscores, as the fields and the YAML files have them, are
+accepted as well.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ..errors import ConfigError
+from .errors import dashed
 
 Config = TypeVar("Config")
 
 
-def option_parser(config: type[Any], prog: str, usage: str, description: str) -> ArgumentParser:
-    """Every field of a config class as an option, explained by its docstring, and --config. It raises ArgumentError and
-    does not exit."""
+class OptionParser(ArgumentParser):
+    """A parser that knows the command's list options and the options that have a new name."""
+
+    lists: Mapping[str, bool] = MappingProxyType({})
+    """Options that may be repeated, such as {"methods": True}; True where commas separate values as well."""
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Options that no longer exist, such as "ratio", and the sentence that names the new one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What is unambiguous today would not be after the next option.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        return dashed(super().format_help(*args, **kwargs))
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Read a YAML file of options.
+
+        Raises:
+            ConfigError: if it has an option that was renamed.
+        """
+        try:
+            values = yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            values = None  # The parser reads the file again and says what is wrong with it.
+        require_current(values, self.renamed)
+        parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
+        return parsed
+
+    def read(self, words: Sequence[str]) -> Namespace:
+        """Parse a command line, its options spelled with dashes or underscores.
+
+        Raises:
+            ConfigError: for an option that was renamed.
+            ArgumentError: for an unknown option, or a value that it cannot have.
+        """
+        require_current_words(words, self.renamed)
+        parsed: Namespace = self.parse_args(normalized(words, self.lists))
+        return parsed
+
+
+def option_parser(
+    config: type[Any],
+    prog: str,
+    usage: str,
+    description: str,
+    *,
+    lists: Mapping[str, bool] | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> OptionParser:
+    """A parser with every field of a config class as an option, explained by its docstring, and --config.
+
+    It raises ArgumentError and does not exit.
+
+    Args:
+        config: the class.
+        prog: name of the command.
+        usage: its first line of help.
+        description: its second line of help.
+        lists: see OptionParser.
+        renamed: see OptionParser.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    parser = OptionParser(prog=prog, usage=usage, description=description, exit_on_error=False)
+    parser.lists, parser.renamed = lists or {}, renamed or {}
+    parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_class_arguments(config, None)
     return parser
 
@@ -21,3 +93,58 @@ def instance(config: type[Config], parser: ArgumentParser, values: Any) -> Confi
     """The config that parsed values stand for."""
     values.pop("config", None)
     return config(**vars(parser.instantiate(values)))
+
+
+def normalized(words: Sequence[str], lists: Mapping[str, bool] | None = None) -> list[str]:
+    """A command line as jsonargparse takes it: underscores in the names of options, all values of a list in one word.
+
+    What the command line says of a list thus replaces what a suite or a YAML file says of it, and is not appended.
+
+    Args:
+        words: the command line.
+        lists: see OptionParser.
+    """
+    result: list[str] = []
+    values: dict[str, list[str]] = {}
+    positions: dict[str, int] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            result.append(word)
+            continue
+        field = name[2:].replace("-", "_")
+        if lists and field in lists and (item := value if equals else next(rest, None)) is not None:
+            if field not in values:
+                values[field], positions[field] = [], len(result)
+                result.append(field)
+            values[field].extend(item.split(",") if lists[field] else [item])
+        else:
+            result.append(f"--{field}{equals}{value}")
+    for field, position in positions.items():
+        result[position] = f"--{field}={json.dumps(values[field])}"
+    return result
+
+
+def require_current_words(words: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Refuse a command line with an option that was renamed.
+
+    Raises:
+        ConfigError: with the sentence that names the new option.
+    """
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and (sentence := renamed.get(name[2:].replace("-", "_"))) is not None:
+            raise ConfigError(sentence)
+
+
+def require_current(values: Any, renamed: Mapping[str, str], prefix: str = "") -> None:
+    """Refuse options that were renamed, in the nested values of a YAML file.
+
+    Raises:
+        ConfigError: with the sentence that names the new option.
+    """
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        if f"{prefix}{key}" in renamed:
+            raise ConfigError(renamed[f"{prefix}{key}"])
+        require_current(value, renamed, f"{prefix}{key}.")

@@ -5,6 +5,7 @@ The Hub's client is imported inside `main`: `--help` and a mistyped option do no
 
 import argparse
 
+from ..errors import KVCapsuleError
 from .errors import Parser, complain
 
 PROG = "kvcapsule push"
@@ -20,15 +21,14 @@ class Options(argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the address of what was pushed and return 0; if nothing was, say why in one line on stderr and return 2."""
-    options = _parser().parse_args(argv, namespace=Options())
+    """Print the address of the pushed capsule and return 0; if the push failed, print why to stderr and return 2."""
+    options = _parser().read(argv, Options())
     from ..capsule.hub import Destination
     from ..capsule.push import push_directory
-    from ..errors import CapsuleError
 
     try:
         url = push_directory(options.capsule, Destination(options.repo_id, options.private, options.revision))
-    except CapsuleError as error:
+    except KVCapsuleError as error:
         return complain(PROG, error)
     print(url)
     return 0
@@ -37,15 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="Upload a capsule to the Hugging Face Hub in one commit.")
     parser.add_argument(
-        "capsule", metavar="CAPSULE_DIR", help="folder that `kvcapsule train` wrote, or the name of a shipped capsule"
+        "capsule", metavar="CAPSULE_DIR", help="a folder that `kvcapsule train` wrote, or a shipped capsule"
     )
+    parser.add_argument("repo_id", metavar="REPO_ID", help="organisation/name or user/name; created if missing")
     parser.add_argument(
-        "repo_id", metavar="REPO_ID", help="organisation/name or user/name; created if it does not exist"
+        "--private",
+        action="store_true",
+        help="create the repository as private; a repository that is public is refused",
     )
-    parser.add_argument(
-        "--private", action="store_true", help="create the repository as private; one that is public already is refused"
-    )
-    parser.add_argument(
-        "--revision", metavar="R", help="branch to push to, created if it does not exist (default: main)"
-    )
+    parser.add_argument("--revision", metavar="NAME", help="branch to push to; created if missing (default: main)")
     return parser

@@ -1,23 +1,51 @@
-"""What commands that write results have in common: places that can be written to, whole files, and names without a
+"""Writing the results of commands: --json, checks that files can be written, atomic writes, and names without this
 machine's paths."""
 
 import os
 import shlex
+import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..atomic_files import unique_name, write
+from ..atomic_files import to_json, unique_name, write
 from ..errors import InputError
+
+STDOUT = "-"
+"""What `--json` is given to print the JSON in place of the tables."""
+
+
+def add_json_option(parser: ArgumentParser) -> None:
+    """The option --json of a command that prints a table."""
+    parser.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON; - prints it instead")
+
+
+def write_json(target: str | None, value: Any) -> None:
+    """Write a result where --json says: to a file, to stdout (-), or nowhere (None).
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    if target == STDOUT:
+        sys.stdout.write(to_json(value).decode())
+    elif target is not None:
+        write_whole(Path(target), to_json(value))
+
+
+def json_file(target: str | None) -> str | None:
+    """The file of --json for a report to link to, None where the JSON is printed or not wanted."""
+    return None if target == STDOUT else target
 
 
 def require_writable(files: Iterable[str | None], folders: Iterable[str | None] = ()) -> None:
-    """Make the folders of the results now: a result that has nowhere to go costs the whole run. None stands for what is
-    not wanted.
+    """Create the folders of the results before the run, so that no result is lost. None stands for no file, - for
+    stdout.
 
     Raises:
         InputError: if a file or folder cannot be written.
     """
-    wanted = [Path(file) for file in files if file is not None]
+    wanted = [Path(file) for file in files if file is not None and file != STDOUT]
     for folder in [*(file.parent for file in wanted), *(Path(folder) for folder in folders if folder is not None)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,8 +77,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def shown_path(name: str) -> str:
-    """A name as a report may show it: where it is an absolute path, relative to the working directory, or else its last
-    part."""
+    """A name as a report shows it: an absolute path becomes relative to the working directory, or its last part."""
     path = Path(name).expanduser()
     if not path.is_absolute():
         return name
@@ -58,7 +85,7 @@ def shown_path(name: str) -> str:
 
 
 def command_line(prog: str, words: Sequence[str]) -> str:
-    """A command line, without the places of absolute paths."""
+    """A command line as a report shows it, its paths by `shown_path`."""
     shown = []
     for word in words:
         name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""Printing tables: as wide as the terminal, or, into a file or a pipe, as wide as they were made for."""
+"""Printing tables: as wide as the terminal, or of a fixed width in a file or a pipe."""
 
 import sys
 from typing import NoReturn
@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 REPORT_WIDTH = 160
-"""Columns of the tables of a report where stdout is no terminal."""
+"""Columns of a report's tables where stdout is no terminal."""
 
 
 class _Console(Console):
@@ -17,8 +17,7 @@ class _Console(Console):
 
 
 def report_console() -> Console:
-    """Stdout, for the tables of a report."""
-    # A file has no edge to wrap at.
+    """A console on stdout for the tables of a report."""
     return _Console(width=None if sys.stdout.isatty() else REPORT_WIDTH, highlight=False)
 
 
@@ -26,7 +25,9 @@ def print_table(table: Table, width: int, below: str = "") -> None:
     """Print the table to stdout, and a line below it.
 
     Args:
-        width: columns where stdout is no terminal: a file has no edge to wrap at.
+        table: to be printed.
+        width: columns where stdout is no terminal.
+        below: the line.
     """
     console = _Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=False)
     console.print(table)

@@ -1,1 +1,1 @@
-"""Image/prompt/answer data: the synthetic pages task and any source with the same three columns."""
+"""Questions about images, with their answers: where they come from, and how they become a model's inputs."""

@@ -1,4 +1,4 @@
-"""Questions as a model's inputs, through its own processor and chat template."""
+"""Questions as a model's inputs, by its processor and chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+
+from ..errors import ModelError
 
 
 def conversation(images: Sequence[Image.Image], prompt: str, answer: str | None = None) -> list[dict[str, Any]]:
@@ -20,14 +22,18 @@ def conversation(images: Sequence[Image.Image], prompt: str, answer: str | None 
 def encode(
     processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None
 ) -> BatchFeature:
-    """A left-padded batch of the model's inputs; a conversation that ends with the user's turn is opened for the
-    assistant.
+    """A left-padded batch of the model's inputs. After a user's last turn, the assistant's turn is opened.
+
+    Args:
+        processor: of the model.
+        conversations: as `conversation` builds them; all end with a turn of the same role.
+        dtype: of the inputs that are not integers; None keeps that of the processor.
 
     Raises:
-        ValueError: if the processor has no chat template.
+        ModelError: if the processor has no chat template.
     """
     if getattr(processor, "chat_template", None) is None:
-        raise ValueError(
+        raise ModelError(
             f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set"
             " processor.chat_template."
         )

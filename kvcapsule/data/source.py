@@ -17,17 +17,15 @@ if TYPE_CHECKING:
     import datasets
 
 PAGES = "pages"
-"""The name of the source that is taken by default; pages of other heights are called as
-kvcapsule.testbeds.pages.HEIGHTS has them."""
+"""The default source; kvcapsule.testbeds.pages.HEIGHTS names those with pages of other heights."""
 PICTURES: dict[str, "Callable[[str, int, int], datasets.Dataset]"] = {
     "emoji": emoji.emoji,
     "easy-vqa": easy_vqa.easy_vqa,
     "words": words.words,
 }
-"""The sources of smol-vlm, by name: (split, size, seed) to a data set. They are fetched as packages when first asked
-for."""
+"""The sources of smol-vlm, by name: functions of (split, size, seed). They are fetched as packages on first use."""
 MIXED = "pictures"
-"""The name of these three, a question of each in turn; its tasks have the source in front: emoji-place."""
+"""The name of these three in turn, question by question; its tasks begin with the source: emoji-place."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -36,30 +34,31 @@ class SourceConfig:
     """Where questions come from."""
 
     source: str = PAGES
-    """"pages" (built in; "pages-short" and "pages-tall" have other heights), "emoji", "easy-vqa" or "words" (fetched as
-    packages; "pictures" is all three in turn), a folder saved by `datasets`, a json, csv or parquet file, a folder of
-    images with metadata, one on the Hub."""
+    """Source of the questions: pages, pages-short or pages-tall (built in); emoji, easy-vqa, words, or pictures, which
+    is all three (fetched as packages); a folder saved by `datasets`; a json, jsonl, csv or parquet file; a folder of
+    images with metadata; or a data set on the Hub."""
     split: str = "train"
-    """Split of the source; the built-in ones have train, validation and test."""
+    """Split of the source; built-in sources have train, validation and test."""
     size: int = 10_000
-    """Questions that are taken, at most."""
+    """Most questions to use."""
     seed: int = 0
-    """Which pages or pictures are drawn; for other sources, how rows are shuffled."""
+    """Random seed of the pages or pictures; for other sources, of the order of the rows."""
     image: str = "image"
-    """Column with the image, or with a list of images."""
+    """Name of the column with the image, or with a list of images."""
     prompt: str = "prompt"
-    """Column with the question."""
+    """Name of the column with the question."""
     answer: str = "answer"
-    """Column with the right answer."""
+    """Name of the column with the right answer."""
     task: str = "task"
-    """Column that names the kind of question; where the source has none, all are of one kind."""
+    """Name of the column with the kind of question; without such a column, all questions are of one kind."""
 
 
 def load(config: SourceConfig) -> "datasets.Dataset":
     """A data set with the columns image, prompt, answer and task, at most `size` rows.
 
     Raises:
-        DataError: if the source is not found, has not the split, or lacks a column; the message names what there is.
+        DataError: if the source or its split is not found, or if a column is missing; the message names what there
+            is.
     """
     import datasets
 
@@ -71,26 +70,26 @@ def load(config: SourceConfig) -> "datasets.Dataset":
         return pages.pages(config.split, config.size, config.seed, height=pages.HEIGHTS[config.source])
     if config.source in (*PICTURES, MIXED):
         return _pictures(config)
-    found = _open(config)
+    rows = _open(config)
     wanted = {config.image: "image", config.prompt: "prompt", config.answer: "answer"}
-    missing = [column for column in wanted if column not in found.column_names]
+    missing = [column for column in wanted if column not in rows.column_names]
     if missing:
         raise DataError(
-            f"{config.source} has no column {', '.join(map(repr, missing))}; it has {', '.join(found.column_names)}. "
+            f"{config.source} has no column {', '.join(map(repr, missing))}; it has {', '.join(rows.column_names)}. "
             "Name the right ones with --data.image, --data.prompt and --data.answer."
         )
-    if config.task in found.column_names:
+    if config.task in rows.column_names:
         wanted[config.task] = "task"
     else:
-        found = found.add_column("task", [Path(config.source).stem] * len(found))
+        rows = rows.add_column("task", [Path(config.source).stem] * len(rows))
         wanted["task"] = "task"
-    found = found.select_columns(list(wanted)).rename_columns({old: new for old, new in wanted.items() if old != new})
-    found = found.shuffle(seed=config.seed).select(range(min(config.size, len(found))))
-    # Undecoded, so that an image that cannot be read is met where its row can be named.
+    rows = rows.select_columns(list(wanted)).rename_columns({old: new for old, new in wanted.items() if old != new})
+    rows = rows.shuffle(seed=config.seed).select(range(min(config.size, len(rows))))
+    # Undecoded, so that an error about an image can name its row.
     one = datasets.Image(decode=False)
-    feature = found.features["image"]
+    feature = rows.features["image"]
     several = isinstance(feature, (datasets.List, datasets.LargeList))
-    return found.cast_column("image", datasets.List(one) if several else one)
+    return rows.cast_column("image", datasets.List(one) if several else one)
 
 
 def _pictures(config: SourceConfig) -> "datasets.Dataset":
@@ -110,7 +109,7 @@ def _pictures(config: SourceConfig) -> "datasets.Dataset":
 
 
 def _of(name: str, rows: "datasets.Dataset") -> "datasets.Dataset":
-    """The rows, their tasks named after the source too."""
+    """The rows, with the source in front of their tasks."""
     tasks = [f"{name}-{task}" for task in rows["task"]]
     return rows.remove_columns("task").add_column("task", tasks, feature=rows.features["task"])
 
@@ -121,9 +120,9 @@ def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
     Raises:
         DataError: naming the row, if an image cannot be read.
     """
-    held = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    values = row["image"] if isinstance(row["image"], list) else [row["image"]]
     images = []
-    for image in held:
+    for image in values:
         if isinstance(image, dict):
             image = _decode(image, index)
         if not isinstance(image, Image.Image):
@@ -147,12 +146,12 @@ def open_image(path: str | Path) -> Image.Image:
         raise DataError(f"there is no image {path}.") from error
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP, ... that is whole."
+            f"{path} cannot be read as an image ({error}): give a complete PNG, JPEG, WebP, ... file."
         ) from error
 
 
 def _decode(image: dict[str, Any], index: int) -> Image.Image:
-    """An undecoded image of `datasets`: bytes, or the path of a file."""
+    """Decode an image of `datasets`, which is bytes or the path of a file."""
     try:
         if image.get("bytes") is None:
             return open_image(image["path"])

@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..methods.method import Method
 from ..vlm.geometry import KVGeometry
-from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
+from .attention_interface import IMPLEMENTATION, clear_pending_layer, prefill_attention, set_mask_over_segments
 from .cache import CapsuleCache
-from .generate import generating
+from .generate import wrap_generate
 from .transformers_api import passed_cache, require_supported, rotation_per_token
 
 _FULL_ATTENTION = "full_attention"
@@ -60,8 +60,8 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
     if method is not None:
         method.require_geometry(geometry)
     with ExitStack() as stack:
-        stack.callback(_forget)
-        stack.enter_context(prefilling(_attention_configs(inner, before), before))
+        stack.callback(_clear)
+        stack.enter_context(prefill_attention(_attention_configs(inner, before), before))
         _set_text_attention(inner, IMPLEMENTATION)
         stack.callback(_set_text_attention, inner, before)
         for handle in _hooks(model, inner, hidden=method is None or method.needs_hidden_states):
@@ -70,12 +70,12 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
             raise RuntimeError(
                 f"{type(inner).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache."
             )
-        own = inner.__dict__.get("generate")
-        inner.__dict__["generate"] = generating(inner, method)
-        if own is None:
+        previous = inner.__dict__.get("generate")
+        inner.__dict__["generate"] = wrap_generate(inner, method)
+        if previous is None:
             stack.callback(inner.__dict__.pop, "generate", None)
         else:
-            stack.callback(inner.__dict__.__setitem__, "generate", own)
+            stack.callback(inner.__dict__.__setitem__, "generate", previous)
         yield model
 
 
@@ -107,27 +107,23 @@ def _attention_configs(model: PreTrainedModel, implementation: str) -> list[PreT
     return [config for config in configs.values() if getattr(config, "_attn_implementation", None) == implementation]
 
 
-def _forget() -> None:
-    forget()
+def _clear() -> None:
+    clear_pending_layer()
     _active.set(None)
 
 
 def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Tell the cache of a forward what the forward brings: its token ids before the layers run, its rotation once it is
-    made.
-
-    And, where a method may ask for them, the hidden states that enter each layer.
-    """
+    """Hooks that hand the cache the forward's token ids, its rotation and, if `hidden`, each layer's input states."""
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            # A compiled forward is a decode step over a cache with room: it brings nothing to prepare for.
+            # A compiled forward is a decode step over a static tail: there is nothing to prepare.
             return
-        _forget()
+        _clear()
         cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
             input_ids = kwargs.get("input_ids", args[0] if args else None)
-            cache.begin(input_ids, kwargs.get("attention_mask"), kwargs)
+            cache.begin_forward(input_ids, kwargs.get("attention_mask"), kwargs)
             _active.set(cache)
 
     def rotation(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -142,15 +138,15 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
     def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = None if torch.compiler.is_compiling() else _active.get()
         if cache is not None:
-            cache.set_hidden(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            cache.set_hidden_states(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def end(*args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        read_segments(False)
+        set_mask_over_segments(False)
         cache = _active.get()
         if cache is not None:
-            cache.end()
+            cache.end_forward()
         _active.set(None)
 
     # Not every version of PEFT runs the hooks of the model within when the wrapper is called; its generate calls the

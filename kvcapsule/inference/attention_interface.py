@@ -5,9 +5,9 @@ Which attention is the model's own (eager, sdpa, flex_attention, ...) is known b
 as long as the model is attached. Its masks differ in form, so the mask function asks what will read the mask: what the
 model's own attention reads is made by its own mask function, what segments are read under is boolean.
 
-transformers calls `Cache.update` and then the attention function, layer by layer. The cache layer leaves itself as the
-pending call of its thread; the attention function takes it from there. A pending call that nobody took means that the
-model runs another attention function, which would read the tail alone: the next `update` refuses that.
+transformers calls `Cache.update` and then the attention function, layer by layer. `update` registers its cache layer as
+the pending layer of the thread; the attention function removes it there. A layer that is still pending at the next
+`update` means that the model runs another attention function, which would read the tail alone: that is refused.
 """
 
 import sys
@@ -28,8 +28,8 @@ class PendingLayer(Protocol):
     """A cache layer between its update and its attention."""
 
     @property
-    def fresh(self) -> bool:
-        """Whether all that the layer holds are the keys and values of this very call."""
+    def is_empty(self) -> bool:
+        """Whether nothing is stored from earlier calls."""
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention over what the layer holds and the new tokens: [B, H * G, Q, D]."""
@@ -44,18 +44,18 @@ _over_segments: ContextVar[bool] = ContextVar("kvcapsule_over_segments", default
 _traced: list[PendingLayer] = []
 """The pending layer while a forward is traced, which happens in one thread at a time: the compiler cannot follow
 context variables."""
-_own: dict[int, str] = {}
+_model_attention: dict[int, str] = {}
 """The model's own attention, by the id of each config that its layers hold, while the model is attached."""
-_UNREAD = {
+_UNSUPPORTED = {
     "softcap": "caps its attention scores",
     "s_aux": "has attention sinks",
     "position_bias": "adds a bias to its attention scores",
 }
-"""What an attention layer can ask for that attention over segments does not do."""
+"""Options of an attention layer that attention over segments does not support."""
 
 
 @contextmanager
-def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator[None]:
+def prefill_attention(configs: list[PreTrainedConfig], implementation: str) -> Iterator[None]:
     """While the block lasts, layers that hold one of `configs` run `implementation` in prefill.
 
     Raises:
@@ -68,26 +68,25 @@ def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator
             f"the model's attention implementation {implementation!r} cannot run the prefill of a CapsuleCache: choose"
             ' another before, with model.set_attn_implementation("sdpa"), "eager" or "flex_attention".'
         )
-    _own.update({id(config): implementation for config in configs})
+    _model_attention.update({id(config): implementation for config in configs})
     try:
         yield
     finally:
         for config in configs:
-            del _own[id(config)]
+            del _model_attention[id(config)]
 
 
-def read_segments(yes: bool) -> None:
-    """Say whether the mask that is made next is read over segments. A compiled forward is a decode step, which does
-    nothing else."""
+def set_mask_over_segments(value: bool) -> None:
+    """Say whether the next mask is for attention over segments; in a compiled forward, a decode step, all masks are."""
     if not torch.compiler.is_compiling():
-        _over_segments.set(yes)
+        _over_segments.set(value)
 
 
-def announce(layer: PendingLayer) -> None:
+def set_pending_layer(layer: PendingLayer) -> None:
     """Make `layer` the one that the next attention call of this thread reads.
 
     Raises:
-        RuntimeError: if the layer announced before was never read.
+        RuntimeError: if no attention call read the layer before.
     """
     if torch.compiler.is_compiling():
         _traced.append(layer)
@@ -101,8 +100,8 @@ def announce(layer: PendingLayer) -> None:
     _pending.set(layer)
 
 
-def forget() -> None:
-    """Drop a pending call that an aborted forward left behind."""
+def clear_pending_layer() -> None:
+    """Drop the pending layer of an aborted forward."""
     _pending.set(None)
     _over_segments.set(False)
 
@@ -123,10 +122,10 @@ def capsule_attention(
     Raises:
         NotImplementedError: for layers that ask for what attention over segments does not do.
     """
-    layer = _taken()
+    layer = _pop_pending_layer()
     if layer is None:
-        return _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
-    for option, what in _UNREAD.items():
+        return _run_model_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    for option, what in _UNSUPPORTED.items():
         if kwargs.get(option) is not None:
             raise NotImplementedError(
                 f"{type(module).__name__} {what} ({option}), which attention over segments does not do yet: "
@@ -134,16 +133,16 @@ def capsule_attention(
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
-    if layer.fresh:
-        out, weights = _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    if layer.is_empty:
+        out, weights = _run_model_attention(module, query, key, value, attention_mask, scaling, **kwargs)
     else:
         out = layer.attend(query, scale, attention_mask).transpose(1, 2).contiguous()
     layer.commit(query, scale)
     return out, weights
 
 
-def _taken() -> PendingLayer | None:
-    """The pending layer of this thread, which is no longer so."""
+def _pop_pending_layer() -> PendingLayer | None:
+    """Remove and return the pending layer of this thread."""
     if torch.compiler.is_compiling():
         return _traced.pop() if _traced else None
     layer = _pending.get()
@@ -151,7 +150,7 @@ def _taken() -> PendingLayer | None:
     return layer
 
 
-def _own_attention(
+def _run_model_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -162,7 +161,7 @@ def _own_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention that the model ran before it was attached."""
     config: Any = module.config
-    name = _own_name(config)
+    name = _model_attention_name(config)
     if "flash" not in name:
         out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
         return out, weights
@@ -176,8 +175,8 @@ def _own_attention(
     return out, weights
 
 
-def _own_name(config: PreTrainedConfig) -> str:
-    name = _own.get(id(config))
+def _model_attention_name(config: PreTrainedConfig) -> str:
+    name = _model_attention.get(id(config))
     if name is None:
         raise RuntimeError(
             "the kvcapsule attention runs inside `with kvcapsule.attach(model, ...):` alone, for the very model"
@@ -207,9 +206,9 @@ def capsule_mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
     # Layers with a window (local_size) are the model's own cache layers, which its own attention reads.
     if (torch.compiler.is_compiling() or _over_segments.get()) and kwargs.get("local_size") is None:
         return sdpa_mask(*args, config=config, **kwargs)
-    own: Callable[..., Any] | None = AttentionMaskInterface().get(_own_name(config))
+    function: Callable[..., Any] | None = AttentionMaskInterface().get(_model_attention_name(config))
     # As transformers does, no mask for an attention that has no mask function.
-    return None if own is None else own(*args, config=config, **kwargs)
+    return None if function is None else function(*args, config=config, **kwargs)
 
 
 AttentionInterface.register(IMPLEMENTATION, capsule_attention)

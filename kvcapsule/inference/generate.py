@@ -10,7 +10,7 @@ from .cache import CapsuleCache
 from .transformers_api import passed_cache, set_cache
 
 
-def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
+def wrap_generate(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
     """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it
     adds none.
 
@@ -28,15 +28,15 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
             and method is not None
             and _option(model, args, kwargs, "use_cache") is not False
         ):
-            room = None
+            tail_capacity = None
             if kwargs.get("cache_implementation") == "static":
-                room = _room(model, args, kwargs)
+                tail_capacity = _tail_capacity(model, args, kwargs)
                 del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            cache = CapsuleCache(model.config, method, room)
+            cache = CapsuleCache(model.config, method, tail_capacity)
             if _option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
-                cache.activate_past_recording()
+                cache.activate_past_recording()  # type: ignore[no-untyped-call]
             set_cache(kwargs, cache)
         if isinstance(passed_cache(kwargs), CapsuleCache):
             _refuse_options(model, args, kwargs)
@@ -45,7 +45,7 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
     return generate_with_capsule
 
 
-def _room(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _tail_capacity(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     tokens = _option(model, args, kwargs, "max_new_tokens")
     if tokens is None:
         raise ValueError('cache_implementation="static" needs max_new_tokens, for which the cache makes room.')
@@ -80,6 +80,6 @@ def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
 
 def _option(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """An option of this call of generate: its own, then that of its generation config, then that of the model's."""
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    options = (kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    options = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
     return next((option for option in options if option is not None), None)

@@ -1,18 +1,19 @@
-"""The raw tail of a cache layer: the keys and values of what was written since the last compression."""
+"""The raw tail of a cache layer: keys and values of the tokens written since the last compression."""
 
 import torch
 
+from ..errors import ConfigError
 from ..segments.segment import Segment
 
 _STEP = 64
-"""Tokens by which a full buffer grows."""
+"""Fewest tokens by which a full buffer grows."""
 
 
 class Tail:
-    """A buffer that grows with what is written: by half of itself, so that a token costs no copy of all others."""
+    """A buffer that grows by half of its size when it is full."""
 
     keys: torch.Tensor
-    """[B, H, room, D], of which `length` tokens are written."""
+    """[B, H, capacity, D], of which `length` tokens are written."""
     values: torch.Tensor
     """As keys."""
 
@@ -26,19 +27,20 @@ class Tail:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         needed = self.length + keys.shape[2]
         if needed > self.keys.shape[2]:
-            room = max(needed, self.keys.shape[2] + max(_STEP, self.keys.shape[2] // 2))
-            self.keys, self.values = _grown(self.keys, self.length, room), _grown(self.values, self.length, room)
+            capacity = max(needed, self.keys.shape[2] + max(_STEP, self.keys.shape[2] // 2))
+            self.keys = _enlarged(self.keys, self.length, capacity)
+            self.values = _enlarged(self.values, self.length, capacity)
         self.keys[:, :, self.length : needed] = keys
         self.values[:, :, self.length : needed] = values
         self.length = needed
 
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that are there, [B, H, length, D]; views."""
+        """Keys and values of the written tokens, [B, H, length, D]; views."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def segment(self) -> Segment:
-        """What attention reads."""
-        return Segment(*self.written(), self._every_row(), each_row=True)
+        """The written tokens as attention reads them."""
+        return Segment(*self.written(), self._row_owner(), each_row=True)
 
     def mask_length(self, new: int) -> int:
         """Tokens of the segment once `new` more are written."""
@@ -58,14 +60,14 @@ class Tail:
             None
         ]
 
-    def clear(self, most: int = 0) -> None:
-        """Forget what is written; a buffer of more than `most` tokens is given back."""
+    def clear(self, max_capacity: int = 0) -> None:
+        """Remove all tokens; free a buffer of more than `max_capacity` tokens."""
         self.length = 0
-        if self.keys.shape[2] > most:
+        if self.keys.shape[2] > max_capacity:
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
     def crop(self, count: int) -> None:
-        """Take back the last `count` tokens."""
+        """Remove the last `count` tokens."""
         self.length -= count
 
     def select(self, rows: torch.Tensor) -> None:
@@ -76,34 +78,34 @@ class Tail:
         self.keys, self.values = self.keys.to(device), self.values.to(device)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What is stored, room to grow included."""
+        """The buffers, with their unwritten part."""
         return (self.keys, self.values)
 
-    def _every_row(self) -> torch.Tensor:
-        """The owner [B]; the same tensor at every step, by which kernels know it again."""
+    def _row_owner(self) -> torch.Tensor:
+        """Segment.owner [B]; the same tensor at every step, so that kernels recognise it."""
         if self._owner is None or len(self._owner) != self.keys.shape[0] or self._owner.device != self.keys.device:
             self._owner = torch.arange(self.keys.shape[0], device=self.keys.device)
         return self._owner
 
 
 class StaticTail(Tail):
-    """A buffer of fixed room at a fixed address, its length on the device: a step's shapes and launches are those of
-    the step before.
+    """A buffer of fixed capacity at a fixed address, its length on the device, so that all decode steps have the same
+    shapes.
 
-    So a decode step can be compiled, or captured into a CUDA graph. Attention is given the whole room and a mask of
-    what is written.
+    A decode step can then be compiled, or captured into a CUDA graph. Attention reads the whole buffer under a mask of
+    the written tokens.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        """room: tokens that can be written before the next compression."""
-        self.keys = keys.new_zeros(*keys.shape[:2], room, keys.shape[3])
-        self.values = values.new_zeros(*values.shape[:2], room, values.shape[3])
-        self.room = room
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+        """capacity: tokens that can be written before the next compression."""
+        self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
+        self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
+        self.capacity = capacity
         self.count = torch.zeros((), dtype=torch.int64, device=keys.device)
         """Tokens written."""
         self._owner = None
-        self._place = torch.arange(room, device=keys.device)
-        self._whole = Segment(self.keys, self.values, self._every_row(), each_row=True)
+        self._indices = torch.arange(capacity, device=keys.device)
+        self._segment = Segment(self.keys, self.values, self._row_owner(), each_row=True)
         for tensor in (self.keys, self.values, self.count):
             torch._dynamo.mark_static_address(tensor)
 
@@ -113,32 +115,31 @@ class StaticTail(Tail):
         return int(self.count)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Raises ValueError for more than the room left (in a step that is not compiled; generate's own limit holds in
-        one that is)."""
+        """Raises ConfigError if the tokens do not fit; not in a compiled step, where generate's limit holds."""
         new = keys.shape[2]
-        if not torch.compiler.is_compiling() and keys.device.type == "cpu" and self.length + new > self.room:
-            raise ValueError(
-                f"{self.length + new} tokens do not fit into a tail of {self.room}: make the CapsuleCache with more"
-                " room (what is generated, and the text of later turns), or without, so that it grows."
+        if not torch.compiler.is_compiling() and keys.device.type == "cpu" and self.length + new > self.capacity:
+            raise ConfigError(
+                f"{self.length + new} tokens do not fit into a tail of {self.capacity}: make the CapsuleCache with a"
+                " larger tail_capacity (what is generated, and the text of later turns), or without, so that it grows."
             )
-        place = self._place[:new] + self.count
-        self.keys.index_copy_(2, place, keys)
-        self.values.index_copy_(2, place, values)
+        indices = self._indices[:new] + self.count
+        self.keys.index_copy_(2, indices, keys)
+        self.values.index_copy_(2, indices, values)
         self.count.add_(new)
 
     def segment(self) -> Segment:
-        return self._whole
+        return self._segment
 
     def mask_length(self, new: int) -> int:
-        return self.room if new == 1 else self.length + new
+        return self.capacity if new == 1 else self.length + new
 
     def visible(self, mask: torch.Tensor | None, queries: int) -> torch.Tensor:
         if mask is not None:
-            return torch.nn.functional.pad(mask[:, 0], (0, self.room - mask.shape[3]), value=False)
+            return torch.nn.functional.pad(mask[:, 0], (0, self.capacity - mask.shape[3]), value=False)
         behind = torch.arange(queries - 1, -1, -1, device=self.count.device)
-        return (self._place[None] < (self.count - behind)[:, None])[None]
+        return (self._indices[None] < (self.count - behind)[:, None])[None]
 
-    def clear(self, most: int = 0) -> None:
+    def clear(self, max_capacity: int = 0) -> None:
         self.count.zero_()
 
     def crop(self, count: int) -> None:
@@ -147,18 +148,28 @@ class StaticTail(Tail):
     def select(self, rows: torch.Tensor) -> None:
         keys, values, count = self.keys.index_select(0, rows), self.values.index_select(0, rows), self.count
         if len(rows) != self.keys.shape[0]:
-            self.__init__(keys, values, self.room)  # type: ignore[misc]
+            self.__init__(keys, values, self.capacity)  # type: ignore[misc]
         self.keys.copy_(keys)
         self.values.copy_(values)
         self.count.copy_(count)
 
     def move(self, device: torch.device) -> None:
         raise NotImplementedError(
-            "a static tail stays at its address: make the CapsuleCache without room to offload it."
+            "a static tail stays at its address: make the CapsuleCache without tail_capacity to offload it."
         )
 
 
-def _grown(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:
-    grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown
+def _enlarged(buffer: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    enlarged = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+    enlarged[:, :, :used] = buffer[:, :, :used]
+    return enlarged
+
+
+def raw_segment(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> Segment:
+    """Raw rows [B, H, N, D] of all batch rows as a segment; mask: [B, N] bool, False where there is no token."""
+    return Segment(keys, values, torch.arange(keys.shape[0], device=keys.device), mask=mask, each_row=True)
+
+
+def make_tail(keys: torch.Tensor, values: torch.Tensor, capacity: int | None) -> Tail:
+    """An empty tail in the form of keys and values [B, H, N, D]: static with a capacity, growing without."""
+    return Tail(keys, values) if capacity is None else StaticTail(keys, values, capacity)

@@ -131,7 +131,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "command", [["models", "--json"], ["models"], ["methods", "--json"], ["methods"]], ids=" ".join
+    "command", [["models", "--json", "-"], ["models"], ["methods", "--json", "-"], ["methods"]], ids=" ".join
 )
 def test_a_reader_that_goes_away(command: list[str]) -> None:
     """As `head` does: no traceback, nothing at all on stderr."""

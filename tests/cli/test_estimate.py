@@ -95,7 +95,7 @@ def test_weights() -> None:
 
 
 def estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["estimate", *arguments, "--json"]) == 0
+    assert main(["estimate", *arguments, "--json", "-"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -106,7 +106,7 @@ def test_pages_vlm(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["kv_bytes_per_token"] == token
     assert found["full"] == {"visual": 196 * token, "text": 128 * token, "total": 324 * token}
     assert found["capsule"] == {"visual": 10035, "text": 128 * token, "total": 10035 + 128 * token}
-    assert (found["ratio"], found["ratio_to_full"], found["weight_bits"]) == (20, 40, 32)
+    assert (found["compression16"], found["compression"], found["weight_bits"]) == (20, 40, 32)
     assert [row["batch"] for row in found["speedup_bound"]] == [1, 4, 6, 16, 64]
     read, capsule = found["weight_bytes_read"], 196 * token / 40 + 128 * token
     for row in found["speedup_bound"]:
@@ -122,12 +122,20 @@ def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         list(found)
         == (
-            "model model_type dtype weight_bits images visual_tokens text_tokens batch ratio ratio_to_full layers"
+            "model model_type dtype weight_bits images visual_tokens text_tokens batch compression16 compression layers"
             " full_attention_layers kv_bytes_per_token full capsule weight_bytes_read weight_bytes_held speedup_bound"
             " speedup_limit memory measured note"
         ).split()
     )
     assert found["memory"] is None
+
+
+def test_json_in_a_file_stands_beside_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--visual_tokens", "196", "--json", str(tmp_path / "new" / "e.json")]) == 0
+    assert "a sequence's cache" in capsys.readouterr().out
+    written = json.loads((tmp_path / "new" / "e.json").read_text())
+    assert written == estimate(capsys, "--visual-tokens", "196")
+    assert "is a folder" in refused(capsys, "--visual-tokens", "196", "--json", str(tmp_path))
 
 
 def test_resolution(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +164,7 @@ def test_weights_are_those_of_the_model(model_type: str, tmp_path: Path, capsys:
 def test_a_model_of_true_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The defaults of LLaVA's config are LLaVA-1.5-7B: 13.2 GB a step, 3.7 at 4 bits, 302 MB of visual KV an image."""
     LlavaConfig().save_pretrained(tmp_path)
-    image = ("--model", str(tmp_path), "--visual-tokens", "576", "--ratio", "40")
+    image = ("--model", str(tmp_path), "--visual-tokens", "576", "--compression", "40")
     found = estimate(capsys, *image, "--batch", "61")
     assert found["weight_bytes_read"] == pytest.approx(13.2e9, rel=0.002)
     assert found["full"] == {"visual": 301_989_888, "text": 67_108_864, "total": 369_098_752}
@@ -214,8 +222,12 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--images", "0"], "'0' is not a whole number of at least 1"),
         (["--batch", "0"], "'0' is not a whole number of at least 1"),
         (["--text", "-1"], "'-1' is not a whole number of at least 0"),
-        (["--ratio", "0.5"], "'0.5' is not a number of at least 1"),
-        (["--ratio", "nan"], "'nan' is not a number of at least 1"),
+        (["--compression", "0.5"], "'0.5' is not a number of at least 1"),
+        (["--compression", "nan"], "'nan' is not a number of at least 1"),
+        (["--ratio", "20"], "--ratio is --compression now"),
+        (["--ratio=20"], "--ratio is --compression now"),
+        (["--json"], "--json needs a FILE, or - to print the JSON to standard output"),
+        (["--json", "--batch", "2"], "--json needs a FILE"),
         (["--memory", "none"], "'none' is not a number above 0"),
         (["--weight-bits", "3"], "--weight-bits"),
         (["--resolution", "4x4"], "not allowed with argument --visual-tokens"),

@@ -136,7 +136,7 @@ def test_identity_capsule_answers_as_the_model(saved: Saved, capsys: pytest.Capt
     assert held["tail"] >= (len(saved.plain.tokens) - 1) * TOKEN_BYTES
     assert held["total"] == held["visual"] + held["text"] + held["tail"]
     assert held["full cache"] == saved.plain.cached * TOKEN_BYTES
-    assert held["ratio"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
+    assert held["compression"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
     assert f"computed, {saved.plain.cached} tokens" in err
 
 
@@ -164,7 +164,7 @@ def test_compare_with_a_lossy_capsule(saved: Saved, capsys: pytest.CaptureFixtur
         if t.is_floating_point()
     )
     assert 0.5 * VISUAL * TOKEN_BYTES < held["visual"] < 0.52 * VISUAL * TOKEN_BYTES
-    assert held["ratio"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
+    assert held["compression"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
 
 
 def test_without_a_capsule_the_full_cache_answers(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +251,7 @@ def test_as_a_process(saved: Saved) -> None:
         "tail",
         "total",
         "full cache",
-        "ratio",
+        "compression",
     ]
 
 

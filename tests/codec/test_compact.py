@@ -566,7 +566,7 @@ def test_the_command_trains_a_compact_capsule(selector: str, tmp_path: Path) -> 
         "1",
     ]
     output = tmp_path / "compact"
-    wanted = ["--compact.selector", selector, "--compact.steps", "3", "--compact.bank", "64", "--ratio", "5"]
+    wanted = ["--compact.selector", selector, "--compact.steps", "3", "--compact.bank", "64", "--compression", "5"]
     assert train(["compact", *quick, *wanted, "--output", str(output)]) == 0
     capsule = Capsule.from_pretrained(output)
     assert isinstance(capsule.config.codec, CompactConfig)

@@ -132,7 +132,7 @@ def test_what_waits_for_the_last_layer_is_not_keys_and_values() -> None:
     of = prefills(2)
     run = cross_layer_capsule().begin_pass(range(2))
     run.add(of[0])
-    held = [t for waiting in run.waiting for s in (*waiting.raw.visual, *waiting.raw.text) for t in s.entry_tensors()]
+    held = [t for pending in run.pending for s in (*pending.raw.visual, *pending.raw.text) for t in s.entry_tensors()]
     whole = {t.untyped_storage().data_ptr() for t in (of[0].keys, of[0].values)}
     assert not whole & {t.untyped_storage().data_ptr() for t in held}
     assert run.encoding.sums.shape == (3, HEADS, TILE, 20)

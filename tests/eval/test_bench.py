@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvcapsule.eval.bench import encode, markdown, report
+from kvcapsule.eval.bench import bench_page, encode, level_tables
 from kvcapsule.eval.bench import main as command
-from kvcapsule.eval.bench.config import LEVELS, QUICK, BenchConfig
+from kvcapsule.eval.bench.bench_config import LEVELS, QUICK, BenchConfig
 from kvcapsule.eval.bench.layer_data import Cell
-from kvcapsule.eval.bench.report import COLUMNS
+from kvcapsule.eval.bench.level_tables import COLUMNS
 from kvcapsule.eval.bench.shapes import Shape
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "bench.md"
@@ -198,7 +198,7 @@ def test_a_grid_as_a_table(operator: dict[str, Any], tmp_path: Path) -> None:
     """One line a cell, written anew by each run; the rest of the page stays."""
     file = tmp_path / "page.md"
     file.write_text("before\n<!-- table: bench-cpu operator -->\nold\n<!-- end of table -->\nafter\n")
-    markdown.refresh(file, operator, ["operator"], None, None)
+    bench_page.refresh(file, operator, ["operator"], None, None)
     text = file.read_text()
     (line,) = re.findall(r"^\| qwen2.5-vl-7b .*$", text, flags=re.MULTILINE)
     by_name = {row["method"]: row for row in operator["rows"]}
@@ -211,9 +211,9 @@ def test_a_grid_as_a_table(operator: dict[str, Any], tmp_path: Path) -> None:
 def test_what_failed_is_said_in_the_tables(operator: dict[str, Any], tmp_path: Path) -> None:
     rows = [{**row, "seconds": None, "ratio": None, "failed": "relative error 1"} for row in operator["rows"][-1:]]
     spoilt = {**operator, "rows": [*operator["rows"][:-1], *rows]}
-    markdown.refresh(tmp_path / "page.md", spoilt, ["operator"], None, None)
+    bench_page.refresh(tmp_path / "page.md", spoilt, ["operator"], None, None)
     assert "| wrong output |" in (tmp_path / "page.md").read_text()
-    assert "(relative error 1)" in report.cells(rows, "operator")[0][3]
+    assert "(relative error 1)" in level_tables.cells(rows, "operator")[0][3]
 
 
 def test_a_page_without_a_place_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,4 +271,4 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for name in BenchConfig.__dataclass_fields__:
-        assert re.search(rf"--{name}\b", text), name
+        assert re.search(rf"--{name.replace('_', '-')}\b", text), name

@@ -137,7 +137,7 @@ def test_compiled_methods_write_into_a_room(subject: Subject) -> None:
         with rung.on(subject.model):
             step = decode_step.stepper(subject.model, rung, cache, 3)
             seen.append([step(), step()][1])
-    assert cache.layers[0].room == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
+    assert cache.layers[0].tail_capacity == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_encoding_is_the_methods_own(monkeypatch: pytest.MonkeyPatch) -> None:
         def compress(self, prefill: Any) -> None:
             seen.append(prefill.keys.shape[2])
 
-    monkeypatch.setattr(encode.methods, "make", lambda *given: Noting())
+    monkeypatch.setattr(encode.random_methods, "make", lambda *given: Noting())
     encode.measure(Cell(SMALL, 1, 70, 5, TILE, torch.float32, CPU), ["int4"], 3, 1.0)
     assert set(seen) == {75}
 

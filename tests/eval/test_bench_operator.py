@@ -16,8 +16,8 @@ from kvcapsule.eval.bench import (
     full_attention,
     interleaved_timing,
     layer_data,
-    methods,
     operator,
+    random_methods,
     random_transform,
 )
 from kvcapsule.eval.bench.shapes import SHAPES, Shape, distinct
@@ -42,11 +42,11 @@ def cell(batch: int = 2, visual: int = 70, tile: int = 32, shape: Shape = TINY) 
 
 def build(name: str, of: layer_data.Cell) -> tuple[layer_data.Layer, Any, list[Segment]]:
     layer = layer_data.draw(of)
-    method = methods.make(name, of.shape.geometry(1), of.tile, CPU, torch.float32)
+    method = random_methods.make(name, of.shape.geometry(1), of.tile, CPU, torch.float32)
     return layer, method, layer_data.store(of, layer, method)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", random_methods.METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_are_what_the_closed_form_says(name: str, batch: int) -> None:
     """Measured storages to the byte, but for owners of chosen rows, which share room with their numbers; touched:
@@ -72,9 +72,11 @@ def test_bytes_at_a_real_size() -> None:
     token = 2 * 4 * 128 * 4
     assert byte_formula.full(of) == (16384 + 128 + 16) * token
     text = 144 * token
-    kept = byte_formula.of("kept-10%", of, methods.make("kept-10%", of.shape.geometry(1), 64, CPU, torch.float32))
+    kept = byte_formula.of(
+        "kept-10%", of, random_methods.make("kept-10%", of.shape.geometry(1), 64, CPU, torch.float32)
+    )
     assert kept - text == pytest.approx(1638 * (token + 4 * 4), rel=1e-3)
-    capsule = methods.make("transform-20x", of.shape.geometry(1), 64, CPU, torch.float32)
+    capsule = random_methods.make("transform-20x", of.shape.geometry(1), 64, CPU, torch.float32)
     assert isinstance(capsule, torch.nn.Module)
     encoders = ("tokens_in", "channels_in", "queries")
     maps = sum(t.numel() * t.itemsize for name, t in capsule.state_dict().items() if not name.endswith(encoders))
@@ -150,10 +152,10 @@ def test_the_truth_of_the_gate() -> None:
 
 
 def test_a_cell() -> None:
-    rows, skipped = operator.measure(cell(), list(methods.METHODS), LIMITS, 10.0)
+    rows, skipped = operator.measure(cell(), list(random_methods.METHODS), LIMITS, 10.0)
     assert not skipped
     by_name = {row["method"]: row for row in rows}
-    assert list(by_name) == [*full_attention.IN_PLACE, *full_attention.AMPLIFIED, *methods.METHODS]
+    assert list(by_name) == [*full_attention.IN_PLACE, *full_attention.AMPLIFIED, *random_methods.METHODS]
     (baseline,) = {row["baseline"] for row in rows}
     assert baseline in full_attention.IN_PLACE and by_name[baseline]["ratio"] == 1.0
     assert by_name[baseline]["seconds"] == min(by_name[name]["seconds"] for name in full_attention.IN_PLACE)
@@ -201,7 +203,10 @@ def test_like_layers_are_timed_once() -> None:
         "qwen2.5-vl-7b": ["internvl3-8b"],
     }
     assert distinct(["qwen2.5-vl-7b"]) == {"qwen2.5-vl-7b": []}
-    assert {left["geometry"] for left in operator.alike(list(SHAPES))} == {"llava-next-vicuna-7b", "internvl3-8b"}
+    assert {left["geometry"] for left in operator.equal_shapes(list(SHAPES))} == {
+        "llava-next-vicuna-7b",
+        "internvl3-8b",
+    }
 
 
 @pytest.mark.parametrize(("tile", "channels", "ratio"), [(64, 128, 20), (196, 64, 20), (64, 128, 8), (16, 32, 40)])

@@ -1,16 +1,15 @@
 """The picture of a suite: curves that can be told apart."""
 
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from matplotlib.text import Text
 from PIL import Image
 from support.suite_files import rows_of
 
 from kvcapsule.eval import main as command
-from kvcapsule.eval.report.curves import curves, picture
-from kvcapsule.eval.report.scatter import draw
+from kvcapsule.eval.report.picture import save_picture
+from kvcapsule.eval.report.rate_curves import curves, picture
 from kvcapsule.policy import POLICIES
 
 FULL_BYTES = 400_000
@@ -69,17 +68,26 @@ def test_where_text_is_compressed_too_all_bytes_are_drawn() -> None:
     assert len({(curve.marker, curve.colour) for curve in found}) == len(names)
 
 
-def test_labels_cover_neither_each_other_nor_a_point() -> None:
+def test_the_legend_names_every_curve_and_covers_no_point() -> None:
     figure = picture(ROWS, "crowded")
     figure.draw_without_rendering()
-    (axes,) = figure.axes
+    (axes,), (legend,) = figure.axes, figure.legends
     assert axes.get_xscale() == "log"
-    labels = [text for text in axes.texts if text.get_text()]
-    assert {label.get_text() for label in labels} == {"full cache", *(curve.label for curve in curves(ROWS))}
-    boxes = [Text.get_window_extent(label) for label in labels]
-    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert [text.get_text() for text in legend.get_texts()] == ["full cache", *(curve.label for curve in curves(ROWS))]
+    box = legend.get_window_extent()
+    assert not box.overlaps(axes.get_window_extent()) and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
     points = [axes.transData.transform((row["visual_kv_bytes"], row["accuracy"]["a"])) for row in ROWS]
-    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert all(axes.get_window_extent().contains(*point) for point in points)
+
+
+def test_every_policy_fits_into_the_legend() -> None:
+    """Two lines for each, as in a suite that matches them to the bytes of two capsules."""
+    names = [name for name in POLICIES if name != "full"]
+    policies = [_row(f"{name}@{c}", "token-pruning", c, 0.5, policy=name) for name in names for c in (2, 4)]
+    figure = picture([ROWS[0], *policies, *ROWS[1:]], "crowded")
+    figure.draw_without_rendering()
+    assert figure.bbox.y0 <= figure.legends[0].get_window_extent().y0
 
 
 def test_the_upper_axis_tells_the_compression_at_16_bits() -> None:
@@ -96,11 +104,13 @@ def test_the_upper_axis_tells_the_compression_at_16_bits() -> None:
 
 def test_suite_draws_its_curves(vlm, tmp_path, suite_file, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(command.curves, "picture", lambda rows, title: seen.append(len(rows)) or picture(rows, title))
-    entries = [{"method": "evenly-spaced", "ratio": ratio} for ratio in (2, 4)]
+    monkeypatch.setattr(
+        command.rate_curves, "picture", lambda rows, title: seen.append(len(rows)) or picture(rows, title)
+    )
+    entries = [{"method": "evenly-spaced", "compression": compression} for compression in (2, 4)]
     rows_of(vlm, tmp_path, "--suite", suite_file(entries), "--plot", str(tmp_path / "new" / "eval.png"))
     assert seen == [3]
     with Image.open(tmp_path / "new" / "eval.png") as drawn:
         assert drawn.size[0] > 1000
-    draw(picture(ROWS, "title"), tmp_path / "all.svg")
+    save_picture(picture(ROWS, "title"), tmp_path / "all.svg")
     assert (tmp_path / "all.svg").read_text().startswith("<?xml")

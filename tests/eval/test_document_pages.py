@@ -29,7 +29,7 @@ def test_the_pages_show_what_is_committed(tree: Path) -> None:
     for page, _ in PAGES.values():
         text = (tree / page).read_text()
         (tree / page).write_text(text.replace("| full |", "| altered |"))
-    pages.main(PagesConfig())
+    pages.rewrite(PagesConfig())
     for page in {page for page, _ in PAGES.values()}:
         assert (tree / page).read_text() == (ROOT / page).read_text(), f"{page}: run `make pages`"
 
@@ -37,7 +37,7 @@ def test_the_pages_show_what_is_committed(tree: Path) -> None:
 def test_a_result_that_is_missing_is_named(tree: Path) -> None:
     (tree / RESULTS / "pages.json").unlink()
     with pytest.raises(InputError, match=r"pages\.json cannot be read"):
-        pages.main(PagesConfig())
+        pages.rewrite(PagesConfig())
 
 
 def test_commands_name_the_page_of_today() -> None:

@@ -75,7 +75,7 @@ def test_command_takes_the_widths_that_are_not_there_by_default(vlm, tmp_path) -
 
 
 def test_command_without_a_capsule_by_a_file_of_options(vlm, tmp_path) -> None:
-    (tmp_path / "suite.yaml").write_text("ratio: 0.5\nmethods: [evenly-spaced]\n")
+    (tmp_path / "suite.yaml").write_text("budget: 0.5\nmethods: [evenly-spaced]\n")
     arguments = ["--config", str(tmp_path / "suite.yaml"), "--json", str(tmp_path / "eval.json")]
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     full, spaced = json.loads((tmp_path / "eval.json").read_text())["rows"]
@@ -121,12 +121,12 @@ def test_a_budget_is_each_methods_own(vlm, tmp_path) -> None:
 
 
 def test_lists_of_the_command_line_replace_those_of_a_file(tmp_path) -> None:
-    (tmp_path / "options.yaml").write_text("ratio: 0.5\nmethods: [evenly-spaced, int4]\n")
+    (tmp_path / "options.yaml").write_text("budget: 0.5\nmethods: [evenly-spaced, int4]\n")
     options = ["--config", str(tmp_path / "options.yaml")]
-    parse = lambda *words: command._parse(command._normal([*options, *words]))  # noqa: E731
+    parse = lambda *words: command._parse([*options, *words])
     assert parse().methods == ["evenly-spaced", "int4"]
     assert parse("--methods", "int8", "--batch", "3", "--methods=int3,h2o").methods == ["int8", "int3", "h2o"]
-    assert command._parse(command._normal(["--capsule", "a,b", "--capsule", "c"])).capsule == ["a,b", "c"]
+    assert command._parse(["--capsule", "a,b", "--capsule", "c"]).capsule == ["a,b", "c"]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def questions_file(tmp_path, images) -> Callable[..., str]:
 
 def test_own_data_without_tasks(vlm, questions_file, tmp_path) -> None:
     source = questions_file(answer="x")
-    arguments = ["--data.source", source, "--ratio", "0.5", "--methods", "int4", "--json", str(tmp_path / "eval.json")]
+    arguments = ["--data.source", source, "--budget", "0.5", "--methods", "int4", "--json", str(tmp_path / "eval.json")]
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert [(row["accuracy"], row["n"]) for row in result["rows"]] == [({"own": 0.0}, 2)] * 2
@@ -164,36 +164,54 @@ def _refused(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--ratio", "0"), "outside (0, 1]"),
-        (("--ratio", "10"), "outside (0, 1]"),
-        (("--ratio", "0.5", "--capsule", "x"), "--ratio is for runs without a capsule"),
-        (("--budget", "2"), "--budget 2.0 is outside (0, 1]"),
+        (("--budget", "0"), "outside (0, 1]"),
+        (("--budget", "10"), "outside (0, 1]"),
         (("--budget", "0.5", "--capsule", "x"), "--budget is for runs without a capsule"),
-        (("--budget", "0.5", "--ratio", "0.5"), "leave one out"),
+        (("--budget", "2"), "--budget 2.0 is outside (0, 1]"),
+        (("--ratio=0.5",), "--ratio is --budget now"),
+        (("--budget", "0.5", "--ratio", "0.5"), "--ratio is --budget now"),
         (("--methods",), "--methods"),
         (
-            ("--ratio", "0.5", "--methods", "inf4"),
+            ("--budget", "0.5", "--methods", "inf4"),
             "there is no method 'inf4'; this run has full, post-vision-attention",
         ),
         ((), "give a --capsule"),
         (("--capsule", "/no/such/capsule"), "/no/such/capsule"),
-        (("--ratio", "0.5", "--model", "/no/such/model"), "cannot load"),
-        (("--ratio", "0.5", "--max-new-tokens", "1"), "at least 2"),
-        (("--ratio", "0.5", "--batch", "0"), "--batch 0"),
-        (("--ratio", "0.5", "--batch", "many"), "many"),
-        (("--ratio", "0.5", "--plot", "x.bmp"), ".png, .svg, .pdf"),
-        (("--ratio", "0.5", "--json", "/dev/null/x.json"), "cannot be written"),
-        (("--ratio", "0.5", "--device", "abacus"), "--device abacus"),
-        (("--ratio", "0.5", "--save-metrics", "true"), "exactly one --capsule"),
+        (("--budget", "0.5", "--model", "/no/such/model"), "cannot load"),
+        (("--budget", "0.5", "--max-new-tokens", "1"), "at least 2"),
+        (("--budget", "0.5", "--batch", "0"), "--batch 0"),
+        (("--budget", "0.5", "--batch", "many"), "many"),
+        (("--budget", "0.5", "--plot", "x.bmp"), ".png, .svg, .pdf"),
+        (("--budget", "0.5", "--json", "/dev/null/x.json"), "cannot be written"),
+        (("--budget", "0.5", "--device", "abacus"), "--device abacus"),
+        (("--budget", "0.5", "--save-metrics", "true"), "exactly one --capsule"),
         (("--rato", "0.5"), "rato"),
+        (("--budget", "0.5", "--share-prefil", "false"), "share"),
+        (("--budget", "0.5", "--json"), "--json needs a FILE, or - to print the JSON to standard output"),
+        (("--json", "--budget", "0.5"), "--json needs a FILE"),
     ],
 )
 def test_wrong_arguments(capsys, arguments: tuple[str, ...], complaint: str) -> None:
     assert complaint in _refused(capsys, *arguments)
 
 
+def test_renamed_options_of_a_file_are_refused(capsys, tmp_path) -> None:
+    (tmp_path / "options.yaml").write_text("methods: [int4]\nratio: 0.5\n")
+    assert "--ratio is --budget now" in _refused(capsys, "--config", str(tmp_path / "options.yaml"))
+
+
+def test_options_may_have_dashes_or_underscores(capsys) -> None:
+    assert command._parse(["--max-new-tokens", "7"]) == command._parse(["--max_new_tokens=7"])
+    assert "--max-new-tokens 1: " in _refused(capsys, "--budget", "0.5", "--max_new_tokens", "1")
+
+
+def test_json_on_stdout_takes_the_place_of_the_tables(vlm, capsys) -> None:
+    assert main(["--model", vlm, *QUICK, "--methods", "int4", "--json", "-"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["full", "int4"]
+
+
 def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
-    words = ("--model", vlm, "--ratio", "0.5")
+    words = ("--model", vlm, "--budget", "0.5")
     assert "at least one question" in _refused(capsys, *words, "--data.size", "0")
     assert "no split 'exam'" in _refused(capsys, *words, "--data.split", "exam")
     assert "no column 'answer'" in _refused(capsys, *words, "--data.source", questions_file(label="x"))
@@ -209,7 +227,7 @@ def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
 
 def test_no_questions(vlm, rows, capsys, monkeypatch) -> None:
     monkeypatch.setattr(run.source, "load", lambda _: rows.select([]))
-    assert "holds no questions" in _refused(capsys, "--model", vlm, "--ratio", "0.5")
+    assert "holds no questions" in _refused(capsys, "--model", vlm, "--budget", "0.5")
 
 
 def test_capsule_of_another_model(vlm, tmp_path, geometry, capsys) -> None:
@@ -245,10 +263,10 @@ def test_damaged_metrics_are_not_replaced(vlm, tmp_path, make_capsule, capsys) -
 def test_a_defect_is_not_taken_for_wrong_input(monkeypatch) -> None:
     monkeypatch.setattr(command, "run", lambda *_: torch.empty(2).view(3))
     with pytest.raises(RuntimeError):
-        main(["--ratio", "0.5"])
+        main(["--budget", "0.5"])
     monkeypatch.setattr(command, "run", lambda *_: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting"):
-        main(["--ratio", "0.5"])
+        main(["--budget", "0.5"])
 
 
 def test_help_explains_every_option(capsys) -> None:
@@ -257,5 +275,5 @@ def test_help_explains_every_option(capsys) -> None:
     assert end.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     for name in command.EvalConfig.__dataclass_fields__:
-        assert f"--{name}" in printed
+        assert f"--{name.replace('_', '-')}" in printed
     assert "Most tokens of an answer, the end token included." in printed

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvcapsule.eval.studies import long_answer, long_answer_page
+from kvcapsule.eval.studies import long_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = 4 * 2 * 2 * 32 * 4
@@ -74,7 +74,7 @@ def test_the_page_shows_what_was_measured(written: Path, rows: dict[str, dict[st
 def test_the_documents_show_what_is_committed() -> None:
     """docs/long-answer.md is that of eval/results/long-answer.json, and its picture is there."""
     found = json.loads((ROOT / "eval" / "results" / "long-answer.json").read_text())
-    assert (ROOT / "docs" / "long-answer.md").read_text() == long_answer_page.page(found)
+    assert (ROOT / "docs" / "long-answer.md").read_text() == long_answer.page(found)
     assert found["tokens"] >= 300
     assert (ROOT / "docs" / "long-answer.png").is_file()
     assert "](long-answer.png)" in (ROOT / "docs" / "results.md").read_text()

@@ -9,10 +9,10 @@ from support.suite_files import QUICK, evaluate, rows_of
 
 from kvcapsule.errors import InputError
 from kvcapsule.eval.report import by_dataset
-from kvcapsule.eval.report.by_dataset import BySetConfig
-from kvcapsule.eval.report.merge_runs import JoinConfig, join, main
+from kvcapsule.eval.report.by_dataset import ByDatasetConfig
+from kvcapsule.eval.report.merge_runs import MergeConfig, merge, merge_files
 
-ENTRIES = [{"method": "int2"}, {"method": "evenly-spaced", "ratio": 4}, {"method": "int8"}]
+ENTRIES = [{"method": "int2"}, {"method": "evenly-spaced", "compression": 4}, {"method": "int8"}]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_two_runs_are_as_one(vlm, tmp_path, suite_file) -> None:
         assert evaluate("--model", vlm, *QUICK, "--suite", suite, "--methods", methods, "--json", place) == 0
     whole = rows_of(vlm, tmp_path, "--suite", suite)
     report, picture = tmp_path / "r.md", tmp_path / "p.png"
-    main(JoinConfig(suite, str(tmp_path / "joined.json"), places[::-1], str(picture), str(report)))
+    merge_files(MergeConfig(suite, str(tmp_path / "joined.json"), places[::-1], str(picture), str(report)))
     found = json.loads((tmp_path / "joined.json").read_text())
     assert {row["method"]: row for row in found["rows"]} == whole
     assert [row["method"] for row in found["rows"]] == ["full", "int2", "evenly-spaced-4x", "int8"]
@@ -44,18 +44,18 @@ def test_two_runs_are_as_one(vlm, tmp_path, suite_file) -> None:
 def test_what_does_not_belong_together_is_refused(part) -> None:
     other = deepcopy(part)
     with pytest.raises(InputError, match="int2 is there twice"):
-        join([part, other], ["full", "int2"])
+        merge([part, other], ["full", "int2"])
     other["rows"][1]["kl"] = 2.0
-    assert join([part, other], ["full", "int2"], replace=True)["rows"] == other["rows"], "the later one"
+    assert merge([part, other], ["full", "int2"], replace=True)["rows"] == other["rows"], "the later one"
     with pytest.raises(InputError, match="part 2 is of another run than the first: its batch differs"):
-        join([part, {**other, "batch": 8}], ["full", "int2"])
+        merge([part, {**other, "batch": 8}], ["full", "int2"])
     other["rows"] = [{"method": "full", "n": 5}]
     with pytest.raises(InputError, match="its full cache answers otherwise"):
-        join([part, other], ["full", "int2"])
+        merge([part, other], ["full", "int2"])
     other["rows"] = [{"method": "full", "n": 4}, {"method": "int8", "n": 4}]
     with pytest.raises(InputError, match="no part has int3: measure them with --methods int3"):
-        join([part, other], ["full", "int2", "int3", "int8"])
-    assert join([part, {**other, "command": "second"}], ["full", "int8", "int2"])["command"] == "first && second"
+        merge([part, other], ["full", "int2", "int3", "int8"])
+    assert merge([part, {**other, "command": "second"}], ["full", "int8", "int2"])["command"] == "first && second"
 
 
 def test_accuracy_by_data_set(tmp_path) -> None:
@@ -67,10 +67,10 @@ def test_accuracy_by_data_set(tmp_path) -> None:
     (tmp_path / "f.json").write_text(json.dumps({"rows": rows, "command": "kvcapsule eval"}))
     report = tmp_path / "docs.md"
     report.write_text("# T\n\n<!-- table: sets -->\n<!-- end of table -->\n")
-    by_dataset.main(BySetConfig(str(tmp_path / "f.json"), str(report), "sets"))
+    by_dataset.update_table(ByDatasetConfig(str(tmp_path / "f.json"), str(report), "sets"))
     text = report.read_text()
     assert "| method | emoji | easy-vqa | words | mean |" in text
     assert "| full | 0.600 | 0.900 | 1.000 | 0.833 |" in text
     assert "| a | 0.550 (5.0) | 0.900 (0.0) | 0.400 (60.0) | 0.617 (21.7) |" in text
     with pytest.raises(InputError, match="'line' is of none of emoji, easy-vqa, words"):
-        by_dataset.by_set({"line": 1.0})
+        by_dataset.by_dataset({"line": 1.0})

@@ -1,20 +1,21 @@
 """An evaluation's files: a picture that can be read, JSON that is whole."""
 
 import json
-from itertools import combinations
 from typing import Any
 
 import pytest
-from matplotlib.text import Text
 
 from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.results import write_whole
-from kvcapsule.eval.report.scatter import draw, picture
+from kvcapsule.eval.report.picture import save_picture
+from kvcapsule.eval.report.scatter import picture
 
 
 def _row(method: str, size: int, score: float) -> dict[str, Any]:
+    kinds = {"int": "quantisation", "pos": "token-pruning", "eve": "token-pruning"}
     return {
         "method": method,
+        "family": kinds.get(method[:3], method.partition(":")[0]),
         "visual_kv_bytes": size,
         "accuracy": {"a": score, "b": score},
         "compression": 400_000 / size,
@@ -32,19 +33,22 @@ CROWDED = [
 ]
 
 
-def test_labels_cover_neither_each_other_nor_a_dot() -> None:
+def test_the_legend_names_every_row_and_covers_no_marker() -> None:
     figure = picture(CROWDED, "crowded")
     figure.draw_without_rendering()
-    (axes,) = figure.axes
+    (axes,), (legend,) = figure.axes, figure.legends
     assert axes.get_xscale() == "log"
-    labels = [text for text in axes.texts if text.get_text()]
-    assert {label.get_text().split(" (")[0] for label in labels} == {row["method"] for row in CROWDED}
-    # Of the words alone: an annotation's own extent holds its line to the dot too.
-    boxes = [Text.get_window_extent(label) for label in labels]
-    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    dots = [axes.transData.transform((row["visual_kv_bytes"], row["accuracy"]["a"])) for row in CROWDED]
-    assert not any(box.contains(*dot) for box in boxes for dot in dots)
-    assert all(figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) for box in boxes)
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == [f"{row['method']} ({row['compression']:.3g}x)" for row in CROWDED]
+    box = legend.get_window_extent()
+    assert not box.overlaps(axes.get_window_extent()) and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    points = [axes.transData.transform((row["visual_kv_bytes"], row["accuracy"]["a"])) for row in CROWDED]
+    assert all(axes.get_window_extent().contains(*point) for point in points)
+
+
+def test_no_two_rows_look_the_same() -> None:
+    looks = [(line.get_marker(), line.get_color()) for line in picture(CROWDED, "crowded").axes[0].lines]
+    assert len(set(looks)) == len(CROWDED)
 
 
 def test_capsules_and_quantisation_look_different() -> None:
@@ -57,7 +61,7 @@ def test_capsules_and_quantisation_look_different() -> None:
 
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_picture_in_the_format_of_its_name(tmp_path, suffix: str, begins: bytes) -> None:
-    draw(picture(CROWDED, "title"), tmp_path / "new" / f"picture{suffix}")
+    save_picture(picture(CROWDED, "title"), tmp_path / "new" / f"picture{suffix}")
     assert (tmp_path / "new" / f"picture{suffix}").read_bytes().startswith(begins)
     assert len(list((tmp_path / "new").iterdir())) == 1
 

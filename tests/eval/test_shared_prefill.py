@@ -14,7 +14,7 @@ from kvcapsule.eval.batches import batches
 from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.equal_bytes import Layout
 from kvcapsule.eval.quality import by_task, evaluate, prompt_bytes
-from kvcapsule.eval.shared_prefill import Keeper, Made, Prefill, replayable, replaying
+from kvcapsule.eval.shared_prefill import CompressedLayers, Keeper, Prefill, replayable, replaying
 from kvcapsule.eval.watched_generate import Generated, generate, new_cache, record
 from kvcapsule.inference.attach import attach
 from kvcapsule.methods.method import Method
@@ -65,12 +65,12 @@ def test_a_shared_prefill_changes_nothing(model, mixed, layout, prefill, name) -
     assert len(MIXED) == len(mixed["input_ids"])
     method = None if name is None else POLICIES[name](**METHODS[name])
     before = [t.clone() for layer in prefill.layers for t in (layer.query, layer.keys, layer.values)]
-    made: Made = {}
-    own, shared = (_run(model, mixed, layout, method, prefill=given, made=made) for given in (None, prefill))
+    made: CompressedLayers = {}
+    own, shared = (_run(model, mixed, layout, method, prefill=given, compressed=made) for given in (None, prefill))
     _same(own, shared)
     _same(
         *(
-            _run(model, mixed, layout, method, forced=own.tokens.flip(1), prefill=given, made=made)
+            _run(model, mixed, layout, method, forced=own.tokens.flip(1), prefill=given, compressed=made)
             for given in (None, prefill)
         )
     )
@@ -95,10 +95,10 @@ def test_the_prompt_is_not_run_again(model, mixed, layout, prefill, monkeypatch)
     full = POLICIES["full"]
     compress = full.compress
     monkeypatch.setattr(full, "compress", lambda self, layer: compressed.append(layer.layer) or compress(self, layer))
-    made: Made = {}
+    made: CompressedLayers = {}
     try:
         for method in (None, full(), full()):
-            _run(model, mixed, layout, method, prefill=prefill, made=made if method is not None else None)
+            _run(model, mixed, layout, method, prefill=prefill, compressed=made if method is not None else None)
     finally:
         handle.remove()
         tower.remove()

@@ -36,7 +36,7 @@ def test_rate_distortion() -> None:
         names
     )
     by_name = {spec.name: spec for spec in load("rate-distortion").specs}
-    assert by_name["transform-20x"].arguments == ("transform", "--ratio", "20")
+    assert by_name["transform-20x"].arguments == ("transform", "--compression", "20")
     assert by_name["kvcapsule-2.4x"].arguments == ("kvcapsule",)
     config = command._parse(["--suite", "rate-distortion"])
     assert (config.model, config.dtype, config.batch, config.data.size, config.data.split) == (
@@ -58,7 +58,7 @@ def test_smol_vlm() -> None:
     )
     for family, ratios in {**coded, **rows}.items():
         for ratio in ratios.split():
-            assert by_name[f"{family}-{ratio}x"].arguments[:3] == (f"smol-vlm-{family}", "--ratio", ratio)
+            assert by_name[f"{family}-{ratio}x"].arguments[:3] == (f"smol-vlm-{family}", "--compression", ratio)
     transfer = {spec.name: spec.arguments for spec in load("smol-transfer").specs}
     assert transfer.pop("transform-20x") == by_name["transform-20x"].arguments
     assert transfer == {
@@ -105,8 +105,8 @@ def test_names_of_entries(suite_file) -> None:
                 CAPSULE,
                 {"capsule": "half", "latent_bits": 4},
                 {"capsule": "half", "latent_bits": 2, "name": "few"},
-                {"method": "evenly-spaced", "ratio": 2.4},
-                {"method": "post-vision-attention", "ratio": 10},
+                {"method": "evenly-spaced", "compression": 2.4},
+                {"method": "post-vision-attention", "compression": 10},
                 {"method": "int2"},
                 {"method": "int2", "name": "two-bits"},
             ]
@@ -121,7 +121,7 @@ def test_names_of_entries(suite_file) -> None:
         "int2",
         "two-bits",
     ]
-    assert suite.specs[0].arguments == ("kvcapsule", "--ratio", "0.5")
+    assert suite.specs[0].arguments == ("kvcapsule", "--compression", "2")
 
 
 def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
@@ -150,33 +150,39 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
         ([{"method": "int4", "capsule": "x"}], "entry 1: it has method and capsule"),
         ([{"method": "int5"}], "there is no method 'int5'; there are post-vision-attention, evenly-spaced, random, "),
         ([{"method": ["int4"]}], "there is no method"),
-        ([{"method": "int4", "ratio": 2}], "unknown key ratio; an entry like this may have name, method"),
+        ([{"method": "int4", "compression": 2}], "unknown key compression; an entry like this may have name, method"),
         (
             [{"method": "evenly-spaced", "ration": 2}],
-            "unknown key ration; an entry like this may have name, method, ratio",
+            "unknown key ration; an entry like this may have name, method, compression, retention, budget",
         ),
-        ([{"method": "evenly-spaced"}], "evenly-spaced takes a ratio of at least 1"),
-        ([{"method": "evenly-spaced", "ratio": 0.4}], "found 0.4"),
-        ([{"method": "evenly-spaced", "ratio": "many"}], "found 'many'"),
+        ([{"method": "evenly-spaced"}], "evenly-spaced takes a compression of at least 1"),
+        ([{"method": "evenly-spaced", "compression": 0.4}], "found 0.4"),
+        ([{"method": "evenly-spaced", "compression": "many"}], "found 'many'"),
+        ([{"method": "evenly-spaced", "ratio": 5}], "entry 1: ratio is compression now"),
+        ([{"method": "evenly-spaced", "budget": 0.5}], "no budget: the share that it keeps is its retention"),
+        ([{"method": "look-m", "retention": 0.5}], "no retention: the share that it keeps is its budget"),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning", "ratio": 2}}], "ratio is compression now"),
+        ([{**CAPSULE, "train": ["kvcapsule", "--ratio", 2]}], "entry 1: train: --ratio is --compression now"),
+        ([{**CAPSULE, "train": ["kvcapsule", "--ratio=2"]}], "entry 1: train: --ratio is --compression now"),
         ([{"method": "int4"}, {"method": "int4"}], "entry 2: there is a row 'int4' already"),
         ([{"method": "int4", "name": "full"}], "there is a row 'full' already"),
         ([CAPSULE, {"method": "int4", "name": "half"}], "entry 2: there is a row 'half' already"),
         ([{"train": ["kvcapsule"]}], "a capsule needs a name"),
         ([{**CAPSULE, "name": "../half"}], "name '../half'"),
         ([{**CAPSULE, "bits": 2}], "unknown key bits"),
-        ([{**CAPSULE, "train": "kvcapsule --ratio 2"}], "expected a list of arguments"),
+        ([{**CAPSULE, "train": "kvcapsule --compression 2"}], "expected a list of arguments"),
         ([{**CAPSULE, "train": []}], "expected a list of arguments"),
         ([{**CAPSULE, "train": ["kvcapsule", "--output=x"]}], "--output=x is given by the run"),
-        ([{**CAPSULE, "train": ["kvcapsule", "--ratio", "much"]}], "--ratio 'much' is no number"),
-        ([{**CAPSULE, "train": ["kvcapsule", "--ratio"]}], "--ratio '' is no number"),
+        ([{**CAPSULE, "train": ["kvcapsule", "--compression", "much"]}], "--compression 'much' is no number"),
+        ([{**CAPSULE, "train": ["kvcapsule", "--compression"]}], "--compression '' is no number"),
         ([{"capsule": "half", "latent_bits": 4}], "entry 1: no entry is a capsule 'half'; there are none"),
         ([CAPSULE, {"capsule": "half", "latent_bits": 5}], "latent_bits 5: choose one of 1, 2, 3, 4, 8"),
         ([CAPSULE, {"capsule": "half"}], "latent_bits None"),
         ([CAPSULE, {"capsule": "half", "latent_bits": True}], "latent_bits True"),
-        ([{"method": "snapkv", "ratio": 2, "budget": 0.5}], "exactly one of them"),
-        ([{"method": "snapkv", "budget": 2}], "snapkv takes a budget in (0, 1]; found 2"),
+        ([{"method": "snapkv", "compression": 2, "retention": 0.5}], "exactly one of them"),
+        ([{"method": "snapkv", "retention": 2}], "snapkv takes a retention in (0, 1]; found 2"),
         (
-            [{"method": "snapkv", "ratio": 2, "settings": {"windw": 3}}],
+            [{"method": "snapkv", "compression": 2, "settings": {"windw": 3}}],
             "snapkv has no setting 'windw'; it has window, kernel, pooling",
         ),
         ([{"method": "snapkv", "match": "x", "settings": 3}], "settings 3: expected keys and values"),
@@ -187,18 +193,21 @@ def test_what_was_chosen_brings_its_capsules(suite_file) -> None:
             [{"method": "int4"}, {"method": "all", "match": "h2o@int4"}],
             "entry 2: no entry 'h2o@int4' has bytes of its own to match; there are int4",
         ),
-        ([{"method": "all", "ratio": 2, "name": "x"}], "method all stands for several rows"),
+        ([{"method": "all", "compression": 2, "name": "x"}], "method all stands for several rows"),
         ([{"pretrained": "a", "train": ["kvcapsule"]}], "it has train and pretrained"),
-        ([{"pretrained": "a", "ratio": 3}], "unknown key ratio; an entry like this may have name, pretrained"),
+        (
+            [{"pretrained": "a", "compression": 3}],
+            "unknown key compression; an entry like this may have name, pretrained",
+        ),
         ([CAPSULE, {"capsule": "half", "text": "text-pruning"}], "text 'text-pruning': expected a policy"),
         (
             [CAPSULE, {"capsule": "half", "text": {"method": "snapkv"}}],
             "there is no method 'snapkv' for text; there are text-pruning, ",
         ),
-        ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning"}}], "text-pruning takes a ratio"),
+        ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning"}}], "text-pruning takes a compression"),
         (
             [CAPSULE, {"capsule": "half", "text": {"method": "quantized-text", "budget": 0.5}}],
-            "quantized-text has no dial that budget",
+            "quantized-text has no setting for how much it keeps: leave budget out",
         ),
         ([CAPSULE, {"capsule": "half", "text": {"method": "quantized-text"}}], "quantized-text: "),
         ([CAPSULE, {"capsule": "half", "text": {"method": "text-pruning", "bits": 1}}], "text: unknown key bits"),
@@ -221,6 +230,7 @@ def test_wrong_suites(suite_file, tmp_path, capsys) -> None:
     assert "cannot be used" in refused_line(capsys, "--suite", str(tmp_path / "other.yaml"))
     for option, value, complaint in (
         ("bach", 3, "'bach' is not accepted"),
+        ("ratio", 0.5, "options: --ratio is --budget now"),
         ("batch", "many", "Got value: many"),
         ("data", {"sice": 3}, "'sice'"),
         ("suite", "other", "--suite excepted"),
@@ -230,10 +240,10 @@ def test_wrong_suites(suite_file, tmp_path, capsys) -> None:
 
 def test_options_that_do_not_go_with_a_suite(suite_file, capsys) -> None:
     path = suite_file([{"method": "int4"}])
-    for option in (("--ratio", "0.5"), ("--budget", "0.5"), ("--capsule", "x")):
+    for option in (("--budget", "0.5"), ("--capsule", "x")):
         assert "leave out --capsule and --budget" in refused_line(capsys, "--suite", path, *option)
     assert "no method 'int3'; it has full, int4" in refused_line(capsys, "--suite", path, "--methods", "int3")
-    assert "give a --suite too" in refused_line(capsys, "--ratio", "0.5", "--report", "x.md")
+    assert "give a --suite too" in refused_line(capsys, "--budget", "0.5", "--report", "x.md")
 
 
 @pytest.mark.parametrize(
@@ -244,6 +254,6 @@ def test_the_makefile_runs_the_suites(suite: str, report: str) -> None:
     makefile = (root / "Makefile").read_text()
     rule = makefile[makefile.index(f"\n{suite}:") :].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(rule.split("eval ", 1)[1].replace("$(SUITE_FLAGS)", ""))
-    config = command._parse(command._normal(words))
+    config = command._parse(words)
     assert (config.suite, config.report, config.json) == (suite, report, f"eval/results/{suite}.json")
     markdown.require_place(root / report, suite)

@@ -13,14 +13,14 @@ def test_missing_capsules_are_refused_with_the_commands(vlm, tmp_path, suite_fil
     entries = [
         CAPSULE,
         {"name": "there", "train": ["kvcapsule"]},
-        {"name": "fifth", "train": ["kvcapsule", "--ratio", "0.2"]},
+        {"name": "fifth", "train": ["kvcapsule", "--compression", "5"]},
     ]
     arguments = ["--model", vlm, "--suite", suite_file(entries), "--suite-capsules", str(folder), "--train", "false"]
     refused = refused_line(capsys, *arguments)
     assert "2 of the suite's capsules are missing" in refused
     expected = [
-        f"kvcapsule train kvcapsule --ratio {ratio} --model {vlm} --output {folder / name}"
-        for name, ratio in (("half", 0.5), ("fifth", 0.2))
+        f"kvcapsule train kvcapsule --compression {compression} --model {vlm} --output {folder / name}"
+        for name, compression in (("half", 2), ("fifth", 5))
     ]
     assert refused.endswith(f"Run: {' && '.join(expected)}")
 
@@ -41,7 +41,7 @@ def test_missing_capsules_are_trained(vlm, tmp_path, suite_file, capsys) -> None
         "--optim.hard_steps",
         1,
     ]
-    path = suite_file([{"name": "tenth", "train": ["kvcapsule", "--ratio", 0.1, *sizes]}], dtype="float32")
+    path = suite_file([{"name": "tenth", "train": ["kvcapsule", "--compression", 10, *sizes]}], dtype="float32")
     arguments = [
         "--suite",
         path,
@@ -52,7 +52,7 @@ def test_missing_capsules_are_trained(vlm, tmp_path, suite_file, capsys) -> None
     ]
     rows = rows_of(vlm, tmp_path, *arguments)
     shown = capsys.readouterr().err
-    assert "kvcapsule train kvcapsule --ratio 0.1 --data.size 12" in shown and f"--model {vlm} --output" in shown
+    assert "kvcapsule train kvcapsule --compression 10 --data.size 12" in shown and f"--model {vlm} --output" in shown
     assert "training tenth" in shown
     assert rows["tenth"]["family"] == "kvcapsule" and 9 < rows["tenth"]["compression"] < 11
     assert rows_of(vlm, tmp_path, *arguments, "--train", "false")["tenth"] == rows["tenth"]
@@ -77,8 +77,8 @@ def test_the_training_is_told_what_the_run_is_told(vlm, tmp_path, suite_file, fa
     train = [
         "train",
         "kvcapsule",
-        "--ratio",
-        "0.5",
+        "--compression",
+        "2",
         "--model",
         vlm,
         "--output",
@@ -92,9 +92,9 @@ def test_the_training_is_told_what_the_run_is_told(vlm, tmp_path, suite_file, fa
 def test_a_capsule_that_was_trained_with_other_arguments(vlm, tmp_path, suite_file, fake_training, capsys) -> None:
     folder = tmp_path / "capsules"
     rows_of(vlm, tmp_path, "--suite", suite_file([CAPSULE]), "--suite-capsules", str(folder))
-    path = suite_file([{**CAPSULE, "train": ["kvcapsule", "--ratio", 0.4]}])
+    path = suite_file([{**CAPSULE, "train": ["kvcapsule", "--compression", 2.5]}])
     refused = refused_line(capsys, "--model", vlm, "--suite", path, "--suite-capsules", str(folder))
-    assert "--ratio 0.5" in refused and "--ratio 0.4" in refused and "delete the folder" in refused
+    assert "--compression 2 " in refused and "--compression 2.5" in refused and "delete the folder" in refused
     # Where it was not this command that trained it, nobody can tell.
     (folder / "half.train").unlink()
     rows_of(vlm, tmp_path, "--suite", path, "--suite-capsules", str(folder))

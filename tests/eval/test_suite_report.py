@@ -21,7 +21,7 @@ def test_report_is_refreshed_in_its_place_alone(vlm, tmp_path, suite_file) -> No
     report = tmp_path / "docs" / "results.md"
     report.parent.mkdir()
     report.write_text(DOCUMENT)
-    entries = [{"method": "int2"}, {"method": "evenly-spaced", "ratio": 4}]
+    entries = [{"method": "int2"}, {"method": "evenly-spaced", "compression": 4}]
     drawn = ("--plot", str(tmp_path / "pictures" / "mine.png"))
     arguments = ("--suite", suite_file(entries), "--report", str(report), *drawn)
     rows = rows_of(vlm, tmp_path, *arguments)

@@ -12,7 +12,7 @@ from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.transform import TransformConfig
 from kvcapsule.eval.entries import RIVALS
 from kvcapsule.eval.equal_bytes import TOLERANCE
-from kvcapsule.eval.suite.entries import Bench
+from kvcapsule.eval.suite.entries import EntryContext
 from kvcapsule.eval.suite.suite import load
 from kvcapsule.policy import POLICIES
 
@@ -20,7 +20,7 @@ from kvcapsule.policy import POLICIES
 def test_a_suite_may_name_the_baselines(vlm, tmp_path, suite_file) -> None:
     """Also the one that has to know the number of the model's layers."""
     pruning = ["random", "streaming-llm", "snapkv", "h2o", "pyramidkv"]
-    entries = [*({"method": name, "ratio": 4} for name in pruning), {"method": "kivi4"}, {"method": "kivi2"}]
+    entries = [*({"method": name, "compression": 4} for name in pruning), {"method": "kivi4"}, {"method": "kivi2"}]
     rows = rows_of(vlm, tmp_path, "--suite", suite_file(entries))
     assert list(rows) == ["full", *(f"{name}-4x" for name in pruning), "kivi4", "kivi2"]
     for name in pruning:
@@ -38,8 +38,8 @@ def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:
         CAPSULE,
         {"capsule": "half", "latent_bits": 4},
         {"method": "int8"},
-        {"method": "post-vision-attention", "ratio": 4},
-        {"method": "evenly-spaced", "ratio": 2.4},
+        {"method": "post-vision-attention", "compression": 4},
+        {"method": "evenly-spaced", "compression": 2.4},
     ]
     rows = rows_of(vlm, tmp_path, "--suite", suite_file(entries), "--suite-capsules", str(folder), "--train", "false")
     assert list(rows) == ["full", "half", "half+int4", "int8", "post-vision-attention-4x", "evenly-spaced-2.4x"]
@@ -54,7 +54,7 @@ def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:
         "policy": "evenly-spaced",
         "retention": pytest.approx(1 / 2.4),
     }
-    assert rows["half"]["settings"]["ratio"] == 0.5 and rows["half"]["settings"]["capsule"] == "half"
+    assert rows["half"]["settings"]["compression"] == 2 and rows["half"]["settings"]["capsule"] == "half"
     assert all(row["prefill_ratio"] is None for row in rows.values())
     for row in rows.values():
         assert row["compression16"] == pytest.approx(row["compression"] / 2)
@@ -78,20 +78,21 @@ def test_latents_in_fewer_bits(vlm, tmp_path, suite_file, put_capsule) -> None:
     assert abs(eight["kl"] - plain["kl"]) < abs(one["kl"] - plain["kl"])
 
 
-def test_ratio_has_one_meaning(suite_file) -> None:
-    """The share that is kept, however the suite says it; of a capsule too."""
+def test_compression_and_retention_have_one_meaning_each(suite_file) -> None:
+    """Of a capsule its compression; of a policy the share that it keeps, however the suite says it."""
     entries = [
-        {"name": "a", "train": ["transform", "--ratio", 20]},
-        {"name": "b", "train": ["kvcapsule", "--ratio=0.05"]},
-        {"method": "evenly-spaced", "ratio": 20},
-        {"method": "evenly-spaced", "budget": 0.05},
+        {"name": "a", "train": ["transform", "--compression", 20]},
+        {"name": "b", "train": ["kvcapsule", "--compression=20"]},
+        {"method": "evenly-spaced", "compression": 20},
+        {"method": "evenly-spaced", "retention": 0.05},
     ]
     specs = load(suite_file(entries)).specs
     assert [spec.name for spec in specs[2:]] == ["evenly-spaced-20x", "evenly-spaced-0.05"]
     capsule = SimpleNamespace(config=SimpleNamespace(family="any", codec=IdentityConfig(14)))
-    bench = Bench({"a": ("a", capsule), "b": ("b", capsule)}, lambda *_: None)
-    settings = [spec.entry(bench).settings for spec in specs]
-    assert [of["ratio"] for of in settings[:2]] == [of["retention"] for of in settings[2:]] == [0.05] * 2
+    context = EntryContext({"a": ("a", capsule), "b": ("b", capsule)}, lambda *_: None)
+    settings = [spec.entry(context).settings for spec in specs]
+    assert [of["compression"] for of in settings[:2]] == [20] * 2
+    assert [of["retention"] for of in settings[2:]] == [0.05] * 2
 
 
 def test_a_policy_may_have_settings(vlm, tmp_path, suite_file) -> None:
@@ -116,7 +117,7 @@ def test_a_capsule_that_is_there_beside_a_policy_for_the_text(vlm, tmp_path, sui
         {"pretrained": place},
         {
             "capsule": "shipped",
-            "text": {"method": "text-pruning", "budget": 0.5, "settings": {"sinks": 1, "recent": 2}},
+            "text": {"method": "text-pruning", "retention": 0.5, "settings": {"sinks": 1, "recent": 2}},
         },
         {"capsule": "shipped", "text": {"method": "quantized-text", "settings": {"bits": 1}}, "name": "few"},
     ]
@@ -144,7 +145,7 @@ def test_policies_at_the_bytes_of_an_entry(vlm, tmp_path, suite_file, put_capsul
         {"pretrained": place},
         {
             "capsule": "shipped",
-            "text": {"method": "text-pruning", "budget": 0.6, "settings": {"recent": 4}},
+            "text": {"method": "text-pruning", "retention": 0.6, "settings": {"recent": 4}},
             "name": "both",
         },
     ]

@@ -1,5 +1,5 @@
-"""A cache with room: the tail at a fixed address, its length on the device, and a decode step that is one and the same
-program."""
+"""A cache with a static tail: a buffer at a fixed address, its length on the device, and a decode step that is one and
+the same program."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +10,11 @@ from support.run_vlm import EXACT, Model, longer, prefill, step
 from transformers import BatchFeature
 from transformers.generation import CompileConfig
 
-import kvcapsule.inference.cache as cache_module
+import kvcapsule.inference.cache_layer as layer_module
 from kvcapsule import Capsule
 from kvcapsule.inference.attach import attach
-from kvcapsule.inference.cache import CapsuleCache, _valid
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.masks import valid_tokens
 from kvcapsule.inference.tail import StaticTail
 from kvcapsule.methods.method import Method
 from kvcapsule.policy import RKV, Full, PostVisionAttention
@@ -46,8 +47,8 @@ def method(
 
 
 def both(model: Model, method: Method, batch: BatchFeature) -> tuple[CapsuleCache, CapsuleCache]:
-    """A cache that grows and one with room, after prefill."""
-    growing, static = CapsuleCache(model.config, method), CapsuleCache(model.config, method, room=ROOM)
+    """A cache that grows and one with a static tail, after prefill."""
+    growing, static = CapsuleCache(model.config, method), CapsuleCache(model.config, method, tail_capacity=ROOM)
     torch.testing.assert_close(prefill(model, batch, static), prefill(model, batch, growing), rtol=0, atol=0)
     return growing, static
 
@@ -108,7 +109,7 @@ def test_rows_chosen_and_tokens_taken_back(attached: Model, mixed: BatchFeature)
 
 @pytest.mark.parametrize("method", ["attention", "transform"], indirect=True)
 def test_a_step_is_compiled_once_and_whole(model: Model, method: Method, mixed: BatchFeature) -> None:
-    """transformers' generate compiles the decode step of a cache with room, as that of its own static cache: without a
+    """transformers' generate compiles the decode step of a static tail, as that of its own static cache: without a
     break, and once."""
     graphs: list[Any] = []
 
@@ -133,8 +134,8 @@ def test_a_step_is_compiled_once_and_whole(model: Model, method: Method, mixed: 
 def test_no_mask_of_full_length(attached: Model, mixed: BatchFeature, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask of a forward over segments is of the tail alone."""
     seen: list[Any] = []
-    attend = cache_module.attend
-    monkeypatch.setattr(cache_module, "attend", lambda *args: (seen.append(args[3]), attend(*args))[1])
+    attend = layer_module.attend
+    monkeypatch.setattr(layer_module, "attend", lambda *args: (seen.append(args[3]), attend(*args))[1])
     mask = torch.cat([mixed["attention_mask"], torch.tensor([[1, 1], [0, 1], [1, 1]])], dim=1)
     for cache, length in zip(both(attached, Full(), mixed), (2, ROOM), strict=True):
         seen.clear()
@@ -143,9 +144,9 @@ def test_no_mask_of_full_length(attached: Model, mixed: BatchFeature, monkeypatc
 
 
 def test_what_is_seen_without_a_mask() -> None:
-    """By hand: three tokens written in a room of five, of which the last two ask; and a mask that covers what is
+    """By hand: three tokens written in a capacity of five, of which the last two ask; and a mask that covers what is
     written alone."""
-    tail = StaticTail(torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0, 2), room=5)
+    tail = StaticTail(torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0, 2), capacity=5)
     tail.append(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
     assert tail.visible(None, 2).int().tolist() == [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]]
     assert tail.visible(torch.tensor([[[[False, True, True]]]]), 1).int().tolist() == [[[0, 1, 1, 0, 0]]]
@@ -157,29 +158,31 @@ def test_padding_from_masks_of_any_form() -> None:
     seen = torch.ones(3, 3, dtype=torch.bool).tril() & wanted[:, None, None]
     added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     for mask in (wanted.int(), seen, added, {"full_attention": seen, "sliding_attention": None}):
-        assert torch.equal(_valid(mask, 2, 3), wanted)
-    assert torch.equal(_valid(seen[1:], 2, 2), wanted[[1, 1], 1:]), "one mask for all rows, of the latest tokens"
-    assert _valid(None, 2, 3) is None and _valid({"full_attention": None}, 2, 3) is None
+        assert torch.equal(valid_tokens(mask, 2, 3), wanted)
+    assert torch.equal(valid_tokens(seen[1:], 2, 2), wanted[[1, 1], 1:]), "one mask for all rows, of the latest tokens"
+    assert valid_tokens(None, 2, 3) is None and valid_tokens({"full_attention": None}, 2, 3) is None
     with pytest.raises(NotImplementedError, match="a mask of the type object"):
-        _valid(object(), 2, 3)
+        valid_tokens(object(), 2, 3)
 
 
-def test_more_than_the_room(attached: Model, mixed: BatchFeature) -> None:
-    cache = CapsuleCache(attached.config, Full(), room=2)
+def test_more_than_the_capacity(attached: Model, mixed: BatchFeature) -> None:
+    cache = CapsuleCache(attached.config, Full(), tail_capacity=2)
     prefill(attached, mixed, cache)
-    with pytest.raises(ValueError, match="3 tokens do not fit into a tail of 2: make the CapsuleCache with more room"):
+    with pytest.raises(
+        ValueError, match="3 tokens do not fit into a tail of 2: make the CapsuleCache with a larger tail_capacity"
+    ):
         step(attached, cache, torch.tensor([[43, 44, 45]] * 3), longer(mixed["attention_mask"], 3))
 
 
 def test_what_a_static_cache_cannot_be(model: Model, mixed: BatchFeature) -> None:
-    with pytest.raises(ValueError, match="room 0: give the tokens"):
-        CapsuleCache(model.config, Full(), room=0)
+    with pytest.raises(ValueError, match="tail_capacity 0: give the tokens"):
+        CapsuleCache(model.config, Full(), tail_capacity=0)
     with pytest.raises(ValueError, match="RKV acts during decoding"):
-        CapsuleCache(model.config, RKV(), room=8)
+        CapsuleCache(model.config, RKV(), tail_capacity=8)
     with attach(model, Full()):
         with pytest.raises(ValueError, match='"static" needs max_new_tokens'):
             model.generate(**mixed, cache_implementation="static")
-        cache = CapsuleCache(model.config, Full(), room=8)
+        cache = CapsuleCache(model.config, Full(), tail_capacity=8)
         prefill(model, mixed, cache)
         with pytest.raises(NotImplementedError, match="stays at its address"):
             cache.layers[0].offload()

@@ -18,7 +18,8 @@ from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
@@ -205,10 +206,12 @@ class TestDeviceMap:
         for index, device in enumerate(("cpu", "meta")):
             layer = CapsuleLayer(index, Witness())
             spans, valid = [VisualSpan(0, 1, 3, (1, 1, 3))], torch.ones(1, 6, dtype=torch.bool)
-            layer.turn = layer.turn._replace(spans=spans, valid=valid, position_embeddings=rotation, shared=shared)
+            layer.context = layer.context._replace(
+                spans=spans, valid=valid, position_embeddings=rotation, shared=shared
+            )
             tensor = torch.zeros(1, 2, 6, 8, device=device)
             layer.lazy_initialization(tensor, tensor)
-            layer._new = (tensor, tensor)
+            layer._new_tokens = (tensor, tensor)
             layer.commit(torch.zeros(1, 4, 6, 8, device=device), 1.0)
         for one, device in zip(seen, ("cpu", "meta"), strict=True):
             assert one.position_embeddings is not None

@@ -11,7 +11,7 @@ from support.op_recorder import Witness
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference import cache as cache_module
+from kvcapsule.inference import cache_layer as layer_module
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
@@ -71,7 +71,7 @@ def watch_step(
             return reference.attend(*args)
 
     with decoding(model, capsule, batch) as (_, step):
-        monkeypatch.setattr(cache_module, "attend", attend)
+        monkeypatch.setattr(layer_module, "attend", attend)
         step()
     assert len(witness.made) > LAYERS * 30
     return witness
@@ -143,7 +143,7 @@ def test_attention_reads_all_that_is_stored_and_nothing_else(
             return reference.attend(*args)
 
     with decoding(model, random_capsule(0.25, 0.25, TILE), batch) as (cache, step):
-        monkeypatch.setattr(cache_module, "attend", attend)
+        monkeypatch.setattr(layer_module, "attend", attend)
         step()
         segments = [s for layer in cache.layers for s in (*layer.visual, *layer.text)]
         # Where every row has an entry of its own, nobody need ask whose it is.

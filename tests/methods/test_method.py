@@ -10,7 +10,8 @@ from support.builders import rand
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.kept_rows import gather_kept, gather_kept_per_head

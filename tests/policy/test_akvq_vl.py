@@ -14,7 +14,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.errors import GeometryError
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
@@ -528,7 +529,7 @@ def test_a_revised_batch_is_its_rows_one_by_one() -> None:
 class Listening(AkvqVl):
     """Writes down the hidden states that it is given."""
 
-    taken: dict[int, torch.Tensor] = {}  # noqa: RUF012
+    taken: dict[int, torch.Tensor] = {}
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
         assert prefill.hidden is not None

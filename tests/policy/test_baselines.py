@@ -383,7 +383,7 @@ def test_methods_prints_every_method(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--json"]) == 0
+    assert main(["methods", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     kinds = {"codec": FAMILIES, "policy": POLICIES, "text policy": TEXT_POLICIES}
     assert [(m["name"], m["kind"]) for m in found] == [(name, kind) for kind, names in kinds.items() for name in names]

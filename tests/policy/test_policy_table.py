@@ -11,7 +11,8 @@ from support.builders import rand
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import attach
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill

@@ -13,7 +13,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, DecodeState
@@ -361,8 +362,8 @@ class Watched(CapsuleCache):
         super().__init__(*args)
         self.log: list[list[tuple[int, int, int]]] = []
 
-    def begin(self, *args: Any) -> None:
-        super().begin(*args)
+    def begin_forward(self, *args: Any) -> None:
+        super().begin_forward(*args)
         self.log.append([(written_rows(layer), layer.tail_length, layer.get_seq_length()) for layer in own(self)])
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 QUICK = ("--data.size", "4", "--batch", "4", "--max-new-tokens", "4")
-CAPSULE = {"name": "half", "train": ["kvcapsule", "--ratio", 0.5]}
+CAPSULE = {"name": "half", "train": ["kvcapsule", "--compression", 2]}
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def test_stacks_are_left_out_of_few_samples(vlm: str, tmp_path: Path, capsys: py
         (["--data.split", "dev"], "train, validation, test"),
         (["--data.colour", "red"], "data.colour"),
         (["--model", "no/such-model"], "cannot load the model"),
-        (["--no_such_option", "1"], "no_such_option"),
+        (["--no_such_option", "1"], "--no-such-option"),
     ],
 )
 def test_refused_one_clear_line(
@@ -352,8 +352,8 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "The frozen VLM",
         "Visual tokens of a tile",
-        "Questions that are harvested",
-        "Column with the question",
+        "Questions to harvest",
+        "Name of the column with the question",
         "four pictures",
     ):
         assert words in text

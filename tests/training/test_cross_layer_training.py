@@ -29,7 +29,7 @@ QUICK += ["--transform.logit_batches", "2"]
 
 
 def run(family: str, output: Path, *options: str) -> dict[str, float]:
-    assert main([family, *QUICK, "--ratio", "20", "--output", str(output), *options]) == 0
+    assert main([family, *QUICK, "--compression", "20", "--output", str(output), *options]) == 0
     metrics: dict[str, float] = yaml.safe_load((output / "metrics.json").read_text())["train"]
     return metrics
 
@@ -51,7 +51,17 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for_and_moves_every
         parts = changed.flatten(1).amax(1) if name.startswith("channels") else changed.amax()[None]
         assert bool((parts > 0).all()), name
     assert max(before["kl"], after["kl"]) < 0.1
-    again = [*QUICK, "--ratio", "20", "--output", str(tmp_path / "moved"), "--transform.steps", "4", "--resume", "true"]
+    again = [
+        *QUICK,
+        "--compression",
+        "20",
+        "--output",
+        str(tmp_path / "moved"),
+        "--transform.steps",
+        "4",
+        "--resume",
+        "true",
+    ]
     assert main(["cross-layer", *again, "--transform.joint_layers", "2"]) == 2
     assert "had another transform.joint_layers" in capsys.readouterr().err
     assert main(["cross-layer", *again]) == 0
@@ -91,33 +101,33 @@ def test_heads_and_layers_can_be_chosen(tmp_path: Path) -> None:
 def test_fewer_channels_are_coded_where_maps_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--transform.steps", "0", "--transform.logit_batches", "1"]
     free, bound = (
-        run("cross-layer", tmp_path / n, *options, "--transform.maps", n)["output_error"] for n in ("32", "0.03")
+        run("cross-layer", tmp_path / n, *options, "--transform.max-map-mib", n)["output_error"] for n in ("32", "0.03")
     )
     codecs = [Capsule.from_pretrained(tmp_path / n).layers[0].transform for n in ("32", "0.03")]
     assert codecs[1].channels_out.shape[3] < codecs[0].channels_out.shape[3]
     assert codecs[1].bfloat16().decoder_bytes() <= 0.03 * 2**20
     assert free < bound, "what is left out is missed"
-    assert "--transform.maps 0.03 leaves" in capsys.readouterr().err, "bits, too"
+    assert "--transform.max-map-mib 0.03 leaves" in capsys.readouterr().err, "bits, too"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--transform.maps", "0.0001"], "the maps of one coded channel of every source take"),
-        (["--transform.maps", "-1"], "--transform.maps -1.0: 0 or more"),
-        (["--transform.logit_batches", "-1"], "--transform.logit_batches -1: 0 or more"),
-        (["--transform.readers", "100000"], "--transform.readers 100000: only [0-9]+ queries read the tiles"),
+        (["--transform.max-map-mib", "0.0001"], "the maps of one coded channel of every source take"),
+        (["--transform.max-map-mib", "-1"], "--transform.max-map-mib -1.0: 0 or more"),
+        (["--transform.logit_batches", "-1"], "--transform.logit-batches -1: 0 or more"),
+        (["--transform.query-bank", "100000"], "--transform.query-bank 100000: only [0-9]+ queries read the tiles"),
         (
             ["--transform.allocation", "pyramid", "--transform.logit_batches", "0"],
             "--transform.allocation is an option of the family transform, not of cross-layer",
         ),
         (
             ["--transform.key_bits", "1", "--transform.value_bits", "1"],
-            "--transform.key_bits is an option of the family transform, not of cross-layer",
+            "--transform.key-bits is an option of the family transform, not of cross-layer",
         ),
-        (["--transform.joint_layers", "-1"], "--transform.joint_layers -1: 0 or more"),
+        (["--transform.joint_layers", "-1"], "--transform.joint-layers -1: 0 or more"),
         (["--moment_batches", "1", "--codec.tile", "196"], "too few for stable bases"),
-        (["--ratio", "4000"], "address and frame"),
+        (["--compression", "4000"], "address and frame"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

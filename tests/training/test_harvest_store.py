@@ -96,7 +96,7 @@ def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, fami
         "--device",
         "cpu",
     ]
-    quick += ["--codec.tile", "49", "--ratio", "10"]
+    quick += ["--codec.tile", "49", "--compression", "10"]
     coded = ["--transform.steps", "1", "--transform.kl_weight", "0"]
     quick += {
         "transform": coded,

@@ -65,6 +65,6 @@ def test_no_bound_and_one_that_is_not_reached_leave_all_channels() -> None:
 
 def test_a_bound_below_one_channel_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"--transform\.maps 0\.008: the maps of one coded channel of every source take 0\.0"
+        ValueError, match=r"--transform\.max-map-mib 0\.008: the maps of one coded channel of every source take 0\.0"
     ):
         most_channels(0.008, [(1, 512)], TILE)

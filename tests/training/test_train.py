@@ -152,11 +152,11 @@ def test_the_soft_mask_learns_the_tokens_that_matter() -> None:
 @pytest.mark.parametrize(
     ("recipe", "wanted"),
     [
-        (Recipe(ratio=0.4), (0.4, 0.4)),
-        (Recipe(ratio=20), (0.05, 0.05)),
-        (Recipe(ratio=0.41, codec=KVCapsuleShape(key_share=0.2)), (0.164, 0.656)),
-        (Recipe(ratio=0.8, codec=KVCapsuleShape(key_share=0.2)), (0.6, 1.0)),
-        (Recipe(ratio=0.4, codec=KVCapsuleShape(key_ratio=0.1)), (0.1, 0.4)),
+        (Recipe(compression=2.5), (0.4, 0.4)),
+        (Recipe(compression=20), (0.05, 0.05)),
+        (Recipe(compression=1 / 0.41, codec=KVCapsuleShape(key_share=0.2)), (0.164, 0.656)),
+        (Recipe(compression=1.25, codec=KVCapsuleShape(key_share=0.2)), (0.6, 1.0)),
+        (Recipe(compression=2.5, codec=KVCapsuleShape(key_retention=0.1)), (0.1, 0.4)),
     ],
 )
 def test_one_ratio_gives_both(recipe: Recipe, wanted: tuple[float, float]) -> None:
@@ -175,9 +175,9 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "The frozen VLM",
-        "from 2 on how many times less",
+        "How many times fewer bytes are stored",
         "Share of the stored tokens",
-        "Column with the question",
+        "Name of the column with the question",
     ):
         assert words in text
 
@@ -186,7 +186,7 @@ def test_a_run_leaves_a_capsule_and_can_be_resumed(
     vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "capsule"
-    words = ["--model", vlm, "--output", str(output), *QUICK, "--ratio", "0.3", "--optim.soft_steps", "3"]
+    words = ["--model", vlm, "--output", str(output), *QUICK, "--compression", "3.3333333", "--optim.soft_steps", "3"]
     assert main([*words, "--optim.hard_steps", "3"]) == 0
     assert sorted(p.name for p in output.iterdir()) == [
         "README.md",
@@ -224,8 +224,8 @@ def test_training_moves_what_it_weighs_down(vlm: str, tmp_path: Path, kl_weight:
             *QUICK,
             "--codec.key_share",
             "0.5",
-            "--ratio",
-            "0.05",
+            "--compression",
+            "20",
             "--optim.lr",
             "5e-3",
         ]
@@ -238,8 +238,14 @@ def test_training_moves_what_it_weighs_down(vlm: str, tmp_path: Path, kl_weight:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--ratio", "1.5"], "--ratio 1.5: give the retention ratio in (0, 1]"),
-        (["--ratio", "0"], "--ratio 0.0: give the retention ratio in (0, 1]"),
+        (["--compression", "0.5"], "--compression 0.5: give a number of at least 1"),
+        (["--compression", "0"], "--compression 0.0: give a number of at least 1"),
+        (["--ratio", "20"], "--ratio is --compression now"),
+        (["--transform.maps=8"], "--transform.maps is --transform.max-map-mib now"),
+        (["--transform.readers", "8"], "--transform.readers is --transform.query-bank now"),
+        (["--codec.key-ratio", "0.5"], "--codec.key-ratio is --codec.key-retention now"),
+        (["--codec.value_ratio", "0.5"], "--codec.value-ratio is --codec.value-retention now"),
+        (["--optim.ratio-weight", "2"], "--optim.ratio-weight is --optim.retention-weight now"),
         (["--codec.tile", "300"], "nothing fills a tile"),
         (["--model", "no/such-model"], "cannot load the model"),
         (["--data.split", "dev"], "train, validation, test"),

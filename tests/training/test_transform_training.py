@@ -174,7 +174,7 @@ def test_straight_through_is_what_reading_the_codes_gives_and_moves_every_parame
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("transform") / "one"
-    assert main(["transform", *QUICK, "--ratio", "10", "--transform.steps", "3", "--output", str(output)]) == 0
+    assert main(["transform", *QUICK, "--compression", "10", "--transform.steps", "3", "--output", str(output)]) == 0
     return output
 
 
@@ -206,7 +206,7 @@ def test_two_processes_solve_the_same_bases_as_one(
     What the logits feel goes through the model and back in fp32, in batches of another size. A stack has many axes of
     nearly equal weight, which rounding turns into each other by a thousandth; what they span it leaves.
     """
-    arguments = ["train", family, *QUICK, "--ratio", "20", "--transform.steps", "0", *options]
+    arguments = ["train", family, *QUICK, "--compression", "20", "--transform.steps", "0", *options]
     found = []
     for extra in ([], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]):
         output = tmp_path / f"ranks{len(found)}"
@@ -234,10 +234,10 @@ def test_two_processes_solve_the_same_bases_as_one(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ratio", "1.5"], "from 2 on how many times less"),
-        (["--ratio", "0"], "in \\(0, 1\\]"),
+        (["--compression", "0.5"], "at least 1, how many times fewer bytes"),
+        (["--compression", "0"], "at least 1, how many times fewer bytes"),
         (["--bits", "9"], "at most 8"),
-        (["--ratio", "4000"], "address and frame"),
+        (["--compression", "4000"], "address and frame"),
         (["--moment_batches", "1", "--codec.tile", "196"], "too few for stable bases of 196 tokens"),
         (["--transform.joint_heads", "3"], "does not divide the model's 2 KV heads"),
         (["--transform.allocation", "best"], "neither output, pyramid nor uniform"),
@@ -249,7 +249,7 @@ def test_two_processes_solve_the_same_bases_as_one(
         ),
         (
             ["--transform.joint_layers", "2"],
-            "--transform.joint_layers is an option of the family cross-layer, not of transform",
+            "--transform.joint-layers is an option of the family cross-layer, not of transform",
         ),
         (
             ["--family", "magic"],

@@ -22,7 +22,8 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import main
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.attach import attach
-from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import ENCODES_IMAGES, cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Method
@@ -102,7 +103,7 @@ class TestTable:
         (family,) = (family for family in FAMILIES if family.name == name)
         for model_type, settings in zip(family.model_types, REFUSED[name], strict=True):
             config = AutoConfig.for_model(model_type, **settings())
-            for attempt in (lambda: KVGeometry.from_config(config), lambda: CapsuleCache(config, Full())):  # noqa: B023
+            for attempt in (lambda: KVGeometry.from_config(config), lambda: CapsuleCache(config, Full())):
                 with pytest.raises(GeometryError, match=f"{model_type}.*{re.escape(family.note)}"):
                     attempt()
 
@@ -331,7 +332,9 @@ def converse(one: Built, cache: Any) -> Talk:
 
 class TestThreeTurns:
     def test_positions_and_logits(self, one: Built) -> None:
-        if not ENCODES_IMAGES and (one.case.family.apart == "grids" or one.case.family.name.startswith("Gemma")):
+        if not ENCODES_IMAGES and (
+            one.case.family.span_boundary == "grids" or one.case.family.name.startswith("Gemma")
+        ):
             pytest.skip(f"{one.case.family.name} takes a new image in a later turn from transformers 5.18 on")
         own = converse(one, DynamicCache(config=one.model.config))
         assert len(own.positions) == 3 * NEW
@@ -355,7 +358,7 @@ class TestThreeTurns:
 
 class TestCommand:
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["models", "--json"]) == 0
+        assert main(["models", "--json", "-"]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert [row["name"] for row in rows] == [family.name for family in FAMILIES]
         for row, family in zip(rows, FAMILIES, strict=True):

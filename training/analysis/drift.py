@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcapsule.policy.attention_scores import masked_softmax
+
 TOP = 0.1
 """Share of the visual tokens in the top sets that are compared."""
 KEPT = (0.1, 0.25, 0.4)
@@ -20,8 +22,8 @@ _CHUNK = 64
 def attention_on(
     query_AQD: torch.Tensor, keys_HND: torch.Tensor, positions: Sequence[int], seen_N: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of one row's queries over its tokens, averaged over query heads, [Q, N]. In fp32, without soft-capping
-    or attention sinks.
+    """Attention of one row's queries over its tokens, averaged over query heads, [Q, N]. In fp32 at least, without
+    soft-capping or attention sinks.
 
     Args:
         query_AQD: queries of A = H G heads.
@@ -30,16 +32,12 @@ def attention_on(
         seen_N: bool, False at padding.
         scale: scale of the scores.
     """
-    heads, tokens, _ = keys_HND.shape
-    query = query_AQD.float().unflatten(0, (heads, -1))
-    keys = keys_HND.float()[:, None].transpose(-1, -2)
-    at = torch.tensor(list(positions), device=keys.device)
+    index = torch.tensor(list(positions), device=keys_HND.device)
     values = []
-    for start in range(0, len(at), _CHUNK):
-        run = slice(start, start + _CHUNK)
-        scores = (query[:, :, run] * scale) @ keys
-        visible = seen_N & (torch.arange(tokens, device=keys.device) <= at[run, None])
-        values.append(scores.masked_fill(~visible, -torch.inf).softmax(-1).mean((0, 1)))
+    for run in torch.arange(len(index), device=index.device).split(_CHUNK):
+        visible = seen_N & (torch.arange(keys_HND.shape[1], device=index.device) <= index[run, None])
+        weights = masked_softmax(query_AQD[None, :, run], keys_HND[None], visible[None], scale)
+        values.append(weights.mean((0, 1, 2)))
     return torch.cat(values)
 
 

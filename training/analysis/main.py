@@ -4,15 +4,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from rich.console import Console
 
-from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import command_line, require_writable, write_whole
+from kvcapsule.cli.options import OptionParser, instance, option_parser
+from kvcapsule.cli.results import STDOUT, command_line, require_writable, write_json
 from kvcapsule.cli.tables import report_console
-from kvcapsule.errors import DataError, GeometryError, InputError, ModelError
+from kvcapsule.errors import KVCapsuleError
 
 from .config import AnalyzeConfig
 from .plot import draw
@@ -27,37 +26,31 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser()
-        config = instance(AnalyzeConfig, parser, parser.parse_args(words))
+        config = instance(AnalyzeConfig, parser, parser.read(words))
         require_writable([config.json], [config.plots])
         result = run(config, Console(stderr=True), command_line(PROG, words))
-        try:
-            _write(result, config)
-        finally:
+        if config.json != STDOUT:
             _show(result)
-    except (ArgumentError, DataError, GeometryError, InputError, ModelError) as error:
+        write_json(config.json, result)
+        if config.plots is not None:
+            draw(result, Path(config.plots))
+    except (ArgumentError, KVCapsuleError) as error:
         return complain(PROG, error)
     return 0
 
 
-def build_parser() -> ArgumentParser:
-    """Parser with one option per field of AnalyzeConfig; the help texts are its docstrings."""
+def build_parser() -> OptionParser:
+    """Every field of AnalyzeConfig as an option, explained by its docstring."""
     return option_parser(
         AnalyzeConfig,
         PROG,
         usage=f"{PROG} [--model ID_OR_PATH] [--tile N] [--questions N] [--json FILE] [--plots DIR] [options]",
         description=(
-            "Study a frozen VLM's visual keys and values on some data, before any training: how alike tokens are, how"
+            "Study a frozen VLM's visual keys and values on some data, before any training: how similar tokens are, how"
             " many components hold their energy, how far attention drifts during the answer, the least error at given"
-            " bits, and what one code for a layer group saves."
+            " bits, and how many bits one code for a layer group saves."
         ),
     )
-
-
-def _write(result: dict[str, Any], config: AnalyzeConfig) -> None:
-    if config.json is not None:
-        write_whole(Path(config.json), to_json(result))
-    if config.plots is not None:
-        draw(result, Path(config.plots))
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -5,17 +5,15 @@ from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any
 
-import datasets
-import torch
-import transformers
 from rich.console import Console
 
+from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
 from kvcapsule.data import source
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import DataError
 from kvcapsule.vlm.geometry import KVGeometry
-from kvcapsule.vlm.loading import load_vlm, require_device
+from kvcapsule.vlm.loading import load_vlm
 
 from .config import LEAST_QUESTIONS, AnalyzeConfig
 from .drift import KEPT, REFERENCES, TOP
@@ -36,13 +34,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         InputError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to check comes
             first.
     """
-    if not console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    require_device(config.device)
+    session.begin(console, threads=config.threads, seed=config.seed, device=config.device)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device)
         geometry = KVGeometry.from_config(model.config)

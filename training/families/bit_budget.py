@@ -53,7 +53,7 @@ class BitBudget:
         if stored - overhead < parts:
             raise ConfigError(
                 f"{self.element_bits:.3g} bit an element are {stored:.0f} bytes a tile, of which"
-                f" {float(overhead):.0f} are its address and frame: store more (--bits, --ratio) or take a larger"
+                f" {float(overhead):.0f} are its address and frame: store more (--bits, --compression) or take a larger"
                 " --codec.tile."
             )
         return int(stored - overhead)
@@ -84,6 +84,7 @@ class BitBudget:
             if wanted is None:
                 return allocate(costs, code_bytes)
             self.show(
-                f"--transform.maps {wanted} leaves {code_bytes - spent} of {code_bytes} bytes of codes a tile unused."
+                f"--transform.max-map-mib {wanted} leaves {code_bytes - spent} of {code_bytes} bytes of codes a tile"
+                " unused."
             )
         return widths

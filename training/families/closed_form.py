@@ -74,7 +74,7 @@ def closed_form(fit: Fit, heads: int) -> ClosedForm:
     sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
     moments = [Moments(sets, task.tile, width).to(device) for _ in range(2 * geometry.layers)]
     queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
-    banks = [QueryBank(options.readers, seed + i) for i in range(geometry.layers)] if options.readers else []
+    banks = [QueryBank(options.query_bank, seed + i) for i in range(geometry.layers)] if options.query_bank else []
     scale = 0.0
     for step, batch in enumerate(fit.batches(batches, "moments of keys and values")):
         numbers = fit.numbers(step, len(batch.answers))
@@ -90,8 +90,8 @@ def closed_form(fit: Fit, heads: int) -> ClosedForm:
         bank.gather()
         if bank.available < bank.size:
             raise ConfigError(
-                f"--transform.readers {bank.size}: only {bank.available} queries read the tiles of a KV head. Look at"
-                " more batches (--moment_batches), or ask for fewer."
+                f"--transform.query-bank {bank.size}: only {bank.available} queries read the tiles of a KV head. Look"
+                " at more batches (--moment_batches), or ask for fewer."
             )
     for sums in (*moments, *queries):
         fit.reduce(sums)

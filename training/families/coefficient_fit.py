@@ -53,7 +53,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             task.tile,
             task.recipe.element_bits,
             framed=geometry.rotary != "none" and task.recipe.codec.canonical_frame,
-            max_map_mib=self.options.maps,
+            max_map_mib=self.options.max_map_mib,
             show=self.show,
         )
 

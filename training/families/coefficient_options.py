@@ -20,7 +20,7 @@ class CoefficientOptions:
     query_metric: bool = True
     """Weight the channels of keys by the queries that read them where attention's output is what counts; False weighs
     all alike."""
-    readers: int = 64
+    query_bank: int = 64
     """Training queries of each KV head whose attention tells the encoder how much each token matters; 0 treats all
     alike."""
     logit_batches: int | None = None
@@ -28,7 +28,7 @@ class CoefficientOptions:
     the memory of a training step of --batch rows); the closed form then codes for the logits. 0 codes for each layer's
     attention output alone. Default: 12; none with --transform.allocation pyramid or uniform, which share the bits out
     without measuring what errors cost."""
-    maps: float | None = None
+    max_map_mib: float | None = None
     """Upper limit in MiB for decoder maps in 16 bits; fewer channels are coded where they would take more. Default:
     30.5 (32 MB), scaled up for models with more KV channels than a 7B GQA model; no limit if it would leave bits
     unused. 0: no limit."""
@@ -51,7 +51,8 @@ class CoefficientOptions:
         return LOGIT_BATCHES if self.logit_batches is None else self.logit_batches
 
     def __post_init__(self) -> None:
-        require_at_least_zero(self, "transform", "joint_heads", "readers", "logit_batches", "maps", "steps", "lr")
+        require_at_least_zero(self, "transform", "joint_heads", "query_bank", "logit_batches", "steps")
+        require_at_least_zero(self, "transform", "max_map_mib", "lr")
         require_at_least_zero(self, "transform", "output_weight", "kl_weight")
         if self.probe_batches < 1:
             raise ConfigError(f"--transform.probe_batches {self.probe_batches}: at least 1 is needed.")
@@ -69,7 +70,7 @@ class CoefficientRecipe(Recipe):
     RESUMABLE: ClassVar[frozenset[str]] = Recipe.RESUMABLE | {"transform.steps"}
 
     bits: float | None = None
-    """In place of --ratio: mean bits of an element of the keys and values, 16 / ratio."""
+    """In place of --compression: mean bits of an element of the keys and values, 16 / compression."""
     transform: CoefficientOptions = field(default_factory=CoefficientOptions)
     """Shape and learning of a transform code."""
 
@@ -78,7 +79,7 @@ class CoefficientRecipe(Recipe):
         if self.bits is not None and not 0 < self.bits <= 8:
             raise ConfigError(
                 f"--bits {self.bits}: mean bits of an element of a transform code, above 0 and at most 8; else give"
-                " --ratio."
+                " --compression."
             )
 
     @property

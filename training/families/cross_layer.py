@@ -109,7 +109,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
             joint_heads=self.heads,
             rows=tuple(t.tokens_in.shape[1] for t in transforms),
             channels=tuple(t.channels_in.shape[3] for t in transforms),
-            readers=self.options.readers,
+            readers=self.options.query_bank,
             bits=round(coded_bytes * 8 / self.budget.elements(2 * task.geometry.layers), 4),
         )
 

@@ -167,7 +167,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
                 "temperature": temperature,
             }
         )
-        return (lost + self.optim.mask_weight * mask + self.optim.ratio_weight * ratio) / n
+        return (lost + self.optim.mask_weight * mask + self.optim.retention_weight * ratio) / n
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
         layers, segments, kl = self.read(batch, self.has_kl)

@@ -17,12 +17,13 @@ class KVCapsuleShape(PyramidOptions):
     key_share: float = 0.5
     """Share of the stored tokens that keys get: 0.5 treats keys and values alike, as the paper does; less gives values
     more."""
-    key_ratio: float | None = None
-    """Mean retention ratio of the keys, in place of what --ratio and --codec.key_share give."""
-    value_ratio: float | None = None
-    """Mean retention ratio of the values, likewise."""
+    key_retention: float | None = None
+    """Mean retention of the keys, in place of what --compression and --codec.key_share give."""
+    value_retention: float | None = None
+    """Mean retention of the values, likewise."""
     layer_weights: list[float] | None = None
-    """How much each layer keeps relative to the others, in place of a pyramid; the mean stays what --ratio says."""
+    """How much each layer keeps relative to the others, in place of a pyramid; the mean stays what --compression
+    says."""
     key_decoder: str = "linear"
     """"linear" (attention reads the retained keys through it) or "mlp" (the paper's prose; rebuilds all keys at every
     read)."""
@@ -54,8 +55,8 @@ class OptimOptions:
     """Temperature at the last soft step; it decays geometrically."""
     mask_weight: float = 0.01
     """Weight of the mask's binary cross-entropy."""
-    ratio_weight: float = 1.0
-    """Weight of the retention-ratio loss."""
+    retention_weight: float = 1.0
+    """Weight of the retention loss."""
     output_weight: float = 1.0
     """Weight of the attention-output error in the hard phase; 0 trains on reconstruction alone, as the paper does."""
     kl_weight: float = 0.0
@@ -90,13 +91,13 @@ class KVCapsuleRecipe(Recipe):
     """Learning of a KVCapsule."""
 
     def mean_ratios(self) -> tuple[float, float]:
-        """Mean retention ratios of keys and values: those of --ratio, split by key_share; what one cannot use goes to
-        the other."""
+        """Mean retention of keys and values: that of --compression, split by key_share; what one cannot use goes to the
+        other."""
         keys, values = 2 * self.retention * self.codec.key_share, 2 * self.retention * (1 - self.codec.key_share)
         keys, values = min(1.0, keys + max(0.0, values - 1.0)), min(1.0, values + max(0.0, keys - 1.0))
         return (
-            keys if self.codec.key_ratio is None else self.codec.key_ratio,
-            values if self.codec.value_ratio is None else self.codec.value_ratio,
+            keys if self.codec.key_retention is None else self.codec.key_retention,
+            values if self.codec.value_retention is None else self.codec.value_retention,
         )
 
     def codec_config(self, layers: int, tile: int) -> KVCapsuleConfig:

@@ -61,7 +61,8 @@ def most_channels(limit: float, sources: Sequence[tuple[int, int]], tile: int) -
     if any(share * width < 1 for width in widths):
         needed = sum(map_bytes(sets, width, tile, 1) for sets, width in sources) / 2**20
         raise ConfigError(
-            f"--transform.maps {limit}: the maps of one coded channel of every source take {needed:.3f} MiB at tiles of"
+            f"--transform.max-map-mib {limit}: the maps of one coded channel of every source take {needed:.3f} MiB at"
+            " tiles of"
             f" {tile} tokens. Allow more, or choose a smaller --codec.tile."
         )
     return [min(width, int(share * width)) for width in widths]

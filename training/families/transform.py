@@ -122,7 +122,7 @@ class TransformFit(CoefficientFit[TransformRecipe]):
             value_rows=tuple(v for _, v in rows),
             value_channels=tuple(v for _, v in channels),
             joint_heads=self.heads,
-            readers=self.options.readers,
+            readers=self.options.query_bank,
             bits=round(coded_bytes * 8 / self.budget.elements(2 * len(transforms)), 4),
         )
 

@@ -1,6 +1,6 @@
-"""The methods that are timed, for any KV geometry: policies, and capsules of the real codecs with maps drawn at random.
+"""The methods that are timed, for any KV geometry: policies, and capsules of the real codecs with random maps.
 
-What their maps hold does not matter to time and bytes; their shapes do.
+Time and bytes depend on the shapes of the maps, not on their numbers.
 """
 
 from collections.abc import Callable
@@ -21,29 +21,28 @@ from kvcapsule.vlm.geometry import KVGeometry
 from . import random_transform
 
 RETAINED = 0.4
-"""The retention ratio of the KVCapsule, keys and values alike (the paper's)."""
+"""Retention of the KVCapsule, of keys and of values (the paper's)."""
 KEPT = 0.1
 """Share of the tokens that pruning and compact capsules keep."""
-TIMES = 20
-"""How many times less than at 16 bits an element the transform code stores."""
+COMPRESSION = 20
+"""Compression of the transform code against 16 bits an element."""
 
 
 @dataclass(frozen=True)
 class WithBias(Method):
-    """A policy whose visual rows carry a bias each, as rows that stand for many do."""
+    """A policy whose visual rows have biases, as those of a compact capsule have."""
 
     policy: EvenlySpaced
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        made = self.policy.compress(prefill)
-        return made._replace(
-            visual=[replace(s, bias=prefill.keys.new_full((*s.keys.shape[:3],), 0.5)) for s in made.visual]
-        )
+        compressed = self.policy.compress(prefill)
+        biased = [replace(s, bias=prefill.keys.new_full((*s.keys.shape[:3],), 0.5)) for s in compressed.visual]
+        return compressed._replace(visual=biased)
 
 
 def transform(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
-    """A tile's frame and number are on the account of its codes."""
-    budget = tile * 2 * geometry.kv_heads * geometry.head_dim * 2 // TIMES - 8 - 4 * geometry.head_dim
+    """A transform code of 20x, the bytes of a tile's frame and owner included."""
+    budget = tile * 2 * geometry.kv_heads * geometry.head_dim * 2 // COMPRESSION - 8 - 4 * geometry.head_dim
     return random_transform.capsule(geometry, tile, budget, generator)
 
 
@@ -74,16 +73,16 @@ def _capsule(family: str, config: CodecConfig, geometry: KVGeometry) -> Capsule:
 
 
 METHODS: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
-    "full-segments": lambda *given: Full(),
-    "int8": lambda *given: Quantized(8),
-    "int4": lambda *given: Quantized(4),
-    "int2": lambda *given: Quantized(2),
+    "full-segments": lambda *_: Full(),
+    "int8": lambda *_: Quantized(8),
+    "int4": lambda *_: Quantized(4),
+    "int2": lambda *_: Quantized(2),
     "kvcapsule-r0.4": kvcapsule,
-    "kept-10%": lambda *given: WithBias(EvenlySpaced(KEPT)),
+    "kept-10%": lambda *_: WithBias(EvenlySpaced(KEPT)),
     "compact-10%": compact,
     "transform-20x": transform,
 }
-"""What is timed beside the full cache."""
+"""The methods that are timed against the full cache."""
 SHARES = {
     "int8": 0.55,
     "int4": 0.3,
@@ -93,10 +92,10 @@ SHARES = {
     "compact-10%": 0.15,
     "transform-20x": 0.15,
 }
-"""At most so much of the full cache's bytes at 16 bits an element; what is not here, all of them."""
+"""Upper limits of the share of the full cache's bytes at 16 bits an element; 1 for methods that are not listed."""
 
 
 def make(name: str, geometry: KVGeometry, tile: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Method:
     """A method of METHODS for all layers of a geometry, on a device and in a precision."""
-    made = METHODS[name](geometry, tile, torch.Generator().manual_seed(seed))
-    return made.to(device, dtype) if isinstance(made, Capsule) else made
+    method = METHODS[name](geometry, tile, torch.Generator().manual_seed(seed))
+    return method.to(device, dtype) if isinstance(method, Capsule) else method

@@ -7,23 +7,23 @@ from typing import Any
 from kvcapsule.cli.results import write_whole
 
 from ..report import markdown
-from .report import COLUMNS, ceilings, cells
+from .level_tables import COLUMNS, ceilings, cells
 
-_WAYS = ("dynamic-cat", "dynamic-cat-repeat", "static-repeat")
+_COPYING = ("dynamic-cat", "dynamic-cat-repeat", "static-repeat")
 
 
-def name_of(device: str, level: str) -> str:
-    """Of a level's table."""
+def table_name(device: str, level: str) -> str:
+    """The name in the markers of a level's table."""
     return f"bench-{device.partition(':')[0]} {level}"
 
 
 def require_places(path: Path, device: str, levels: Sequence[str]) -> None:
     """Raises InputError unless the file has a place for the table of each level."""
     for level in levels:
-        markdown.require_place(path, name_of(device, level))
+        markdown.require_place(path, table_name(device, level))
 
 
-def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: str | None, plot: str | None) -> None:
+def refresh(path: Path, result: Mapping[str, Any], levels: Sequence[str], json: str | None, plot: str | None) -> None:
     """Put the tables of a run's levels into a Markdown file; one that is not there is made.
 
     Raises:
@@ -32,15 +32,15 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
     """
     if not path.exists():
         write_whole(
-            path, markdown.blank("kvcapsule bench", [name_of(found["device"], level) for level in levels]).encode()
+            path, markdown.blank("kvcapsule bench", [table_name(result["device"], level) for level in levels]).encode()
         )
     for level in levels:
-        rows = [row for row in found["rows"] if row["level"] == level]
+        rows = [row for row in result["rows"] if row["level"] == level]
         table = _grid(rows) if level == "operator" else _plain(rows, level)
-        parts = [table, _facts(found), markdown.command_block(path, found["command"], json)]
+        parts = [table, _facts(result), markdown.command_block(path, result["command"], json)]
         left = [
             f"{x['geometry']}, {x['method'] or 'all methods'}: {x['reason']}"
-            for x in found["skipped"]
+            for x in result["skipped"]
             if x["level"] == level
         ]
         if level == "operator" and left:
@@ -49,12 +49,12 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
             parts.append(markdown.paragraph(f"Left out: {'; '.join(left)}."))
         if level == "serving" and plot is not None:
             parts.append(f"![sequences that fit and tokens a second]({markdown.link(path, plot)})")
-        markdown.put(path, name_of(found["device"], level), "\n\n".join(parts))
+        markdown.put(path, table_name(result["device"], level), "\n\n".join(parts))
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a cell: how many times faster, and how many times fewer bytes, than the full cache in place; the copies'
-    times only."""
+    """One line a cell: how many times faster than the full cache in place, and with how many times fewer bytes; only
+    the time for full caches that copy."""
     by_cell: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row["geometry"], row["visual_tokens"], row["batch"]), {})[row["method"]] = row
@@ -73,7 +73,7 @@ def _ratio(row: Mapping[str, Any] | None) -> str:
     if row["ratio"] is None:
         return "wrong output" if row["failed"] else "–"
     faster = f"{row['ratio']:.2f}"
-    return faster if row["method"] in _WAYS else f"{faster} of {row['bytes_ratio']:.2f}"
+    return faster if row["method"] in _COPYING else f"{faster} of {row['bytes_ratio']:.2f}"
 
 
 def _plain(rows: Sequence[Mapping[str, Any]], level: str) -> str:
@@ -81,14 +81,14 @@ def _plain(rows: Sequence[Mapping[str, Any]], level: str) -> str:
     return markdown.grid([titles, *cells(rows, level)])
 
 
-def _facts(found: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    at = f"{ceilings(found)}; kernels: {found['kernels']}; {place(found)}; {versions}; seed {found['seed']}."
+def _facts(result: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    at = f"{ceilings(result)}; kernels: {result['kernels']}; {machine_of(result)}; {versions}; seed {result['seed']}."
     return markdown.paragraph(f"{at[0].upper()}{at[1:]}")
 
 
-def place(found: Mapping[str, Any]) -> str:
-    """The machine in words."""
-    machine = found["machine"]
+def machine_of(result: Mapping[str, Any]) -> str:
+    """The machine that a run was made on, for people."""
+    machine = result["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    return cpu if found["device"] == "cpu" else f"{machine['accelerator']}, {cpu}"
+    return cpu if result["device"] == "cpu" else f"{machine['accelerator']}, {cpu}"

@@ -1,4 +1,4 @@
-"""A run as tables that a person reads, one for each level."""
+"""The tables that `kvcapsule bench` prints, one for each level."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,15 +65,15 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "bytes": ("bytes", "{:,}"),
     },
 }
-"""Of each level's table: keys of a row, with title and format. Seconds are shown in ms."""
+"""The columns of each level's table: key of the row, title and format. Seconds are shown in ms."""
 _MS = ("seconds", "iqr_seconds", "ttft_seconds")
 
 
-def tables(found: Mapping[str, Any]) -> list[Table | str]:
-    """The tables, and lines about what was measured beside them and what was left out."""
+def tables(result: Mapping[str, Any]) -> list[Table | str]:
+    """The tables, the machine's ceilings, and what was left out."""
     parts: list[Table | str] = []
     for level, columns in COLUMNS.items():
-        if rows := [row for row in found["rows"] if row["level"] == level]:
+        if rows := [row for row in result["rows"] if row["level"] == level]:
             table = Table(title=level, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             for title, _ in columns.values():
                 table.add_column(
@@ -82,35 +82,35 @@ def tables(found: Mapping[str, Any]) -> list[Table | str]:
             for line in cells(rows, level):
                 table.add_row(*line)
             parts.append(table)
-    parts.append(ceilings(found))
-    parts += [f"{_place(left)}: {left['reason']}" for left in found["skipped"]]
+    parts.append(ceilings(result))
+    parts += [f"{_subject(left)}: {left['reason']}" for left in result["skipped"]]
     return parts
 
 
 def cells(rows: Sequence[Mapping[str, Any]], level: str) -> list[list[str]]:
-    """What a table of the level shows of each row; the baseline's method is marked."""
+    """The cells of a level's table, row by row; the baseline's method is marked."""
     shown = []
     for row in rows:
         line = [_cell(row[key], form, 1e3 if key in _MS else None) for key, (_, form) in COLUMNS[level].items()]
-        place = list(COLUMNS[level]).index("method")
+        column = list(COLUMNS[level]).index("method")
         if row["method"] == row["baseline"]:
-            line[place] += " (baseline)"
+            line[column] += " (baseline)"
         if row["failed"] is not None:
-            line[place] += f" ({row['failed']})"
+            line[column] += f" ({row['failed']})"
         shown.append(line)
     return shown
 
 
-def ceilings(found: Mapping[str, Any]) -> str:
+def ceilings(result: Mapping[str, Any]) -> str:
     """The line about the machine's ceilings."""
-    at = found["ceilings"]
+    limit = result["ceilings"]
     return (
-        f"ceilings: read {at['read_gb_s']:.1f} GB/s, copy {at['copy_gb_s']:.1f} GB/s, {at['matmul_gflop_s']:,.0f}"
-        f" GFLOP/s in {at['dtype']}, {at['threads']} threads"
+        f"ceilings: read {limit['read_gb_s']:.1f} GB/s, copy {limit['copy_gb_s']:.1f} GB/s,"
+        f" {limit['matmul_gflop_s']:,.0f} GFLOP/s in {limit['dtype']}, {limit['threads']} threads"
     )
 
 
-def _place(left: Mapping[str, Any]) -> str:
+def _subject(left: Mapping[str, Any]) -> str:
     words = [left["level"], left["geometry"], left["method"]]
     sizes = [
         f"{left[key]} {name}"

@@ -1,0 +1,101 @@
+"""What `kvcapsule generate` prints to stderr after the answer: the answer with the full cache, and the bytes of the
+caches. The model's libraries are imported inside functions."""
+
+import sys
+from itertools import takewhile
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+    from ..inference.cache import CapsuleCache
+
+
+class Answer(NamedTuple):
+    """One answer of the model."""
+
+    tokens: list[int]
+    """Ids of the new tokens, the end token included."""
+    text: str
+    cache: "Cache"
+
+
+class Row(NamedTuple):
+    """A line of the report."""
+
+    name: str
+    figure: str
+    note: str = ""
+
+
+def show_comparison(answer: Answer, full: Answer) -> None:
+    """Print the answer with the full cache, and whether the other one is identical."""
+    if answer.tokens == full.tokens:
+        verdict = "identical"
+    else:
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer.tokens, full.tokens, strict=False)))
+        verdict = f"different from token {same + 1} on"
+    print(f"\nanswer with the full cache ({verdict}):\n{full.text}", file=sys.stderr)
+
+
+def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -> None:
+    """Print the bytes of the answer's cache, and how many times fewer they are than those of the full cache.
+
+    Args:
+        model: that answered.
+        answer: whose cache is shown.
+        full: the answer with the full cache, whose bytes are measured; None computes them from the geometry.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..inference.cache import CapsuleCache
+
+    tokens = f"{answer.cache.get_seq_length()} tokens"
+    if not isinstance(answer.cache, CapsuleCache):
+        rows = [Row("full cache", f"{_measured_bytes(answer.cache):,}", f"measured, {tokens}")]
+    else:
+        stored = answer.cache.bytes()
+        if full is None:
+            full_bytes, origin = _computed_bytes(model, answer.cache), f"computed, {tokens}"
+        else:
+            full_bytes = _measured_bytes(full.cache)
+            origin = f"measured, {full.cache.get_seq_length()} tokens"
+        maps = "parameters, once for all sequences; not in the total"
+        rows = [
+            Row("visual", f"{stored.visual:,}"),
+            Row("text", f"{stored.text:,}"),
+            Row("tail", f"{stored.tail:,}", "tokens written since, with room to grow"),
+            *([Row("other", f"{stored.other:,}", "the model's own layers")] if stored.other else []),
+            Row("total", f"{stored.total:,}", f"measured, {tokens}"),
+            *([Row("codec maps", f"{stored.parameters:,}", maps)] if stored.parameters else []),
+            Row("full cache", f"{full_bytes:,}", origin),
+            Row("compression", f"{full_bytes / stored.total:.2f}", "full cache / total"),
+        ]
+    table = Table("cache", "bytes", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console = Console(stderr=True, highlight=False)
+    console.print()
+    console.print(table)
+
+
+def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
+    """Bytes of the model's default cache for the tokens of `cache`: computed for the layers with full attention,
+    measured for the others, which are the same in both."""
+    from ..vlm.geometry import KVGeometry, full_attention_layers
+
+    geometry = KVGeometry.from_config(model.config)
+    token: int = 2 * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize
+    return len(full_attention_layers(model.config)) * token * cache.get_seq_length() + cache.bytes().other
+
+
+def _measured_bytes(cache: "Cache") -> int:
+    import torch
+
+    from ..segments.segment import storage_bytes
+
+    return storage_bytes(
+        value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)
+    )

@@ -1,0 +1,30 @@
+"""What every command that runs a model prepares first: the screen, threads, the seed, the device."""
+
+from rich.console import Console
+
+
+def begin(console: Console, *, threads: int | None, seed: int, device: str | None) -> None:
+    """Prepare this process for a run.
+
+    Args:
+        console: where progress is shown. If it is no terminal, progress bars of transformers and datasets are off.
+        threads: CPU threads of PyTorch; None leaves its choice.
+        seed: of PyTorch's random numbers.
+        device: the device of the run; None leaves the choice to whoever loads the model.
+
+    Raises:
+        ModelError: if the device cannot be used here.
+    """
+    import datasets
+    import torch
+    import transformers
+
+    from ..vlm.loading import require_device
+
+    require_device(device)
+    if not console.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)

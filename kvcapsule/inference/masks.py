@@ -1,0 +1,51 @@
+"""Reading attention masks: which tokens are padding, and which tokens a query sees."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def valid_tokens(mask: Any, batch: int, new: int) -> torch.Tensor | None:
+    """Which of a forward's tokens are not padding, [batch, new] bool, from a mask of any form that models take.
+
+    None: no padding.
+
+    Raises:
+        NotImplementedError: for a mask that padding cannot be read from.
+    """
+    if isinstance(mask, Mapping):
+        # One for each kind of layer: of layers with full attention, the last query sees every token but padding.
+        mask = mask.get("full_attention")
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise NotImplementedError(
+            f"padding cannot be read from a mask of the type {type(mask).__name__}: pass the mask [batch, tokens] of"
+            ' ones and zeros, and for a CapsuleCache with tail_capacity choose model.set_attn_implementation("sdpa") or'
+            ' "eager", before attaching.'
+        )
+    if mask.dim() == 4:
+        last = mask[:, 0, -1]
+        mask = last if last.dtype == torch.bool else last == 0
+    # One mask may stand for all rows.
+    valid: torch.Tensor = mask[:, -new:].bool().expand(batch, -1)
+    return valid
+
+
+def visible_new_tokens(mask: torch.Tensor | None, new: int, device: torch.device) -> torch.Tensor:
+    """Which of the forward's own `new` tokens each of its queries sees, [B or 1, Q, new] bool; mask None: causal."""
+    return torch.ones(new, new, dtype=torch.bool, device=device).tril()[None] if mask is None else mask[:, 0, :, -new:]
+
+
+def present_tokens(mask: torch.Tensor | None, batch: int, count: int) -> torch.Tensor | None:
+    """Which of the first `count` tokens under a forward's mask are not padding, [batch, count] bool; None: all.
+
+    Args:
+        mask: [B or 1, 1, Q, N] bool; None: no padding.
+    """
+    if mask is None:
+        return None
+    # The last query sees every token but padding.
+    present = mask[:, 0, -1, :count].expand(batch, -1)
+    return None if bool(present.all()) else present.clone()
