@@ -1,7 +1,8 @@
 """The command line of `kvcapsule train`: shared options, those of the chosen family, and the refusal of any others.
 
-The family is chosen by --family, or else by the recipe. A recipe file that a run saved may hold the options of all
-families, as earlier versions wrote them; those of other families are left out, and the user is told which.
+The family is chosen by --family, or else by the recipe. A recipe file that a run saved may have the names of earlier
+versions and the options of all families, as those wrote them; options of other families are left out, and the user is
+told which.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from kvcapsule.errors import ConfigError, InputError
 
 from .families import recipe_class, trainable
 from .recipe import Recipe, flat, group_names, option_names
+from .saved_recipe import is_saved, upgraded
 
 DEFAULT_RECIPE = "cross-layer"
 """Recipe of `kvcapsule train` without arguments."""
@@ -33,8 +35,6 @@ _RENAMED = {
     "optim.ratio_weight": "--optim.ratio-weight is --optim.retention-weight now.",
 }
 """Options that no longer exist, and the sentence that refuses them."""
-_SAVED = frozenset(("output", "force", "resume", "trainer"))
-"""Keys by which a recipe that a run saved is known: it holds every option."""
 
 
 def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
@@ -137,6 +137,8 @@ def _contents(path: Path) -> dict[str, Any]:
         raise InputError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(contents, dict):
         raise InputError(f"the recipe {path} holds a {type(contents).__name__}, not options and their values.")
+    if is_saved(contents):
+        return upgraded(contents)
     try:
         require_current(contents, _RENAMED)
     except ConfigError as error:
@@ -192,9 +194,9 @@ def _own_options(
     groups = frozenset().union(*(group_names(recipe_class(other)) for other in trainable()), group_names(options))
     known = set(option_names(options))
     others = [option for option, _ in flat(contents, groups) if option not in known and _owners(option)]
-    if not others:
-        return str(path)
-    if not contents.keys() >= _SAVED:
+    if not is_saved(contents):
+        if not others:
+            return str(path)
         raise ConfigError(f"{path}: {_not_of(others[0], _owners(others[0]), family)}")
     for option in others:
         group, _, key = option.rpartition(".")
@@ -202,7 +204,8 @@ def _own_options(
         del values[key]
         if group and not values:
             del contents[group]
-    show(f"{path}: left out {', '.join(others)}: not of the family {family}.")
+    if others:
+        show(f"{path}: left out {', '.join(others)}: not of the family {family}.")
     text: str = yaml.safe_dump(contents)
     return text
 
