@@ -4,24 +4,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import datasets
-from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.data.source import images_of
-from kvcapsule.errors import DataError, InputError
-from kvcapsule.vlm.spans import find_spans
+from kvcapsule.data.batches import Question, encode_questions, question_batches
+from kvcapsule.errors import InputError
 
 from .equal_bytes import Layout
-
-
-class Question(NamedTuple):
-    """A row of a data set."""
-
-    images: list[Image.Image]
-    prompt: str
-    answer: str
-    task: str
 
 
 class Batch(NamedTuple):
@@ -39,30 +27,16 @@ def batches(rows: datasets.Dataset, model: PreTrainedModel, processor: Processor
         DataError: naming the row, if an image cannot be read or there is no answer to compare with.
         InputError: if the processor cannot take them, or if their inputs have no visual tokens.
     """
-    for start in range(0, len(rows), size):
-        questions = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
+    for questions in question_batches(rows, size):
         yield make_batch(questions, model, processor)
 
 
 def make_batch(questions: list[Question], model: PreTrainedModel, processor: ProcessorMixin) -> Batch:
     """One batch of inputs; see `batches`."""
-    try:
-        inputs = encode(processor, [conversation(q.images, q.prompt) for q in questions], model.dtype)
-        spans = find_spans(model.config, inputs["input_ids"], inputs)
-    except ValueError as error:
-        raise InputError(f"the model's processor cannot take these questions: {error}") from error
+    inputs, spans = encode_questions(questions, model, processor)
     if not spans:
         raise InputError(
             f"{model.config.model_type}: its prompts hold no visual tokens, so there is nothing to compress."
         )
     layout = Layout(spans, inputs["attention_mask"].bool())
     return Batch(questions, inputs.to(model.device), layout)
-
-
-def read(rows: datasets.Dataset, index: int) -> Question:
-    """One row; see `batches` for what it raises."""
-    row = rows[index]
-    for column in ("prompt", "answer"):
-        if not isinstance(row[column], (str, int, float)):
-            raise DataError(f"row {index}: the {column} is of type {type(row[column]).__name__}, expected text.")
-    return Question(images_of(row, index), str(row["prompt"]), str(row["answer"]), str(row["task"]))

@@ -19,10 +19,11 @@ from rich.progress import Progress
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
+from kvcapsule.data.batches import read_question
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.transformers_api import cache_argument
 
-from .batches import Batch, make_batch, read
+from .batches import Batch, make_batch
 from .entries import FULL, Entry
 from .watched_generate import GREEDY, new_cache
 
@@ -92,7 +93,7 @@ def _one_prompt_batches(
 ) -> list[Batch]:
     result = []
     for start in range(0, min(len(rows), BATCHES * size), size):
-        questions = [read(rows, i) for i in range(start, min(start + size, len(rows)))]
+        questions = [read_question(rows[i], i) for i in range(start, min(start + size, len(rows)))]
         result.append(make_batch([q._replace(prompt=questions[0].prompt) for q in questions], model, processor))
     return result
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import BatchFeature, ProcessorMixin
 
-from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.data.source import images_of
+from kvcapsule.data.batches import read_question
+from kvcapsule.data.prompts import encode
 from kvcapsule.errors import ConfigError
 
 
@@ -56,10 +56,10 @@ class Questions(L.LightningDataModule):
         return self._loader(self.held_out, Shares(len(self.held_out), self.batch, None, rank, world))
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        turns = [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows]
-        inputs = encode(self.processor, turns, self.dtype)
-        asked = encode(self.processor, [turn[:-1] for turn in turns])
-        return Batch(inputs, inputs["attention_mask"].sum(1) - asked["attention_mask"].sum(1))
+        questions = [read_question(row, row["index"]) for row in rows]
+        inputs = encode(self.processor, [question.conversation(answered=True) for question in questions], self.dtype)
+        prompts = encode(self.processor, [question.conversation() for question in questions])
+        return Batch(inputs, inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1))
 
     def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
         indexed = _Indexed(rows)

@@ -19,13 +19,14 @@ from transformers import (
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data import source
+from kvcapsule.data.batches import read_question
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.methods.method import Method
 from kvcapsule.policy import EvenlySpaced, Quantized
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
-from ..batches import make_batch, read
+from ..batches import make_batch
 from .random_methods import KEPT, make
 from .shapes import SHAPES, Shape
 
@@ -90,7 +91,7 @@ def _pages(device: torch.device, dtype: torch.dtype) -> Subject:
 
     def batch(size: int) -> BatchFeature:
         rows = source.load(SourceConfig(split="test", size=size))
-        questions = [read(rows, i) for i in range(size)]
+        questions = [read_question(rows[i], i) for i in range(size)]
         return make_batch([q._replace(prompt=questions[0].prompt) for q in questions], model, processor).inputs
 
     methods: dict[str, Method] = {"int4": Quantized(4), "kept-10%": EvenlySpaced(KEPT)}

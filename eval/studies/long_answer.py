@@ -27,6 +27,7 @@ from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json, write_whole
 from kvcapsule.data import source
+from kvcapsule.data.batches import read_question
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import ConfigError, KVCapsuleError
@@ -36,7 +37,7 @@ from kvcapsule.policy import RKV, Combined
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
-from ..batches import Batch, make_batch, read
+from ..batches import Batch, make_batch
 from ..entries import Entry, capsule_settings, full_entry
 from ..report import markdown
 from ..report.picture import new_picture, require_picture_name, save_picture
@@ -136,7 +137,7 @@ def run(config: LongAnswerConfig, console: Console, command: str) -> dict[str, A
     capsule.require_geometry(KVGeometry.from_config(model.config))
     data = SourceConfig(split="test", size=config.questions)
     questions = source.load(data)
-    batch = make_batch([read(questions, i) for i in range(len(questions))], model, processor)
+    batch = make_batch([read_question(questions[i], i) for i in range(len(questions))], model, processor)
     methods = entries(config, capsule.to(model.device))
     rows: list[dict[str, Any]] = []
     answer: torch.Tensor | None = None

@@ -1,6 +1,6 @@
 """Any source of image, prompt and answer: the built-in ones, or whatever `datasets` can load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -114,7 +114,7 @@ def _of(name: str, rows: "datasets.Dataset") -> "datasets.Dataset":
     return rows.remove_columns("task").add_column("task", tasks, feature=rows.features["task"])
 
 
-def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
+def images_of(row: Mapping[str, Any], index: int) -> list[Image.Image]:
     """The images of a row as RGB.
 
     Raises:

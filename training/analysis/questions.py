@@ -1,17 +1,14 @@
 """Batches of model inputs from a data set's rows, with the positions of the answers."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import datasets
 import torch
-from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.data.source import images_of
-from kvcapsule.errors import DataError, InputError
-from kvcapsule.vlm.spans import VisualSpan, find_spans
+from kvcapsule.data.batches import encode_questions, question_batches
+from kvcapsule.vlm.spans import VisualSpan
 
 
 class Batch(NamedTuple):
@@ -47,21 +44,13 @@ class Reader:
             DataError: if an image cannot be read or a text is missing; the message names the row.
             InputError: if the processor cannot encode the questions.
         """
-        for start in range(0, len(self.rows), self.size):
-            questions = [_read(self.rows, i) for i in range(start, min(start + self.size, len(self.rows)))]
-            full, spans = self._encode([conversation(*question) for question in questions])
+        for questions in question_batches(self.rows, self.size):
+            full, spans = encode_questions(questions, self.model, self.processor, answered=True)
             positions = [range(0)] * len(questions)
             if answers:
-                prompts, _ = self._encode([conversation(images, prompt) for images, prompt, _ in questions])
+                prompts, _ = encode_questions(questions, self.model, self.processor)
                 positions = answer_positions(prompts, full, self.ends)
             yield Batch(full, spans, positions)
-
-    def _encode(self, conversations: list[list[dict[str, Any]]]) -> tuple[BatchFeature, list[VisualSpan]]:
-        try:
-            inputs = encode(self.processor, conversations, self.model.dtype)
-            return inputs, find_spans(self.model.config, inputs["input_ids"], inputs)
-        except ValueError as error:
-            raise InputError(f"the model's processor cannot take these questions: {error}") from error
 
 
 def answer_positions(prompts: BatchFeature, full: BatchFeature, ends: Collection[int]) -> list[range]:
@@ -83,11 +72,3 @@ def _tokens(inputs: BatchFeature) -> list[list[int]]:
     ids: torch.Tensor = inputs["input_ids"]
     mask: torch.Tensor = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     return [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
-
-
-def _read(rows: datasets.Dataset, index: int) -> tuple[Sequence[Image.Image], str, str]:
-    row = rows[index]
-    for column in ("prompt", "answer"):
-        if not isinstance(row[column], (str, int, float)):
-            raise DataError(f"row {index}: the {column} is of type {type(row[column]).__name__}, expected text.")
-    return images_of(row, index), str(row["prompt"]), str(row["answer"])

@@ -110,8 +110,8 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             require_finite_gradients(slopes)
             for number, g in self.sources(slopes, gradients=True):
                 sums[number].add(g)
-        for own in sums:
-            self.reduce(own)
+        for of_source in sums:
+            self.reduce(of_source)
         return mixed(sums, baseline, moments)
 
     def query_bank(self, queries: Sequence[torch.Tensor]) -> TokenWeighting | None:
