@@ -205,10 +205,10 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         read = self.read(batch, self.has_kl)
-        found = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
-        for index, errors in enumerate(found):
+        by_layer = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
+        for index, errors in enumerate(by_layer):
             self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
-        self.log_errors("validation", mean(found), len(batch.answers))
+        self.log_errors("validation", mean(by_layer), len(batch.answers))
         if read.kl is not None:
             self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)
 
@@ -218,13 +218,13 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         maps = {name: getattr(segment, name) for name in ("score_map", "value_map", "value_mean", "q_map", "out_map")}
         # Without the frame: tiles in their canonical frames, as they were harvested.
         keys, values = Segment(segment.keys, segment.values, segment.owner, **maps).materialize()
-        found = {"output_error": output_error(layer, segment, full_output(layer))}
+        errors = {"output_error": output_error(layer, segment, full_output(layer))}
         if keys.shape == layer.keys.shape:
-            found |= {
+            errors |= {
                 "keys_unexplained": unexplained(keys, layer.keys),
                 "values_unexplained": unexplained(values, layer.values),
             }
-        return found
+        return errors
 
     def log_errors(self, under: str, errors: Errors, batch: int) -> None:
         self.log_dict({f"{under}/{name}": error for name, error in errors.items()}, batch_size=batch, sync_dist=True)
@@ -232,8 +232,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
 def mean(errors: Sequence[Errors]) -> Errors:
     """Over the layers, of what is known of all."""
-    common = [name for name in errors[0] if all(name in found for found in errors)]
-    return {name: torch.stack([found[name] for found in errors]).mean() for name in common}
+    common = [name for name in errors[0] if all(name in layer_errors for layer_errors in errors)]
+    return {name: torch.stack([layer_errors[name] for layer_errors in errors]).mean() for name in common}
 
 
 def scheduled(

@@ -58,8 +58,8 @@ class Questions(L.LightningDataModule):
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         turns = [conversation(images_of(row, row["index"]), row["prompt"], row["answer"]) for row in rows]
         inputs = encode(self.processor, turns, self.dtype)
-        asked = encode(self.processor, [turn[:-1] for turn in turns])
-        return Batch(inputs, inputs["attention_mask"].sum(1) - asked["attention_mask"].sum(1))
+        prompts = encode(self.processor, [turn[:-1] for turn in turns])
+        return Batch(inputs, inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1))
 
     def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
         indexed = _Indexed(rows)

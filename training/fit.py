@@ -207,8 +207,8 @@ def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeome
         metadata={} if package is None else {PACKAGE: package},
     )
     capsule = Capsule(config)
-    for index, own in enumerate(capsule.layers):
-        own.load_state_dict({k: v.cpu() for k, v in fit.codec(index).state_dict().items()})
+    for index, codec in enumerate(capsule.layers):
+        codec.load_state_dict({k: v.cpu() for k, v in fit.codec(index).state_dict().items()})
     return capsule.eval().requires_grad_(False)
 
 

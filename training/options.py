@@ -50,13 +50,15 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     require_current_words(words, _RENAMED)
     rest = normalized(words)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    given = _value_of("family", rest)
+    family_option = _value_of("family", rest)
     if named is None:
-        named = DEFAULT_RECIPE if given is None else given if given in shipped_recipes() else None
+        named = (
+            DEFAULT_RECIPE if family_option is None else family_option if family_option in shipped_recipes() else None
+        )
     # In the order in which they override each other.
     paths = [*([] if named is None else [find_recipe(named)]), *map(Path, _values_of("recipe", rest))]
     contents = [_contents(path) for path in paths]
-    family = given or next((str(c["family"]) for c in reversed(contents) if "family" in c), DEFAULT_RECIPE)
+    family = family_option or next((str(c["family"]) for c in reversed(contents) if "family" in c), DEFAULT_RECIPE)
     options = recipe_class(family)
     parser = build_parser(family)
     configs = [_own_options(path, c, family, options, show) for path, c in zip(paths, contents, strict=True)]

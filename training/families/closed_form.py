@@ -102,7 +102,9 @@ def closed_form(fit: Fit, heads: int) -> ClosedForm:
         blocks = query.metric().unflatten(0, (sets, heads))
         by_queries = torch.stack([torch.block_diag(*block) for block in blocks])
         metrics += [by_queries if options.query_metric else identity, identity]
-    bases = [own.bases(None if metric is identity else metric) for own, metric in zip(moments, metrics, strict=True)]
+    bases = [
+        moment.bases(None if metric is identity else metric) for moment, metric in zip(moments, metrics, strict=True)
+    ]
     coefficients = tiles(fit, batches, "variances of their coefficients", lambda layers: layer_sources(layers, heads))
     sources = measured(fit, bases, coefficients)
     return ClosedForm(sources, moments, metrics, [bank.bank() * scale for bank in banks])

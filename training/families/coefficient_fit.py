@@ -110,8 +110,8 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             require_finite_gradients(slopes)
             for number, g in self.sources(slopes, gradients=True):
                 sums[number].add(g)
-        for own in sums:
-            self.reduce(own)
+        for fisher_sum in sums:
+            self.reduce(fisher_sum)
         return mixed(sums, baseline, moments)
 
     def query_bank(self, queries: Sequence[torch.Tensor]) -> TokenWeighting | None:
@@ -119,9 +119,9 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         none."""
         if not queries:
             return None
-        stacked = torch.stack(list(queries))
-        bank = TokenWeighting(stacked.shape, self.heads).to(stacked.device)
-        bank.queries.copy_(stacked)
+        queries_LHQD = torch.stack(list(queries))
+        bank = TokenWeighting(queries_LHQD.shape, self.heads).to(queries_LHQD.device)
+        bank.queries.copy_(queries_LHQD)
         return bank
 
     def _rate(self, step: int) -> float:

@@ -84,7 +84,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         first = min(batches, _FIRST) if fisher_batches else batches
         sources = measured(
             self,
-            [own.bases() for own in moments],
+            [moment.bases() for moment in moments],
             tiles(self, first, "variances of groups of layers", self.sources),
         )
         if fisher_batches:
@@ -95,7 +95,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
                 for m in moments
             ]
             metrics = self.fisher_metrics(baseline, moments)
-            bases = [own.bases(metric) for own, metric in zip(moments, metrics, strict=True)]
+            bases = [moment.bases(metric) for moment, metric in zip(moments, metrics, strict=True)]
             sources = measured(self, bases, tiles(self, batches, "variances under the Fisher metric", self.sources))
         self.layers = self._codecs(sources, form.queries)
 
@@ -197,13 +197,13 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         parts = zip(sources, widths, self.coordinates, self.groups, strict=True)
         return nn.ModuleList(
             CrossLayerCodec(
-                self._transform(source, w, own, len(group)), self.query_bank(queries[group.start : group.stop])
+                self._transform(source, w, coordinates, len(group)), self.query_bank(queries[group.start : group.stop])
             )
-            for source, w, own, group in parts
+            for source, w, coordinates, group in parts
         )
 
     def _transform(
-        self, source: CodingSource, widths: torch.Tensor, own: Coordinates, layers: int
+        self, source: CodingSource, widths: torch.Tensor, coordinates: Coordinates, layers: int
     ) -> CrossLayerTransform:
         rows, channels = used(widths)
         built = CrossLayerTransform(
@@ -218,8 +218,8 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         source.fill(built, widths)
         with torch.no_grad():
             for axes, parts in (
-                (own.into @ source.bases.channels_in, built.channels_in),
-                (own.back @ source.bases.channels_out, built.channels_out),
+                (coordinates.into @ source.bases.channels_in, built.channels_in),
+                (coordinates.back @ source.bases.channels_out, built.channels_out),
             ):
                 parts.copy_(axes[:, :, :channels].unflatten(1, (2 * layers, -1)).transpose(0, 1))
         return built
@@ -241,6 +241,6 @@ def group_sources(
         heads: KV heads of a set.
         gradients: whether the layers hold gradients, which the coordinates map by their inverse transpose.
     """
-    for number, (group, own) in enumerate(zip(groups, coordinates, strict=True)):
+    for number, (group, axes) in enumerate(zip(groups, coordinates, strict=True)):
         parts = [merge_heads(x.double(), heads) for i in group for x in (layers[i].keys, layers[i].values)]
-        yield number, torch.cat(parts, dim=3) @ (own.back if gradients else own.into)
+        yield number, torch.cat(parts, dim=3) @ (axes.back if gradients else axes.into)
