@@ -92,10 +92,10 @@ class CapsuleCache(Cache):
             t for layer in self.capsule_layers() for s in (*layer.visual, *layer.text) for t in s.parameter_tensors()
         ]
         memo.update({id(value): value for value in shared})
-        twin: CapsuleCache = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
+        copied: CapsuleCache = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def capsule_layers(self) -> list[CapsuleLayer]:
         """The full-attention layers, in their order."""
