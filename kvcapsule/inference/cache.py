@@ -30,7 +30,7 @@ class CacheBytes(NamedTuple):
     text: int
     """Segments of the prompt's text."""
     tail: int
-    """Buffers of the tokens written since, room to grow included, and the latest queries where a method asks for
+    """Buffers of the tokens written since, with their unwritten part, and the latest queries where a method asks for
     them."""
     other: int
     """The model's own layers (sliding window, linear attention)."""
