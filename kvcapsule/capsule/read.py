@@ -84,7 +84,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
             metadata = file.metadata() or {}
             # Copies: tensors that stay mapped to the file would change, or crash the process, when another program
             # rewrites it in place.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CapsuleError(f"{path} cannot be read ({error}): {_diagnosis(path)}") from error
     for key, expected in WEIGHTS_METADATA.items():

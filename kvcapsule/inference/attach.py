@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from ..methods.method import Method
 from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, clear_pending_layer, prefill_attention, set_mask_over_segments
@@ -47,7 +48,7 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
         ModelError: if the installed transformers is not of a supported version.
         RuntimeError: if the model is attached already.
         TypeError: for what is no model of transformers.
-        ValueError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the
+        ConfigError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the
         prompt.
     """
     require_supported()
@@ -84,7 +85,7 @@ def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     inner: Any = model
     if hasattr(model, "get_base_model"):
         if getattr(inner.active_peft_config, "is_prompt_learning", False):
-            raise ValueError(
+            raise ConfigError(
                 f"an adapter of the type {inner.active_peft_config.peft_type!s} puts tokens of its own before the"
                 " prompt's, past the token ids by which visual tokens are found. Use an adapter of weights, such as"
                 " LoRA."

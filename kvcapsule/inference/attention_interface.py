@@ -20,6 +20,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import ConfigError
+
 IMPLEMENTATION = "kvcapsule"
 """The name under which this attention is registered with transformers."""
 
@@ -59,12 +61,12 @@ def prefill_attention(configs: list[PreTrainedConfig], implementation: str) -> I
     """While the block lasts, layers that hold one of `configs` run `implementation` in prefill.
 
     Raises:
-        ValueError: if it is none that a call of attention can be handed to.
+        ConfigError: if it is none that a call of attention can be handed to.
     """
     if implementation.startswith("paged|") or (
         implementation != "eager" and implementation not in AttentionInterface()
     ):
-        raise ValueError(
+        raise ConfigError(
             f"the model's attention implementation {implementation!r} cannot run the prefill of a CapsuleCache: choose"
             ' another before, with model.set_attn_implementation("sdpa"), "eager" or "flex_attention".'
         )

@@ -30,7 +30,7 @@ class CacheBytes(NamedTuple):
     text: int
     """Segments of the prompt's text."""
     tail: int
-    """Buffers of the tokens written since, room to grow included, and the latest queries where a method asks for
+    """Buffers of the tokens written since, with their unwritten part, and the latest queries where a method asks for
     them."""
     other: int
     """The model's own layers (sliding window, linear attention)."""
@@ -92,10 +92,10 @@ class CapsuleCache(Cache):
             t for layer in self.capsule_layers() for s in (*layer.visual, *layer.text) for t in s.parameter_tensors()
         ]
         memo.update({id(value): value for value in shared})
-        twin: CapsuleCache = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
+        copied: CapsuleCache = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def capsule_layers(self) -> list[CapsuleLayer]:
         """The full-attention layers, in their order."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..errors import ConfigError
 from ..methods.method import Method
 from .cache import CapsuleCache
 from .transformers_api import passed_cache, set_cache
@@ -14,10 +15,10 @@ def wrap_generate(model: PreTrainedModel, method: Method | None) -> Callable[...
     """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it
     adds none.
 
-    With cache_implementation="static" the CapsuleCache has room for max_new_tokens.
+    With cache_implementation="static" the CapsuleCache has a static tail of max_new_tokens.
 
     Raises (when called):
-        ValueError: for options that ask for a cache of another kind, or that feed the prompt in pieces.
+        ConfigError: for options that ask for a cache of another kind, or that feed the prompt in pieces.
         NotImplementedError: for attention weights, which attention over segments does not have.
     """
     generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
@@ -48,7 +49,7 @@ def wrap_generate(model: PreTrainedModel, method: Method | None) -> Callable[...
 def _tail_capacity(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     tokens = _option(model, args, kwargs, "max_new_tokens")
     if tokens is None:
-        raise ValueError('cache_implementation="static" needs max_new_tokens, for which the cache makes room.')
+        raise ConfigError('cache_implementation="static" needs max_new_tokens, the capacity of the static tail.')
     return int(tokens)
 
 
@@ -56,18 +57,18 @@ def _refuse_another_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs:
     kind = _option(model, args, kwargs, "cache_implementation")
     # "hybrid" stands in older generation configs of the Hub; transformers drops it by itself.
     if kind not in (None, "hybrid"):
-        raise ValueError(
+        raise ConfigError(
             f"cache_implementation={kind!r} asks for a cache of transformers' own, and this model is attached to use a"
             " CapsuleCache. Leave the option out (or set it to None in the generation config that names it), or"
             ' generate outside the `with attach(...)` block. generate(..., cache_implementation="static") itself is'
-            " served: by a CapsuleCache with room for max_new_tokens."
+            " served: by a CapsuleCache whose tail holds max_new_tokens."
         )
 
 
 def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     chunk = _option(model, args, kwargs, "prefill_chunk_size")
     if chunk is not None:
-        raise ValueError(
+        raise ConfigError(
             f"prefill_chunk_size={chunk} feeds the prompt in pieces, of which all but the first would be computed from"
             " what is compressed already. Leave the option out: a CapsuleCache takes a prompt in one forward."
         )

@@ -103,7 +103,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
-    _no_split_modules = ["InvertedBottleneck"]
+    _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012  transformers wants a list.
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)

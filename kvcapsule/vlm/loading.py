@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from kvcapsule.checkpoints import shipped
 
 from ..errors import ModelError
-from ..testbeds import efficientnet_lite as _
+from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers smol-vlm's vision tower with the Auto classes.
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BUILT_LOCALLY = "smol-vlm"

@@ -58,7 +58,7 @@ def test_the_format_is_that_of_the_golden_capsule(saved: Path) -> None:
     with safe_open(saved / "model.safetensors", "pt") as new, safe_open(GOLDEN / "model.safetensors", "pt") as old:
         assert new.metadata() == old.metadata() == {"format": "kvcapsule", "format_version": "1"}
         assert set(new.keys()) == set(old.keys())
-        for key in old.keys():
+        for key in old.keys():  # noqa: SIM118
             one, other = new.get_tensor(key), old.get_tensor(key)
             assert one.dtype == other.dtype and torch.equal(one, other), key
     for name in ("recipe.yaml", "metrics.json"):

@@ -123,7 +123,7 @@ def test_a_budget_is_each_methods_own(vlm, tmp_path) -> None:
 def test_lists_of_the_command_line_replace_those_of_a_file(tmp_path) -> None:
     (tmp_path / "options.yaml").write_text("budget: 0.5\nmethods: [evenly-spaced, int4]\n")
     options = ["--config", str(tmp_path / "options.yaml")]
-    parse = lambda *words: command._parse([*options, *words])
+    parse = lambda *words: command._parse([*options, *words])  # noqa: E731
     assert parse().methods == ["evenly-spaced", "int4"]
     assert parse("--methods", "int8", "--batch", "3", "--methods=int3,h2o").methods == ["int8", "int3", "h2o"]
     assert command._parse(["--capsule", "a,b", "--capsule", "c"]).capsule == ["a,b", "c"]

@@ -529,7 +529,7 @@ def test_a_revised_batch_is_its_rows_one_by_one() -> None:
 class Listening(AkvqVl):
     """Writes down the hidden states that it is given."""
 
-    taken: dict[int, torch.Tensor] = {}
+    taken: dict[int, torch.Tensor] = {}  # noqa: RUF012
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
         assert prefill.hidden is not None

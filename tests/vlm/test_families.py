@@ -103,7 +103,7 @@ class TestTable:
         (family,) = (family for family in FAMILIES if family.name == name)
         for model_type, settings in zip(family.model_types, REFUSED[name], strict=True):
             config = AutoConfig.for_model(model_type, **settings())
-            for attempt in (lambda: KVGeometry.from_config(config), lambda: CapsuleCache(config, Full())):
+            for attempt in (lambda: KVGeometry.from_config(config), lambda: CapsuleCache(config, Full())):  # noqa: B023
                 with pytest.raises(GeometryError, match=f"{model_type}.*{re.escape(family.note)}"):
                     attempt()
 

@@ -119,9 +119,9 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         none."""
         if not queries:
             return None
-        stacked = torch.stack(list(queries))
-        bank = TokenWeighting(stacked.shape, self.heads).to(stacked.device)
-        bank.queries.copy_(stacked)
+        queries_LHQD = torch.stack(list(queries))
+        bank = TokenWeighting(queries_LHQD.shape, self.heads).to(queries_LHQD.device)
+        bank.queries.copy_(queries_LHQD)
         return bank
 
     def _rate(self, step: int) -> float:

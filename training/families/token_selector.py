@@ -31,11 +31,11 @@ def greedy_choice(reading: BankAttention, v_EHTD: torch.Tensor, count: int) -> t
         before = columns.gather(2, pick[..., None].expand(-1, -1, -1, columns.shape[-1]))
         column = gram.gather(3, pick[:, :, None].expand(-1, -1, gram.shape[2], -1))[..., 0] - (columns * before).sum(-1)
         column = column / left.gather(-1, pick).clamp_min(floor).sqrt()
-        explained = (
+        projection = (
             target.gather(2, pick[..., None].expand(-1, -1, -1, target.shape[-1]))
             / left.gather(-1, pick).clamp_min(floor).sqrt()[..., None]
         )
-        target = target - column[..., None] * explained
+        target = target - column[..., None] * projection
         left = (left - column.square()).clamp_min(0.0)
         columns = torch.cat([columns, column[..., None]], dim=-1)
     return torch.cat(picks, dim=-1).sort(-1).values

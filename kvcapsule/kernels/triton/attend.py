@@ -50,12 +50,12 @@ def attend(
 
 
 def combine(
-    call: Call, producers: Sequence[Producer], joined: torch.Tensor, joined_lse: torch.Tensor | None = None
+    call: Call, producers: Sequence[Producer], merged: torch.Tensor, merged_lse: torch.Tensor | None = None
 ) -> None:
-    """Run producers, and join their partial results into joined [B, H * G, Q, D] and joined_lse [B * H, R] (base 2)."""
-    dim = joined.shape[3]
+    """Run producers, and join their partial results into merged [B, H * G, Q, D] and merged_lse [B * H, R] (base 2)."""
+    dim = merged.shape[3]
     if not producers:
-        joined.zero_()
+        merged.zero_()
         return
     total = sum(p.results for p in producers)
     out, lse = call.empty(total, call.rows, dim), call.empty(total, call.rows)
@@ -71,7 +71,7 @@ def combine(
     sources[-1] = sources[-1]._replace(splits=0)
     combine_kernel[(call.batch * call.heads, call.rows)](
         table(tuple(n for source in sources for n in source), out.device), len(sources), tail_splits, out, lse,
-        Queries.of(joined), joined_lse, SHAPE=Shape(call.rows, call.queries, call.heads, dim),
+        Queries.of(merged), merged_lse, SHAPE=Shape(call.rows, call.queries, call.heads, dim),
         BLOCK_P=16, BLOCK_D=block(dim),
     )  # fmt: skip
 
@@ -120,9 +120,9 @@ def _with_output_maps(call: Call, segment: Segment, producer: Producer) -> Produ
 
     def write(out: torch.Tensor, lse: torch.Tensor) -> None:
         batch, query_heads, queries, _ = call.query.shape
-        joined = call.empty(batch, query_heads, queries, segment.values.shape[3])
-        combine(call, [producer], joined, lse)
-        out_BHRC = joined.view(batch, call.heads, call.rows, -1)
+        merged = call.empty(batch, query_heads, queries, segment.values.shape[3])
+        combine(call, [producer], merged, lse)
+        out_BHRC = merged.view(batch, call.heads, call.rows, -1)
         if segment.value_mean is not None:
             out_BHRC = out_BHRC + segment.value_mean.float()[:, None]
         if segment.out_map is not None:

@@ -45,7 +45,7 @@ def _load_source(table, number):
 
 @triton.jit(do_not_specialize=["tail_splits"])
 def combine(
-    table, sources, tail_splits, out, lse, joined, joined_lse,
+    table, sources, tail_splits, out, lse, merged, merged_lse,
     SHAPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row r of slot (b, h): the joined output in its own dtype and, if given, its log-sum-exp.
@@ -57,8 +57,8 @@ def combine(
         tail_splits: splits of the last source, the only one that grows from call to call.
         out: [P, R, D] fp32.
         lse: [P, R] fp32.
-        joined: Queries, [B, H * G, Q, D].
-        joined_lse: [B * H, R] fp32, or None.
+        merged: Queries, [B, H * G, Q, D].
+        merged_lse: [B * H, R] fp32, or None.
     """
     slot = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1)
@@ -91,7 +91,7 @@ def combine(
             total = total * rescale + tl.sum(share, 0)
             top = new_top
     divisor = tl.where(total == 0.0, 1.0, total)
-    to = joined.data + query_offset(joined, slot // SHAPE.heads, slot % SHAPE.heads, r, SHAPE.rows, SHAPE.queries)
-    tl.store(to + c, (acc / divisor).to(joined.data.dtype.element_ty), mask=c < SHAPE.channels)
-    if joined_lse is not None:
-        tl.store(joined_lse + slot * SHAPE.rows + r, tl.where(total == 0.0, -float("inf"), top + tl.log2(divisor)))
+    to = merged.data + query_offset(merged, slot // SHAPE.heads, slot % SHAPE.heads, r, SHAPE.rows, SHAPE.queries)
+    tl.store(to + c, (acc / divisor).to(merged.data.dtype.element_ty), mask=c < SHAPE.channels)
+    if merged_lse is not None:
+        tl.store(merged_lse + slot * SHAPE.rows + r, tl.where(total == 0.0, -float("inf"), top + tl.log2(divisor)))
