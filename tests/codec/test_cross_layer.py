@@ -206,7 +206,7 @@ def test_a_cache_counts_the_code_once_whatever_is_done_to_its_rows(
         assert cache.bytes().visual == 32 * one
         cache.batch_select_indices(torch.tensor([0]))
         assert cache.bytes().visual == 8 * one
-    assert all(layer.shared is None for layer in cache.layers)
+    assert all(layer.memo is None for layer in cache.layers)
 
 
 def test_generate_with_beams_turns_and_a_policy_for_the_text(
