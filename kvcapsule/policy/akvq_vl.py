@@ -195,8 +195,10 @@ class AkvqVl(Policy, DecodeTimeMethod):
         left = max(0, tail.tokens - self.recent)
         visual, pivots, coded = [], [], []
         for s in state.visual:
-            left_window = isinstance(s.tag, int) and not isinstance(s.keys, GroupedRows)
-            visual.append(self._coded(s, int(s.tag)) if left_window else s)
+            if isinstance(s.tag, int) and not isinstance(s.keys, GroupedRows):
+                visual.append(self._coded(s, s.tag))
+            else:
+                visual.append(s)
         for s in (*state.text, cut(tail, 0, left)):
             if isinstance(s.keys, GroupedRows):
                 coded.append(s)

@@ -33,7 +33,8 @@ def masked_softmax(
     query = query_BAQD.unflatten(1, (keys_BHKD.shape[1], -1)).to(work)
     hidden = ~visible_BQK[:, None, None]
     logits = query @ keys_BHKD.to(work)[:, :, None].transpose(-1, -2) * scale
-    return logits.masked_fill_(hidden, torch.finfo(work).min).softmax(dim=-1).masked_fill_(hidden, 0.0)
+    weights: torch.Tensor = logits.masked_fill_(hidden, torch.finfo(work).min).softmax(dim=-1)
+    return weights.masked_fill_(hidden, 0.0)
 
 
 def attention_chunks(
