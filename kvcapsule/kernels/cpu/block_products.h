@@ -1,0 +1,111 @@
+// Matrix products in blocks whose sums stay in registers: rows times a map, and rows times rows.
+//
+// A block of A rows and V vectors needs A * V + V + 1 registers; AVX-512 has 32. 8 x 2 is bound by multiply-adds, and no compiler spills it.
+#pragma once
+
+#include "simd.h"
+
+namespace kvcapsule {
+
+// sum[a][v] += the sum over k < count of x[row a][k] times map[k][16 v : ...].
+// PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2, and their numbers two apart.
+template <int A, int V, int PAIR>
+INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line, int64_t count) {
+    for (int64_t k = 0; k < count; ++k, map += line, x += PAIR) {
+        Floats lanes[V];
+        for (int v = 0; v < V; ++v) lanes[v] = load(map + v * LANES);
+        for (int a = 0; a < A; ++a) {
+            const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
+            for (int v = 0; v < V; ++v) sum[a][v] += number * lanes[v];
+        }
+    }
+}
+
+// Where the sums of a product belong: row a, columns 16 v, at out + a * stride.
+struct ByRow {
+    float* out;
+    int64_t stride;
+
+    template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
+        for (int a = 0; a < A; ++a)
+            for (int v = 0; v < V; ++v) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
+    }
+};
+
+template <int A, int V, int PAIR, class Place>
+INLINE void product_block(const float* x, int64_t stride, const float* map, int64_t line, int64_t count, int64_t row, int64_t column,
+                          const Place& place) {
+    Floats sum[A][V] = {};
+    accumulate<A, V, PAIR>(sum, x + row / PAIR * stride, stride, map + column, line, count);
+    place.put(sum, row, column);
+}
+
+// x [rows, count] times map [count, width]; rows a multiple of 8, width one of 16.
+template <int PAIR, class Place>
+void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t line, int64_t count, int64_t width,
+             const Place& place) {
+    int64_t column = 0;
+    for (; column + 2 * LANES <= width; column += 2 * LANES)
+        for (int64_t row = 0; row < rows; row += 8) product_block<8, 2, PAIR>(x, stride, map, line, count, row, column, place);
+    for (; column < width; column += LANES)
+        for (int64_t row = 0; row < rows; row += 8) product_block<8, 1, PAIR>(x, stride, map, line, count, row, column, place);
+}
+
+// The same for any number of rows, few of them.
+inline void small_product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t line, int64_t count, int64_t width,
+                          const ByRow& place) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+        int64_t column = 0;
+        for (; column + 4 * LANES <= width; column += 4 * LANES) product_block<4, 4, 1>(x, stride, map, line, count, row, column, place);
+        for (; column < width; column += LANES) product_block<4, 1, 1>(x, stride, map, line, count, row, column, place);
+    }
+    for (; row < rows; ++row) {
+        int64_t column = 0;
+        for (; column + 8 * LANES <= width; column += 8 * LANES) product_block<1, 8, 1>(x, stride, map, line, count, row, column, place);
+        for (; column < width; column += LANES) product_block<1, 1, 1>(x, stride, map, line, count, row, column, place);
+    }
+}
+
+// out[a * stride + n] = row a of x times row n of y, n < count; both dense along `length` numbers, a multiple of 16.
+template <int A, int N>
+INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out, int64_t stride) {
+    Floats sum[A * N] = {};
+    for (int64_t k = 0; k < length; k += LANES) {
+        Floats lanes[N];
+        for (int n = 0; n < N; ++n) lanes[n] = load(y + n * y_stride + k);
+        for (int a = 0; a < A; ++a) {
+            const Floats row = load(x + a * x_stride + k);
+            for (int n = 0; n < N; ++n) sum[a * N + n] += row * lanes[n];
+        }
+    }
+    float found[(A * N + 3) / 4 * 4];
+    sums_of_lanes(sum, found);
+    for (int a = 0; a < A; ++a)
+        for (int n = 0; n < N; ++n) out[a * stride + n] = found[a * N + n];
+}
+
+template <int A>
+INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length, float* out,
+                 int64_t stride) {
+    constexpr int N = A == 1 ? 8 : A <= 4 ? 4 : 2;
+    int64_t n = 0;
+    for (; n + N <= count; n += N) dot_block<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+    for (; n < count; ++n) dot_block<A, 1>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+}
+
+// out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.
+inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out, int64_t width) {
+    if (step == 1) {
+        for (int64_t i = 0; i < lines; ++i)
+            for (int64_t k = 0; k < width; k += LANES) store(out + i * width + k, k < count ? load_part(x + i * line + k, count - k) : Floats{});
+        return;
+    }
+    for (int64_t i = 0; i < lines; ++i)
+        for (int64_t k = count; k < width; ++k) out[i * width + k] = 0;
+    // Read in the order in which it lies in memory.
+    for (int64_t k = 0; k < count; ++k)
+        for (int64_t i = 0; i < lines; ++i) out[i * width + k] = x[i * line + k * step];
+}
+
+}  // namespace kvcapsule
