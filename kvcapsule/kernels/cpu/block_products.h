@@ -10,12 +10,17 @@ namespace kvcapsule {
 // sum[a][v] += the sum over k < count of x[row a][k] times map[k][16 v : ...].
 // PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2, and their numbers two apart.
 template <int A, int V, int PAIR>
-INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line, int64_t count) {
+INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line, int64_t count,
+                       int64_t ahead = 0) {
     for (int64_t k = 0; k < count; ++k, map += line, x += PAIR) {
+        if (ahead) for (int v = 0; v < V; ++v) prefetch(map + ahead + v * LANES);
         Floats lanes[V];
-        for (int v = 0; v < V; ++v) lanes[v] = load(map + v * LANES);
+        UNROLL
+        for (int v = 0; v < V; ++v) lanes[v] = held(load(map + v * LANES));
+        UNROLL
         for (int a = 0; a < A; ++a) {
             const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
+            UNROLL
             for (int v = 0; v < V; ++v) sum[a][v] += number * lanes[v];
         }
     }
@@ -27,7 +32,9 @@ struct ByRow {
     int64_t stride;
 
     template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
+        UNROLL
         for (int a = 0; a < A; ++a)
+            UNROLL
             for (int v = 0; v < V; ++v) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
     }
 };
@@ -67,31 +74,43 @@ inline void small_product(const float* x, int64_t stride, int64_t rows, const fl
     }
 }
 
-// out[a * stride + n] = row a of x times row n of y, n < count; both dense along `length` numbers, a multiple of 16.
+// out[a * stride + n] = row a of x times row n of y; both dense along `length` numbers, a multiple of 16.
 template <int A, int N>
 INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out, int64_t stride) {
-    Floats sum[A * N] = {};
+    Floats sum[A][N] = {};
     for (int64_t k = 0; k < length; k += LANES) {
         Floats lanes[N];
-        for (int n = 0; n < N; ++n) lanes[n] = load(y + n * y_stride + k);
+        UNROLL
+        for (int n = 0; n < N; ++n) lanes[n] = held(load(y + n * y_stride + k));
+        UNROLL
         for (int a = 0; a < A; ++a) {
-            const Floats row = load(x + a * x_stride + k);
-            for (int n = 0; n < N; ++n) sum[a * N + n] += row * lanes[n];
+            const Floats row = held(load(x + a * x_stride + k));
+            UNROLL
+            for (int n = 0; n < N; ++n) sum[a][n] += row * lanes[n];
         }
     }
-    float found[(A * N + 3) / 4 * 4];
-    sums_of_lanes(sum, found);
-    for (int a = 0; a < A; ++a)
-        for (int n = 0; n < N; ++n) out[a * stride + n] = found[a * N + n];
+    UNROLL
+    for (int a = 0; a < A; ++a) {
+        if (N == 1) out[a * stride] = sum_of_lanes(sum[a][0]);
+        UNROLL
+        for (int n = 0; n + 4 <= N; n += 4) store_four_sums(out + a * stride + n, sum[a][n], sum[a][n + 1], sum[a][n + 2], sum[a][n + 3]);
+    }
+}
+
+// The same for any number of rows: what is loaded of y serves all of them while it is in the nearest cache.
+template <int A, int N>
+INLINE void dot_rows(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out, int64_t stride) {
+    dot_block<A < 4 ? A : 4, N>(x, x_stride, y, y_stride, length, out, stride);
+    if constexpr (A > 4) dot_rows<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride);
 }
 
 template <int A>
 INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length, float* out,
                  int64_t stride) {
-    constexpr int N = A == 1 ? 8 : A <= 4 ? 4 : 2;
+    constexpr int N = A == 1 ? 8 : 4;
     int64_t n = 0;
-    for (; n + N <= count; n += N) dot_block<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
-    for (; n < count; ++n) dot_block<A, 1>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+    for (; n + N <= count; n += N) dot_rows<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+    for (; n < count; ++n) dot_rows<A, 1>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
 }
 
 // out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.

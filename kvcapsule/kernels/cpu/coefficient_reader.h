@@ -192,6 +192,7 @@ class CoefficientReader {
 
         template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
             for (int a = 0; a < A; a += 2)
+                UNROLL
                 for (int v = 0; v < V; ++v) {
                     Floats low, high;
                     interleave(sum[a][v], sum[a + 1][v], low, high);
@@ -211,6 +212,7 @@ class CoefficientReader {
             for (int a = 0; a < A; a += 2) {
                 const int64_t row = (line + a) / 2;  // of all pairs of tiles
                 float* const to = out + (row / block * groups + column / 8) * block * LANES + row % block * LANES;
+                UNROLL
                 for (int v = 0; v < V; ++v) {
                     Floats low, high;
                     interleave(sum[a][v], sum[a + 1][v], low, high);
@@ -228,8 +230,10 @@ class CoefficientReader {
         const float* const queries = queries_ + p * apart + block * R * channels * 2;
         keys_.each_line(set_, pair, [&](int64_t line, int64_t channel, const auto& numbers) INLINE_LAMBDA {
             const Floats shift[2] = {load(keys_.shift + 2 * LANES * line), load(keys_.shift + 2 * LANES * line + LANES)};
+            UNROLL
             for (int i = 0; i < P; ++i) {
                 const Floats first = numbers(0, 2 * (p + i)) + shift[0], second = numbers(1, 2 * (p + i)) + shift[1];
+                UNROLL
                 for (int r = 0; r < R; ++r) {
                     const Floats query = splat_pair(queries + i * apart + (r * channels + channel) * 2);
                     sum[0][i][r] += first * query;
@@ -238,7 +242,9 @@ class CoefficientReader {
             }
         });
         const int64_t rows = s_.keys.rows;
+        UNROLL
         for (int i = 0; i < P; ++i)
+            UNROLL
             for (int r = 0; r < R; ++r) {
                 float* const to = z + ((p + i) * shape_.rows + block * R + r) * 2 * rows + pair * 2 * LANES;
                 store(to, sum[0][i][r]);
@@ -254,6 +260,7 @@ class CoefficientReader {
             const float* here = weights + group * LANES * R;
             for (int64_t p = 0; p < pairs; ++p, here += apart) {
                 const Floats first = numbers(0, 2 * p), second = numbers(1, 2 * p);
+                UNROLL
                 for (int r = 0; r < R; ++r) {
                     const Floats weight = load(here + r * LANES);
                     sum[r] += first * weight;
@@ -264,7 +271,9 @@ class CoefficientReader {
         float found[(2 * R + 3) / 4 * 4];
         sums_of_lanes(sum, found);
         float* const to = sums_ + (block * s_.values.channels + 2 * pair) * 8;
+        UNROLL
         for (int r = 0; r < R; ++r) to[r] += found[r];
+        UNROLL
         for (int r = 0; r < R && 2 * pair + 1 < s_.values.channels; ++r) to[8 + r] += found[R + r];
     }
 

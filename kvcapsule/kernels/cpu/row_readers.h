@@ -139,6 +139,8 @@ class RawReader {
     void finish(float* out) const { std::memcpy(out, sums_, shape_.real_rows * line_ * sizeof(float)); }
 
   private:
+    static constexpr int64_t AHEAD = 64;
+
     const float* place(const Rows& rows, const Tile& tile) const {
         return static_cast<const float*>(rows.data) + tile.entry * rows.entry + set_ * rows.head + tile.token * rows.row;
     }
@@ -147,10 +149,14 @@ class RawReader {
     INLINE void add(const float* weights, const float* value, int64_t apart, int64_t count, int64_t row, int64_t column) {
         float* const to = sums_ + row * line_ + column;
         Floats sum[R][V];
+        UNROLL
         for (int r = 0; r < R; ++r)
+            UNROLL
             for (int v = 0; v < V; ++v) sum[r][v] = load(to + r * line_ + v * LANES);
-        accumulate<R, V, 1>(sum, weights, 2 * shape_.value_line, value, apart, count);
+        accumulate<R, V, 1>(sum, weights, 2 * shape_.value_line, value, apart, count, s_.value_map.data ? 0 : AHEAD * apart);
+        UNROLL
         for (int r = 0; r < R; ++r)
+            UNROLL
             for (int v = 0; v < V; ++v) store(to + r * line_ + v * LANES, sum[r][v]);
     }
 
@@ -327,23 +333,28 @@ class QuantizedReader {
                 // The second vector may be of the next tile.
                 const bool both = n + LANES < tokens;
                 float* to[2];
+                UNROLL
                 for (int v = 0; v < 2; ++v) {
                     const int64_t at = n + v * (both ? LANES : 0), place = s_.score_map.data ? 0 : at / line;
                     to[v] = z + shape_.line(begin + place, row) * line + at - place * line;
                 }
                 Floats sum[R][2];
+                UNROLL
                 for (int r = 0; r < R; ++r)
+                    UNROLL
                     for (int v = 0; v < 2; ++v) sum[r][v] = channel ? load(to[v] + 2 * r * line) : splat(constant_[row + r]);
                 const uint8_t* from = codes(s_.keys, tile[begin].entry, channel, first + n);
                 for (int64_t c = 0; c < many; ++c, from += s_.keys.row) {
                     const Floats low = centred_codes<BITS>(from, written - n);
                     const Floats high = both ? centred_codes<BITS>(from + 2 * BITS, written - n - LANES) : low;
+                    UNROLL
                     for (int r = 0; r < R; ++r) {
                         const Floats query = splat(queries[c * R + r]);
                         sum[r][0] += low * query;
                         sum[r][1] += high * query;
                     }
                 }
+                UNROLL
                 for (int r = 0; r < R; ++r)
                     for (int v = 0; v < (both ? 2 : 1); ++v) store(to[v] + 2 * r * line, sum[r][v]);
             }
@@ -360,6 +371,7 @@ class QuantizedReader {
         };
         Floats mass[R] = {};
         for (int64_t n = 0; n < tokens; n += LANES)
+            UNROLL
             for (int r = 0; r < R; ++r) mass[r] += load(weights(n) + 2 * r * line);
         float masses[(R + 3) / 4 * 4];
         sums_of_lanes(mass, masses);
@@ -372,6 +384,7 @@ class QuantizedReader {
             for (int64_t n = 0; n < tokens; n += LANES, low_from += 2 * BITS, high_from += 2 * BITS) {
                 const Floats low = centred_codes<BITS>(low_from, written - n), high = centred_codes<BITS>(high_from, written - n);
                 const float* const here = weights(n);
+                UNROLL
                 for (int r = 0; r < R; ++r) {
                     const Floats weight = load(here + 2 * r * line);
                     sum[r] += low * weight;
@@ -381,6 +394,7 @@ class QuantizedReader {
             float found[(2 * R + 3) / 4 * 4];
             sums_of_lanes(sum, found);
             for (int c = 0; c < (both ? 2 : 1); ++c)
+                UNROLL
                 for (int r = 0; r < R; ++r)
                     sums_[(row + r) * line_ + channel + c] +=
                         step[channel + c] * found[c * R + r] + masses[r] * (least[channel + c] + step[channel + c] * half);

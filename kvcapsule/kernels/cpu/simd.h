@@ -15,6 +15,12 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+// Before a loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace kvcapsule {
 
@@ -26,6 +32,13 @@ typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias)
 INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 INLINE void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
 INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+// Holds what several instructions need in a register: GCC would have each of them load it again.
+INLINE Floats held(Floats x) {
+#if AVX512
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
 INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
 INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
 
@@ -88,21 +101,23 @@ INLINE float max_of_lanes(Floats x) {
 #endif
 }
 
+// The sums of the lanes of four vectors.
+INLINE void store_four_sums(float* to, Floats a, Floats b, Floats c, Floats d) {
+#if AVX512
+    // Within quarters of the vectors first.
+    const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512 quarters = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+    const __m256 halves = _mm512_castps512_ps256(quarters) + _mm512_extractf32x8_ps(quarters, 1);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
+#else
+    to[0] = sum_of_lanes(a), to[1] = sum_of_lanes(b), to[2] = sum_of_lanes(c), to[3] = sum_of_lanes(d);
+#endif
+}
+
 // sums[i] = the sum of the lanes of x[i].
 template <int COUNT> INLINE void sums_of_lanes(const Floats (&x)[COUNT], float (&sums)[(COUNT + 3) / 4 * 4]) {
-#if AVX512
-    for (int i = 0; i < COUNT; i += 4) {
-        const Floats none = {}, a = x[i], b = i + 1 < COUNT ? x[i + 1 < COUNT ? i + 1 : 0] : none;
-        const Floats c = i + 2 < COUNT ? x[i + 2 < COUNT ? i + 2 : 0] : none, d = i + 3 < COUNT ? x[i + 3 < COUNT ? i + 3 : 0] : none;
-        // Within quarters of the vectors first.
-        const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-        const __m512 quarters = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
-        const __m256 halves = _mm512_castps512_ps256(quarters) + _mm512_extractf32x8_ps(quarters, 1);
-        _mm_storeu_ps(sums + i, _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
-    }
-#else
-    for (int i = 0; i < COUNT; ++i) sums[i] = sum_of_lanes(x[i]);
-#endif
+    const auto at = [&](int i) INLINE_LAMBDA { return i < COUNT ? x[i < COUNT ? i : 0] : Floats{}; };
+    for (int i = 0; i < COUNT; i += 4) store_four_sums(sums + i, at(i), at(i + 1), at(i + 2), at(i + 3));
 }
 
 // x0, y0, x1, y1, ...: the lower and the upper half of it.
