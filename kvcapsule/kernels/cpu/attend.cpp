@@ -3,7 +3,7 @@
 //
 // The library has a C interface and needs nothing but libm: one build serves every version of Python and PyTorch.
 #include "coefficient_reader.h"
-#include "row_readers.h"
+#include "row_reader.h"
 
 namespace kvcapsule {
 
@@ -51,7 +51,7 @@ template <class Reader> class Pass {
         softmax_ = {arena.take(shape_.rows), arena.take(shape_.rows), arena.take(shape_.rows)};
         const int64_t channels = padded(s.values.channels);
         sums_ = arena.take(shape_.rows * channels);
-        out_map_ = s.out_map.data && s.out_map.third != 1 ? arena.take(s.heads * s.values.channels * padded(call.dim)) : nullptr;
+        out_map_ = s.out_map.data && (s.out_map.third != 1 || call.dim % LANES) ? arena.take(s.heads * s.values.channels * padded(call.dim)) : nullptr;
         out_ = s.out_map.data ? arena.take(shape_.rows * padded(call.dim)) : sums_;
     }
 
@@ -176,19 +176,12 @@ template <class Reader> class Pass {
 template <class Body> void with_pass(const Call& call, int64_t i, Arena& arena, const Body& body) {
     const Segment& s = *call.segments[i];
     const uint8_t* const visible = i == call.count - 1 ? call.visible : nullptr;
-    switch (s.form) {
-        case RAW: {
-            Pass<RawReader> pass(call, s, visible, arena);
-            return body(pass);
-        }
-        case QUANTIZED: {
-            Pass<QuantizedReader> pass(call, s, visible, arena);
-            return body(pass);
-        }
-        default: {
-            Pass<CoefficientReader> pass(call, s, visible, arena);
-            return body(pass);
-        }
+    if (s.form == CELLS) {
+        Pass<CoefficientReader> pass(call, s, visible, arena);
+        body(pass);
+    } else {
+        Pass<RowReader> pass(call, s, visible, arena);
+        body(pass);
     }
 }
 
@@ -267,9 +260,7 @@ EXPORT void kvcapsule_finish(const Call* call) {
 
 // For tests: the words of a set's cells, [words, 8], of entries that begin at base[8].
 EXPORT void kvcapsule_lay_words(const kvcapsule::Rows* rows, const int64_t* base, int64_t set, uint32_t* out) {
-    int64_t of_tiles[kvcapsule::TILES];
-    std::memcpy(of_tiles, base, sizeof of_tiles);
-    kvcapsule::lay_words(*rows, of_tiles, set, out);
+    kvcapsule::lay_words(*rows, base, set, out);
 }
 
 // For tests: e^x of sixteen numbers.

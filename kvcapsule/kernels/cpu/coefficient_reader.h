@@ -8,49 +8,46 @@
 
 namespace kvcapsule {
 
-// Keys or values in cells, with what loops over a set's cells need.
+// Keys or values in cells, and what loops over the cells of a set need; see cell_words.py for lines.
 struct Cells {
     const Rows& rows;
-    int64_t pairs;     // of groups (keys) or channels (values)
-    float* step;       // in the order of the lines; 0 where there is no cell, or one of no bits
-    float* shift;      // keys: 16 numbers a cell, its rows' offset, twice each
-    uint32_t* words;   // [words of a set, TILES]
-    int64_t base[TILES];
-    int64_t first_line;  // of the set
+    int64_t pairs;      // of groups (keys) or channels (values)
+    float *step, *shift = nullptr;  // of each cell of the lines, [2 n], 0 in null cells; and of keys the rows' offset, twice each [2 n, 16]
+    uint32_t* words;    // [words of a set, TILES]
+    int64_t base[TILES], first_line = 0;
 
     Cells(const Rows& rows_, int64_t sets, int64_t blocks, bool with_offset, Arena& arena) : rows(rows_), pairs((blocks + 1) / 2) {
-        int64_t most = 0;
+        int64_t lines = 0, most_words = 0;
         for (int64_t set = 0; set < sets; ++set) {
             const int64_t count = bounds(set, pairs - 1)[2] - bounds(set, 0)[0];
-            most = count > most ? count : most;
+            lines = count > lines ? count : lines;
+            const int32_t* const last = rows.ranges + (set * WIDTHS + WIDTHS - 1) * 3;
+            const int64_t end = last[2] + (last[1] - last[0] + 3) / 4 + 4;
+            most_words = end > most_words ? end : most_words;
         }
-        step = arena.take(2 * most);
-        shift = with_offset ? arena.take(2 * LANES * most) : nullptr;
-        words = arena.take<uint32_t>((words_of_a_set(rows, sets) + 1) * TILES);
+        step = arena.take(2 * lines);
+        if (with_offset) shift = arena.take(2 * LANES * lines);
+        words = arena.take<uint32_t>(most_words * TILES);
     }
 
     const int32_t* bounds(int64_t set, int64_t pair) const { return rows.bounds + (set * pairs + pair) * 3; }
 
     void open_set(int64_t set) {
         first_line = bounds(set, 0)[0];
-        const int64_t count = 2 * (bounds(set, pairs - 1)[2] - first_line), channels = rows.channels;
+        const int64_t channels = rows.channels, count = 2 * (bounds(set, pairs - 1)[2] - first_line);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t cell = rows.numbers[2 * first_line + i];
             const bool valid = cell < rows.cells;
             step[i] = valid && rows.widths[cell] ? rows.step[cell] : 0;
-            if (!shift) continue;
             const float* const offset = rows.offset + cell / channels * 8 * channels + cell % channels;
-            for (int m = 0; m < 8; ++m) shift[i * LANES + 2 * m] = shift[i * LANES + 2 * m + 1] = valid ? offset[m * channels] : 0;
+            for (int m = 0; shift && m < 8; ++m) shift[i * LANES + 2 * m] = shift[i * LANES + 2 * m + 1] = valid ? offset[m * channels] : 0;
         }
     }
 
-    void lay(int64_t set) { lay_words(rows, base, set, words); }
-
-    // Fetches one of some parts of the cells of the next tiles.
+    // Fetches one of some parts of the cells of the next tiles: what is asked for at once has to be waited for.
     void expect(const Tile* next, int64_t tiles, int64_t set, int64_t part, int64_t parts) const {
         for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile)
-            for (int i = 0; i < WIDTHS; ++i) {
-                const int32_t* const range = rows.ranges + (set * WIDTHS + i) * 3;
+            for (const int32_t* range = rows.ranges + set * WIDTHS * 3; range < rows.ranges + (set + 1) * WIDTHS * 3; range += 3) {
                 const uint8_t* const data = static_cast<const uint8_t*>(rows.data) + next[tile].entry * rows.entry;
                 for (int64_t at = range[0]; at < range[1] + 63; at += 64) prefetch(data + (at < range[1] ? at : range[1] - 1));
             }
@@ -59,39 +56,56 @@ struct Cells {
     // Calls body(line, what its cells meet, numbers) for each line of a pair of blocks; numbers(half, tile) of two tiles from `tile` on.
     template <class Body> INLINE void each_line(int64_t set, int64_t pair, const Body& body) const {
         const int32_t* const bound = bounds(set, pair);
-        const int64_t* const lines = rows.lines;
-        for (int64_t i = bound[0]; i < bound[1]; ++i) {
+        const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
+        for (int64_t i = bound[0]; i < bound[2]; ++i) {
+            const uint64_t first = rows.lines[2 * i], second = rows.lines[2 * i + 1], met = first >> 32;
+            const uint32_t low[2] = {static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
             const float* const steps = step + 2 * (i - first_line);
-            const uint64_t first = lines[2 * i], second = lines[2 * i + 1];
-            const Decoder decoders[2] = {{static_cast<int64_t>((first & 0xffffffff) >> 24), steps[0]},
-                                         {static_cast<int64_t>((second & 0xffffffff) >> 24), steps[1]}};
-            const uint32_t* const at[2] = {words + (first & 0xffffff) * TILES, words + (second & 0xffffff) * TILES};
-            body(i - first_line, static_cast<int64_t>(first >> 32),
-                 [&](int half, int64_t tile) INLINE_LAMBDA { return decoders[half].numbers(at[half] + tile); });
+            if (i < bound[1]) {
+                const Decoder decoders[2] = {{low[0] >> 24, steps[0]}, {low[1] >> 24, steps[1]}};
+                const uint32_t* const at[2] = {words + (low[0] & 0xffffff) * TILES, words + (low[1] & 0xffffff) * TILES};
+                body(i - first_line, met, [&](int half, int64_t tile) INLINE_LAMBDA { return decoders[half].numbers(at[half] + tile); });
+            } else {
+                body(i - first_line, met, [&](int half, int64_t tile) INLINE_LAMBDA {
+                    return eight_bit_numbers(data + base[tile] + low[half], data + base[tile + 1] + low[half], steps[half]);
+                });
+            }
         }
-        for (int64_t i = bound[1]; i < bound[2]; ++i) {
-            const float* const steps = step + 2 * (i - first_line);
-            const uint64_t first = lines[2 * i], second = lines[2 * i + 1];
-            const uint8_t* const at[2] = {static_cast<const uint8_t*>(rows.data) + (first & 0xffffffff),
-                                          static_cast<const uint8_t*>(rows.data) + (second & 0xffffffff)};
-            body(i - first_line, static_cast<int64_t>(first >> 32), [&](int half, int64_t tile) INLINE_LAMBDA {
-                return eight_bit_numbers(at[half] + base[tile], at[half] + base[tile + 1], steps[half]);
-            });
+    }
+};
+
+// Where a product's sums belong whose rows 2 i and 2 i + 1 are two tiles: their numbers side by side, eight columns a vector.
+struct SideBySide {
+    float* out;
+    int64_t rows, pair, row, group;  // rows of a pair of tiles; how far pairs, rows and groups of eight columns are apart
+
+    template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t line, int64_t column) const {
+        UNROLL
+        for (int a = 0; a < A; a += 2) {
+            float* const to = out + (line + a) / 2 / rows * pair + (line + a) / 2 % rows * row + column / 8 * group;
+            UNROLL
+            for (int v = 0; v < V; ++v) {
+                Floats low, high;
+                interleave(sum[a][v], sum[a + 1][v], low, high);
+                store(to + 2 * v * group, low);
+                store(to + (2 * v + 1) * group, high);
+            }
         }
     }
 };
 
 class CoefficientReader {
   public:
-    static constexpr bool PAIRED = true;   // lines of stored keys: two tiles side by side
+    static constexpr bool PAIRED = true;  // products with key rows are [pairs of tiles, rows, M, 2]
 
     CoefficientReader(const Call& call, const Segment& s, const Shape& shape, Arena& arena)
         : call_(call), s_(s), shape_(shape), queries_map_(s, shape.rows, call.dim, arena),
-          keys_(s.keys, s.sets, s.keys.rows / 8, true, arena), values_(s.values, s.sets, s.values.channels, false, arena) {
+          keys_(s.keys, s.sets, s.keys.rows / 8, true, arena), values_(s.values, s.sets, s.values.channels, false, arena),
+          columns_(padded(s.values.channels)), weight_count_(shape.rows * shape.value_line * 2) {
         queries_ = arena.take(TILES * queries_map_.columns);
-        weights_ = arena.take(shape.blocks * shape.value_line * 2 * shape.block);
+        weights_ = arena.take(weight_count_);
         sums_ = arena.take(shape.blocks * s.values.channels * 8);
-        offset_ = arena.take(s.values.rows * padded(s.values.channels));
+        offset_ = arena.take(s.values.rows * columns_);
         row_weights_ = arena.take(shape.rows * shape.value_line);
     }
 
@@ -100,16 +114,15 @@ class CoefficientReader {
         keys_.open_set(set);
         values_.open_set(set);
         const int64_t channels = s_.values.channels;
-        copy_map(s_.values.offset + set * s_.values.rows * channels, s_.values.rows, channels, channels, 1, offset_, padded(channels));
+        copy_map(s_.values.offset + set * s_.values.rows * channels, s_.values.rows, channels, channels, 1, offset_, columns_);
     }
 
     void load_queries(const float* query) {
         queries_map_.load_queries(s_, call_, set_, query, shape_.real_rows);
-        std::memset(weights_, 0, shape_.blocks * shape_.value_line * 2 * shape_.block * sizeof(float));
+        std::memset(weights_, 0, weight_count_ * sizeof(float));
         std::memset(sums_, 0, shape_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
-    // z [pairs of tiles, rows, M, 2]: products of the queries with the key rows.
     void score_rows(const Tile* tile, int64_t tiles, int64_t next_tiles, float* z) {
         for (int64_t i = 0; i < TILES; ++i) {
             // Words are laid out for all tiles; what stands in the place of one that is not there is not read.
@@ -117,118 +130,71 @@ class CoefficientReader {
             keys_.base[i] = entry * s_.keys.entry, values_.base[i] = entry * s_.values.entry;
             queries_map_.set_tile(s_, i, entry);
         }
-        keys_.lay(set_);
-        const Interleaved place{queries_, 2 * queries_map_.columns, 2};
+        lay_words(s_.keys, keys_.base, set_, keys_.words);
         product<1>(queries_map_.of_tiles, queries_map_.features, TILES, queries_map_.map, queries_map_.line, queries_map_.features,
-                   queries_map_.columns, place);
+                   queries_map_.columns, SideBySide{queries_, 1, 2 * queries_map_.columns, 0, LANES});
         const int64_t pairs = (tiles + 1) / 2;
         with_block(shape_.block, [&](auto size) {
             constexpr int R = decltype(size)::value, P = R <= 2 ? 4 : R == 4 ? 2 : 1;
             for (int64_t block = 0; block < shape_.blocks; ++block)
-                for (int64_t pair = 0; pair < keys_.pairs; ++pair) {
-                    // The next tiles' cells, a few at a time: what is asked for at once has to be waited for.
-                    if (!block) keys_.expect(tile + tiles, next_tiles, set_, pair, keys_.pairs);
+                for (int64_t groups = 0; groups < keys_.pairs; ++groups) {
+                    if (!block) keys_.expect(tile + tiles, next_tiles, set_, groups, keys_.pairs);
                     int64_t p = 0;
-                    for (; p + P <= pairs; p += P) score_pair<R, P>(block, pair, p, z);
-                    for (; P > 1 && p < pairs; ++p) score_pair<R, 1>(block, pair, p, z);
+                    for (; p + P <= pairs; p += P) score_groups<R, P>(block, groups, p, z);
+                    for (; P > 1 && p < pairs; ++p) score_groups<R, 1>(block, groups, p, z);
                 }
         });
     }
 
-    // Weights of the value rows [pairs, blocks, M / 8, R, 8, 2] from those of the tokens [lines, N].
+    // Weights of the value rows [pairs of tiles, M / 8, rows, 8, 2] from those of the tokens [lines, N].
     void map_weights(const float* p, int64_t lines, const float* map, float* w) const {
-        const WeightGroups place{w, shape_.block, shape_.blocks, shape_.value_line / 8};
-        product<1>(p, shape_.score_line, lines, map, shape_.value_line, shape_.tokens, shape_.value_line, place);
+        product<1>(p, shape_.score_line, lines, map, shape_.value_line, shape_.tokens, shape_.value_line,
+                   SideBySide{w, shape_.rows, weight_count_, LANES, shape_.rows * LANES});
     }
 
     void add_values(const Tile* tile, int64_t tiles, int64_t next_tiles, const float* w, const float*) {
-        const int64_t pairs = (tiles + 1) / 2, size = shape_.blocks * shape_.value_line * 2 * shape_.block;
-        for (int64_t at = 0; at < size; at += LANES) {
+        const int64_t pairs = (tiles + 1) / 2;
+        for (int64_t at = 0; at < weight_count_; at += LANES) {
             Floats sum = load(weights_ + at);
-            for (int64_t pair = 0; pair < pairs; ++pair) sum += load(w + pair * size + at);
+            for (int64_t pair = 0; pair < pairs; ++pair) sum += load(w + pair * weight_count_ + at);
             store(weights_ + at, sum);
         }
-        values_.lay(set_);
-        with_block(shape_.block, [&](auto count) {
+        lay_words(s_.values, values_.base, set_, values_.words);
+        with_block(shape_.block, [&](auto size) {
             for (int64_t block = 0; block < shape_.blocks; ++block)
-                for (int64_t pair = 0; pair < values_.pairs; ++pair) {
-                    if (!block) values_.expect(tile + tiles, next_tiles, set_, pair, values_.pairs);
-                    add_pair<decltype(count)::value>(block, pair, pairs, w, size);
+                for (int64_t channels = 0; channels < values_.pairs; ++channels) {
+                    if (!block) values_.expect(tile + tiles, next_tiles, set_, channels, values_.pairs);
+                    add_channels<decltype(size)::value>(block, channels, pairs, w);
                 }
         });
     }
 
     void rescale(int64_t row, float factor) {
-        const int64_t block = row / shape_.block, r = row % shape_.block;
-        for (int64_t c = 0; c < s_.values.channels; ++c) sums_[(block * s_.values.channels + c) * 8 + r] *= factor;
-        for (int64_t group = 0; group < shape_.value_line / 8; ++group) {
-            float* const at = weights_ + ((block * shape_.value_line / 8 + group) * shape_.block + r) * LANES;
-            store(at, load(at) * splat(factor));
-        }
+        float* const sums = sums_ + row / shape_.block * s_.values.channels * 8 + row % shape_.block;
+        for (int64_t c = 0; c < s_.values.channels; ++c) sums[c * 8] *= factor;
+        for (float* at = weights_ + row * LANES; at < weights_ + weight_count_; at += shape_.rows * LANES) store(at, load(at) * splat(factor));
     }
 
-    // The sums [rows, padded(C)], offset included.
     void finish(float* out) {
-        const int64_t channels = s_.values.channels, line = padded(channels);
-        for (int64_t row = 0; row < shape_.real_rows; ++row) {
-            const int64_t block = row / shape_.block, r = row % shape_.block;
+        for (int64_t row = 0; row < shape_.real_rows; ++row)
             for (int64_t m = 0; m < s_.values.rows; ++m) {
-                const float* const at = weights_ + ((block * shape_.value_line / 8 + m / 8) * shape_.block + r) * LANES + m % 8 * 2;
+                const float* const at = weights_ + (m / 8 * shape_.rows + row) * LANES + m % 8 * 2;
                 row_weights_[row * shape_.value_line + m] = at[0] + at[1];
             }
-        }
-        small_product(row_weights_, shape_.value_line, shape_.real_rows, offset_, line, s_.values.rows, line, ByRow{out, line});
+        small_product(row_weights_, shape_.value_line, shape_.real_rows, offset_, columns_, s_.values.rows, columns_, ByRow{out, columns_});
         for (int64_t row = 0; row < shape_.real_rows; ++row) {
-            const float* const sums = sums_ + row / shape_.block * channels * 8 + row % shape_.block;
-            for (int64_t c = 0; c < channels; ++c) out[row * line + c] += sums[c * 8];
+            const float* const sums = sums_ + row / shape_.block * s_.values.channels * 8 + row % shape_.block;
+            for (int64_t c = 0; c < s_.values.channels; ++c) out[row * columns_ + c] += sums[c * 8];
         }
     }
 
   private:
-    // Rows 2 i and 2 i + 1 are two tiles, whose numbers lie side by side: pair i at out + i * pair, columns at out + column * step.
-    struct Interleaved {
-        float* out;
-        int64_t pair, step;
-
-        template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
-            for (int a = 0; a < A; a += 2)
-                UNROLL
-                for (int v = 0; v < V; ++v) {
-                    Floats low, high;
-                    interleave(sum[a][v], sum[a + 1][v], low, high);
-                    float* const to = out + (row + a) / 2 * pair + (column + v * LANES) * step;
-                    store(to, low);
-                    store(to + LANES, high);
-                }
-        }
-    };
-
-    // The same with groups of eight columns outside of a block's rows.
-    struct WeightGroups {
-        float* out;
-        int64_t block, blocks, groups;
-
-        template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t line, int64_t column) const {
-            for (int a = 0; a < A; a += 2) {
-                const int64_t row = (line + a) / 2;  // of all pairs of tiles
-                float* const to = out + (row / block * groups + column / 8) * block * LANES + row % block * LANES;
-                UNROLL
-                for (int v = 0; v < V; ++v) {
-                    Floats low, high;
-                    interleave(sum[a][v], sum[a + 1][v], low, high);
-                    store(to + 2 * v * block * LANES, low);
-                    store(to + (2 * v + 1) * block * LANES, high);
-                }
-            }
-        }
-    };
-
     // Products of a block of R queries of P pairs of tiles from p on with two groups of key rows.
-    template <int R, int P> INLINE void score_pair(int64_t block, int64_t pair, int64_t p, float* z) const {
+    template <int R, int P> INLINE void score_groups(int64_t block, int64_t groups, int64_t p, float* z) const {
         Floats sum[2][P][R] = {};
-        const int64_t channels = s_.keys.channels, apart = 2 * queries_map_.columns;
+        const int64_t channels = s_.keys.channels, apart = 2 * queries_map_.columns, rows = s_.keys.rows;
         const float* const queries = queries_ + p * apart + block * R * channels * 2;
-        keys_.each_line(set_, pair, [&](int64_t line, int64_t channel, const auto& numbers) INLINE_LAMBDA {
+        keys_.each_line(set_, groups, [&](int64_t line, int64_t channel, const auto& numbers) INLINE_LAMBDA {
             const Floats shift[2] = {load(keys_.shift + 2 * LANES * line), load(keys_.shift + 2 * LANES * line + LANES)};
             UNROLL
             for (int i = 0; i < P; ++i) {
@@ -241,28 +207,28 @@ class CoefficientReader {
                 }
             }
         });
-        const int64_t rows = s_.keys.rows;
         UNROLL
         for (int i = 0; i < P; ++i)
             UNROLL
             for (int r = 0; r < R; ++r) {
-                float* const to = z + ((p + i) * shape_.rows + block * R + r) * 2 * rows + pair * 2 * LANES;
+                float* const to = z + ((p + i) * shape_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
                 store(to, sum[0][i][r]);
-                if (pair * 16 + 8 < rows) store(to + LANES, sum[1][i][r]);
+                if (groups * 16 + 8 < rows) store(to + LANES, sum[1][i][r]);
             }
     }
 
     // Adds two channels of the value rows of so many pairs of tiles.
-    template <int R> INLINE void add_pair(int64_t block, int64_t pair, int64_t pairs, const float* w, int64_t apart) {
+    template <int R> INLINE void add_channels(int64_t block, int64_t channels, int64_t pairs, const float* w) {
         Floats sum[2 * R] = {};
-        const float* const weights = w + block * shape_.value_line * 2 * R;
-        values_.each_line(set_, pair, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
-            const float* here = weights + group * LANES * R;
-            for (int64_t p = 0; p < pairs; ++p, here += apart) {
+        const float* const weights = w + block * R * LANES;
+        const int64_t apart = shape_.rows * LANES;
+        values_.each_line(set_, channels, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
+            const float* here = weights + group * apart;
+            for (int64_t p = 0; p < pairs; ++p, here += weight_count_) {
                 const Floats first = numbers(0, 2 * p), second = numbers(1, 2 * p);
                 UNROLL
                 for (int r = 0; r < R; ++r) {
-                    const Floats weight = load(here + r * LANES);
+                    const Floats weight = held(load(here + r * LANES));
                     sum[r] += first * weight;
                     sum[R + r] += second * weight;
                 }
@@ -270,11 +236,10 @@ class CoefficientReader {
         });
         float found[(2 * R + 3) / 4 * 4];
         sums_of_lanes(sum, found);
-        float* const to = sums_ + (block * s_.values.channels + 2 * pair) * 8;
-        UNROLL
-        for (int r = 0; r < R; ++r) to[r] += found[r];
-        UNROLL
-        for (int r = 0; r < R && 2 * pair + 1 < s_.values.channels; ++r) to[8 + r] += found[R + r];
+        const int64_t many = 2 * channels + 1 < s_.values.channels ? 2 : 1;
+        float* const to = sums_ + (block * s_.values.channels + 2 * channels) * 8;
+        for (int64_t half = 0; half < many; ++half)
+            for (int r = 0; r < R; ++r) to[half * 8 + r] += found[half * R + r];
     }
 
     const Call& call_;
@@ -282,12 +247,9 @@ class CoefficientReader {
     const Shape& shape_;
     QueryMap queries_map_;
     Cells keys_, values_;
-    int64_t set_ = 0;
-    float* queries_;      // [pairs, rows * C filled up, 2]
-    float* weights_;      // [blocks, M / 8, R, 8, 2]: of a batch row's tiles together
-    float* sums_;         // [blocks, C, 8]
-    float* offset_;       // [M, padded(C)]
-    float* row_weights_;  // [rows, M filled up]
+    int64_t set_ = 0, columns_, weight_count_;
+    float *queries_, *weights_;  // [pairs, rows * C filled up, 2]; [M / 8, rows, 8, 2] of a batch row's tiles together
+    float *sums_, *offset_, *row_weights_;  // [blocks, C, 8], [M, columns], [rows, M filled up]
 };
 
 }  // namespace kvcapsule

@@ -35,6 +35,50 @@ inline void rotate_back(const Segment& s, int64_t entry, const float* query, int
     }
 }
 
+// The queries of a batch row and a set, rotated back by a tile's frame and mapped: what the keys of an entry meet.
+class EntryQueries {
+  public:
+    EntryQueries(const Call& call, const Segment& s, const Shape& shape, Arena& arena) : call_(call), s_(s), shape_(shape) {
+        line_ = padded(s.keys.channels);
+        query_ = arena.take(shape.rows * call.dim);
+        rotated_ = s.half ? arena.take(shape.rows * call.dim) : nullptr;
+        map_ = s.q_map.data ? arena.take(call.dim * line_) : nullptr;
+        mapped_ = map_ || call.dim != line_ ? arena.take(shape.rows * line_) : nullptr;
+    }
+
+    int64_t line() const { return line_; }
+
+    void open_set(int64_t set) {
+        const float* const map = s_.q_map.data + (s_.head ? 0 : set) * s_.q_map.first;
+        if (map_) copy_map(map, call_.dim, s_.q_map.second, s_.keys.channels, 1, map_, line_);
+    }
+
+    void load(const float* query) {
+        for (int64_t i = 0; i < shape_.real_rows * call_.dim; ++i) query_[i] = query[i] * call_.scale;
+        entry_ = -1;
+    }
+
+    // [rows, line()], 0 behind the channels. What stands in the place of rows that fill up a block does not matter.
+    const float* of(int64_t entry) {
+        if (entry == entry_ || (entry_ >= 0 && !s_.half)) return found_;
+        const int64_t dim = call_.dim;
+        entry_ = entry;
+        found_ = query_;
+        if (s_.half) rotate_back(s_, entry, query_, shape_.rows, dim, rotated_), found_ = rotated_;
+        if (map_) small_product(found_, dim, shape_.rows, map_, line_, dim, line_, ByRow{mapped_, line_});
+        else if (mapped_) copy_map(found_, shape_.rows, dim, dim, 1, mapped_, line_);
+        return found_ = mapped_ ? mapped_ : found_;
+    }
+
+  private:
+    const Call& call_;
+    const Segment& s_;
+    const Shape& shape_;
+    int64_t line_, entry_ = -1;
+    float *query_, *rotated_, *map_, *mapped_;
+    const float* found_ = nullptr;
+};
+
 // Rotated and mapped queries of many tiles as one product.
 //
 // With c and s the cosines and sines of a tile's frame, a rotated query times its map is linear in them: for channels a, b that rotate

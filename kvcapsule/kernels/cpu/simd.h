@@ -1,7 +1,6 @@
 // Sixteen fp32 numbers as one vector, and what a softmax needs of them.
 //
-// GCC's and clang's vector extensions make these one register with AVX-512, two with AVX2 and four with NEON or SSE. What the extensions
-// cannot say well (a look-up, a reduction, an interleaving) has a form in intrinsics for AVX-512 and one in plain loops for all else.
+// GCC's and clang's vector extensions make these one register with AVX-512, two with AVX2 and four with NEON or SSE.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +14,14 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
-// Before a loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
 #ifdef __clang__
+// Before a loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
 #define UNROLL _Pragma("unroll")
+// Sixteen lanes of x and y, counted through.
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
 #endif
 
 namespace kvcapsule {
@@ -27,11 +29,15 @@ namespace kvcapsule {
 constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
 typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
 
 INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 INLINE void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
 INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
+INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
+
 // Holds what several instructions need in a register: GCC would have each of them load it again.
 INLINE Floats held(Floats x) {
 #if AVX512
@@ -39,8 +45,6 @@ INLINE Floats held(Floats x) {
 #endif
     return x;
 }
-INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
-INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
 
 // The first `count` numbers, at most sixteen; 0 behind them.
 INLINE Floats load_part(const float* from, int64_t count) {
@@ -55,83 +59,84 @@ INLINE Floats load_part(const float* from, int64_t count) {
 }
 
 // from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
-INLINE Floats splat_pair(const float* from) {
-    typedef double Doubles __attribute__((vector_size(64)));
+INLINE Floats splat_pair(const void* from) {
     double both;
     std::memcpy(&both, from, sizeof both);
     return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
 }
 
 // The smaller and the greater one in each lane; y where x is not a number.
-INLINE Floats minimum(Floats x, Floats y) {
 #if AVX512
-    return _mm512_min_ps(x, y);
+INLINE Floats minimum(Floats x, Floats y) { return _mm512_min_ps(x, y); }
+INLINE Floats maximum(Floats x, Floats y) { return _mm512_max_ps(x, y); }
 #else
-    const Ints first = x < y;
-    return reinterpret_cast<Floats>((first & reinterpret_cast<Ints>(x)) | (~first & reinterpret_cast<Ints>(y)));
+INLINE Floats minimum(Floats x, Floats y) { return x < y ? x : y; }
+INLINE Floats maximum(Floats x, Floats y) { return x > y ? x : y; }
 #endif
-}
 
-INLINE Floats maximum(Floats x, Floats y) {
-#if AVX512
-    return _mm512_max_ps(x, y);
-#else
-    const Ints first = x > y;
-    return reinterpret_cast<Floats>((first & reinterpret_cast<Ints>(x)) | (~first & reinterpret_cast<Ints>(y)));
-#endif
+// All lanes joined, by sums or by maxima: in each lane.
+template <class Join> INLINE Floats fold(Floats x, const Join& join) {
+    x = join(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = join(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = join(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return join(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
 }
+INLINE float sum_of_lanes(Floats x) { return fold(x, [](Floats a, Floats b) INLINE_LAMBDA { return a + b; })[0]; }
+INLINE float max_of_lanes(Floats x) { return fold(x, maximum)[0]; }
 
-INLINE float sum_of_lanes(Floats x) {
-#if AVX512
-    return _mm512_reduce_add_ps(x);
-#else
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
-    return total;
-#endif
-}
+// Numbers of x and y in turn, those of the lower or of the upper half of each quarter; and the same by twos.
+INLINE Floats lower_in_turn(Floats x, Floats y) { return SHUFFLE(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); }
+INLINE Floats upper_in_turn(Floats x, Floats y) { return SHUFFLE(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); }
+INLINE Floats lower_twos(Floats x, Floats y) { return SHUFFLE(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); }
+INLINE Floats upper_twos(Floats x, Floats y) { return SHUFFLE(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); }
 
-INLINE float max_of_lanes(Floats x) {
-#if AVX512
-    return _mm512_reduce_max_ps(x);
-#else
-    float top = x[0];
-    for (int i = 1; i < LANES; ++i) top = x[i] > top ? x[i] : top;
-    return top;
-#endif
-}
-
-// The sums of the lanes of four vectors.
+// to[i] = the sum of the lanes of the i-th of four vectors.
 INLINE void store_four_sums(float* to, Floats a, Floats b, Floats c, Floats d) {
-#if AVX512
-    // Within quarters of the vectors first.
-    const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-    const __m512 quarters = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
-    const __m256 halves = _mm512_castps512_ps256(quarters) + _mm512_extractf32x8_ps(quarters, 1);
-    _mm_storeu_ps(to, _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
-#else
-    to[0] = sum_of_lanes(a), to[1] = sum_of_lanes(b), to[2] = sum_of_lanes(c), to[3] = sum_of_lanes(d);
-#endif
+    const Floats ab = lower_in_turn(a, b) + upper_in_turn(a, b), cd = lower_in_turn(c, d) + upper_in_turn(c, d);
+    Floats sums = lower_twos(ab, cd) + upper_twos(ab, cd);  // of each quarter
+    sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    std::memcpy(to, &sums, 4 * sizeof(float));
 }
 
-// sums[i] = the sum of the lanes of x[i].
 template <int COUNT> INLINE void sums_of_lanes(const Floats (&x)[COUNT], float (&sums)[(COUNT + 3) / 4 * 4]) {
     const auto at = [&](int i) INLINE_LAMBDA { return i < COUNT ? x[i < COUNT ? i : 0] : Floats{}; };
+    UNROLL
     for (int i = 0; i < COUNT; i += 4) store_four_sums(sums + i, at(i), at(i + 1), at(i + 2), at(i + 3));
 }
 
 // x0, y0, x1, y1, ...: the lower and the upper half of it.
 INLINE void interleave(Floats x, Floats y, Floats& low, Floats& high) {
-#if AVX512
-    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    low = _mm512_permutex2var_ps(x, first, y);
-    high = _mm512_permutex2var_ps(x, _mm512_add_epi32(first, _mm512_set1_epi32(8)), y);
-#else
-    for (int i = 0; i < LANES / 2; ++i) {
-        low[2 * i] = x[i], low[2 * i + 1] = y[i];
-        high[2 * i] = x[i + LANES / 2], high[2 * i + 1] = y[i + LANES / 2];
+    low = SHUFFLE(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// Row i of out, `stride` apart, becomes the i-th lanes of the sixteen vectors.
+INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t stride) {
+    Floats y[LANES];  // y[4 g + i], quarter q: of vectors 4 g to 4 g + 3 the lane 4 q + i
+    UNROLL
+    for (int g = 0; g < LANES; g += 4) {
+        const Floats low[2] = {lower_in_turn(x[g], x[g + 1]), lower_in_turn(x[g + 2], x[g + 3])};
+        const Floats high[2] = {upper_in_turn(x[g], x[g + 1]), upper_in_turn(x[g + 2], x[g + 3])};
+        y[g] = lower_twos(low[0], low[1]), y[g + 1] = upper_twos(low[0], low[1]);
+        y[g + 2] = lower_twos(high[0], high[1]), y[g + 3] = upper_twos(high[0], high[1]);
     }
-#endif
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+        Floats halves[4];
+        UNROLL
+        for (int g = 0; g < 4; g += 2) {
+            const Floats a = y[2 * 2 * g + i], b = y[2 * 2 * g + 4 + i];
+            halves[g] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+            halves[g + 1] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        }
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const Floats a = halves[half], b = halves[half + 2];
+            store(out + (8 * half + i) * stride, SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27));
+            store(out + (8 * half + 4 + i) * stride, SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+        }
+    }
 }
 
 // e^x for x <= 0, within 2e-7 of it; below -87, and so for -inf, 0. Cephes (S. Moshier), expf.
