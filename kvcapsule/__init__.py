@@ -8,27 +8,31 @@ with attach(model, Capsule.from_pretrained("...")):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .cache import CapsuleCache
-    from .capsule import Capsule, CapsuleConfig, CapsuleError
-    from .geometry import GeometryError, KVGeometry
-    from .inference import attach
-    from .segment import Segment
-    from .spans import VisualSpan, find_spans
+from ._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .capsule.capsule import Capsule
+    from .capsule.config import CapsuleConfig
+    from .errors import CapsuleError, GeometryError
+    from .inference.attach import attach
+    from .inference.cache import CapsuleCache
+    from .segments.segment import Segment
+    from .vlm.geometry import KVGeometry
+    from .vlm.spans import VisualSpan, find_spans
+
 
 _HOME = {
-    "Capsule": "capsule",
-    "CapsuleCache": "cache",
-    "CapsuleConfig": "capsule",
-    "CapsuleError": "capsule",
-    "GeometryError": "geometry",
-    "KVGeometry": "geometry",
-    "Segment": "segment",
-    "VisualSpan": "spans",
-    "attach": "inference",
-    "find_spans": "spans",
+    "Capsule": "capsule.capsule",
+    "CapsuleCache": "inference.cache",
+    "CapsuleConfig": "capsule.config",
+    "CapsuleError": "errors",
+    "GeometryError": "errors",
+    "KVCapsuleError": "errors",
+    "KVGeometry": "vlm.geometry",
+    "Segment": "segments.segment",
+    "VisualSpan": "vlm.spans",
+    "attach": "inference.attach",
+    "find_spans": "vlm.spans",
 }
 
 __all__ = [
@@ -37,9 +41,11 @@ __all__ = [
     "CapsuleConfig",
     "CapsuleError",
     "GeometryError",
+    "KVCapsuleError",
     "KVGeometry",
     "Segment",
     "VisualSpan",
+    "__version__",
     "attach",
     "find_spans",
 ]

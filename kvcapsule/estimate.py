@@ -1,21 +1,24 @@
 """What a compressed cache can give at most, from bytes alone: no model is run, and nothing here is measured.
 
-A decode step reads the weights once and the cache of every sequence. If it is bound by nothing but these bytes, a batch of B goes
+A decode step reads the weights once and the cache of every sequence. If it is bound by nothing but these bytes, a batch
+of B goes
 
     S = (W + B (F + T)) / (W + B (F / c + T))
 
-times as fast with capsules: W bytes of weights that a step reads, F and T bytes of the visual tokens and the text of one sequence, c times
-less for the visual tokens. Whatever else takes time is the same on both sides or more with capsules, so S is an upper bound at equal batch;
-a loose one for a cross-layer code, all of which each layer of a stack reads.
-At batch 1 it is near 1 wherever weights outweigh the cache.
+times as fast with capsules: W bytes of weights that a step reads, F and T bytes of the visual tokens and the text of
+one sequence, c times less for the visual tokens. Whatever else takes time is the same on both sides or more with
+capsules, so S is an upper bound at equal batch; a loose one for a cross-layer code, all of which each layer of a stack
+reads. At batch 1 it is near 1 wherever weights outweigh the cache.
 """
 
 from dataclasses import dataclass
 
 REFERENCE_BYTES = 2
-"""Of an element at 16 bits: what a ratio counts from, whatever the cache is held in, as in `kvcapsule train --ratio`."""
+"""Of an element at 16 bits: what a ratio counts from, whatever the cache is held in, as in `kvcapsule train
+--ratio`."""
 SCALE_BITS = {16: 0.0, 8: 0.0, 4: 0.25}
-"""Bits a weight beside its own: at 4 bits a scale and a zero of 16 bits for every 128; at 8 a scale a row, which is nothing."""
+"""Bits a weight beside its own: at 4 bits a scale and a zero of 16 bits for every 128; at 8 a scale a row, which is
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Weights:
     """Parameters of a model, by how they are stored and read."""
 
     read_matrices: float
-    """Those that a decode step reads and that are quantised: the matrices of the decoder layers, of experts only those of one token."""
+    """Those that a decode step reads and that are quantised: the matrices of the decoder layers, of experts only those
+    of one token."""
     read_others: float
     """Those that it reads as they are: output head, norms, biases."""
     held_matrices: float
@@ -46,7 +50,8 @@ class Weights:
     """All that stay as they are: embeddings and the vision tower too."""
 
     def read_bytes(self, element: int, bits: int | None = None) -> float:
-        """W. `element`: bytes of a parameter that is not quantised; `bits`: a key of SCALE_BITS, None to quantise nothing."""
+        """W. `element`: bytes of a parameter that is not quantised; `bits`: a key of SCALE_BITS, None to quantise
+        nothing."""
         return self.read_matrices * _matrix_bytes(element, bits) + self.read_others * element
 
     def held_bytes(self, element: int, bits: int | None = None) -> float:
@@ -55,7 +60,8 @@ class Weights:
 
 
 def full_cache(token: int, visual: int, text: int) -> Cache:
-    """The cache without capsules. `token`: bytes of one token's keys and values over all layers; `visual`, `text`: tokens of a sequence."""
+    """The cache without capsules. `token`: bytes of one token's keys and values over all layers; `visual`, `text`:
+    tokens of a sequence."""
     return Cache(token * visual, token * text)
 
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 import triton
-from builders import random_widths
+from support.builders import random_widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcapsule.codec.cells import CodedRows, Coding
-from kvcapsule.frame import Frame
 from kvcapsule.kernels.fused import rowed
 from kvcapsule.kernels.fused.attend import attend
 from kvcapsule.kernels.fused.packing import pack
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
+from kvcapsule.segments.coefficient_rows import CodedRows, Coding
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 HEADS, GROUP, DIM, ENTRIES = 4, 7, 128, 2

@@ -14,34 +14,36 @@ import pytest
 import torch
 
 if sys.platform != "linux":
-    collect_ignore = ["test_triton.py", "test_triton_compile.py"]  # Triton is built for Linux alone.
+    collect_ignore = ["kernels/test_triton.py", "kernels/test_triton_compile.py"]  # Triton is built for Linux alone.
 # Triton reads this when it first meets a kernel: here, before any test can have imported one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from builders import cross_layer_capsule, kv_capsule, random_widths, transform_capsule
 from PIL import Image
-from running import MIXED
+from support.builders import cross_layer_capsule, kv_capsule, random_widths, transform_capsule
+from support.run_vlm import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
-from kvcapsule.codec.cells import CodedRows, Coding
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
-from kvcapsule.data.pages import page
-from kvcapsule.frame import Frame
-from kvcapsule.geometry import KVGeometry
-from kvcapsule.quantize import QuantizedRows
-from kvcapsule.segment import Segment
-from kvcapsule.training.demo_vlm.model import build_model, build_processor
+from kvcapsule.segments.coefficient_rows import CodedRows, Coding
+from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
+from kvcapsule.testbeds.pages import page
+from kvcapsule.training.testbeds.pages_vlm.model import build_model, build_processor
+from kvcapsule.vlm.geometry import KVGeometry
 
 # Helper modules whose fixtures several test files share.
-pytest_plugins = ["capsule_files", "keepers", "noise_capsules", "suites"]
+pytest_plugins = ["support.capsule_files", "support.lossless_methods", "support.noise_capsules", "support.suite_files"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 GAIN = 2.5
-"""Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could tell."""
+"""Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could
+tell."""
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,9 @@ def model64(model: LlavaForConditionalGeneration) -> LlavaForConditionalGenerati
 
 
 @pytest.fixture(scope="session")
-def vlm(tmp_path_factory: pytest.TempPathFactory, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
+def vlm(
+    tmp_path_factory: pytest.TempPathFactory, model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> str:
     """The folder of `model` and its processor."""
     folder = tmp_path_factory.mktemp("vlm")
     model.save_pretrained(folder)
@@ -84,7 +88,8 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def make_batch(processor: LlavaProcessor, images: list[Image.Image]) -> Callable[..., BatchFeature]:
-    """make_batch((1, "one image"), (2, "two"), (0, "none")): a left-padded batch of prompts with that many pages each."""
+    """make_batch((1, "one image"), (2, "two"), (0, "none")): a left-padded batch of prompts with that many pages
+    each."""
 
     def build(*prompts: tuple[int, str]) -> BatchFeature:
         count = sum(n for n, _ in prompts)
@@ -141,7 +146,8 @@ def random_capsule(geometry: KVGeometry) -> Callable[..., Capsule]:
 
 @pytest.fixture(scope="session")
 def random_transform(geometry: KVGeometry) -> Callable[..., Capsule]:
-    """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows, channels)."""
+    """random_transform(tile, keys, values): a transform code drawn at random, its widths too; sizes as (rows,
+    channels)."""
     return functools.partial(transform_capsule, geometry)
 
 
@@ -181,7 +187,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def random_segment() -> Callable[..., Segment]:
-    """random_segment(kind, owner, seed): a segment with the parts that `kind` (one of SEGMENTS) names; 2 KV heads of 8."""
+    """random_segment(kind, owner, seed): a segment with the parts that `kind` (one of SEGMENTS) names; 2 KV heads of
+    8."""
 
     def build(kind: str, owner: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Segment:
         heads, dim, tokens, stored = 2, 8, 7, 3

@@ -1,4 +1,5 @@
-"""The wheel holds what it should and nothing else, imports run one way, and the lists that exist in two places agree."""
+"""The wheel holds what it should and nothing else, imports run one way, and the lists that exist in two places
+agree."""
 
 import ast
 import os
@@ -18,13 +19,19 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAPPED = {package: ROOT / folder for package, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
-DATA_FOLDERS = {"kvcapsule/training/recipes": "*.yaml", "kvcapsule/eval/suites": "*.yaml", "kvcapsule/checkpoints": "*/**/*"}
+DATA_FOLDERS = {
+    "kvcapsule/training/recipes": "*.yaml",
+    "kvcapsule/eval/suites": "*.yaml",
+    "kvcapsule/checkpoints": "*/**/*",
+}
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def module_name(path: Path) -> str:
     """Name under which a source file is imported once installed."""
-    package, root = max(((p, r) for p, r in MAPPED.items() if path.is_relative_to(r)), key=lambda pair: len(pair[1].parts))
+    package, root = max(
+        ((p, r) for p, r in MAPPED.items() if path.is_relative_to(r)), key=lambda pair: len(pair[1].parts)
+    )
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])
 
@@ -64,7 +71,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for trap in ("eval/results/trap.json", "training/NOTES.md", "checkpoints/__pycache__/trap.cpython-311.pyc"):
         (tree / trap).parent.mkdir(exist_ok=True)
         (tree / trap).touch()
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, tree]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--wheel-dir",
+        out,
+        tree,
+    ]
     built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = out.glob("*.whl")
@@ -78,7 +97,10 @@ def names(wheel: Path) -> set[str]:
 
 
 def test_wheel_adds_one_name_to_site_packages(names: set[str]) -> None:
-    assert {name.split("/")[0] for name in names} == {"kvcapsule", f"kvcapsule-{PYPROJECT['project']['version']}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "kvcapsule",
+        f"kvcapsule-{PYPROJECT['project']['version']}.dist-info",
+    }
 
 
 def test_wheel_holds_every_module_once(names: set[str]) -> None:
@@ -96,9 +118,15 @@ def test_wheel_holds_the_data_files(names: set[str]) -> None:
         package = target.replace("/", ".")
         owner = max((p for p in MAPPED if reaches(package, p)), key=len)
         folder = MAPPED[owner].joinpath(*package.removeprefix(owner).split(".")[1:])
-        files = (path for path in folder.glob(pattern) if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts)
+        files = (
+            path
+            for path in folder.glob(pattern)
+            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+        )
         expected |= {f"{target}/{path.relative_to(folder).as_posix()}" for path in files}
-    assert {n for n in names if n.startswith("kvcapsule/") and not n.endswith(".py")} == expected | {"kvcapsule/py.typed"}
+    assert {n for n in names if n.startswith("kvcapsule/") and not n.endswith(".py")} == expected | {
+        "kvcapsule/py.typed"
+    }
 
 
 def test_wheel_metadata(wheel: Path, names: set[str]) -> None:
@@ -112,9 +140,14 @@ def test_wheel_metadata(wheel: Path, names: set[str]) -> None:
 
 
 def test_wheel_imports_without_the_tree(wheel: Path, tmp_path: Path) -> None:
-    code = "import kvcapsule.training, kvcapsule.eval, kvcapsule.checkpoints; print(kvcapsule.training.__file__, kvcapsule.eval.__file__)"
+    code = (
+        "import kvcapsule.training, kvcapsule.eval, kvcapsule.checkpoints; print(kvcapsule.training.__file__,"
+        " kvcapsule.eval.__file__)"
+    )
     env = {**os.environ, "PYTHONPATH": str(wheel)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert all(Path(file).is_relative_to(wheel) for file in done.stdout.split())
 
@@ -129,7 +162,7 @@ def test_packages_are_the_folders_with_an_init() -> None:
     [
         ("kvcapsule.a", False, "def f():\n    import kvcapsule.training", "kvcapsule.training"),
         ("kvcapsule.a", False, "from kvcapsule import training", "kvcapsule.training"),
-        ("kvcapsule.a", False, "from .eval import runner", "kvcapsule.eval.runner"),
+        ("kvcapsule.a", False, "from .eval import quality", "kvcapsule.eval.quality"),
         ("kvcapsule.cli", True, "from ..training.fit import main", "kvcapsule.training.fit.main"),
         ("kvcapsule.cli.train", False, "from .. import training", "kvcapsule.training"),
         ("kvcapsule.eval.suites", True, "from ...training import losses", "kvcapsule.training.losses"),
@@ -144,7 +177,8 @@ def test_imports_run_one_way() -> None:
     wrong = []
     for path in sources():
         module = module_name(path)
-        # training and eval each see the library and themselves; the library sees neither. Nobody may rely on the tree's top level.
+        # training and eval each see the library and themselves; the library sees neither. Nobody may rely on the tree's
+        # top level.
         forbidden = {p for p in library if not reaches(module, p)} | {"training", "eval", "checkpoints", "tests"}
         for name in imported_names(path.read_text(), module, path.name == "__init__.py"):
             if any(reaches(name, package) for package in forbidden):
@@ -161,7 +195,9 @@ def test_constraints_pin_what_pyproject_names() -> None:
         assert pin is not None, f"constraints.txt does not pin {named.name}."
         (exact,) = pin.specifier
         assert exact.operator == "==", f"constraints.txt gives a range: {pin}."
-        assert named.specifier.contains(exact.version), f"constraints.txt pins {pin}, which pyproject.toml's {named} excludes."
+        assert named.specifier.contains(exact.version), (
+            f"constraints.txt pins {pin}, which pyproject.toml's {named} excludes."
+        )
     assert "torchvision" not in pins
 
 
@@ -172,7 +208,7 @@ def test_ci_runs_make_test() -> None:
 
 
 def test_version_is_the_same_in_both_places() -> None:
-    tree = ast.parse((ROOT / "kvcapsule" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "kvcapsule" / "_version.py").read_text())
     assigned = {
         target.id: node.value
         for node in tree.body
@@ -181,3 +217,65 @@ def test_version_is_the_same_in_both_places() -> None:
         if isinstance(target, ast.Name)
     }
     assert ast.literal_eval(assigned["__version__"]) == PYPROJECT["project"]["version"]
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Every module of the tree with the modules of the tree that it imports, in functions and under TYPE_CHECKING too.
+
+    A package stands for its __init__.py alone: to import `a.b.c` is an arrow to `a.b.c`, not to `a.b`.
+    """
+    modules = {module_name(path): path for path in sources()}
+    graph = {}
+    for module, path in modules.items():
+        targets = set()
+        for name in imported_names(path.read_text(), module, path.name == "__init__.py"):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            targets.add(name)
+        graph[module] = targets - {module, ""}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other (strongly connected components of two or more)."""
+    reached = {start: _reached(graph, start) for start in graph}
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += graph.get(module, ())
+    return seen
+
+
+def test_modules_import_in_no_circle() -> None:
+    found = cycles(import_graph())
+    assert not found, "\n".join(" <-> ".join(group) for group in found)
+
+
+def test_folders_of_the_library_import_in_no_circle() -> None:
+    """Folders of kvcapsule/, each as one; the package's own __init__ and the command line stand above them."""
+    folders: dict[str, set[str]] = {}
+    for module, targets in import_graph().items():
+        if (folder := _folder(module)) is not None:
+            folders.setdefault(folder, set()).update(f for t in targets if (f := _folder(t)) not in (None, folder))
+    assert {"segments", "kernels", "codec", "policy", "inference"} <= folders.keys()
+    found = cycles(folders)
+    assert not found, "\n".join(" <-> ".join(group) for group in found)
+
+
+def _folder(module: str) -> str | None:
+    """The folder of kvcapsule/ that a module lies in; None for the package itself and for what is mapped into it."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] not in ("training", "eval", "checkpoints") else None
+
+
+def test_circles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert cycles({"a": {"b"}, "b": set()}) == []

@@ -67,13 +67,19 @@ class Questions(L.LightningDataModule):
 class Shares(Sampler[list[int]]):
     """One rank's rows of every step: of each `batch` rows in order, every world-th.
 
-    Whole steps only where the order is shuffled, so that all ranks take as many steps; the last step of a fixed order may be short.
+    Whole steps only where the order is shuffled, so that all ranks take as many steps; the last step of a fixed order
+    may be short.
     """
 
-    def __init__(self, length: int, batch: int, seed: int | None, rank: int = 0, world: int = 1, fixed: bool = False) -> None:
-        """seed: of the shuffle; None keeps the order. fixed: later epochs have the first one's steps, in another order."""
+    def __init__(
+        self, length: int, batch: int, seed: int | None, rank: int = 0, world: int = 1, fixed: bool = False
+    ) -> None:
+        """seed: of the shuffle; None keeps the order. fixed: later epochs have the first one's steps, in another
+        order."""
         if batch % world:
-            raise ValueError(f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}.")
+            raise ValueError(
+                f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}."
+            )
         self.length, self.batch, self.seed, self.rank, self.world = length, batch, seed, rank, world
         self.epoch, self.fixed = 0, fixed
 

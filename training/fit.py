@@ -16,20 +16,22 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.capsule.write import require_replaceable
 from kvcapsule.data import source
-from kvcapsule.geometry import GeometryError, KVGeometry, full_attention_layers
-from kvcapsule.hub import require_replaceable
-from kvcapsule.models import load_vlm
-from kvcapsule.spans import find_spans
+from kvcapsule.errors import GeometryError
+from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
+from kvcapsule.vlm.loading import load_vlm
+from kvcapsule.vlm.spans import find_spans
 
-from .compact import CompactFit
-from .crosslayer import CrossLayerFit
+from .capsule_fit import CapsuleFit, FitOf, Task
 from .datamodule import Questions
-from .kvcapsule import KVCapsuleFit
-from .module import CapsuleFit, FitOf, Task
+from .families.compact import CompactFit
+from .families.cross_layer import CrossLayerFit
+from .families.kvcapsule import KVCapsuleFit
+from .families.transform import TransformFit
 from .recipe import Recipe
-from .transform import TransformFit
 
 FITS: dict[str, FitOf] = {
     "transform": TransformFit,
@@ -47,7 +49,8 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     """Train a capsule and save it to recipe.output.
 
     Raises:
-        ValueError, ModelError, DataError, GeometryError, CapsuleError: before anything is trained, wherever that can be known.
+        ValueError, ModelError, DataError, GeometryError, CapsuleError: before anything is trained, wherever that can be
+        known.
     """
     console = console or Console(stderr=True)
     _quiet()
@@ -62,24 +65,34 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     full = full_attention_layers(model.config)
     if len(full) != geometry.layers:
         raise GeometryError(
-            f"{geometry.model_type}: {len(full)} of its {geometry.layers} layers have full attention, and training needs all to have it. "
-            "Use a model without sliding-window or linear-attention layers."
+            f"{geometry.model_type}: {len(full)} of its {geometry.layers} layers have full attention, and training"
+            " needs all to have it. Use a model without sliding-window or linear-attention layers."
         )
     rows = source.load(recipe.data)
     if len(rows) <= recipe.held_out:
-        raise source.DataError(f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data.")
+        raise source.DataError(
+            f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data."
+        )
     kept = len(rows) - recipe.held_out
     held_out = rows.select(range(kept, len(rows)))
     # What is kept on disk is whole batches: those of later epochs are then the same ones.
     fixed = recipe.harvests is not None
-    data = Questions(rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype, fixed)
-    fit = FITS[recipe.family](Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console))
+    data = Questions(
+        rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype, fixed
+    )
+    fit = FITS[recipe.family](
+        Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console)
+    )
     trainer = _run(recipe, fit, data)
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
     capsule = _capsule(recipe, fit, geometry)
     if trainer.is_global_zero:
         seconds = time.perf_counter() - started
-        metrics = {**{k.removeprefix("validation/"): v for k, v in measured.items()}, "seconds": seconds, "questions": len(held_out)}
+        metrics = {
+            **{k.removeprefix("validation/"): v for k, v in measured.items()},
+            "seconds": seconds,
+            "questions": len(held_out),
+        }
         capsule.save_pretrained(output, recipe=asdict(recipe), metrics={"train": metrics})
         console.print(_summary(metrics))
         console.print(f"capsule saved to {output} ({seconds:.0f} s)", highlight=False)
@@ -106,7 +119,10 @@ def _whole_image(model: PreTrainedModel, data: Questions) -> int:
     lengths = sorted({span.length for span in find_spans(model.config, batch.inputs["input_ids"], batch.inputs)})
     if len(lengths) != 1:
         found = f"images of {', '.join(map(str, lengths))} visual tokens" if lengths else "no image"
-        raise ValueError(f"a whole-image capsule needs images of one size, but a batch has {found}: give a tile, as in --codec.tile 64.")
+        raise ValueError(
+            f"a whole-image capsule needs images of one size, but a batch has {found}: give a tile, as in"
+            " --codec.tile 64."
+        )
     return lengths[0]
 
 
@@ -118,7 +134,10 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> L.Trainer:
         strategy=_strategy(recipe),
         max_steps=fit.steps,
         max_epochs=-1,
-        logger=[CSVLogger(recipe.work, name="", version="csv"), TensorBoardLogger(recipe.work, name="", version="tensorboard")],
+        logger=[
+            CSVLogger(recipe.work, name="", version="csv"),
+            TensorBoardLogger(recipe.work, name="", version="tensorboard"),
+        ],
         callbacks=[
             ModelCheckpoint(
                 recipe.work,
@@ -149,7 +168,8 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> L.Trainer:
 
 
 def _strategy(recipe: Recipe) -> str:
-    """A KVCapsule trains its mask and its reconstruction in turn, so that some parameters of a step have no gradient."""
+    """A KVCapsule trains its mask and its reconstruction in turn, so that some parameters of a step have no
+    gradient."""
     wanted = recipe.trainer.strategy
     several = recipe.trainer.devices * recipe.trainer.num_nodes != 1
     plain = wanted == "ddp" or (wanted == "auto" and several)
@@ -178,7 +198,11 @@ def _quiet() -> None:
 
 def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry) -> Capsule:
     config = CapsuleConfig(
-        family=recipe.family, codec=fit.codec_config(), geometry=geometry, base_model=recipe.model, base_revision=recipe.revision
+        family=recipe.family,
+        codec=fit.codec_config(),
+        geometry=geometry,
+        base_model=recipe.model,
+        base_revision=recipe.revision,
     )
     capsule = Capsule(config)
     for index, own in enumerate(capsule.layers):

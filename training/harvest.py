@@ -1,7 +1,7 @@
 """Harvest: the keys and values that a frozen VLM writes for its visual tokens, and the queries that read them.
 
-The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in place of compressing
-sees what a capsule would see at inference, layer by layer.
+The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in
+place of compressing sees what a capsule would see at inference, layer by layer.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature, PreTrainedModel
 
-from kvcapsule.cache import CapsuleCache
-from kvcapsule.frame import Frame
-from kvcapsule.inference import attach
-from kvcapsule.prefill import Compressed, LayerPrefill, cut_tiles, tiled
-from kvcapsule.segment import Segment
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.tiles import cut_tiles, tiled
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Recorder:
                 f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
                 "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
             )
-        ends = [max((s.start + s.length for s in prefill.spans if s.row == row), default=0) for row in range(prefill.valid.shape[0])]
+        ends = [
+            max((s.start + s.length for s in prefill.spans if s.row == row), default=0)
+            for row in range(prefill.valid.shape[0])
+        ]
         first = min(ends)
         positions = torch.arange(prefill.valid.shape[1], device=prefill.valid.device)
         reads = prefill.valid[:, first:] & (positions[first:] >= torch.tensor(ends, device=positions.device)[:, None])
@@ -60,7 +65,15 @@ class Recorder:
         visible = order[:, None, :] <= positions[first:, None]
         self.layers.append(
             LayerHarvest(
-                tiles.keys, tiles.values, tiles.owner, tiles.frame, prefill.query[:, :, first:].clone(), reads, rest, visible, prefill.scale
+                tiles.keys,
+                tiles.values,
+                tiles.owner,
+                tiles.frame,
+                prefill.query[:, :, first:].clone(),
+                reads,
+                rest,
+                visible,
+                prefill.scale,
             )
         )
         return Compressed([], [])

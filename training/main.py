@@ -6,10 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from kvcapsule.capsule import CapsuleError
-from kvcapsule.data.source import DataError
-from kvcapsule.geometry import GeometryError
-from kvcapsule.models import ModelError
+from kvcapsule.errors import CapsuleError, DataError, GeometryError, ModelError
 
 from .fit import train
 from .recipe import Recipe
@@ -40,8 +37,10 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="kvcapsule train",
         usage=_USAGE,
-        description="Train a capsule on the KV activations of a frozen VLM. RECIPE is a YAML file or the name of a shipped recipe "
-        f"({', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}); options override its fields.",
+        description=(
+            "Train a capsule on the KV activations of a frozen VLM. RECIPE is a YAML file or the name of a shipped"
+            f" recipe ({', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}); options override its fields."
+        ),
     )
     parser.add_argument("--recipe", action="config", help="a YAML file of these options (the same as RECIPE)")
     parser.add_class_arguments(Recipe, None)
@@ -49,7 +48,9 @@ def build_parser() -> ArgumentParser:
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in files("kvcapsule.training.recipes").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("kvcapsule.training.recipes").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def find_recipe(name: str) -> Path:

@@ -38,9 +38,11 @@ class OptimConfig:
     output_weight: float = 1.0
     """Weight of the attention-output error in the hard phase; 0 trains on reconstruction alone, as the paper does."""
     kl_weight: float = 0.0
-    """Weight, in the hard phase, of the KL divergence of the answers' logits through the frozen VLM; the paper has no such loss."""
+    """Weight, in the hard phase, of the KL divergence of the answers' logits through the frozen VLM; the paper has no
+    such loss."""
     train_values: bool = False
-    """Also move the value basis in the hard phase, away from the PCA of the paper, towards a small attention-output error."""
+    """Also move the value basis in the hard phase, away from the PCA of the paper, towards a small attention-output
+    error."""
     ridge: float = 1e-4
     """Ridge of the closed-form reconstruction, relative to the mean token energy."""
     mask_init: str = "greedy"
@@ -64,29 +66,36 @@ class TransformRecipe:
     joint_heads: int = 0
     """KV heads that are coded together; 0 takes as many as have 128 channels in all."""
     joint_layers: int = 0
-    """Layers that a cross-layer code codes together, keys and values alike; 0 takes as many as have 512 channels in all."""
+    """Layers that a cross-layer code codes together, keys and values alike; 0 takes as many as have 512 channels in
+    all."""
     allocation: str = "output"
-    """How layers share the bits: "output" (by what each bit saves in attention's output), "pyramid" (see --codec.pyramid) or "uniform"."""
+    """How layers share the bits: "output" (by what each bit saves in attention's output), "pyramid" (see
+    --codec.pyramid) or "uniform"."""
     key_bits: float | None = None
     """Mean bits of an element of the keys, in place of what the allocation would give them."""
     value_bits: float | None = None
     """Mean bits of an element of the values, likewise; give both or neither."""
     query_metric: bool = True
-    """Weigh the channels of keys by the queries that read them where attention's output is what counts; False weighs all alike."""
+    """Weigh the channels of keys by the queries that read them where attention's output is what counts; False weighs
+    all alike."""
     readers: int = 64
-    """Training queries of each KV head whose attention tells the encoder how much each token matters; 0 treats all alike."""
+    """Training queries of each KV head whose attention tells the encoder how much each token matters; 0 treats all
+    alike."""
     logit_batches: int | None = None
-    """Batches on which it is measured how much the answers' logits feel errors of the keys and values, through the frozen VLM and back (in
-    the memory of a training step of --batch rows); the closed form then codes for them. 0 codes for each layer's attention output alone.
-    Without it 12; none with --transform.allocation pyramid or uniform, which share the bits out without asking what errors cost."""
+    """Batches on which it is measured how much the answers' logits feel errors of the keys and values, through the
+    frozen VLM and back (in the memory of a training step of --batch rows); the closed form then codes for them. 0 codes
+    for each layer's attention output alone. Without it 12; none with --transform.allocation pyramid or uniform, which
+    share the bits out without asking what errors cost."""
     maps: float | None = None
-    """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0 sets no bound.
-    Without it 30.5 (32 MB), more for models of more KV channels than a 7B with grouped queries has, none where bits would be left."""
+    """Most MiB that the decoders' maps take at 16 bits a number; fewer channels are coded where they would take more. 0
+    sets no bound. Without it 30.5 (32 MB), more for models of more KV channels than a 7B with grouped queries has, none
+    where bits would be left."""
     probe_batches: int = 2
     """Batches on which the allocation measures what each layer's keys and values cost."""
     steps: int = 0
-    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form, as good a code unless bits are very
-    few (on pages-vlm below 0.4 an element) or images of sizes will be read that training has not seen: there 60 steps help much."""
+    """Steps of gradient descent on bases, steps of quantisation and means; 0 leaves the closed form, as good a code
+    unless bits are very few (on pages-vlm below 0.4 an element) or images of sizes will be read that training has not
+    seen: there 60 steps help much."""
     lr: float = 1e-4
     """Peak learning rate of Adam up to 0.8 bit an element; half of it for each bit more."""
     output_weight: float = 1.0
@@ -97,7 +106,9 @@ class TransformRecipe:
     @property
     def felt_batches(self) -> int:
         """Of `logit_batches`, or what stands in for it."""
-        return (_LOGIT_BATCHES if self.allocation == "output" else 0) if self.logit_batches is None else self.logit_batches
+        return (
+            (_LOGIT_BATCHES if self.allocation == "output" else 0) if self.logit_batches is None else self.logit_batches
+        )
 
     def __post_init__(self) -> None:
         if self.allocation not in ("output", "pyramid", "uniform"):
@@ -106,17 +117,30 @@ class TransformRecipe:
             raise ValueError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
         if self.allocation != "output" and (self.logit_batches or self.key_bits is not None):
             raise ValueError(
-                f"--transform.allocation {self.allocation} shares the bits out by itself: leave --transform.logit_batches, "
-                "--transform.key_bits and --transform.value_bits out, or the allocation."
+                f"--transform.allocation {self.allocation} shares the bits out by itself: leave"
+                " --transform.logit_batches, --transform.key_bits and --transform.value_bits out, or the allocation."
             )
-        for name in ("joint_heads", "joint_layers", "readers", "logit_batches", "maps", "steps", "lr", "output_weight", "kl_weight"):
+        for name in (
+            "joint_heads",
+            "joint_layers",
+            "readers",
+            "logit_batches",
+            "maps",
+            "steps",
+            "lr",
+            "output_weight",
+            "kl_weight",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"--transform.{name} {getattr(self, name)}: 0 or more is needed.")
         if self.probe_batches < 1:
             raise ValueError(f"--transform.probe_batches {self.probe_batches}: at least 1 is needed.")
         if self.steps and not self.output_weight and not self.kl_weight:
-            raise ValueError("--transform.output_weight and --transform.kl_weight are both 0: give one a weight, or --transform.steps 0.")
+            raise ValueError(
+                "--transform.output_weight and --transform.kl_weight are both 0: give one a weight, or"
+                " --transform.steps 0."
+            )
         for name in ("key_bits", "value_bits"):
             bits = getattr(self, name)
             if bits is not None and not 0 <= bits <= 8:
@@ -125,22 +149,27 @@ class TransformRecipe:
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    """How a capsule is shaped: tile and canonical_frame for all families, pyramid also for a transform code, the rest for a KVCapsule."""
+    """How a capsule is shaped: tile and canonical_frame for all families, pyramid also for a transform code, the rest
+    for a KVCapsule."""
 
     key_share: float = 0.5
-    """Share of the stored tokens that keys get: 0.5 treats keys and values alike, as the paper does; less gives values more."""
+    """Share of the stored tokens that keys get: 0.5 treats keys and values alike, as the paper does; less gives values
+    more."""
     key_ratio: float | None = None
     """Mean retention ratio of the keys, in place of what --ratio and --codec.key_share give."""
     value_ratio: float | None = None
     """Mean retention ratio of the values, likewise."""
     pyramid: float = 0.0
-    """How much more the first layer keeps than the mean, as a fraction of it (and the last layer less): 0 is uniform."""
+    """How much more the first layer keeps than the mean, as a fraction of it (and the last layer less): 0 is
+    uniform."""
     layer_weights: list[float] | None = None
     """How much each layer keeps relative to the others, in place of a pyramid; the mean stays what --ratio says."""
     tile: int = 0
-    """Visual tokens that one map covers; 0 takes the whole image, as the paper does, which ties the capsule to one image size."""
+    """Visual tokens that one map covers; 0 takes the whole image, as the paper does, which ties the capsule to one
+    image size."""
     key_decoder: str = "linear"
-    """"linear" (attention reads the retained keys through it) or "mlp" (the paper's prose; rebuilds all keys at every read)."""
+    """"linear" (attention reads the retained keys through it) or "mlp" (the paper's prose; rebuilds all keys at every
+    read)."""
     hidden: int = 256
     """Width of the MLP's inner layer."""
     canonical_frame: bool = True
@@ -198,7 +227,8 @@ class Recipe:
     family: str = "transform"
     """The family of codecs: transform, kvcapsule or compact."""
     ratio: float = 0.4
-    """How much is stored: in (0, 1] the share of what there was; from 2 on how many times less. 0.05 and 20 are the same."""
+    """How much is stored: in (0, 1] the share of what there was; from 2 on how many times less. 0.05 and 20 are the
+    same."""
     bits: float | None = None
     """Of a transform code, in place of --ratio: mean bits of an element of the keys and values, 16 / ratio."""
     codec: CodecRecipe = field(default_factory=CodecRecipe)
@@ -220,8 +250,9 @@ class Recipe:
     moment_batches: int = 40
     """Batches that the closed-form parts (PCA, first reconstruction) are computed from."""
     harvests: str | None = None
-    """Folder where the keys, values and queries of each batch are kept, for later runs of any family and ratio on the same model and data,
-    which then need not run the model for them; they are large (the first run says how large). Without it they are made when needed."""
+    """Folder where the keys, values and queries of each batch are kept, for later runs of any family and ratio on the
+    same model and data, which then need not run the model for them; they are large (the first run says how large).
+    Without it they are made when needed."""
     workers: int = 0
     """Processes that prepare batches."""
     threads: int | None = None
@@ -240,19 +271,26 @@ class Recipe:
             raise ValueError(f"--family {self.family!r} cannot be trained: choose one of {', '.join(FAMILIES)}.")
         if not (0 < self.ratio <= 1 or self.ratio >= 2):
             raise ValueError(
-                f"--ratio {self.ratio}: give the retention ratio in (0, 1] (0.05 stores a twentieth), or from 2 on how many times less is "
-                "stored (20 is the same)."
+                f"--ratio {self.ratio}: give the retention ratio in (0, 1] (0.05 stores a twentieth), or from 2 on how"
+                " many times less is stored (20 is the same)."
             )
         if self.bits is not None and (self.family not in CODED or not 0 < self.bits <= 8):
-            raise ValueError(f"--bits {self.bits}: mean bits of an element of a transform code, above 0 and at most 8; else give --ratio.")
+            raise ValueError(
+                f"--bits {self.bits}: mean bits of an element of a transform code, above 0 and at most 8; else give"
+                " --ratio."
+            )
         if self.transform.joint_layers and self.family != "cross-layer":
             raise ValueError(
-                f"--transform.joint_layers {self.transform.joint_layers}: the family {self.family} codes each layer by itself; leave it "
-                "out, or train cross-layer."
+                f"--transform.joint_layers {self.transform.joint_layers}: the family {self.family} codes each layer by"
+                " itself; leave it out, or train cross-layer."
             )
         if not 0 < self.codec.key_share < 1:
             raise ValueError(f"--codec.key_share {self.codec.key_share} is outside (0, 1).")
-        for name, count in (("batch", self.batch), ("moment_batches", self.moment_batches), ("held_out", self.held_out)):
+        for name, count in (
+            ("batch", self.batch),
+            ("moment_batches", self.moment_batches),
+            ("held_out", self.held_out),
+        ):
             if count < 1:
                 raise ValueError(f"--{name} {count}: at least 1 is needed.")
 
@@ -272,7 +310,8 @@ class Recipe:
         return Path(self.output + ".run")
 
     def mean_ratios(self) -> tuple[float, float]:
-        """Mean retention ratios of keys and values: what --ratio gives, split by key_share; what one cannot use goes to the other."""
+        """Mean retention ratios of keys and values: what --ratio gives, split by key_share; what one cannot use goes to
+        the other."""
         keys, values = 2 * self.retention * self.codec.key_share, 2 * self.retention * (1 - self.codec.key_share)
         keys, values = min(1.0, keys + max(0.0, values - 1.0)), min(1.0, values + max(0.0, keys - 1.0))
         return (
@@ -287,7 +326,10 @@ class Recipe:
         if self.codec.pyramid:
             raise ValueError("--codec.pyramid and --codec.layer_weights both say what layers keep: give one.")
         if len(weights) != layers:
-            raise ValueError(f"--codec.layer_weights has {len(weights)} numbers, but the model has {layers} layers: give one for each.")
+            raise ValueError(
+                f"--codec.layer_weights has {len(weights)} numbers, but the model has {layers} layers: give one for"
+                " each."
+            )
         return weighted(mean, weights)
 
     def kvcapsule_config(self, layers: int, tile: int) -> KVCapsuleConfig:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .clock import Contender, interleave, last_level_cache
+from .interleaved_timing import Contender, interleave, last_level_cache
 
 _ROUNDS = 7
 _LEAST = 256 * 2**20
@@ -15,7 +15,8 @@ _MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The best of several ways to read, a copy (read and written bytes count), and a square matrix product; 10^9 a second.
+    """The best of several ways to read, a copy (read and written bytes count), and a square matrix product; 10^9 a
+    second.
 
     Medians of the readings, like all other times.
     """

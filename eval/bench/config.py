@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from kvcapsule.cli.errors import InputError
-from kvcapsule.models import DTYPES
+from kvcapsule.errors import InputError
+from kvcapsule.vlm.loading import DTYPES
 
-from .. import plot
+from ..report import scatter
+from .layer_data import Cell
 from .methods import METHODS
+from .models import PAGES, known
 from .shapes import SHAPES, Shape
-from .stored import Cell
-from .subjects import PAGES, known
 
 LEVELS = ("operator", "encode", "step", "end-to-end", "serving")
 _LEAST_STEPS = 3
@@ -60,14 +60,15 @@ class BenchConfig:
     images: list[int] = field(default_factory=lambda: [8])
     """Sequences of a batch, each with images of its own, at step level and end to end; with commas or repeated."""
     model: list[str] = field(default_factory=list)
-    """Models at step level and above: pages-vlm, kv-bound, or a geometry with random weights; by default the first two, on CUDA all
-    geometries."""
+    """Models at step level and above: pages-vlm, kv-bound, or a geometry with random weights; by default the first two,
+    on CUDA all geometries."""
     compiled: bool = False
     """Whether the StaticCache is also timed with a compiled forward; that takes minutes."""
     memory_mib: float = 64.0
     """What caches may take at serving level, in MiB."""
     memory_gib: float | None = None
-    """What one comparison may take, in GiB; cells that need more are left out and said to be. By default four fifths of what is free."""
+    """What one comparison may take, in GiB; cells that need more are left out and said to be. By default four fifths of
+    what is free."""
     encode_tokens: int = 2048
     """Tokens of the prompt whose prefill the encoding of one layer is held against."""
     quick: bool = False
@@ -101,7 +102,17 @@ class BenchConfig:
         for name, counts in (("visual_tokens", self.visual_tokens), ("batch", self.batch), ("images", self.images)):
             if not counts or min(counts) < 1:
                 raise InputError(f"--{name} {counts}: at least one number, each at least 1, is needed.")
-        for name in ("text", "tile", "rounds", "steps", "threads", "seconds", "memory_mib", "memory_gib", "encode_tokens"):
+        for name in (
+            "text",
+            "tile",
+            "rounds",
+            "steps",
+            "threads",
+            "seconds",
+            "memory_mib",
+            "memory_gib",
+            "encode_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"--{name} {value}: more than 0 is needed.")
@@ -111,8 +122,8 @@ class BenchConfig:
             raise InputError(f"--dtype {self.dtype}: choose auto, {', '.join(DTYPES)}.")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise InputError(f"--device {self.device}: only cpu and cuda are timed.")
-        if self.plot is not None and Path(self.plot).suffix not in plot.SUFFIXES:
-            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(plot.SUFFIXES)}.")
+        if self.plot is not None and Path(self.plot).suffix not in scatter.SUFFIXES:
+            raise InputError(f"--plot {self.plot}: a picture's name ends in {', '.join(scatter.SUFFIXES)}.")
         if self.plot is not None and "serving" not in self.level:
             raise InputError("--plot draws what --level serving measures: ask for that level too.")
 

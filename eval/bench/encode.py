@@ -1,7 +1,9 @@
-"""What encoding adds to the time to the first token: a method's pass over one layer, against that layer's own prefill, both measured.
+"""What encoding adds to the time to the first token: a method's pass over one layer, against that layer's own prefill,
+both measured.
 
-The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP. Norms, rotations and
-residuals are left out, so the layer is a little quicker, and the share a little larger, than they really are.
+The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP.
+Norms, rotations and residuals are left out, so the layer is a little quicker, and the share a little larger, than they
+really are.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import methods, stored
-from .clock import Contender, interleave
+from . import layer_data, methods
+from .interleaved_timing import Contender, interleave
+from .layer_data import Cell
 from .shapes import Shape
-from .stored import Cell
 
 LEVEL = "encode"
 PREFILL = "prefill-of-a-layer"
@@ -54,11 +56,12 @@ class DecoderLayer(NamedTuple):
 
 @torch.no_grad()
 def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows of one shape; `ratio` is the layer's prefill over the method's pass: 20 and more is five percent and less."""
+    """Rows of one shape; `ratio` is the layer's prefill over the method's pass: 20 and more is five percent and
+    less."""
     shape = cell.shape
     x_BNC = torch.randn(cell.batch, cell.visual + cell.text, shape.hidden, device=cell.device).to(cell.dtype)
     layer = DecoderLayer.draw(shape, cell.device, cell.dtype)
-    prompt = stored.prefill(cell, stored.draw(cell), cell.batch)
+    prompt = layer_data.prefill(cell, layer_data.draw(cell), cell.batch)
     contenders = [Contender(PREFILL, [partial(layer.prefill, x_BNC, shape)], graph=False)]
     for name in names:
         method = methods.make(name, shape.geometry(1), cell.tile, cell.device, cell.dtype, cell.seed)

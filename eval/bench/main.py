@@ -7,17 +7,18 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.atomic_files import to_json
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, write_whole
 from kvcapsule.cli.tables import report_console
-from kvcapsule.files import to_json
+from kvcapsule.errors import InputError
 
-from ..plot import draw
-from ..words import normal, on_purpose
-from . import page
+from ..command_line import normal, on_purpose
+from ..report.scatter import draw
+from . import markdown
 from .config import LEVELS, QUICK, BenchConfig
-from .picture import picture
+from .plot import picture
 from .report import tables
 from .run import run
 
@@ -46,8 +47,11 @@ def build_parser() -> ArgumentParser:
         BenchConfig,
         PROG,
         usage=f"{PROG} [--level {'|'.join(LEVELS)}] [--quick true] [--json FILE] [--plot FILE] [options]",
-        description="Time and bytes of attention over segments against in-place full attention, of decode steps and generation against "
-        "transformers' caches, and of serving within a memory budget. What gives wrong outputs is not timed.",
+        description=(
+            "Time and bytes of attention over segments against in-place full attention, of decode steps and generation"
+            " against transformers' caches, and of serving within a memory budget. What gives wrong outputs is not"
+            " timed."
+        ),
     )
 
 
@@ -85,10 +89,11 @@ def _write(found: dict[str, Any], config: BenchConfig) -> None:
             served = [row for row in found["rows"] if row["level"] == "serving"]
             if not served:
                 raise InputError(
-                    f"--plot {config.plot}: nothing to draw, as not one sequence fits into --memory_mib {config.memory_mib:g}."
+                    f"--plot {config.plot}: nothing to draw, as not one sequence fits into --memory_mib"
+                    f" {config.memory_mib:g}."
                 )
-            draw(picture(served, page.place(found)), Path(config.plot))
+            draw(picture(served, markdown.place(found)), Path(config.plot))
         if config.report is not None:
-            page.refresh(Path(config.report), found, config.level, config.json, config.plot)
+            markdown.refresh(Path(config.report), found, config.level, config.json, config.plot)
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error

@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from kvcapsule.capsule import Capsule, CapsuleConfig
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import CodecConfig, PairCodec
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
-from kvcapsule.prefill import Compressed, LayerPrefill, Method
+from kvcapsule.vlm.geometry import KVGeometry
 
-from . import water
+from . import random_transform
 
 RETAINED = 0.4
 """The retention ratio of the KVCapsule, keys and values alike (the paper's)."""
@@ -34,20 +36,26 @@ class WithBias(NamedTuple):
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
         made = self.policy.compress(prefill)
-        return made._replace(visual=[replace(s, bias=prefill.keys.new_full((*s.keys.shape[:3],), 0.5)) for s in made.visual])
+        return made._replace(
+            visual=[replace(s, bias=prefill.keys.new_full((*s.keys.shape[:3],), 0.5)) for s in made.visual]
+        )
 
 
 def transform(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
     """A tile's frame and number are on the account of its codes."""
     budget = tile * 2 * geometry.kv_heads * geometry.head_dim * 2 // TIMES - 8 - 4 * geometry.head_dim
-    return water.capsule(geometry, tile, budget, generator)
+    return random_transform.capsule(geometry, tile, budget, generator)
 
 
 def kvcapsule(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
     ratios = (RETAINED,) * geometry.layers
     capsule = _capsule("kvcapsule", KVCapsuleConfig(tile, key_ratios=ratios, value_ratios=ratios), geometry)
     for codec in capsule.layers:
-        assert isinstance(codec, PairCodec) and isinstance(codec.keys, RetainedKeys) and isinstance(codec.values, PcaValues)
+        assert (
+            isinstance(codec, PairCodec)
+            and isinstance(codec.keys, RetainedKeys)
+            and isinstance(codec.values, PcaValues)
+        )
         for map_ in (codec.keys.theta, codec.values.basis):
             map_.copy_(torch.randn(map_.shape, generator=generator) * map_.shape[-1] ** -0.5)
     return capsule
@@ -76,7 +84,15 @@ METHODS: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
     "transform-20x": transform,
 }
 """What is timed beside the full cache."""
-SHARES = {"int8": 0.55, "int4": 0.3, "int2": 0.2, "kvcapsule-r0.4": 0.45, "kept-10%": 0.15, "compact-10%": 0.15, "transform-20x": 0.15}
+SHARES = {
+    "int8": 0.55,
+    "int4": 0.3,
+    "int2": 0.2,
+    "kvcapsule-r0.4": 0.45,
+    "kept-10%": 0.15,
+    "compact-10%": 0.15,
+    "transform-20x": 0.15,
+}
 """At most so much of the full cache's bytes at 16 bits an element; what is not here, all of them."""
 
 

@@ -76,7 +76,9 @@ def tables(found: Mapping[str, Any]) -> list[Table | str]:
         if rows := [row for row in found["rows"] if row["level"] == level]:
             table = Table(title=level, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             for title, _ in columns.values():
-                table.add_column(title, justify="left" if title in ("geometry", "model", "method") else "right", no_wrap=True)
+                table.add_column(
+                    title, justify="left" if title in ("geometry", "model", "method") else "right", no_wrap=True
+                )
             for line in cells(rows, level):
                 table.add_row(*line)
             parts.append(table)
@@ -103,14 +105,18 @@ def ceilings(found: Mapping[str, Any]) -> str:
     """The line about the machine's ceilings."""
     at = found["ceilings"]
     return (
-        f"ceilings: read {at['read_gb_s']:.1f} GB/s, copy {at['copy_gb_s']:.1f} GB/s, {at['matmul_gflop_s']:,.0f} GFLOP/s in "
-        f"{at['dtype']}, {at['threads']} threads"
+        f"ceilings: read {at['read_gb_s']:.1f} GB/s, copy {at['copy_gb_s']:.1f} GB/s, {at['matmul_gflop_s']:,.0f}"
+        f" GFLOP/s in {at['dtype']}, {at['threads']} threads"
     )
 
 
 def _place(left: Mapping[str, Any]) -> str:
     words = [left["level"], left["geometry"], left["method"]]
-    sizes = [f"{left[key]} {name}" for key, name in (("batch", "sequences"), ("visual_tokens", "visual tokens")) if left[key] is not None]
+    sizes = [
+        f"{left[key]} {name}"
+        for key, name in (("batch", "sequences"), ("visual_tokens", "visual tokens"))
+        if left[key] is not None
+    ]
     return ", ".join([*(word for word in words if word is not None), *sizes])
 
 

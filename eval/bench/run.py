@@ -11,17 +11,17 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.cli.results import require_writable
+from kvcapsule.environment import machine, versions
+from kvcapsule.errors import InputError
 from kvcapsule.kernels import backend
-from kvcapsule.machine import machine, versions
-from kvcapsule.models import require_device
+from kvcapsule.vlm.loading import require_device
 
-from . import calls, ceilings, encode, generation, page, serving, steps, subjects
+from . import ceilings, decode_step, encode, end_to_end, markdown, models, operator, serving
 from .config import BenchConfig
-from .ladder import Measured
+from .contenders import Measured
+from .models import Subject
 from .shapes import SHAPES, distinct
-from .subjects import Subject
 
 _MEMORY = Path("/proc/meminfo")
 _FREE = 0.8
@@ -35,11 +35,14 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
         InputError, ModelError: for input that cannot be used; what is quick to check comes first.
     """
     if config.place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use --device cpu.")
+        raise InputError(
+            f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use"
+            " --device cpu."
+        )
     require_device(config.device)
     require_writable([config.json, config.plot, config.report])
     if config.report is not None:
-        page.require_places(Path(config.report), config.device, config.level)
+        markdown.require_places(Path(config.report), config.device, config.level)
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -81,7 +84,8 @@ def memory_limit(config: BenchConfig) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that the host can give without swapping, as Linux counts them; half of all memory where the system does not tell."""
+    """Bytes that the host can give without swapping, as Linux counts them; half of all memory where the system does not
+    tell."""
     if _MEMORY.is_file():
         for line in _MEMORY.read_text().splitlines():
             name, _, value = line.partition(":")
@@ -91,13 +95,13 @@ def available_memory() -> int:
 
 
 def _operator(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
-    grid = list(calls.cells(config.geometry, config.visual_tokens, config.batch, config.cell))
-    limits = calls.Limits(memory_limit(config), config.rounds, config.seconds)
-    rows, skipped = [], calls.alike(config.geometry)
+    grid = list(operator.cells(config.geometry, config.visual_tokens, config.batch, config.cell))
+    limits = operator.Limits(memory_limit(config), config.rounds, config.seconds)
+    rows, skipped = [], operator.alike(config.geometry)
     task = progress.add_task("operator", total=len(grid))
     for cell in grid:
         progress.update(task, description=f"operator: {cell.shape.name}, {cell.batch} x {cell.visual} visual tokens")
-        more, left_out = calls.measure(cell, config.methods, limits, read_gb_s)
+        more, left_out = operator.measure(cell, config.methods, limits, read_gb_s)
         rows += more
         skipped += left_out
         progress.advance(task)
@@ -117,14 +121,14 @@ def _encode(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measur
 
 def _step(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
     def measure(subject: Subject, size: int) -> Measured:
-        return steps.measure(subject, size, config.steps, config.compiled, read_gb_s)
+        return decode_step.measure(subject, size, config.steps, config.compiled, read_gb_s)
 
     return _of_models(config, progress, "step", config.images, measure)
 
 
 def _end_to_end(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
     def measure(subject: Subject, size: int) -> Measured:
-        return generation.measure(subject, size, config.steps, config.rounds, config.seconds, config.compiled)
+        return end_to_end.measure(subject, size, config.steps, config.rounds, config.seconds, config.compiled)
 
     return _of_models(config, progress, "end-to-end", config.images, measure)
 
@@ -137,15 +141,19 @@ def _serving(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measu
 
 
 def _of_models(
-    config: BenchConfig, progress: Progress, level: str, sizes: Sequence[int], measure: Callable[[Subject, int], Measured]
+    config: BenchConfig,
+    progress: Progress,
+    level: str,
+    sizes: Sequence[int],
+    measure: Callable[[Subject, int], Measured],
 ) -> Measured:
     """What `measure` gives of each model, which are built one after the other, at each size of a batch."""
-    names = config.model or subjects.default(config.place)
+    names = config.model or models.default(config.place)
     task = progress.add_task(level, total=len(names) * len(sizes))
     found: Measured = [], []
     for name in names:
         progress.update(task, description=f"{level}: {name}")
-        subject = subjects.build(name, config.place, config.precision, config.text, config.tile, config.seed)
+        subject = models.build(name, config.place, config.precision, config.text, config.tile, config.seed)
         for size in sizes:
             rows, skipped = measure(subject, size)
             found[0].extend(rows)

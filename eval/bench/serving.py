@@ -1,8 +1,10 @@
-"""Serving within a memory budget: the largest batch of image questions whose cache fits, and how many tokens a second it writes.
+"""Serving within a memory budget: the largest batch of image questions whose cache fits, and how many tokens a second
+it writes.
 
-What fits is found by bisection over storages that are really held: a cache of each size that is asked about is made, takes a decode step,
-and is weighed. Two prompts with different images are prefilled; the sequences of a larger batch are copies of these, in memory of their
-own. Weights are on neither side of the budget; a capsule's maps are on its side.
+What fits is found by bisection over storages that are really held: a cache of each size that is asked about is made,
+takes a decode step, and is weighed. Two prompts with different images are prefilled; the sequences of a larger batch
+are copies of these, in memory of their own. Weights are on neither side of the budget; a capsule's maps are on its
+side.
 """
 
 from collections.abc import Callable
@@ -12,11 +14,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from . import ladder
-from .clock import Contender, interleave
-from .ladder import BASELINES, Rung
-from .steps import PROMPTS, filled, stepper, widened
-from .subjects import Subject
+from . import contenders
+from .contenders import BASELINES, Rung
+from .decode_step import PROMPTS, filled, stepper, widened
+from .interleaved_timing import Contender, interleave
+from .models import Subject
 
 LEVEL = "serving"
 _MOST = 4096
@@ -25,7 +27,8 @@ _MOST = 4096
 
 @torch.no_grad()
 def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of a subject: the full caches and its methods, each at its own largest batch; and those of which not one sequence fits.
+    """Rows of a subject: the full caches and its methods, each at its own largest batch; and those of which not one
+    sequence fits.
 
     Args:
         subject: what serves.
@@ -35,8 +38,8 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
     budget, device = int(budget_mib * 2**20), subject.model.device
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    for rung in ladder.rungs(subject, compiled=False):
-        if rung.name == ladder.L0:
+    for rung in contenders.rungs(subject, compiled=False):
+        if rung.name == contenders.L0:
             continue
         room = subject.batch(1)["input_ids"].shape[1] + steps
         prompts = filled(subject, rung, subject.batch(PROMPTS), rung.cache(room))
@@ -46,7 +49,9 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
             continue
         cache = widened(prompts, size)
         # Two steps are taken before the first that is timed.
-        contender = Contender(rung.name, [stepper(subject.model, rung, cache, size)], partial(rung.on, subject.model), graph=False)
+        contender = Contender(
+            rung.name, [stepper(subject.model, rung, cache, size)], partial(rung.on, subject.model), graph=False
+        )
         time = interleave([contender], device, steps - 2, float("inf"), burst=0)[rung.name]
         found.append(
             {
@@ -69,7 +74,8 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
 
 
 def largest(weigh: Callable[[int], int], budget: int) -> tuple[int, int]:
-    """The largest count whose weight is within the budget, and that weight; 0 and the weight of one where not even one is.
+    """The largest count whose weight is within the budget, and that weight; 0 and the weight of one where not even one
+    is.
 
     Doubles until it is past the budget, then bisects; a count's weight must not fall as counts rise.
     """
@@ -93,12 +99,14 @@ def _held(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
     cache = widened(prompts, count)
     with rung.on(subject.model):
         stepper(subject.model, rung, cache, count)()
-    return ladder.held(cache)
+    return contenders.held(cache)
 
 
 def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the full cache that serves most tokens a second, and how many times as many others do."""
-    full = max((row for row in rows if row["method"] in BASELINES), key=lambda row: float(row["tokens_s"]), default=None)
+    full = max(
+        (row for row in rows if row["method"] in BASELINES), key=lambda row: float(row["tokens_s"]), default=None
+    )
     for row in rows:
         row["baseline"] = full and full["method"]
         row["ratio"] = full and row["tokens_s"] / full["tokens_s"]

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from kvcapsule.geometry import KVGeometry
+from kvcapsule.vlm.geometry import KVGeometry
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A language part, as its config on the Hub has it. Rotations are timed as 1-D RoPE whatever the model's are: they cost the same."""
+    """A language part, as its config on the Hub has it. Rotations are timed as 1-D RoPE whatever the model's are: they
+    cost the same."""
 
     name: str
     layers: int

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from .. import __version__
+from .._version import __version__
 from .errors import CLOSED_PIPE, INTERRUPTED, WRONG_INPUT, complain
 
 COMMANDS = {
@@ -20,7 +20,8 @@ COMMANDS = {
     "models": "kvcapsule.cli.models:main",
     "push": "kvcapsule.cli.push:main",
 }
-"""Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when it is chosen."""
+"""Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when
+it is chosen."""
 HELP = {
     "analyze": "study a VLM's visual keys and values on some data, and what compression to expect",
     "train": "train a capsule on the KV activations of a frozen VLM",
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; None takes those of the process.
 
     Returns:
-        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt, 141 where the reader of a pipe is gone.
+        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt, 141 where the reader
+        of a pipe is gone.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:

@@ -11,10 +11,6 @@ CLOSED_PIPE = 141
 """128 + SIGPIPE: the reader of the output went away, as `head` does once it has its lines."""
 
 
-class InputError(ValueError):
-    """An argument of a command cannot be used."""
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line, without the usage in front.
 

@@ -8,13 +8,14 @@ import sys
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .errors import InputError, Parser, complain
+from ..errors import InputError
+from .errors import Parser, complain
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, Cache, PreTrainedModel, ProcessorMixin
 
-    from ..cache import CapsuleCache
-    from ..capsule import Capsule
+    from ..capsule.capsule import Capsule
+    from ..inference.cache import CapsuleCache
 
 PROG = "kvcapsule generate"
 
@@ -57,10 +58,7 @@ class Row(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command with the arguments `argv` (None: those of the process) and return its exit code."""
     options = _parser().parse_args(argv, namespace=Options())
-    from ..capsule import CapsuleError
-    from ..data.source import DataError
-    from ..geometry import GeometryError
-    from ..models import ModelError
+    from ..errors import CapsuleError, DataError, GeometryError, ModelError
 
     try:
         run(options)
@@ -73,16 +71,17 @@ def run(options: Options) -> None:
     """Answer on stdout, report on stderr.
 
     Raises:
-        InputError, CapsuleError, DataError, GeometryError, ModelError: for input that cannot be used. What is quick to check comes before
+        InputError, CapsuleError, DataError, GeometryError, ModelError: for input that cannot be used. What is quick to
+        check comes before
             the model is loaded.
     """
     from transformers.utils import logging
 
-    from ..capsule import Capsule
+    from ..capsule.capsule import Capsule
     from ..data.prompts import conversation, encode
     from ..data.source import open_image
-    from ..geometry import KVGeometry
-    from ..models import load_vlm
+    from ..vlm.geometry import KVGeometry
+    from ..vlm.loading import load_vlm
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -90,7 +89,8 @@ def run(options: Options) -> None:
     images = [open_image(path) for path in options.image]
     capsule = Capsule.from_pretrained(options.capsule) if options.capsule else None
     model, processor = load_vlm(options.model, dtype=options.dtype, device=options.device)
-    # Refused without a capsule too: an encoder-decoder's cache is of another kind, and could not be measured as this one is.
+    # Refused without a capsule too: an encoder-decoder's cache is of another kind, and could not be measured as this
+    # one is.
     KVGeometry.from_config(model.config)
     if capsule is not None:
         capsule.to(model.device)
@@ -113,35 +113,63 @@ def _parser() -> Parser:
         "The answer goes to stdout as it is written, the bytes of the cache to stderr.",
     )
     what = parser.add_argument_group("what is asked")
-    what.add_argument("--image", metavar="FILE", action="append", default=[], help="an image; may be repeated, and left out")
+    what.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="an image; may be repeated, and left out"
+    )
     what.add_argument("--prompt", metavar="TEXT", required=True, help="the question; the images stand before it")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="ID", default="pages-vlm", help="a shipped model, a folder or an id on the Hub (default: %(default)s)"
+        "--model",
+        metavar="ID",
+        default="pages-vlm",
+        help="a shipped model, a folder or an id on the Hub (default: %(default)s)",
     )
     model.add_argument(
-        "--capsule", metavar="ID", help="a shipped capsule, a folder or an id on the Hub (default: none, which is the full cache)"
+        "--capsule",
+        metavar="ID",
+        help="a shipped capsule, a folder or an id on the Hub (default: none, which is the full cache)",
     )
     model.add_argument(
-        "--dtype", metavar="NAME", default="auto", help="auto (as saved), float32, float16 or bfloat16 (default: %(default)s)"
+        "--dtype",
+        metavar="NAME",
+        default="auto",
+        help="auto (as saved), float32, float16 or bfloat16 (default: %(default)s)",
     )
     model.add_argument(
-        "--device", metavar="NAME", help="such as cpu or cuda:1; auto spreads the model over devices (default: cuda if present)"
+        "--device",
+        metavar="NAME",
+        help="such as cpu or cuda:1; auto spreads the model over devices (default: cuda if present)",
     )
     writing = parser.add_argument_group("how it is answered")
-    writing.add_argument("--max-new-tokens", metavar="N", type=_count, default=128, help="most tokens to write (default: %(default)s)")
-    writing.add_argument("--do-sample", action="store_true", help="draw each token by its probability (default: take the likeliest)")
-    writing.add_argument("--temperature", metavar="X", type=float, help="with --do-sample: above 1 is more varied, below 1 less")
     writing.add_argument(
-        "--top-p", metavar="P", type=float, help="with --do-sample: draw from the likeliest tokens that make up this share"
+        "--max-new-tokens", metavar="N", type=_count, default=128, help="most tokens to write (default: %(default)s)"
     )
-    writing.add_argument("--top-k", metavar="N", type=_count, help="with --do-sample: draw from this many of the likeliest tokens")
-    writing.add_argument("--seed", metavar="N", type=int, default=0, help="with --do-sample: which draw (default: %(default)s)")
+    writing.add_argument(
+        "--do-sample", action="store_true", help="draw each token by its probability (default: take the likeliest)"
+    )
+    writing.add_argument(
+        "--temperature", metavar="X", type=float, help="with --do-sample: above 1 is more varied, below 1 less"
+    )
+    writing.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="with --do-sample: draw from the likeliest tokens that make up this share",
+    )
+    writing.add_argument(
+        "--top-k", metavar="N", type=_count, help="with --do-sample: draw from this many of the likeliest tokens"
+    )
+    writing.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="with --do-sample: which draw (default: %(default)s)"
+    )
     report = parser.add_argument_group("report")
     report.add_argument(
         "--compare",
         action="store_true",
-        help="also answer with the full cache: show that answer, whether it is identical, and its measured bytes in place of computed ones",
+        help=(
+            "also answer with the full cache: show that answer, whether it is identical, and its measured bytes in"
+            " place of computed ones"
+        ),
     )
     return parser
 
@@ -162,7 +190,10 @@ def _require_consistent(options: Options) -> None:
     if given and not options.do_sample:
         raise InputError(f"--{given[0].replace('_', '-')} has an effect only with --do-sample.")
     if options.temperature is not None and not options.temperature > 0:
-        raise InputError(f"--temperature {options.temperature}: it must be above 0; leave --do-sample out to take the likeliest tokens.")
+        raise InputError(
+            f"--temperature {options.temperature}: it must be above 0; leave --do-sample out to take the likeliest"
+            " tokens."
+        )
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise InputError(f"--top-p {options.top_p} is outside (0, 1].")
     if options.device not in (None, "auto"):
@@ -189,8 +220,8 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
-    from ..cache import CapsuleCache
-    from ..inference import attach
+    from ..inference.attach import attach
+    from ..inference.cache import CapsuleCache
 
     tokenizer = processor.tokenizer
     # transformers declares `generate` on a mixin that PreTrainedModel's type does not name.
@@ -233,11 +264,12 @@ def _show_comparison(answer: Answer, full: Answer) -> None:
 
 
 def _show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -> None:
-    """Print the bytes of the cache against those of the full cache; `full` is the run that measured them, None to compute them."""
+    """Print the bytes of the cache against those of the full cache; `full` is the run that measured them, None to
+    compute them."""
     from rich.console import Console
     from rich.table import Table
 
-    from ..cache import CapsuleCache
+    from ..inference.cache import CapsuleCache
 
     rows = []
     if isinstance(answer.cache, CapsuleCache):
@@ -251,15 +283,22 @@ def _show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -
             rows.append(Row("other", f"{held.other:,}", "the model's own layers"))
         rows.append(Row("total", f"{held.total:,}", f"measured, {answer.cache.get_seq_length()} tokens"))
         if held.parameters:
-            rows.append(Row("codec maps", f"{held.parameters:,}", "parameters, once for all sequences; not in the total"))
+            rows.append(
+                Row("codec maps", f"{held.parameters:,}", "parameters, once for all sequences; not in the total")
+            )
         whole, origin = (
             (_computed_bytes(model, answer.cache), f"computed, {answer.cache.get_seq_length()} tokens")
             if full is None
             else (_measured_bytes(full.cache), f"measured, {full.cache.get_seq_length()} tokens")
         )
-        rows += [Row("full cache", f"{whole:,}", origin), Row("ratio", f"{whole / held.total:.2f}", "full cache / total")]
+        rows += [
+            Row("full cache", f"{whole:,}", origin),
+            Row("ratio", f"{whole / held.total:.2f}", "full cache / total"),
+        ]
     else:
-        rows.append(Row("full cache", f"{_measured_bytes(answer.cache):,}", f"measured, {answer.cache.get_seq_length()} tokens"))
+        rows.append(
+            Row("full cache", f"{_measured_bytes(answer.cache):,}", f"measured, {answer.cache.get_seq_length()} tokens")
+        )
     table = Table("cache", "bytes", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for row in rows:
@@ -270,8 +309,9 @@ def _show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -
 
 
 def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
-    """What the model's own cache would hold for the tokens of `cache`, from its geometry; layers that both hold alike as measured."""
-    from ..geometry import KVGeometry, full_attention_layers
+    """What the model's own cache would hold for the tokens of `cache`, from its geometry; layers that both hold alike
+    as measured."""
+    from ..vlm.geometry import KVGeometry, full_attention_layers
 
     geometry = KVGeometry.from_config(model.config)
     token: int = 2 * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize
@@ -281,6 +321,8 @@ def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
 def _measured_bytes(cache: "Cache") -> int:
     import torch
 
-    from ..segment import storage_bytes
+    from ..segments.segment import storage_bytes
 
-    return storage_bytes(held for layer in cache.layers for held in vars(layer).values() if isinstance(held, torch.Tensor))
+    return storage_bytes(
+        held for layer in cache.layers for held in vars(layer).values() if isinstance(held, torch.Tensor)
+    )

@@ -1,8 +1,9 @@
 """`kvcapsule methods`: every codec family and policy, what it is, whose it is and what it takes.
 
-All of it is read from the registries: the summary is the first line of a method's module (of its class, for a policy of the text alone),
-papers are those that this line or the first line of its class names, settings are the fields of its config or the arguments of its
-constructor. The registries are imported inside `main`: `--help` and a mistyped option do not wait for them.
+All of it is read from the registries: the summary is the first paragraph of a method's module (of its class, for a policy of
+the text alone), papers are those that this paragraph or the first one of its class names, settings are the fields of its
+config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a mistyped option do
+not wait for them.
 """
 
 import argparse
@@ -35,7 +36,8 @@ class MethodInfo:
     name: str
     """In its registry."""
     kind: str
-    """"codec" (trained; a capsule is made of it), "policy" (training-free) or "text policy" (likewise; stands beside one of the others)."""
+    """"codec" (trained; a capsule is made of it), "policy" (training-free) or "text policy" (likewise; stands beside
+    one of the others)."""
     summary: str
     papers: list[str]
     """arXiv numbers."""
@@ -72,15 +74,15 @@ def known_methods() -> Iterator[MethodInfo]:
 
 
 def _info(name: str, kind: str, method: type, required: list[str], defaults: dict[str, Any]) -> MethodInfo:
-    of_module, of_class = (_first_line(documented) for documented in (sys.modules[method.__module__], method))
+    of_module, of_class = (_first_paragraph(documented) for documented in (sys.modules[method.__module__], method))
     # The two policies of the text share a module, and one paper is named further down.
     summary, source = (of_class, inspect.getdoc(method) or "") if kind == "text policy" else (of_module, of_class)
     papers = list(dict.fromkeys(_PAPER.findall(f"{summary} {source}")))
     return MethodInfo(name, kind, summary, papers, required, defaults)
 
 
-def _first_line(documented: Any) -> str:
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
+def _first_paragraph(documented: Any) -> str:
+    return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
 
 
 def _print_table(found: list[MethodInfo]) -> None:

@@ -8,7 +8,8 @@ Config = TypeVar("Config")
 
 
 def option_parser(config: type[Any], prog: str, usage: str, description: str) -> ArgumentParser:
-    """Every field of a config class as an option, explained by its docstring, and --config. It raises ArgumentError and does not exit."""
+    """Every field of a config class as an option, explained by its docstring, and --config. It raises ArgumentError and
+    does not exit."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file of these options")

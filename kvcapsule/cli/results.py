@@ -1,16 +1,18 @@
-"""What commands that write results have in common: places that can be written to, whole files, and names without a machine's paths."""
+"""What commands that write results have in common: places that can be written to, whole files, and names without a
+machine's paths."""
 
 import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..files import unique_name, write
-from .errors import InputError
+from ..atomic_files import unique_name, write
+from ..errors import InputError
 
 
 def require_writable(files: Iterable[str | None], folders: Iterable[str | None] = ()) -> None:
-    """Make the folders of the results now: a result that has nowhere to go costs the whole run. None stands for what is not wanted.
+    """Make the folders of the results now: a result that has nowhere to go costs the whole run. None stands for what is
+    not wanted.
 
     Raises:
         InputError: if a file or folder cannot be written.
@@ -47,7 +49,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def shown_path(name: str) -> str:
-    """A name as a report may show it: where it is an absolute path, relative to the working directory, or else its last part."""
+    """A name as a report may show it: where it is an absolute path, relative to the working directory, or else its last
+    part."""
     path = Path(name).expanduser()
     if not path.is_absolute():
         return name

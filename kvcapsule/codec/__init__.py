@@ -1,8 +1,19 @@
 """Trained codecs. FAMILIES is the one place where a family is registered."""
 
-from .base import CodecConfig, Encoded, KeyCodec, KeyPart, LayerCodec, PairCodec, StackCodec, StackEncoding, ValueCodec, ValuePart
+from .base import (
+    CodecConfig,
+    Encoded,
+    KeyCodec,
+    KeyPart,
+    LayerCodec,
+    PairCodec,
+    StackCodec,
+    StackEncoding,
+    ValueCodec,
+    ValuePart,
+)
 from .compact import CompactConfig
-from .crosslayer import CrossLayerConfig
+from .cross_layer import CrossLayerConfig
 from .identity import IdentityConfig
 from .kvcapsule import KVCapsuleConfig
 from .transform import TransformConfig

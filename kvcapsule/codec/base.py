@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from ..frame import Frame
-from ..geometry import KVGeometry
-from ..quantize import QuantizedRows, check_bits
-from ..segment import Rows, Segment
+from ..segments.quantized_rows import QuantizedRows, check_bits
+from ..segments.rotary_frame import Frame
+from ..segments.segment import Rows, Segment
+from ..vlm.geometry import KVGeometry
 
 
 class KeyPart(NamedTuple):
@@ -68,7 +68,8 @@ class Encoded(NamedTuple):
             return QuantizedRows.pack(rows, bits)
 
         return self._replace(
-            keys=self.keys._replace(keys=pack(self.keys.keys)), values=self.values._replace(values=pack(self.values.values))
+            keys=self.keys._replace(keys=pack(self.keys.keys)),
+            values=self.values._replace(values=pack(self.values.values)),
         )
 
 
@@ -79,7 +80,7 @@ class LayerCodec(nn.Module, ABC):
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
         """Encode tiles of keys (in their canonical frames if the family's config says so) and of values.
 
-        They are lent (kvcapsule.prefill.cut_tiles): what is stored as it is must be a copy.
+        They are lent (kvcapsule.methods.tiles.cut_tiles): what is stored as it is must be a copy.
         """
 
 
@@ -145,6 +146,8 @@ class CodecConfig(ABC):
         """Raises ValueError naming keys that this family does not have."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(f.name for f in fields(cls))}.")
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(f.name for f in fields(cls))}."
+            )
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**values)

@@ -1,23 +1,30 @@
-"""Compact capsules by attention matching (arXiv 2602.16284): few of a tile's own keys, a bias for each, and values refit to match.
+"""Compact capsules by attention matching (arXiv 2602.16284): few of a tile's own keys, a bias for each, and values
+refit to match.
 
-For one layer, one KV head and one tile of T tokens, with a bank of Q training queries B [Q, D] and A = softmax(scale B K^T) [Q, T]:
+For one layer, one KV head and one tile of T tokens, with a bank of Q training queries B [Q, D] and A = softmax(scale B
+K^T) [Q, T]:
 
     kept     m = ceil(r T) of the tile's tokens, chosen for this image and this head
-    bias     b = log w, w > 0 with A_kept w ~ 1: for every query of the bank, the kept keys carry the mass of the whole tile
+    bias     b = log w, w > 0 with A_kept w ~ 1: for every query of the bank, the kept keys carry the mass of the whole
+             tile
     values   C with softmax(scale B K_kept^T + b) C ~ A V
 
-Stored are K_kept, C and b; attention reads them as plain rows with a bias. The bank and the selector are parameters of the encoder alone.
+Stored are K_kept, C and b; attention reads them as plain rows with a bias. The bank and the selector are parameters of
+the encoder alone.
 
-What is approximated: attention is matched for the bank's queries alone, and these come from other images (the paper's come from the
-context that it compacts). Matched freely they are matched too closely, so the weights are pulled towards a nearest-key assignment and
-the values towards the means that it gives. Tiles are matched each for itself: that they share one softmax enters through the masses alone.
+What is approximated: attention is matched for the bank's queries alone, and these come from other images (the paper's
+come from the context that it compacts). Matched freely they are matched too closely, so the weights are pulled towards
+a nearest-key assignment and the values towards the means that it gives. Tiles are matched each for itself: that they
+share one softmax enters through the masses alone.
 
-Which tokens are kept matters most. Ranked by attention alone, tokens that do the same work are all kept; each of `passes` ranks them anew
-by what a token adds to those above it: the paper's orthogonal matching pursuit with a fixed order in place of its loop over tokens. They
-choose from a shortlist of C tokens, those that the first ranking puts first: 4 for each that is kept, and 112 at least.
+Which tokens are kept matters most. Ranked by attention alone, tokens that do the same work are all kept; each of
+`passes` ranks them anew by what a token adds to those above it: the paper's orthogonal matching pursuit with a fixed
+order in place of its loop over tokens. They choose from a shortlist of C tokens, those that the first ranking puts
+first: 4 for each that is kept, and 112 at least.
 
-Cost of encoding, in multiplications for one tile and KV head: Q T (D + m) + Q m^2 + 2 T m D + m^3 / 3; with passes C T (Q + D) once, and
-C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory twice, for as many as are encoded at once.
+Cost of encoding, in multiplications for one tile and KV head: Q T (D + m) + Q m^2 + 2 T m D + m^3 / 3; with passes C T
+(Q + D) once, and C^3 / 6 + C^2 D / 2 for each. Q T numbers a tile and head are in memory twice, for as many as are
+encoded at once.
 """
 
 from collections.abc import Sequence
@@ -30,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..geometry import KVGeometry
-from ..quantize import QuantizedRows
-from .bank import Reading, added, highest, products, read_by, rows_at, targets
+from ..segments.quantized_rows import QuantizedRows
+from ..vlm.geometry import KVGeometry
+from .attention_matching import Reading, added, highest, products, read_by, rows_at, targets
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .kvcapsule import check_ratio, retained
 
@@ -59,7 +66,8 @@ def assignment(alike_EHMT: torch.Tensor, kept_EHM: torch.Tensor) -> torch.Tensor
 
 
 def fit_masses(rows_EHMQ: torch.Tensor, target_EH1Q: torch.Tensor, start_EHM: torch.Tensor, tile: int) -> torch.Tensor:
-    """w [E, H, M] with |w rows - target|^2 + s |w - start|^2 small, between 1 / tile and tile; s is the mean of |a row of rows|^2.
+    """w [E, H, M] with |w rows - target|^2 + s |w - start|^2 small, between 1 / tile and tile; s is the mean of |a row
+    of rows|^2.
 
     Accelerated projected gradient (Nesterov), a fixed number of steps: near the least-squares solution, not at it.
     """
@@ -90,9 +98,10 @@ class Choice(NamedTuple):
 
 
 class Selector(nn.Module):
-    """Ranks a tile's tokens in one pass: two layers over a token's key and value, with an embedding of its place, for each KV head.
+    """Ranks a tile's tokens in one pass: two layers over a token's key and value, with an embedding of its place, for
+    each KV head.
 
-    All zero until it is trained (kvcapsule.training.matching).
+    All zero until it is trained (kvcapsule.training.query_bank).
     """
 
     mean: torch.Tensor
@@ -158,15 +167,16 @@ class CompactLayer(LayerCodec):
         return Encoded(KeyPart(keys), ValuePart(values), bias)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
-        """The bank's, times the scale of the scores, in the precision that keys of `dtype` are read in: fp32, or fp64 for fp64.
+        """The bank's, times the scale of the scores, in the precision that keys of `dtype` are read in: fp32, or fp64
+        for fp64.
 
         Raises:
             RuntimeError: before the bank is filled.
         """
         if not bool(self.bank.any()):
             raise RuntimeError(
-                "this compact codec's bank of queries is empty, so there is nothing to match: train the capsule, or fill `bank` with "
-                "kvcapsule.training.matching.QueryBank."
+                "this compact codec's bank of queries is empty, so there is nothing to match: train the capsule, or"
+                " fill `bank` with kvcapsule.training.query_bank.QueryBank."
             )
         return self.bank.to(torch.promote_types(dtype, torch.float32)) * self.scale
 
@@ -174,8 +184,11 @@ class CompactLayer(LayerCodec):
         """How the bank reads tiles of keys; raises RuntimeError before the bank is filled."""
         return read_by(self.queries(k_EHTD.dtype), k_EHTD)
 
-    def choose(self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ranking: torch.Tensor | None = None) -> Choice:
-        """The tokens to keep; of equals the earlier one. ranking [E, H, T]: the selector's, where it has spoken already."""
+    def choose(
+        self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ranking: torch.Tensor | None = None
+    ) -> Choice:
+        """The tokens to keep; of equals the earlier one. ranking [E, H, T]: the selector's, where it has spoken
+        already."""
         if ranking is None:
             ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
         if not self.passes:
@@ -188,14 +201,25 @@ class CompactLayer(LayerCodec):
         return Choice(first if among is None else among.gather(-1, first), rows_at(shared, first))
 
     def fit(
-        self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
+        self,
+        reading: Reading,
+        k_EHTD: torch.Tensor,
+        v_EHTD: torch.Tensor,
+        kept_EHM: torch.Tensor,
+        shared_EHMT: torch.Tensor | None = None,
     ) -> Encoded:
-        """Biases and values for a choice of tokens, fitted to the keys as they will be read: quantised where latent_bits says so."""
+        """Biases and values for a choice of tokens, fitted to the keys as they will be read: quantised where
+        latent_bits says so."""
         keys, values, bias = self._matched(reading, k_EHTD, v_EHTD, kept_EHM, shared_EHMT)
         return Encoded(KeyPart(keys), ValuePart(values), bias)
 
     def _matched(
-        self, reading: Reading, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None
+        self,
+        reading: Reading,
+        k_EHTD: torch.Tensor,
+        v_EHTD: torch.Tensor,
+        kept_EHM: torch.Tensor,
+        shared_EHMT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values and bias of `fit`."""
         work, tile = reading.attention.dtype, k_EHTD.shape[2]
@@ -210,7 +234,8 @@ class CompactLayer(LayerCodec):
             scores, rows = rows_at(reading.scores, kept_EHM), rows_at(reading.attention, kept_EHM)
             whole, weight = torch.ones_like(reading.log_mass), reading.mass.gather(-1, kept_EHM)
 
-        # By the cosine of what tokens get, or as the bank reads the quantised keys; that of the token itself makes no difference.
+        # By the cosine of what tokens get, or as the bank reads the quantised keys; that of the token itself makes no
+        # difference.
         if self.bits or shared_EHMT is None:
             shared_EHMT = products(rows, reading.attention)
         length = torch.linalg.vector_norm(rows, dim=-1).clamp_min(1e-12)
@@ -240,11 +265,14 @@ class CompactConfig(CodecConfig):
     bank: int = 512
     """Training queries of each KV head that attention is matched for."""
     ridge: float = 1e-3
-    """Pull of the values towards the means of the tokens that they stand for, relative to the mean energy of a row's weights."""
+    """Pull of the values towards the means of the tokens that they stand for, relative to the mean energy of a row's
+    weights."""
     selector: str = "attention"
-    """How tokens are ranked: "attention" (root mean square of the weight that the bank gives them) or "learned" (a network)."""
+    """How tokens are ranked: "attention" (root mean square of the weight that the bank gives them) or "learned" (a
+    network)."""
     passes: int = 2
-    """Times that the ranking is reordered by what each token adds to those above it; 0 keeps the highest ranked as they are."""
+    """Times that the ranking is reordered by what each token adds to those above it; 0 keeps the highest ranked as they
+    are."""
     hidden: int = 64
     """Width of the learned selector."""
     scale: float = 0.0
@@ -260,9 +288,14 @@ class CompactConfig(CodecConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: at least {least} is needed.")
         if self.ridge <= 0 or self.scale < 0:
-            raise ValueError(f"ridge {self.ridge} must be positive (the fit of the values needs it) and scale {self.scale} not negative.")
+            raise ValueError(
+                f"ridge {self.ridge} must be positive (the fit of the values needs it) and scale {self.scale} not"
+                " negative."
+            )
 
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
         if len(self.ratios) != geometry.layers:
-            raise ValueError(f"{len(self.ratios)} retention ratios for {geometry.layers} layers: give one for each layer.")
+            raise ValueError(
+                f"{len(self.ratios)} retention ratios for {geometry.layers} layers: give one for each layer."
+            )
         return CompactLayer(geometry.kv_heads, geometry.head_dim, retained(self.ratios[layer], self.tile), self)

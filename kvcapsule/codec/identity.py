@@ -1,10 +1,11 @@
-"""The codec that stores everything: a capsule of it is the full cache in another shape. For tests and as a yardstick."""
+"""The codec that stores everything: a capsule of it is the full cache in another shape. For tests and as a
+yardstick."""
 
 from dataclasses import dataclass
 
 import torch
 
-from ..geometry import KVGeometry
+from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 

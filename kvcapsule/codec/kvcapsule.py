@@ -1,14 +1,15 @@
 """KVCapsule (arXiv 2605.16439): keys by a learned static subset of tokens, values by PCA along the token axis.
 
-For one layer and one tile of T visual tokens, with M the retained set (|M| = m, learned, the same for all heads, images and prompts):
+For one layer and one tile of T visual tokens, with M the retained set (|M| = m, learned, the same for all heads, images
+and prompts):
 
     keys    stored  K_M                 [m, D]      read   K^ = theta K_M            theta [T, m] per KV head
     values  stored  C = U (V - 1 mu^T)  [m', D]     read   V^ = U^T C + 1 mu^T       U [m', T] and mu [D] per KV head
 
-A linear theta is absorbed by attention: scores of all T tokens are theta times the scores of the retained ones, and this commutes with
-RoPE. The paper's prose has a two-layer MLP along the token axis in place of theta (its fused kernel uses one matrix, so both are offered).
-The MLP does not commute with anything: at every read it builds the full keys of the tile, costs more traffic than no compression, and is
-here for comparison only.
+A linear theta is absorbed by attention: scores of all T tokens are theta times the scores of the retained ones, and
+this commutes with RoPE. The paper's prose has a two-layer MLP along the token axis in place of theta (its fused kernel
+uses one matrix, so both are offered). The MLP does not commute with anything: at every read it builds the full keys of
+the tile, costs more traffic than no compression, and is here for comparison only.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from math import ceil
 import torch
 from torch import nn
 
-from ..geometry import KVGeometry
+from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 
@@ -30,8 +31,8 @@ def retained(ratio: float, tile: int) -> int:
 def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
     """Retention ratios that fall linearly from mean (1 + slope) in the first layer to mean (1 - slope) in the last.
 
-    The paper says that earlier layers keep more and gives no numbers; a line is the plainest reading. Where the first layers would pass 1,
-    the slope is reduced so that the mean holds.
+    The paper says that earlier layers keep more and gives no numbers; a line is the plainest reading. Where the first
+    layers would pass 1, the slope is reduced so that the mean holds.
 
     Raises:
         ValueError: for a mean outside (0, 1] or a slope outside [0, 1).
@@ -39,7 +40,8 @@ def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
     check_ratio(mean)
     if not 0 <= slope < 1:
         raise ValueError(
-            f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps thrice as much in the first layer as in the last."
+            f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps thrice as much in the first layer as in"
+            " the last."
         )
     slope = min(slope, 1 / mean - 1)
     steps = [1 - 2 * i / (layers - 1) if layers > 1 else 0.0 for i in range(layers)]
@@ -47,7 +49,8 @@ def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
 
 
 def weighted(mean: float, weights: Sequence[float]) -> tuple[float, ...]:
-    """Retention ratios in proportion to one weight a layer, with the given mean; what a layer cannot use (past 1) goes to the others.
+    """Retention ratios in proportion to one weight a layer, with the given mean; what a layer cannot use (past 1) goes
+    to the others.
 
     Raises:
         ValueError: for a mean outside (0, 1] or weights that are not all positive.
@@ -88,7 +91,8 @@ class RetainedKeys(KeyCodec):
 
 
 class MlpKeys(KeyCodec):
-    """The rows at `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Builds the full keys at every read."""
+    """The rows at `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Builds the full keys at
+    every read."""
 
     kept: torch.Tensor
 
@@ -102,7 +106,9 @@ class MlpKeys(KeyCodec):
 
     def decode(self, k_EHMD: torch.Tensor) -> torch.Tensor:
         """[E, H, m, D] to [E, H, T, D]."""
-        inner, inner_bias, outer, outer_bias = (p.to(k_EHMD.dtype) for p in (self.inner, self.inner_bias, self.outer, self.outer_bias))
+        inner, inner_bias, outer, outer_bias = (
+            p.to(k_EHMD.dtype) for p in (self.inner, self.inner_bias, self.outer, self.outer_bias)
+        )
         return outer @ nn.functional.gelu(inner @ k_EHMD + inner_bias) + outer_bias
 
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
@@ -139,7 +145,8 @@ class MlpRows:
 class PcaValues(ValueCodec):
     """PCA along the token axis: basis U [H, m, T], mean mu [H, D] over samples and tokens.
 
-    The rows of U are orthonormal as solved (the paper's values); a run with train_values moves them, which is no longer PCA.
+    The rows of U are orthonormal as solved (the paper's values); a run with train_values moves them, which is no longer
+    PCA.
     """
 
     mean: torch.Tensor
@@ -177,7 +184,9 @@ class KVCapsuleConfig(CodecConfig):
         if self.key_decoder == "mlp" and not self.canonical_frame:
             raise ValueError("the MLP key decoder does not commute with RoPE: it needs canonical_frame=True.")
         if self.key_decoder == "mlp" and self.latent_bits:
-            raise ValueError("latent_bits: the MLP key decoder reads its rows as they are; use key_decoder 'linear', or leave it 0.")
+            raise ValueError(
+                "latent_bits: the MLP key decoder reads its rows as they are; use key_decoder 'linear', or leave it 0."
+            )
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
             for ratio in ratios:
                 check_ratio(ratio, f"{name} retention ratio")
@@ -186,7 +195,9 @@ class KVCapsuleConfig(CodecConfig):
         heads = geometry.kv_heads
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
             if len(ratios) != geometry.layers:
-                raise ValueError(f"{len(ratios)} {name} retention ratios for {geometry.layers} layers: give one for each layer.")
+                raise ValueError(
+                    f"{len(ratios)} {name} retention ratios for {geometry.layers} layers: give one for each layer."
+                )
         n_keys, n_values = (retained(r[layer], self.tile) for r in (self.key_ratios, self.value_ratios))
         mlp = self.key_decoder == "mlp"
         keys = MlpKeys(heads, self.tile, n_keys, self.hidden) if mlp else RetainedKeys(heads, self.tile, n_keys)

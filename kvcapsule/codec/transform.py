@@ -1,19 +1,21 @@
-"""Transform code: a separable linear transform of each tile, then few-bit coefficients (rate-distortion coding that attention can read).
+"""Transform code: a separable linear transform of each tile, then few-bit coefficients (rate-distortion coding that
+attention can read).
 
-For one layer, one set of KV heads and one tile X [T, D] of keys (in the tile's canonical frame) or of values, the set's heads side by side
-(D channels in all):
+For one layer, one set of KV heads and one tile X [T, D] of keys (in the tile's canonical frame) or of values, the set's
+heads side by side (D channels in all):
 
     stored  codes of   C = A X P           A [M, T] along tokens, P [D, C] along channels      encoder
     read               X^ = A' C^ P'^T     A' [T, M], P' [D, C]                                decoder
 
-Decoders are linear along both axes, so attention reads C^ itself: A' is the score map (or value map), each head's part of P' the map of
-its query (or of its output). Heads of one layer see the same tokens, and what they have in common is stored once. The widths of the
-coefficients follow reverse water-filling of what their errors do to the answers' logits (kvcapsule.training.felt, allocation); the codes of
-a tile are chosen together (kvcapsule.codec.shaping); cells and bytes are laid out as kvcapsule.codec.cells says.
+Decoders are linear along both axes, so attention reads C^ itself: A' is the score map (or value map), each head's part
+of P' the map of its query (or of its output). Heads of one layer see the same tokens, and what they have in common is
+stored once. The widths of the coefficients follow reverse water-filling of what their errors do to the answers' logits
+(kvcapsule.training.fisher, allocation); the codes of a tile are chosen together (kvcapsule.codec.noise_shaping); cells
+and bytes are laid out as kvcapsule.segments.coefficient_rows says.
 
-Transform coding with reverse water-filling is the textbook's (Goyal, IEEE Signal Processing Magazine, 2001); KVTC (arXiv 2511.01815) and
-SVDq (arXiv 2502.15304) code the channels of text KV with it. The token axis, reading without expansion, and the metric of the logits are
-this project's own.
+Transform coding with reverse water-filling is the textbook's (Goyal, IEEE Signal Processing Magazine, 2001); KVTC
+(arXiv 2511.01815) and SVDq (arXiv 2502.15304) code the channels of text KV with it. The token axis, reading without
+expansion, and the metric of the logits are this project's own.
 """
 
 from collections.abc import Sequence
@@ -22,18 +24,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..geometry import KVGeometry
-from ..packing import GROUP
+from ..segments.bit_packing import GROUP
+from ..segments.coefficient_rows import CodedRows, Coding
+from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, Encoded, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
-from .cells import CodedRows, Coding
-from .shaping import Readers, check_readers, shaped, shaping_macs
+from .noise_shaping import Readers, check_readers, shaped, shaping_macs
 
 
 class CellTransform(nn.Module):
     """What every transform code has: a basis along tokens, the coding of its coefficients, and the mean tile.
 
-    S sets of `heads` KV heads each; M rows (a multiple of 8) and C channels are those with at least one coded cell. The encoder and the
-    decoder begin as each other's inverses and are trained apart.
+    S sets of `heads` KV heads each; M rows (a multiple of 8) and C channels are those with at least one coded cell. The
+    encoder and the decoder begin as each other's inverses and are trained apart.
     """
 
     channels_out: nn.Parameter
@@ -53,9 +55,15 @@ class CellTransform(nn.Module):
         self._coded_widths = 0
 
     def coding(self) -> Coding:
-        """Made once, so that its layout is, too; anew where the parameters are others (loaded, moved, cast) or the widths written to."""
+        """Made once, so that its layout is, too; anew where the parameters are others (loaded, moved, cast) or the
+        widths written to."""
         known, version = self._coding, 0 if self.widths.is_inference() else self.widths._version
-        same = known is not None and known.widths is self.widths and known.step is self.step and known.offset is self.offset
+        same = (
+            known is not None
+            and known.widths is self.widths
+            and known.step is self.step
+            and known.offset is self.offset
+        )
         if known is None or not same or version != self._coded_widths:
             known = Coding(self.widths, self.step, self.offset, self.heads)
             self._coding, self._coded_widths = known, version
@@ -63,7 +71,11 @@ class CellTransform(nn.Module):
 
     def shaped(self, coefficients_ESMC: torch.Tensor, weights_EST: torch.Tensor | None) -> torch.Tensor:
         """The coefficients to be rounded where tokens weigh unlike (see `shaping`); None: as they are."""
-        return coefficients_ESMC if weights_EST is None else shaped(coefficients_ESMC, self.tokens_out, weights_EST, self.coding())
+        return (
+            coefficients_ESMC
+            if weights_EST is None
+            else shaped(coefficients_ESMC, self.tokens_out, weights_EST, self.coding())
+        )
 
     def decoder_bytes(self) -> int:
         """Bytes of all that reading needs, in the present precision."""
@@ -81,7 +93,9 @@ class Transform(CellTransform):
     def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
         """[E, S, M, C], in fp32 or better."""
         work = torch.promote_types(x_EHTD.dtype, torch.float32)
-        rows: torch.Tensor = self.tokens_in.to(work) @ side_by_side(x_EHTD.to(work), self.heads) @ self.channels_in.to(work)
+        rows: torch.Tensor = (
+            self.tokens_in.to(work) @ side_by_side(x_EHTD.to(work), self.heads) @ self.channels_in.to(work)
+        )
         return rows
 
     def head_maps(self) -> torch.Tensor:
@@ -132,7 +146,9 @@ class TransformValues(ValueCodec):
 
     def part(self, rows: CodedRows | torch.Tensor) -> ValuePart:
         """Rows of coefficients with the maps that read them."""
-        return ValuePart(rows, value_map=self.transform.tokens_out, out_map=self.transform.head_maps().transpose(-1, -2))
+        return ValuePart(
+            rows, value_map=self.transform.tokens_out, out_map=self.transform.head_maps().transpose(-1, -2)
+        )
 
 
 class TransformLayer(PairCodec):
@@ -173,7 +189,10 @@ class TransformConfig(CodecConfig):
         super().__post_init__()
         check_readers(self.readers)
         if self.latent_bits:
-            raise ValueError(f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave it 0.")
+            raise ValueError(
+                f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave"
+                " it 0."
+            )
         for name, channels in (("key_channels", self.key_channels), ("value_channels", self.value_channels)):
             if wrong := [c for c in channels if c < 1]:
                 raise ValueError(f"{name} {wrong}: at least 1 channel is needed.")
@@ -182,7 +201,8 @@ class TransformConfig(CodecConfig):
                 raise ValueError(f"{name} {wrong}: a cell has {GROUP} rows, so their number is a multiple of {GROUP}.")
 
     def encode_macs(self, geometry: KVGeometry) -> int:
-        """Multiply-adds of encoding one full tile in all layers: both products of `Transform.coefficients`, token axis first; shaping."""
+        """Multiply-adds of encoding one full tile in all layers: both products of `Transform.coefficients`, token axis
+        first; shaping."""
         width, sets = geometry.head_dim * self.joint_heads, geometry.kv_heads // self.joint_heads
         sizes = list(zip((*self.key_rows, *self.value_rows), (*self.key_channels, *self.value_channels), strict=True))
         coding = sum(sets * r * width * (self.tile + c) for r, c in sizes)
@@ -194,7 +214,9 @@ class TransformConfig(CodecConfig):
     def build(self, geometry: KVGeometry, layer: int) -> TransformLayer:
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
             if len(getattr(self, name)) != geometry.layers:
-                raise ValueError(f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer.")
+                raise ValueError(
+                    f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer."
+                )
 
         if self.joint_heads < 1 or geometry.kv_heads % self.joint_heads:
             raise ValueError(f"joint_heads {self.joint_heads} does not divide {geometry.kv_heads} KV heads into sets.")

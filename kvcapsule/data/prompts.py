@@ -17,15 +17,19 @@ def conversation(images: Sequence[Image.Image], prompt: str, answer: str | None 
     return turns
 
 
-def encode(processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None) -> BatchFeature:
-    """A left-padded batch of the model's inputs; a conversation that ends with the user's turn is opened for the assistant.
+def encode(
+    processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None
+) -> BatchFeature:
+    """A left-padded batch of the model's inputs; a conversation that ends with the user's turn is opened for the
+    assistant.
 
     Raises:
         ValueError: if the processor has no chat template.
     """
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
-            f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set processor.chat_template."
+            f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set"
+            " processor.chat_template."
         )
     processor.tokenizer.padding_side = "left"
     opened = conversations[0][-1]["role"] == "user"
@@ -39,5 +43,7 @@ def encode(processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any
         processor_kwargs={"padding": True},
     )
     if dtype is not None:
-        batch = BatchFeature({k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()})
+        batch = BatchFeature(
+            {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+        )
     return batch

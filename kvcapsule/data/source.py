@@ -9,25 +9,23 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from . import easy_vqa, emoji, pages, words
-from .digits import SPLITS
-from .packages import PackageError
+from ..errors import DataError, PackageError
+from ..testbeds import easy_vqa, emoji, pages, words
+from ..testbeds.digits import SPLITS
 
 PAGES = "pages"
-"""The name of the source that is taken by default; pages of other heights are called as kvcapsule.data.pages.HEIGHTS has them."""
+"""The name of the source that is taken by default; pages of other heights are called as
+kvcapsule.testbeds.pages.HEIGHTS has them."""
 PICTURES: dict[str, Callable[[str, int, int], datasets.Dataset]] = {
     "emoji": emoji.emoji,
     "easy-vqa": easy_vqa.easy_vqa,
     "words": words.words,
 }
-"""The sources of smol-vlm, by name: (split, size, seed) to a data set. They are fetched as packages when first asked for."""
+"""The sources of smol-vlm, by name: (split, size, seed) to a data set. They are fetched as packages when first asked
+for."""
 MIXED = "pictures"
 """The name of these three, a question of each in turn; its tasks have the source in front: emoji-place."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-class DataError(ValueError):
-    """A data source cannot be loaded, or lacks what it must have."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ class SourceConfig:
     """Where questions come from."""
 
     source: str = PAGES
-    """"pages" (built in; "pages-short" and "pages-tall" have other heights), "emoji", "easy-vqa" or "words" (fetched as packages;
-    "pictures" is all three in turn), a folder saved by `datasets`, a json, csv or parquet file, a folder of images with metadata, one on
-    the Hub."""
+    """"pages" (built in; "pages-short" and "pages-tall" have other heights), "emoji", "easy-vqa" or "words" (fetched as
+    packages; "pictures" is all three in turn), a folder saved by `datasets`, a json, csv or parquet file, a folder of
+    images with metadata, one on the Hub."""
     split: str = "train"
     """Split of the source; the built-in ones have train, validation and test."""
     size: int = 10_000
@@ -122,7 +120,9 @@ def images_of(row: dict[str, Any], index: int) -> list[Image.Image]:
         if isinstance(image, dict):
             image = _decode(image, index)
         if not isinstance(image, Image.Image):
-            raise DataError(f"row {index}: the image column holds {type(image).__name__}, expected an image (or a list of them).")
+            raise DataError(
+                f"row {index}: the image column holds {type(image).__name__}, expected an image (or a list of them)."
+            )
         images.append(image.convert("RGB"))
     return images
 
@@ -139,7 +139,9 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP, ... that is whole.") from error
+        raise DataError(
+            f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP, ... that is whole."
+        ) from error
 
 
 def _decode(image: dict[str, Any], index: int) -> Image.Image:
@@ -151,7 +153,9 @@ def _decode(image: dict[str, Any], index: int) -> Image.Image:
     except DataError as error:
         raise DataError(f"row {index}: {error}") from error
     except OSError as error:
-        raise DataError(f"row {index}: {image.get('path') or 'the image'} cannot be read as an image ({error}).") from error
+        raise DataError(
+            f"row {index}: {image.get('path') or 'the image'} cannot be read as an image ({error})."
+        ) from error
 
 
 def _open(config: SourceConfig) -> datasets.Dataset:
@@ -160,7 +164,9 @@ def _open(config: SourceConfig) -> datasets.Dataset:
         if path.is_file():
             builder = _BUILDERS.get(path.suffix)
             if builder is None:
-                raise DataError(f"{path}: data files end in {', '.join(_BUILDERS)}; for a folder of images, name the folder.")
+                raise DataError(
+                    f"{path}: data files end in {', '.join(_BUILDERS)}; for a folder of images, name the folder."
+                )
             return datasets.load_dataset(builder, data_files=str(path), split="train")
         if (path / "dataset_info.json").is_file():
             return datasets.load_from_disk(str(path))
@@ -171,5 +177,12 @@ def _open(config: SourceConfig) -> datasets.Dataset:
         return datasets.load_dataset(config.source, split=config.split)
     except DataError:
         raise
-    except (FileNotFoundError, ConnectionError, LookupError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (
+        FileNotFoundError,
+        ConnectionError,
+        LookupError,
+        ValueError,
+        OSError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise DataError(f"cannot load data from {config.source!r} (split {config.split!r}): {error}") from error

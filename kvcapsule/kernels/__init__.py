@@ -1,9 +1,11 @@
-"""Attention over segments, and the packing of codes: a reference in plain PyTorch, and kernels in Triton and in Numba that agree with it.
+"""Attention over segments, and the packing of codes: a reference in plain PyTorch, and kernels in Triton and in Numba
+that agree with it.
 
-What runs is chosen once for each kind of device: Triton's kernels on CUDA and Numba's on the CPU, where these are installed
-(`pip install kvcapsule[triton]`, `kvcapsule[cpu]`), the reference everywhere else. The environment variable KVCAPSULE_KERNELS=reference,
-=numba or =triton, read at the first call, overrides the choice; on the CPU `triton` needs TRITON_INTERPRET=1 besides, and is for tests.
-What kernels do not cover, they leave to the reference, by its form alone: nothing falls back because something failed.
+What runs is chosen once for each kind of device: Triton's kernels on CUDA and Numba's on the CPU, where these are
+installed (`pip install kvcapsule[triton]`, `kvcapsule[cpu]`), the reference everywhere else. The environment variable
+KVCAPSULE_KERNELS=reference, =numba or =triton, read at the first call, overrides the choice; on the CPU `triton` needs
+TRITON_INTERPRET=1 besides, and is for tests. What kernels do not cover, they leave to the reference, by its form alone:
+nothing falls back because something failed.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +13,16 @@ from functools import cache
 
 import torch
 
-from ..backend import backend
-from ..segment import Segment
+from ..segments.segment import Segment
+from .backend import backend
 from .reference import attend as reference_attend
 
 __all__ = ["attend", "backend"]
 
 
-def attend(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
+) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend, by the backend of the query's device."""
     chosen = backend(query.device.type)
     if chosen == "triton":
@@ -38,7 +42,9 @@ def _by_numba() -> Callable[..., torch.Tensor]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_by_triton(query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None) -> torch.Tensor:
+def _attend_by_triton(
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None
+) -> torch.Tensor:
     """The kernels bring their own launches, which the compiler leaves as they are."""
     from .fused.attend import attend as chosen
 

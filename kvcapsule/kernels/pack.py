@@ -2,14 +2,14 @@
 
 import torch
 
-from .. import packing
-from ..backend import backend
+from ..segments import bit_packing
+from .backend import backend
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """As kvcapsule.packing.pack, by the backend of the codes' device."""
+    """As kvcapsule.segments.bit_packing.pack, by the backend of the codes' device."""
     if backend(codes.device.type) == "triton":
         from .fused.packing import pack as by_triton
 
         return by_triton(codes, bits)
-    return packing.pack(codes, bits)
+    return bit_packing.pack(codes, bits)

@@ -1,9 +1,10 @@
-"""Attention over a list of segments in plain PyTorch: the ground truth, and what runs on the CPU. fp32 throughout (fp64 for fp64 queries).
+"""Attention over a list of segments in plain PyTorch: the ground truth, and what runs on the CPU. fp32 throughout (fp64
+for fp64 queries).
 
-Nothing here expands keys or values along the token axis: only scores and weights (one number a token and query) have the logical length,
-but for packed rows, whose `read` says itself what it builds. Maps that a layer's tiles share are applied to all tiles at once, and those
-behind the values to a batch row's sum over its tiles. Nothing waits for the device or depends on what tensors hold, so a step can be
-compiled or captured.
+Nothing here expands keys or values along the token axis: only scores and weights (one number a token and query) have
+the logical length, but for packed rows, whose `read` says itself what it builds. Maps that a layer's tiles share are
+applied to all tiles at once, and those behind the values to a batch row's sum over its tiles. Nothing waits for the
+device or depends on what tensors hold, so a step can be compiled or captured.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..segment import Packed, Rows, Segment, Stepped, read_sets
+from ..segments.segment import Packed, Rows, Segment, Stepped, read_sets
 
 _AT_ONCE = 2**21
 """Numbers that packed rows are read to at once, where they are of many entries."""
@@ -25,18 +26,23 @@ class Reading(NamedTuple):
     sums: Callable[[torch.Tensor, Rows], torch.Tensor]
     """Sums of the rows [E, H, M, D] with weights [E, H, R, M]: [E, H, R, D]."""
     totals: Callable[[torch.Tensor, Rows, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
-    """The sums of each batch row's entries, [B, H, R, D]: of weights, rows, owner [E], B, and where an entry has no token [E, H, R, 1] or
-    None."""
+    """The sums of each batch row's entries, [B, H, R, D]: of weights, rows, owner [E], B, and where an entry has no
+    token [E, H, R, 1] or None."""
 
 
 def attend(
-    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None, reading: Reading | None = None
+    query: torch.Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    visible: torch.Tensor | None = None,
+    reading: Reading | None = None,
 ) -> torch.Tensor:
     """Softmax attention of queries over all tokens of their row's segments jointly.
 
     Args:
         query: [B, H * G, Q, D], rotated as the model does.
-        segments: one segment must hold all KV heads (the tail does). A query that sees no token at all, as padding may, gets 0.
+        segments: one segment must hold all KV heads (the tail does). A query that sees no token at all, as padding may,
+            gets 0.
         scale: factor of the scores.
         visible: [E, Q, N] bool of the LAST segment (the tail): which of its tokens each query sees. None: all.
         reading: how rows are multiplied. None: by PyTorch.
@@ -49,9 +55,14 @@ def attend(
 
 
 def summed(
-    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None, reading: Reading | None = None
+    query: torch.Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    visible: torch.Tensor | None = None,
+    reading: Reading | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What attention divides: sums of the values [B, H, G * Q, D], each query's greatest score and the sum of its weights [B, H, G * Q].
+    """What attention divides: sums of the values [B, H, G * Q, D], each query's greatest score and the sum of its
+    weights [B, H, G * Q].
 
     A token's weight is e^(score - greatest score). The greatest score of a query that sees no token is infinite.
     """
@@ -60,7 +71,10 @@ def summed(
         raise ValueError("attention needs at least one segment.")
     heads = max(s.keys.shape[1] if s.head is None else 0 for s in segments)
     if heads == 0:
-        raise ValueError("all segments are of single KV heads: one of all heads (the tail, which may be empty) tells how many there are.")
+        raise ValueError(
+            "all segments are of single KV heads: one of all heads (the tail, which may be empty) tells how many there"
+            " are."
+        )
     batch, query_heads, n_queries, dim = query.shape
     if query_heads % heads:
         raise ValueError(f"{query_heads} query heads cannot share {heads} KV heads evenly.")
@@ -95,7 +109,8 @@ def summed(
 def segment_partial(
     q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over each entry of a segment alone, [E, H, G * Q, D], and the log of its softmax mass: -inf where no token is visible."""
+    """Attention over each entry of a segment alone, [E, H, G * Q, D], and the log of its softmax mass: -inf where no
+    token is visible."""
     scores = segment_scores(q_BHGQD, segment, scale, visible)
     nothing = scores.amax(dim=-1) == torch.finfo(scores.dtype).min
     lse = scores.logsumexp(dim=-1)
@@ -107,9 +122,14 @@ def segment_partial(
 
 
 def segment_scores(
-    q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None, reading: Reading | None = None
+    q_BHGQD: torch.Tensor,
+    segment: Segment,
+    scale: float,
+    visible: torch.Tensor | None = None,
+    reading: Reading | None = None,
 ) -> torch.Tensor:
-    """Scores of a segment's tokens, [E, H, G * Q, N]; those of tokens that a query does not see are the least number of the dtype."""
+    """Scores of a segment's tokens, [E, H, G * Q, N]; those of tokens that a query does not see are the least number of
+    the dtype."""
     work = q_BHGQD.dtype
     groups, hidden = q_BHGQD.shape[2:4], torch.finfo(work).min
     # Scaled before a row's queries become those of all its tiles.
@@ -135,7 +155,8 @@ def segment_scores(
 def _greatest(
     joined: torch.Tensor | None, scores: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], q_BHGQD: torch.Tensor
 ) -> torch.Tensor:
-    """[B, H, G * Q]: each query's greatest score over all segments; infinite where it sees no token, so that nothing weighs anything."""
+    """[B, H, G * Q]: each query's greatest score over all segments; infinite where it sees no token, so that nothing
+    weighs anything."""
     hidden = torch.finfo(q_BHGQD.dtype).min
     batch, heads, groups, queries, _ = q_BHGQD.shape
     # What it is does not matter to the result, so no gradient goes through it.
@@ -155,14 +176,19 @@ def _weighted(
     shape: tuple[int, int],
     reading: Reading,
 ) -> torch.Tensor:
-    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G * Q] their sums.
+    """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G
+    * Q] their sums.
 
     whose: the batch row of each entry, [E], and row and KV head, counted through, of each entry's heads, [E * H].
     """
     (batch, heads), (owner, slot) = shape, whose
     if segment.value_map is None:
         parts = _sums(weights, segment, visible, reading).flatten(0, 1)
-        out = parts.new_zeros(batch * heads, *parts.shape[1:]).index_add(0, slot, parts).view(batch, heads, *parts.shape[1:])
+        out = (
+            parts.new_zeros(batch * heads, *parts.shape[1:])
+            .index_add(0, slot, parts)
+            .view(batch, heads, *parts.shape[1:])
+        )
     else:
         absent = None if segment.mask is None else (masses == 0).view(*weights.shape[:3], 1)
         out = reading.totals(mapped(weights, segment.value_map), segment.values, owner, batch, absent)
@@ -209,7 +235,9 @@ def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def totals(weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
+def totals(
+    weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None
+) -> torch.Tensor:
     """See Reading."""
     return added_up(sums(weights_EHRM, rows), owner, batch, absent)
 
@@ -243,7 +271,8 @@ PLAIN = Reading(products, sums, totals)
 
 
 def _chunks(x_EHRM: torch.Tensor, rows: Packed) -> Iterator[tuple[torch.Tensor, Packed]]:
-    """Entries of both, so many at a time that the numbers that are read are still in a CPU's cache when they are used."""
+    """Entries of both, so many at a time that the numbers that are read are still in a CPU's cache when they are
+    used."""
     entries, most = rows.shape[0], max(1, _AT_ONCE // rows.shape[1:].numel())
     if entries <= most:
         yield x_EHRM, rows
@@ -262,7 +291,8 @@ def _times(x_EHRM: torch.Tensor, rows_ESMN: torch.Tensor) -> torch.Tensor:
 
 
 def mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
-    """x map, where all entries share the map (and neighbouring heads, where it has fewer): a broadcast product would copy it for each."""
+    """x map, where all entries share the map (and neighbouring heads, where it has fewer): a broadcast product would
+    copy it for each."""
     x_ESGRM = x_EHRM.unflatten(1, (map_HMN.shape[0], -1))
     return torch.einsum("esgrm,smn->esgrn", x_ESGRM, map_HMN.to(x_EHRM.dtype)).flatten(1, 2)
 
@@ -270,7 +300,8 @@ def mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
 def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None, reading: Reading) -> torch.Tensor:
     """Of a segment's stored values that are one for each token.
 
-    Values are zero where no query sees the token: a weight of 0 would not silence what is not a number there. Codes are always numbers.
+    Values are zero where no query sees the token: a weight of 0 would not silence what is not a number there. Codes are
+    always numbers.
     """
     rows = segment.values
     always = not isinstance(rows, torch.Tensor) and isinstance(rows, Stepped)

@@ -1,24 +1,25 @@
-"""Training-free methods. POLICIES is the one place where a policy is registered, TEXT_POLICIES that of those for the text alone."""
+"""Training-free methods. POLICIES is the one place where a policy is registered, TEXT_POLICIES that of those for the
+text alone."""
 
 from .adakv import AdaKV
 from .aircache import AirCache
-from .akvq import AkvqVl
-from .attended import PostVisionAttention
+from .akvq_vl import AkvqVl
 from .base import Policy, TokenPruning, VisualPolicy
+from .combine import Paired, QuantizedText, TextPolicy, TextPruning
+from .evenly_spaced import EvenlySpaced
 from .full import Full
 from .h2o import H2O
-from .hybrid import HybridKV
+from .hybridkv import HybridKV
 from .kivi import Kivi
-from .lookm import LookM
-from .paired import Paired, QuantizedText, TextPolicy, TextPruning
-from .pyramid import PyramidKV
+from .look_m import LookM
+from .post_vision_attention import PostVisionAttention
+from .pyramidkv import PyramidKV
 from .quantized import Quantized
+from .r_kv import RKV
 from .random import Random
-from .rkv import RKV
 from .snapkv import HeadPruning, SnapKV
-from .spaced import EvenlySpaced
-from .streaming import StreamingLLM
-from .vlcache import VLCache
+from .streaming_llm import StreamingLLM
+from .vl_cache import VLCache
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -40,7 +41,8 @@ POLICIES: dict[str, type[Policy]] = {
     "hybridkv": HybridKV,
 }
 TEXT_POLICIES: dict[str, type[TextPolicy]] = {"text-pruning": TextPruning, "quantized-text": QuantizedText}
-"""What Paired may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there, too."""
+"""What Paired may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there,
+too."""
 
 __all__ = [
     "H2O",

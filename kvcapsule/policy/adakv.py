@@ -1,22 +1,27 @@
-"""AdaKV (arXiv 2407.11550): SnapKV's score, with a layer's budget flowing between its KV heads to where the attention is."""
+"""AdaKV (arXiv 2407.11550): SnapKV's score, with a layer's budget flowing between its KV heads to where the attention
+is."""
 
 from dataclasses import dataclass
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill, keep_heads
-from ..segment import Segment
+from ..methods.kept_rows import keep_heads
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..segments.segment import Segment
 from .snapkv import SnapKV
 
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """Of a span of T tokens, H heads keep H r T in all: first each its own best s r T, then the best of what is left, whosever they are.
+    """Of a span of T tokens, H heads keep H r T in all: first each its own best s r T, then the best of what is left,
+    whosever they are.
 
-    s is the safeguard, 0.2 in the authors' code as here. Chosen here: heads compete within a span, so that every image keeps its share;
-    the rest is dealt out token by token, so that the total is exact (the paper blends each head's count among the best H r T with the even
-    share and rounds); pooling is SnapKV's default, so that the two differ in their budgets alone (the authors' code takes the maximum).
-    Heads of unlike budgets are stored as such: what a head does not keep takes no memory.
+    s is the safeguard, 0.2 in the authors' code as here. Chosen here: heads compete within a span, so that every image
+    keeps its share; the rest is dealt out token by token, so that the total is exact (the paper blends each head's
+    count among the best H r T with the even share and rounds); pooling is SnapKV's default, so that the two differ in
+    their budgets alone (the authors' code takes the maximum). Heads of unlike budgets are stored as such: what a head
+    does not keep takes no memory.
     """
 
     safeguard: float = 0.2

@@ -1,4 +1,5 @@
-"""AirCache (arXiv 2503.23956): few text tokens, the elite, rank the visual ones; layers share a budget by how much and how unevenly.
+"""AirCache (arXiv 2503.23956): few text tokens, the elite, rank the visual ones; layers share a budget by how much and
+how unevenly.
 
     Att   = softmax(Q_t K_t^T * scale)           over text tokens alone
     E     = text tokens j with Att_last,j >= alpha max_j Att_last,j
@@ -18,8 +19,9 @@ from typing import NamedTuple
 import torch
 
 from ..codec.kvcapsule import check_ratio
-from ..method import SharedBudget
-from ..prefill import UNEVEN, Compressed, LayerPrefill, keep, keep_heads
+from ..methods.kept_rows import UNEVEN, keep, keep_heads
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, SharedBudget
 from .base import Policy
 from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
 from .postvision import behind_last_image
@@ -46,11 +48,12 @@ class Observed(NamedTuple):
 
 @dataclass(frozen=True)
 class AirCache(SharedBudget[Observed], Policy):
-    """Keeps all text, and of all visual tokens of a row together those with the greatest importance, raw and at their positions.
+    """Keeps all text, and of all visual tokens of a row together those with the greatest importance, raw and at their
+    positions.
 
-    Once, as prefill ends; what is not kept is dropped, not merged. The paper leaves open what the settings from `text` on say, and there
-    is no code of its authors; rows of a batch have budgets of their own. In a later turn all of it is of the turn's own tokens. Keys and
-    values of all layers are held until the last has run.
+    Once, as prefill ends; what is not kept is dropped, not merged. The paper leaves open what the settings from `text`
+    on say, and there is no code of its authors; rows of a batch have budgets of their own. In a later turn all of it is
+    of the turn's own tokens. Keys and values of all layers are held until the last has run.
     """
 
     DIAL = "ratio"
@@ -60,30 +63,35 @@ class AirCache(SharedBudget[Observed], Policy):
     alpha: float = 0.9
     """Attention of the last text token, as a share of its greatest, that makes a text token one of the elite."""
     measure: str = "both"
-    """What layers share the budget by: "both", or one of the paper's ablations, "strength", "skewness" and "uniform"."""
+    """What layers share the budget by: "both", or one of the paper's ablations, "strength", "skewness" and
+    "uniform"."""
     text: str = "behind"
-    """Which tokens can be elite: the text "behind" the last image, as what stands before an image has not seen it, and the prompt's first
-    token, on which much attention rests, would often be the only one; or "all" text. Rows without text behind an image take all text,
-    rows without any their last token."""
+    """Which tokens can be elite: the text "behind" the last image, as what stands before an image has not seen it, and
+    the prompt's first token, on which much attention rests, would often be the only one; or "all" text. Rows without
+    text behind an image take all text, rows without any their last token."""
     causal: bool = False
-    """Whether an elite token sees only what is before it, as in the model; the paper's formula does not say so. With text "behind" only
-    elite keys are concerned."""
+    """Whether an elite token sees only what is before it, as in the model; the paper's formula does not say so. With
+    text "behind" only elite keys are concerned."""
     heads: str = "mean"
-    """"mean": attention is averaged over all heads, and they keep the same tokens, as the formulas have no head's index; "each": averaged
-    over the query heads that share a KV head, which has an elite and tokens of its own, as many as the others."""
+    """"mean": attention is averaged over all heads, and they keep the same tokens, as the formulas have no head's
+    index; "each": averaged over the query heads that share a KV head, which has an elite and tokens of its own, as many
+    as the others."""
     normalisation: str = "share"
     """s' = "share": L s / sum of s, so that the mean of r_l is r; "softmax": L softmax(s)."""
     negative: str = "zero"
-    """A skewness below 0 (a tail of little looked at tokens) is taken as "zero", the layer with least need of a choice; or "shift":
-    where there is one, all layers' are raised until the least is 0. Not read with "softmax"."""
+    """A skewness below 0 (a tail of little looked at tokens) is taken as "zero", the layer with least need of a choice;
+    or "shift": where there is one, all layers' are raised until the least is 0. Not read with "softmax"."""
     overflow: str = "share"
-    """What a layer cannot take beyond all its tokens goes to the others ("share": what is stored is then the budget) or is not spent
-    ("clip")."""
+    """What a layer cannot take beyond all its tokens goes to the others ("share": what is stored is then the budget) or
+    is not spent ("clip")."""
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha {self.alpha} is outside (0, 1]: it is a share of the greatest attention, 1 leaves its token alone.")
+            raise ValueError(
+                f"alpha {self.alpha} is outside (0, 1]: it is a share of the greatest attention, 1 leaves its token"
+                " alone."
+            )
         for name, choices in (
             ("measure", MEASURES),
             ("text", TEXTS),
@@ -106,11 +114,14 @@ class AirCache(SharedBudget[Observed], Policy):
         last = text.shape[1] - 1 - text.flip(1).to(torch.int8).argmax(dim=1)
         rows = torch.arange(len(last), device=last.device)
         logits = _logits(prefill, prefill.query[rows, :, last][:, :, None])
-        attention = self._over_heads(logits.masked_fill(~text[:, None, None, None], -torch.inf).softmax(dim=-1))[:, :, 0]
+        attention = self._over_heads(logits.masked_fill(~text[:, None, None, None], -torch.inf).softmax(dim=-1))[
+            :, :, 0
+        ]
         return text[:, None] & (attention >= self.alpha * attention.amax(dim=-1, keepdim=True))
 
     def importance(self, prefill: LayerPrefill, elite: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        """[B, R, N]: I, with softmax over visual and elite keys alone; of no other queries than the elite, a chunk of them at a time."""
+        """[B, R, N]: I, with softmax over visual and elite keys alone; of no other queries than the elite, a chunk of
+        them at a time."""
         tokens = visual.shape[1]
         heads = prefill.keys.shape[1]
         keys = (visual[:, None] | elite).expand(-1, heads, -1)
@@ -156,7 +167,9 @@ class AirCache(SharedBudget[Observed], Policy):
         visual = prefill.visual()
         kept = best_tokens(importance, visual, torch.tensor(counts, device=visual.device))
         text = keep(prefill, prefill.valid & ~visual)
-        return Compressed(keep(prefill, kept[:, 0], UNEVEN) if self.heads == "mean" else keep_heads(prefill, kept), text)
+        return Compressed(
+            keep(prefill, kept[:, 0], UNEVEN) if self.heads == "mean" else keep_heads(prefill, kept), text
+        )
 
     def _text(self, prefill: LayerPrefill) -> torch.Tensor:
         text = prefill.valid & ~prefill.visual()
@@ -179,7 +192,8 @@ def _logits(prefill: LayerPrefill, query: torch.Tensor) -> torch.Tensor:
 
 
 def skewness(importance: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """[B, R]: sample skewness of importance [B, R, N] over the visual tokens, std with n - 1; 0 for fewer than three or for equal ones."""
+    """[B, R]: sample skewness of importance [B, R, N] over the visual tokens, std with n - 1; 0 for fewer than three or
+    for equal ones."""
     n = visual.sum(dim=1, keepdim=True).to(importance.dtype)
     mean = (importance * visual[:, None]).sum(dim=2) / n.clamp_min(1)
     away = (importance - mean[..., None]) * visual[:, None]

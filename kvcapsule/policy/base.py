@@ -7,21 +7,24 @@ from typing import ClassVar
 import torch
 
 from ..codec.kvcapsule import check_ratio
-from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..segments.segment import Segment
 
 
 class Policy(ABC):
     """A training-free method; a frozen dataclass, whose fields are its settings."""
 
     DIAL: ClassVar[str | None] = None
-    """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None: there is none."""
+    """The setting that says how much is kept, from 0 to 1 (all): "ratio" of the visual tokens, "budget" of all; None:
+    there is none."""
     SEPARABLE: ClassVar[bool] = True
     """Whether what it stores of the visual tokens and of the text can be had one without the other (see Paired)."""
 
     @abstractmethod
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        """A layer's prefill as segments; see kvcapsule.prefill.Method."""
+        """A layer's prefill as segments; see kvcapsule.methods.method.Method."""
 
 
 class VisualPolicy(Policy):

@@ -1,4 +1,5 @@
-"""Budgets that layers share: from a weight for each layer to whole numbers of tokens, and from scores to the tokens that are kept."""
+"""Budgets that layers share: from a weight for each layer to whole numbers of tokens, and from scores to the tokens
+that are kept."""
 
 from collections.abc import Sequence
 from math import floor
@@ -17,15 +18,16 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def layer_shares(weights: Sequence[float], mean: float, least: float, most: float, overflow: str) -> list[float]:
-    """Each layer's share of its own tokens, in proportion to its weight: clip(weight / sum of weights * mean * layers, least, most).
+    """Each layer's share of its own tokens, in proportion to its weight: clip(weight / sum of weights * mean * layers,
+    least, most).
 
     Args:
         weights: of the layers, 0 or more; all of them 0 count as all alike.
         mean: of the shares, before they are clipped.
         least: share of a layer, whatever its weight.
         most: as least; a mean of `most` gives it to every layer, so that the end of the dial is the full cache.
-        overflow: "clip": the shares are what the formula gives, and their mean may not be `mean`; "share": what a layer cannot take goes
-            to the others, in proportion to their weights, and their mean is `mean`.
+        overflow: "clip": the shares are what the formula gives, and their mean may not be `mean`; "share": what a layer
+            cannot take goes to the others, in proportion to their weights, and their mean is `mean`.
     """
     layers, total = len(weights), sum(weights)
     if mean >= most:
@@ -48,10 +50,11 @@ def layer_shares(weights: Sequence[float], mean: float, least: float, most: floa
 
 
 def whole_counts(shares: Sequence[float], tokens: int) -> list[int]:
-    """Tokens of each layer, of `tokens` that there are: one at least, and together the rounded sum of what the shares say.
+    """Tokens of each layer, of `tokens` that there are: one at least, and together the rounded sum of what the shares
+    say.
 
-    Largest remainders: every layer has the whole part of its share, and what is left goes, a token each, to those with the greatest
-    fractions, the first layer first where they are alike.
+    Largest remainders: every layer has the whole part of its share, and what is left goes, a token each, to those with
+    the greatest fractions, the first layer first where they are alike.
     """
     exact = [min(tokens, max(1.0, share * tokens)) for share in shares]
     counts = [floor(count) for count in exact]
@@ -67,8 +70,11 @@ def last_tokens(among: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor
     return among & (behind < counts)
 
 
-def best_tokens(scores: torch.Tensor, among: torch.Tensor, counts: torch.Tensor, always: torch.Tensor | None = None) -> torch.Tensor:
-    """Marks [B, R, N]: in each row and for each of its R sets the `counts` [B] tokens with the highest scores, the first where alike.
+def best_tokens(
+    scores: torch.Tensor, among: torch.Tensor, counts: torch.Tensor, always: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Marks [B, R, N]: in each row and for each of its R sets the `counts` [B] tokens with the highest scores, the
+    first where alike.
 
     Args:
         scores: [B, R, N].

@@ -2,16 +2,18 @@
 
 import torch
 
-from ..prefill import LayerPrefill
+from ..methods.layer_prefill import LayerPrefill
 
 _CHUNK = 256
 """Queries whose attention is computed at once."""
 
 
 def concentration(prefill: LayerPrefill, top: float) -> torch.Tensor:
-    """[B, H, G]: for each query head the attention on a text query's ceil(top * n) most attended of n visible tokens, a mean over queries.
+    """[B, H, G]: for each query head the attention on a text query's ceil(top * n) most attended of n visible tokens, a
+    mean over queries.
 
-    Exact causal softmax, a chunk of text queries at a time. 0 for a row without text: nothing then says that a head is focused.
+    Exact causal softmax, a chunk of text queries at a time. 0 for a row without text: nothing then says that a head is
+    focused.
     """
     batch, heads, tokens, dim = prefill.keys.shape
     work = torch.promote_types(prefill.keys.dtype, torch.float32)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 

@@ -16,10 +16,11 @@ def nearest_power(count: float) -> int:
 
 
 def share_out(wanted: Sequence[float], least: int, most: int, total: int) -> list[int]:
-    """Whole numbers in proportion to `wanted`, each from `least` to `most`, that are `total` together, or as near to it as these allow.
+    """Whole numbers in proportion to `wanted`, each from `least` to `most`, that are `total` together, or as near to it
+    as these allow.
 
-    Where some are held at a bound, the others grow or shrink by one factor. Fractions are rounded so that the total holds: the greatest up,
-    of equal ones the first.
+    Where some are held at a bound, the others grow or shrink by one factor. Fractions are rounded so that the total
+    holds: the greatest up, of equal ones the first.
     """
     if total <= least * len(wanted):
         return [least] * len(wanted)
@@ -35,7 +36,8 @@ def share_out(wanted: Sequence[float], least: int, most: int, total: int) -> lis
         low, high = (middle, high) if sum(scaled(middle)) < total else (low, middle)
     exact = scaled(high)
     shares = [floor(x) for x in exact]
-    # What lacks the last bit of a double to be whole has the greatest fraction, and fractions alike but for that bit are equal.
+    # What lacks the last bit of a double to be whole has the greatest fraction, and fractions alike but for that bit
+    # are equal.
     by_fraction = sorted(range(len(exact)), key=lambda i: (round(shares[i] - exact[i], 6), i))
     for i in by_fraction[: total - sum(shares)]:
         shares[i] += 1

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..grouped import GroupedRows
-from ..prefill import Compressed, LayerPrefill, keep
-from ..quantize import check_bits
-from ..segment import Segment
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..segments.group_quantized_rows import GroupedRows
+from ..segments.quantized_rows import check_bits
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 
@@ -20,9 +22,10 @@ from .base import VisualPolicy
 class Kivi(VisualPolicy):
     """Keys and values of all visual tokens in `bits` bits, plus a step and a zero for each group.
 
-    The paper keeps the last tokens (residual, up to 128) in full precision, so that codes come in whole groups; here the residual is the
-    prompt's text and what is written after it, all raw, and a row's last group of tokens is shorter. A group may reach from one image of a
-    row into the next. Bits for an element: bits + 2 * 16 / group in half precision.
+    The paper keeps the last tokens (residual, up to 128) in full precision, so that codes come in whole groups; here
+    the residual is the prompt's text and what is written after it, all raw, and a row's last group of tokens is
+    shorter. A group may reach from one image of a row into the next. Bits for an element: bits + 2 * 16 / group in half
+    precision.
     """
 
     bits: int = 2

@@ -1,6 +1,8 @@
-"""What the text behind the last image attends to: a score for each token, and how sparse a layer's attention is (arXiv 2410.23317).
+"""What the text behind the last image attends to: a score for each token, and how sparse a layer's attention is (arXiv
+2410.23317).
 
-    A      = softmax(Q_P K^T * scale), causal        P: the prompt's tokens behind its last visual one; Q_P, K: queries of P, all keys
+    A      = softmax(Q_P K^T * scale), causal        P: the prompt's tokens behind its last visual one; Q_P, K: queries
+           of P, all keys
     gamma  = share of the A_qj, q in P, j <= q, with A_qj < p max_j A_qj       mean over query heads
     s_j    = sum over q in P of A_qj
 
@@ -11,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
 from .budgets import last_tokens
 from .full import Full
 
@@ -54,8 +57,8 @@ def ranking_queries(prefill: LayerPrefill, window: int = WINDOW, post_vision: bo
 def attention_of(prefill: LayerPrefill, queries: torch.Tensor, threshold: float = THRESHOLD) -> PostVision:
     """The attention of the tokens that `queries` [B, N] marks.
 
-    Exact softmax over all keys that a query sees, of no other queries than these and a chunk of them at a time: no more than
-    [B, H, G, 256, N] is in memory at once. In fp32 at least.
+    Exact softmax over all keys that a query sees, of no other queries than these and a chunk of them at a time: no more
+    than [B, H, G, 256, N] is in memory at once. In fp32 at least.
     """
     batch, heads, tokens, _ = prefill.keys.shape
     work = torch.promote_types(prefill.keys.dtype, torch.float32)
@@ -78,7 +81,9 @@ def attention_of(prefill: LayerPrefill, queries: torch.Tensor, threshold: float 
     return PostVision(received, 1 - kept.to(work) / (prefill.query.shape[1] * visible).clamp_min(1))
 
 
-def layer_sparsity(prefill: LayerPrefill, threshold: float = THRESHOLD, window: int = WINDOW, post_vision: bool = True) -> torch.Tensor:
+def layer_sparsity(
+    prefill: LayerPrefill, threshold: float = THRESHOLD, window: int = WINDOW, post_vision: bool = True
+) -> torch.Tensor:
     """gamma of one layer, [B]; settings as those of VLCache."""
     return attention_of(prefill, ranking_queries(prefill, window, post_vision), threshold).sparsity
 

@@ -4,15 +4,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..prefill import Compressed, LayerPrefill, keep
-from ..quantize import QuantizedRows, check_bits
-from ..segment import Segment
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..segments.quantized_rows import QuantizedRows, check_bits
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 
 @dataclass(frozen=True)
 class Quantized(VisualPolicy):
-    """Keys and values of visual tokens in 2, 4 or 8 bits per channel (KIVI's way for keys, arXiv 2402.02750, for both here)."""
+    """Keys and values of visual tokens in 2, 4 or 8 bits per channel (KIVI's way for keys, arXiv 2402.02750, for both
+    here)."""
 
     bits: int
     """Of a code: 1, 2, 3, 4 or 8."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..prefill import LayerPrefill
+from ..methods.layer_prefill import LayerPrefill
 from .base import TokenPruning
 
 _APART = 4096
@@ -13,7 +13,8 @@ _APART = 4096
 
 @dataclass(frozen=True)
 class Random(TokenPruning):
-    """Score of a token: a uniform draw that depends on the seed, the layer and the number of the span in its row, and on nothing else.
+    """Score of a token: a uniform draw that depends on the seed, the layer and the number of the span in its row, and
+    on nothing else.
 
     So a row keeps the same tokens alone and in any batch, and every layer others. All heads keep the same tokens.
     """

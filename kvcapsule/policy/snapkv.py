@@ -1,4 +1,5 @@
-"""SnapKV (arXiv 2404.14469): each KV head keeps the visual tokens that the prompt's last queries attend to, neighbours included.
+"""SnapKV (arXiv 2404.14469): each KV head keeps the visual tokens that the prompt's last queries attend to, neighbours
+included.
 
 What policies that rank tokens for each KV head have in common is here, too: `HeadPruning` and `attention_received`.
 """
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ..codec.kvcapsule import check_ratio
-from ..prefill import Compressed, LayerPrefill, keep
-from ..segment import Segment
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed
+from ..segments.segment import Segment
 from .base import VisualPolicy
 
 POOLINGS = ("avg", "max")
@@ -21,10 +24,11 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class HeadPruning(VisualPolicy):
-    """Keeps the same number of every visual span's tokens in every KV head, each head its own, raw and at their positions.
+    """Keeps the same number of every visual span's tokens in every KV head, each head its own, raw and at their
+    positions.
 
-    Rows of different tokens lie side by side, [E, H, M, D]: keys carry their rotation and attention needs no more, so which tokens they
-    are is stored nowhere.
+    Rows of different tokens lie side by side, [E, H, M, D]: keys carry their rotation and attention needs no more, so
+    which tokens they are is stored nowhere.
     """
 
     DIAL = "ratio"
@@ -43,7 +47,9 @@ class HeadPruning(VisualPolicy):
         kept = torch.zeros_like(prefill.valid)
         for span in prefill.spans:
             count = self.count(prefill.layer, span.length)
-            ranked = scores[span.row, :, span.start : span.start + span.length].argsort(dim=-1, descending=True, stable=True)
+            ranked = scores[span.row, :, span.start : span.start + span.length].argsort(
+                dim=-1, descending=True, stable=True
+            )
             source[span.row, :, span.start : span.start + count] = span.start + ranked[:, :count].sort(dim=-1).values
             kept[span.row, span.start : span.start + count] = True
         moved = replace(prefill, keys=_take(prefill.keys, source), values=_take(prefill.values, source))
@@ -63,9 +69,11 @@ def _take(x_BHND: torch.Tensor, source_BHN: torch.Tensor) -> torch.Tensor:
 
 
 def attention_received(prefill: LayerPrefill, first: int) -> torch.Tensor:
-    """[B, H, N]: attention that each token gets from the valid queries from position `first` on, summed over them and a KV head's queries.
+    """[B, H, N]: attention that each token gets from the valid queries from position `first` on, summed over them and a
+    KV head's queries.
 
-    Exact causal softmax over all valid keys, a chunk of queries at a time: no more than [B, H, G, 256, N] is in memory at once.
+    Exact causal softmax over all valid keys, a chunk of queries at a time: no more than [B, H, G, 256, N] is in memory
+    at once.
     """
     batch, heads, tokens, _ = prefill.keys.shape
     work = torch.promote_types(prefill.keys.dtype, torch.float32)
@@ -84,12 +92,14 @@ def attention_received(prefill: LayerPrefill, first: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SnapKV(HeadPruning):
-    """Score of token j in KV head h: pool over j's neighbours of sum over the last w queries i and the head's query heads of A_ij.
+    """Score of token j in KV head h: pool over j's neighbours of sum over the last w queries i and the head's query
+    heads of A_ij.
 
-    A is the causal softmax over the whole prompt. Window 32 and kernel 7 are the paper's for LongBench; it names both poolings, and the
-    authors' code averages by default. Chosen here: query heads that share a KV head are summed (the paper has one for one); neighbours are
-    those of the same span, and an average at its edge is over those that there are; visual tokens inside the window compete like all others
-    (the paper keeps the window: its text is kept here as well). In a later turn the attention is that among the turn's own tokens.
+    A is the causal softmax over the whole prompt. Window 32 and kernel 7 are the paper's for LongBench; it names both
+    poolings, and the authors' code averages by default. Chosen here: query heads that share a KV head are summed (the
+    paper has one for one); neighbours are those of the same span, and an average at its edge is over those that there
+    are; visual tokens inside the window compete like all others (the paper keeps the window: its text is kept here as
+    well). In a later turn the attention is that among the turn's own tokens.
     """
 
     window: int = 32
@@ -104,7 +114,9 @@ class SnapKV(HeadPruning):
         if self.window < 1:
             raise ValueError(f"window {self.window}: at least one query has to rank.")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} is to be odd, so that the token is in the middle of its neighbours.")
+            raise ValueError(
+                f"kernel {self.kernel} is to be odd, so that the token is in the middle of its neighbours."
+            )
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {self.pooling!r} is neither {' nor '.join(map(repr, POOLINGS))}.")
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.data.source import SourceConfig
+from kvcapsule.errors import InputError
 
 LEAST_QUESTIONS = 8
 """Fewer questions say nothing on how images differ."""
@@ -24,7 +24,8 @@ class AnalyzeConfig:
     tile: int = 0
     """Visual tokens of a tile; 0 takes the whole image, which asks for images of one size."""
     canonical_frame: bool = True
-    """Study keys as codecs store them, as if their tile began at position 0. False where no frame undoes what the model does."""
+    """Study keys as codecs store them, as if their tile began at position 0. False where no frame undoes what the model
+    does."""
     questions: int = 64
     """Questions that are harvested (fewer where --data.size or the source has fewer)."""
     data: SourceConfig = field(default_factory=SourceConfig)

@@ -1,8 +1,9 @@
 """What rate-distortion theory promises at given bits, for Gaussian coefficients: D(R) = 2^(-2 R) of the variance.
 
-A bound for ideal (vector) codes, and nothing but codes is counted. Uniform quantisers that take numbers one by one leave about 1.5 times
-the error at 1 bit and twice at 2 (training.allocation.DISTORTION); coefficients with heavier tails than a Gaussian's may do better.
-Bases and variances are judged on the questions that they were measured on, which flatters them: docs/analyze.md says by how much.
+A bound for ideal (vector) codes, and nothing but codes is counted. Uniform quantisers that take numbers one by one
+leave about 1.5 times the error at 1 bit and twice at 2 (training.allocation.DISTORTION); coefficients with heavier
+tails than a Gaussian's may do better. Bases and variances are judged on the questions that they were measured on, which
+flatters them: docs/analyze.md says by how much.
 """
 
 from typing import NamedTuple
@@ -44,7 +45,8 @@ def water_fill(variances: torch.Tensor, bits: float) -> Water:
 
 
 def bits_for(variances: torch.Tensor, distortion: float) -> float:
-    """The bits a component (mean over all of them) at which `water_fill` comes to this distortion; infinite for one that no bits reach."""
+    """The bits a component (mean over all of them) at which `water_fill` comes to this distortion; infinite for one
+    that no bits reach."""
     found = variances.double().flatten().sort(descending=True).values
     found = found[found > 0]
     if distortion >= float(found.sum()):
@@ -65,7 +67,8 @@ class Predicted(NamedTuple):
     per_channel: float
     """The same bits for every element, each channel about its mean over the tile; steps and zeros are not counted."""
     token_pca: float
-    """The first principal components along the tokens as rows of FULL_BITS, as many as the bits pay for (at least one), and no rounding."""
+    """The first principal components along the tokens as rows of FULL_BITS, as many as the bits pay for (at least one),
+    and no rounding."""
 
 
 def predict(moments: TileMoments, variances: torch.Tensor, bits: float) -> Predicted:
@@ -80,6 +83,7 @@ def predict(moments: TileMoments, variances: torch.Tensor, bits: float) -> Predi
 
 
 def fixed_share(moments: TileMoments, variances: torch.Tensor) -> float:
-    """Share of the variance that is the same in every tile (the mean tile about its mean): a codec stores it once and for all."""
+    """Share of the variance that is the same in every tile (the mean tile about its mean): a codec stores it once and
+    for all."""
     whole = moments.variance()
     return max(0.0, 1 - float(variances.sum()) / whole) if whole > 0 else 0.0

@@ -9,7 +9,8 @@ TOP = 0.1
 KEPT = (0.1, 0.25, 0.4)
 """Shares of the visual tokens that a pruning method may keep."""
 REFERENCES = ("last_prompt_token", "post_vision")
-"""By whose attention prefill ranks visual tokens: that of the prompt's last token, or the sum over the prompt behind the last image."""
+"""By whose attention prefill ranks visual tokens: that of the prompt's last token, or the sum over the prompt behind
+the last image."""
 MAX_STEPS = 256
 """Decode steps that are followed at most."""
 _CHUNK = 64
@@ -19,7 +20,8 @@ _CHUNK = 64
 def attention_on(
     query_AQD: torch.Tensor, keys_HND: torch.Tensor, places: Sequence[int], seen_N: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of a row's queries over its tokens, mean over the query heads: [Q, N]. In fp32; no soft-capping, no sinks.
+    """Attention of a row's queries over its tokens, mean over the query heads: [Q, N]. In fp32; no soft-capping, no
+    sinks.
 
     Args:
         query_AQD: A = H G query heads.
@@ -45,7 +47,8 @@ def count_of(share: float, tokens: int) -> int:
 
 
 class Drift:
-    """Sums over questions for one layer, by step. Step 0 is the prompt's last token, which writes the answer's first token."""
+    """Sums over questions for one layer, by step. Step 0 is the prompt's last token, which writes the answer's first
+    token."""
 
     def __init__(self) -> None:
         self.questions = torch.zeros(MAX_STEPS + 1, dtype=torch.float64)
@@ -63,7 +66,9 @@ class Drift:
         mass = steps.sum(1)
         share = steps / mass.clamp_min(torch.finfo(steps.dtype).tiny)[:, None]
         own = _ranks(steps)
-        references = dict(zip(REFERENCES, (own[0], _ranks(post_vision_V.detach().double().cpu()[None])[0]), strict=True))
+        references = dict(
+            zip(REFERENCES, (own[0], _ranks(post_vision_V.detach().double().cpu()[None])[0]), strict=True)
+        )
         self._add("visual_mass", "", 0.0, mass)
         top = count_of(TOP, tokens)
         for name, ranks in references.items():

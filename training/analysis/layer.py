@@ -1,15 +1,17 @@
-"""All that is gathered of one layer: a first pass for moments, raw similarity and drift, a second about the means and in the bases."""
+"""All that is gathered of one layer: a first pass for moments, raw similarity and drift, a second about the means and
+in the bases."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from kvcapsule.cli.errors import InputError
-from kvcapsule.prefill import LayerPrefill, cut_tiles
+from kvcapsule.errors import InputError
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.tiles import cut_tiles
 
+from ..families.spectra import Bases, CoefficientMoments
 from ..harvest import LayerHarvest
-from ..spectra import Bases, CoefficientMoments
 from .distortion import BITS, FULL_BITS, fixed_share, predict
 from .drift import Drift, attention_on
 from .similarity import Similarity
@@ -27,7 +29,8 @@ class Solved(NamedTuple):
 
 
 class LayerStudy:
-    """One layer. Tokens are those of all visual spans where nothing else is said; tiles leave out what is left at a span's end."""
+    """One layer. Tokens are those of all visual spans where nothing else is said; tiles leave out what is left at a
+    span's end."""
 
     def __init__(self, prefill: LayerPrefill) -> None:
         """prefill: any of the layer's; it tells heads, head dim and device."""
@@ -97,7 +100,8 @@ class LayerStudy:
         return found
 
     def variances(self, name: str) -> torch.Tensor:
-        """[H, T, D] of the coefficients of the keys or the values, without the bias of a mean that was measured on the same tiles."""
+        """[H, T, D] of the coefficients of the keys or the values, without the bias of a mean that was measured on the
+        same tiles."""
         return self._solved[name].coefficients.variance() * (self.count / (self.count - 1))
 
     def _solve(self, name: str) -> Solved:
@@ -113,7 +117,10 @@ class LayerStudy:
         return {key: value.tolist() for key, value in found.items()}
 
     def _tile_spectra(self, name: str) -> dict[str, Any]:
-        return {"tokens": _plain(spectrum(self.tiles[name].tokens())), "channels": _plain(spectrum(self.tiles[name].channels()))}
+        return {
+            "tokens": _plain(spectrum(self.tiles[name].tokens())),
+            "channels": _plain(spectrum(self.tiles[name].channels())),
+        }
 
     def _key_spectra(self) -> dict[str, Any]:
         unrotated = _plain(spectrum(self.unrotated.covariance())) if self.framed else None
@@ -153,12 +160,17 @@ def _require_finite(prefill: LayerPrefill) -> None:
     places = torch.arange(read.shape[1], device=read.device)
     last = torch.where(read, places, -1).amax(1, keepdim=True)
     asks = prefill.valid & (places > last) & (last >= 0)
-    for name, tensor, where in (("keys", prefill.keys, read), ("values", prefill.values, read), ("queries", prefill.query, asks)):
+    for name, tensor, where in (
+        ("keys", prefill.keys, read),
+        ("values", prefill.values, read),
+        ("queries", prefill.query, asks),
+    ):
         if not bool(tensor.transpose(1, 2)[where].isfinite().all()):
             whose = "queries behind the image" if name == "queries" else f"{name} of visual tokens"
             raise InputError(
-                f"layer {prefill.layer}: the {whose} hold NaN or infinity in {str(tensor.dtype).removeprefix('torch.')}. "
-                "Try another --dtype; if float32 has them too, the model's weights are broken."
+                f"layer {prefill.layer}: the {whose} hold NaN or infinity in"
+                f" {str(tensor.dtype).removeprefix('torch.')}. Try another --dtype; if float32 has them too, the"
+                " model's weights are broken."
             )
 
 

@@ -7,14 +7,12 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from kvcapsule.cli.errors import InputError, complain
+from kvcapsule.atomic_files import to_json
+from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import command_line, require_writable, write_whole
 from kvcapsule.cli.tables import report_console
-from kvcapsule.data.source import DataError
-from kvcapsule.files import to_json
-from kvcapsule.geometry import GeometryError
-from kvcapsule.models import ModelError
+from kvcapsule.errors import DataError, GeometryError, InputError, ModelError
 
 from .config import AnalyzeConfig
 from .plot import draw
@@ -47,9 +45,11 @@ def build_parser() -> ArgumentParser:
         AnalyzeConfig,
         PROG,
         usage=f"{PROG} [--model ID_OR_PATH] [--tile N] [--questions N] [--json FILE] [--plots DIR] [options]",
-        description="Study a frozen VLM's visual keys and values on some data, before any training: how alike tokens are, how many "
-        "components hold their energy, how far attention drifts during the answer, the least error at given bits, and what one code "
-        "for a stack of layers saves.",
+        description=(
+            "Study a frozen VLM's visual keys and values on some data, before any training: how alike tokens are, how"
+            " many components hold their energy, how far attention drifts during the answer, the least error at given"
+            " bits, and what one code for a stack of layers saves."
+        ),
     )
 
 

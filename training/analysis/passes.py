@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from kvcapsule.cache import CapsuleCache
-from kvcapsule.cli.errors import InputError
-from kvcapsule.inference import attach
-from kvcapsule.prefill import Compressed, LayerPrefill
+from kvcapsule.errors import InputError
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed
 
 from ..harvest import LayerHarvest, Recorder
 from .layer import LayerStudy
@@ -19,9 +20,11 @@ from .questions import Batch, Reader
 from .stack import StackStudy, stacks_of
 
 SAMPLES = 8
-"""Samples of an axis for each of its components: one tile gives the token axis as many as the head has channels, and the other way round.
+"""Samples of an axis for each of its components: one tile gives the token axis as many as the head has channels, and
+the other way round.
 
-On pages-vlm, whole images: with 2 samples the transform's predicted error is a third too low, with 4 a fifth, with 10 a twelfth.
+On pages-vlm, whole images: with 2 samples the transform's predicted error is a third too low, with 4 a fifth, with 10 a
+twelfth.
 """
 LEAST_TILES = 32
 """Tiles that the variance of a coefficient is measured on, at least."""
@@ -64,7 +67,9 @@ def whole_image(reader: Reader) -> int:
     Raises:
         InputError: if images differ in size, or there are none.
     """
-    lengths = next((found for batch in reader.batches(answers=False) if (found := {span.length for span in batch.spans})), set())
+    lengths = next(
+        (found for batch in reader.batches(answers=False) if (found := {span.length for span in batch.spans})), set()
+    )
     _require_visual(lengths, reader.model)
     return one_size(lengths)
 
@@ -77,12 +82,17 @@ def one_size(lengths: set[int]) -> int:
     """
     if len(lengths) > 1:
         found = ", ".join(map(str, sorted(lengths)))
-        raise InputError(f"images of {found} visual tokens: a study of whole images needs one size. Give a tile, as in --tile 64.")
+        raise InputError(
+            f"images of {found} visual tokens: a study of whole images needs one size. Give a tile, as in --tile 64."
+        )
     return next(iter(lengths))
 
 
-def two_passes(reader: Reader, tile: int, whole: bool, canonical: bool, console: Console) -> tuple[list[LayerStudy], list[StackStudy]]:
-    """The studies of every layer and of every stack: a pass for moments, raw similarity and drift, one for what is measured with them.
+def two_passes(
+    reader: Reader, tile: int, whole: bool, canonical: bool, console: Console
+) -> tuple[list[LayerStudy], list[StackStudy]]:
+    """The studies of every layer and of every stack: a pass for moments, raw similarity and drift, one for what is
+    measured with them.
 
     Args:
         reader: the questions and the model.
@@ -144,34 +154,48 @@ def _require_visual(lengths: set[int], model: PreTrainedModel) -> None:
 
 def _require_layers(layers: Sequence[LayerStudy], model: PreTrainedModel) -> None:
     if not layers:
-        raise InputError(f"{model.config.model_type}: it has no layer with full attention, so no layer's cache holds a whole image.")
+        raise InputError(
+            f"{model.config.model_type}: it has no layer with full attention, so no layer's cache holds a whole image."
+        )
     if not layers[0].drift.steps:
-        raise InputError("no prompt has text between its last image and its answer, so nothing can be said of attention's drift.")
+        raise InputError(
+            "no prompt has text between its last image and its answer, so nothing can be said of attention's drift."
+        )
 
 
 def _require_samples(tiles: int, tile: int, longest: int, questions: int, dim: int) -> None:
-    """Refuse bases and variances that would be drawn from too few samples: their prediction would be too good to be true.
+    """Refuse bases and variances that would be drawn from too few samples: their prediction would be too good to be
+    true.
 
     Raises:
         InputError: saying how many questions would do.
     """
     if tiles == 0:
-        raise InputError(f"no image fills a tile of {tile}: the largest has {longest} visual tokens. Give a --tile of at most {longest}.")
+        raise InputError(
+            f"no image fills a tile of {tile}: the largest has {longest} visual tokens. Give a --tile of at most"
+            f" {longest}."
+        )
     needed = max(LEAST_TILES, ceil(SAMPLES * tile / dim), ceil(SAMPLES * dim / tile))
     if tiles < needed:
         raise InputError(
-            f"{questions} questions gave {tiles} tiles of {tile} visual tokens, too few for a stable basis, which asks for {needed} "
-            f"(at least {LEAST_TILES}; tiles x head dim >= {SAMPLES} x tile; tiles x tile >= {SAMPLES} x head dim; head dim {dim}). "
-            f"Give --questions {ceil(needed * questions / tiles)} or more{', or a smaller --tile' if tile > dim else ''}."
+            f"{questions} questions gave {tiles} tiles of {tile} visual tokens, too few for a stable basis, which asks"
+            f" for {needed} (at least {LEAST_TILES}; tiles x head dim >= {SAMPLES} x tile; tiles x tile >= {SAMPLES} x"
+            f" head dim; head dim {dim}). Give --questions {ceil(needed * questions / tiles)} or"
+            f" more{', or a smaller --tile' if tile > dim else ''}."
         )
 
 
 def _lacking_for_stacks(layers: Sequence[LayerStudy], joint: Sequence[StackStudy], tile: int, questions: int) -> str:
-    """Why stacks cannot be studied, or nothing: they have more channels than a layer, and few samples flatter the more of them."""
-    tokens, channels = layers[0].count * tile, max(2 * len(study.layers) * study.heads for study in joint) * layers[0].dim
+    """Why stacks cannot be studied, or nothing: they have more channels than a layer, and few samples flatter the more
+    of them."""
+    tokens, channels = (
+        layers[0].count * tile,
+        max(2 * len(study.layers) * study.heads for study in joint) * layers[0].dim,
+    )
     if tokens >= SAMPLES * channels:
         return ""
     return (
-        f"Stacks of layers are left out: {tokens} visual tokens in full tiles are too few for axes of their {channels} channels, which ask "
-        f"for {SAMPLES} each. For these too, give --questions {ceil(SAMPLES * channels * questions / tokens)} or more."
+        f"Stacks of layers are left out: {tokens} visual tokens in full tiles are too few for axes of their {channels}"
+        f" channels, which ask for {SAMPLES} each. For these too, give --questions"
+        f" {ceil(SAMPLES * channels * questions / tokens)} or more."
     )

@@ -120,7 +120,9 @@ def drift(found: Mapping[str, Any]) -> Figure:
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles = [Line2D([], [], color=c, label=f"{share:.0%} kept") for share, c in zip(of["kept"], _COLOURS, strict=False)]
+    handles = [
+        Line2D([], [], color=c, label=f"{share:.0%} kept") for share, c in zip(of["kept"], _COLOURS, strict=False)
+    ]
     handles += [Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in _CHOSEN.values()]
     _legend(figure, handles, "outside lower right")
     return figure
@@ -129,8 +131,14 @@ def drift(found: Mapping[str, Any]) -> Figure:
 def distortion(found: Mapping[str, Any]) -> Figure:
     """Predicted unexplained variance against bits."""
     figure, panels = _figure(found, "predicted loss (rate-distortion bound; thin: layers, bold: their mean)", 2)
-    methods = (("transform", "transform code"), ("per_channel", "per-channel quantisation"), ("token_pca", "PCA along tokens, 16-bit rows"))
-    bits, compression = zip(*sorted({(entry["bits"], entry["compression"]) for entry in found["predicted"]}), strict=True)
+    methods = (
+        ("transform", "transform code"),
+        ("per_channel", "per-channel quantisation"),
+        ("token_pca", "PCA along tokens, 16-bit rows"),
+    )
+    bits, compression = zip(
+        *sorted({(entry["bits"], entry["compression"]) for entry in found["predicted"]}), strict=True
+    )
     layers = [layer["layer"] for layer in found["layers"]]
     by = {(entry["layer"], entry["bits"]): entry for entry in found["predicted"]}
     for axes, of in zip(panels, _OF, strict=True):
@@ -181,7 +189,10 @@ def _name_layers(figure: Figure, axes: Axes, found: Mapping[str, Any], place: An
     """Layers by name, or by a colour bar where they are many."""
     layers, shades = [layer["layer"] for layer in found["layers"]], _shades(found)
     if len(layers) <= _FEW:
-        handles = [Line2D([], [], color=colour, linewidth=2, label=f"layer {i}") for i, colour in zip(layers, shades, strict=True)]
+        handles = [
+            Line2D([], [], color=colour, linewidth=2, label=f"layer {i}")
+            for i, colour in zip(layers, shades, strict=True)
+        ]
         axes.legend(handles=handles, loc=place, frameon=False, fontsize=8)
     else:
         scale = matplotlib.cm.ScalarMappable(Normalize(layers[0], layers[-1]), ListedColormap(shades))

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from kvcapsule.cli.errors import InputError
 from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.data.source import DataError, images_of
-from kvcapsule.spans import VisualSpan, find_spans
+from kvcapsule.data.source import images_of
+from kvcapsule.errors import DataError, InputError
+from kvcapsule.vlm.spans import VisualSpan, find_spans
 
 
 class Batch(NamedTuple):
@@ -20,7 +20,8 @@ class Batch(NamedTuple):
     inputs: BatchFeature
     spans: list[VisualSpan]
     answers: list[range]
-    """Positions of each row's answer, without the end token and what follows: the tokens that decoding feeds back. Empty where unknown."""
+    """Positions of each row's answer, without the end token and what follows: the tokens that decoding feeds back.
+    Empty where unknown."""
 
 
 class Reader:
@@ -64,11 +65,14 @@ class Reader:
 
 
 def answer_places(prompts: BatchFeature, full: BatchFeature, ends: Collection[int]) -> list[range]:
-    """Where each row's answer lies: behind all that prompt and conversation have in common, up to the first end token."""
+    """Where each row's answer lies: behind all that prompt and conversation have in common, up to the first end
+    token."""
     places = []
     width = full["input_ids"].shape[1]
     for prompt, whole in zip(_tokens(prompts), _tokens(full), strict=True):
-        common = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+        )
         stop = next((i for i in range(common, len(whole)) if whole[i] in ends), len(whole))
         padding = width - len(whole)
         places.append(range(padding + common, padding + stop))

@@ -26,7 +26,13 @@ def heading(found: Mapping[str, Any]) -> str:
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    return [_similarity(found), _spectra(found), _drift(found), _predicted(found), *([_stacks(found)] if found["stacks"] else [])]
+    return [
+        _similarity(found),
+        _spectra(found),
+        _drift(found),
+        _predicted(found),
+        *([_stacks(found)] if found["stacks"] else []),
+    ]
 
 
 def followed(drift: Mapping[str, Any]) -> int:
@@ -47,13 +53,21 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def _similarity(found: Mapping[str, Any]) -> Table:
-    names = {"neighbours": "beside", "pairs": "any two", "neighbours_centred": "beside,\ncentred", "pairs_centred": "any two,\ncentred"}
+    names = {
+        "neighbours": "beside",
+        "pairs": "any two",
+        "neighbours_centred": "beside,\ncentred",
+        "pairs_centred": "any two,\ncentred",
+    }
     columns = [f"{of}\n{title}" for of in _OF for title in names.values()]
     table = _table("How alike are the visual tokens of an image? Mean cosine", columns)
     for layer in found["layers"]:
         cells = [mean(layer["similarity"][of][name]) for of in _OF for name in names]
         table.add_row(str(layer["layer"]), *(_cell(cell, ".2f") for cell in cells))
-    table.caption = "beside: with the next in its row of the token grid; centred: the head's mean token taken off. Mean over KV heads."
+    table.caption = (
+        "beside: with the next in its row of the token grid; centred: the head's mean token taken off. Mean over KV"
+        " heads."
+    )
     return table
 
 
@@ -72,8 +86,9 @@ def _spectra(found: Mapping[str, Any]) -> Table:
         cells += ["–" if other is None else _cell(mean(other["effective_rank"]), ".1f") for other in others]
         table.add_row(str(layer["layer"]), *cells)
     table.caption = (
-        "Effective rank, and components for 90 and 99 % of the energy; mean over KV heads. Keys are in their tile's frame; rotated: as "
-        "the model rotated them; unrotated: each token turned back by its own position. From unrotated to rotated is what RoPE costs."
+        "Effective rank, and components for 90 and 99 % of the energy; mean over KV heads. Keys are in their tile's"
+        " frame; rotated: as the model rotated them; unrotated: each token turned back by its own position. From"
+        " unrotated to rotated is what RoPE costs."
     )
     return table
 
@@ -97,13 +112,17 @@ def _drift(found: Mapping[str, Any]) -> Table:
     table = _table("Does the answer read what the prompt attended to?", columns)
     for layer in drift["layers"]:
         overlap = [layer["overlap"]["last_prompt_token"][step] for step in steps]
-        held = [[over_steps(drift, curve) for curve in layer["held"][by]] for by in ("post_vision", "last_prompt_token", "best")]
+        held = [
+            [over_steps(drift, curve) for curve in layer["held"][by]]
+            for by in ("post_vision", "last_prompt_token", "best")
+        ]
         cells = [" / ".join(_cell(value, ".2f") for value in values) or "–" for values in (overlap, *held)]
         table.add_row(str(layer["layer"]), *cells, _cell(over_steps(drift, layer["visual_mass"]), ".2f"))
     table.caption = (
-        f"overlap: Jaccard of the {drift['top']:.0%} of visual tokens with most attention, at the step and under the last prompt token "
-        f"(chance {drift['top'] / (2 - drift['top']):.2f}). held: share of a step's attention to the image that lies on the tokens ranked "
-        "first by the prompt behind the image (prefill), by its last token, or by the step itself; mean over decode steps."
+        f"overlap: Jaccard of the {drift['top']:.0%} of visual tokens with most attention, at the step and under the"
+        f" last prompt token (chance {drift['top'] / (2 - drift['top']):.2f}). held: share of a step's attention to the"
+        " image that lies on the tokens ranked first by the prompt behind the image (prefill), by its last token, or"
+        " by the step itself; mean over decode steps."
     )
     return table
 
@@ -115,19 +134,28 @@ def _predicted(found: Mapping[str, Any]) -> Table:
     layers = [layer["layer"] for layer in found["layers"]]
     table = _table(
         "What is lost at given bits for each element? Predicted unexplained variance, transform code",
-        [f"{of}\n{title}" for of in _OF for title in ("fixed", *(f"{bits:g} ({compression:.0f}x)" for bits, compression in settings))],
+        [
+            f"{of}\n{title}"
+            for of in _OF
+            for title in ("fixed", *(f"{bits:g} ({compression:.0f}x)" for bits, compression in settings))
+        ],
     )
     for layer in found["layers"]:
-        cells = [[layer["fixed_share"][of], *(by[layer["layer"], bits][of]["transform"] for bits, _ in settings)] for of in _OF]
+        cells = [
+            [layer["fixed_share"][of], *(by[layer["layer"], bits][of]["transform"] for bits, _ in settings)]
+            for of in _OF
+        ]
         table.add_row(str(layer["layer"]), *(_cell(cell, ".3f") for cell in chain(*cells)))
     table.add_section()
     for method, title in (("transform", "mean"), ("per_channel", "per channel"), ("token_pca", "token PCA")):
-        means = [[None, *(fmean(by[layer, bits][of][method] for layer in layers) for bits, _ in settings)] for of in _OF]
+        means = [
+            [None, *(fmean(by[layer, bits][of][method] for layer in layers) for bits, _ in settings)] for of in _OF
+        ]
         table.add_row(title, *("" if cell is None else _cell(cell, ".3f") for cell in chain(*means)))
     table.caption = (
-        "Rate-distortion bounds; scales and maps are not counted. fixed: share of the variance that is the same in every tile, and costs "
-        "no bits. Below the line, means over layers: of the transform code, of plain per-channel quantisation at the same bits, and of "
-        "16-bit rows by PCA along the tokens alone."
+        "Rate-distortion bounds; scales and maps are not counted. fixed: share of the variance that is the same in"
+        " every tile, and costs no bits. Below the line, means over layers: of the transform code, of plain per-channel"
+        " quantisation at the same bits, and of 16-bit rows by PCA along the tokens alone."
     )
     return table
 
@@ -138,8 +166,13 @@ def _stacks(found: Mapping[str, Any]) -> Table:
     by = {(entry["first"], entry["last"], entry["bits"]): entry for entry in entries}
     stacks = sorted({(entry["first"], entry["last"]) for entry in entries})
     table = _table(
-        "Does one code for a stack of layers pay? Predicted unexplained variance, keys and values of each layer apart, all together",
-        [f"{title}\n{bits:g} ({compression:.0f}x)" for title in ("apart, together", "bits apart") for bits, compression in settings],
+        "Does one code for a stack of layers pay? Predicted unexplained variance, keys and values of each layer apart,"
+        " all together",
+        [
+            f"{title}\n{bits:g} ({compression:.0f}x)"
+            for title in ("apart, together", "bits apart")
+            for bits, compression in settings
+        ],
         "layers",
     )
 
@@ -149,20 +182,33 @@ def _stacks(found: Mapping[str, Any]) -> Table:
 
     names = ("apart", "together", "apart_bits")
     for stack in stacks:
-        add(" to ".join(map(str, sorted(set(stack)))), {(bits, name): by[*stack, bits][name] for bits, _ in settings for name in names})
+        add(
+            " to ".join(map(str, sorted(set(stack)))),
+            {(bits, name): by[*stack, bits][name] for bits, _ in settings for name in names},
+        )
     if len(stacks) > 1:
         table.add_section()
-        add("mean", {(bits, name): mean([by[*stack, bits][name] for stack in stacks]) for bits, _ in settings for name in names})
+        add(
+            "mean",
+            {
+                (bits, name): mean([by[*stack, bits][name] for stack in stacks])
+                for bits, _ in settings
+                for name in names
+            },
+        )
     table.caption = (
-        "Stacks are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what their errors cost the "
-        "answer is not measured here, and training weighs it. bits apart: bits for each element with which codes apart come to the error "
-        "of the code together; the rest is saved. In memory, that is: each layer reads the code of its whole stack."
+        "Stacks are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what their"
+        " errors cost the answer is not measured here, and training weighs it. bits apart: bits for each element with"
+        " which codes apart come to the error of the code together; the rest is saved. In memory, that is: each layer"
+        " reads the code of its whole stack."
     )
     return table
 
 
 def _table(title: str, columns: Sequence[str], of: str = "layer") -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column(of, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..spectra import Moments
+from ..families.spectra import Moments
 
 _POINTS = 64
 """Most ranks at which the energy of a spectrum is written down."""
@@ -14,7 +14,8 @@ class Spectrum(NamedTuple):
     """A spectrum of n components for each KV head. The first three [H]."""
 
     effective_rank: torch.Tensor
-    """exp of the entropy of the eigenvalues' shares: n if all are alike, 1 if one has all. 0 where there is no variance."""
+    """exp of the entropy of the eigenvalues' shares: n if all are alike, 1 if one has all. 0 where there is no
+    variance."""
     components_90: torch.Tensor
     """Least number of components that hold 90 % of the energy."""
     components_99: torch.Tensor
@@ -67,7 +68,12 @@ class TileMoments:
         """[H, T, T]: along tokens, a tile's, about `mean`."""
         mean = self.mean()
         cross = self.moments.total @ mean[..., None]
-        gram = self.moments.tokens - cross - cross.transpose(-1, -2) + self.moments.count * mean.square().sum(-1)[:, None, None]
+        gram = (
+            self.moments.tokens
+            - cross
+            - cross.transpose(-1, -2)
+            + self.moments.count * mean.square().sum(-1)[:, None, None]
+        )
         return gram / self.moments.count
 
     def channels(self) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """What it is worth to code the keys and values of a stack of layers as one source, as the family cross-layer does.
 
-Units are the keys and the values of each layer of the stack, sets of KV heads side by side, as in kvcapsule.codec.crosslayer. Each unit is
-scaled to unit variance, so that what counts is the mean of their unexplained variances: a study has no measure of what a unit's errors cost
-in attention's output, by which training scales them. E tiles, S sets, T tokens of a tile, C channels of a source.
+Units are the keys and the values of each layer of the stack, sets of KV heads side by side, as in
+kvcapsule.codec.cross_layer. Each unit is scaled to unit variance, so that what counts is the mean of their unexplained
+variances: a study has no measure of what a unit's errors cost in attention's output, by which training scales them. E
+    tiles, S sets, T tokens of a tile, C channels of a source.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcapsule.codec.transform import side_by_side
-from kvcapsule.geometry import KVGeometry, full_attention_layers
+from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
+from ..families.grouping import joint_heads, joint_layers, stacks
+from ..families.spectra import Moments
 from ..harvest import LayerHarvest
-from ..sets import joint_heads, joint_layers, stacks
-from ..spectra import Moments
 from .distortion import BITS, FULL_BITS, bits_for, water_fill
 from .layer import NAMES, LayerStudy
 from .spectrum import TileMoments
@@ -28,7 +29,9 @@ _NOTHING = 1e-12
 class Source:
     """What is coded as one, of given moments: principal axes, and the variances of the coefficients along them."""
 
-    def __init__(self, total_STC: torch.Tensor, tokens_STT: torch.Tensor, channels_SCC: torch.Tensor, count: int) -> None:
+    def __init__(
+        self, total_STC: torch.Tensor, tokens_STT: torch.Tensor, channels_SCC: torch.Tensor, count: int
+    ) -> None:
         """Sums over `count` tiles, as in Moments."""
         moments = Moments(*total_STC.shape).to(total_STC.device)
         moments.total, moments.tokens, moments.channels = total_STC, tokens_STT, channels_SCC
@@ -48,7 +51,8 @@ class Source:
 
 
 class StackStudy:
-    """One stack. The tiles of its layers are held from its first layer of a batch to its last; those of other stacks are not."""
+    """One stack. The tiles of its layers are held from its first layer of a batch to its last; those of other stacks
+    are not."""
 
     def __init__(self, layers: Sequence[int], heads: int) -> None:
         """Nothing is seen yet.
@@ -63,7 +67,8 @@ class StackStudy:
         self._studies: list[LayerStudy] = []
 
     def first(self, tiles: LayerHarvest | None) -> None:
-        """Add the next layer's tiles of a batch to the first pass: moments along the channels of all units, not yet scaled."""
+        """Add the next layer's tiles of a batch to the first pass: moments along the channels of all units, not yet
+        scaled."""
         for index, x_ETC in self._whole(tiles):
             rows = x_ETC.flatten(0, 1)
             self._channels[index] = self._channels.get(index, 0) + rows.transpose(0, 1) @ rows
@@ -72,7 +77,8 @@ class StackStudy:
         """Between the passes: scales and axes.
 
         Args:
-            studies: those of the stack's layers after their first pass, in order. All else that a stack needs they have.
+            studies: those of the stack's layers after their first pass, in order. All else that a stack needs they
+                have.
         """
         self._studies = list(studies)
         channels = torch.stack([self._channels.pop(index) for index in sorted(self._channels)])
@@ -83,7 +89,9 @@ class StackStudy:
             totals.append(scale * side_by_side(unit.moments.total[None].to(channels.device), self.heads)[0])
             tokens.append(scale**2 * unit.moments.tokens.to(channels.device).unflatten(0, (-1, self.heads)).sum(1))
         width, count = totals[0].shape[2], units[0].tiles
-        self._scaling = torch.tensor(self._scales, dtype=channels.dtype, device=channels.device).repeat_interleave(width)
+        self._scaling = torch.tensor(self._scales, dtype=channels.dtype, device=channels.device).repeat_interleave(
+            width
+        )
         channels *= self._scaling * self._scaling[:, None]
         self._together = Source(torch.cat(totals, 2), torch.stack(tokens).sum(0), channels, count)
         self._places = [slice(i * width, (i + 1) * width) for i in range(len(units))]

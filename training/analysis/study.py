@@ -12,10 +12,10 @@ from rich.console import Console
 
 from kvcapsule.cli.results import shown_path
 from kvcapsule.data import source
-from kvcapsule.data.source import DataError
-from kvcapsule.geometry import KVGeometry
-from kvcapsule.machine import machine, versions
-from kvcapsule.models import load_vlm, require_device
+from kvcapsule.environment import machine, versions
+from kvcapsule.errors import DataError
+from kvcapsule.vlm.geometry import KVGeometry
+from kvcapsule.vlm.loading import load_vlm, require_device
 
 from .config import LEAST_QUESTIONS, AnalyzeConfig
 from .drift import KEPT, REFERENCES, TOP
@@ -33,7 +33,8 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         command: the command line that the object names.
 
     Raises:
-        InputError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to check comes first.
+        InputError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to check comes
+        first.
     """
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
@@ -48,7 +49,9 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         data = replace(config.data, size=min(config.data.size, config.questions))
         rows = source.load(data)
     if len(rows) < LEAST_QUESTIONS:
-        raise DataError(f"{len(rows)} questions (of {data.source}, split {data.split!r}): a study needs at least {LEAST_QUESTIONS}.")
+        raise DataError(
+            f"{len(rows)} questions (of {data.source}, split {data.split!r}): a study needs at least {LEAST_QUESTIONS}."
+        )
     reader = Reader(rows, model, processor, config.batch)
     tile = config.tile or whole_image(reader)
     layers, stacks = two_passes(reader, tile, not config.tile, config.canonical_frame, console)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...segment import Segment
+from ...segments.segment import Segment
 from .. import reference
 from . import mapped, rowed
 from .call import Call, Part, Producer

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...codec.cells import CodedRows
-from ...quantize import QuantizedRows
-from ...segment import Rows, Segment
+from ...segments.coefficient_rows import CodedRows
+from ...segments.quantized_rows import QuantizedRows
+from ...segments.segment import Rows, Segment
 from .call import Call, Part, Producer
 from .device import CODED, LOG2E, QUANTISED, RAW, block, dot_type
 from .maps import map_scores, score_rows, turn_queries, weigh_rows

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def pack_codes(codes, packed, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Eight codes of BITS bits, `count` times, from codes [count, 8] to packed [count, BITS], both uint8 (kvcapsule.packing)."""
+    """Eight codes of BITS bits, `count` times, from codes [count, 8] to packed [count, BITS], both uint8 (kvcapsule.segments.bit_packing)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = i < count
     if BITS == 3:

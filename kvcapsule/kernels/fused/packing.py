@@ -1,8 +1,8 @@
-"""kvcapsule.packing.pack by a kernel: every code is read once and every byte written once, and nothing is made in between."""
+"""kvcapsule.segments.bit_packing.pack by a kernel: every code is read once and every byte written once, and nothing is made in between."""
 
 import torch
 
-from ...packing import GROUP, WIDTHS
+from ...segments.bit_packing import GROUP, WIDTHS
 from .pack import pack_codes
 
 _BLOCK = 256

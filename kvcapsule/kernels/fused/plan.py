@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...codec.cells import CodedRows
-from ...quantize import QuantizedRows
-from ...segment import Rows, Segment
+from ...segments.coefficient_rows import CodedRows
+from ...segments.quantized_rows import QuantizedRows
+from ...segments.segment import Rows, Segment
 from .device import TYPES
 
 MOST_ROWS = 64

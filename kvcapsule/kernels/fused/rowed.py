@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ...quantize import QuantizedRows
-from ...segment import Rows, Segment
+from ...segments.quantized_rows import QuantizedRows
+from ...segments.segment import Rows, Segment
 from .call import Call, Part, Producer
 from .device import BOTH, INTERPRETED, LOG2E, QUANTISED, RAW, TYPES, block, dot_type
 from .mapped import turned

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from ...segment import Segment
+from ...segments.segment import Segment
 from .. import reference
 from .flat import flat
 from .forms import Sums

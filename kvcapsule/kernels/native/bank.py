@@ -1,4 +1,4 @@
-"""Compact capsules encoded on a CPU: what kvcapsule.codec.bank does in PyTorch, by kernels that take tile by tile, head by head."""
+"""Compact capsules encoded on a CPU: what kvcapsule.codec.attention_matching does in PyTorch, by kernels that take tile by tile, head by head."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ def products(x_HEMQ: torch.Tensor, y_HETQ: torch.Tensor) -> torch.Tensor:
 
 
 def added(gram: torch.Tensor, target: torch.Tensor, ranking: torch.Tensor, passes: int, jitter: float) -> torch.Tensor:
-    """As kvcapsule.codec.bank.added."""
+    """As kvcapsule.codec.attention_matching.added."""
     many, wide = target.shape[2:]
     out = torch.empty_like(ranking, memory_format=torch.contiguous_format)
     given = tuple(flat(x.contiguous()) for x in (gram, target, ranking))

@@ -1,4 +1,4 @@
-"""Coded cells (kvcapsule.codec.cells) of two tiles at once: a cell's eight numbers of both lie side by side in one vector register.
+"""Coded cells (kvcapsule.segments.coefficient_rows) of two tiles at once: a cell's eight numbers of both lie side by side in one vector register.
 
 Two groups of rows meet the same queries, and two channels the same weights: what is loaded once serves both, and loads are what
 the loops wait for.
@@ -12,8 +12,24 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ...packing import GROUP
-from .emit import BYTE, FLOAT, FLOATS, INTS, LONG, NONE, Array, Sums, along, constant, ints, literal, splat, totals, whole
+from ...segments.bit_packing import GROUP
+from .emit import (
+    BYTE,
+    FLOAT,
+    FLOATS,
+    INTS,
+    LONG,
+    NONE,
+    Array,
+    Sums,
+    along,
+    constant,
+    ints,
+    literal,
+    splat,
+    totals,
+    whole,
+)
 from .fewbits import Decoder
 from .forms import TILES
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...packing import WIDTHS
+from ...segments.bit_packing import WIDTHS
 from .forms import TILES, Array, Size, buffer, copied
 from .jit import U, jit, lent
 from .laid import Rest, at_the_end

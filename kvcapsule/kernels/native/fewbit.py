@@ -1,4 +1,4 @@
-"""Products with few-bit rows (kvcapsule.quantize): a block of codes becomes numbers in a core's first cache, and is used there.
+"""Products with few-bit rows (kvcapsule.segments.quantized_rows): a block of codes becomes numbers in a core's first cache, and is used there.
 
 Flat arrays; a unit is one KV head of one entry, with codes [D, bytes] along the tokens and a step for each channel. Numbers are
 step * (code - middle), with the middle of all codes; what the middle stands for is added by the caller.
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...packing import WIDTHS
+from ...segments.bit_packing import WIDTHS
 from .dense import dots
 from .dense import sums as weighted
 from .jit import Kernel, U, jit

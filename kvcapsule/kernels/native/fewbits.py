@@ -8,8 +8,8 @@ Without AVX-512 there is no such look-up, and the bits are cut off and made numb
 from llvmlite import ir
 from numba.core import cgutils
 
-from ...codec.cells import FIRST_KIND, TOGETHER
-from ...packing import GROUP
+from ...segments.bit_packing import GROUP
+from ...segments.coefficient_rows import FIRST_KIND, TOGETHER
 from .emit import FLOAT, FLOATS, INT, INTS, LONG, WIDE, ints, splat, whole
 
 _LOOKED_UP = "llvm.x86.avx512.permvar.sf.512"

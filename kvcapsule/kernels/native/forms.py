@@ -78,7 +78,7 @@ class Map(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """Coded rows with their runs (kvcapsule.codec.cells.Runs)."""
+    """Coded rows with their runs (kvcapsule.segments.coefficient_rows.Runs)."""
 
     packed: Array
     size: Size

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...codec.cells import CodedRows, Runs
-from ...segment import Segment
+from ...segments.coefficient_rows import CodedRows, Runs
+from ...segments.segment import Segment
 from .flat import flat, told
 from .forms import After, Coded, Entries, Form, Map, Raw, Turn
 from .jit import U

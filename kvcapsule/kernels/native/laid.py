@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ...packing import WIDTHS
+from ...segments.bit_packing import WIDTHS
 from . import emit
 from .emit import BYTE, INT, INTS, WIDE, ints, literal, whole
 from .forms import TILES, Array

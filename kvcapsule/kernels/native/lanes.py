@@ -4,7 +4,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
-from ...packing import GROUP
+from ...segments.bit_packing import GROUP
 
 _BYTE, _INT, _FLOAT, _LONG = ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.IntType(64)
 _INTS, _FLOATS = ir.VectorType(_INT, GROUP), ir.VectorType(_FLOAT, GROUP)
@@ -52,7 +52,7 @@ def _fields(builder, word, width):
 
 @intrinsic
 def unpack(typing_context, packed, position, width, step):
-    """step * (code - (2^width - 1) / 2) of the eight codes in packed[position : position + width] (kvcapsule.packing); a literal width."""
+    """step * (code - (2^width - 1) / 2) of the eight codes in packed[position : position + width] (kvcapsule.segments.bit_packing); a literal width."""
     if not isinstance(width, types.IntegerLiteral):
         return None
     bits = width.literal_value

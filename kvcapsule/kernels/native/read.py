@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ...quantize import QuantizedRows
-from ...segment import Rows
+from ...segments.quantized_rows import QuantizedRows
+from ...segments.segment import Rows
 from .. import reference
 from . import fewbit, raw
 from .flat import flat

@@ -1,0 +1,100 @@
+"""The bytes that a call of attention really touches, counted operation by operation."""
+
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvcapsule.kernels.native.flat import watched
+
+_MANY = 2**16
+"""Runs of a tensor past which the whole from its first to its last element counts."""
+
+
+class Touched(NamedTuple):
+    """Of one call."""
+
+    stored: int
+    """What it reads of the tensors that were named, each byte once however often it is read."""
+    traffic: int
+    """What all its operations read and write, intermediate results included: more than `stored` wherever something is
+    copied or repeated.
+
+    An upper bound of what crosses the memory bus: what is small stays in caches.
+    """
+
+
+def count(call: Callable[[], Any], held: Iterable[torch.Tensor]) -> Touched:
+    """Run `call` and count. Kernels in Triton, which PyTorch does not dispatch, are not seen."""
+    with _Counter(held) as counter, watched(counter.see):
+        call()
+    return Touched(sum(_length(ranges) for ranges in counter.read.values()), counter.traffic)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, held: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read: dict[int, list[tuple[int, int]]] = {
+            t.untyped_storage().data_ptr(): [] for t in held if t.untyped_storage().nbytes()
+        }
+        self.traffic = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        places = {x.untyped_storage().data_ptr() for x in given}
+        if func.is_view or (
+            made and all(x.untyped_storage().data_ptr() in places for x in made) and not func._schema.is_mutable
+        ):
+            return out
+        for x in given:
+            self.see(x)
+        self.traffic += sum(_elements(x) * x.itemsize for x in made)
+        return out
+
+    def see(self, x: torch.Tensor) -> None:
+        """A tensor is read (or, by a compiled kernel, written)."""
+        self.traffic += _elements(x) * x.itemsize
+        if (ranges := self.read.get(x.untyped_storage().data_ptr())) is not None:
+            ranges.extend(_ranges(x))
+
+
+def _elements(x: torch.Tensor) -> int:
+    """Different elements: what is expanded is one."""
+    count = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count
+
+
+def _ranges(x: torch.Tensor) -> list[tuple[int, int]]:
+    """The bytes of its storage that a tensor covers, as [begin, end) each."""
+    dense = sorted(
+        (int(stride), int(size)) for size, stride in zip(x.shape, x.stride(), strict=True) if stride and size > 1
+    )
+    run = 1
+    while dense and dense[0][0] == run:
+        run *= dense.pop(0)[1]
+    if x.numel() == 0:
+        return []
+    begins = [int(x.storage_offset())]
+    if prod(size for _, size in dense) > _MANY:
+        end = begins[0] + run + sum(stride * (size - 1) for stride, size in dense)
+        return [(begins[0] * x.itemsize, end * x.itemsize)]
+    for stride, size in dense:
+        begins = [begin + i * stride for begin in begins for i in range(size)]
+    return [(begin * x.itemsize, (begin + run) * x.itemsize) for begin in begins]
+
+
+def _length(ranges: list[tuple[int, int]]) -> int:
+    """Bytes of the union."""
+    total, covered = 0, 0
+    for begin, end in sorted(ranges):
+        begin = max(begin, covered)
+        if end > begin:
+            total, covered = total + end - begin, end
+    return total

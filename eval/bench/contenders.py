@@ -1,0 +1,135 @@
+"""What decodes at step level and above: the ladder of full caches of transformers, and the methods.
+
+    L0  eager attention, DynamicCache      shown so that nobody takes it for the baseline
+    L1  sdpa attention, DynamicCache       what generate does by itself
+    L2  sdpa attention, StaticCache        its steps also compiled, on request; those of methods too, whose tails then
+        have a fixed room
+
+What ratios are against is whichever of L1 and L2 is quicker in that very run.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.methods.method import Method, Revises
+from kvcapsule.segments.segment import storage_bytes
+
+from ..watched_generate import new_cache
+from .models import Subject
+
+L0, L1, L2, L2_COMPILED = "L0-eager-dynamic", "L1-sdpa-dynamic", "L2-sdpa-static", "L2-sdpa-static-compiled"
+BASELINES = (L1, L2, L2_COMPILED)
+"""The full caches that a ratio may be against."""
+
+
+Measured = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""JSON rows, and what was left out."""
+
+
+class Rung(NamedTuple):
+    """One way to decode."""
+
+    name: str
+    cache: Callable[[int], Cache]
+    """An empty cache with room for so many tokens, those of the prompt included."""
+    method: Method | None = None
+    attention: str = "sdpa"
+    compiled: bool = False
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[None]:
+        """While the block lasts, the model attends as this rung has it."""
+        before = str(model.config.get_text_config(decoder=True)._attn_implementation)
+        if self.attention != before:
+            model.set_attn_implementation(self.attention)
+        try:
+            if self.method is None:
+                yield
+            else:
+                with attach(model):
+                    yield
+        finally:
+            if self.attention != before:
+                model.set_attn_implementation(before)
+
+    def call(self, model: PreTrainedModel) -> Callable[..., Any]:
+        """The model as a decode step calls it."""
+        call: Callable[..., Any] = model.get_compiled_call(_everywhere()) if self.compiled else model
+        return call
+
+    def options(self) -> dict[str, Any]:
+        """Options of generate. Where it can, it compiles a StaticCache's steps by itself, so it is told."""
+        return {"compile_config": _everywhere()} if self.compiled else {"disable_compile": True}
+
+
+def _everywhere() -> Any:
+    """A CompileConfig for the CPU too, which generate leaves out unless this switch of its own tests is set."""
+    config: Any = CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
+def rungs(subject: Subject, compiled: bool) -> list[Rung]:
+    """The full caches, then the methods of a subject."""
+    model: Any = subject.model
+    text = model.config.get_text_config(decoder=True)
+
+    def static(room: int) -> Cache:
+        return StaticCache(config=text, max_cache_len=room)
+
+    found = [
+        Rung(L0, lambda room: new_cache(model, None), attention="eager"),
+        Rung(L1, lambda room: new_cache(model, None)),
+        Rung(L2, static),
+    ]
+    found += [_of_method(model, name, method) for name, method in subject.methods.items()]
+    if compiled:
+        prompt = subject.batch(1)["input_ids"].shape[1]
+        found.append(Rung(L2_COMPILED, static, compiled=True))
+        found += [
+            _compiled(model, name, method, prompt)
+            for name, method in subject.methods.items()
+            if not isinstance(method, Revises)
+        ]
+    return found
+
+
+def _of_method(model: PreTrainedModel, name: str, method: Method) -> Rung:
+    return Rung(name, lambda room: new_cache(model, method), method)
+
+
+def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) -> Rung:
+    """A method whose tail has a fixed room, for what is written behind the prompt."""
+    return Rung(
+        f"{name}-static-compiled",
+        lambda room: CapsuleCache(model.config, method, room=room - prompt),
+        method,
+        compiled=True,
+    )
+
+
+def held(cache: Cache) -> int:
+    """Bytes of the storages that a cache holds, room to grow and a capsule's maps included: what a step may read."""
+    if isinstance(cache, CapsuleCache):
+        measured = cache.bytes()
+        return measured.total + measured.parameters
+    return storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
+
+
+def no_room(level: str, subject: Subject, size: int, rung: Rung) -> dict[str, Any]:
+    """The entry of what was left out for want of the device's memory."""
+    return {
+        "level": level,
+        "geometry": subject.name,
+        "batch": size,
+        "visual_tokens": subject.visual,
+        "method": rung.name,
+        "reason": "did not fit into the device's memory",
+    }

@@ -1,0 +1,100 @@
+"""The tables of docs/bench.md, each between markers of its own: written anew by every run that measures its level."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvcapsule.cli.results import write_whole
+
+from ..report import markdown
+from .report import COLUMNS, ceilings, cells
+
+_WAYS = ("dynamic-cat", "dynamic-cat-repeat", "static-repeat")
+
+
+def name_of(device: str, level: str) -> str:
+    """Of a level's table."""
+    return f"bench-{device.partition(':')[0]} {level}"
+
+
+def require_places(path: Path, device: str, levels: Sequence[str]) -> None:
+    """Raises InputError unless the file has a place for the table of each level."""
+    for level in levels:
+        markdown.require_place(path, name_of(device, level))
+
+
+def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: str | None, plot: str | None) -> None:
+    """Put the tables of a run's levels into a Markdown file; one that is not there is made.
+
+    Raises:
+        InputError: if the file has no place for one of them.
+        OSError: if it cannot be written.
+    """
+    if not path.exists():
+        write_whole(
+            path, markdown.blank("kvcapsule bench", [name_of(found["device"], level) for level in levels]).encode()
+        )
+    for level in levels:
+        rows = [row for row in found["rows"] if row["level"] == level]
+        table = _grid(rows) if level == "operator" else _plain(rows, level)
+        parts = [table, _facts(path, found, json)]
+        left = [
+            f"{x['geometry']}, {x['method'] or 'all methods'}: {x['reason']}"
+            for x in found["skipped"]
+            if x["level"] == level
+        ]
+        if level == "operator" and left:
+            parts.append(f"Left out: {len(left)} cells or methods, each with its reason in the JSON.")
+        elif left:
+            parts.append(f"Left out: {'; '.join(left)}.")
+        if level == "serving" and plot is not None:
+            parts.append(f"![sequences that fit and tokens a second]({markdown.link(path, plot)})")
+        markdown.put(path, name_of(found["device"], level), "\n\n".join(parts))
+
+
+def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a cell: how many times faster, and how many times fewer bytes, than the full cache in place; the copies'
+    times only."""
+    by_cell: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_cell.setdefault((row["geometry"], row["visual_tokens"], row["batch"]), {})[row["method"]] = row
+    names = [name for name in dict.fromkeys(row["method"] for row in rows) if not name.startswith("in-place")]
+    lines = [["geometry", "visual tokens", "batch", "in place, ms", *names]]
+    lines.append(["---"] * len(lines[0]))
+    for (geometry, visual, batch), cell in by_cell.items():
+        baseline = next(iter(cell.values()))["baseline"]
+        time = "–" if baseline is None else f"{cell[baseline]['seconds'] * 1e3:.2f}"
+        lines.append([geometry, f"{visual:,}", str(batch), time, *(_ratio(cell.get(name)) for name in names)])
+    return _markdown(lines)
+
+
+def _ratio(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if row["ratio"] is None:
+        return "wrong output" if row["failed"] else "–"
+    faster = f"{row['ratio']:.2f}"
+    return faster if row["method"] in _WAYS else f"{faster} of {row['bytes_ratio']:.2f}"
+
+
+def _plain(rows: Sequence[Mapping[str, Any]], level: str) -> str:
+    titles = [title for title, _ in COLUMNS[level].values()]
+    return _markdown([titles, ["---"] * len(titles), *cells(rows, level)])
+
+
+def _facts(path: Path, found: Mapping[str, Any], json: str | None) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    source = "" if json is None else f" ([JSON]({markdown.link(path, json)}))"
+    at = f"{ceilings(found)}; kernels: {found['kernels']}; {place(found)}; {versions}; seed {found['seed']}."
+    return f"{at[0].upper()}{at[1:]} Printed by `{found['command']}`{source}."
+
+
+def place(found: Mapping[str, Any]) -> str:
+    """The machine in words."""
+    machine = found["machine"]
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    return cpu if found["device"] == "cpu" else f"{machine['accelerator']}, {cpu}"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

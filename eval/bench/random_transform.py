@@ -1,0 +1,132 @@
+"""A transform code of given bytes for a made-up spectrum: what a trained one would look like, without training.
+
+The variance of a coefficient falls by a power of its token component's number and exponentially over the channels, in
+keys faster than in values. The rates are such that about as many bytes, rows and channels fall to keys and to values as
+in the shipped capsule of pages-vlm.
+
+Widths are those of reverse water-filling with the distortions of real quantisers: the rule of
+`kvcapsule.training.families.allocation`, which evaluation does not import, for variances that are known;
+tests/eval/test_bench_operator.py holds the two against each other.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.codec import PairCodec
+from kvcapsule.codec.noise_shaping import Readers
+from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
+from kvcapsule.segments.bit_packing import GROUP
+from kvcapsule.vlm.geometry import KVGeometry
+
+_REACH = 6.0
+"""Standard deviations that the levels of a cell cover."""
+_WORTH = {1: 0.0, 2: 1.38, 3: 2.97, 4: 4.62, 8: 7.80}
+"""log2 of how many times the variance that is worth the first bit a cell needs to be worth a width: so fast falls what
+a further bit takes off the error of the best uniform quantiser of a Gaussian (Max, 1960)."""
+
+
+class Decay(NamedTuple):
+    """How the variances of keys or of values fall."""
+
+    tokens: float
+    """Power of the token component's number."""
+    channels: float
+    """Natural log of the first channel's variance over the last one's."""
+    weight: float
+    """Of the whole beside the other's."""
+
+
+KEYS, VALUES = Decay(0.7, 16.0, 0.5), Decay(0.7, 7.0, 1.0)
+
+
+def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
+    """[G, C]: mean variance in each cell of eight token components of a channel; the whole sums up to the decay's
+    weight."""
+    rows = torch.arange(1, -(-tile // GROUP) * GROUP + 1, dtype=torch.float64) ** -decay.tokens
+    rows[tile:] = 0.0
+    cells = (
+        rows.view(-1, GROUP).mean(1)[:, None] * torch.linspace(0, -decay.channels, channels, dtype=torch.float64).exp()
+    )
+    return decay.weight * cells / cells.sum()
+
+
+def widths(variances: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
+    """Bits of each cell, uint8, that cost at most `budget` bytes in all: a cell of width w takes w bytes."""
+    low, high = -200.0, 200.0
+    for _ in range(60):
+        water = (low + high) / 2
+        low, high = (water, high) if sum(int(_filled(v, water).sum()) for v in variances) > budget else (low, water)
+    return [_filled(v, high).to(torch.uint8) for v in variances]
+
+
+def _filled(variances: torch.Tensor, log_water: float) -> torch.Tensor:
+    above = variances.log2() - log_water
+    width = torch.zeros_like(above)
+    for bits, worth in _WORTH.items():
+        width[above >= worth] = bits
+    return width
+
+
+_READERS = 64
+"""Queries of each KV head by which encoding weighs tokens: as many as training takes unless told otherwise."""
+
+
+def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.Generator) -> Capsule:
+    """A transform code whose cells take at most `tile_bytes` a tile in every layer, for all KV heads; bases are drawn
+    at random.
+
+    Data of variance one use the levels of every cell.
+    """
+    spectra = [variance(tile, geometry.head_dim, decay) for decay in (KEYS, VALUES)]
+    chosen = [_used(w) for w in widths(spectra, tile_bytes // geometry.kv_heads)]
+    groups, channels = (
+        [(size,) * geometry.layers for size in sizes] for sizes in zip(*(w.shape for w in chosen), strict=True)
+    )
+    config = TransformConfig(
+        tile,
+        key_rows=tuple(GROUP * n for n in groups[0]),
+        key_channels=channels[0],
+        value_rows=tuple(GROUP * n for n in groups[1]),
+        value_channels=channels[1],
+        readers=_READERS,
+    )
+    built = Capsule(CapsuleConfig("transform", config, geometry, "random"))
+    for codec in built.layers:
+        assert (
+            isinstance(codec, PairCodec)
+            and isinstance(codec.keys, TransformKeys)
+            and isinstance(codec.values, TransformValues)
+        )
+        for transform, width in zip((codec.keys.transform, codec.values.transform), chosen, strict=True):
+            _draw(transform, width, generator)
+        for readers in (m for m in codec.modules() if isinstance(m, Readers)):
+            readers.queries.copy_(torch.randn(readers.queries.shape, generator=generator) * geometry.head_dim**-0.5)
+    return built.requires_grad_(False)
+
+
+def _used(width: torch.Tensor) -> torch.Tensor:
+    """Without the rows and channels behind the last ones that have bits; at least one of each."""
+    groups, channels = (int((width.amax(dim) > 0).sum()) for dim in (1, 0))
+    return width[: max(1, groups), : max(1, channels)]
+
+
+def _draw(transform: Transform, width: torch.Tensor, generator: torch.Generator) -> None:
+    def axes(count: int) -> torch.Tensor:
+        drawn: torch.Tensor = torch.linalg.qr(
+            torch.randn(transform.tokens_in.shape[0], count, count, generator=generator)
+        ).Q
+        return drawn
+
+    _, rows, tile = transform.tokens_in.shape
+    dim, channels = transform.channels_in.shape[1:]
+    tokens, across = axes(max(rows, tile))[:, :rows, :tile], axes(dim)[:, :, :channels]
+    with torch.no_grad():
+        transform.tokens_in.copy_(tokens)
+        transform.tokens_out.copy_(tokens.transpose(1, 2))
+        transform.channels_in.copy_(across)
+        transform.channels_out.copy_(across)
+        transform.widths.copy_(width.expand_as(transform.widths))
+        transform.step.copy_(_REACH / 2.0 ** transform.widths.float())

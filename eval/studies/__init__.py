@@ -1,0 +1,1 @@
+"""Single studies, one figure each."""

@@ -1,0 +1,1 @@
+"""Suites: files that name methods, capsules and data sets to compare."""

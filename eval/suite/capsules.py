@@ -1,0 +1,100 @@
+"""The capsules of a suite: those that are there are loaded, the others are trained first, by a `kvcapsule train` of
+their own each."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.read import CONFIG_FILE
+from kvcapsule.cli.results import shown_path
+from kvcapsule.errors import InputError
+
+from ..config import EvalConfig
+from .entries import Capsules, Spec
+
+_RECORD = ".train"
+"""Suffix of the file beside a capsule's folder that holds what a run trained it with."""
+
+
+def open_trained(wanted: Sequence[Spec], folder: Path, config: EvalConfig, console: Console) -> Capsules:
+    """Train the capsules that are missing, and load all.
+
+    Args:
+        wanted: entries that make capsules.
+        folder: each capsule is the folder in it that has the entry's name.
+        config: names the model; its device and threads are those of the training too.
+        console: where commands and progress are shown.
+
+    Raises:
+        InputError: if a capsule is missing and config.train is off, if one was trained with other arguments, or if a
+        training fails. CapsuleError: if one cannot be loaded.
+    """
+    missing = [spec for spec in wanted if not (folder / spec.name / CONFIG_FILE).is_file()]
+    for spec in wanted:
+        if spec not in missing:
+            _require_same(spec, folder, config)
+    if missing and not config.train:
+        commands = " && ".join(shlex.join(["kvcapsule", *_words(spec, folder, config)]) for spec in missing)
+        raise InputError(f"{len(missing)} of the suite's capsules are missing in {folder}. Run: {commands}")
+    if missing:
+        _train_all(missing, folder, config, console)
+    return {spec.name: (str(folder / spec.name), Capsule.from_pretrained(folder / spec.name)) for spec in wanted}
+
+
+def _train_all(missing: Sequence[Spec], folder: Path, config: EvalConfig, console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(missing))
+        for spec in missing:
+            words = _words(spec, folder, config)
+            console.print(shlex.join(["kvcapsule", *words]), markup=False, highlight=False, soft_wrap=True)
+            progress.update(task, description=f"training {spec.name}")
+            _train(spec.name, words, console)
+            (folder / f"{spec.name}{_RECORD}").write_text(_record(spec, config), encoding="utf-8")
+            progress.advance(task)
+
+
+def _train(name: str, words: Sequence[str], console: Console) -> None:
+    """In a process of its own: eval does not import training, and the memory is given back."""
+    command = [sys.executable, "-m", "kvcapsule", *words]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode != 0:
+        console.print(done.stderr, markup=False, highlight=False, soft_wrap=True)
+        *_, last = ["it said nothing", *done.stderr.strip().splitlines()]
+        raise InputError(f"the training of {name} failed (exit code {done.returncode}): {last}")
+
+
+def _words(spec: Spec, folder: Path, config: EvalConfig) -> list[str]:
+    given = {"revision": config.revision, "device": config.device, "threads": config.threads}
+    words = ["train", *spec.arguments, "--model", config.model, "--output", str(folder / spec.name)]
+    return [*words, *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value)))]
+
+
+def _record(spec: Spec, config: EvalConfig) -> str:
+    """What decides which capsule comes out of a training."""
+    revision = [] if config.revision is None else ["--revision", config.revision]
+    return shlex.join([*spec.arguments, "--model", shown_path(config.model), *revision]) + "\n"
+
+
+def _require_same(spec: Spec, folder: Path, config: EvalConfig) -> None:
+    """Refuse a capsule that an earlier run trained with other arguments; one that was put there by hand has no
+    record."""
+    record = folder / f"{spec.name}{_RECORD}"
+    if record.is_file() and (found := record.read_text(encoding="utf-8")) != (asked := _record(spec, config)):
+        raise InputError(
+            f"{folder / spec.name} was trained with `{found.strip()}`, but the suite asks for `{asked.strip()}`: "
+            "delete the folder to train it again, or name another one with --suite_capsules."
+        )

@@ -1,0 +1,135 @@
+"""A suite: options of `kvcapsule eval` and the methods to compare, at as many compression ratios as one likes, in a
+YAML file.
+
+    options:                                                    of `kvcapsule eval`; the command line overrides them
+      data: {size: 400}
+    entries:
+      - {name: transform-20x, train: [transform, --ratio, 20]}  a capsule, and the arguments of `kvcapsule train` that
+                                                                make it
+      - {pretrained: pages-vlm-transform, name: shipped}        a capsule that is there: shipped, a folder or on the Hub
+      - {capsule: transform-20x, latent_bits: 4}                the capsule of an entry again, its latents in fewer bits
+      - {capsule: shipped, text: {method: text-pruning, budget: 0.5}}      the same beside a policy for the text
+      - {method: evenly-spaced, ratio: 5}                       a policy that keeps 1/5 of what its dial is about
+      - {method: look-m, budget: 0.1, settings: {merge: none}}  a policy that keeps 0.1 of it; any policy may have
+                                                                settings
+      - {method: snapkv, match: shipped+text-pruning}           a policy at the bytes (visual and text) of another entry
+      - {method: all, match: shipped+text-pruning}              every policy with a dial, each in a row of its own
+      - {method: int3}                                          a policy without a dial
+
+A capsule that is trained must have a name; the other entries are named after what they are, unless they have one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvcapsule.errors import InputError
+
+from ..entries import FULL
+from .entries import Spec
+from .parser import read
+
+_PACKAGE = "kvcapsule.eval.suites"
+_DEFAULTS = {"timing": False}
+"""Options of every suite: it has many rows, and timing them takes longer than all their answers."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A file that has been read."""
+
+    name: str
+    """The file's, without its suffix."""
+    options: dict[str, Any]
+    """Of `kvcapsule eval`, nested as in the file; the command's parser judges them."""
+    specs: tuple[Spec, ...]
+    """Its entries."""
+
+    def chosen(self, wanted: Sequence[str]) -> list[Spec]:
+        """The entries of these names, all where none is wanted in particular.
+
+        Raises:
+            InputError: for a name that no entry has.
+        """
+        names = [FULL, *(spec.name for spec in self.specs)]
+        if unknown := [name for name in wanted if name not in names]:
+            raise InputError(
+                f"the suite {self.name} has no method {', '.join(map(repr, unknown))}; it has {', '.join(names)}."
+            )
+        return [spec for spec in self.specs if not wanted or spec.name in wanted]
+
+    def capsules(self, chosen: Sequence[Spec]) -> list[Spec]:
+        """The entries that make the capsules which these entries, and those whose bytes they match, read."""
+        matched = {spec.matches for spec in chosen}
+        read = {spec.reads for spec in self.specs if spec in chosen or spec.name in matched}
+        return [spec for spec in self.specs if (spec.arguments or spec.place) and spec.name in read]
+
+
+def shipped_suites() -> list[str]:
+    """Names of the suites that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(_PACKAGE).iterdir() if path.name.endswith(".yaml"))
+
+
+def name_of(suite: str) -> str:
+    """The name of a suite that is given as a file or by its shipped name."""
+    return Path(suite).name.removesuffix(".yaml")
+
+
+def load(name: str) -> Suite:
+    """Read a suite, given as a file or by its shipped name.
+
+    Raises:
+        InputError: if there is none, or if it cannot be used; the message names the entry.
+    """
+    path = Path(name)
+    if not path.is_file():
+        if name not in shipped_suites():
+            raise InputError(f"no suite {name!r}: give a YAML file, or one of {', '.join(shipped_suites())}.")
+        path = Path(str(files(_PACKAGE) / f"{name}.yaml"))
+    try:
+        return _suite(name_of(name), yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:
+        raise InputError(f"the suite {name} cannot be used: {error}") from error
+
+
+def _suite(name: str, values: Any) -> Suite:
+    if not isinstance(values, dict):
+        raise InputError("it is to have the keys options and entries.")
+    if unknown := sorted(str(key) for key in values if key not in ("options", "entries")):
+        raise InputError(f"unknown key {', '.join(unknown)}; it may have options and entries.")
+    options, listed = values.get("options") or {}, values.get("entries")
+    if not isinstance(options, dict) or "suite" in options:
+        raise InputError("options: expected those of `kvcapsule eval`, --suite excepted, as keys and values.")
+    if not isinstance(listed, list) or not listed:
+        raise InputError("entries: expected a list of at least one.")
+    found: list[tuple[int, Spec]] = []
+    for number, entry in enumerate(listed, start=1):
+        try:
+            found += [(number, spec) for spec in read(entry)]
+        except InputError as error:
+            raise InputError(f"entry {number}: {error}") from error
+    _require_consistent(found)
+    return Suite(name, {**_DEFAULTS, **options}, tuple(spec for _, spec in found))
+
+
+def _require_consistent(found: Sequence[tuple[int, Spec]]) -> None:
+    taken = {FULL}
+    capsules = [spec.name for _, spec in found if spec.arguments or spec.place]
+    yardsticks = [spec.name for _, spec in found if spec.matches is None]
+    for number, spec in found:
+        if spec.name in taken:
+            raise InputError(f"entry {number}: there is a row {spec.name!r} already, give this one another name.")
+        taken.add(spec.name)
+        if spec.reads not in (None, *capsules):
+            raise InputError(
+                f"entry {number}: no entry is a capsule {spec.reads!r}; there are {', '.join(capsules) or 'none'}."
+            )
+        if spec.matches not in (None, *yardsticks):
+            raise InputError(
+                f"entry {number}: no entry {spec.matches!r} has bytes of its own to match; there are"
+                f" {', '.join(yardsticks) or 'none'}."
+            )

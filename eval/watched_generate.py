@@ -1,0 +1,142 @@
+"""`model.generate` with a cache of a method's own, watched while it runs: bytes right after prefill, logits of every
+step."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import BatchFeature, DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.methods.method import Method
+from kvcapsule.segments.segment import storage_bytes
+
+from .equal_bytes import Layout
+from .shared_prefill import Keeper, Made, Prefill, recording, replaying
+
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+"""The likeliest token at every step. The last three silence warnings of models whose saved defaults are for
+sampling."""
+
+
+class Held(NamedTuple):
+    """What a cache holds of a batch, in bytes of storages."""
+
+    visual: int
+    total: int
+    """On the device, codecs' parameters not included."""
+    parameters: int
+    host: int = 0
+    """In the host's memory, beside the device's."""
+
+
+class Generated(NamedTuple):
+    """What one run of a batch gave."""
+
+    tokens: torch.Tensor
+    """[B, A] the new tokens."""
+    logits: Sequence[torch.Tensor]
+    """A tensors [B, V]: what the model said before anything was done to choose a token."""
+    held: Held
+    """Right after prefill."""
+
+
+def new_cache(model: PreTrainedModel, method: Method | None) -> Cache:
+    """An empty cache; for no method the one that transformers' generate would make by itself."""
+    if method is None:
+        return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return CapsuleCache(model.config, method)
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: BatchFeature,
+    cache: Cache,
+    layout: Layout,
+    max_new_tokens: int,
+    forced: torch.Tensor | None = None,
+    prefill: Prefill | None = None,
+    made: Made | None = None,
+) -> Generated:
+    """Answer a batch greedily; a CapsuleCache needs `with attach(model):` around it.
+
+    Args:
+        model: a VLM.
+        inputs: of the batch.
+        cache: an empty one, see `new_cache`.
+        layout: of the batch.
+        max_new_tokens: most tokens of an answer, the end token included.
+        forced: [B, A] tokens to write whatever the model says (teacher forcing), one step at a time like any others.
+        prefill: of the same batch, in place of the forward over the prompt; None runs it.
+        made: see `replaying`.
+    """
+    watch = _AfterPrefill(cache, layout)
+    processors: list[LogitsProcessor] = [watch]
+    if forced is not None:
+        processors.append(_Forced(forced, inputs["input_ids"].shape[1]))
+        max_new_tokens = forced.shape[1]
+    with replaying(model, prefill, made):
+        output = cast("Any", model).generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList(processors),
+            return_dict_in_generate=True,
+            output_logits=True,
+            **GREEDY,
+        )
+    assert watch.held is not None
+    return Generated(output.sequences[:, inputs["input_ids"].shape[1] :], output.logits, watch.held)
+
+
+def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden: bool) -> Prefill:
+    """Run a batch's prefill through the model's own attention and keep all that methods may see of it.
+
+    hidden: whether hidden states are kept too.
+    """
+    keeper = Keeper(hidden)
+    with attach(model), recording(model) as outputs:
+        generate(model, inputs, CapsuleCache(model.config, keeper), layout, max_new_tokens=1)
+    return Prefill(keeper.layers, outputs[0])
+
+
+def held_bytes(cache: Cache, layout: Layout) -> Held:
+    """Measure a cache that has just been filled with the prompts of a batch.
+
+    transformers' own cache keeps a layer's tokens, visual, text and padding, in one tensor; its visual bytes are that
+    tensor's bytes times the share of its positions that are visual.
+    """
+    if isinstance(cache, CapsuleCache):
+        measured = cache.bytes()
+        return Held(measured.visual, measured.total, measured.parameters, measured.host)
+    visual = sum(span.length for span in layout.spans)
+    total = storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
+    growing = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    whole = storage_bytes(t for layer in growing for t in (layer.keys, layer.values) if t is not None)
+    return Held(whole * visual // layout.valid.numel(), total, 0)
+
+
+class _AfterPrefill(LogitsProcessor):
+    """Measures the cache when the first logits arrive: it then holds the prompt and nothing else."""
+
+    def __init__(self, cache: Cache, layout: Layout) -> None:
+        self.cache, self.layout = cache, layout
+        self.held: Held | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.held is None:
+            self.held = held_bytes(self.cache, self.layout)
+        return scores
+
+
+class _Forced(LogitsProcessor):
+    """Leaves one token to choose at every step: that of a given answer."""
+
+    def __init__(self, answer: torch.Tensor, prompt: int) -> None:
+        self.answer, self.prompt = answer, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.answer[:, input_ids.shape[1] - self.prompt, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

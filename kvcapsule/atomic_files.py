@@ -1,0 +1,123 @@
+"""Writing small files so that nothing is ever half written: to a temporary name first, then renamed."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+
+NO_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew past the allowed size",
+}
+
+
+def to_json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def plain(value: Any, where: str) -> Any:
+    """The value in JSON's types: tuples become lists, paths strings, array scalars numbers; NaN and infinities, which
+    JSON lacks, None."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return plain(value.item(), where)
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which a capsule's files cannot hold: give numbers, strings, lists and"
+        " dicts."
+    )
+
+
+def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files beside `target`, then put them in its place by renaming; on failure `target` is what it was."""
+    unique = unique_name(target)
+    partial, aside = target.with_name(f"{unique}.partial"), target.with_name(f"{unique}.old")
+    try:
+        partial.mkdir()
+        for name, content in contents.items():
+            write(partial / name, content)
+        if target.exists():
+            shutil.copymode(target, partial)
+        _sync(partial)
+        try:
+            if target.exists():
+                target.rename(aside)
+            partial.rename(target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                aside.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        warnings.warn(
+            f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4
+        )
+
+
+def unique_name(target: Path) -> str:
+    """A hidden name for what lies beside `target` for a moment."""
+    return f".{target.name[:80]}.{uuid4().hex[:12]}"
+
+
+def write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make renames last through a power cut, where the system can: Windows and some network disks cannot sync a
+    folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_failure(target: Path, needed: int, error: OSError) -> str:
+    kept = "Nothing half written is left" + (", and what was there is untouched." if target.exists() else ".")
+    if error.errno not in NO_SPACE:
+        return (
+            f"cannot save the capsule to {target}: {error.strerror or error}. {kept} Mend this or choose another"
+            " directory."
+        )
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    return (
+        f"cannot save the capsule to {target}: {NO_SPACE[error.errno]}. It needs {needed:,} bytes, beside a capsule"
+        f" that it replaces, and {free:,} are free there. {kept} Free some space or choose another directory."
+    )

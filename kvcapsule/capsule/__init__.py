@@ -1,0 +1,1 @@
+"""The capsule: a trained artefact, its files, its model card, the Hub."""

@@ -1,0 +1,122 @@
+"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with
+them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..codec import LayerCodec, StackCodec
+from ..errors import CapsuleError
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, LayerByLayer, Run
+from ..vlm.geometry import KVGeometry
+from . import hub
+from .config import CapsuleConfig
+from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
+from .runs import StackRun, canonical_tiles
+from .write import contents_of, save_folder
+
+
+class Capsule(nn.Module):
+    """Codecs for every layer of a model, or for every stack of layers. Give it to `attach` or `CapsuleCache`."""
+
+    def __init__(self, config: CapsuleConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = range(0, config.geometry.layers, max(1, config.codec.stacked))
+        self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
+
+    def require_geometry(self, geometry: KVGeometry) -> None:
+        """Raises GeometryError, with both geometries, unless the capsule fits."""
+        self.config.geometry.require(geometry)
+
+    def start(self, layers: Sequence[int]) -> Run:
+        """One forward's compression of these layers (indices in the model)."""
+        codecs = [codec for codec in self.layers if isinstance(codec, StackCodec)]
+        return StackRun(codecs, self.config.codec, self.config.geometry, layers) if codecs else LayerByLayer(self)
+
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """One layer's visual tiles to latents; text, and what fills no tile, raw.
+
+        Raises:
+            ValueError: if its codec is one of several layers, which `start` compresses together.
+        """
+        config = self.config.codec
+        if config.stacked:
+            raise ValueError(
+                f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `start`."
+            )
+        tiles, raw = canonical_tiles(prefill, config, self.config.geometry)
+        if tiles is None:
+            return raw
+        codec = self.layers[prefill.layer]
+        assert isinstance(codec, LayerCodec)
+        encoded = codec.encode(tiles.keys, tiles.values)
+        if config.latent_bits:
+            encoded = encoded.quantised(config.latent_bits)
+        return Compressed([encoded.segment(tiles.owner, tiles.frame), *raw.visual], raw.text)
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        card_name: str | None = None,
+    ) -> None:
+        """Write the capsule to a directory; arguments and errors are those of kvcapsule.capsule.write.save_folder."""
+        save_folder(self.config, self.state_dict(), directory, recipe, metrics, card_name)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu"
+    ) -> "Capsule":
+        """A capsule in eval mode, frozen, with the dtypes that it was saved in.
+
+        Args:
+            name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
+            revision: branch, tag or commit on the Hub.
+            device: where to put the codecs.
+
+        Raises:
+            CapsuleError: if there is no such capsule, it cannot be downloaded, a file is missing, damaged or of another
+                format version, or the tensors are not those that the config asks for.
+        """
+        folder = hub.find(name, revision)
+        config = config_in(folder)
+        try:
+            capsule = cls(config)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CapsuleError(
+                f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for"
+                f" {config.geometry.layers} layers of {config.geometry.kv_heads} KV heads ({error}). The file is"
+                " damaged or was changed by hand."
+            ) from error
+        tensors = tensors_in(folder)
+        require_tensors(folder, tensors, capsule.state_dict())
+        # assign keeps the dtypes of the file; a copy would turn a bfloat16 capsule into a float32 one.
+        capsule.load_state_dict(tensors, assign=True)
+        return capsule.to(device).eval().requires_grad_(False)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload capsule",
+        recipe: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload the capsule in one commit and return its address; see kvcapsule.capsule.hub.Destination and `upload`.
+
+        A capsule does not remember the recipe and metrics that it was saved with: give them here, or push its directory
+        (kvcapsule.capsule.push.push_directory).
+        """
+        to = hub.Destination(repo_id, private, revision, token, commit_message)
+        return hub.upload(contents_of(self.config, self.state_dict(), recipe, metrics, repo_id), to)

@@ -1,0 +1,164 @@
+"""A capsule by its name: on the disk, among those that are shipped or on the Hub; downloading and uploading of its
+files."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
+
+from .._version import __version__
+from ..errors import CapsuleError
+from .card import LIBRARY
+from .config import CapsuleConfig
+from .hub_errors import download_errors, upload_errors
+from .read import (
+    CONFIG_FILE,
+    FILES,
+    NEEDED_TO_LOAD,
+    config_in,
+    missing_files,
+    require_files,
+)
+
+MAIN_BRANCH = "main"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+
+
+def read_config(name: str | os.PathLike[str], revision: str | None = None) -> CapsuleConfig:
+    """The config of a capsule, without its weights; from the Hub, config.json is all that is downloaded.
+
+    Args:
+        name: a directory, a shipped name or a Hub id; see `find`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CapsuleError: if there is no such capsule, or its config is damaged or of another format version.
+    """
+    folder = local_folder(name, revision)
+    if folder is not None:
+        require_files(folder, [CONFIG_FILE])
+        return config_in(folder)
+    with download_errors(str(name), revision):
+        path = hf_hub_download(
+            str(name), CONFIG_FILE, revision=revision, library_name=LIBRARY, library_version=__version__
+        )
+    return config_in(Path(path).parent)
+
+
+def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a capsule, downloaded from the Hub where it is on no disk; all files that loading needs are in it.
+
+    Args:
+        name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CapsuleError: if there is no such capsule, it cannot be downloaded, or a file is missing.
+    """
+    folder = local_folder(name, revision)
+    if folder is not None:
+        require_files(folder, NEEDED_TO_LOAD)
+        return folder
+    with download_errors(str(name), revision):
+        patterns = list(FILES)
+        folder = Path(
+            snapshot_download(
+                str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__
+            )
+        )
+    _require_downloaded(folder, str(name))
+    return folder
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a capsule is pushed to, and how."""
+
+    repo_id: str
+    """"organisation/name" or "user/name"."""
+    private: bool = False
+    """Create the repository as private; a public one is refused. False leaves it to the account's default."""
+    revision: str | None = None
+    """Branch to push to; by default main."""
+    token: str | None = None
+    """By default that of `hf auth login` or HF_TOKEN."""
+    commit_message: str = "Upload capsule"
+    """The commit's subject."""
+
+    def __post_init__(self) -> None:
+        if not HUB_ID.fullmatch(self.repo_id):
+            raise CapsuleError(
+                f"{self.repo_id!r} is no name of a repository on the Hub: write organisation/name or user/name."
+            )
+
+
+def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
+    """Upload a capsule's files in one commit, creating the repository and the branch where they do not exist.
+
+    Args:
+        contents: bytes or the file of each name.
+        to: the repository.
+
+    Returns:
+        The address of what was pushed.
+
+    Raises:
+        CapsuleError: if the repository's visibility is wrong, or the Hub refuses.
+    """
+    with upload_errors(to.repo_id):
+        api = HfApi(token=to.token, library_name=LIBRARY, library_version=__version__)
+        url = api.create_repo(to.repo_id, private=to.private or None, exist_ok=True)
+        if to.private and not api.model_info(to.repo_id).private:
+            raise CapsuleError(
+                f"nothing was pushed: {to.repo_id} exists already and is public. Make it private on the Hub, choose"
+                " another name, or leave out private."
+            )
+        if to.revision is not None and to.revision != MAIN_BRANCH and not to.revision.startswith("refs/"):
+            api.create_branch(to.repo_id, branch=to.revision, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(to.repo_id, operations, commit_message=to.commit_message, revision=to.revision)
+    return f"{url}/tree/{to.revision}" if to.revision else str(url)
+
+
+def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+    """The directory that `name` means, by its path or as a shipped name; None if it can only be a Hub id."""
+    text = os.fspath(name)
+    folder = Path(text).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise CapsuleError(f"{folder} is a file: name the capsule's directory, which holds {', '.join(FILES)}.")
+    # Imported by name: an installation maps the folder checkpoints/ into the package, which type checkers cannot see.
+    checkpoints = import_module("kvcapsule.checkpoints")
+    found: Path | None = folder if text and folder.is_dir() else checkpoints.shipped(text)
+    if found is not None:
+        if revision is not None:
+            raise CapsuleError(
+                f"revision {revision!r} was given, but {text!r} is a directory ({found}): only repositories on the Hub"
+                " have revisions."
+            )
+        return found
+    if isinstance(name, str) and HUB_ID.fullmatch(name):
+        return None
+    raise CapsuleError(
+        f"no capsule {text!r}: there is no directory {folder.absolute()}, no shipped capsule of that name (shipped: "
+        f"{', '.join(checkpoints.shipped_names()) or 'none'}), and a name on the Hub has the form organisation/name."
+    )
+
+
+def _require_downloaded(folder: Path, repository: str) -> None:
+    """Raises CapsuleError if the snapshot of a repository lacks what loading needs."""
+    missing = missing_files(folder, NEEDED_TO_LOAD)
+    if not missing:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise CapsuleError(
+            f"{repository} is only in part in this machine's cache ({folder} lacks {', '.join(missing)}), and offline"
+            " mode is on: unset HF_HUB_OFFLINE and load it once with a connection."
+        )
+    raise CapsuleError(
+        f"the repository {repository} on the Hub is not a capsule, or only a part of it was ever downloaded:"
+        f" {', '.join(missing)} missing. Check the name, and the connection."
+    )

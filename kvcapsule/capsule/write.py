@@ -1,0 +1,152 @@
+"""Writing a capsule's folder: all of it, or new measurements into one that is there.
+
+All five files are made in memory before the first byte is written, so their size is known and a bad recipe or metric
+costs nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from .. import atomic_files
+from ..errors import CapsuleError
+from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
+from .config import CapsuleConfig
+from .read import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FILES,
+    METRICS_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_METADATA,
+    require_files,
+)
+
+
+def save_folder(
+    config: CapsuleConfig,
+    tensors: Mapping[str, torch.Tensor],
+    directory: str | os.PathLike[str],
+    recipe: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    card_name: str | None,
+) -> None:
+    """Write a capsule directory; see Capsule.save_pretrained.
+
+    A capsule that is there already is replaced only once the new one is wholly on the disk.
+
+    Args:
+        config: the capsule's config.
+        tensors: its parameters and buffers, by name.
+        directory: a new or empty directory, or one that holds a capsule and nothing else.
+        recipe: how the capsule was trained, in types that YAML knows.
+        metrics: {"train": {name: number}, "eval": {"rows": [...]}}, see checkpoints/FORMAT.md.
+        card_name: the name that the model card gives to `from_pretrained`; by default the directory's.
+
+    Raises:
+        CapsuleError: if the directory holds anything else, cannot be written, or the disk is full. Nothing half written
+            is left, and what was in the directory is untouched.
+        TypeError: if recipe or metrics hold objects that no text file can.
+    """
+    target = Path(directory).expanduser().resolve()
+    contents = contents_of(config, tensors, recipe, metrics, card_name or target.name)
+    try:
+        require_replaceable(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_files.replace_folder(target, contents)
+    except OSError as error:
+        raise CapsuleError(atomic_files.write_failure(target, sum(map(len, contents.values())), error)) from error
+
+
+def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
+    """Put measurements into a saved capsule: into metrics.json, key by key, and into the card's section "Measured".
+
+    Args:
+        directory: a capsule directory.
+        metrics: see `save_folder`; a key that it lacks ("train", "eval") stays as it is.
+
+    Raises:
+        CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
+        TypeError: if metrics holds objects that no text file can.
+    """
+    folder, plain = Path(directory).expanduser().resolve(), atomic_files.plain(metrics, "metrics")
+    require_files(folder, FILES)
+    path = folder / METRICS_FILE
+    try:
+        merged = {**json.loads(path.read_bytes()), **plain}
+    except (TypeError, ValueError) as error:
+        raise CapsuleError(
+            f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}."
+        ) from error
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    loads = CARD_LOADS.search(card)
+    section = f"{MEASURED_TITLE}\n\n{measured_section(merged, loads['name'] if loads else folder.name)}\n\n"
+    contents = {
+        METRICS_FILE: atomic_files.to_json(merged),
+        CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode(),
+    }
+    unique = atomic_files.unique_name(folder)
+    partials = {name: folder.with_name(f"{unique}.{name}.partial") for name in contents}
+    try:
+        try:
+            for name, content in contents.items():
+                atomic_files.write(partials[name], content)
+            for name, partial in partials.items():
+                partial.replace(folder / name)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise CapsuleError(atomic_files.write_failure(folder, sum(map(len, contents.values())), error)) from error
+
+
+def contents_of(
+    config: CapsuleConfig,
+    tensors: Mapping[str, torch.Tensor],
+    recipe: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    name: str,
+) -> dict[str, bytes]:
+    """The five files, as bytes, by their names; see `save_folder`."""
+    plain_recipe, plain_metrics = (
+        atomic_files.plain(recipe or {}, "recipe"),
+        atomic_files.plain(metrics or {}, "metrics"),
+    )
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    return {
+        CONFIG_FILE: atomic_files.to_json(atomic_files.plain(config.to_dict(), "config")),
+        WEIGHTS_FILE: safetensors_bytes(stored, WEIGHTS_METADATA),
+        CARD_FILE: model_card(config, plain_recipe, plain_metrics, name).encode(),
+        RECIPE_FILE: atomic_files.to_yaml(plain_recipe).encode(),
+        METRICS_FILE: atomic_files.to_json(plain_metrics),
+    }
+
+
+def require_replaceable(target: Path) -> None:
+    """Raises CapsuleError if saving to `target` would delete what no capsule holds."""
+    if target.exists() and not target.is_dir():
+        raise CapsuleError(f"{target} is a file: name a directory to save the capsule in.")
+    entries = sorted(os.listdir(target)) if target.exists() else []
+    others = [entry for entry in entries if entry not in FILES]
+    if others or (entries and not _holds_capsule(target)):
+        found = others or entries
+        listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise CapsuleError(
+            f"{target} is not empty and not a capsule directory (it holds {listed}): a capsule saved there would"
+            " replace all that. Choose a new or an empty directory."
+        )
+
+
+def _holds_capsule(folder: Path) -> bool:
+    """Whether the folder's config.json is a capsule's, of any format version."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(values, dict) and {"format_version", "family"} <= values.keys()

@@ -1,0 +1,1 @@
+"""Compressed inference inside transformers: the cache, the attention hook, attach and generate."""

@@ -1,0 +1,216 @@
+"""The attention function that transformers calls: the model's own attention in prefill, attention over segments
+afterwards.
+
+Which attention is the model's own (eager, sdpa, flex_attention, ...) is known by the config that its layers hold, for
+as long as the model is attached. Its masks differ in form, so the mask function asks what will read the mask: what the
+model's own attention reads is made by its own mask function, what segments are read under is boolean.
+
+transformers calls `Cache.update` and then the attention function, layer by layer. The cache layer leaves itself as the
+pending call of its thread; the attention function takes it from there. A pending call that nobody took means that the
+model runs another attention function, which would read the tail alone: the next `update` refuses that.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "kvcapsule"
+"""The name under which this attention is registered with transformers."""
+
+
+class PendingLayer(Protocol):
+    """A cache layer between its update and its attention."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether all that the layer holds are the keys and values of this very call."""
+
+    def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention over what the layer holds and the new tokens: [B, H * G, Q, D]."""
+
+    def commit(self, query: torch.Tensor, scale: float) -> None:
+        """Store the new tokens."""
+
+
+_pending: ContextVar[PendingLayer | None] = ContextVar("kvcapsule_pending", default=None)
+_over_segments: ContextVar[bool] = ContextVar("kvcapsule_over_segments", default=False)
+"""Whether the present forward of this thread is over a CapsuleCache that holds something."""
+_traced: list[PendingLayer] = []
+"""The pending layer while a forward is traced, which happens in one thread at a time: the compiler cannot follow
+context variables."""
+_own: dict[int, str] = {}
+"""The model's own attention, by the id of each config that its layers hold, while the model is attached."""
+_UNREAD = {
+    "softcap": "caps its attention scores",
+    "s_aux": "has attention sinks",
+    "position_bias": "adds a bias to its attention scores",
+}
+"""What an attention layer can ask for that attention over segments does not do."""
+
+
+@contextmanager
+def prefilling(configs: list[PreTrainedConfig], implementation: str) -> Iterator[None]:
+    """While the block lasts, layers that hold one of `configs` run `implementation` in prefill.
+
+    Raises:
+        ValueError: if it is none that a call of attention can be handed to.
+    """
+    if implementation.startswith("paged|") or (
+        implementation != "eager" and implementation not in AttentionInterface()
+    ):
+        raise ValueError(
+            f"the model's attention implementation {implementation!r} cannot run the prefill of a CapsuleCache: choose"
+            ' another before, with model.set_attn_implementation("sdpa"), "eager" or "flex_attention".'
+        )
+    _own.update({id(config): implementation for config in configs})
+    try:
+        yield
+    finally:
+        for config in configs:
+            del _own[id(config)]
+
+
+def read_segments(yes: bool) -> None:
+    """Say whether the mask that is made next is read over segments. A compiled forward is a decode step, which does
+    nothing else."""
+    if not torch.compiler.is_compiling():
+        _over_segments.set(yes)
+
+
+def announce(layer: PendingLayer) -> None:
+    """Make `layer` the one that the next attention call of this thread reads.
+
+    Raises:
+        RuntimeError: if the layer announced before was never read.
+    """
+    if torch.compiler.is_compiling():
+        _traced.append(layer)
+        return
+    if _pending.get() is not None:
+        _pending.set(None)
+        raise RuntimeError(
+            "a CapsuleCache was filled, but the model's attention never read it: the model does not run the kvcapsule"
+            " attention. Generate inside `with kvcapsule.attach(model, ...):`."
+        )
+    _pending.set(layer)
+
+
+def forget() -> None:
+    """Drop a pending call that an aborted forward left behind."""
+    _pending.set(None)
+    _over_segments.set(False)
+
+
+def capsule_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention interface: query [B, H * G, Q, D], key and value [B, H, N, D]; returns [B, Q, H * G, D].
+
+    The mask is of the form that the model's own attention reads; boolean where segments are read.
+
+    Raises:
+        NotImplementedError: for layers that ask for what attention over segments does not do.
+    """
+    layer = _taken()
+    if layer is None:
+        return _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    for option, what in _UNREAD.items():
+        if kwargs.get(option) is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} {what} ({option}), which attention over segments does not do yet: "
+                "use this model without a CapsuleCache."
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = None
+    if layer.fresh:
+        out, weights = _own_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    else:
+        out = layer.attend(query, scale, attention_mask).transpose(1, 2).contiguous()
+    layer.commit(query, scale)
+    return out, weights
+
+
+def _taken() -> PendingLayer | None:
+    """The pending layer of this thread, which is no longer so."""
+    if torch.compiler.is_compiling():
+        return _traced.pop() if _traced else None
+    layer = _pending.get()
+    _pending.set(None)
+    return layer
+
+
+def _own_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that the model ran before it was attached."""
+    config: Any = module.config
+    name = _own_name(config)
+    if "flash" not in name:
+        out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return out, weights
+    # Flash attention looks up its kernel by the name in the config, so that stands there during the call: threads must
+    # not share the model.
+    config._attn_implementation = name
+    try:
+        out, weights = _function(module, name)(module, query, key, value, mask, scaling=scaling, **kwargs)
+    finally:
+        config._attn_implementation = IMPLEMENTATION
+    return out, weights
+
+
+def _own_name(config: PreTrainedConfig) -> str:
+    name = _own.get(id(config))
+    if name is None:
+        raise RuntimeError(
+            "the kvcapsule attention runs inside `with kvcapsule.attach(model, ...):` alone, for the very model"
+            " attached."
+        )
+    return name
+
+
+def _function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
+    if name != "eager":
+        function: Callable[..., Any] = AttentionInterface()[name]
+        return function
+    # Eager attention is registered nowhere: each of transformers' modeling files has its own beside the layers that
+    # call it.
+    for kind in type(module).__mro__:
+        eager = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager  # type: ignore[no-any-return]
+    raise NotImplementedError(
+        f"{type(module).__name__} has no eager_attention_forward beside it to run in prefill: "
+        'call model.set_attn_implementation("sdpa") before attaching.'
+    )
+
+
+def capsule_mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """transformers' mask interface: the mask of the model's own attention, or a boolean one where segments are read."""
+    # Layers with a window (local_size) are the model's own cache layers, which its own attention reads.
+    if (torch.compiler.is_compiling() or _over_segments.get()) and kwargs.get("local_size") is None:
+        return sdpa_mask(*args, config=config, **kwargs)
+    own: Callable[..., Any] | None = AttentionMaskInterface().get(_own_name(config))
+    # As transformers does, no mask for an attention that has no mask function.
+    return None if own is None else own(*args, config=config, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATION, capsule_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, capsule_mask)

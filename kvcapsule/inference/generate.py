@@ -1,0 +1,83 @@
+"""What `attach` puts before a model's generate: the cache, and the refusal of what a CapsuleCache cannot serve."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..methods.method import Method
+from .cache import CapsuleCache
+
+
+def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
+    """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it
+    adds none.
+
+    With cache_implementation="static" the CapsuleCache has room for max_new_tokens.
+
+    Raises (when called):
+        ValueError: for options that ask for a cache of another kind, or that feed the prompt in pieces.
+        NotImplementedError: for attention weights, which attention over segments does not have.
+    """
+    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+
+    def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
+        if (
+            kwargs.get("past_key_values") is None
+            and method is not None
+            and _option(model, args, kwargs, "use_cache") is not False
+        ):
+            room = None
+            if kwargs.get("cache_implementation") == "static":
+                room = _room(model, args, kwargs)
+                del kwargs["cache_implementation"]
+            _refuse_another_cache(model, args, kwargs)
+            kwargs["past_key_values"] = CapsuleCache(model.config, method, room)
+            if _option(model, args, kwargs, "is_assistant"):
+                # What this model drafts for another is taken back where that disagrees.
+                kwargs["past_key_values"].activate_past_recording()
+        if isinstance(kwargs.get("past_key_values"), CapsuleCache):
+            _refuse_options(model, args, kwargs)
+        return generate(*args, **kwargs)
+
+    return generate_with_capsule
+
+
+def _room(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    tokens = _option(model, args, kwargs, "max_new_tokens")
+    if tokens is None:
+        raise ValueError('cache_implementation="static" needs max_new_tokens, for which the cache makes room.')
+    return int(tokens)
+
+
+def _refuse_another_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    kind = _option(model, args, kwargs, "cache_implementation")
+    # "hybrid" stands in older generation configs of the Hub; transformers drops it by itself.
+    if kind not in (None, "hybrid"):
+        raise ValueError(
+            f"cache_implementation={kind!r} asks for a cache of transformers' own, and this model is attached to use a"
+            " CapsuleCache. Leave the option out (or set it to None in the generation config that names it), or"
+            ' generate outside the `with attach(...)` block. generate(..., cache_implementation="static") itself is'
+            " served: by a CapsuleCache with room for max_new_tokens."
+        )
+
+
+def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    chunk = _option(model, args, kwargs, "prefill_chunk_size")
+    if chunk is not None:
+        raise ValueError(
+            f"prefill_chunk_size={chunk} feeds the prompt in pieces, of which all but the first would be computed from"
+            " what is compressed already. Leave the option out: a CapsuleCache takes a prompt in one forward."
+        )
+    if _option(model, args, kwargs, "output_attentions"):
+        raise NotImplementedError(
+            "output_attentions: attention over segments makes no weights of the tokens that they stand for. Leave the"
+            " option out, or generate outside the `with attach(...)` block."
+        )
+
+
+def _option(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """An option of this call of generate: its own, then that of its generation config, then that of the model's."""
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    options = (kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
+    return next((option for option in options if option is not None), None)

@@ -1,0 +1,1 @@
+"""The contract of a compression method, and what methods share."""

@@ -1,0 +1,262 @@
+"""AKVQ-VL (arXiv 2501.15021): every token stays, in 2, 4 or 16 bits by what its layer attends to, after a
+Walsh-Hadamard rotation.
+
+    layer type                  16 bits              4 bits        2 bits
+    text-salient (TSA)          recent               other text    other visual
+    pivot-token-salient (PSA)   recent and pivots                  all other
+
+    k' = k H,  v' = v H  (H orthonormal, k after RoPE);  q k = (q H) k',  p v = (p v') H^T
+    x^ = s (clip(round(x / s) + z, 0, 2^n - 1) - z)     s = (c - a) / (2^n - 1),  z = -round(a / s)
+
+over each token's groups of at most 128 channels, with a and c their least and greatest value times a clip ratio.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from ..errors import GeometryError
+from ..methods.kept_rows import keep
+from ..methods.layer_prefill import LayerPrefill
+from ..methods.method import Compressed, Written
+from ..segments.group_quantized_rows import GroupedRows
+from ..segments.hadamard import hadamard
+from ..segments.quantized_rows import check_bits
+from ..segments.segment import Rows, Segment
+from ..vlm.geometry import KVGeometry
+from .base import Policy
+from .recent_window import Exact, cut, entries, exact, joined
+from .snapkv import attention_received
+
+_CHUNK = 32
+"""Written tokens that leave the window together at least, however short it is."""
+
+
+@dataclass(frozen=True)
+class AkvqVl(Policy):
+    """Text and visual tokens alike are stored in few bits; what is raw is the recent window, and pivots where they draw
+    the attention.
+
+    Pivots are the tokens with massive activations in the residual stream, as it enters the layer: `attach` hands it
+    over (LayerPrefill.hidden). They are found once, in the prompt; no written token becomes one.
+
+    The window: the prompt's last `recent` tokens (of each row, padding not counted) and all that is written are raw.
+    Whenever as many tokens are written as the window is long (32 at least), what has left it is stored as its like in
+    the prompt, written tokens as text; between `recent` and twice as many tokens are raw then. Tokens written before a
+    later image leave the window at the first such time after it. A later turn with an image is typed, and its pivots
+    are found, among its own tokens.
+
+    Not the paper's: the rotation is a matrix product here, not the fast transform; q_map and out_map apply it in
+    attention, in place of weights that are fused with it. Codes are packed; step and zero are stored in the dtype of
+    the rows (the paper names none), and the zero as s z, which reads the same. `read` builds the rows in the working
+    precision: this saves memory, not time.
+    """
+
+    reads_hidden: ClassVar[bool] = True
+    window: ClassVar[int] = 0
+    """A revision looks at no queries."""
+
+    text_layers: Literal["auto"] | Sequence[int] = "auto"
+    """Which layers are text-salient: their indices, or "auto", where the prompt decides for each row and layer.
+
+    "auto": text-salient is a row in whose layer a text token draws more attention from the prompt's last queries than a
+    visual token does and than a pivot does, each in the mean; recent tokens, which are raw in both types, are left out,
+    and pivots count as pivots only. The paper compares attention per token and modality as well, but offline, on a
+    benchmark, which would have to be run for every model. Not checked on its models. A row without such text, or
+    without images, is decided by the same rule: nothing draws no attention. With indices no attention is computed; the
+    paper's are (0, 1) for LLaVA-1.5-7B and none, (), for LLaVA-1.6-Mistral-7B.
+    """
+    recent: int = 128
+    """Last tokens that are raw."""
+    pivots: int = 15
+    """Raw tokens of a row in a pivot-token-salient layer: those with the greatest activation of any channel.
+
+    The paper gives no threshold. RotateKV's code, of the same first author, takes the 20 greatest activations, several
+    of which may be of one token; counted by tokens, the bytes do not depend on that.
+    """
+    bits: int = 2
+    """Of a code."""
+    text_bits: int = 4
+    """Of a code of text in a text-salient layer; more than `bits`."""
+    clip: float = 0.8
+    """Factor of a group's least and greatest value, which are then the range of its codes of `bits` (applied so in
+    RotateKV's code)."""
+    text_clip: float = 1.0
+    """As `clip`, for `text_bits`."""
+    group: int = 128
+    """Channels of a token that share a step and a zero; a head of fewer is one group."""
+    rotate: bool = True
+    """Rotate keys and values before they are coded. Head dims that are no power of two are rotated in blocks
+    (kvcapsule.segments.hadamard)."""
+    observed: int = 32
+    """Last prompt queries whose attention "auto" measures: they see all, so that early tokens are not favoured as by a
+    mean over all."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text_layers, str) and self.text_layers != "auto":
+            raise ValueError(f"text_layers {self.text_layers!r}: 'auto', or the indices of the text-salient layers.")
+        for name in ("recent", "pivots"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} counts tokens: 0 or more.")
+        for name in ("group", "observed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least one is needed.")
+        for name in ("clip", "text_clip"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside (0, 1], where 1 clips nothing.")
+        check_bits(self.bits)
+        check_bits(self.text_bits)
+        if self.text_bits <= self.bits:
+            raise ValueError(
+                f"text_bits {self.text_bits} are to be more than the {self.bits} bits of all that is not salient."
+            )
+
+    @property
+    def every(self) -> int:
+        """Written tokens after which the window moves."""
+        return max(self.recent, _CHUNK)
+
+    def require_geometry(self, geometry: KVGeometry) -> None:
+        """Raises GeometryError for layers that the model has not, or channels that cannot be rotated."""
+        if not isinstance(self.text_layers, str) and any(
+            not 0 <= layer < geometry.layers for layer in self.text_layers
+        ):
+            raise GeometryError(
+                f"text_layers {tuple(self.text_layers)}: the model's layers are 0 to {geometry.layers - 1}."
+            )
+        if self.rotate and geometry.head_dim % 2:
+            raise GeometryError(f"a head dim of {geometry.head_dim} has no Walsh-Hadamard rotation: pass rotate=False.")
+
+    @torch.no_grad()
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        """Raises ValueError if a row may be pivot-token-salient and the prefill brings no hidden states."""
+        recent = prefill.valid.clone()
+        recent[:, : max(0, recent.shape[1] - self.recent)] = False
+        held, salient = self._types(prefill, recent)
+        visual = prefill.visual()
+        text = prefill.valid & ~visual
+        return Compressed(
+            self._store(prefill, visual, held, recent, self.bits),
+            [
+                *self._store(prefill, text & salient, held, recent, self.text_bits),
+                *self._store(prefill, text & ~salient, held, recent, self.bits),
+            ],
+        )
+
+    def _types(self, prefill: LayerPrefill, recent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pivots of pivot-token-salient rows, [B, N] bool, and which rows are text-salient, [B, 1] bool."""
+        if not isinstance(self.text_layers, str) and prefill.layer in self.text_layers:
+            return torch.zeros_like(recent), torch.ones_like(recent[:, :1])
+        pivot = massive(prefill, self.pivots)
+        if not isinstance(self.text_layers, str):
+            return pivot, torch.zeros_like(recent[:, :1])
+        received = attention_received(prefill, max(0, recent.shape[1] - self.observed)).sum(dim=1)
+        visual, other = prefill.visual(), prefill.valid & ~recent & ~pivot
+        of_text, of_visual, of_pivots = (
+            _mean(received, of) for of in (other & ~visual, other & visual, pivot & ~recent)
+        )
+        salient = (of_text > of_visual) & (of_text > of_pivots)
+        return pivot & ~salient, salient
+
+    def _store(
+        self, prefill: LayerPrefill, chosen: torch.Tensor, held: torch.Tensor, recent: torch.Tensor, bits: int
+    ) -> list[Segment]:
+        """Segments of the tokens that `chosen` [B, N] marks, whose codes have `bits` bits."""
+        rest = chosen & ~held
+        return [
+            *(exact(s, None) for s in keep(prefill, chosen & held)),
+            *(exact(s, bits) for s in keep(prefill, rest & recent)),
+            *(self._coded(s, bits) for s in keep(prefill, rest & ~recent)),
+        ]
+
+    def _coded(self, raw: Segment, bits: int) -> Segment:
+        keys, q_map = self._pack(raw.keys, bits)
+        values, out_map = self._pack(raw.values, bits)
+        return Segment(keys, values, raw.owner, q_map=q_map, out_map=out_map, mask=raw.mask)
+
+    def _pack(self, x_EHMD: Rows, bits: int) -> tuple[GroupedRows, torch.Tensor | None]:
+        """Rows in codes, and the rotation [H, D, D] that they are read through, which is its own inverse."""
+        assert isinstance(x_EHMD, torch.Tensor)
+        heads, dim = x_EHMD.shape[1], x_EHMD.shape[3]
+        rotation = None
+        if self.rotate:
+            work = torch.promote_types(x_EHMD.dtype, torch.float32)
+            rotation = hadamard(dim, work, x_EHMD.device)
+            x_EHMD = (x_EHMD.to(work) @ rotation).to(x_EHMD.dtype)
+            rotation = rotation.expand(heads, dim, dim)
+        clip = self.text_clip if bits == self.text_bits else self.clip
+        return (
+            GroupedRows.pack(x_EHMD, bits, min(self.group, dim), along_tokens=False, clip=clip, zero_is_code=True),
+            rotation,
+        )
+
+    @torch.no_grad()
+    def revise(self, written: Written) -> Compressed:
+        """Store what has left the window: what was recent before, and of the tail all but its last tokens."""
+        salient = self._text_salient(written)
+        tail = Segment(
+            written.keys, written.values, torch.arange(len(salient), device=salient.device), mask=written.seen
+        )
+        left = max(0, tail.tokens - self.recent)
+        visual, pivots, coded = [], [], []
+        for s in written.visual:
+            visual.append(self._coded(s, s.later) if isinstance(s, Exact) and s.later else s)
+        for s in (*written.text, cut(tail, 0, left)):
+            if isinstance(s.keys, GroupedRows):
+                coded.append(s)
+            elif not isinstance(s, Exact):
+                coded += [self._coded(part, bits) for part, bits in self._by_type(s, salient)]
+            elif s.later:
+                coded.append(self._coded(s, s.later))
+            else:
+                pivots.append(s)
+        recent = [exact(part, bits) for part, bits in self._by_type(cut(tail, left, tail.tokens), salient)]
+        return Compressed(visual, [*pivots, *recent, *joined(coded)])
+
+    def _text_salient(self, written: Written) -> torch.Tensor:
+        """[B] bool: the rows that are text-salient in this layer; where the prompt decided, what is stored of its text
+        tells."""
+        salient = torch.zeros(written.keys.shape[0], dtype=torch.bool, device=written.keys.device)
+        if not isinstance(self.text_layers, str):
+            return salient | (written.layer in self.text_layers)
+        for s in written.text:
+            bits = s.later if isinstance(s, Exact) else getattr(s.keys, "bits", None)
+            if bits == self.text_bits:
+                salient[s.owner] = True
+        return salient
+
+    def _by_type(self, raw: Segment, salient: torch.Tensor) -> list[tuple[Segment, int]]:
+        """The entries of text-salient rows and those of the others, with the bits of their codes."""
+        if raw.tokens == 0:
+            return []
+        parts = (
+            (salient[raw.owner].nonzero()[:, 0], self.text_bits),
+            ((~salient[raw.owner]).nonzero()[:, 0], self.bits),
+        )
+        return [(entries(raw, index), bits) for index, bits in parts if len(index)]
+
+
+def _mean(received_BN: torch.Tensor, of_BN: torch.Tensor) -> torch.Tensor:
+    """[B, 1]: the mean over the tokens that are marked; 0 where none is."""
+    return (received_BN * of_BN).sum(dim=1, keepdim=True) / of_BN.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def massive(prefill: LayerPrefill, count: int) -> torch.Tensor:
+    """[B, N] bool: each row's `count` valid tokens with the greatest absolute activation of any channel of the residual
+    stream.
+
+    Raises:
+        ValueError: if the prefill brings no hidden states and count is not 0.
+    """
+    if count == 0:
+        return torch.zeros_like(prefill.valid)
+    if prefill.hidden is None:
+        raise ValueError(
+            "this prefill brings no hidden states, in which AKVQ-VL finds its pivots: attach the method that the cache"
+            " was made with (`with attach(model, method)`), or do without pivots (pivots=0)."
+        )
+    peak = prefill.hidden.abs().amax(dim=-1).float().masked_fill(~prefill.valid, -torch.inf)
+    rank = peak.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    return prefill.valid & (rank < count)

@@ -1,0 +1,1 @@
+"""What attention can read: the segment, and the forms of its stored rows."""

@@ -1,0 +1,1 @@
+"""Vision-language models: their KV geometry, visual spans, supported families, loading."""

@@ -1,0 +1,76 @@
+"""Loading a VLM and its processor by name."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from kvcapsule.checkpoints import shipped
+
+from ..errors import ModelError
+from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers smol-vlm's vision tower with the Auto classes.
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MADE = "smol-vlm"
+"""A model that is made on the spot, and not shipped."""
+
+
+def require_device(device: str | None) -> None:
+    """Refuse a device that cannot be used here before anything is loaded.
+
+    Raises:
+        ModelError: saying why.
+    """
+    if device in (None, "auto"):
+        return
+    try:
+        torch.empty(0, device=device)
+    # A build of torch without CUDA answers with an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def load_vlm(
+    name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None, resize: bool = True
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A frozen VLM in eval mode, and its processor.
+
+    Args:
+        name: a folder, the name of a shipped model ("pages-vlm") or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        dtype: "auto" (as saved), "float32", "float16" or "bfloat16".
+        device: e.g. "cpu" or "cuda"; None takes CUDA where there is one. "auto" spreads the model by accelerate's
+            device_map.
+        resize: whether the image processor brings images to its own size; if not, they keep theirs, which the model
+            must be able to take.
+
+    Raises:
+        ModelError: if it is not found, is no image-text-to-text model of transformers, or its images cannot be left as
+        they are.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}.")
+    place = str(shipped(name) or name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        processor = AutoProcessor.from_pretrained(place, revision=revision)
+        model = AutoModelForImageTextToText.from_pretrained(
+            place, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if Path(name).name == _MADE and not Path(place).exists():
+            raise ModelError(f"there is no folder {name!r}: `make {_MADE}` makes it.") from error
+        kind = "folder" if Path(place).exists() else "model"
+        raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ModelError(
+            f"{name!r} has no image processor beside its tokenizer: it is a language model, not a vision-language"
+            " model."
+        )
+    if not resize:
+        if not isinstance(getattr(processor.image_processor, "do_resize", None), bool):
+            raise ModelError(
+                f"{type(processor.image_processor).__name__} cannot leave images at their sizes: do not ask for it."
+            )
+        processor.image_processor.do_resize = False
+    return model.eval().requires_grad_(False), processor

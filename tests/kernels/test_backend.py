@@ -1,0 +1,95 @@
+"""Which implementation serves which device, and that a model writes the same with each."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import BatchFeature, LlavaForConditionalGeneration
+
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.inference.attach import attach
+from kvcapsule.kernels import backend as choice
+from kvcapsule.kernels.fused import device
+from kvcapsule.kernels.native import read
+from kvcapsule.policy import EvenlySpaced
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choice._chosen.clear()
+    yield
+    choice._chosen.clear()
+
+
+def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choice.backend("cpu") == "numba"
+    assert choice.backend("mps") == "reference"
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    assert choice.backend("cuda") == "triton"
+
+
+def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    assert choice.backend("cuda") == choice.backend("cpu") == "reference"
+    for name, extra in (("triton", "triton"), ("numba", "cpu")):
+        choice._chosen.clear()
+        monkeypatch.setenv(choice.VARIABLE, name)
+        with pytest.raises(RuntimeError, match=rf"pip install 'kvcapsule\[{extra}\]'"):
+            choice.backend("cpu")
+
+
+def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "INTERPRETED", True)
+    monkeypatch.setenv(choice.VARIABLE, "triton")
+    assert choice.backend("cpu") == "triton"
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        choice.backend("cuda")
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    choice._chosen.clear()
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
+        choice.backend("cpu")
+    monkeypatch.setenv(choice.VARIABLE, "numba")
+    assert choice.backend("cpu") == "numba"
+    with pytest.raises(RuntimeError, match="KVCAPSULE_KERNELS=numba serves the CPU alone, not tensors on cuda"):
+        choice.backend("cuda")
+    monkeypatch.setenv(choice.VARIABLE, "reference")
+    choice._chosen.clear()
+    assert choice.backend("cuda") == choice.backend("cpu") == "reference"
+
+
+def test_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, numba, triton"):
+        choice.backend("cpu")
+
+
+@pytest.mark.parametrize("method", ["transform", "spaced"])
+def test_a_model_writes_what_it_writes_with_the_reference(
+    method: str,
+    model: LlavaForConditionalGeneration,
+    random_transform: Callable[..., Capsule],
+    make_batch: Callable[..., BatchFeature],
+    greedy: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Left-padded rows, one with an image and one without; prefill encodes with the packing kernel too."""
+    # The kernels that Triton interprets are for tests alone: on a GPU the compiled ones.
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(place)
+    batch = make_batch((1, "Read."), (0, "What is there?")).to(place)
+    compress = random_transform(98, (16, 12), (24, 20)) if method == "transform" else EvenlySpaced(0.1)
+    options = greedy | {"max_new_tokens": 3, "min_new_tokens": 3}
+    monkeypatch.setattr(read, "_LEAST", 1)
+    called = []
+    for name in [name for name in choice.BACKENDS if place == "cpu" or name != "numba"]:
+        monkeypatch.setenv(choice.VARIABLE, name)
+        choice._chosen.clear()
+        with attach(model, compress):
+            called.append(model.generate(**batch, **options))
+    plain, *others = called
+    for by_kernels in others:
+        assert torch.equal(plain.sequences, by_kernels.sequences)
+        torch.testing.assert_close(torch.stack(by_kernels.logits), torch.stack(plain.logits), rtol=0, atol=2e-4)
+        assert not torch.equal(torch.stack(by_kernels.logits), torch.stack(plain.logits)), "the kernels were not asked"

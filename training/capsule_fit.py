@@ -1,0 +1,244 @@
+"""What the training of every family has in common: a LightningModule over the harvest of a frozen VLM, which is no part
+of its state."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvcapsule.codec import CodecConfig, LayerCodec, StackCodec
+from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.geometry import KVGeometry
+
+from .datamodule import Batch, Questions
+from .frozen_forward import divergence, logits_through
+from .harvest import LayerHarvest, harvest, harvest_with_logits
+from .harvest_store import HarvestStore
+from .losses import full_output, output_error, unexplained
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is about."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    data: Questions
+    geometry: KVGeometry
+    tile: int
+    """Visual tokens of a tile."""
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+
+class Read(NamedTuple):
+    """A batch as the frozen VLM left it, and as the codecs would have it read."""
+
+    layers: list[LayerHarvest]
+    segments: list[Segment]
+    kl: torch.Tensor | None
+    """KL divergence of the answers' logits, where it was asked for."""
+
+
+Errors = dict[str, torch.Tensor]
+"""Losses of a layer by name."""
+
+
+_FIXED = ("family", "model", "revision", "ratio", "bits", "codec", "data", "batch", "moment_batches", "seed")
+"""Fields of a recipe that a resumed run may not change."""
+_FIXED_TRANSFORM = (
+    "joint_heads",
+    "joint_layers",
+    "allocation",
+    "key_bits",
+    "value_bits",
+    "query_metric",
+    "readers",
+    "logit_batches",
+    "maps",
+    "probe_batches",
+)
+"""And of its `transform`: what shapes the code, not what the descent from there is like."""
+
+
+class CapsuleFit(L.LightningModule, ABC):
+    """Trains the codecs of every layer at once.
+
+    What is solved in closed form is solved in `setup`, on this rank's share of the batches; sums are added up over the
+    ranks.
+    """
+
+    layers: nn.ModuleList
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        # In a tuple, so that Lightning neither saves nor moves nor trains the model.
+        self._frozen = (task,)
+        self._store: HarvestStore | None = None
+        self.prepared = False
+
+    @property
+    def task(self) -> Task:
+        return self._frozen[0]
+
+    has_kl = False
+    """Whether the KL of the logits is measured on held-out questions."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Steps of gradient descent."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Build `layers`, with all that has a closed form."""
+
+    @abstractmethod
+    def codec_config(self) -> CodecConfig:
+        """The sizes of the codecs, known once they are prepared."""
+
+    @abstractmethod
+    def codec(self, index: int) -> LayerCodec | StackCodec:
+        """The codec of a layer, or of a stack of layers, as it is to be saved."""
+
+    @abstractmethod
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        """The tiles of all layers as attention would read them, differentiable in the codecs."""
+
+    @abstractmethod
+    def derived(self) -> Table:
+        """What the run decided for each layer, for the user to see."""
+
+    def finish(self) -> None:
+        """Called once, when no step is left."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = asdict(self.task.recipe)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError for a checkpoint of another recipe: its tensors would have other shapes, or another
+        meaning."""
+        then, now = checkpoint.get("recipe", {}), asdict(self.task.recipe)
+        other = [name for name in _FIXED if then.get(name) != now[name]]
+        other += [
+            f"transform.{name}"
+            for name in _FIXED_TRANSFORM
+            if then.get("transform", {}).get(name) != now["transform"][name]
+        ]
+        if other:
+            raise ValueError(
+                f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
+                " true."
+            )
+
+    def setup(self, stage: str) -> None:
+        if self.prepared:
+            return
+        model = self.task.model
+        if not getattr(model, "hf_device_map", None):
+            model.to(self.trainer.strategy.root_device)
+        self.prepare()
+        self.prepared = True
+        if not self.steps:
+            self.finish()
+        self.show(self.derived())
+
+    def batches(self, count: int, title: str) -> Iterator[Batch]:
+        """This rank's share of the first steps' rows, those of an epoch at most."""
+        loader = self.task.data.train_dataloader()
+        count = min(count, len(loader))
+        return iter(
+            track(islice(loader, count), title, total=count, console=self.task.console, disable=self.global_rank != 0)
+        )
+
+    def numbers(self, step: int, count: int) -> list[int]:
+        """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""
+        world = 1 if self._trainer is None else self.trainer.world_size
+        return [step * self.task.recipe.batch + self.global_rank + i * world for i in range(count)]
+
+    def harvest(self, batch: Batch) -> list[LayerHarvest]:
+        task = self.task
+        if task.recipe.harvests is None:
+            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
+        if self._store is None:
+            canonical = task.recipe.codec.canonical_frame
+            self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, canonical, self.show)
+        return self._store.harvest(batch.inputs)
+
+    def read(self, batch: Batch, with_kl: bool) -> "Read":
+        """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its
+        attention."""
+        if not with_kl:
+            layers = self.harvest(batch)
+            return Read(layers, self.segments(layers), None)
+        task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
+        layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last)
+        segments = self.segments(layers)
+        through = logits_through(task.model, batch.inputs, task.tile, canonical, segments, last)
+        return Read(layers, segments, divergence(logits, through, batch.answers))
+
+    @rank_zero_only
+    def show(self, what: object) -> None:
+        self.task.console.print(what, highlight=False)
+
+    def reduce(self, sums: nn.Module, greatest: bool = False) -> None:
+        """Add up the buffers of all ranks, or take the greatest of each."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            reduction = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
+            for buffer in sums.buffers():
+                torch.distributed.all_reduce(buffer, op=reduction)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        read = self.read(batch, self.has_kl)
+        found = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
+        for index, errors in enumerate(found):
+            self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
+        self.log_errors("validation", mean(found), len(batch.answers))
+        if read.kl is not None:
+            self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)
+
+    def errors(self, segment: Segment, layer: LayerHarvest) -> Errors:
+        """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of
+        attention's output."""
+        maps = {name: getattr(segment, name) for name in ("score_map", "value_map", "value_mean", "q_map", "out_map")}
+        # Without the frame: tiles in their canonical frames, as they were harvested.
+        keys, values = Segment(segment.keys, segment.values, segment.owner, **maps).materialize()
+        found = {"output_error": output_error(layer, segment, full_output(layer))}
+        if keys.shape == layer.keys.shape:
+            found |= {
+                "keys_unexplained": unexplained(keys, layer.keys),
+                "values_unexplained": unexplained(values, layer.values),
+            }
+        return found
+
+    def log_errors(self, under: str, errors: Errors, batch: int) -> None:
+        self.log_dict({f"{under}/{name}": error for name, error in errors.items()}, batch_size=batch, sync_dist=True)
+
+
+def mean(errors: Sequence[Errors]) -> Errors:
+    """Over the layers, of what is known of all."""
+    common = [name for name in errors[0] if all(name in found for found in errors)]
+    return {name: torch.stack([found[name] for found in errors]).mean() for name in common}
+
+
+FitOf = Callable[[Task], CapsuleFit]
+
+
+def scheduled(
+    parameters: Any, lr: float, rate: Callable[[int], float], betas: tuple[float, float] = (0.9, 0.999)
+) -> dict[str, Any]:
+    """Adam with a schedule by steps, as Lightning takes it."""
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

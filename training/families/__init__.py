@@ -1,0 +1,1 @@
+"""How each codec family is trained."""

@@ -1,0 +1,98 @@
+"""Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of
+tokens."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from kvcapsule.codec.compact import CompactConfig, CompactLayer
+from kvcapsule.codec.kvcapsule import pyramid, retained
+from kvcapsule.segments.segment import Segment
+
+from ..capsule_fit import CapsuleFit, Task, scheduled
+from ..datamodule import Batch
+from ..harvest import LayerHarvest
+from ..losses import require_finite
+from ..query_bank import QueryBank, begin, chosen_by_teacher, imitation_loss
+
+
+class CompactFit(CapsuleFit):
+    """Nothing but the bank is needed where tokens are ranked by attention; a learned selector is trained by gradient
+    descent."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.recipe = task.recipe.compact
+        self.config = CompactConfig(
+            tile=task.tile,
+            canonical_frame=task.recipe.codec.canonical_frame,
+            ratios=pyramid(task.recipe.retention, task.geometry.layers, task.recipe.codec.pyramid),
+            bank=self.recipe.bank,
+            ridge=self.recipe.ridge,
+            selector=self.recipe.selector,
+            passes=self.recipe.passes,
+            hidden=self.recipe.hidden,
+        )
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps if self.recipe.selector == "learned" else 0
+
+    def prepare(self) -> None:
+        geometry, seed = self.task.geometry, self.task.recipe.seed
+        banks = [QueryBank(self.recipe.bank, seed + 1000 * self.global_rank + i) for i in range(geometry.layers)]
+        first: list[LayerHarvest] = []
+        for batch in self.batches(self.task.recipe.moment_batches, "queries that read the tiles"):
+            layers = self.harvest(batch)
+            first = first or layers
+            for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
+                require_finite(layer, i)
+                bank.add(layer)
+        scale, usual = first[0].scale, geometry.head_dim**-0.5
+        if abs(scale - usual) > 1e-6 * usual:
+            self.config = replace(self.config, scale=scale)
+        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
+        for index, (bank, layer) in enumerate(zip(banks, first, strict=True)):
+            codec = self.codec(index)
+            bank.gather()
+            codec.bank.copy_(bank.bank())
+            if codec.selector is not None:
+                begin(codec.selector, layer.keys, layer.values, seed)
+
+    def codec_config(self) -> CompactConfig:
+        return self.config
+
+    def codec(self, index: int) -> CompactLayer:
+        codec = self.layers[index]
+        assert isinstance(codec, CompactLayer)
+        return codec
+
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        encoded = [self.codec(i).encode(layer.keys.float(), layer.values.float()) for i, layer in enumerate(layers)]
+        return [tiles.segment(layer.owner, layer.frame) for tiles, layer in zip(encoded, layers, strict=True)]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        losses = []
+        for index, layer in enumerate(self.harvest(batch)):
+            codec, keys, values = self.codec(index), layer.keys.float(), layer.values.float()
+            assert codec.selector is not None
+            losses.append(imitation_loss(codec.selector, keys, values, chosen_by_teacher(codec, keys, values)))
+        loss = torch.stack(losses).mean()
+        self.log("train/imitation", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return scheduled(self.layers.parameters(), self.recipe.lr, lambda step: max(0.0, 1 - step / self.steps))
+
+    def derived(self) -> Table:
+        config, tile = self.config, self.task.tile
+        table = Table(title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries")
+        for column in ("layer", "rows", "of"):
+            table.add_column(column, justify="right")
+        for layer, ratio in enumerate(config.ratios):
+            table.add_row(str(layer), str(retained(ratio, tile)), str(tile))
+        return table

@@ -1,0 +1,190 @@
+"""Training of the kvcapsule family: closed form, then a soft mask, then a hard mask."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from kvcapsule.codec import PairCodec
+from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys, retained
+from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.geometry import KVGeometry
+
+from ..capsule_fit import CapsuleFit, Task, mean, scheduled
+from ..datamodule import Batch
+from ..harvest import LayerHarvest
+from ..losses import unexplained
+from ..recipe import OptimConfig
+from ..second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
+from .soft_mask import SoftKeys, soft_keys
+
+
+class LayerFit(nn.Module):
+    """One layer's codecs, their relaxed form and the moments behind them."""
+
+    def __init__(
+        self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimConfig
+    ) -> None:
+        super().__init__()
+        self.codec = config.build(geometry, layer)
+        self.moments, self.ridge, self.refit = moments, optim.ridge, optim.refit
+        stored = retained(config.key_ratios[layer], config.tile)
+        initial = _initial(optim.mask_init, moments.key_gram, stored)
+        theta = ridge_reconstruction(moments.key_gram, initial, optim.ridge)
+        self.soft: SoftKeys = soft_keys(config, geometry, layer, initial, theta)
+        values = self.codec.values
+        assert isinstance(values, PcaValues)
+        values.basis.requires_grad_(optim.train_values)
+        values.basis.data.copy_(principal_basis(moments.centred_value_gram(), values.basis.shape[1]))
+        values.mean.copy_(moments.value_mean())
+
+    def harden(self) -> None:
+        """Fix the retained set; a linear reconstruction is solved anew for it."""
+        self.soft.harden(self.codec.keys)
+        keys = self.codec.keys
+        if self.refit and isinstance(keys, RetainedKeys):
+            with torch.no_grad():
+                keys.theta.copy_(ridge_reconstruction(self.moments.key_gram, keys.kept, self.ridge))
+
+
+class KVCapsuleFit(CapsuleFit):
+    """The paper's training, with an attention-output loss beside it (training/NOTES.md)."""
+
+    hardened: torch.Tensor
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.config = task.recipe.kvcapsule_config(task.geometry.layers, task.tile)
+        self.optim = task.recipe.optim
+        self.has_kl = self.optim.kl_weight > 0
+        self.register_buffer("hardened", torch.tensor(False))
+
+    @property
+    def steps(self) -> int:
+        return self.optim.soft_steps + self.optim.hard_steps
+
+    def prepare(self) -> None:
+        geometry, tile, recipe = self.task.geometry, self.task.tile, self.task.recipe
+        moments = [
+            TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device)
+            for _ in range(geometry.layers)
+        ]
+        # A resumed run takes them from its checkpoint.
+        for batch in self.batches(1 if recipe.resume else recipe.moment_batches, "moments of keys and values"):
+            for moment, layer in zip(moments, self.harvest(batch), strict=True):
+                moment.add(layer)
+        for moment in moments:
+            self.reduce(moment)
+        self.layers = nn.ModuleList(
+            LayerFit(self.config, geometry, i, moment, self.optim) for i, moment in enumerate(moments)
+        )
+
+    def codec_config(self) -> KVCapsuleConfig:
+        return self.config
+
+    def codec(self, index: int) -> PairCodec:
+        return self._layer(index).codec
+
+    def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        encoded = [self.codec(i).encode(layer.keys.float(), layer.values.float()) for i, layer in enumerate(layers)]
+        return [tiles.segment(layer.owner, layer.frame) for tiles, layer in zip(encoded, layers, strict=True)]
+
+    def finish(self) -> None:
+        if not self.hardened:
+            self.harden()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if not self.hardened and self.global_step >= self.optim.soft_steps:
+            self.harden()
+
+    def harden(self) -> None:
+        for index in range(len(self.layers)):
+            self._layer(index).harden()
+        self.hardened.fill_(True)
+
+    def temperature(self) -> float:
+        """Falls geometrically over the soft steps."""
+        start, end = self.optim.temperature_start, self.optim.temperature_end
+        done = min(1.0, self.global_step / max(1, self.optim.soft_steps - 1))
+        return float(start * (end / start) ** done)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = self._hard_loss(batch) if self.hardened else self._soft_loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        masks = [p for name, p in self.named_parameters() if name.endswith("soft.logits")]
+        rest = [p for name, p in self.named_parameters() if not name.endswith("soft.logits")]
+        return scheduled(
+            [{"params": rest, "lr": self.optim.lr}, {"params": masks, "lr": self.optim.mask_lr}],
+            self.optim.lr,
+            self._rate,
+        )
+
+    def derived(self) -> Table:
+        config, tile = self.config, self.task.tile
+        keys, values = self.task.recipe.mean_ratios()
+        table = Table(
+            title=(
+                f"{self.task.recipe.model}: tiles of {tile} visual tokens, mean ratio keys {keys:.3f}, values"
+                f" {values:.3f}"
+            )
+        )
+        for column in ("layer", "key rows", "value rows", "of", "stored less"):
+            table.add_column(column, justify="right")
+        for layer in range(self.task.geometry.layers):
+            m_keys, m_values = retained(config.key_ratios[layer], tile), retained(config.value_ratios[layer], tile)
+            table.add_row(str(layer), str(m_keys), str(m_values), str(tile), f"{2 * tile / (m_keys + m_values):.2f}x")
+        return table
+
+    def _layer(self, index: int) -> LayerFit:
+        layer = self.layers[index]
+        assert isinstance(layer, LayerFit)
+        return layer
+
+    def _rate(self, step: int) -> float:
+        """Constant while the mask is soft, then a cosine to zero."""
+        done = (step - self.optim.soft_steps) / max(1, self.optim.hard_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+
+    def _soft_loss(self, batch: Batch) -> torch.Tensor:
+        temperature = self.temperature()
+        lost = mask = ratio = torch.zeros((), device=self.device)
+        for index, layer in enumerate(self.harvest(batch)):
+            soft = self._layer(index).soft
+            lost = lost + unexplained(soft(layer.keys.float(), temperature), layer.keys)
+            mask = mask + soft.mask_loss(temperature)
+            ratio = ratio + soft.ratio_loss(temperature)
+        n = len(self.layers)
+        self.log_dict(
+            {
+                "train/keys_unexplained": lost / n,
+                "train/mask": mask / n,
+                "train/ratio": ratio / n,
+                "temperature": temperature,
+            }
+        )
+        return (lost + self.optim.mask_weight * mask + self.optim.ratio_weight * ratio) / n
+
+    def _hard_loss(self, batch: Batch) -> torch.Tensor:
+        layers, segments, kl = self.read(batch, self.has_kl)
+        errors = mean([self.errors(segment, layer) for segment, layer in zip(segments, layers, strict=True)])
+        self.log_errors("train", errors, len(batch.answers))
+        loss = errors["keys_unexplained"] + self.optim.output_weight * errors["output_error"]
+        if kl is not None:
+            self.log("train/kl", kl, prog_bar=True)
+            loss = loss + self.optim.kl_weight * kl
+        return loss
+
+
+def _initial(how: str, gram: torch.Tensor, stored: int) -> torch.Tensor:
+    tile = gram.shape[-1]
+    if how == "greedy":
+        return greedy_subset(gram, stored)
+    if how == "random":
+        return torch.randperm(tile, device=gram.device)[:stored].sort().values
+    return ((torch.arange(stored, device=gram.device) + 0.5) * tile / stored).long()

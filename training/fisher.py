@@ -1,0 +1,120 @@
+"""What the answers' logits feel of an error in keys and values: the Fisher information of the frozen VLM, along
+channels.
+
+To second order KL(p || p') of a token's logits is e^T F e / 2 for an error e of the keys and values that it read, with
+
+    F = mean over y ~ p of g g^T,      g = d log p(y) / d (keys, values)
+
+Here F is taken as one matrix over the channels of what is coded together (both of a layer, or all layers of a stack)
+and alike for all tokens, as Kronecker-factored approximations have it (K-FAC, arXiv 1503.05671). It knows what
+attention's output of one layer cannot: what later layers and the answer make of an error, and that errors of several
+layers add up or cancel.
+
+It is measured where a first code leaves the keys and values, not at the true ones: a code of few bits moves logits
+farther than the second order reaches, and a model that reads the true keys is sure of answers of which it is not when
+it reads coded ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvcapsule.segments.segment import Segment
+
+from .datamodule import Batch
+from .families.spectra import Moments
+from .frozen_forward import asked, logits_through
+from .harvest import LayerHarvest
+
+MIX = 0.1
+"""Weight of the metric by attention's output beside the logits', both by what they say of losing everything: of what
+the logits did not feel in few batches they may feel something in others, and errors that are not small leave the second
+order."""
+
+
+class Felt(nn.Module):
+    """Sums over tiles, tokens and predictions of g g^T, [S, W, W]; adding up the buffers of several ranks gives those
+    of all data."""
+
+    total: torch.Tensor
+
+    def __init__(self, sets: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(sets, width, width, dtype=torch.float64))
+
+    def add(self, g_ESTW: torch.Tensor) -> None:
+        g = g_ESTW.double()
+        self.total += torch.einsum("estw,estv->swv", g, g)
+
+
+def gradients(
+    model: PreTrainedModel,
+    batch: Batch,
+    tile: int,
+    canonical: bool,
+    layers: Sequence[LayerHarvest],
+    read: Sequence[Segment],
+    seeds: list[int],
+) -> list[LayerHarvest]:
+    """The layers with gradients in place of their keys and values: of log p(y) summed over the answers' predictions, y
+    drawn from p.
+
+    Args:
+        model: the frozen VLM.
+        batch: its inputs.
+        tile, canonical: as in the harvest.
+        layers: the harvest of it.
+        read: each layer's tiles as a code would have them read; where the gradients are taken.
+        seeds: of what is drawn for each row, so that it is the same in whatever batch the row is.
+    """
+    leaves = []
+    for segment in read:
+        # Without the frame: tiles in their canonical frames, as they were harvested.
+        keys, values = replace(segment, frame=None).materialize(torch.float32)
+        leaves.append((keys.detach().requires_grad_(), values.detach().requires_grad_()))
+    last = int(batch.answers.max()) + 1
+    tiles = [Segment(k, v, layer.owner, frame=layer.frame) for (k, v), layer in zip(leaves, layers, strict=True)]
+    with torch.enable_grad():
+        logits = logits_through(model, batch.inputs, tile, canonical, tiles, last)
+        log_p = logits[asked(batch.answers.to(logits.device), last)].float().log_softmax(-1)
+        drawn = [
+            torch.rand(int(n), generator=torch.Generator().manual_seed(s))
+            for n, s in zip(batch.answers, seeds, strict=True)
+        ]
+        places = torch.cat(drawn).to(log_p)[:, None]
+        chosen = torch.searchsorted(log_p.detach().exp().cumsum(-1), places).clamp_max(log_p.shape[-1] - 1)
+        found = torch.autograd.grad(log_p.gather(1, chosen).sum(), [leaf for pair in leaves for leaf in pair])
+    return [replace(layer, keys=k, values=v) for layer, k, v in zip(layers, found[::2], found[1::2], strict=True)]
+
+
+def require_finite_gradients(found: Sequence[LayerHarvest]) -> None:
+    """Raises ValueError that names the first layer whose gradients are not all numbers."""
+    for i, layer in enumerate(found):
+        if not bool(layer.keys.isfinite().all() and layer.values.isfinite().all()):
+            raise ValueError(
+                f"layer {i}: gradients of its keys or values are NaN or infinite. Run the model in another precision"
+                " (--dtype float32 or bfloat16), or leave the logits out with --transform.logit_batches 0."
+            )
+
+
+def mixed(felt: Sequence[Felt], usual: Sequence[torch.Tensor], moments: Sequence[Moments]) -> list[torch.Tensor]:
+    """Metrics [S, W, W] of sources: what the logits feel, as large in all as the metric by attention's output, and a
+    share of that.
+
+    Raises:
+        ValueError: if the logits feel nothing.
+    """
+    spreads = [own.spread() for own in moments]
+    feel, whole = (
+        torch.stack([(metric * spread).sum() for metric, spread in zip(metrics, spreads, strict=True)]).sum()
+        for metrics in ([own.total for own in felt], usual)
+    )
+    if not feel > 0:
+        raise ValueError(
+            "the answers' logits do not depend on the visual tokens: nothing can be learned from them. Look at the"
+            " data's prompts and answers, or leave the logits out with --transform.logit_batches 0."
+        )
+    return [own.total * (whole / feel) + MIX * metric for own, metric in zip(felt, usual, strict=True)]

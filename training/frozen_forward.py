@@ -1,0 +1,80 @@
+"""A forward through the frozen VLM in which the tokens behind the images read codecs' segments, with gradients to the
+codecs."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import BatchFeature, PreTrainedModel
+
+from kvcapsule.inference.attach import attach
+from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.kernels.reference import attend
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.segments.segment import Segment
+
+from .harvest import Recorder
+
+
+class _ReadingLayer(CapsuleLayer):
+    """Visual tokens and what comes before them attend as ever; what comes behind reads segments."""
+
+    def __init__(self, index: int, recorder: Recorder, tiles: Segment) -> None:
+        super().__init__(index, recorder)
+        self.recorder, self.tiles = recorder, tiles
+
+    @property
+    def fresh(self) -> bool:
+        return False
+
+    def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+        assert self._new is not None
+        (keys, values), self._new = self._new, None
+        turn = self.turn
+        valid = turn.valid if turn.valid is not None else torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool)
+        prefill = LayerPrefill(
+            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
+        )
+        self.recorder.compress(prefill)
+        layer = self.recorder.layers.pop()
+        group = query.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
+        first = query.shape[2] - layer.query.shape[2]
+        read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
+        return torch.cat(
+            [exact[:, :, :first], torch.where(layer.reads[:, None, :, None], read, exact[:, :, first:])], dim=2
+        )
+
+
+def logits_through(
+    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, segments: Sequence[Segment], last: int
+) -> torch.Tensor:
+    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs; segments: each layer's tiles as they
+    are to be read."""
+    with attach(model):
+        cache = CapsuleCache(model.config, Recorder(tile, canonical))
+        cache.layers = [
+            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
+            for i, own in enumerate(cache.layers)
+        ]
+        logits: torch.Tensor = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last).logits
+    return logits
+
+
+def asked(answers: torch.Tensor, last: int) -> torch.Tensor:
+    """[B, last] bool: which of the last logits predict a token of the answer; answers [B] as in `divergence`."""
+    places = torch.arange(last, device=answers.device)
+    return (places >= last - 1 - answers[:, None]) & (places < last - 1)
+
+
+def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Mean KL(true || through) in nats over the predictions of answer tokens.
+
+    Args:
+        true, through: logits [B, last, vocabulary] of the last tokens.
+        answers: [B], how many tokens each row's answer has (at its end); what predicts them lies one place before them.
+    """
+    predict = asked(answers, true.shape[1])
+    log_true, log_through = true[predict].float().log_softmax(-1), through[predict].float().log_softmax(-1)
+    return (log_true.exp() * (log_true - log_through)).sum(-1).mean()

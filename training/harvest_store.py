@@ -1,0 +1,137 @@
+"""Harvests on disk, so that the frozen VLM runs once over a batch, however many capsules learn from it.
+
+A file holds the harvest of one batch, every layer, as safetensors. Its name is a digest of all that the harvest depends
+on: the model's weights, the batch's inputs, the tile and the frame. What is asked for is therefore either there or
+    made; nothing can be out of date, and
+capsules of any family and ratio share one folder.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import BatchFeature, PreTrainedModel
+
+from kvcapsule.atomic_files import unique_name
+from kvcapsule.segments.rotary_frame import Frame
+from kvcapsule.segments.segment import Segment
+
+from .harvest import LayerHarvest, harvest
+
+FORMAT = 1
+"""Part of every digest: a file of another form is never read as one of this."""
+_SUFFIX = ".harvest.safetensors"
+_FRAME, _REST = ("frame.cos", "frame.sin"), ("rest.keys", "rest.values", "rest.owner", "rest.mask")
+
+
+class HarvestStore:
+    """A folder of harvests of one model."""
+
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, tell: Callable[[str], None] = print
+    ) -> None:
+        """tell: is told how large the first harvest is."""
+        self.tell: Callable[[str], None] | None = tell
+        self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
+        self._begun = hashlib.blake2b(f"{FORMAT} {tile} {canonical}".encode(), digest_size=20)
+        for name, tensor in model.state_dict().items():
+            _add(self._begun, name, tensor)
+
+    def harvest(self, inputs: BatchFeature) -> list[LayerHarvest]:
+        """The harvest of a batch, read if it is there, else made and written.
+
+        Raises:
+            ValueError: if a file cannot be written or read.
+        """
+        path = self.path(inputs)
+        if path.is_file():
+            try:
+                return _read(path, self.model.device)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
+                ) from error
+        made = harvest(self.model, inputs, self.tile, self.canonical)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(made, path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
+            ) from error
+        if self.tell is not None:
+            size, questions = path.stat().st_size / 2**20, len(inputs["input_ids"])
+            self.tell(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
+            self.tell = None
+        return made
+
+    def path(self, inputs: BatchFeature) -> Path:
+        """Where the harvest of these inputs lies, or would."""
+        digest = self._begun.copy()
+        for name in sorted(inputs):
+            _add(digest, name, inputs[name])
+        return self.folder / f"{digest.hexdigest()}{_SUFFIX}"
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    digest.update(name.encode())
+    if not isinstance(value, torch.Tensor):
+        digest.update(repr(value).encode())
+        return
+    digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+    # As bytes: numpy knows no bfloat16.
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(layers: list[LayerHarvest], path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(layers):
+        parts = {
+            f.name: getattr(layer, f.name) for f in fields(layer) if isinstance(getattr(layer, f.name), torch.Tensor)
+        }
+        parts |= dict(zip(_REST, (layer.rest.keys, layer.rest.values, layer.rest.owner, layer.rest.mask), strict=True))
+        if layer.frame is not None:
+            parts |= dict(zip(_FRAME, layer.frame.tensors(), strict=True))
+        # Cloned: layers share tensors, which a file must hold apart.
+        tensors |= {f"{index}.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in parts.items()}
+    first = layers[0]
+    neighbours = first.frame is not None and first.frame.neighbours
+    # Under another name until it is whole: an interrupted run, or another process, must not find half of it.
+    partial = path.with_name(f"{unique_name(path)}.partial")
+    try:
+        save_file(
+            tensors,
+            partial,
+            {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(neighbours))},
+        )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path, device: torch.device) -> list[LayerHarvest]:
+    with safe_open(path, "pt", device=str(device)) as held:
+        about = held.metadata()
+        names = set(held.keys())
+        layers = []
+        for index, scale in enumerate(about["scales"].split()):
+
+            def get(name: str, index: int = index) -> torch.Tensor:
+                tensor: torch.Tensor = held.get_tensor(f"{index}.{name}")
+                return tensor
+
+            frame = (
+                Frame(get(_FRAME[0]), get(_FRAME[1]), about["neighbours"] == "1")
+                if f"{index}.{_FRAME[0]}" in names
+                else None
+            )
+            keys, values, owner, mask = map(get, _REST)
+            rest = Segment(keys, values, owner, mask=mask)
+            plain = {name: get(name) for name in ("keys", "values", "owner", "query", "reads", "visible")}
+            layers.append(LayerHarvest(**plain, frame=frame, rest=rest, scale=float(scale)))
+    return layers

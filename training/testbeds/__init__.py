@@ -1,0 +1,1 @@
+"""Making the two shipped VLMs, pages-vlm and smol-vlm."""

@@ -1,0 +1,110 @@
+"""Train a pages-vlm: `python -m kvcapsule.training.testbeds.pages_vlm.run`; started again, it goes on where it
+stopped."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from .data import PatchCollator, TurnCollator, loader
+from .model import build_model, build_processor
+from .stages import PatchStage, ReaderStage, Stage
+
+EPOCH = 100
+"""Steps between checkpoints; a restart continues at the last of them."""
+EASY_LINES = (1, 3)
+"""Lines of the pages that reading begins with."""
+
+
+@dataclass
+class DemoVlmConfig:
+    """How pages-vlm is trained."""
+
+    output: str = "runs/pages-vlm/model"
+    """Where the finished model and processor go."""
+    work: str = "runs/pages-vlm"
+    """Where Lightning's checkpoints and logs go."""
+    start: str | None = None
+    """A folder with a trained model to go on from, such as checkpoints/pages-vlm; stage 1 and the easy pages are then
+    left out."""
+    patch_steps: int = 2300
+    """Steps of stage 1 (what each patch shows)."""
+    reader_steps: int = 6000
+    """Steps of stage 2 (the questions)."""
+    easy_steps: int = 600
+    """Of these, how many on pages of few lines."""
+    patch_batch: int = 32
+    """Pages a step of stage 1."""
+    batch: int = 16
+    """Pages a step of stage 2, with nine questions each."""
+    threads: int = 2
+    """CPU threads."""
+    seed: int = 0
+
+
+class _Data(L.LightningDataModule):
+    """Pages numbered on from the current epoch, so that a resumed run sees the pages that it would have seen."""
+
+    def __init__(self, collate: Callable[[int], PatchCollator | TurnCollator], first: int, batch: int) -> None:
+        """collate: step to collator."""
+        super().__init__()
+        self.collate, self.first, self.batch = collate, first, batch
+
+    def train_dataloader(self) -> object:
+        assert self.trainer is not None
+        step = self.trainer.current_epoch * EPOCH
+        return loader(self.collate(step), self.first + step * self.batch, EPOCH, self.batch)
+
+
+def main(config: DemoVlmConfig) -> None:
+    """Train pages-vlm from nothing and save it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch.set_num_threads(config.threads)
+    L.seed_everything(config.seed)
+    if config.start is None:
+        processor = build_processor()
+        vlm = build_model(processor.tokenizer, config.seed)
+    else:
+        processor = LlavaProcessor.from_pretrained(config.start)
+        vlm = LlavaForConditionalGeneration.from_pretrained(config.start).train()
+    work = Path(config.work)
+    patches, easy, turns = PatchCollator(processor), TurnCollator(processor, EASY_LINES), TurnCollator(processor)
+    if config.start is None:
+        _fit(PatchStage(vlm, config.patch_steps), _Data(lambda _: patches, 0, config.patch_batch), work / "patches")
+    first = config.patch_steps * config.patch_batch
+    data = _Data(lambda step: easy if config.start is None and step < config.easy_steps else turns, first, config.batch)
+    _fit(ReaderStage(vlm, config.reader_steps), data, work / "reader")
+    save(vlm, processor, Path(config.output))
+
+
+def _fit(stage: Stage, data: _Data, work: Path) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=stage.steps,
+        default_root_dir=work,
+        logger=CSVLogger(work, name="log", version=""),
+        callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
+        gradient_clip_val=1.0,
+        log_every_n_steps=20,
+        reload_dataloaders_every_n_epochs=1,
+        enable_model_summary=False,
+    )
+    last = work / "last.ckpt"
+    trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None)
+
+
+def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    vlm.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main(auto_cli(DemoVlmConfig, as_positional=False))

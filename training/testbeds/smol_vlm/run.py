@@ -1,0 +1,140 @@
+"""Train smol-vlm's connector and LoRA: `python -m kvcapsule.training.testbeds.smol_vlm.run`; started again, it goes on
+where it stopped."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from .assemble import pretrained_halves
+from .stages import NameStage, ReadStage, Stage
+from .turns import Mixture, NameCollator, TurnCollator, all_names, loader
+from .weights import add_lora, save_trained
+
+
+@dataclass
+class SmolVlmConfig:
+    """How smol-vlm's connector and LoRA are trained."""
+
+    output: str = "checkpoints/smol-vlm"
+    """Where the connector and the LoRA go."""
+    work: str = "runs/smol-vlm-training"
+    """Where Lightning's checkpoints and logs go."""
+    name_steps: int = 1500
+    """Steps in which visual tokens learn the names of what they show; the language model does not run."""
+    connector_steps: int = 100
+    """Steps of stage 1: the connector through the frozen language model."""
+    lora_steps: int = 550
+    """Steps of stage 2: the connector and a LoRA."""
+    name_batch: int = 16
+    """Pictures a step of the first."""
+    batch: int = 8
+    """Pictures a step of stages 1 and 2, with up to nine questions each."""
+    at_once: int = 1
+    """Of these, how many run at once; on a CPU more takes more memory and no less time."""
+    rank: int = 8
+    """Rank of the LoRA."""
+    name_lr: float = 2e-3
+    """Learning rate of the names."""
+    connector_lr: float = 1e-3
+    """Learning rate of stage 1."""
+    lora_lr: float = 5e-4
+    """Learning rate of stage 2."""
+    every: int = 50
+    """Steps between checkpoints; a restart continues at the last of them."""
+    threads: int = 1
+    """CPU threads."""
+    accelerator: str = "cpu"
+    """Lightning's accelerator, "cpu" or "gpu"."""
+    attention: str = "eager"
+    """The language model's attention; under a mask on the CPU, "eager" takes a quarter less time a step than "sdpa"."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("name_steps", "connector_steps", "lora_steps"):
+            if getattr(self, name) % self.every:
+                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of every {self.every}.")
+        if self.batch % self.at_once:
+            raise ValueError(f"batch {self.batch} must be a multiple of at_once {self.at_once}.")
+
+
+class _Data(L.LightningDataModule):
+    """Pictures numbered on from the current epoch, so that a resumed run sees the pictures that it would have seen."""
+
+    def __init__(self, collate: NameCollator | TurnCollator, first: int, batch: int, at_once: int, every: int) -> None:
+        super().__init__()
+        self.collate, self.first, self.batch, self.at_once, self.every = collate, first, batch, at_once, every
+
+    def train_dataloader(self) -> object:
+        assert self.trainer is not None
+        pictures = self.every * self.batch
+        return loader(self.collate, self.first + self.trainer.current_epoch * pictures, pictures, self.at_once)
+
+
+def main(config: SmolVlmConfig) -> None:
+    """Train on what the packages hold."""
+    vlm, processor = pretrained_halves()
+    train(config, vlm, processor, Mixture())
+
+
+def train(config: SmolVlmConfig, vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, draw: Mixture) -> None:
+    """Three stages, each of which resumes; then the connector and the LoRA are written."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch.set_num_threads(config.threads)
+    L.seed_everything(config.seed)
+    work, tokenizer = Path(config.work), processor.tokenizer
+    vision = vlm.config.vision_config
+    grid = vision.image_size // vision.patch_size
+    # Frozen weights in half precision are not cast anew at every step; the connector and the LoRA stay in float32.
+    vlm.model.language_model.bfloat16()
+    vlm.tie_weights()
+    vlm.set_attn_implementation({"text_config": config.attention})
+    names, turns = NameCollator(processor, draw, grid), TurnCollator(processor, draw, grid * grid)
+    first = 0
+    if config.name_steps:
+        stage: Stage = NameStage(vlm, tokenizer, all_names(), config.name_steps, config.name_lr)
+        _fit(stage, _Data(names, first, config.name_batch, config.name_batch, config.every), work / "names", config, 1)
+        first += config.name_steps * config.name_batch
+    rounds = config.batch // config.at_once
+    if config.connector_steps:
+        data = _Data(turns, first, config.batch, config.at_once, config.every)
+        _fit(ReadStage(vlm, config.connector_steps, config.connector_lr), data, work / "connector", config, rounds)
+        first += config.connector_steps * config.batch
+    lora = None
+    if config.lora_steps:
+        lora = add_lora(vlm, config.rank)
+        data = _Data(turns, first, config.batch, config.at_once, config.every)
+        _fit(ReadStage(vlm, config.lora_steps, config.lora_lr), data, work / "lora", config, rounds)
+    save_trained(vlm, lora, Path(config.output))
+
+
+def _fit(stage: Stage, data: _Data, work: Path, config: SmolVlmConfig, rounds: int) -> None:
+    stage.train()
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        precision="bf16-mixed",
+        # Not max_steps: bounded by steps, Lightning runs a part of an epoch once more when it is started again.
+        max_epochs=stage.steps // config.every,
+        accumulate_grad_batches=rounds,
+        default_root_dir=work,
+        # A version for each start: a logger deletes what an earlier one left in its folder.
+        logger=CSVLogger(work, name="log"),
+        callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
+        gradient_clip_val=1.0,
+        log_every_n_steps=10,
+        reload_dataloaders_every_n_epochs=1,
+        enable_model_summary=False,
+    )
+    last = work / "last.ckpt"
+    trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None)
+
+
+if __name__ == "__main__":
+    main(auto_cli(SmolVlmConfig, as_positional=False))

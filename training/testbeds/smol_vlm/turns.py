@@ -1,0 +1,193 @@
+"""Batches for training smol-vlm: pictures of three data sets, many questions packed behind one image.
+
+Shapes: B pictures, T visual tokens of one, N tokens of a row.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaProcessor
+
+from kvcapsule.data.prompts import conversation
+from kvcapsule.testbeds import easy_vqa, emoji, words
+from kvcapsule.testbeds.pages import Question
+from kvcapsule.testbeds.picture import Picture
+
+IGNORE = -100
+TASKS = tuple(
+    f"{name}-{task}" for name, of in (("emoji", emoji), ("easy-vqa", easy_vqa), ("words", words)) for task in of.TASKS
+)
+QUESTIONS = 9
+"""Most questions behind one picture."""
+_SHARES = (0.45, 0.7)
+"""Of the pictures, up to the first number are emoji scenes, from there up to the second easy-VQA's, the rest words."""
+
+
+class TurnBatch(NamedTuple):
+    """Packed turns: pixel_values [B, 3, S, S]; input_ids, position_ids, labels [B, N]; attention_mask [B, 1, N, N]
+    bool."""
+
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    """What is to be said at each token, so already shifted by one; IGNORE outside answers."""
+    tasks: torch.Tensor
+    """[B, N]: place in TASKS of the question that an answer's token belongs to, or IGNORE."""
+    turns: torch.Tensor
+    """[B, N]: number of the turn, counted over the batch, or IGNORE in prefix and padding."""
+
+
+class NameBatch(NamedTuple):
+    """Pixels [B, 3, S, S] and what each visual token shows [B, T]: a place in the list of names, 0 for nothing."""
+
+    pixel_values: torch.Tensor
+    names: torch.Tensor
+
+
+class Mixture:
+    """The training pictures by number: a pure function of it."""
+
+    def __call__(self, index: int) -> tuple[str, Picture]:
+        """(name of the data set, picture)."""
+        rng = np.random.default_rng([index, 11])
+        share = rng.random()
+        if share < _SHARES[0]:
+            return "emoji", emoji.scene("train", index)
+        if share < _SHARES[1]:
+            held = easy_vqa.shapes("train")
+            return "easy-vqa", held[int(rng.integers(len(held)))]
+        return "words", words.sign("train", index)
+
+
+def all_names() -> tuple[str, ...]:
+    """What a visual token may be called; the first is for those that show nothing."""
+    shapes = [f"{colour} {shape}" for colour in easy_vqa.COLOURS for shape in easy_vqa.SHAPES]
+    return ("background", *emoji.NAMES.values(), *shapes, *words.WORDS)
+
+
+class NameCollator:
+    """Picture numbers to a NameBatch."""
+
+    def __init__(self, processor: LlavaProcessor, draw: Mixture, grid: int) -> None:
+        self.processor, self.draw, self.grid = processor, draw, grid
+        self.places = {name: i for i, name in reversed(list(enumerate(all_names())))}
+
+    def __call__(self, indices: list[int]) -> NameBatch:
+        drawn = [self.draw(i)[1] for i in indices]
+        return NameBatch(_pixels(self.processor, drawn), torch.stack([self._names(p) for p in drawn]))
+
+    def _names(self, of: Picture) -> torch.Tensor:
+        """[T]: what covers the middle of each token's square; a thing whose name is not known in full is ignored."""
+        labels = torch.zeros(self.grid, self.grid, dtype=torch.long)
+        across, down = (length / self.grid for length in of.image.size)
+        middle = torch.arange(self.grid) + 0.5
+        for thing in of.things:
+            rows = (middle * down >= thing.top) & (middle * down < thing.bottom)
+            columns = (middle * across >= thing.left) & (middle * across < thing.right)
+            labels[rows[:, None] & columns[None]] = self.places.get(thing.name, IGNORE)
+        return labels.flatten()
+
+
+class TurnCollator:
+    """Picture numbers to a TurnBatch: one image, then several questions, each seeing the image and itself alone."""
+
+    def __init__(self, processor: LlavaProcessor, draw: Mixture, image_tokens: int) -> None:
+        self.processor, self.draw = processor, draw
+        self.tokenizer = processor.tokenizer
+        head = self._render("", None).split(processor.image_token)[0]
+        self.prefix = self._ids(head) + [processor.image_token_id] * image_tokens
+        self.pad = self.tokenizer.pad_token_id
+
+    def __call__(self, indices: list[int]) -> TurnBatch:
+        drawn = [(*self.draw(i), np.random.default_rng([i, 12])) for i in indices]
+        rows = [self._row(name, of, rng) for name, of, rng in drawn]
+        length, n_prefix = max(len(row.ids) for row in rows), len(self.prefix)
+        blanks = (self.pad, 0, IGNORE, IGNORE, IGNORE)
+        whole = [torch.full((len(rows), length), blank) for blank in blanks]
+        first = 0
+        for i, row in enumerate(rows):
+            for column, part in zip(whole, row, strict=True):
+                column[i, : len(part)] = torch.tensor(part)
+            turns = whole[4][i]
+            turns[turns != IGNORE] += first
+            first = max(first, int(turns.max()) + 1)
+        input_ids, position_ids, labels, tasks, turns = whole
+        prefix = torch.arange(length) < n_prefix
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & (
+            prefix[None, None, :] | (turns[:, :, None] == turns[:, None, :])
+        )
+        pixels = _pixels(self.processor, [of for _, of, _ in drawn])
+        return TurnBatch(pixels, input_ids, position_ids, mask[:, None], labels, tasks, turns)
+
+    def _row(self, name: str, of: Picture, rng: np.random.Generator) -> "_Row":
+        n_prefix = len(self.prefix)
+        blank = [IGNORE] * n_prefix
+        row = _Row(list(self.prefix), list(range(n_prefix)), list(blank), list(blank), list(blank))
+        for turn, asked in enumerate(_some(of.questions, rng)):
+            prompt, answer = self.turn(asked)
+            length, silent = len(prompt) + len(answer), len(prompt) - 1
+            row.ids.extend(prompt + answer)
+            row.positions.extend(range(n_prefix, n_prefix + length))
+            row.labels.extend([IGNORE] * silent + answer + [IGNORE])
+            row.tasks.extend([IGNORE] * silent + [TASKS.index(f"{name}-{asked.task}")] * len(answer) + [IGNORE])
+            row.turns.extend([turn] * length)
+        return row
+
+    def turn(self, asked: Question) -> tuple[list[int], list[int]]:
+        """What follows the image, up to the answer, and the answer with the token that ends it, as the chat template
+        writes them."""
+        prompt = self._render(asked.prompt, None).split(self.processor.image_token)[1]
+        whole = self._render(asked.prompt, asked.answer).split(self.processor.image_token)[1]
+        answer = self._ids(whole.removeprefix(prompt))
+        return self._ids(prompt), answer[: answer.index(self.tokenizer.eos_token_id) + 1]
+
+    def _render(self, prompt: str, answer: str | None) -> str:
+        chat = conversation([], prompt, answer)
+        chat[0]["content"].insert(0, {"type": "image"})
+        rendered: str = self.processor.apply_chat_template(chat, add_generation_prompt=answer is None, tokenize=False)
+        return rendered
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+class _Row(NamedTuple):
+    """One picture's packed turns, token by token; see TurnBatch."""
+
+    ids: list[int]
+    positions: list[int]
+    labels: list[int]
+    tasks: list[int]
+    turns: list[int]
+
+
+class Indices(Dataset[int]):
+    """The picture numbers start .. start + length."""
+
+    def __init__(self, start: int, length: int) -> None:
+        self.start, self.length = start, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> int:
+        return self.start + i
+
+
+def loader(collate: NameCollator | TurnCollator, start: int, pictures: int, batch: int) -> DataLoader[int]:
+    return DataLoader(Indices(start, pictures), batch, collate_fn=collate)
+
+
+def _some(questions: tuple[Question, ...], rng: np.random.Generator) -> list[Question]:
+    """At most QUESTIONS of them, in any order."""
+    return [questions[i] for i in rng.permutation(len(questions))[:QUESTIONS]]
+
+
+def _pixels(processor: LlavaProcessor, drawn: list[Picture]) -> torch.Tensor:
+    pixels: torch.Tensor = processor.image_processor([p.image for p in drawn], return_tensors="pt")["pixel_values"]
+    return pixels
