@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.backend import backend
-
 _JITTER = 1e-4
 """Share of its energy by which a token counts as different from all others: keeps the factorisation of near copies
 stable in fp32."""
@@ -52,11 +50,6 @@ def read_by(queries_HQD: torch.Tensor, k_EHTD: torch.Tensor, room: torch.Tensor 
     """Read tiles with queries that are scaled already; room: memory for two of [E, H, T, Q], which the reading then
     lives in."""
     keys = k_EHTD.to(queries_HQD.dtype)
-    if queries_HQD.dim() == 4 and queries_HQD.shape[2] % 16 == 0 and _compiled(queries_HQD, keys, 16):
-        from ..kernels.native.bank import read
-
-        scores, attention = keys.new_empty(2, *keys.shape[:3], queries_HQD.shape[2]) if room is None else room
-        return Reading(queries_HQD, scores, attention, *read(queries_HQD[:, 0], keys, scores, attention))
     first, second = (None, None) if room is None else room
     if queries_HQD.dim() == 4:
         # One product a head: for one a tile, PyTorch would repeat the queries.
@@ -93,10 +86,6 @@ def targets(reading: Reading, v_EHTD: torch.Tensor, among_EHC: torch.Tensor | No
 
 def products(x_EHMQ: torch.Tensor, y_EHTQ: torch.Tensor) -> torch.Tensor:
     """[E, H, M, T]: of each row of x with each of y."""
-    if _compiled(x_EHMQ, y_EHTQ, 16):
-        from ..kernels.native.bank import products as compiled
-
-        return compiled(x_EHMQ, y_EHTQ)
     return x_EHMQ @ y_EHTQ.transpose(-1, -2)
 
 
@@ -120,10 +109,6 @@ def added(
 
     It is a ranking itself: with more passes, tokens are put in its order again.
     """
-    if _compiled(gram_EHTT, target_EHTC, 1):
-        from ..kernels.native.bank import added as compiled
-
-        return compiled(gram_EHTT, target_EHTC, ranking_EHT, passes, _JITTER)
     norm = gram_EHTT.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram_EHTT.dtype).tiny).rsqrt()[..., None]
     alike, wanted = gram_EHTT * norm * norm.transpose(-1, -2), target_EHTC * norm
     alike.diagonal(dim1=-2, dim2=-1).add_(_JITTER)
@@ -141,14 +126,3 @@ def added(
 def highest(ranking_EHT: torch.Tensor, count: int) -> torch.Tensor:
     """Where the greatest are, [E, H, count] in rising order; of equals the earlier one."""
     return ranking_EHT.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
-
-
-def _compiled(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
-    """Whether kernels of the CPU serve tensors of four axes, of which the last has to be in groups of so many
-    numbers."""
-    plain = all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(3) == 1 and t.shape[3] % group == 0
-        for t in (x, y)
-    )
-    learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling() and backend("cpu") == "numba"

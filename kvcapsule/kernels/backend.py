@@ -1,11 +1,15 @@
 """Which implementation of attention and of packing serves a type of device: kernels or plain PyTorch
 (docs/kernels.md)."""
 
+import logging
 import os
 from importlib.util import find_spec
 
+from .cpu import library
+
 VARIABLE = "KVCAPSULE_KERNELS"
-BACKENDS = ("reference", "numba", "triton")
+BACKENDS = ("reference", "cpu", "triton")
+_logger = logging.getLogger(__name__)
 
 
 _chosen: dict[str, str] = {}
@@ -26,29 +30,35 @@ def backend(device: str) -> str:
 
 def _choose(device: str) -> str:
     asked = os.environ.get(VARIABLE)
+    if asked == "numba":
+        raise ValueError(f"{VARIABLE}=numba: Numba's kernels are gone, set {VARIABLE}=cpu for the CPU's kernels in C++.")
     if asked and asked not in BACKENDS:
         raise ValueError(
             f"{VARIABLE}={asked}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
         )
-    own = {"cpu": "numba", "cuda": "triton"}.get(device, "reference")
-    chosen = asked or (own if _installed(own) else "reference")
-    if chosen != "reference" and not _installed(chosen):
-        extra = {"numba": "cpu", "triton": "triton"}[chosen]
+    own = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+    chosen = asked or (own if _missing(own) is None else "reference")
+    if missing := _missing(asked or own):
+        if asked:
+            raise RuntimeError(f"{VARIABLE}={asked}, but {missing}, or unset the variable.")
+        if own == "cpu":
+            _logger.warning("kvcapsule: attention runs in plain PyTorch, several times slower: %s.", missing)
+    if chosen == "cpu" and device != "cpu":
         raise RuntimeError(
-            f"{VARIABLE}={chosen}, but {chosen.capitalize()} is not installed: pip install 'kvcapsule[{extra}]', or"
-            " unset the variable."
-        )
-    if chosen == "numba" and device != "cpu":
-        raise RuntimeError(
-            f"{VARIABLE}=numba serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference."
+            f"{VARIABLE}=cpu serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference."
         )
     if chosen == "triton":
         _require_triton(device)
     return chosen
 
 
-def _installed(name: str) -> bool:
-    return name == "reference" or find_spec(name) is not None
+def _missing(name: str) -> str | None:
+    """What a backend lacks, and how to get it; None where nothing is missing."""
+    if name == "cpu" and library.compiler() is None:
+        return f"no C++ compiler was found: {library.INSTALL}"
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed: pip install 'kvcapsule[triton]'"
+    return None
 
 
 def _require_triton(device: str) -> None:

@@ -7,8 +7,7 @@ applied to all tiles at once, and those behind the values to a batch row's sum o
 device or depends on what tensors hold, so a step can be compiled or captured.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,24 +17,8 @@ _AT_ONCE = 2**21
 """Numbers that packed rows are read to at once, where they are of many entries."""
 
 
-class Reading(NamedTuple):
-    """How stored rows are multiplied: the part of attention that reads the cache."""
-
-    products: Callable[[torch.Tensor, Rows], torch.Tensor]
-    """x [E, H, R, D] with every stored row [E, H, M, D]: [E, H, R, M]."""
-    sums: Callable[[torch.Tensor, Rows], torch.Tensor]
-    """Sums of the rows [E, H, M, D] with weights [E, H, R, M]: [E, H, R, D]."""
-    totals: Callable[[torch.Tensor, Rows, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
-    """The sums of each batch row's entries, [B, H, R, D]: of weights, rows, owner [E], B, and where an entry has no
-    token [E, H, R, 1] or None."""
-
-
 def attend(
-    query: torch.Tensor,
-    segments: Sequence[Segment],
-    scale: float,
-    visible: torch.Tensor | None = None,
-    reading: Reading | None = None,
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Softmax attention of queries over all tokens of their row's segments jointly.
 
@@ -45,28 +28,22 @@ def attend(
             gets 0.
         scale: factor of the scores.
         visible: [E, Q, N] bool of the LAST segment (the tail): which of its tokens each query sees. None: all.
-        reading: how rows are multiplied. None: by PyTorch.
 
     Returns: [B, H * G, Q, D] in the query's dtype.
     """
-    out, _, mass = summed(query, segments, scale, visible, reading)
+    out, _, mass = summed(query, segments, scale, visible)
     out = out / mass.clamp_min(torch.finfo(out.dtype).tiny)[..., None]
     return out.view(query.shape).to(query.dtype)
 
 
 def summed(
-    query: torch.Tensor,
-    segments: Sequence[Segment],
-    scale: float,
-    visible: torch.Tensor | None = None,
-    reading: Reading | None = None,
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What attention divides: sums of the values [B, H, G * Q, D], each query's greatest score and the sum of its
     weights [B, H, G * Q].
 
     A token's weight is e^(score - greatest score). The greatest score of a query that sees no token is infinite.
     """
-    reading = reading or PLAIN
     if not segments:
         raise ValueError("attention needs at least one segment.")
     heads = max(s.keys.shape[1] if s.head is None else 0 for s in segments)
@@ -87,8 +64,8 @@ def summed(
     plain = [(s, seen) for s, seen in fetched if s.plain]
     tiles = [(s, seen, _slots(s, heads)) for s, seen in fetched if not s.plain]
     # Runs of tokens that every row has one of are joined before the softmax, tiles behind it.
-    runs = [segment_scores(q_BHGQD, s, scale, seen, reading) for s, seen in plain]
-    scores = [segment_scores(q_BHGQD, s, scale, seen, reading) for s, seen, _ in tiles]
+    runs = [segment_scores(q_BHGQD, s, scale, seen) for s, seen in plain]
+    scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen, _ in tiles]
     joined = torch.cat(runs, dim=-1) if len(runs) > 1 else runs[0] if runs else None
     top = _greatest(joined, scores, [slot for *_, slot in tiles], q_BHGQD)
     out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[2], dim), torch.zeros_like(top)
@@ -97,12 +74,12 @@ def summed(
         mass = weights.sum(dim=-1)
         parts = weights.split([s.tokens for s, _ in plain], dim=-1)
         for (segment, seen), part in zip(plain, parts, strict=True):
-            out = out + _sums(part, segment, seen, reading)
+            out = out + _sums(part, segment, seen)
     for (segment, seen, slot), score in zip(tiles, scores, strict=True):
         weights = score.sub_(top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         masses = weights.sum(dim=-1).flatten(0, 1)
         mass = mass.flatten(0, 1).index_add(0, slot, masses).view_as(mass)
-        out = out + _weighted(weights, masses, segment, (segment.owner, slot), seen, (batch, heads), reading)
+        out = out + _weighted(weights, masses, segment, (segment.owner, slot), seen, (batch, heads))
     return out, top, mass
 
 
@@ -117,7 +94,7 @@ def segment_partial(
     weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0.0)
     entries, heads = scores.shape[:2]
     alone = (torch.arange(entries, device=scores.device), torch.arange(entries * heads, device=scores.device))
-    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, alone, visible, (entries, heads), PLAIN)
+    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, alone, visible, (entries, heads))
     return out, lse.masked_fill(nothing, -torch.inf)
 
 
@@ -126,7 +103,6 @@ def segment_scores(
     segment: Segment,
     scale: float,
     visible: torch.Tensor | None = None,
-    reading: Reading | None = None,
 ) -> torch.Tensor:
     """Scores of a segment's tokens, [E, H, G * Q, N]; those of tokens that a query does not see are the least number of
     the dtype."""
@@ -140,7 +116,7 @@ def segment_scores(
         q = segment.frame.back(q)
     if segment.q_map is not None:
         q = mapped(q, segment.q_map)
-    scores = (reading or PLAIN).products(q, segment.keys)
+    scores = products(q, segment.keys)
     if segment.score_map is not None:
         scores = mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
@@ -174,7 +150,6 @@ def _weighted(
     whose: tuple[torch.Tensor, torch.Tensor],
     visible: torch.Tensor | None,
     shape: tuple[int, int],
-    reading: Reading,
 ) -> torch.Tensor:
     """[B, H, G * Q, D]: the sum of a segment's values, each token's with its weight [E, H, G * Q, N]; masses [E * H, G
     * Q] their sums.
@@ -183,7 +158,7 @@ def _weighted(
     """
     (batch, heads), (owner, slot) = shape, whose
     if segment.value_map is None:
-        parts = _sums(weights, segment, visible, reading).flatten(0, 1)
+        parts = _sums(weights, segment, visible).flatten(0, 1)
         out = (
             parts.new_zeros(batch * heads, *parts.shape[1:])
             .index_add(0, slot, parts)
@@ -191,7 +166,9 @@ def _weighted(
         )
     else:
         absent = None if segment.mask is None else (masses == 0).view(*weights.shape[:3], 1)
-        out = reading.totals(mapped(weights, segment.value_map), segment.values, owner, batch, absent)
+        parts = sums(mapped(weights, segment.value_map), segment.values)
+        # An entry that has no token at all may hold anything.
+        out = by_row(parts if absent is None else parts.masked_fill(absent, 0.0), owner, batch)
     if segment.value_mean is not None:
         mass = masses.new_zeros(batch * heads, masses.shape[1]).index_add(0, slot, masses)
         out = out + mass.view(batch, heads, -1, 1) * segment.value_mean.to(out.dtype)[:, None]
@@ -211,7 +188,7 @@ def _slots(segment: Segment, heads: int) -> torch.Tensor:
 
 
 def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """See Reading."""
+    """q [E, H, R, D] with every stored row [E, H, M, D]: [E, H, R, M]."""
     if isinstance(rows, torch.Tensor):
         return _times(q_EHRD, rows.to(q_EHRD.dtype).transpose(-1, -2))
     parts = [_packed_products(q, part) for q, part in _chunks(q_EHRD, rows)]
@@ -228,25 +205,11 @@ def _packed_products(q_EHRD: torch.Tensor, rows: Packed) -> torch.Tensor:
 
 
 def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """See Reading."""
+    """Sums of the rows [E, H, M, D] with weights [E, H, R, M]: [E, H, R, D]."""
     if isinstance(rows, torch.Tensor):
         return _times(weights_EHRM, rows.to(weights_EHRM.dtype))
     parts = [_packed_sums(weights, part) for weights, part in _chunks(weights_EHRM, rows)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def totals(
-    weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None
-) -> torch.Tensor:
-    """See Reading."""
-    return added_up(sums(weights_EHRM, rows), owner, batch, absent)
-
-
-def added_up(parts_EHRD: torch.Tensor, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
-    """Entries' own sums to those of batch rows, [B, H, R, D]; an entry that has no token at all may hold anything."""
-    if absent is not None:
-        parts_EHRD = parts_EHRD.masked_fill(absent, 0.0)
-    return by_row(parts_EHRD, owner, batch)
 
 
 def by_row(x_E: torch.Tensor, owner: torch.Tensor, batch: int) -> torch.Tensor:
@@ -264,10 +227,6 @@ def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
         own = weights_EHRM[..., i :: rows.lanes]
         found = found + own @ plane[..., : own.shape[3]].transpose(-1, -2)
     return found * rows.step.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.middle.to(work)
-
-
-PLAIN = Reading(products, sums, totals)
-"""By PyTorch's products."""
 
 
 def _chunks(x_EHRM: torch.Tensor, rows: Packed) -> Iterator[tuple[torch.Tensor, Packed]]:
@@ -297,7 +256,7 @@ def mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
     return torch.einsum("esgrm,smn->esgrn", x_ESGRM, map_HMN.to(x_EHRM.dtype)).flatten(1, 2)
 
 
-def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None, reading: Reading) -> torch.Tensor:
+def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None) -> torch.Tensor:
     """Of a segment's stored values that are one for each token.
 
     Values are zero where no query sees the token: a weight of 0 would not silence what is not a number there. Codes are
@@ -306,10 +265,10 @@ def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | 
     rows = segment.values
     always = not isinstance(rows, torch.Tensor) and isinstance(rows, Stepped)
     if always or (segment.mask is None and visible is None):
-        return reading.sums(weights_EHRM, rows)
+        return sums(weights_EHRM, rows)
     values = read_sets(rows, weights_EHRM.dtype)
     if segment.mask is not None:
         values = values.masked_fill(~segment.mask[:, None, :, None], 0.0)
     if visible is not None:
         values = values.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
-    return reading.sums(weights_EHRM, values)
+    return sums(weights_EHRM, values)

@@ -1,22 +1,24 @@
 // Matrix products in blocks whose sums stay in registers: rows times a map, and rows times rows.
 //
-// A block of A rows and V vectors needs A * V + V + 1 registers; AVX-512 has 32. 8 x 2 is bound by multiply-adds, and no compiler spills it.
+// A block of A rows and V vectors needs A * V + V + 1 registers; AVX-512 has 32. 8 x 2 is bound by multiply-adds alone.
 #pragma once
 
 #include "simd.h"
 
 namespace kvcapsule {
 
-// sum[a][v] += the sum over k < count of x[row a][k] times map[k][16 v : ...].
-// PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2, and their numbers two apart.
+// sum[a][v] += the sum over k < count of x[row a][k] times map[k][16 v : ...]. `ahead`: fetches so far behind in map.
+// PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2, numbers two apart.
 template <int A, int V, int PAIR>
 INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line, int64_t count,
                        int64_t ahead = 0) {
     for (int64_t k = 0; k < count; ++k, map += line, x += PAIR) {
-        if (ahead) for (int v = 0; v < V; ++v) prefetch(map + ahead + v * LANES);
         Floats lanes[V];
         UNROLL
-        for (int v = 0; v < V; ++v) lanes[v] = held(load(map + v * LANES));
+        for (int v = 0; v < V; ++v) {
+            if (ahead) prefetch(map + ahead + v * LANES);
+            lanes[v] = held(load(map + v * LANES));
+        }
         UNROLL
         for (int a = 0; a < A; ++a) {
             const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
@@ -39,44 +41,29 @@ struct ByRow {
     }
 };
 
-template <int A, int V, int PAIR, class Place>
-INLINE void product_block(const float* x, int64_t stride, const float* map, int64_t line, int64_t count, int64_t row, int64_t column,
-                          const Place& place) {
-    Floats sum[A][V] = {};
-    accumulate<A, V, PAIR>(sum, x + row / PAIR * stride, stride, map + column, line, count);
-    place.put(sum, row, column);
-}
-
-// x [rows, count] times map [count, width]; rows a multiple of 8, width one of 16.
+// x [rows, count] times map [count, width], width a multiple of 16; rows are filled up to a multiple of 8.
 template <int PAIR, class Place>
-void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t line, int64_t count, int64_t width,
-             const Place& place) {
+void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t count, int64_t width, const Place& place) {
+    const auto block = [&](auto vectors, int64_t row, int64_t column) INLINE_LAMBDA {
+        Floats sum[8][decltype(vectors)::value] = {};
+        accumulate<8, decltype(vectors)::value, PAIR>(sum, x + row / PAIR * stride, stride, map + column, width, count);
+        place.put(sum, row, column);
+    };
     int64_t column = 0;
     for (; column + 2 * LANES <= width; column += 2 * LANES)
-        for (int64_t row = 0; row < rows; row += 8) product_block<8, 2, PAIR>(x, stride, map, line, count, row, column, place);
-    for (; column < width; column += LANES)
-        for (int64_t row = 0; row < rows; row += 8) product_block<8, 1, PAIR>(x, stride, map, line, count, row, column, place);
-}
-
-// The same for any number of rows, few of them.
-inline void small_product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t line, int64_t count, int64_t width,
-                          const ByRow& place) {
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) {
-        int64_t column = 0;
-        for (; column + 4 * LANES <= width; column += 4 * LANES) product_block<4, 4, 1>(x, stride, map, line, count, row, column, place);
-        for (; column < width; column += LANES) product_block<4, 1, 1>(x, stride, map, line, count, row, column, place);
-    }
-    for (; row < rows; ++row) {
-        int64_t column = 0;
-        for (; column + 8 * LANES <= width; column += 8 * LANES) product_block<1, 8, 1>(x, stride, map, line, count, row, column, place);
-        for (; column < width; column += LANES) product_block<1, 1, 1>(x, stride, map, line, count, row, column, place);
-    }
+        for (int64_t row = 0; row < rows; row += 8) block(std::integral_constant<int, 2>(), row, column);
+    for (int64_t row = 0; column < width && row < rows; row += 8) block(std::integral_constant<int, 1>(), row, column);
 }
 
 // out[a * stride + n] = row a of x times row n of y; both dense along `length` numbers, a multiple of 16.
 template <int A, int N>
-INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out, int64_t stride) {
+INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out,
+                      int64_t stride) {
+    if constexpr (A > 4) {
+        // What is loaded of y serves all rows while it is in the nearest cache.
+        dot_block<4, N>(x, x_stride, y, y_stride, length, out, stride);
+        return dot_block<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride);
+    }
     Floats sum[A][N] = {};
     for (int64_t k = 0; k < length; k += LANES) {
         Floats lanes[N];
@@ -93,37 +80,27 @@ INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t 
     for (int a = 0; a < A; ++a) {
         if (N == 1) out[a * stride] = sum_of_lanes(sum[a][0]);
         UNROLL
-        for (int n = 0; n + 4 <= N; n += 4) store_four_sums(out + a * stride + n, sum[a][n], sum[a][n + 1], sum[a][n + 2], sum[a][n + 3]);
+        for (int n = 0; n + 4 <= N; n += 4) store_four_sums(out + a * stride + n, &sum[a][n]);
     }
 }
 
-// The same for any number of rows: what is loaded of y serves all of them while it is in the nearest cache.
-template <int A, int N>
-INLINE void dot_rows(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out, int64_t stride) {
-    dot_block<A < 4 ? A : 4, N>(x, x_stride, y, y_stride, length, out, stride);
-    if constexpr (A > 4) dot_rows<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride);
-}
-
+// The same for `count` rows of y.
 template <int A>
 INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length, float* out,
                  int64_t stride) {
     constexpr int N = A == 1 ? 8 : 4;
     int64_t n = 0;
-    for (; n + N <= count; n += N) dot_rows<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
-    for (; n < count; ++n) dot_rows<A, 1>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+    for (; n + N <= count; n += N) dot_block<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+    for (; n < count; ++n) dot_block<A, 1>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
 }
 
 // out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.
 inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out, int64_t width) {
-    if (step == 1) {
-        for (int64_t i = 0; i < lines; ++i)
-            for (int64_t k = 0; k < width; k += LANES) store(out + i * width + k, k < count ? load_part(x + i * line + k, count - k) : Floats{});
-        return;
-    }
     for (int64_t i = 0; i < lines; ++i)
-        for (int64_t k = count; k < width; ++k) out[i * width + k] = 0;
+        for (int64_t k = 0; k < width; k += LANES)
+            store(out + i * width + k, step == 1 && k < count ? load_part(x + i * line + k, count - k) : Floats{});
     // Read in the order in which it lies in memory.
-    for (int64_t k = 0; k < count; ++k)
+    for (int64_t k = 0; step != 1 && k < count; ++k)
         for (int64_t i = 0; i < lines; ++i) out[i * width + k] = x[i * line + k * step];
 }
 

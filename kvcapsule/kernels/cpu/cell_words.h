@@ -1,21 +1,20 @@
 // Cells of 1 to 4 bits as words of 32 bits, those of eight tiles side by side, and how words become numbers.
 //
-// A word of two tiles is then one number of 64 bits that is sent to all lanes as it is loaded: what loops over cells wait for is loads.
-// Codes of three bits, which lie in two places of three bytes, become fields of four bits on the way; others stay as they are.
+// A word of two tiles is then one number of 64 bits that is sent to all lanes as it is loaded: loops over cells wait for
+// loads. Codes of three bits, which lie in two places of three bytes, become fields of four bits on the way.
 #pragma once
 
 #include "workspace.h"
 
 namespace kvcapsule {
 
-constexpr int WIDTHS = 5;               // of 8, 4, 3, 2 and 1 bits, in this order
-constexpr int KINDS = 8;                // a width and the place of a cell in its word: cell_words.py numbers them
+constexpr int WIDTHS = 5;  // of 8, 4, 3, 2 and 1 bits, in this order
+constexpr int KINDS = 8;   // a width and the place of a cell in its word: cell_words.py numbers them
 constexpr int KIND_WIDTH[KINDS] = {1, 1, 1, 1, 2, 2, 3, 4}, KIND_PLACE[KINDS] = {0, 1, 2, 3, 0, 1, 0, 0};
 
 struct KindTables {
-    alignas(64) int32_t shift[KINDS][LANES] = {};   // how far the code of each lane is from the word's lowest bit: two tiles side by side
-    alignas(64) float levels[KINDS][LANES] = {};    // a code less the middle of all; what stands above its bits does not matter
-    alignas(64) int32_t codes[KINDS][LANES] = {};
+    alignas(64) int32_t shift[KINDS][LANES] = {};  // from the word's lowest bit to each lane's code: two tiles in turn
+    alignas(64) float levels[KINDS][LANES] = {};   // a code less the middle of all; what stands above its bits does not matter
 
     constexpr KindTables() {
         for (int kind = 0; kind < KINDS; ++kind)
@@ -23,7 +22,6 @@ struct KindTables {
                 const int width = KIND_WIDTH[kind];
                 shift[kind][lane] = (width == 3 ? 4 : width) * (lane / 2) + 8 * width * KIND_PLACE[kind];
                 levels[kind][lane] = static_cast<float>(lane % (1 << width)) - static_cast<float>((1 << width) - 1) / 2;
-                codes[kind][lane] = (1 << width) - 1;
             }
     }
 };
@@ -32,29 +30,22 @@ constexpr KindTables TABLES;
 // The numbers of cells of a kind, times a step: the same instructions whatever their width.
 struct Decoder {
     Ints shift;
-#if AVX512
     Floats levels;
 
     INLINE Decoder(int64_t kind, float step)
-        : shift(*reinterpret_cast<const Ints*>(TABLES.shift[kind])), levels(*reinterpret_cast<const Floats*>(TABLES.levels[kind]) * splat(step)) {}
+        : shift(reinterpret_cast<const Ints&>(TABLES.shift[kind])), levels(load(TABLES.levels[kind]) * splat(step)) {}
 
     INLINE Floats numbers(const uint32_t* words) const {
-        const __m512i both = reinterpret_cast<__m512i>(splat_pair(words));
-        return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, reinterpret_cast<__m512i>(shift)), levels);
-    }
+        typedef uint32_t Words __attribute__((vector_size(64)));
+        const Words code = reinterpret_cast<Words>(splat_pair(words)) >> reinterpret_cast<Words>(shift);
+#if AVX512
+        return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(code), levels);
 #else
-    Ints codes;
-    Floats step, middle;
-
-    INLINE Decoder(int64_t kind, float step_)
-        : shift(*reinterpret_cast<const Ints*>(TABLES.shift[kind])), codes(*reinterpret_cast<const Ints*>(TABLES.codes[kind])),
-          step(splat(step_)), middle(splat(TABLES.levels[kind][0])) {}
-
-    INLINE Floats numbers(const uint32_t* words) const {
-        const Ints both = reinterpret_cast<Ints>(splat_pair(words));
-        return (__builtin_convertvector((both >> shift) & codes, Floats) + middle) * step;
-    }
+        Floats found;
+        for (int i = 0; i < LANES; ++i) found[i] = levels[code[i] & 15];
+        return found;
 #endif
+    }
 };
 
 // Cells of 8 bits of two tiles.
@@ -65,8 +56,8 @@ INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, flo
     std::memcpy(&both[1], second, 8);
     Bytes codes;
     std::memcpy(&codes, both, 16);
-    const Ints apart = __builtin_convertvector(codes, Ints);
-    return (__builtin_convertvector(SHUFFLE(apart, apart, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), Floats) - splat(127.5f)) * splat(step);
+    const Floats apart = __builtin_convertvector(__builtin_convertvector(codes, Ints), Floats);
+    return (SHUFFLE(apart, apart, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15) - splat(127.5f)) * splat(step);
 }
 
 // Words that begin with three bytes, [eight fields of 2 bits | eight of 1 bit], as eight fields of 4 bits.
@@ -86,23 +77,21 @@ inline void lay_words(const Rows& rows, const int64_t* base, int64_t set, uint32
     const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
     for (int i = 1; i < WIDTHS; ++i) {
         const int32_t* const range = rows.ranges + (set * WIDTHS + i) * 3;
-        const int64_t begin = range[0], end = range[1], bytes = i == 2 ? 3 : 4, count = (end - begin + bytes - 1) / bytes;
+        const int64_t begin = range[0], length = range[1] - begin, bytes = i == 2 ? 3 : 4, count = (length + bytes - 1) / bytes;
         uint32_t* const to = out + range[2] * TILES;
-        for (int tile = 0; tile < TILES; ++tile) {
+        for (int64_t tile = 0; tile < TILES; ++tile) {
             const uint8_t* const from = data + base[tile] + begin;
-            // A word may end behind the last entry's last byte.
-            const int64_t safe = base[tile] + end + 4 <= rows.bytes ? count : (rows.bytes - base[tile] - begin) / 4;
-            for (int64_t word = 0; word < count && word < safe; ++word) std::memcpy(to + word * TILES + tile, from + word * bytes, 4);
-            for (int64_t word = safe; word < count; ++word) {
-                to[word * TILES + tile] = 0;
-                const int64_t rest = end - begin - word * bytes;
-                std::memcpy(to + word * TILES + tile, from + word * bytes, rest < 4 ? rest : 4);
+            // A word may end behind the last entry's last byte: of such a one only what is there is read.
+            const int64_t rest = rows.bytes - base[tile] - begin, all = length + 4 <= rest ? count : rest / 4;
+            for (int64_t word = 0; word < count; ++word) {
+                uint32_t& place = to[word * TILES + tile] = 0;
+                const int64_t left = length - word * bytes;
+                std::memcpy(&place, from + word * bytes, word < all || left > 4 ? 4 : left);
             }
         }
-        for (int64_t at = 0; bytes == 3 && at < count * TILES; at += LANES) {
-            float* const place = reinterpret_cast<float*>(to + at);
-            store(place, reinterpret_cast<Floats>(fields_of_three(reinterpret_cast<Ints>(load(place)))));
-        }
+        float* const words = reinterpret_cast<float*>(to);
+        for (int64_t at = 0; bytes == 3 && at < count * TILES; at += LANES)
+            store(words + at, reinterpret_cast<Floats>(fields_of_three(reinterpret_cast<Ints>(load(words + at)))));
     }
 }
 

@@ -1,4 +1,4 @@
-"""Look-up tables by which kernels find coded cells (kvcapsule.codec.cells) as 32-bit words.
+"""Look-up tables by which kernels find coded cells (kvcapsule.segments.coefficient_rows) as 32-bit words.
 
 Every entry of a capsule has the same layout, so the tables are made once for a coding. Keys are read by groups of eight rows, values by
 channels: a *block* is a group or a channel, and what its cells meet are the channels or the groups. Two neighbouring blocks are read side
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...codec.cells import Coding
-from ...packing import WIDTHS
+from ...segments.coefficient_rows import Coding
+from ...segments.bit_packing import WIDTHS
 
 PER_WORD = {1: 4, 2: 2, 3: 1, 4: 1}
 """Cells of a width that lie in one word of 32 bits."""

@@ -1,6 +1,6 @@
 // The reader of coefficient rows: a cell's eight numbers of two tiles lie side by side in one vector.
 //
-// Two groups of rows (keys) meet the same queries, and two channels (values) the same weights: what is loaded once serves both.
+// Two groups of rows (keys) meet the same queries, and two channels (values) the same weights: what is loaded serves both.
 #pragma once
 
 #include "cell_words.h"
@@ -11,23 +11,23 @@ namespace kvcapsule {
 // Keys or values in cells, and what loops over the cells of a set need; see cell_words.py for lines.
 struct Cells {
     const Rows& rows;
-    int64_t pairs;      // of groups (keys) or channels (values)
-    float *step, *shift = nullptr;  // of each cell of the lines, [2 n], 0 in null cells; and of keys the rows' offset, twice each [2 n, 16]
-    uint32_t* words;    // [words of a set, TILES]
+    int64_t pairs;       // of groups (keys) or channels (values)
+    float *step, *shift; // of each cell of the lines, [2 n], 0 in null cells; of keys the rows' offset, twice each [2 n, 16]
+    uint32_t* words;     // [words of a set, TILES]
     int64_t base[TILES], first_line = 0;
 
-    Cells(const Rows& rows_, int64_t sets, int64_t blocks, bool with_offset, Arena& arena) : rows(rows_), pairs((blocks + 1) / 2) {
-        int64_t lines = 0, most_words = 0;
+    Cells(const Rows& rows_, int64_t sets, bool of_channels, Arena& arena) : rows(rows_) {
+        pairs = ((of_channels ? rows.channels : rows.rows / 8) + 1) / 2;
+        int64_t lines = 0, most = 0;
         for (int64_t set = 0; set < sets; ++set) {
-            const int64_t count = bounds(set, pairs - 1)[2] - bounds(set, 0)[0];
-            lines = count > lines ? count : lines;
             const int32_t* const last = rows.ranges + (set * WIDTHS + WIDTHS - 1) * 3;
-            const int64_t end = last[2] + (last[1] - last[0] + 3) / 4 + 4;
-            most_words = end > most_words ? end : most_words;
+            const int64_t count = bounds(set, pairs - 1)[2] - bounds(set, 0)[0], end = last[2] + (last[1] - last[0]) / 4 + 4;
+            lines = count > lines ? count : lines;
+            most = end > most ? end : most;
         }
         step = arena.take(2 * lines);
-        if (with_offset) shift = arena.take(2 * LANES * lines);
-        words = arena.take<uint32_t>(most_words * TILES);
+        shift = of_channels ? nullptr : arena.take(2 * LANES * lines);
+        words = arena.take<uint32_t>(most * TILES);
     }
 
     const int32_t* bounds(int64_t set, int64_t pair) const { return rows.bounds + (set * pairs + pair) * 3; }
@@ -36,24 +36,29 @@ struct Cells {
         first_line = bounds(set, 0)[0];
         const int64_t channels = rows.channels, count = 2 * (bounds(set, pairs - 1)[2] - first_line);
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t cell = rows.numbers[2 * first_line + i];
-            const bool valid = cell < rows.cells;
+            const int64_t cell = rows.numbers[2 * first_line + i], valid = cell < rows.cells;
             step[i] = valid && rows.widths[cell] ? rows.step[cell] : 0;
             const float* const offset = rows.offset + cell / channels * 8 * channels + cell % channels;
-            for (int m = 0; shift && m < 8; ++m) shift[i * LANES + 2 * m] = shift[i * LANES + 2 * m + 1] = valid ? offset[m * channels] : 0;
+            for (int m = 0; shift && m < 8; ++m)
+                shift[i * LANES + 2 * m] = shift[i * LANES + 2 * m + 1] = valid ? offset[m * channels] : 0;
         }
     }
 
-    // Fetches one of some parts of the cells of the next tiles: what is asked for at once has to be waited for.
-    void expect(const Tile* next, int64_t tiles, int64_t set, int64_t part, int64_t parts) const {
-        for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile)
-            for (const int32_t* range = rows.ranges + set * WIDTHS * 3; range < rows.ranges + (set + 1) * WIDTHS * 3; range += 3) {
-                const uint8_t* const data = static_cast<const uint8_t*>(rows.data) + next[tile].entry * rows.entry;
-                for (int64_t at = range[0]; at < range[1] + 63; at += 64) prefetch(data + (at < range[1] ? at : range[1] - 1));
-            }
+    // Lays out the words of some tiles. What stands in the place of a tile that is not there is not read.
+    void open_tiles(const Tile* tile, int64_t tiles, int64_t set) {
+        for (int64_t i = 0; i < TILES; ++i) base[i] = tile[i < tiles ? i : 0].entry * rows.entry;
+        lay_words(rows, base, set, words);
     }
 
-    // Calls body(line, what its cells meet, numbers) for each line of a pair of blocks; numbers(half, tile) of two tiles from `tile` on.
+    // Fetches one of some parts of the cells of the next tiles: what is asked for at once has to be waited for.
+    void expect(const Tile* next, int64_t tiles, int64_t set, int64_t part) const {
+        for (int64_t tile = part * tiles / pairs; tile < (part + 1) * tiles / pairs; ++tile)
+            for (const int32_t* range = rows.ranges + set * WIDTHS * 3; range < rows.ranges + (set + 1) * WIDTHS * 3; range += 3)
+                for (int64_t at = range[0]; at < range[1] + 63; at += 64)
+                    prefetch(static_cast<const uint8_t*>(rows.data) + next[tile].entry * rows.entry + at);
+    }
+
+    // Calls body(line, what its cells meet, numbers) for each line of a pair; numbers(half, tile): of two tiles from `tile` on.
     template <class Body> INLINE void each_line(int64_t set, int64_t pair, const Body& body) const {
         const int32_t* const bound = bounds(set, pair);
         const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
@@ -64,7 +69,8 @@ struct Cells {
             if (i < bound[1]) {
                 const Decoder decoders[2] = {{low[0] >> 24, steps[0]}, {low[1] >> 24, steps[1]}};
                 const uint32_t* const at[2] = {words + (low[0] & 0xffffff) * TILES, words + (low[1] & 0xffffff) * TILES};
-                body(i - first_line, met, [&](int half, int64_t tile) INLINE_LAMBDA { return decoders[half].numbers(at[half] + tile); });
+                body(i - first_line, met,
+                     [&](int half, int64_t tile) INLINE_LAMBDA { return decoders[half].numbers(at[half] + tile); });
             } else {
                 body(i - first_line, met, [&](int half, int64_t tile) INLINE_LAMBDA {
                     return eight_bit_numbers(data + base[tile] + low[half], data + base[tile + 1] + low[half], steps[half]);
@@ -74,7 +80,7 @@ struct Cells {
     }
 };
 
-// Where a product's sums belong whose rows 2 i and 2 i + 1 are two tiles: their numbers side by side, eight columns a vector.
+// Where a product's sums belong whose rows 2 i and 2 i + 1 are two tiles: their numbers in turn, eight columns a vector.
 struct SideBySide {
     float* out;
     int64_t rows, pair, row, group;  // rows of a pair of tiles; how far pairs, rows and groups of eight columns are apart
@@ -82,13 +88,12 @@ struct SideBySide {
     template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t line, int64_t column) const {
         UNROLL
         for (int a = 0; a < A; a += 2) {
-            float* const to = out + (line + a) / 2 / rows * pair + (line + a) / 2 % rows * row + column / 8 * group;
+            const int64_t i = (line + a) / 2;
+            float* const to = out + i / rows * pair + i % rows * row + column / 8 * group;
             UNROLL
             for (int v = 0; v < V; ++v) {
-                Floats low, high;
-                interleave(sum[a][v], sum[a + 1][v], low, high);
-                store(to + 2 * v * group, low);
-                store(to + (2 * v + 1) * group, high);
+                store(to + 2 * v * group, lower_interleaved(sum[a][v], sum[a + 1][v]));
+                store(to + (2 * v + 1) * group, upper_interleaved(sum[a][v], sum[a + 1][v]));
             }
         }
     }
@@ -99,46 +104,42 @@ class CoefficientReader {
     static constexpr bool PAIRED = true;  // products with key rows are [pairs of tiles, rows, M, 2]
 
     CoefficientReader(const Call& call, const Segment& s, const Shape& shape, Arena& arena)
-        : call_(call), s_(s), shape_(shape), queries_map_(s, shape.rows, call.dim, arena),
-          keys_(s.keys, s.sets, s.keys.rows / 8, true, arena), values_(s.values, s.sets, s.values.channels, false, arena),
-          columns_(padded(s.values.channels)), weight_count_(shape.rows * shape.value_line * 2) {
-        queries_ = arena.take(TILES * queries_map_.columns);
+        : call_(call), s_(s), shape_(shape), query_map_(call, s, arena), keys_(s.keys, s.sets, false, arena),
+          values_(s.values, s.sets, true, arena), columns_(padded(s.values.channels)),
+          weight_count_(shape.rows * shape.value_line * 2) {
+        queries_ = arena.take(TILES * shape.rows * query_map_.width);
         weights_ = arena.take(weight_count_);
+        row_weights_ = arena.take((shape.rows + 8) * shape.value_line);
         sums_ = arena.take(shape.blocks * s.values.channels * 8);
         offset_ = arena.take(s.values.rows * columns_);
-        row_weights_ = arena.take(shape.rows * shape.value_line);
     }
 
     void open_set(int64_t set) {
+        const int64_t rows = s_.values.rows, channels = s_.values.channels;
         set_ = set;
+        query_map_.open_set(set);
         keys_.open_set(set);
         values_.open_set(set);
-        const int64_t channels = s_.values.channels;
-        copy_map(s_.values.offset + set * s_.values.rows * channels, s_.values.rows, channels, channels, 1, offset_, columns_);
+        copy_map(s_.values.offset + set * rows * channels, rows, channels, channels, 1, offset_, columns_);
     }
 
     void load_queries(const float* query) {
-        queries_map_.load_queries(s_, call_, set_, query, shape_.real_rows);
+        query_map_.load(query);
         std::memset(weights_, 0, weight_count_ * sizeof(float));
         std::memset(sums_, 0, shape_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
-    void score_rows(const Tile* tile, int64_t tiles, int64_t next_tiles, float* z) {
-        for (int64_t i = 0; i < TILES; ++i) {
-            // Words are laid out for all tiles; what stands in the place of one that is not there is not read.
-            const int64_t entry = tile[i < tiles ? i : 0].entry;
-            keys_.base[i] = entry * s_.keys.entry, values_.base[i] = entry * s_.values.entry;
-            queries_map_.set_tile(s_, i, entry);
-        }
-        lay_words(s_.keys, keys_.base, set_, keys_.words);
-        product<1>(queries_map_.of_tiles, queries_map_.features, TILES, queries_map_.map, queries_map_.line, queries_map_.features,
-                   queries_map_.columns, SideBySide{queries_, 1, 2 * queries_map_.columns, 0, LANES});
-        const int64_t pairs = (tiles + 1) / 2;
+    void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {
+        const int64_t line = 2 * query_map_.width, pairs = (tiles + 1) / 2;
+        query_map_.rotate(tile, tiles);
+        for (int64_t head = 0; head < s_.heads; ++head)
+            query_map_.map(head, tiles, SideBySide{queries_ + head * call_.rows * line, call_.rows, shape_.rows * line, line, LANES});
+        keys_.open_tiles(tile, tiles, set_);
         with_block(shape_.block, [&](auto size) {
             constexpr int R = decltype(size)::value, P = R <= 2 ? 4 : R == 4 ? 2 : 1;
             for (int64_t block = 0; block < shape_.blocks; ++block)
                 for (int64_t groups = 0; groups < keys_.pairs; ++groups) {
-                    if (!block) keys_.expect(tile + tiles, next_tiles, set_, groups, keys_.pairs);
+                    if (!block) keys_.expect(tile + tiles, next, set_, groups);
                     int64_t p = 0;
                     for (; p + P <= pairs; p += P) score_groups<R, P>(block, groups, p, z);
                     for (; P > 1 && p < pairs; ++p) score_groups<R, 1>(block, groups, p, z);
@@ -146,25 +147,29 @@ class CoefficientReader {
         });
     }
 
-    // Weights of the value rows [pairs of tiles, M / 8, rows, 8, 2] from those of the tokens [lines, N].
-    void map_weights(const float* p, int64_t lines, const float* map, float* w) const {
-        product<1>(p, shape_.score_line, lines, map, shape_.value_line, shape_.tokens, shape_.value_line,
-                   SideBySide{w, shape_.rows, weight_count_, LANES, shape_.rows * LANES});
+    void map_scores(const float* z, int64_t lines, const float* map, float* scores) const {
+        product<2>(z, 2 * s_.keys.rows, lines, map, s_.keys.rows, shape_.score_line, ByRow{scores, shape_.score_line});
     }
 
-    void add_values(const Tile* tile, int64_t tiles, int64_t next_tiles, const float* w, const float*) {
+    // Weights of the value rows are [pairs of tiles, M / 8, rows, 8, 2].
+    void map_weights(const float* scores, int64_t lines, const float* map, float* weights) const {
+        product<1>(scores, shape_.score_line, lines, map, shape_.tokens, shape_.value_line,
+                   SideBySide{weights, shape_.rows, weight_count_, LANES, shape_.rows * LANES});
+    }
+
+    void add_values(const Tile* tile, int64_t tiles, int64_t next, const float* weights, const float*) {
         const int64_t pairs = (tiles + 1) / 2;
         for (int64_t at = 0; at < weight_count_; at += LANES) {
             Floats sum = load(weights_ + at);
-            for (int64_t pair = 0; pair < pairs; ++pair) sum += load(w + pair * weight_count_ + at);
+            for (int64_t pair = 0; pair < pairs; ++pair) sum += load(weights + pair * weight_count_ + at);
             store(weights_ + at, sum);
         }
-        lay_words(s_.values, values_.base, set_, values_.words);
+        values_.open_tiles(tile, tiles, set_);
         with_block(shape_.block, [&](auto size) {
             for (int64_t block = 0; block < shape_.blocks; ++block)
                 for (int64_t channels = 0; channels < values_.pairs; ++channels) {
-                    if (!block) values_.expect(tile + tiles, next_tiles, set_, channels, values_.pairs);
-                    add_channels<decltype(size)::value>(block, channels, pairs, w);
+                    if (!block) values_.expect(tile + tiles, next, set_, channels);
+                    add_channels<size>(block, channels, pairs, weights);
                 }
         });
     }
@@ -172,7 +177,8 @@ class CoefficientReader {
     void rescale(int64_t row, float factor) {
         float* const sums = sums_ + row / shape_.block * s_.values.channels * 8 + row % shape_.block;
         for (int64_t c = 0; c < s_.values.channels; ++c) sums[c * 8] *= factor;
-        for (float* at = weights_ + row * LANES; at < weights_ + weight_count_; at += shape_.rows * LANES) store(at, load(at) * splat(factor));
+        for (int64_t at = row * LANES; at < weight_count_; at += shape_.rows * LANES)
+            store(weights_ + at, load(weights_ + at) * splat(factor));
     }
 
     void finish(float* out) {
@@ -181,7 +187,7 @@ class CoefficientReader {
                 const float* const at = weights_ + (m / 8 * shape_.rows + row) * LANES + m % 8 * 2;
                 row_weights_[row * shape_.value_line + m] = at[0] + at[1];
             }
-        small_product(row_weights_, shape_.value_line, shape_.real_rows, offset_, columns_, s_.values.rows, columns_, ByRow{out, columns_});
+        product<1>(row_weights_, shape_.value_line, shape_.real_rows, offset_, s_.values.rows, columns_, ByRow{out, columns_});
         for (int64_t row = 0; row < shape_.real_rows; ++row) {
             const float* const sums = sums_ + row / shape_.block * s_.values.channels * 8 + row % shape_.block;
             for (int64_t c = 0; c < s_.values.channels; ++c) out[row * columns_ + c] += sums[c * 8];
@@ -192,38 +198,37 @@ class CoefficientReader {
     // Products of a block of R queries of P pairs of tiles from p on with two groups of key rows.
     template <int R, int P> INLINE void score_groups(int64_t block, int64_t groups, int64_t p, float* z) const {
         Floats sum[2][P][R] = {};
-        const int64_t channels = s_.keys.channels, apart = 2 * queries_map_.columns, rows = s_.keys.rows;
-        const float* const queries = queries_ + p * apart + block * R * channels * 2;
-        keys_.each_line(set_, groups, [&](int64_t line, int64_t channel, const auto& numbers) INLINE_LAMBDA {
-            const Floats shift[2] = {load(keys_.shift + 2 * LANES * line), load(keys_.shift + 2 * LANES * line + LANES)};
+        const int64_t line = 2 * query_map_.width, apart = shape_.rows * line, rows = s_.keys.rows;
+        const float* const queries = queries_ + p * apart + block * R * line;
+        keys_.each_line(set_, groups, [&](int64_t i, int64_t channel, const auto& numbers) INLINE_LAMBDA {
+            const Floats shift[2] = {load(keys_.shift + 2 * LANES * i), load(keys_.shift + 2 * LANES * i + LANES)};
             UNROLL
-            for (int i = 0; i < P; ++i) {
-                const Floats first = numbers(0, 2 * (p + i)) + shift[0], second = numbers(1, 2 * (p + i)) + shift[1];
+            for (int pair = 0; pair < P; ++pair) {
+                const Floats first = numbers(0, 2 * (p + pair)) + shift[0], second = numbers(1, 2 * (p + pair)) + shift[1];
                 UNROLL
                 for (int r = 0; r < R; ++r) {
-                    const Floats query = splat_pair(queries + i * apart + (r * channels + channel) * 2);
-                    sum[0][i][r] += first * query;
-                    sum[1][i][r] += second * query;
+                    const Floats query = splat_pair(queries + pair * apart + r * line + channel * 2);
+                    sum[0][pair][r] += first * query;
+                    sum[1][pair][r] += second * query;
                 }
             }
         });
         UNROLL
-        for (int i = 0; i < P; ++i)
+        for (int pair = 0; pair < P; ++pair)
             UNROLL
             for (int r = 0; r < R; ++r) {
-                float* const to = z + ((p + i) * shape_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
-                store(to, sum[0][i][r]);
-                if (groups * 16 + 8 < rows) store(to + LANES, sum[1][i][r]);
+                float* const to = z + ((p + pair) * shape_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
+                store(to, sum[0][pair][r]);
+                if (groups * 16 + 8 < rows) store(to + LANES, sum[1][pair][r]);
             }
     }
 
     // Adds two channels of the value rows of so many pairs of tiles.
-    template <int R> INLINE void add_channels(int64_t block, int64_t channels, int64_t pairs, const float* w) {
-        Floats sum[2 * R] = {};
-        const float* const weights = w + block * R * LANES;
+    template <int R> INLINE void add_channels(int64_t block, int64_t channels, int64_t pairs, const float* weights) {
+        Floats sum[(2 * R + 3) / 4 * 4] = {};
         const int64_t apart = shape_.rows * LANES;
         values_.each_line(set_, channels, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
-            const float* here = weights + group * apart;
+            const float* here = weights + block * R * LANES + group * apart;
             for (int64_t p = 0; p < pairs; ++p, here += weight_count_) {
                 const Floats first = numbers(0, 2 * p), second = numbers(1, 2 * p);
                 UNROLL
@@ -235,20 +240,20 @@ class CoefficientReader {
             }
         });
         float found[(2 * R + 3) / 4 * 4];
-        sums_of_lanes(sum, found);
-        const int64_t many = 2 * channels + 1 < s_.values.channels ? 2 : 1;
+        UNROLL
+        for (int i = 0; i < 2 * R; i += 4) store_four_sums(found + i, sum + i);
         float* const to = sums_ + (block * s_.values.channels + 2 * channels) * 8;
-        for (int64_t half = 0; half < many; ++half)
+        for (int half = 0; half < 2 && 2 * channels + half < s_.values.channels; ++half)
             for (int r = 0; r < R; ++r) to[half * 8 + r] += found[half * R + r];
     }
 
     const Call& call_;
     const Segment& s_;
     const Shape& shape_;
-    QueryMap queries_map_;
+    Queries query_map_;
     Cells keys_, values_;
     int64_t set_ = 0, columns_, weight_count_;
-    float *queries_, *weights_;  // [pairs, rows * C filled up, 2]; [M / 8, rows, 8, 2] of a batch row's tiles together
+    float *queries_, *weights_;             // [pairs, rows, width, 2]; [M / 8, rows, 8, 2]: of a batch row's tiles together
     float *sums_, *offset_, *row_weights_;  // [blocks, C, 8], [M, columns], [rows, M filled up]
 };
 

@@ -1,22 +1,22 @@
 // The reader of rows that are stored one by one: raw, or quantised to few bits, which become numbers a tile at a time.
 //
 // A reader has (Pass in attend.cpp calls them in this order, for each set; from load_queries on for each batch row):
-//   open_set(set)                     makes what is the same for all tiles of a set
-//   load_queries(query)               of a batch row; what has been added up begins at 0
-//   score_rows(tile, tiles, next, z)  products of the queries with the stored keys of some tiles; `next` tiles follow behind these
-//   map_weights(p, lines, map, w)     weights of the stored values from those of the tokens, where there is a value_map
-//   add_values(tile, tiles, next, w, caps)
-//   rescale(row, factor)              of what has been added up
-//   finish(out)                       what has been added up: [rows, padded(C)]
+//   open_set(set)                    makes what is the same for all tiles of a set
+//   load_queries(query)              of a batch row; what has been added up begins at 0
+//   score_rows(tile, tiles, next)    products of the queries with the stored keys of some tiles; `next` follow behind these
+//   map_scores(lines, map, scores)   where there is a score_map: scores of the tokens from these products,
+//   map_weights(scores, lines, map)  and where there is a value_map, weights of the stored values from those of the tokens
+//   add_values(tile, tiles, next, weights, caps)
+//   rescale(row, factor)             of what has been added up
+//   finish(out)                      what has been added up: [rows, padded(C)]
 #pragma once
 
-#include "online_softmax.h"
 #include "rotary_queries.h"
 
 namespace kvcapsule {
 
-// Sixteen codes of a channel, of which eight fill `BITS` bytes; `count` are there to be read, a multiple of 8.
-template <int BITS> INLINE Ints codes_of_run(const uint8_t* from, int64_t count) {
+// Sixteen codes of a channel, of which eight fill BITS bytes; `count` are there to be read, a multiple of 8.
+template <int BITS> INLINE Ints codes_of_channel(const uint8_t* from, int64_t count) {
     if constexpr (BITS == 8) {
         typedef uint8_t Bytes __attribute__((vector_size(16)));
         Bytes codes = {};
@@ -42,10 +42,11 @@ class RowReader {
     static constexpr bool PAIRED = false;
 
     RowReader(const Call& call, const Segment& s, const Shape& shape, Arena& arena)
-        : s_(s), shape_(shape), queries_(call, s, shape, arena), line_(padded(s.values.channels)) {
-        keys_ = arena.take(shape.key_line * queries_.line());
-        values_ = arena.take(shape.value_line * line_);
-        sums_ = arena.take(shape.rows * line_);
+        : call_(call), s_(s), shape_(shape), queries_(call, s, arena), width_(padded(s.values.channels)) {
+        mapped_ = arena.take(s.q_map.data ? TILES * shape.rows * queries_.width : 0);
+        keys_ = arena.take(shape.key_line * queries_.width);
+        values_ = arena.take(shape.value_line * width_);
+        sums_ = arena.take(shape.rows * width_);
     }
 
     void open_set(int64_t set) {
@@ -55,118 +56,124 @@ class RowReader {
 
     void load_queries(const float* query) {
         queries_.load(query);
-        std::memset(sums_, 0, shape_.rows * line_ * sizeof(float));
+        std::memset(sums_, 0, shape_.rows * width_ * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t, float* z) {
+        const int64_t width = queries_.width;
+        const float* queries = queries_.rotate(tile, tiles);
+        if (s_.q_map.data) queries_.map(0, tiles, ByRow{mapped_, width}), queries = mapped_;
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t count = s_.score_map.data ? s_.keys.rows : tile[i].count;
-            const float* const query = queries_.of(tile[i].entry);
+            const float* const query = queries + (i / 2 * call_.rows * 2 + i % 2) * width;
             int64_t apart;
-            const float* const key = rows_of(s_.keys, tile[i], count, false, keys_, queries_.line(), apart);
+            const float* const keys = rows_of(s_.keys, tile[i], count, false, keys_, width, apart);
             with_block(shape_.block, [&](auto size) {
-                constexpr int R = decltype(size)::value;
-                for (int64_t row = 0; row < shape_.rows; row += R)
-                    dots<R>(query + row * queries_.line(), queries_.line(), key, apart, count, queries_.line(),
-                            z + shape_.line(i, row) * shape_.key_line, 2 * shape_.key_line);
+                for (int64_t row = 0; row < shape_.rows; row += size)
+                    dots<size>(query + 2 * row * width, 2 * width, keys, apart, count, width,
+                               z + shape_.line(i, row) * shape_.key_line, 2 * shape_.key_line);
             });
         }
     }
 
-    void map_weights(const float* p, int64_t lines, const float* map, float* w) const {
-        product<1>(p, shape_.score_line, lines, map, shape_.value_line, shape_.tokens, shape_.value_line, ByRow{w, shape_.value_line});
+    void map_scores(const float* z, int64_t lines, const float* map, float* scores) const {
+        product<1>(z, shape_.key_line, lines, map, s_.keys.rows, shape_.score_line, ByRow{scores, shape_.score_line});
     }
 
-    void add_values(const Tile* tile, int64_t tiles, int64_t, const float* w, const float* caps) {
-        for (int64_t i = 0; i < tiles; ++i) {
+    void map_weights(const float* scores, int64_t lines, const float* map, float* weights) const {
+        product<1>(scores, shape_.score_line, lines, map, shape_.tokens, shape_.value_line, ByRow{weights, shape_.value_line});
+    }
+
+    void add_values(const Tile* tile, int64_t tiles, int64_t, const float* weights, const float* caps) {
+        for (int64_t i = 0; i < tiles; ++i, caps += shape_.score_line) {
             const int64_t count = s_.value_map.data ? s_.values.rows : tile[i].count;
-            const float* const cap = caps + i * shape_.score_line;
             bool hidden = false;
-            for (int64_t n = 0; !s_.value_map.data && n < count; ++n) hidden = hidden || !(cap[n] > 0);
+            for (int64_t n = 0; !s_.value_map.data && n < count; ++n) hidden = hidden || caps[n] < 0;
             int64_t apart;
-            const float* const value = rows_of(s_.values, tile[i], count, hidden, values_, line_, apart);
+            const float* const values = rows_of(s_.values, tile[i], count, hidden, values_, width_, apart);
             // What nobody sees may be anything: a weight of 0 would not silence what is not a number.
             for (int64_t n = 0; hidden && n < count; ++n)
-                if (!(cap[n] > 0)) std::memset(values_ + n * line_, 0, line_ * sizeof(float));
+                if (caps[n] < 0) std::memset(values_ + n * width_, 0, width_ * sizeof(float));
             with_block(shape_.block, [&](auto size) {
                 constexpr int R = decltype(size)::value, V = R <= 2 ? 8 : R == 4 ? 4 : 2;
                 for (int64_t row = 0; row < shape_.rows; row += R) {
-                    const float* const weights = w + shape_.line(i, row) * shape_.value_line;
-                    int64_t column = 0;
-                    for (; column + V * LANES <= line_; column += V * LANES) add<R, V>(weights, value + column, apart, count, row, column);
-                    for (; column < line_; column += LANES) add<R, 1>(weights, value + column, apart, count, row, column);
+                    const float* const w = weights + shape_.line(i, row) * shape_.value_line;
+                    int64_t c = 0;
+                    for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values + c, apart, count, row, c);
+                    for (; c < width_; c += LANES) add<R, 1>(w, values + c, apart, count, row, c);
                 }
             });
         }
     }
 
     void rescale(int64_t row, float factor) {
-        for (int64_t c = 0; c < line_; c += LANES) store(sums_ + row * line_ + c, load(sums_ + row * line_ + c) * splat(factor));
+        for (int64_t c = row * width_; c < (row + 1) * width_; ++c) sums_[c] *= factor;
     }
 
-    void finish(float* out) const { std::memcpy(out, sums_, shape_.real_rows * line_ * sizeof(float)); }
+    void finish(float* out) const { std::memcpy(out, sums_, shape_.real_rows * width_ * sizeof(float)); }
 
   private:
-    // A tile's rows, `apart`: where they are, or copied into `buffer` [count, line] and filled up with zeros.
-    const float* rows_of(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t line, int64_t& apart) const {
-        apart = line;
+    // A tile's rows, `apart`: where they are, or made in `buffer` [count, width], filled up with zeros.
+    const float* rows_of(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t width,
+                         int64_t& apart) const {
+        const int64_t first = tile.entry * rows.entry + set_ * rows.head;
+        const float* const from = static_cast<const float*>(rows.data) + first + tile.token * rows.row;
+        apart = width;
         if (s_.form == QUANTIZED) {
+            const uint8_t* const codes = static_cast<const uint8_t*>(rows.data) + first + tile.token / 8 * rows.bits;
             switch (rows.bits) {
-                case 1: read_codes<1>(rows, tile, count, buffer, line); break;
-                case 2: read_codes<2>(rows, tile, count, buffer, line); break;
-                case 3: read_codes<3>(rows, tile, count, buffer, line); break;
-                case 4: read_codes<4>(rows, tile, count, buffer, line); break;
-                default: read_codes<8>(rows, tile, count, buffer, line);
+                case 1: read_codes<1>(rows, tile, count, codes, buffer, width); break;
+                case 2: read_codes<2>(rows, tile, count, codes, buffer, width); break;
+                case 3: read_codes<3>(rows, tile, count, codes, buffer, width); break;
+                case 4: read_codes<4>(rows, tile, count, codes, buffer, width); break;
+                default: read_codes<8>(rows, tile, count, codes, buffer, width);
             }
-            return buffer;
+        } else if (copied || rows.channels % LANES) {
+            copy_map(from, count, rows.row, rows.channels, 1, buffer, width);
+        } else {
+            return apart = rows.row, from;
         }
-        const float* const from = static_cast<const float*>(rows.data) + tile.entry * rows.entry + set_ * rows.head + tile.token * rows.row;
-        if (copied || rows.channels % LANES) return copy_map(from, count, rows.row, rows.channels, 1, buffer, line), buffer;
-        return apart = rows.row, from;
+        return buffer;
     }
 
     // x = step * code + least value, step and least value of each channel of an entry.
-    template <int BITS> void read_codes(const Rows& rows, const Tile& tile, int64_t count, float* out, int64_t line) const {
-        const int64_t written = (rows.rows + 7) / 8 * 8 - tile.token, first = (tile.entry * (s_.head ? 1 : s_.sets) + set_) * rows.channels;
-        const uint8_t* const codes = static_cast<const uint8_t*>(rows.data) + tile.entry * rows.entry + set_ * rows.head + tile.token / 8 * BITS;
-        for (int64_t c = 0; c < rows.channels; c += LANES) {
-            const int many = rows.channels - c < LANES ? static_cast<int>(rows.channels - c) : LANES;
+    template <int BITS>
+    void read_codes(const Rows& rows, const Tile& tile, int64_t count, const uint8_t* codes, float* out, int64_t width) const {
+        const int64_t written = (rows.rows + 7) / 8 * 8 - tile.token;
+        const int64_t scales = (tile.entry * (s_.head ? 1 : s_.sets) + set_) * rows.channels;
+        for (int64_t c = 0; c < rows.channels; c += LANES)
             for (int64_t n = 0; n < count; n += LANES) {
                 Floats numbers[LANES];
-                const uint8_t* from = codes + c * rows.row + n / 8 * BITS;
                 UNROLL
-                for (int i = 0; i < LANES; ++i, from += i < many ? rows.row : 0) {
-                    const int channel = static_cast<int>(first + c) + (i < many ? i : 0);
-                    const Floats code = __builtin_convertvector(codes_of_run<BITS>(from, written - n), Floats);
-                    numbers[i] = code * splat(rows.step[channel]) + splat(rows.offset[channel]);
+                for (int64_t i = 0; i < LANES; ++i) {
+                    const int64_t channel = c + i < rows.channels ? c + i : c;
+                    const uint8_t* const from = codes + channel * rows.row + n / 8 * BITS;
+                    const Floats code = __builtin_convertvector(codes_of_channel<BITS>(from, written - n), Floats);
+                    numbers[i] = code * splat(rows.step[scales + channel]) + splat(rows.offset[scales + channel]);
                 }
-                store_transposed(numbers, out + n * line + c, line);
+                store_transposed(numbers, out + n * width + c, width);
             }
-        }
     }
 
     template <int R, int V>
-    INLINE void add(const float* weights, const float* value, int64_t apart, int64_t count, int64_t row, int64_t column) {
-        float* const to = sums_ + row * line_ + column;
+    INLINE void add(const float* weights, const float* values, int64_t apart, int64_t count, int64_t row, int64_t column) {
+        float* const to = sums_ + row * width_ + column;
         Floats sum[R][V];
         UNROLL
         for (int r = 0; r < R; ++r)
             UNROLL
-            for (int v = 0; v < V; ++v) sum[r][v] = load(to + r * line_ + v * LANES);
+            for (int v = 0; v < V; ++v) sum[r][v] = load(to + r * width_ + v * LANES);
         // The next tile's values are on their way meanwhile.
-        accumulate<R, V, 1>(sum, weights, 2 * shape_.value_line, value, apart, count, s_.value_map.data ? 0 : CHUNK * apart);
-        UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int v = 0; v < V; ++v) store(to + r * line_ + v * LANES, sum[r][v]);
+        accumulate<R, V, 1>(sum, weights, 2 * shape_.value_line, values, apart, count, values == values_ ? 0 : CHUNK * apart);
+        ByRow{to, width_}.put(sum, 0, 0);
     }
 
+    const Call& call_;
     const Segment& s_;
     const Shape& shape_;
-    EntryQueries queries_;
-    int64_t line_, set_ = 0;
-    float *keys_, *values_;  // of a tile
-    float* sums_;            // [rows, line]
+    Queries queries_;
+    int64_t width_, set_ = 0;
+    float *mapped_, *keys_, *values_, *sums_;  // queries; rows of a tile that are made; [rows, width]
 };
 
 }  // namespace kvcapsule

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define AVX512 1
@@ -85,34 +86,33 @@ INLINE float sum_of_lanes(Floats x) { return fold(x, [](Floats a, Floats b) INLI
 INLINE float max_of_lanes(Floats x) { return fold(x, maximum)[0]; }
 
 // Numbers of x and y in turn, those of the lower or of the upper half of each quarter; and the same by twos.
-INLINE Floats lower_in_turn(Floats x, Floats y) { return SHUFFLE(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); }
-INLINE Floats upper_in_turn(Floats x, Floats y) { return SHUFFLE(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); }
-INLINE Floats lower_twos(Floats x, Floats y) { return SHUFFLE(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); }
-INLINE Floats upper_twos(Floats x, Floats y) { return SHUFFLE(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); }
+#define EACH_QUARTER(x, y, a, b, c, d) \
+    SHUFFLE(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12)
+INLINE Floats lower_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 16, 1, 17); }
+INLINE Floats upper_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 18, 3, 19); }
+INLINE Floats lower_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1, 16, 17); }
+INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 18, 19); }
 
-// to[i] = the sum of the lanes of the i-th of four vectors.
-INLINE void store_four_sums(float* to, Floats a, Floats b, Floats c, Floats d) {
-    const Floats ab = lower_in_turn(a, b) + upper_in_turn(a, b), cd = lower_in_turn(c, d) + upper_in_turn(c, d);
+// to[i] = the sum of the lanes of x[i], of four vectors.
+INLINE void store_four_sums(float* to, const Floats* x) {
+    const Floats ab = lower_in_turn(x[0], x[1]) + upper_in_turn(x[0], x[1]);
+    const Floats cd = lower_in_turn(x[2], x[3]) + upper_in_turn(x[2], x[3]);
     Floats sums = lower_twos(ab, cd) + upper_twos(ab, cd);  // of each quarter
     sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     std::memcpy(to, &sums, 4 * sizeof(float));
 }
 
-template <int COUNT> INLINE void sums_of_lanes(const Floats (&x)[COUNT], float (&sums)[(COUNT + 3) / 4 * 4]) {
-    const auto at = [&](int i) INLINE_LAMBDA { return i < COUNT ? x[i < COUNT ? i : 0] : Floats{}; };
-    UNROLL
-    for (int i = 0; i < COUNT; i += 4) store_four_sums(sums + i, at(i), at(i + 1), at(i + 2), at(i + 3));
-}
-
 // x0, y0, x1, y1, ...: the lower and the upper half of it.
-INLINE void interleave(Floats x, Floats y, Floats& low, Floats& high) {
-    low = SHUFFLE(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high = SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+INLINE Floats lower_interleaved(Floats x, Floats y) {
+    return SHUFFLE(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE Floats upper_interleaved(Floats x, Floats y) {
+    return SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-// Row i of out, `stride` apart, becomes the i-th lanes of the sixteen vectors.
-INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t stride) {
+// Line i of out becomes the i-th lanes of the sixteen vectors.
+INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line) {
     Floats y[LANES];  // y[4 g + i], quarter q: of vectors 4 g to 4 g + 3 the lane 4 q + i
     UNROLL
     for (int g = 0; g < LANES; g += 4) {
@@ -123,19 +123,17 @@ INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t strid
     }
     UNROLL
     for (int i = 0; i < 4; ++i) {
-        Floats halves[4];
-        UNROLL
-        for (int g = 0; g < 4; g += 2) {
-            const Floats a = y[2 * 2 * g + i], b = y[2 * 2 * g + 4 + i];
-            halves[g] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-            halves[g + 1] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        }
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const Floats a = halves[half], b = halves[half + 2];
-            store(out + (8 * half + i) * stride, SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27));
-            store(out + (8 * half + 4 + i) * stride, SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
-        }
+        const auto halves = [&](int g) INLINE_LAMBDA {
+            return SHUFFLE(y[g + i], y[g + 4 + i], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        };
+        const auto others = [&](int g) INLINE_LAMBDA {
+            return SHUFFLE(y[g + i], y[g + 4 + i], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        };
+        const Floats low[2] = {halves(0), halves(8)}, high[2] = {others(0), others(8)};
+        store(out + i * line, SHUFFLE(low[0], low[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+        store(out + (i + 4) * line, SHUFFLE(low[0], low[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+        store(out + (i + 8) * line, SHUFFLE(high[0], high[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+        store(out + (i + 12) * line, SHUFFLE(high[0], high[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
     }
 }
 

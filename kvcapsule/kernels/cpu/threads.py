@@ -1,8 +1,9 @@
 """Pieces of a call's work in the threads of PyTorch's own OpenMP team.
 
-After an operation of PyTorch's its workers wait for the next one without sleeping, for milliseconds, each on a core. Threads of our own
-would have to share these cores with them. So the work is handed to the very team that waits, through the entry that compilers use
-(`GOMP_parallel`, of libgomp; LLVM's and Intel's libraries have it too on Linux). Where there is no such team, threads of Python's do it.
+After an operation of PyTorch's its workers wait for the next one without sleeping, for milliseconds, each on a core.
+Threads of our own would have to share these cores with them. So the work is handed to the very team that waits, through
+the entry that compilers use (`GOMP_parallel`, of libgomp; LLVM's and Intel's libraries have it too on Linux). Where
+there is no such team, threads of Python's do it.
 """
 
 import ctypes
@@ -10,23 +11,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 _LEAST = 2**20
-"""Multiply-adds that are worth another thread: handing work over takes some microseconds, and each piece has to be joined."""
+"""Multiply-adds that are worth another thread: handing work over takes some microseconds, and parts must be joined."""
 
 
 class OpenMP(NamedTuple):
-    """Entries of the OpenMP library that PyTorch uses."""
+    """Entries of the OpenMP library that PyTorch uses, and addresses of two."""
 
     parallel: Callable[..., None]
     """(function, its argument, threads, flags): the function once in each thread of a team."""
     thread: int
-    """Address of `int omp_get_thread_num(void)`."""
+    """int omp_get_thread_num(void)."""
     threads: int
-    """Address of `int omp_get_num_threads(void)`."""
+    """int omp_get_num_threads(void)."""
 
 
 @cache
@@ -40,13 +41,19 @@ def openmp() -> OpenMP | None:
             # Names are looked for in what the library needs, too: the very OpenMP that PyTorch uses.
             library = ctypes.CDLL(str(path))
             try:
-                parallel, *numbers = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+                parallel = library.GOMP_parallel
+                numbers = address(library.omp_get_thread_num), address(library.omp_get_num_threads)
             except AttributeError:
                 return None
-            parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-            thread, threads = (ctypes.cast(number, ctypes.c_void_p).value or 0 for number in numbers)
-            return OpenMP(parallel, thread, threads)
+            parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            parallel.restype = None
+            return OpenMP(parallel, *numbers)
     return None
+
+
+def address(function: Any) -> int:
+    """Of a function of a library."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def count(work: int) -> int:
@@ -54,23 +61,7 @@ def count(work: int) -> int:
     return max(1, min(torch.get_num_threads(), work // _LEAST))
 
 
-def run(pieces: int, piece: Callable[[int], None], member: int, argument: int) -> None:
-    """Do all pieces of a call; back when all are done.
-
-    Args:
-        pieces: how many.
-        piece: does one of them; must let go of the interpreter's lock.
-        member: address of `void member(void *argument)`, which does those of one thread of a team.
-        argument: address of the call.
-    """
-    if pieces == 1:
-        piece(0)
-    elif (team := openmp()) is not None:
-        team.parallel(member, argument, pieces, 0)
-    else:
-        list(_pool(pieces).map(piece, range(pieces)))
-
-
 @lru_cache(maxsize=8)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads of Python's, where there is no team."""
     return ThreadPoolExecutor(threads, thread_name_prefix="kvcapsule")
