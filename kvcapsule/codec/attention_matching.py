@@ -70,11 +70,6 @@ def targets(reading: Reading, v_EHTD: torch.Tensor, among_EHC: torch.Tensor | No
     """For the tokens `among`, by default for all of the tile."""
     attention, values = reading.attention, v_EHTD.to(reading.attention.dtype)
     chosen = attention if among_EHC is None else rows_at(attention, among_EHC)
-    if _compiled(attention, values, 16):
-        from ..kernels.native.bank import targets as compiled
-
-        shared, target = compiled(attention, values, None if among_EHC is None else chosen, _MASS)
-        return Targets(shared if among_EHC is None else columns_at(shared, among_EHC), target, shared)
     shared = products(chosen, attention)
     gram = shared if among_EHC is None else columns_at(shared, among_EHC)
     size = torch.linalg.vector_norm(values, dim=(2, 3))[..., None, None] / sqrt(values.shape[2])

@@ -31,7 +31,9 @@ def backend(device: str) -> str:
 def _choose(device: str) -> str:
     asked = os.environ.get(VARIABLE)
     if asked == "numba":
-        raise ValueError(f"{VARIABLE}=numba: Numba's kernels are gone, set {VARIABLE}=cpu for the CPU's kernels in C++.")
+        raise ValueError(
+            f"{VARIABLE}=numba: Numba's kernels are gone, set {VARIABLE}=cpu for the CPU's kernels in C++."
+        )
     if asked and asked not in BACKENDS:
         raise ValueError(
             f"{VARIABLE}={asked}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."

@@ -53,7 +53,9 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for name in ("products", "sums"):
         plain = getattr(reference, name)
-        monkeypatch.setattr(reference, name, lambda *given, name=name, plain=plain: (calls.append(name), plain(*given))[1])
+        monkeypatch.setattr(
+            reference, name, lambda *given, name=name, plain=plain: (calls.append(name), plain(*given))[1]
+        )
     return calls
 
 
@@ -99,7 +101,9 @@ def test_rows_of_other_strides(left: list[str]) -> None:
     assert isinstance(wide.keys, torch.Tensor) and isinstance(wide.values, torch.Tensor)
     part = replace(wide, keys=wide.keys[:, :, 3:20], values=wide.values[:, :, 3:20])
     behind = replace(part, keys=part.keys.transpose(1, 2).contiguous().transpose(1, 2))
-    one = replace(part, keys=part.keys[:, :1].expand(2, HEADS, 17, DIM), values=part.values[:1].expand(2, HEADS, 17, DIM))
+    one = replace(
+        part, keys=part.keys[:, :1].expand(2, HEADS, 17, DIM), values=part.values[:1].expand(2, HEADS, 17, DIM)
+    )
     for segment in (part, behind, one):
         attended(query_of(batch=2), [segment])
         assert not left
@@ -144,5 +148,7 @@ def test_many_threads_may_attend_at_once(threads: int) -> None:
     queries = [query_of(batch=2) * scale for scale in (0.5, 1.0, 2.0, 3.0)]
     alone = [attended(query, segments) for query in queries]
     with ThreadPoolExecutor(4) as pool:
-        for found, expected in zip(pool.map(lambda query: attended(query, segments), queries * 5), alone * 5, strict=True):
+        for found, expected in zip(
+            pool.map(lambda query: attended(query, segments), queries * 5), alone * 5, strict=True
+        ):
             assert torch.equal(found, expected)

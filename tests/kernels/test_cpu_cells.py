@@ -24,7 +24,9 @@ _FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
 def test_each_cell_is_where_its_line_says(channels: int, entries: int, probe: ctypes.CDLL) -> None:
     """By channels and by groups; the last entry's last bytes are those of the whole buffer."""
     draw = torch.Generator().manual_seed(channels)
-    widths = torch.tensor([0, *WIDTHS])[torch.randint(len(WIDTHS) + 1, (2, 3, channels), generator=draw)].to(torch.uint8)
+    widths = torch.tensor([0, *WIDTHS])[torch.randint(len(WIDTHS) + 1, (2, 3, channels), generator=draw)].to(
+        torch.uint8
+    )
     coding = Coding(widths, torch.ones(widths.shape), torch.zeros(2, 24, channels))
     codes = torch.randint(256, (entries, 2, 24, channels), generator=draw) % 2 ** widths.long().repeat_interleave(8, 1)
     rows = CodedRows(coding.layout.pack(codes.to(torch.uint8)), coding)
@@ -35,7 +37,9 @@ def test_each_cell_is_where_its_line_says(channels: int, entries: int, probe: ct
         seen = 0
         for set_ in range(2):
             words = np.zeros(TILES * (4 * len(WIDTHS) + 3 * channels), np.uint32)
-            probe.probe_words(ctypes.byref(struct), ctypes.c_void_p(base.ctypes.data), set_, ctypes.c_void_p(words.ctypes.data))
+            probe.probe_words(
+                ctypes.byref(struct), ctypes.c_void_p(base.ctypes.data), set_, ctypes.c_void_p(words.ctypes.data)
+            )
             for cell, line in zip(tables.numbers.flatten().tolist(), tables.lines.flatten().tolist(), strict=True):
                 if cell == widths.numel():
                     continue

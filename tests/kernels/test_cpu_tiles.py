@@ -40,7 +40,9 @@ def given(segment: Segment) -> Arguments | None:
     return arguments(segment, HEADS)
 
 
-def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, scale: float = 0.3) -> float:
+def error(
+    query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, scale: float = 0.3
+) -> float:
     """Relative error against the reference in double precision."""
     with torch.no_grad():
         expected = reference.attend(query.double(), segments, scale, visible)
@@ -178,7 +180,9 @@ def test_rows_in_the_frames_of_their_tiles(rows: int, threads: int) -> None:
     """A compact capsule's: few rows of each tile, with a bias, keys as if the tile began at position 0."""
     draw, owner = Draw(rows), torch.tensor([1, 0, 1, 1, 0])
     raw = [draw(5, HEADS, rows, DIM) for _ in range(2)]
-    segment = Segment(*raw, owner, bias=draw(5, HEADS, rows), frame=frames(draw, 5, DIM // 2, False), mask=draw(5, rows) > -1)
+    segment = Segment(
+        *raw, owner, bias=draw(5, HEADS, rows), frame=frames(draw, 5, DIM // 2, False), mask=draw(5, rows) > -1
+    )
     with torch.no_grad():
         assert given(segment) is not None
     assert error(query_of(7, batch=2, dim=DIM), [segment, draw.raw([0, 1], 4, dim=DIM)]) < SINGLE
@@ -223,7 +227,11 @@ def test_parameters_that_change_or_move_are_read() -> None:
     segment = draw.transform([0], 6, (1, 3), (2, 3))
     query, before = query_of(batch=1), []
     coding = segment.keys.coding  # type: ignore[union-attr]
-    for change in (lambda: None, lambda: coding.step.mul_(2), lambda: setattr(coding.offset, "data", coding.offset.data * 3)):
+    for change in (
+        lambda: None,
+        lambda: coding.step.mul_(2),
+        lambda: setattr(coding.offset, "data", coding.offset.data * 3),
+    ):
         change()
         assert error(query, [segment]) < SINGLE
         before.append(attend(query, [segment], 0.3))

@@ -45,7 +45,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def drawn(heads: int, tiles: int, tokens: int, dim: int, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def drawn(
+    heads: int, tiles: int, tokens: int, dim: int, queries: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries [H, 1, Q, D], and keys and values [H, E, T, D] as a layer's prefill has them: more tokens between heads."""
     generator = torch.Generator().manual_seed(tokens)
     keys, values = (torch.randn(heads, tiles * tokens + 5, dim, generator=generator) for _ in range(2))
@@ -62,7 +64,10 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -
 @pytest.mark.parametrize("shortlist", [False, True])
 def test_kernels_agree_with_pytorch(size: tuple[int, ...], shortlist: bool, threads: int, calls: list[str]) -> None:
     queries, keys, values = drawn(*size)
-    found, expected = attention_matching.read_by(queries, keys), attention_matching.read_by(queries.double(), keys.double())
+    found, expected = (
+        attention_matching.read_by(queries, keys),
+        attention_matching.read_by(queries.double(), keys.double()),
+    )
     for name in ("scores", "attention", "log_mass", "energy", "mass"):
         near(getattr(found, name), getattr(expected, name))
     among = attention_matching.highest(expected.energy, max(1, size[2] * 2 // 3)) if shortlist else None
@@ -75,7 +80,10 @@ def test_kernels_agree_with_pytorch(size: tuple[int, ...], shortlist: bool, thre
         near(gains, attention_matching.added(wanted.gram, wanted.target, ranking, passes), 1e-5)
     assert calls == ["read", "targets", "added", "added"]
     rows = found.attention[:, :, : max(1, size[2] // 7)]
-    near(attention_matching.products(rows, found.attention), attention_matching.products(rows.double(), found.attention.double()))
+    near(
+        attention_matching.products(rows, found.attention),
+        attention_matching.products(rows.double(), found.attention.double()),
+    )
     assert calls[4:] == ["products"]
 
 
@@ -83,7 +91,9 @@ def test_of_equals_the_earlier_one_is_ranked_first() -> None:
     """Two tokens that are alike: what the first explains is not left to the second."""
     gram, target = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 3)
     gains = attention_matching.added(gram, target, torch.ones(1, 1, 2))
-    torch.testing.assert_close(gains, attention_matching.added(gram.double(), target.double(), torch.ones(1, 1, 2).double()).float())
+    torch.testing.assert_close(
+        gains, attention_matching.added(gram.double(), target.double(), torch.ones(1, 1, 2).double()).float()
+    )
     assert float(gains[0, 0, 0]) > 100 * float(gains[0, 0, 1])
 
 
@@ -99,8 +109,12 @@ def test_scores_of_any_size_stay_finite(factor: float) -> None:
 
 @pytest.mark.parametrize("tile", [49, 160], ids=["all compete", "a shortlist competes"])
 @pytest.mark.parametrize("options", [{}, {"latent_bits": 4}, {"selector": "learned"}], ids=str)
-def test_the_same_rows_are_kept(tile: int, options: dict[str, Any], calls: list[str], backends: Callable[[str], None]) -> None:
-    codec = CompactConfig(tile, ratios=(0.1,), attention_matching=96, **options).build(KVGeometry("llava", 1, 4, 2, 16, "1d"), 0)
+def test_the_same_rows_are_kept(
+    tile: int, options: dict[str, Any], calls: list[str], backends: Callable[[str], None]
+) -> None:
+    codec = CompactConfig(tile, ratios=(0.1,), attention_matching=96, **options).build(
+        KVGeometry("llava", 1, 4, 2, 16, "1d"), 0
+    )
     assert isinstance(codec, CompactLayer)
     codec.requires_grad_(False).bank.copy_(torch.randn(codec.bank.shape, generator=torch.Generator().manual_seed(0)))
     _, keys, values = drawn(2, 5, tile, 16, 16)
@@ -116,13 +130,20 @@ def test_the_same_rows_are_kept(tile: int, options: dict[str, Any], calls: list[
     torch.testing.assert_close(found.values.values, expected.values.values, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("sizes", [(7, 16), (16, 7), (24, 16)], ids=["queries", "head dim", "queries that fill half a vector"])
+@pytest.mark.parametrize(
+    "sizes", [(7, 16), (16, 7), (24, 16)], ids=["queries", "head dim", "queries that fill half a vector"]
+)
 def test_what_fills_no_vector_is_left_to_pytorch(sizes: tuple[int, int], calls: list[str]) -> None:
     count, dim = sizes
     queries, keys, values = drawn(2, 2, 9, dim, count)
-    found, expected = attention_matching.read_by(queries, keys), attention_matching.read_by(queries.double(), keys.double())
+    found, expected = (
+        attention_matching.read_by(queries, keys),
+        attention_matching.read_by(queries.double(), keys.double()),
+    )
     near(found.attention, expected.attention)
-    for one, other in zip(attention_matching.targets(found, values), attention_matching.targets(expected, values.double()), strict=True):
+    for one, other in zip(
+        attention_matching.targets(found, values), attention_matching.targets(expected, values.double()), strict=True
+    ):
         near(one, other)
     assert not set(calls) - {"products"}
 

@@ -9,33 +9,33 @@ namespace kvcapsule {
 
 template <class Reader> class Pass {
   public:
-    Pass(const Call& call, const Segment& s, const uint8_t* visible, Arena& arena)
-        : call_(call), s_(s), visible_(visible), shape_(call, s), reader_(call, s, shape_, arena),
-          channels_(padded(s.values.channels)), columns_(s.out_map.data ? padded(call.dim) : channels_) {
-        const int64_t lines = TILES * shape_.rows;
-        scores_ = arena.take(lines * shape_.score_line);
-        products_ = s.score_map.data ? arena.take(lines * shape_.key_line) : scores_;
-        weights_ = s.value_map.data ? arena.take(lines * shape_.value_line) : scores_;
-        to_tokens_ = arena.take(s.score_map.data ? s.keys.rows * shape_.score_line : 0);
-        to_rows_ = arena.take(s.value_map.data ? shape_.tokens * shape_.value_line : 0);
-        caps_ = arena.take(TILES * shape_.score_line);
-        softmax_ = {arena.take(shape_.rows), arena.take(shape_.rows), arena.take(shape_.rows)};
-        sums_ = arena.take((shape_.rows + 8) * channels_);
-        out_map_ = arena.take(s.out_map.data ? s.heads * s.values.channels * columns_ : 0);
-        out_ = s.out_map.data ? arena.take((shape_.rows + 8) * columns_) : sums_;
+    Pass(const Source& src, Arena& arena)
+        : src_(src), s_(src.s), call_(src.call), reader_(src, arena), channels_(padded(s_.values.channels)),
+          columns_(s_.out_map.data ? padded(call_.dim) : channels_) {
+        const int64_t lines = TILES * src_.rows;
+        scores_ = arena.take(lines * src_.score_line);
+        products_ = s_.score_map.data ? arena.take(lines * src_.key_line) : scores_;
+        weights_ = s_.value_map.data ? arena.take(lines * src_.value_line) : scores_;
+        to_tokens_ = arena.take (s_.score_map.data ? s_.keys.rows * src_.score_line : 0);
+        to_rows_ = arena.take (s_.value_map.data ? src_.tokens * src_.value_line : 0);
+        caps_ = arena.take(TILES * src_.score_line);
+        softmax_ = {arena.take(src_.rows), arena.take(src_.rows), arena.take(src_.rows)};
+        sums_ = arena.take((src_.rows + 8) * channels_);
+        out_map_ = arena.take (s_.out_map.data ? s_.heads * s_.values.channels * columns_ : 0);
+        out_ = s_.out_map.data ? arena.take((src_.rows + 8) * columns_) : sums_;
     }
 
     // Piece `piece` of all tiles, counted through, a set after the other.
     void run(int64_t piece, Sums found) {
-        const int64_t total = (s_.head ? 1 : s_.sets) * s_.entries * shape_.chunks;
+        const int64_t total = (s_.head ? 1 : s_.sets) * s_.entries * src_.chunks;
         const int64_t end = total * (piece + 1) / call_.pieces;
         for (int64_t& count : capped_) count = -1;
         int64_t open = -1;
         for (int64_t i = total * piece / call_.pieces; i < end;) {
-            const int64_t set = set_of(i), owner = s_.owner[tile_at(i).entry], first = i;
+            const int64_t set = set_of(i), owner = s_.owner[tile_at(i).entry];
             if (set != open) open_set(set), open = set;
             reader_.load_queries(call_.query + place(set, owner) * call_.dim);
-            softmax_.begin(shape_.rows);
+            softmax_.begin(src_.rows);
             // Tiles of one set and batch row.
             const auto same = [&] { return i < end && set_of(i) == set && s_.owner[tile_at(i).entry] == owner; };
             while (same()) {
@@ -46,26 +46,26 @@ template <class Reader> class Pass {
                 for (; next < TILES && i + next < end && set_of(i + next) == set; ++next) tile[tiles + next] = tile_at(i + next);
                 if (tiles) read_tiles(set, tile, tiles, next);
             }
-            if (i > first) finish(set, place(set, owner), found);
+            finish(set, place(set, owner), found);
         }
     }
 
   private:
-    int64_t set_of(int64_t i) const { return s_.head ? s_.head[i / shape_.chunks] : i / shape_.chunks / s_.entries; }
+    int64_t set_of(int64_t i) const { return s_.head ? s_.head[i / src_.chunks] : i / src_.chunks / s_.entries; }
     Tile tile_at(int64_t i) const {
-        const int64_t token = i % shape_.chunks * shape_.tokens, rest = s_.tokens - token;
-        return {i / shape_.chunks % s_.entries, token, rest < shape_.tokens ? rest : shape_.tokens};
+        const int64_t token = i % src_.chunks * src_.tokens, rest = s_.tokens - token;
+        return {i / src_.chunks % s_.entries, token, rest < src_.tokens ? rest : src_.tokens};
     }
     bool has_tokens(int64_t entry) const { return !s_.mask || std::memchr(s_.mask + entry * s_.tokens, 1, s_.tokens); }
     int64_t place(int64_t set, int64_t owner) const { return (owner * s_.sets + set) * s_.heads * call_.rows; }
 
     void open_set(int64_t set) {
         const Strided &score = s_.score_map, &value = s_.value_map, &out = s_.out_map;
-        const int64_t tokens = shape_.tokens, channels = s_.values.channels, head = s_.head ? 0 : set * s_.heads;
+        const int64_t tokens = src_.tokens, channels = s_.values.channels, head = s_.head ? 0 : set * s_.heads;
         if (score.data)
-            copy_map(score.data + set * score.first, s_.keys.rows, score.third, tokens, score.second, to_tokens_, shape_.score_line);
+            copy_map(score.data + set * score.first, s_.keys.rows, score.third, tokens, score.second, to_tokens_, src_.score_line);
         if (value.data)
-            copy_map(value.data + set * value.first, tokens, value.second, s_.values.rows, value.third, to_rows_, shape_.value_line);
+            copy_map(value.data + set * value.first, tokens, value.second, s_.values.rows, value.third, to_rows_, src_.value_line);
         for (int64_t i = 0; out.data && i < s_.heads; ++i)
             copy_map(out.data + (head + i) * out.first, channels, out.second, call_.dim, out.third,
                      out_map_ + i * channels * columns_, columns_);
@@ -74,19 +74,19 @@ template <class Reader> class Pass {
 
     void read_tiles(int64_t set, const Tile* tile, int64_t tiles, int64_t next) {
         // Where tiles lie side by side in twos, one that is not there has no token.
-        const int64_t even = (tiles + 1) / 2 * 2, lines = even * shape_.rows, length = shape_.score_line;
+        const int64_t even = (tiles + 1) / 2 * 2, lines = even * src_.rows, length = src_.score_line;
         for (int64_t j = 0; j < even; ++j) {
             const Tile mine = j < tiles ? tile[j] : Tile{0, 0, 0};
-            if (capped_[j] == mine.count && !s_.mask && !visible_) continue;
-            set_caps(caps_ + j * length, length, mine, call_, s_, visible_);
+            if (capped_[j] == mine.count && !s_.mask && !src_.visible) continue;
+            set_caps(caps_ + j * length, mine, src_);
             capped_[j] = mine.count;
         }
         reader_.score_rows(tile, tiles, next, products_);
         if (s_.score_map.data) reader_.map_scores(products_, lines, to_tokens_, scores_);
-        for (int64_t j = 0; (s_.bias.data || visible_) && j < tiles; ++j)
-            add_bias_and_mask(scores_ + shape_.line(j, 0) * length, shape_, tile[j], set, call_, s_, visible_);
-        if (softmax_.update(scores_, caps_, shape_, Reader::PAIRED ? even : tiles))
-            for (int64_t row = 0; row < shape_.real_rows; ++row)
+        for (int64_t j = 0; (s_.bias.data || src_.visible) && j < tiles; ++j)
+            add_bias_and_mask(scores_ + src_.line(j, 0) * length, tile[j], set, src_);
+        if (softmax_.update(scores_, caps_, src_, Reader::PAIRED ? even : tiles))
+            for (int64_t row = 0; row < src_.real_rows; ++row)
                 if (softmax_.factors[row] != 1) reader_.rescale(row, softmax_.factors[row]);
         if (s_.value_map.data) reader_.map_weights(scores_, lines, to_rows_, weights_);
         reader_.add_values(tile, tiles, next, weights_, caps_);
@@ -96,20 +96,19 @@ template <class Reader> class Pass {
     void finish(int64_t set, int64_t place, Sums& found) {
         const int64_t channels = s_.values.channels, rows = call_.rows;
         reader_.finish(sums_);
-        for (int64_t row = 0; s_.value_mean.data && row < shape_.real_rows; ++row) {
+        for (int64_t row = 0; s_.value_mean.data && row < src_.real_rows; ++row) {
             const float* const mean = s_.value_mean.data + (set * s_.heads + row / rows) * s_.value_mean.first;
             for (int64_t c = 0; c < channels; ++c) sums_[row * channels_ + c] += softmax_.mass[row] * mean[c];
         }
         for (int64_t head = 0; s_.out_map.data && head < s_.heads; ++head)
             product<1>(sums_ + head * rows * channels_, channels_, rows, out_map_ + head * channels * columns_, channels, columns_,
                        ByRow{out_ + head * rows * columns_, columns_});
-        found.join(place, shape_.real_rows, call_.dim, {out_, softmax_.top, softmax_.mass}, columns_);
+        found.join(place, src_.real_rows, call_.dim, {out_, softmax_.top, softmax_.mass}, columns_);
     }
 
-    const Call& call_;
+    const Source& src_;
     const Segment& s_;
-    const uint8_t* visible_;
-    Shape shape_;
+    const Call& call_;
     Reader reader_;
     Softmax softmax_;
     int64_t channels_, columns_, capped_[TILES];  // lengths of lines of `sums_` and `out_`; tokens that `caps_` are of
@@ -120,13 +119,12 @@ template <class Reader> class Pass {
 
 // Calls body with what makes a pass over a segment, and what it needs of a workspace.
 template <class Body> void with_pass(const Call& call, int64_t i, Arena arena, const Body& body) {
-    const Segment& s = *call.segments[i];
-    const uint8_t* const visible = i == call.count - 1 ? call.visible : nullptr;
-    if (s.form == CELLS) {
-        Pass<CoefficientReader> pass(call, s, visible, arena);
+    const Source src(call, i);
+    if (src.s.form == CELLS) {
+        Pass<CoefficientReader> pass(src, arena);
         body(pass, arena.used);
     } else {
-        Pass<RowReader> pass(call, s, visible, arena);
+        Pass<RowReader> pass(src, arena);
         body(pass, arena.used);
     }
 }

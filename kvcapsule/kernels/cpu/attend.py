@@ -56,17 +56,15 @@ def attend(
     if pieces == 1:
         kernels.kvcapsule_run_piece(place, 0)
     elif (team := threads.openmp()) is not None:
-        call.thread, call.threads = team.thread, team.threads
-        team.parallel(threads.address(kernels.kvcapsule_run_thread), place, pieces, 0)
+        call.thread, call.threads = map(threads.address, (team.omp_get_thread_num, team.omp_get_num_threads))
+        team.GOMP_parallel(threads.address(kernels.kvcapsule_run_thread), place, pieces, 0)
     else:
         list(threads.pool(pieces).map(lambda piece: kernels.kvcapsule_run_piece(place, piece), range(pieces)))
     kernels.kvcapsule_finish(place)
     return out
 
 
-def split(
-    query: torch.Tensor, segments: Sequence[Segment], scale: float
-) -> list[tuple[Segment, Arguments | None]]:
+def split(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> list[tuple[Segment, Arguments | None]]:
     """The segments that a query reads, each with what kernels are given of it: None where it is the reference's."""
     heads = _kv_heads(segments)
     rows = query.shape[1] // heads * query.shape[2] if heads and query.shape[1] % heads == 0 else 0

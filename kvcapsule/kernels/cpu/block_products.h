@@ -14,16 +14,13 @@ INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, cons
                        int64_t ahead = 0) {
     for (int64_t k = 0; k < count; ++k, map += line, x += PAIR) {
         Floats lanes[V];
-        UNROLL
-        for (int v = 0; v < V; ++v) {
+        EACH(v, V) {
             if (ahead) prefetch(map + ahead + v * LANES);
             lanes[v] = held(load(map + v * LANES));
         }
-        UNROLL
-        for (int a = 0; a < A; ++a) {
+        EACH(a, A) {
             const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
-            UNROLL
-            for (int v = 0; v < V; ++v) sum[a][v] += number * lanes[v];
+            EACH(v, V) sum[a][v] += number * lanes[v];
         }
     }
 }
@@ -34,10 +31,8 @@ struct ByRow {
     int64_t stride;
 
     template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
-        UNROLL
-        for (int a = 0; a < A; ++a)
-            UNROLL
-            for (int v = 0; v < V; ++v) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
+        EACH(a, A)
+            EACH(v, V) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
     }
 };
 
@@ -67,20 +62,15 @@ INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t 
     Floats sum[A][N] = {};
     for (int64_t k = 0; k < length; k += LANES) {
         Floats lanes[N];
-        UNROLL
-        for (int n = 0; n < N; ++n) lanes[n] = held(load(y + n * y_stride + k));
-        UNROLL
-        for (int a = 0; a < A; ++a) {
+        EACH(n, N) lanes[n] = held(load(y + n * y_stride + k));
+        EACH(a, A) {
             const Floats row = held(load(x + a * x_stride + k));
-            UNROLL
-            for (int n = 0; n < N; ++n) sum[a][n] += row * lanes[n];
+            EACH(n, N) sum[a][n] += row * lanes[n];
         }
     }
-    UNROLL
-    for (int a = 0; a < A; ++a) {
+    EACH(a, A) {
         if (N == 1) out[a * stride] = sum_of_lanes(sum[a][0]);
-        UNROLL
-        for (int n = 0; n + 4 <= N; n += 4) store_four_sums(out + a * stride + n, &sum[a][n]);
+        UNROLL for (int n = 0; n + 4 <= N; n += 4) store_four_sums(out + a * stride + n, &sum[a][n]);
     }
 }
 

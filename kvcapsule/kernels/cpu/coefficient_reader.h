@@ -27,7 +27,7 @@ struct Cells {
         }
         step = arena.take(2 * lines);
         shift = of_channels ? nullptr : arena.take(2 * LANES * lines);
-        words = arena.take<uint32_t>(most * TILES);
+        words = reinterpret_cast<uint32_t*>(arena.take(most * TILES));
     }
 
     const int32_t* bounds(int64_t set, int64_t pair) const { return rows.bounds + (set * pairs + pair) * 3; }
@@ -86,12 +86,10 @@ struct SideBySide {
     int64_t rows, pair, row, group;  // rows of a pair of tiles; how far pairs, rows and groups of eight columns are apart
 
     template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t line, int64_t column) const {
-        UNROLL
-        for (int a = 0; a < A; a += 2) {
+        UNROLL for (int a = 0; a < A; a += 2) {
             const int64_t i = (line + a) / 2;
             float* const to = out + i / rows * pair + i % rows * row + column / 8 * group;
-            UNROLL
-            for (int v = 0; v < V; ++v) {
+            EACH(v, V) {
                 store(to + 2 * v * group, lower_interleaved(sum[a][v], sum[a + 1][v]));
                 store(to + (2 * v + 1) * group, upper_interleaved(sum[a][v], sum[a + 1][v]));
             }
@@ -103,15 +101,15 @@ class CoefficientReader {
   public:
     static constexpr bool PAIRED = true;  // products with key rows are [pairs of tiles, rows, M, 2]
 
-    CoefficientReader(const Call& call, const Segment& s, const Shape& shape, Arena& arena)
-        : call_(call), s_(s), shape_(shape), query_map_(call, s, arena), keys_(s.keys, s.sets, false, arena),
-          values_(s.values, s.sets, true, arena), columns_(padded(s.values.channels)),
-          weight_count_(shape.rows * shape.value_line * 2) {
-        queries_ = arena.take(TILES * shape.rows * query_map_.width);
+    CoefficientReader(const Source& src, Arena& arena)
+        : src_(src), s_(src.s), query_map_(src, arena), keys_(s_.keys, s_.sets, false, arena),
+          values_(s_.values, s_.sets, true, arena), columns_(padded(s_.values.channels)),
+          weight_count_(src.rows * src.value_line * 2) {
+        queries_ = arena.take(TILES * src.rows * query_map_.width);
         weights_ = arena.take(weight_count_);
-        row_weights_ = arena.take((shape.rows + 8) * shape.value_line);
-        sums_ = arena.take(shape.blocks * s.values.channels * 8);
-        offset_ = arena.take(s.values.rows * columns_);
+        row_weights_ = arena.take((src.rows + 8) * src.value_line);
+        sums_ = arena.take(src.blocks * s_.values.channels * 8);
+        offset_ = arena.take(s_.values.rows * columns_);
     }
 
     void open_set(int64_t set) {
@@ -126,18 +124,18 @@ class CoefficientReader {
     void load_queries(const float* query) {
         query_map_.load(query);
         std::memset(weights_, 0, weight_count_ * sizeof(float));
-        std::memset(sums_, 0, shape_.blocks * s_.values.channels * 8 * sizeof(float));
+        std::memset(sums_, 0, src_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {
         const int64_t line = 2 * query_map_.width, pairs = (tiles + 1) / 2;
         query_map_.rotate(tile, tiles);
         for (int64_t head = 0; head < s_.heads; ++head)
-            query_map_.map(head, tiles, SideBySide{queries_ + head * call_.rows * line, call_.rows, shape_.rows * line, line, LANES});
+            query_map_.map(head, tiles, SideBySide{queries_ + head * src_.call.rows * line, src_.call.rows, src_.rows * line, line, LANES});
         keys_.open_tiles(tile, tiles, set_);
-        with_block(shape_.block, [&](auto size) {
+        with_block(src_.block, [&](auto size) {
             constexpr int R = decltype(size)::value, P = R <= 2 ? 4 : R == 4 ? 2 : 1;
-            for (int64_t block = 0; block < shape_.blocks; ++block)
+            for (int64_t block = 0; block < src_.blocks; ++block)
                 for (int64_t groups = 0; groups < keys_.pairs; ++groups) {
                     if (!block) keys_.expect(tile + tiles, next, set_, groups);
                     int64_t p = 0;
@@ -148,13 +146,13 @@ class CoefficientReader {
     }
 
     void map_scores(const float* z, int64_t lines, const float* map, float* scores) const {
-        product<2>(z, 2 * s_.keys.rows, lines, map, s_.keys.rows, shape_.score_line, ByRow{scores, shape_.score_line});
+        product<2>(z, 2 * s_.keys.rows, lines, map, s_.keys.rows, src_.score_line, ByRow{scores, src_.score_line});
     }
 
     // Weights of the value rows are [pairs of tiles, M / 8, rows, 8, 2].
     void map_weights(const float* scores, int64_t lines, const float* map, float* weights) const {
-        product<1>(scores, shape_.score_line, lines, map, shape_.tokens, shape_.value_line,
-                   SideBySide{weights, shape_.rows, weight_count_, LANES, shape_.rows * LANES});
+        product<1>(scores, src_.score_line, lines, map, src_.tokens, src_.value_line,
+                   SideBySide{weights, src_.rows, weight_count_, LANES, src_.rows * LANES});
     }
 
     void add_values(const Tile* tile, int64_t tiles, int64_t next, const float* weights, const float*) {
@@ -165,8 +163,8 @@ class CoefficientReader {
             store(weights_ + at, sum);
         }
         values_.open_tiles(tile, tiles, set_);
-        with_block(shape_.block, [&](auto size) {
-            for (int64_t block = 0; block < shape_.blocks; ++block)
+        with_block(src_.block, [&](auto size) {
+            for (int64_t block = 0; block < src_.blocks; ++block)
                 for (int64_t channels = 0; channels < values_.pairs; ++channels) {
                     if (!block) values_.expect(tile + tiles, next, set_, channels);
                     add_channels<size>(block, channels, pairs, weights);
@@ -175,21 +173,21 @@ class CoefficientReader {
     }
 
     void rescale(int64_t row, float factor) {
-        float* const sums = sums_ + row / shape_.block * s_.values.channels * 8 + row % shape_.block;
+        float* const sums = sums_ + row / src_.block * s_.values.channels * 8 + row % src_.block;
         for (int64_t c = 0; c < s_.values.channels; ++c) sums[c * 8] *= factor;
-        for (int64_t at = row * LANES; at < weight_count_; at += shape_.rows * LANES)
+        for (int64_t at = row * LANES; at < weight_count_; at += src_.rows * LANES)
             store(weights_ + at, load(weights_ + at) * splat(factor));
     }
 
     void finish(float* out) {
-        for (int64_t row = 0; row < shape_.real_rows; ++row)
+        for (int64_t row = 0; row < src_.real_rows; ++row)
             for (int64_t m = 0; m < s_.values.rows; ++m) {
-                const float* const at = weights_ + (m / 8 * shape_.rows + row) * LANES + m % 8 * 2;
-                row_weights_[row * shape_.value_line + m] = at[0] + at[1];
+                const float* const at = weights_ + (m / 8 * src_.rows + row) * LANES + m % 8 * 2;
+                row_weights_[row * src_.value_line + m] = at[0] + at[1];
             }
-        product<1>(row_weights_, shape_.value_line, shape_.real_rows, offset_, s_.values.rows, columns_, ByRow{out, columns_});
-        for (int64_t row = 0; row < shape_.real_rows; ++row) {
-            const float* const sums = sums_ + row / shape_.block * s_.values.channels * 8 + row % shape_.block;
+        product<1>(row_weights_, src_.value_line, src_.real_rows, offset_, s_.values.rows, columns_, ByRow{out, columns_});
+        for (int64_t row = 0; row < src_.real_rows; ++row) {
+            const float* const sums = sums_ + row / src_.block * s_.values.channels * 8 + row % src_.block;
             for (int64_t c = 0; c < s_.values.channels; ++c) out[row * columns_ + c] += sums[c * 8];
         }
     }
@@ -198,26 +196,22 @@ class CoefficientReader {
     // Products of a block of R queries of P pairs of tiles from p on with two groups of key rows.
     template <int R, int P> INLINE void score_groups(int64_t block, int64_t groups, int64_t p, float* z) const {
         Floats sum[2][P][R] = {};
-        const int64_t line = 2 * query_map_.width, apart = shape_.rows * line, rows = s_.keys.rows;
+        const int64_t line = 2 * query_map_.width, apart = src_.rows * line, rows = s_.keys.rows;
         const float* const queries = queries_ + p * apart + block * R * line;
         keys_.each_line(set_, groups, [&](int64_t i, int64_t channel, const auto& numbers) INLINE_LAMBDA {
             const Floats shift[2] = {load(keys_.shift + 2 * LANES * i), load(keys_.shift + 2 * LANES * i + LANES)};
-            UNROLL
-            for (int pair = 0; pair < P; ++pair) {
+            EACH(pair, P) {
                 const Floats first = numbers(0, 2 * (p + pair)) + shift[0], second = numbers(1, 2 * (p + pair)) + shift[1];
-                UNROLL
-                for (int r = 0; r < R; ++r) {
+                EACH(r, R) {
                     const Floats query = splat_pair(queries + pair * apart + r * line + channel * 2);
                     sum[0][pair][r] += first * query;
                     sum[1][pair][r] += second * query;
                 }
             }
         });
-        UNROLL
-        for (int pair = 0; pair < P; ++pair)
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-                float* const to = z + ((p + pair) * shape_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
+        EACH(pair, P)
+            EACH(r, R) {
+                float* const to = z + ((p + pair) * src_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
                 store(to, sum[0][pair][r]);
                 if (groups * 16 + 8 < rows) store(to + LANES, sum[1][pair][r]);
             }
@@ -226,13 +220,12 @@ class CoefficientReader {
     // Adds two channels of the value rows of so many pairs of tiles.
     template <int R> INLINE void add_channels(int64_t block, int64_t channels, int64_t pairs, const float* weights) {
         Floats sum[(2 * R + 3) / 4 * 4] = {};
-        const int64_t apart = shape_.rows * LANES;
+        const int64_t apart = src_.rows * LANES;
         values_.each_line(set_, channels, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
             const float* here = weights + block * R * LANES + group * apart;
             for (int64_t p = 0; p < pairs; ++p, here += weight_count_) {
                 const Floats first = numbers(0, 2 * p), second = numbers(1, 2 * p);
-                UNROLL
-                for (int r = 0; r < R; ++r) {
+                EACH(r, R) {
                     const Floats weight = held(load(here + r * LANES));
                     sum[r] += first * weight;
                     sum[R + r] += second * weight;
@@ -240,16 +233,14 @@ class CoefficientReader {
             }
         });
         float found[(2 * R + 3) / 4 * 4];
-        UNROLL
-        for (int i = 0; i < 2 * R; i += 4) store_four_sums(found + i, sum + i);
+        UNROLL for (int i = 0; i < 2 * R; i += 4) store_four_sums(found + i, sum + i);
         float* const to = sums_ + (block * s_.values.channels + 2 * channels) * 8;
         for (int half = 0; half < 2 && 2 * channels + half < s_.values.channels; ++half)
             for (int r = 0; r < R; ++r) to[half * 8 + r] += found[half * R + r];
     }
 
-    const Call& call_;
+    const Source& src_;
     const Segment& s_;
-    const Shape& shape_;
     Queries query_map_;
     Cells keys_, values_;
     int64_t set_ = 0, columns_, weight_count_;

@@ -7,29 +7,28 @@ namespace kvcapsule {
 
 constexpr float NONE = -__builtin_inff();
 
-// caps[0 : length]: infinite for tokens of a tile that somebody sees, -inf for all others.
-inline void set_caps(float* caps, int64_t length, const Tile& tile, const Call& call, const Segment& s, const uint8_t* visible) {
-    const int64_t first = tile.entry * s.tokens + tile.token;
-    for (int64_t n = 0; n < length; ++n) {
-        bool seen = n < tile.count && !(s.mask && !s.mask[first + n]);
-        if (seen && visible) {
+// caps[0 : score_line]: infinite for tokens of a tile that somebody sees, -inf for all others.
+inline void set_caps(float* caps, const Tile& tile, const Source& src) {
+    for (int64_t n = 0; n < src.score_line; ++n) {
+        bool seen = n < tile.count && !(src.s.mask && !src.s.mask[tile.entry * src.s.tokens + tile.token + n]);
+        if (seen && src.visible) {
+            const uint8_t* const first = src.visible + tile.entry * src.call.queries * src.s.tokens + tile.token + n;
             seen = false;
-            for (int64_t q = 0; q < call.queries; ++q)
-                seen = seen || visible[(tile.entry * call.queries + q) * s.tokens + tile.token + n];
+            for (int64_t q = 0; q < src.call.queries; ++q) seen = seen || first[q * src.s.tokens];
         }
         caps[n] = seen ? -NONE : NONE;
     }
 }
 
 // A tile's scores with their bias, and -inf where a query does not see a token.
-inline void add_bias_and_mask(float* scores, const Shape& shape, const Tile& tile, int64_t set, const Call& call,
-                              const Segment& s, const uint8_t* visible) {
-    for (int64_t row = 0; row < shape.real_rows; ++row, scores += 2 * shape.score_line) {
-        const int64_t head = s.head ? 0 : set * s.heads + row / call.rows, step = s.bias.third;
+inline void add_bias_and_mask(float* scores, const Tile& tile, int64_t set, const Source& src) {
+    const Segment& s = src.s;
+    for (int64_t row = 0; row < src.real_rows; ++row, scores += 2 * src.score_line) {
+        const int64_t head = s.head ? 0 : set * s.heads + row / src.call.rows, step = s.bias.third, queries = src.call.queries;
         const float* const bias = s.bias.data + tile.entry * s.bias.first + head * s.bias.second + tile.token * step;
         for (int64_t n = 0; s.bias.data && n < tile.count; ++n) scores[n] += bias[n * step];
-        const uint8_t* const seen = visible + (tile.entry * call.queries + row % call.queries) * s.tokens + tile.token;
-        for (int64_t n = 0; visible && n < tile.count; ++n) scores[n] = seen[n] ? scores[n] : NONE;
+        const uint8_t* const seen = src.visible + (tile.entry * queries + row % queries) * s.tokens + tile.token;
+        for (int64_t n = 0; src.visible && n < tile.count; ++n) scores[n] = seen[n] ? scores[n] : NONE;
     }
 }
 
@@ -41,14 +40,15 @@ struct Softmax {
     }
 
     // Scores of some tiles become weights. Returns whether any row's greatest score grew: `factors` are not all 1 then.
-    bool update(float* scores, const float* caps, const Shape& shape, int64_t tiles) {
-        const int64_t length = shape.score_line;
+    bool update(float* scores, const float* caps, const Source& src, int64_t tiles) {
+        const int64_t length = src.score_line;
         bool grew = false;
-        for (int64_t row = 0; row < shape.real_rows; ++row) {
+        for (int64_t row = 0; row < src.real_rows; ++row) {
             const auto each = [&](const auto& body) INLINE_LAMBDA {
                 for (int64_t tile = 0; tile < tiles; ++tile) {
-                    float* const line = scores + shape.line(tile, row) * length;
-                    for (int64_t n = 0; n < length; n += LANES) body(line + n, minimum(load(line + n), load(caps + tile * length + n)));
+                    float* const line = scores + src.line(tile, row) * length;
+                    for (int64_t n = 0; n < length; n += LANES)
+                        body(line + n, minimum(load(line + n), load(caps + tile * length + n)));
                 }
             };
             Floats high = splat(NONE), sum = {};

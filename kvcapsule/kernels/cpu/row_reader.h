@@ -41,12 +41,11 @@ class RowReader {
   public:
     static constexpr bool PAIRED = false;
 
-    RowReader(const Call& call, const Segment& s, const Shape& shape, Arena& arena)
-        : call_(call), s_(s), shape_(shape), queries_(call, s, arena), width_(padded(s.values.channels)) {
-        mapped_ = arena.take(s.q_map.data ? TILES * shape.rows * queries_.width : 0);
-        keys_ = arena.take(shape.key_line * queries_.width);
-        values_ = arena.take(shape.value_line * width_);
-        sums_ = arena.take(shape.rows * width_);
+    RowReader(const Source& src, Arena& arena) : src_(src), s_(src.s), queries_(src, arena), width_(padded(s_.values.channels)) {
+        mapped_ = arena.take(s_.q_map.data ? TILES * (src.rows + 8) * queries_.width : 0);
+        keys_ = arena.take(src.key_line * queries_.width);
+        values_ = arena.take(src.value_line * width_);
+        sums_ = arena.take(src.rows * width_);
     }
 
     void open_set(int64_t set) {
@@ -56,7 +55,7 @@ class RowReader {
 
     void load_queries(const float* query) {
         queries_.load(query);
-        std::memset(sums_, 0, shape_.rows * width_ * sizeof(float));
+        std::memset(sums_, 0, src_.rows * width_ * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t, float* z) {
@@ -65,27 +64,27 @@ class RowReader {
         if (s_.q_map.data) queries_.map(0, tiles, ByRow{mapped_, width}), queries = mapped_;
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t count = s_.score_map.data ? s_.keys.rows : tile[i].count;
-            const float* const query = queries + (i / 2 * call_.rows * 2 + i % 2) * width;
+            const float* const query = queries + (i / 2 * src_.call.rows * 2 + i % 2) * width;
             int64_t apart;
             const float* const keys = rows_of(s_.keys, tile[i], count, false, keys_, width, apart);
-            with_block(shape_.block, [&](auto size) {
-                for (int64_t row = 0; row < shape_.rows; row += size)
+            with_block(src_.block, [&](auto size) {
+                for (int64_t row = 0; row < src_.rows; row += size)
                     dots<size>(query + 2 * row * width, 2 * width, keys, apart, count, width,
-                               z + shape_.line(i, row) * shape_.key_line, 2 * shape_.key_line);
+                               z + src_.line(i, row) * src_.key_line, 2 * src_.key_line);
             });
         }
     }
 
     void map_scores(const float* z, int64_t lines, const float* map, float* scores) const {
-        product<1>(z, shape_.key_line, lines, map, s_.keys.rows, shape_.score_line, ByRow{scores, shape_.score_line});
+        product<1>(z, src_.key_line, lines, map, s_.keys.rows, src_.score_line, ByRow{scores, src_.score_line});
     }
 
     void map_weights(const float* scores, int64_t lines, const float* map, float* weights) const {
-        product<1>(scores, shape_.score_line, lines, map, shape_.tokens, shape_.value_line, ByRow{weights, shape_.value_line});
+        product<1>(scores, src_.score_line, lines, map, src_.tokens, src_.value_line, ByRow{weights, src_.value_line});
     }
 
     void add_values(const Tile* tile, int64_t tiles, int64_t, const float* weights, const float* caps) {
-        for (int64_t i = 0; i < tiles; ++i, caps += shape_.score_line) {
+        for (int64_t i = 0; i < tiles; ++i, caps += src_.score_line) {
             const int64_t count = s_.value_map.data ? s_.values.rows : tile[i].count;
             bool hidden = false;
             for (int64_t n = 0; !s_.value_map.data && n < count; ++n) hidden = hidden || caps[n] < 0;
@@ -94,10 +93,10 @@ class RowReader {
             // What nobody sees may be anything: a weight of 0 would not silence what is not a number.
             for (int64_t n = 0; hidden && n < count; ++n)
                 if (caps[n] < 0) std::memset(values_ + n * width_, 0, width_ * sizeof(float));
-            with_block(shape_.block, [&](auto size) {
+            with_block(src_.block, [&](auto size) {
                 constexpr int R = decltype(size)::value, V = R <= 2 ? 8 : R == 4 ? 4 : 2;
-                for (int64_t row = 0; row < shape_.rows; row += R) {
-                    const float* const w = weights + shape_.line(i, row) * shape_.value_line;
+                for (int64_t row = 0; row < src_.rows; row += R) {
+                    const float* const w = weights + src_.line(i, row) * src_.value_line;
                     int64_t c = 0;
                     for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values + c, apart, count, row, c);
                     for (; c < width_; c += LANES) add<R, 1>(w, values + c, apart, count, row, c);
@@ -110,7 +109,7 @@ class RowReader {
         for (int64_t c = row * width_; c < (row + 1) * width_; ++c) sums_[c] *= factor;
     }
 
-    void finish(float* out) const { std::memcpy(out, sums_, shape_.real_rows * width_ * sizeof(float)); }
+    void finish(float* out) const { std::memcpy(out, sums_, src_.real_rows * width_ * sizeof(float)); }
 
   private:
     // A tile's rows, `apart`: where they are, or made in `buffer` [count, width], filled up with zeros.
@@ -121,13 +120,7 @@ class RowReader {
         apart = width;
         if (s_.form == QUANTIZED) {
             const uint8_t* const codes = static_cast<const uint8_t*>(rows.data) + first + tile.token / 8 * rows.bits;
-            switch (rows.bits) {
-                case 1: read_codes<1>(rows, tile, count, codes, buffer, width); break;
-                case 2: read_codes<2>(rows, tile, count, codes, buffer, width); break;
-                case 3: read_codes<3>(rows, tile, count, codes, buffer, width); break;
-                case 4: read_codes<4>(rows, tile, count, codes, buffer, width); break;
-                default: read_codes<8>(rows, tile, count, codes, buffer, width);
-            }
+            with_constant<1, 2, 3, 4, 8>(rows.bits, [&](auto bits) { read_codes<bits>(rows, tile, count, codes, buffer, width); });
         } else if (copied || rows.channels % LANES) {
             copy_map(from, count, rows.row, rows.channels, 1, buffer, width);
         } else {
@@ -144,8 +137,7 @@ class RowReader {
         for (int64_t c = 0; c < rows.channels; c += LANES)
             for (int64_t n = 0; n < count; n += LANES) {
                 Floats numbers[LANES];
-                UNROLL
-                for (int64_t i = 0; i < LANES; ++i) {
+                EACH(i, LANES) {
                     const int64_t channel = c + i < rows.channels ? c + i : c;
                     const uint8_t* const from = codes + channel * rows.row + n / 8 * BITS;
                     const Floats code = __builtin_convertvector(codes_of_channel<BITS>(from, written - n), Floats);
@@ -159,18 +151,15 @@ class RowReader {
     INLINE void add(const float* weights, const float* values, int64_t apart, int64_t count, int64_t row, int64_t column) {
         float* const to = sums_ + row * width_ + column;
         Floats sum[R][V];
-        UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int v = 0; v < V; ++v) sum[r][v] = load(to + r * width_ + v * LANES);
+        EACH(r, R)
+            EACH(v, V) sum[r][v] = load(to + r * width_ + v * LANES);
         // The next tile's values are on their way meanwhile.
-        accumulate<R, V, 1>(sum, weights, 2 * shape_.value_line, values, apart, count, values == values_ ? 0 : CHUNK * apart);
+        accumulate<R, V, 1>(sum, weights, 2 * src_.value_line, values, apart, count, values == values_ ? 0 : CHUNK * apart);
         ByRow{to, width_}.put(sum, 0, 0);
     }
 
-    const Call& call_;
+    const Source& src_;
     const Segment& s_;
-    const Shape& shape_;
     Queries queries_;
     int64_t width_, set_ = 0;
     float *mapped_, *keys_, *values_, *sums_;  // queries; rows of a tile that are made; [rows, width]

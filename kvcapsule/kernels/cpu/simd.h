@@ -16,14 +16,14 @@
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 #ifdef __clang__
-// Before a loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
 #define UNROLL _Pragma("unroll")
-// Sixteen lanes of x and y, counted through.
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)  // lanes of x and y, counted through
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
 #endif
+// A loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
+#define EACH(i, count) UNROLL for (int i = 0; i < (count); ++i)
 
 namespace kvcapsule {
 
@@ -114,15 +114,13 @@ INLINE Floats upper_interleaved(Floats x, Floats y) {
 // Line i of out becomes the i-th lanes of the sixteen vectors.
 INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line) {
     Floats y[LANES];  // y[4 g + i], quarter q: of vectors 4 g to 4 g + 3 the lane 4 q + i
-    UNROLL
-    for (int g = 0; g < LANES; g += 4) {
+    UNROLL for (int g = 0; g < LANES; g += 4) {
         const Floats low[2] = {lower_in_turn(x[g], x[g + 1]), lower_in_turn(x[g + 2], x[g + 3])};
         const Floats high[2] = {upper_in_turn(x[g], x[g + 1]), upper_in_turn(x[g + 2], x[g + 3])};
         y[g] = lower_twos(low[0], low[1]), y[g + 1] = upper_twos(low[0], low[1]);
         y[g + 2] = lower_twos(high[0], high[1]), y[g + 3] = upper_twos(high[0], high[1]);
     }
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
+    EACH(i, 4) {
         const auto halves = [&](int g) INLINE_LAMBDA {
             return SHUFFLE(y[g + i], y[g + 4 + i], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         };

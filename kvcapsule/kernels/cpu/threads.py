@@ -1,4 +1,4 @@
-"""Pieces of a call's work in the threads of PyTorch's own OpenMP team.
+"""Threads of PyTorch's own OpenMP team for pieces of a call's work.
 
 After an operation of PyTorch's its workers wait for the next one without sleeping, for milliseconds, each on a core.
 Threads of our own would have to share these cores with them. So the work is handed to the very team that waits, through
@@ -7,53 +7,39 @@ there is no such team, threads of Python's do it.
 """
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 _LEAST = 2**20
 """Multiply-adds that are worth another thread: handing work over takes some microseconds, and parts must be joined."""
-
-
-class OpenMP(NamedTuple):
-    """Entries of the OpenMP library that PyTorch uses, and addresses of two."""
-
-    parallel: Callable[..., None]
-    """(function, its argument, threads, flags): the function once in each thread of a team."""
-    thread: int
-    """int omp_get_thread_num(void)."""
-    threads: int
-    """int omp_get_num_threads(void)."""
+_ENTRIES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 @cache
-def openmp() -> OpenMP | None:
-    """None where PyTorch has no team, or one that has no such entry."""
-    if not torch.backends.openmp.is_available():
+def openmp() -> ctypes.CDLL | None:
+    """A library through which the OpenMP library that PyTorch uses is found: GOMP_parallel(function, its argument,
+    threads, 0), omp_get_thread_num() and omp_get_num_threads(). None where PyTorch has no team, or one without these.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    paths = [path for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (path := folder / name).is_file()]
+    if not torch.backends.openmp.is_available() or not paths:
         return None
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        path = Path(torch.__file__).parent / "lib" / name
-        if path.is_file():
-            # Names are looked for in what the library needs, too: the very OpenMP that PyTorch uses.
-            library = ctypes.CDLL(str(path))
-            try:
-                parallel = library.GOMP_parallel
-                numbers = address(library.omp_get_thread_num), address(library.omp_get_num_threads)
-            except AttributeError:
-                return None
-            parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            parallel.restype = None
-            return OpenMP(parallel, *numbers)
-    return None
+    # Names are looked for in what the library needs, too.
+    library = ctypes.CDLL(str(paths[0]))
+    if not all(hasattr(library, name) for name in _ENTRIES):
+        return None
+    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.GOMP_parallel.restype = None
+    return library
 
 
-def address(function: Any) -> int:
+def address(function: Any) -> int | None:
     """Of a function of a library."""
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def count(work: int) -> int:

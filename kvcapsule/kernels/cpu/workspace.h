@@ -1,4 +1,4 @@
-// Memory of one piece of the work, and the sizes of what lies in it.
+// What a pass over a segment works on: the segment with the sizes of its tiles, and memory.
 #pragma once
 
 #include "simd.h"
@@ -14,9 +14,9 @@ struct Arena {
     float* memory;
     int64_t used = 0;
 
-    template <class T = float> T* take(int64_t count) {
-        T* const part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
-        used += padded(count);  // T is as long as a float
+    float* take(int64_t count) {
+        float* const part = memory ? memory + used : nullptr;
+        used += padded(count);
         return part;
     }
 };
@@ -26,16 +26,20 @@ struct Tile {
     int64_t entry, token, count;
 };
 
-// Sizes of a segment's tiles. A query row of two neighbouring tiles is two lines of scores, one behind the other (`line`).
-struct Shape {
+// A segment in a call. A query row of two neighbouring tiles is two lines of scores, one behind the other (`line`).
+struct Source {
+    const Call& call;
+    const Segment& s;
+    const uint8_t* visible;                    // [E, Q, N], or null
     int64_t real_rows, rows;                   // query rows of a set; filled up to blocks
     int64_t block = 8, blocks;                 // rows of a block: as many as kernels hold sums of in registers
     int64_t tokens, chunks;                    // of a tile; tiles of an entry: one, where there are maps along the tokens
     int64_t score_line, key_line, value_line;  // lengths of lines, filled up: tokens, stored rows of keys and of values
 
-    Shape(const Call& call, const Segment& s) : real_rows(s.heads * call.rows) {
-        constexpr int64_t sizes[] = {7, 4, 2, 1};  // with_block has these
-        for (const int64_t size : sizes)
+    Source(const Call& call_, int64_t i) : call(call_), s(*call.segments[i]), visible(i == call.count - 1 ? call.visible : nullptr) {
+        constexpr int64_t smaller[] = {7, 4, 2, 1};
+        real_rows = s.heads * call.rows;
+        for (const int64_t size : smaller)
             if ((real_rows + size - 1) / size * (size + 1) < (real_rows + block - 1) / block * (block + 1)) block = size;
         blocks = (real_rows + block - 1) / block;
         rows = blocks * block;
@@ -49,15 +53,10 @@ struct Shape {
     int64_t line(int64_t tile, int64_t row) const { return (tile / 2 * rows + row) * 2 + tile % 2; }
 };
 
-// Calls body with the size of a block as a constant.
-template <class Body> INLINE void with_block(int64_t size, const Body& body) {
-    switch (size) {
-        case 1: return body(std::integral_constant<int, 1>());
-        case 2: return body(std::integral_constant<int, 2>());
-        case 4: return body(std::integral_constant<int, 4>());
-        case 7: return body(std::integral_constant<int, 7>());
-        default: return body(std::integral_constant<int, 8>());
-    }
+// Calls body with a number as a constant, one of `NUMBERS`.
+template <int... NUMBERS, class Body> INLINE void with_constant(int64_t number, const Body& body) {
+    (void)((number == NUMBERS && (body(std::integral_constant<int, NUMBERS>()), true)) || ...);
 }
+template <class Body> INLINE void with_block(int64_t size, const Body& body) { with_constant<1, 2, 4, 7, 8>(size, body); }
 
 }  // namespace kvcapsule
