@@ -37,59 +37,45 @@ def _structs() -> dict[str, type[ctypes.Structure]]:
     return found
 
 
-_STRUCTS = _structs()
-CStrided, CRows, CSegment, CCall = (_STRUCTS[name] for name in ("Strided", "Rows", "Segment", "Call"))
+CStrided, CRows, CSegment, CCall = map(_structs().get, ("Strided", "Rows", "Segment", "Call"))
 
 
 class Arguments(NamedTuple):
     """A covered segment."""
 
     struct: ctypes.Structure
-    address: int
     work: int
     """Multiply-adds of a query row."""
     tensors: tuple[torch.Tensor, ...]
     """What the struct points into: the segment's own, and copies and tables of them."""
 
 
-class _Known(NamedTuple):
-    segment: "weakref.ref[Segment]"
-    tensors: tuple[torch.Tensor, ...]
-    """The segment's own."""
-    places: list[int]
-    """Where these were in memory: parameters may be put elsewhere."""
-    arguments: Arguments
-
-
-_known: dict[int, _Known] = {}
-"""Of segments that are still there, by their ids: most stay for a whole answer."""
+_known: dict[int, tuple["weakref.ref[Segment]", tuple[torch.Tensor, ...], list[int], Arguments]] = {}
+"""By the ids of segments that are still there, for most stay for a whole answer: their tensors, and where these were in
+memory, for parameters may be put elsewhere."""
 
 
 def arguments(segment: Segment, heads: int) -> Arguments | None:
     """What kernels are given of a segment for a layer of so many KV heads; None where they do not cover it."""
-    known = _known.get(id(segment))
-    if known is not None and known.segment() is segment and [t.data_ptr() for t in known.tensors] == known.places:
-        return None if _learning(known.tensors) else known.arguments
-    tensors = (*segment.entry_tensors(), *segment.parameter_tensors())
-    form = _form(segment)
-    if form is None or not segment.tokens or not len(segment.owner) or _learning(tensors):
-        return None
-    builder = Builder()
-    made = builder.arguments(segment, form, heads)
-    if not builder.copied:  # of a copy nobody would know when it is out of date
-        number, places = id(segment), [t.data_ptr() for t in tensors]
-        _known[number] = _Known(weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, places, made)
-    return made
-
-
-def _learning(tensors: Sequence[torch.Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    number = id(segment)
+    known, tensors, places, made = _known.get(number, (None, (), [], None))
+    if known is None or known() is not segment or [t.data_ptr() for t in tensors] != places:
+        tensors, made = (*segment.entry_tensors(), *segment.parameter_tensors()), None
+        form = _form(segment)
+        if form is not None and segment.tokens and len(segment.owner):
+            builder = Builder()
+            made = builder.arguments(segment, form, heads)
+            if not builder.copied:  # of a copy nobody would know when it is out of date
+                places = [t.data_ptr() for t in tensors]
+                _known[number] = weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, places, made
+    return None if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else made
 
 
 def _form(s: Segment) -> int | None:
     """The kind of a segment's rows; None where its form is not covered."""
     keys, values = s.keys, s.values
     floats = [s.score_map, s.value_map, s.q_map, s.out_map, s.value_mean, s.bias, s.frame and s.frame.cos]
+    rows: Sequence[torch.Tensor]
     if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
         form, sets, rows = RAW, keys.shape[1], (keys, values)
         floats += rows
@@ -128,13 +114,9 @@ class Builder:
             self.strided(s.bias), self.strided(s.q_map, True), self.strided(s.score_map), self.strided(s.value_map),
             self.strided(s.value_mean, True), self.strided(s.out_map), self.rows(keys, False), self.rows(values, True),
         )  # fmt: skip
-        widths = [m.shape[2] if m is not None else r.shape[3] for m, r in ((s.score_map, keys), (s.value_map, values))]
-        work = len(s.owner) * keys.shape[1] * s.tokens * sum(widths)
-        return Arguments(struct, ctypes.addressof(struct), work, tuple(self.tensors))
-
-    def place(self, x: torch.Tensor) -> int:
-        self.tensors.append(x)
-        return x.data_ptr()
+        lengths = [m.shape[2] if m is not None else r.shape[3] for m, r in ((s.score_map, keys), (s.value_map, values))]
+        work = len(s.owner) * keys.shape[1] * s.tokens * sum(lengths)
+        return Arguments(struct, work, tuple(self.tensors))
 
     def dense(self, x: torch.Tensor | None) -> int | None:
         """Where a contiguous tensor is; where a copy is of one that is not."""
@@ -144,11 +126,9 @@ class Builder:
 
     def strided(self, x: torch.Tensor | None, last_dense: bool = False) -> ctypes.Structure:
         """A tensor where it is; a copy where its last axis must be dense and is not."""
-        if x is None:
-            return CStrided()
-        if last_dense and x.stride(-1) != 1 and x.shape[-1] > 1:
+        if x is not None and last_dense and x.stride(-1) != 1 and x.shape[-1] > 1:
             x, self.copied = x.contiguous(), True
-        return CStrided(self.place(x), *_steps(x))
+        return CStrided() if x is None else CStrided(self.place(x), *_steps(x))
 
     def rows(self, rows: Any, of_channels: bool) -> ctypes.Structure:
         count, channels = rows.shape[2:]
@@ -158,12 +138,15 @@ class Builder:
             scales = self.dense(rows.step), self.dense(rows.zero)
             return CRows(self.place(rows.codes), count, channels, *_steps(rows.codes)[:3], *scales, rows.bits)
         coding, packed = rows.coding, rows.packed
-        length = packed.stride(0) * (len(packed) - 1) + packed.shape[1]
         return CRows(
             self.place(packed), count, channels, packed.stride(0), 0, 0, self.dense(coding.step),
-            self.dense(coding.offset), 0, length, coding.widths.numel(), self.dense(coding.widths),
-            *(self.place(table) for table in cell_tables(coding, of_channels)),
+            self.dense(coding.offset), 0, packed.stride(0) * (len(packed) - 1) + packed.shape[1],
+            coding.widths.numel(), self.dense(coding.widths), *map(self.place, cell_tables(coding, of_channels)),
         )  # fmt: skip
+
+    def place(self, x: torch.Tensor) -> int:
+        self.tensors.append(x)
+        return x.data_ptr()
 
 
 def _steps(x: torch.Tensor) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ template <class Reader> class Pass {
         weights_ = s_.value_map.data ? arena.take(lines * src_.value_line) : scores_;
         to_tokens_ = arena.take (s_.score_map.data ? s_.keys.rows * src_.score_line : 0);
         to_rows_ = arena.take (s_.value_map.data ? src_.tokens * src_.value_line : 0);
-        caps_ = arena.take(TILES * src_.score_line);
         softmax_ = {arena.take(src_.rows), arena.take(src_.rows), arena.take(src_.rows)};
         sums_ = arena.take((src_.rows + 8) * channels_);
         out_map_ = arena.take (s_.out_map.data ? s_.heads * s_.values.channels * columns_ : 0);
@@ -29,7 +28,6 @@ template <class Reader> class Pass {
     void run(int64_t piece, Sums found) {
         const int64_t total = (s_.head ? 1 : s_.sets) * s_.entries * src_.chunks;
         const int64_t end = total * (piece + 1) / call_.pieces;
-        for (int64_t& count : capped_) count = -1;
         int64_t open = -1;
         for (int64_t i = total * piece / call_.pieces; i < end;) {
             const int64_t set = set_of(i), owner = s_.owner[tile_at(i).entry];
@@ -74,22 +72,17 @@ template <class Reader> class Pass {
 
     void read_tiles(int64_t set, const Tile* tile, int64_t tiles, int64_t next) {
         // Where tiles lie side by side in twos, one that is not there has no token.
-        const int64_t even = (tiles + 1) / 2 * 2, lines = even * src_.rows, length = src_.score_line;
-        for (int64_t j = 0; j < even; ++j) {
-            const Tile mine = j < tiles ? tile[j] : Tile{0, 0, 0};
-            if (capped_[j] == mine.count && !s_.mask && !src_.visible) continue;
-            set_caps(caps_ + j * length, mine, src_);
-            capped_[j] = mine.count;
-        }
+        const int64_t even = (tiles + 1) / 2 * 2, lines = even * src_.rows;
         reader_.score_rows(tile, tiles, next, products_);
         if (s_.score_map.data) reader_.map_scores(products_, lines, to_tokens_, scores_);
-        for (int64_t j = 0; (s_.bias.data || src_.visible) && j < tiles; ++j)
-            add_bias_and_mask(scores_ + src_.line(j, 0) * length, tile[j], set, src_);
-        if (softmax_.update(scores_, caps_, src_, Reader::PAIRED ? even : tiles))
+        for (int64_t j = 0; j < even; ++j)
+            if (j >= tiles || tile[j].count < src_.score_line || s_.bias.data || src_.hides())
+                add_bias_and_mask(scores_ + src_.line(j, 0) * src_.score_line, j < tiles ? tile[j] : Tile{0, 0, 0}, set, src_);
+        if (softmax_.update(scores_, src_, Reader::PAIRED ? even : tiles))
             for (int64_t row = 0; row < src_.real_rows; ++row)
                 if (softmax_.factors[row] != 1) reader_.rescale(row, softmax_.factors[row]);
         if (s_.value_map.data) reader_.map_weights(scores_, lines, to_rows_, weights_);
-        reader_.add_values(tile, tiles, next, weights_, caps_);
+        reader_.add_values(tile, tiles, next, weights_);
     }
 
     // What has been added up of a batch row and a set, with value_mean and behind out_map.
@@ -111,10 +104,10 @@ template <class Reader> class Pass {
     const Call& call_;
     Reader reader_;
     Softmax softmax_;
-    int64_t channels_, columns_, capped_[TILES];  // lengths of lines of `sums_` and `out_`; tokens that `caps_` are of
+    int64_t channels_, columns_;              // lengths of lines of `sums_` and `out_`
     float *scores_, *products_, *weights_;        // lines of tokens: scores, then weights; of key rows; of value rows
     float *to_tokens_, *to_rows_, *out_map_;      // the maps of a set, [M, N], [N, M] and [heads, C, D], filled up
-    float *caps_, *sums_, *out_;
+    float *sums_, *out_;
 };
 
 // Calls body with what makes a pass over a segment, and what it needs of a workspace.
@@ -162,8 +155,5 @@ EXPORT void kvcapsule_finish(const Call* call) {
     Sums all{call->sums, call->top, call->mass};
     for (int64_t part = 1; part < call->parts; ++part)
         all.join(0, rows, dim, {call->sums + part * rows * dim, call->top + part * rows, call->mass + part * rows}, dim);
-    for (int64_t row = 0; row < rows; ++row) {
-        const float mass = all.mass[row] > 1e-37f ? all.mass[row] : 1e-37f;
-        for (int64_t d = row * dim; d < (row + 1) * dim; ++d) call->out[d] = all.top[row] == NONE ? 0 : all.sums[d] / mass;
-    }
+    for (int64_t i = 0; i < rows * dim; ++i) call->out[i] = all.mass[i / dim] == 0 ? 0 : all.sums[i] / all.mass[i / dim];
 }

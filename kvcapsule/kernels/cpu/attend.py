@@ -33,16 +33,14 @@ def attend(
     query = query.contiguous()
     out = torch.empty_like(query)
     # One part for each piece of the work, and one for what the reference reads.
-    parts = [out.new_empty(pieces + bool(rest), *out.shape)]
-    parts += [out.new_full((len(parts[0]), batch, heads, rows), start) for start in (-torch.inf, 0.0)]
+    many = pieces + bool(rest), batch, heads, rows
+    parts = out.new_empty(*many, dim), out.new_empty(many), out.new_zeros(many)
     if rest:
         shown = visible if rest[-1] is read[-1][0] else None
         for part, other in zip(parts, reference.summed(query, rest, scale, shown), strict=True):
-            part[-1].copy_(other.view_as(part[-1]))
-        # The reference's mark of a query that sees no token is the kernels' upside down.
-        parts[1][-1].masked_fill_(parts[1][-1] == torch.inf, -torch.inf)
+            part[-1].copy_(other)
     visible = visible.contiguous() if visible is not None and last_is_covered else None
-    addresses = (ctypes.c_void_p * len(covered))(*(made.address for made in covered))
+    addresses = (ctypes.c_void_p * len(covered))(*(ctypes.addressof(made.struct) for made in covered))
     call = CCall(
         query.data_ptr(), out.data_ptr(), batch, heads, rows, queries, dim, ctypes.addressof(addresses), len(covered),
         None if visible is None else visible.data_ptr(), *(part.data_ptr() for part in parts), len(parts[0]), pieces,

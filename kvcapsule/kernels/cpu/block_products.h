@@ -31,8 +31,7 @@ struct ByRow {
     int64_t stride;
 
     template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
-        EACH(a, A)
-            EACH(v, V) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
+        EACH(a, A) EACH(v, V) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
     }
 };
 

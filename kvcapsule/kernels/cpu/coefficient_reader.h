@@ -155,7 +155,7 @@ class CoefficientReader {
                    SideBySide{weights, src_.rows, weight_count_, LANES, src_.rows * LANES});
     }
 
-    void add_values(const Tile* tile, int64_t tiles, int64_t next, const float* weights, const float*) {
+    void add_values(const Tile* tile, int64_t tiles, int64_t next, const float* weights) {
         const int64_t pairs = (tiles + 1) / 2;
         for (int64_t at = 0; at < weight_count_; at += LANES) {
             Floats sum = load(weights_ + at);
@@ -209,8 +209,7 @@ class CoefficientReader {
                 }
             }
         });
-        EACH(pair, P)
-            EACH(r, R) {
+        EACH(pair, P) EACH(r, R) {
                 float* const to = z + ((p + pair) * src_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
                 store(to, sum[0][pair][r]);
                 if (groups * 16 + 8 < rows) store(to + LANES, sum[1][pair][r]);

@@ -7,28 +7,17 @@ namespace kvcapsule {
 
 constexpr float NONE = -__builtin_inff();
 
-// caps[0 : score_line]: infinite for tokens of a tile that somebody sees, -inf for all others.
-inline void set_caps(float* caps, const Tile& tile, const Source& src) {
-    for (int64_t n = 0; n < src.score_line; ++n) {
-        bool seen = n < tile.count && !(src.s.mask && !src.s.mask[tile.entry * src.s.tokens + tile.token + n]);
-        if (seen && src.visible) {
-            const uint8_t* const first = src.visible + tile.entry * src.call.queries * src.s.tokens + tile.token + n;
-            seen = false;
-            for (int64_t q = 0; q < src.call.queries; ++q) seen = seen || first[q * src.s.tokens];
-        }
-        caps[n] = seen ? -NONE : NONE;
-    }
-}
-
-// A tile's scores with their bias, and -inf where a query does not see a token.
+// A tile's scores with their bias, and -inf behind the tile's tokens and where a query does not see one.
 inline void add_bias_and_mask(float* scores, const Tile& tile, int64_t set, const Source& src) {
     const Segment& s = src.s;
     for (int64_t row = 0; row < src.real_rows; ++row, scores += 2 * src.score_line) {
-        const int64_t head = s.head ? 0 : set * s.heads + row / src.call.rows, step = s.bias.third, queries = src.call.queries;
+        const int64_t head = s.head ? 0 : set * s.heads + row / src.call.rows, step = s.bias.third;
         const float* const bias = s.bias.data + tile.entry * s.bias.first + head * s.bias.second + tile.token * step;
         for (int64_t n = 0; s.bias.data && n < tile.count; ++n) scores[n] += bias[n * step];
-        const uint8_t* const seen = src.visible + (tile.entry * queries + row % queries) * s.tokens + tile.token;
-        for (int64_t n = 0; src.visible && n < tile.count; ++n) scores[n] = seen[n] ? scores[n] : NONE;
+        for (int64_t n = 0; src.hides() && n < tile.count; ++n)
+            if (!src.sees(tile, row % src.call.queries, n)) scores[n] = NONE;
+        for (int64_t n = tile.count / LANES * LANES; n < src.score_line; n += LANES)
+            store(scores + n, first_lanes(load(scores + n), tile.count - n, NONE));
     }
 }
 
@@ -40,30 +29,28 @@ struct Softmax {
     }
 
     // Scores of some tiles become weights. Returns whether any row's greatest score grew: `factors` are not all 1 then.
-    bool update(float* scores, const float* caps, const Source& src, int64_t tiles) {
-        const int64_t length = src.score_line;
+    bool update(float* scores, const Source& src, int64_t tiles) {
         bool grew = false;
         for (int64_t row = 0; row < src.real_rows; ++row) {
             const auto each = [&](const auto& body) INLINE_LAMBDA {
                 for (int64_t tile = 0; tile < tiles; ++tile) {
-                    float* const line = scores + src.line(tile, row) * length;
-                    for (int64_t n = 0; n < length; n += LANES)
-                        body(line + n, minimum(load(line + n), load(caps + tile * length + n)));
+                    float* const line = scores + src.line(tile, row) * src.score_line;
+                    for (int64_t n = 0; n < src.score_line; n += LANES) body(line + n);
                 }
             };
             Floats high = splat(NONE), sum = {};
-            each([&](float*, Floats score) INLINE_LAMBDA { high = maximum(score, high); });
-            const float found = max_of_lanes(high);
+            each([&](float* score) INLINE_LAMBDA { high = maximum(load(score), high); });
+            const float found = max_of_lanes(high), before = top[row];
             factors[row] = 1;
-            if (found > top[row]) {
+            if (found > before) {
                 // Nothing has been added to a row whose greatest score is still -inf.
-                if (top[row] > NONE) factors[row] = exp_of_negative(splat(top[row] - found))[0], grew = true;
+                if (before > NONE) factors[row] = exp_of_negative(splat(before - found))[0], grew = true;
                 top[row] = found;
             }
             const Floats level = splat(top[row] > NONE ? top[row] : 0.0f);
-            each([&](float* place, Floats score) INLINE_LAMBDA {
-                const Floats weight = exp_of_negative(score - level);
-                store(place, weight);
+            each([&](float* score) INLINE_LAMBDA {
+                const Floats weight = exp_of_negative(load(score) - level);
+                store(score, weight);
                 sum += weight;
             });
             mass[row] = mass[row] * factors[row] + sum_of_lanes(sum);
@@ -74,21 +61,20 @@ struct Softmax {
 
 // What has been found of some segments: of each batch row, KV head and query row.
 struct Sums {
-    float* sums;  // [.., D]
-    float* top;   // -inf: nothing yet, and `sums` hold anything
-    float* mass;
+    float *sums, *top, *mass;  // [.., D]; where the mass is 0 nothing has been found, and the others hold anything
 
     // Adds what others have found of some rows, from row `place` on; their sums are `apart`.
     void join(int64_t place, int64_t rows, int64_t dim, const Sums& other, int64_t apart) {
         for (int64_t row = 0; row < rows; ++row) {
-            const float high = top[place + row], mine = other.top[row], both = high > mine ? high : mine;
-            if (mine == NONE) continue;
-            const float before = high == NONE ? 0 : __builtin_expf(high - both), now = __builtin_expf(mine - both);
-            top[place + row] = both;
-            mass[place + row] = mass[place + row] * before + other.mass[row] * now;
-            float* const to = sums + (place + row) * dim;
-            const float* const from = other.sums + row * apart;
-            for (int64_t d = 0; d < dim; ++d) to[d] = (high == NONE ? 0 : to[d] * before) + from[d] * now;
+            const int64_t to = place + row;
+            if (other.mass[row] == 0) continue;
+            const bool first = mass[to] == 0;
+            const float both = first || other.top[row] > top[to] ? other.top[row] : top[to];
+            const float before = first ? 0 : __builtin_expf(top[to] - both), now = __builtin_expf(other.top[row] - both);
+            top[to] = both;
+            mass[to] = mass[to] * before + other.mass[row] * now;
+            for (int64_t d = 0; d < dim; ++d)
+                sums[to * dim + d] = (first ? 0 : sums[to * dim + d] * before) + other.sums[row * apart + d] * now;
         }
     }
 };

@@ -66,14 +66,20 @@ INLINE Floats splat_pair(const void* from) {
     return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
 }
 
-// The smaller and the greater one in each lane; y where x is not a number.
+// The greater one in each lane; y where x is not a number.
+INLINE Floats maximum(Floats x, Floats y) {
 #if AVX512
-INLINE Floats minimum(Floats x, Floats y) { return _mm512_min_ps(x, y); }
-INLINE Floats maximum(Floats x, Floats y) { return _mm512_max_ps(x, y); }
+    return _mm512_max_ps(x, y);
 #else
-INLINE Floats minimum(Floats x, Floats y) { return x < y ? x : y; }
-INLINE Floats maximum(Floats x, Floats y) { return x > y ? x : y; }
+    return x > y ? x : y;
 #endif
+}
+
+// The first `count` lanes of x, and a number in the others.
+INLINE Floats first_lanes(Floats x, int64_t count, float other) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < static_cast<int32_t>(count) ? x : splat(other);
+}
 
 // All lanes joined, by sums or by maxima: in each lane.
 template <class Join> INLINE Floats fold(Floats x, const Join& join) {
@@ -109,30 +115,6 @@ INLINE Floats lower_interleaved(Floats x, Floats y) {
 }
 INLINE Floats upper_interleaved(Floats x, Floats y) {
     return SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-
-// Line i of out becomes the i-th lanes of the sixteen vectors.
-INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line) {
-    Floats y[LANES];  // y[4 g + i], quarter q: of vectors 4 g to 4 g + 3 the lane 4 q + i
-    UNROLL for (int g = 0; g < LANES; g += 4) {
-        const Floats low[2] = {lower_in_turn(x[g], x[g + 1]), lower_in_turn(x[g + 2], x[g + 3])};
-        const Floats high[2] = {upper_in_turn(x[g], x[g + 1]), upper_in_turn(x[g + 2], x[g + 3])};
-        y[g] = lower_twos(low[0], low[1]), y[g + 1] = upper_twos(low[0], low[1]);
-        y[g + 2] = lower_twos(high[0], high[1]), y[g + 3] = upper_twos(high[0], high[1]);
-    }
-    EACH(i, 4) {
-        const auto halves = [&](int g) INLINE_LAMBDA {
-            return SHUFFLE(y[g + i], y[g + 4 + i], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        };
-        const auto others = [&](int g) INLINE_LAMBDA {
-            return SHUFFLE(y[g + i], y[g + 4 + i], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        };
-        const Floats low[2] = {halves(0), halves(8)}, high[2] = {others(0), others(8)};
-        store(out + i * line, SHUFFLE(low[0], low[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
-        store(out + (i + 4) * line, SHUFFLE(low[0], low[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-        store(out + (i + 8) * line, SHUFFLE(high[0], high[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
-        store(out + (i + 12) * line, SHUFFLE(high[0], high[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-    }
 }
 
 // e^x for x <= 0, within 2e-7 of it; below -87, and so for -inf, 0. Cephes (S. Moshier), expf.

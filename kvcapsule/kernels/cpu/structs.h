@@ -50,7 +50,7 @@ struct Call {
     const Segment* const* segments;
     int64_t count;
     const uint8_t* visible;              // [E, Q, N] of the last segment
-    float *sums, *top, *mass;            // [parts, B, H, R, D], [parts, B, H, R]: greatest scores, -inf where nothing is found, and masses
+    float *sums, *top, *mass;            // [parts, B, H, R, D], and greatest scores and masses [parts, B, H, R]
     int64_t parts, pieces;               // pieces: that the work is cut into, at most `parts`
     float* workspace;                    // [pieces, workspace_size]
     int64_t workspace_size;

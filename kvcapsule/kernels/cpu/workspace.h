@@ -50,6 +50,12 @@ struct Source {
         value_line = s.value_map.data ? padded(s.values.rows) : score_line;
     }
 
+    bool hides() const { return s.mask || visible; }
+    bool sees(const Tile& tile, int64_t query, int64_t n) const {
+        const int64_t token = tile.token + n;
+        return !(s.mask && !s.mask[tile.entry * s.tokens + token]) &&
+               !(visible && !visible[(tile.entry * call.queries + query) * s.tokens + token]);
+    }
     int64_t line(int64_t tile, int64_t row) const { return (tile / 2 * rows + row) * 2 + tile % 2; }
 };
 
