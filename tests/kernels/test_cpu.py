@@ -95,7 +95,8 @@ def test_nan_that_a_query_sees_is_not_hidden() -> None:
 
 
 def test_rows_of_other_strides(left: list[str]) -> None:
-    """Parts of a buffer, expanded rows and heads that lie behind tokens are read where they are; channels that are not dense are left."""
+    """Parts of a buffer, expanded rows and heads that lie behind tokens are read where they are; channels that are not
+    dense are left to the reference."""
     draw = Draw()
     wide = draw.raw([0, 1], 30)
     assert isinstance(wide.keys, torch.Tensor) and isinstance(wide.values, torch.Tensor)
@@ -108,7 +109,7 @@ def test_rows_of_other_strides(left: list[str]) -> None:
         attended(query_of(batch=2), [segment])
         assert not left
         assert error(query_of(batch=2), [segment]) < SINGLE
-    left.clear()
+        left.clear()
     across = replace(part, keys=part.keys.transpose(2, 3).contiguous().transpose(2, 3))
     attended(query_of(batch=2), [across])
     assert left == ["products", "sums"]

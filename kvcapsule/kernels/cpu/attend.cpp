@@ -54,7 +54,7 @@ template <class Reader> class Pass {
         const int64_t token = i % src_.chunks * src_.tokens, rest = s_.tokens - token;
         return {i / src_.chunks % s_.entries, token, rest < src_.tokens ? rest : src_.tokens};
     }
-    bool has_tokens(int64_t entry) const { return !s_.mask || std::memchr(s_.mask + entry * s_.tokens, 1, s_.tokens); }
+    bool has_tokens(int64_t entry) const { return !s_.mask || memchr(s_.mask + entry * s_.tokens, 1, s_.tokens); }
     int64_t place(int64_t set, int64_t owner) const { return (owner * s_.sets + set) * s_.heads * call_.rows; }
 
     void open_set(int64_t set) {

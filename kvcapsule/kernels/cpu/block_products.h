@@ -45,8 +45,8 @@ void product(const float* x, int64_t stride, int64_t rows, const float* map, int
     };
     int64_t column = 0;
     for (; column + 2 * LANES <= width; column += 2 * LANES)
-        for (int64_t row = 0; row < rows; row += 8) block(std::integral_constant<int, 2>(), row, column);
-    for (int64_t row = 0; column < width && row < rows; row += 8) block(std::integral_constant<int, 1>(), row, column);
+        for (int64_t row = 0; row < rows; row += 8) block(Constant<2>(), row, column);
+    for (int64_t row = 0; column < width && row < rows; row += 8) block(Constant<1>(), row, column);
 }
 
 // out[a * stride + n] = row a of x times row n of y; both dense along `length` numbers, a multiple of 16.

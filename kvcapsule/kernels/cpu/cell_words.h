@@ -52,10 +52,10 @@ struct Decoder {
 INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, float step) {
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     uint64_t both[2];
-    std::memcpy(&both[0], first, 8);
-    std::memcpy(&both[1], second, 8);
+    memcpy(&both[0], first, 8);
+    memcpy(&both[1], second, 8);
     Bytes codes;
-    std::memcpy(&codes, both, 16);
+    memcpy(&codes, both, 16);
     const Floats apart = __builtin_convertvector(__builtin_convertvector(codes, Ints), Floats);
     return (SHUFFLE(apart, apart, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15) - splat(127.5f)) * splat(step);
 }
@@ -86,7 +86,7 @@ inline void lay_words(const Rows& rows, const int64_t* base, int64_t set, uint32
             for (int64_t word = 0; word < count; ++word) {
                 uint32_t& place = to[word * TILES + tile] = 0;
                 const int64_t left = length - word * bytes;
-                std::memcpy(&place, from + word * bytes, word < all || left > 4 ? 4 : left);
+                memcpy(&place, from + word * bytes, word < all || left > 4 ? 4 : left);
             }
         }
         float* const words = reinterpret_cast<float*>(to);

@@ -123,8 +123,8 @@ class CoefficientReader {
 
     void load_queries(const float* query) {
         query_map_.load(query);
-        std::memset(weights_, 0, weight_count_ * sizeof(float));
-        std::memset(sums_, 0, src_.blocks * s_.values.channels * 8 * sizeof(float));
+        memset(weights_, 0, weight_count_ * sizeof(float));
+        memset(sums_, 0, src_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {

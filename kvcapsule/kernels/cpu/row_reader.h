@@ -20,13 +20,13 @@ template <int BITS> INLINE Ints codes_of_channel(const uint8_t* from, int64_t co
     if constexpr (BITS == 8) {
         typedef uint8_t Bytes __attribute__((vector_size(16)));
         Bytes codes = {};
-        if (count >= LANES) std::memcpy(&codes, from, 16);
-        else if (count > 0) std::memcpy(&codes, from, 8);
+        if (count >= LANES) memcpy(&codes, from, 16);
+        else if (count > 0) memcpy(&codes, from, 8);
         return __builtin_convertvector(codes, Ints);
     } else {
         uint64_t bytes = 0;
-        if (count >= LANES) std::memcpy(&bytes, from, 2 * BITS);
-        else if (count > 0) std::memcpy(&bytes, from, BITS);
+        if (count >= LANES) memcpy(&bytes, from, 2 * BITS);
+        else if (count > 0) memcpy(&bytes, from, BITS);
         // Each lane gets the word of eight codes that its own is in.
         const int32_t low = static_cast<int32_t>(bytes), high = static_cast<int32_t>(bytes >> 8 * BITS);
         const Ints words = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
@@ -56,7 +56,7 @@ class RowReader {
 
     void load_queries(const float* query) {
         queries_.load(query);
-        std::memset(sums_, 0, src_.rows * width_ * sizeof(float));
+        memset(sums_, 0, src_.rows * width_ * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t, float* z) {
@@ -97,7 +97,7 @@ class RowReader {
             const Stored values = read(s_.values, tile[i], count, hides, values_, line);
             for (int64_t n = 0, query; hides && n < count; ++n) {
                 for (query = 0; query < src_.call.queries && !src_.sees(tile[i], query, n);) ++query;
-                if (query == src_.call.queries) std::memset(values_ + n * width_, 0, width_ * sizeof(float));
+                if (query == src_.call.queries) memset(values_ + n * width_, 0, width_ * sizeof(float));
             }
             with_block(src_.block, [&](auto size) {
                 constexpr int R = decltype(size)::value, V = R <= 2 ? 8 : R == 4 ? 4 : 2;
@@ -119,7 +119,7 @@ class RowReader {
         for (int64_t c = row * width_; c < (row + 1) * width_; ++c) sums_[c] *= factor;
     }
 
-    void finish(float* out) const { std::memcpy(out, sums_, src_.real_rows * width_ * sizeof(float)); }
+    void finish(float* out) const { memcpy(out, sums_, src_.real_rows * width_ * sizeof(float)); }
 
   private:
     struct Stored {

@@ -3,10 +3,8 @@
 // GCC's and clang's vector extensions make these one register with AVX-512, two with AVX2 and four with NEON or SSE.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
+#include <stdint.h>
+#include <string.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define AVX512 1
@@ -26,6 +24,12 @@
 #define EACH(i, count) UNROLL for (int i = 0; i < (count); ++i)
 
 namespace kvcapsule {
+
+// A number that is known when the kernels are compiled.
+template <int NUMBER> struct Constant {
+    static constexpr int value = NUMBER;
+    constexpr operator int() const { return NUMBER; }
+};
 
 constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(64)));
@@ -54,7 +58,7 @@ INLINE Floats load_part(const float* from, int64_t count) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
 #else
     Floats x = {};
-    std::memcpy(&x, from, count * sizeof(float));
+    memcpy(&x, from, count * sizeof(float));
     return x;
 #endif
 }
@@ -62,7 +66,7 @@ INLINE Floats load_part(const float* from, int64_t count) {
 // from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
 INLINE Floats splat_pair(const void* from) {
     double both;
-    std::memcpy(&both, from, sizeof both);
+    memcpy(&both, from, sizeof both);
     return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
 }
 
@@ -106,7 +110,7 @@ INLINE void store_four_sums(float* to, const Floats* x) {
     Floats sums = lower_twos(ab, cd) + upper_twos(ab, cd);  // of each quarter
     sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    std::memcpy(to, &sums, 4 * sizeof(float));
+    memcpy(to, &sums, 4 * sizeof(float));
 }
 
 // x0, y0, x1, y1, ...: the lower and the upper half of it.

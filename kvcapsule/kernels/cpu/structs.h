@@ -4,7 +4,7 @@
 // head, Q queries, N tokens of an entry, M stored rows, D head dim, C stored channels. What a segment does not have is null.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 namespace kvcapsule {
 

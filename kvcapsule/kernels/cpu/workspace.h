@@ -61,7 +61,7 @@ struct Source {
 
 // Calls body with a number as a constant, one of `NUMBERS`.
 template <int... NUMBERS, class Body> INLINE void with_constant(int64_t number, const Body& body) {
-    (void)((number == NUMBERS && (body(std::integral_constant<int, NUMBERS>()), true)) || ...);
+    (void)((number == NUMBERS && (body(Constant<NUMBERS>()), true)) || ...);
 }
 template <class Body> INLINE void with_block(int64_t size, const Body& body) { with_constant<1, 2, 4, 7, 8>(size, body); }
 
