@@ -11,13 +11,13 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli.results import shown_path
 from kvcapsule.errors import InputError
 from kvcapsule.methods.method import Method
-from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy, TextPolicy, VisualPolicy
+from kvcapsule.policy import POLICIES, TEXT_POLICIES, Policy
 
 from .equal_bytes import PerLayer
 
 FULL = "full"
 """The row of the full cache: in every run, as all others are measured against it."""
-RIVALS = {name: policy for name, policy in POLICIES.items() if policy.DIAL is not None}
+RIVALS = {name: policy for name, policy in POLICIES.items() if policy.budget_field is not None}
 """Policies with a dial, which is turned so that they store as many bytes as the first capsule."""
 FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"int{bits}": ("quantized", {"bits": bits}) for bits in (8, 4, 3, 2)},
@@ -25,21 +25,15 @@ FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: (name, {})
         for name, policy in POLICIES.items()
-        if policy.DIAL is None
+        if policy.budget_field is None
         and name != FULL
         and all(p.default is not p.empty for p in signature(policy).parameters.values())
     },
 }
 """Rows that store what they store: a policy without a dial, and its settings."""
-TEXT: dict[str, type[Policy] | type[TextPolicy]] = {
+TEXT: dict[str, type[Policy]] = {
     **TEXT_POLICIES,
-    **{
-        name: policy
-        for name, policy in POLICIES.items()
-        if getattr(policy, "SEPARABLE", True)
-        and policy.DIAL != "ratio"
-        and (hasattr(policy, "revise") or not issubclass(policy, VisualPolicy))
-    },
+    **{name: policy for name, policy in POLICIES.items() if policy.separable and policy.compresses_text},
 }
 """What can see to the text beside a capsule: not what keeps all text raw."""
 BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
@@ -71,12 +65,12 @@ def build(
         InputError: for a setting that it has not, or that cannot be.
     """
     policy: Any = among[name]
-    known = [f.name for f in fields(policy) if f.name != policy.DIAL]
+    known = [f.name for f in fields(policy) if f.name != policy.budget_field]
     if unknown := [key for key in settings if key not in known]:
         raise InputError(f"{name} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(known) or 'none'}.")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     if dial is not None:
-        given[policy.DIAL] = dial
+        given[policy.budget_field] = dial
     try:
         made: Method = policy(**given)
     except (TypeError, ValueError) as error:
@@ -85,7 +79,7 @@ def build(
 
 
 def family_of(name: str, among: Mapping[str, Any] = POLICIES) -> str:
-    return QUANTISATION if among[name].DIAL is None else PRUNING
+    return QUANTISATION if among[name].budget_field is None else PRUNING
 
 
 def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:

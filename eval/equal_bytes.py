@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Method, Revises, Starts
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.vlm.spans import VisualSpan
 
 TOLERANCE = 0.02
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """[B, N] bool: False at padding."""
 
 
-class PerLayer:
+class PerLayer(Method):
     """A method for each layer of the model, so that bytes can be matched finer than by one token in every layer."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
@@ -73,7 +73,8 @@ def match(target: int, build: Build, stored: Callable[[Method], int], layers: in
             return None, 0
         return method, stored(method)
 
-    mixable = not isinstance(at(STEPS)[0], (Starts, Revises))
+    most, _ = at(STEPS)
+    mixable = most is not None and most.independent_layers and most.decode_time() is None
     low, high = _bracket(target, lambda step: at(step)[1], TOLERANCE if mixable else TOLERANCE / 4)
     found = [(method, size) for method, size in (at(low), at(high)) if method is not None]
     if mixable and len(found) == 2:

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.inference.attach import attach
-from kvcapsule.methods.method import Method, reads_hidden
+from kvcapsule.methods.method import Method
 
 from .batches import Batch, batches
 from .entries import FULL, Entry
@@ -101,7 +101,7 @@ def evaluate(
         raise ValueError("the full cache must be the first entry: the others are compared with its answers.")
     tallies = {entry.name: Tally() for entry in entries}
     task = progress.add_task("answers", total=len(rows) * len(entries))
-    hidden = any(reads_hidden(entry.method) for entry in entries)
+    hidden = any(entry.method is not None and entry.method.needs_hidden_states for entry in entries)
     for batch in batches(by_task(rows), model, processor, size):
         prefill = record(model, batch.inputs, batch.layout, hidden) if share else None
         reference: Generated | None = None

@@ -84,8 +84,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     with Progress(*columns, console=console) as progress:
         taking_part = field.entries(model, processor, questions, progress)
         for entry in taking_part:
-            if (check := getattr(entry.method, "require_geometry", None)) is not None:
-                check(KVGeometry.from_config(model.config))
+            if entry.method is not None:
+                entry.method.require_geometry(KVGeometry.from_config(model.config))
         shared = config.share_prefill and replayable(model)
         tallies = evaluate(
             model, processor, questions, taking_part, config.batch, config.max_new_tokens, progress, shared

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvcapsule.inference import attention_interface
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import passed_cache, replace_output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Run
+from kvcapsule.methods.method import Compressed, CompressionPass, Method
 
 
 class Prefill(NamedTuple):
@@ -35,12 +35,12 @@ Made = dict[int, Sequence[tuple[int, Compressed]]]
 same prefill again."""
 
 
-class Keeper:
+class Keeper(Method):
     """A method that keeps what it is shown, and stores nothing."""
 
-    def __init__(self, reads_hidden: bool = False) -> None:
-        """reads_hidden: whether hidden states are kept too, for the methods that ask for them."""
-        self.reads_hidden = reads_hidden
+    def __init__(self, needs_hidden_states: bool = False) -> None:
+        """needs_hidden_states: whether hidden states are kept too, for the methods that ask for them."""
+        self.needs_hidden_states = needs_hidden_states
         self.layers: list[LayerPrefill] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
@@ -78,11 +78,11 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None
 
     @wraps(forward)
     def replay(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = passed_cache(kwargs)
         if cache is None or cache.get_seq_length() > 0:
             return forward(*args, **kwargs)
         _fill(cache, prefill.layers, {} if made is None else made)
-        return type(prefill.output)(**{**prefill.output, "past_key_values": cache})
+        return replace_output_cache(prefill.output, cache)
 
     # By this parameter generate knows models whose images it may encode before the forward, which here needs none.
     known = signature(forward)
@@ -100,33 +100,26 @@ def replaying(model: PreTrainedModel, prefill: Prefill | None, made: Made | None
 
 
 class _Known:
-    """A run that was done before, where it was."""
+    """A pass whose results are read where they are known already."""
 
-    def __init__(self, run: Run, made: Made) -> None:
-        self.run, self.made = run, made
+    def __init__(self, compression: CompressionPass, made: Made) -> None:
+        self.compression, self.made = compression, made
 
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
         if prefill.layer not in self.made:
-            self.made[prefill.layer] = self.run.add(prefill)
+            self.made[prefill.layer] = self.compression.add(prefill)
         return self.made[prefill.layer]
 
 
 def _fill(cache: Cache, layers: list[LayerPrefill], made: Made) -> None:
     """What the layers' attention would do to an empty cache, without the attention."""
-    for seen in layers:
-        layer = cache.layers[seen.layer]
-        if isinstance(cache, CapsuleCache) and isinstance(layer, CapsuleLayer):
-            if seen.position_embeddings is not None:
-                cache.set_position_embeddings(*seen.position_embeddings)
-            if seen.hidden is not None:
-                cache.set_hidden(seen.layer, seen.hidden)
-            layer.turn = layer.turn._replace(run=_Known(layer.turn.run, made))
-            layer.update(seen.keys, seen.values)
-            attention_interface.forget()
-            layer.commit(seen.query, seen.scale)
-        elif type(layer) is DynamicLayer:
-            layer.update(seen.keys, seen.values)
-        else:
+    if isinstance(cache, CapsuleCache):
+        cache.fill(layers, _Known(cache.method.begin_pass([prefill.layer for prefill in layers]), made))
+        return
+    for prefill in layers:
+        layer = cache.layers[prefill.layer]
+        if type(layer) is not DynamicLayer:
             raise ValueError(
                 f"a {type(layer).__name__} cannot be filled from a recorded prefill: run it (--share_prefill false)."
             )
+        layer.update(prefill.keys, prefill.values)

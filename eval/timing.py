@@ -20,6 +20,7 @@ from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList, Pre
 from transformers.cache_utils import Cache
 
 from kvcapsule.inference.attach import attach
+from kvcapsule.inference.transformers_api import cache_argument
 
 from .batches import Batch, make_batch, read
 from .entries import FULL, Entry
@@ -105,7 +106,7 @@ def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps:
     started = clock.now()
     cast("Any", model).generate(
         **inputs,
-        past_key_values=cache,
+        **cache_argument(cache),
         # A fixed length: a method whose answers end early would otherwise be timed on other steps.
         min_new_tokens=steps + 1,
         max_new_tokens=steps + 1,

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.method import Method
 from kvcapsule.segments.segment import storage_bytes
 
@@ -80,7 +81,7 @@ def generate(
     with replaying(model, prefill, made):
         output = cast("Any", model).generate(
             **inputs,
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList(processors),
             return_dict_in_generate=True,

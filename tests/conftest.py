@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import os
 import sys
 
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 if sys.platform != "linux":
-    collect_ignore = ["kernels/test_triton.py", "kernels/test_triton_compile.py"]  # Triton is built for Linux alone.
+    # Triton is built for Linux alone.
+    collect_ignore = ["kernels/test_triton.py", "kernels/test_triton_compile.py", "kernels/test_triton_gpu.py"]
 # Triton reads this when it first meets a kernel: here, before any test can have imported one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -23,6 +26,7 @@ from PIL import Image
 from support.builders import cross_layer_capsule, kv_capsule, random_widths, transform_capsule
 from support.run_vlm import MIXED
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils.logging import warning_once
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
@@ -44,6 +48,41 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 GAIN = 2.5
 """Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could
 tell."""
+
+
+_OF_PIPELINES = "Passing `generation_config` together with"
+"""Logged by the pipelines of transformers below 5.21 of what they do themselves."""
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what transformers logs of deprecated names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message and _OF_PIPELINES not in message:
+            self.messages.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_names() -> Iterator[None]:
+    """transformers logs a part of its deprecations, once a process, where filterwarnings sees nothing: each test fails
+    on its own."""
+    warning_once.cache_clear()
+    logger, heard = logging.getLogger("transformers"), _Deprecations()
+    logger.addHandler(heard)
+    yield
+    logger.removeHandler(heard)
+    assert not heard.messages, "\n".join(heard.messages)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def version_in_reports(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """A JUnit file says which transformers it is of (support/range_table.py)."""
+    record_testsuite_property("transformers", transformers.__version__)
 
 
 @pytest.fixture(scope="session")

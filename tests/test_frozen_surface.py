@@ -72,7 +72,7 @@ SURFACE: dict[str, Callable[[], Any]] = {
     ),
     "capsule config": lambda: sorted(field.name for field in fields(CapsuleConfig)),
     "codec configs": lambda: {
-        name: sorted(field.name for field in fields(config)) for name, config in FAMILIES.items()
+        name: sorted(field.name for field in fields(family.config)) for name, family in FAMILIES.items()
     },
     "policy settings": lambda: {
         name: sorted(field.name for field in fields(policy))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -191,7 +192,13 @@ def test_constraints_pin_what_pyproject_names() -> None:
     lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     pins = {canonicalize_name(r.name): r for r in map(Requirement, filter(None, lines))}
     project = PYPROJECT["project"]
-    for named in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+    extras = project["optional-dependencies"]
+    asked = project["dependencies"] + [line for extra in extras.values() for line in extra]
+    for named in map(Requirement, asked):
+        if named.name == project["name"]:
+            # An extra that holds others.
+            assert named.extras <= extras.keys()
+            continue
         pin = pins.get(canonicalize_name(named.name))
         assert pin is not None, f"constraints.txt does not pin {named.name}."
         (exact,) = pin.specifier
@@ -202,10 +209,19 @@ def test_constraints_pin_what_pyproject_names() -> None:
     assert "torchvision" not in pins
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_the_tests_and_both_ends_of_the_range() -> None:
     script = ROOT / ".ci" / "run"
-    assert "make test" in script.read_text().splitlines()
+    made = [line for line in script.read_text().splitlines() if line.startswith("make ")]
+    assert made == ["make test", "make test-lower", "make test-newest"]
     assert os.access(script, os.X_OK)
+
+
+def test_the_workflow_has_an_entry_for_each_minor_version_of_transformers() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    (bound,) = (r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "transformers")
+    minors = [f"5.{minor}" for minor in range(100) if bound.specifier.contains(f"5.{minor}")]
+    assert minors[0] == "5.16" and len(minors) > 1
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["target"] == ["test", *(f"test-{m}" for m in minors)]
 
 
 def test_version_is_the_same_in_both_places() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcapsule.codec import CodecConfig, LayerCodec, StackCodec
+from kvcapsule.codec import CodecConfig, LayerCodec, LayerGroupCodec
+from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -26,14 +27,16 @@ from .frozen_forward import divergence, logits_through
 from .harvest import LayerHarvest, harvest, harvest_with_logits
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
-from .recipe import Recipe
+from .recipe import Recipe, flat, group_names
+
+R = TypeVar("R", bound=Recipe, covariant=True)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a run is about."""
+class Task(Generic[R]):
+    """The recipe of a run and all that it names, loaded."""
 
-    recipe: Recipe
+    recipe: R
     model: PreTrainedModel
     data: Questions
     geometry: KVGeometry
@@ -55,33 +58,20 @@ Errors = dict[str, torch.Tensor]
 """Losses of a layer by name."""
 
 
-_FIXED = ("family", "model", "revision", "ratio", "bits", "codec", "data", "batch", "moment_batches", "seed")
-"""Fields of a recipe that a resumed run may not change."""
-_FIXED_TRANSFORM = (
-    "joint_heads",
-    "joint_layers",
-    "allocation",
-    "key_bits",
-    "value_bits",
-    "query_metric",
-    "readers",
-    "logit_batches",
-    "maps",
-    "probe_batches",
-)
-"""And of its `transform`: what shapes the code, not what the descent from there is like."""
-
-
-class CapsuleFit(L.LightningModule, ABC):
+class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """Trains the codecs of every layer at once.
 
     What is solved in closed form is solved in `setup`, on this rank's share of the batches; sums are added up over the
     ranks.
     """
 
+    recipe_class: ClassVar[type[Recipe]]
+    """The family's options: a subclass of Recipe."""
+    has_unused_parameters: ClassVar[bool] = False
+    """Whether a step may leave some parameters without a gradient, which DDP must then look for."""
     layers: nn.ModuleList
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task[R]) -> None:
         super().__init__()
         # In a tuple, so that Lightning neither saves nor moves nor trains the model.
         self._frozen = (task,)
@@ -89,7 +79,7 @@ class CapsuleFit(L.LightningModule, ABC):
         self.prepared = False
 
     @property
-    def task(self) -> Task:
+    def task(self) -> Task[R]:
         return self._frozen[0]
 
     has_kl = False
@@ -109,7 +99,7 @@ class CapsuleFit(L.LightningModule, ABC):
         """The sizes of the codecs, known once they are prepared."""
 
     @abstractmethod
-    def codec(self, index: int) -> LayerCodec | StackCodec:
+    def codec(self, index: int) -> LayerCodec | LayerGroupCodec:
         """The codec of a layer, or of a stack of layers, as it is to be saved."""
 
     @abstractmethod
@@ -127,17 +117,14 @@ class CapsuleFit(L.LightningModule, ABC):
         checkpoint["recipe"] = asdict(self.task.recipe)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError for a checkpoint of another recipe: its tensors would have other shapes, or another
+        """Raises ConfigError for a checkpoint of another recipe: its tensors would have other shapes, or another
         meaning."""
-        then, now = checkpoint.get("recipe", {}), asdict(self.task.recipe)
-        other = [name for name in _FIXED if then.get(name) != now[name]]
-        other += [
-            f"transform.{name}"
-            for name in _FIXED_TRANSFORM
-            if then.get("transform", {}).get(name) != now["transform"][name]
-        ]
+        recipe = self.task.recipe
+        groups = group_names(type(recipe))
+        before, now = (dict(flat(r, groups)) for r in (checkpoint.get("recipe", {}), asdict(recipe)))
+        other = [name for name, value in now.items() if name not in recipe.RESUMABLE and before.get(name) != value]
         if other:
-            raise ValueError(
+            raise ConfigError(
                 f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
                 " true."
             )
@@ -230,9 +217,6 @@ def mean(errors: Sequence[Errors]) -> Errors:
     """Over the layers, of what is known of all."""
     common = [name for name in errors[0] if all(name in found for found in errors)]
     return {name: torch.stack([found[name] for found in errors]).mean() for name in common}
-
-
-FitOf = Callable[[Task], CapsuleFit]
 
 
 def scheduled(

@@ -11,6 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.data.source import images_of
+from kvcapsule.errors import ConfigError
 
 
 class Batch(NamedTuple):
@@ -77,7 +78,7 @@ class Shares(Sampler[list[int]]):
         """seed: of the shuffle; None keeps the order. fixed: later epochs have the first one's steps, in another
         order."""
         if batch % world:
-            raise ValueError(
+            raise ConfigError(
                 f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}."
             )
         self.length, self.batch, self.seed, self.rank, self.world = length, batch, seed, rank, world

@@ -1,11 +1,11 @@
-"""What the answers' logits feel of an error in keys and values: the Fisher information of the frozen VLM, along
-channels.
+"""Fisher information of the answer logits with respect to keys and values, as one matrix along channels per coding
+source.
 
 To second order KL(p || p') of a token's logits is e^T F e / 2 for an error e of the keys and values that it read, with
 
     F = mean over y ~ p of g g^T,      g = d log p(y) / d (keys, values)
 
-Here F is taken as one matrix over the channels of what is coded together (both of a layer, or all layers of a stack)
+Here F is taken as one matrix over the channels of a source (the keys or values of a layer, or all of a group of layers)
 and alike for all tokens, as Kronecker-factored approximations have it (K-FAC, arXiv 1503.05671). It knows what
 attention's output of one layer cannot: what later layers and the answer make of an error, and that errors of several
 layers add up or cancel.
@@ -22,20 +22,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 
 from .datamodule import Batch
-from .families.spectra import Moments
-from .frozen_forward import asked, logits_through
+from .frozen_forward import answer_mask, logits_through
 from .harvest import LayerHarvest
+from .second_moments import Moments
 
 MIX = 0.1
-"""Weight of the metric by attention's output beside the logits', both by what they say of losing everything: of what
-the logits did not feel in few batches they may feel something in others, and errors that are not small leave the second
-order."""
+"""Weight of the attention-output metric added to the Fisher metric (both normalised). Few batches miss directions, and
+large errors leave the quadratic regime."""
 
 
-class Felt(nn.Module):
+class FisherSums(nn.Module):
     """Sums over tiles, tokens and predictions of g g^T, [S, W, W]; adding up the buffers of several ranks gives those
     of all data."""
 
@@ -79,42 +79,44 @@ def gradients(
     tiles = [Segment(k, v, layer.owner, frame=layer.frame) for (k, v), layer in zip(leaves, layers, strict=True)]
     with torch.enable_grad():
         logits = logits_through(model, batch.inputs, tile, canonical, tiles, last)
-        log_p = logits[asked(batch.answers.to(logits.device), last)].float().log_softmax(-1)
+        log_p = logits[answer_mask(batch.answers.to(logits.device), last)].float().log_softmax(-1)
         drawn = [
             torch.rand(int(n), generator=torch.Generator().manual_seed(s))
             for n, s in zip(batch.answers, seeds, strict=True)
         ]
-        places = torch.cat(drawn).to(log_p)[:, None]
-        chosen = torch.searchsorted(log_p.detach().exp().cumsum(-1), places).clamp_max(log_p.shape[-1] - 1)
-        found = torch.autograd.grad(log_p.gather(1, chosen).sum(), [leaf for pair in leaves for leaf in pair])
-    return [replace(layer, keys=k, values=v) for layer, k, v in zip(layers, found[::2], found[1::2], strict=True)]
+        quantiles = torch.cat(drawn).to(log_p)[:, None]
+        chosen = torch.searchsorted(log_p.detach().exp().cumsum(-1), quantiles).clamp_max(log_p.shape[-1] - 1)
+        slopes = torch.autograd.grad(log_p.gather(1, chosen).sum(), [leaf for pair in leaves for leaf in pair])
+    return [replace(layer, keys=k, values=v) for layer, k, v in zip(layers, slopes[::2], slopes[1::2], strict=True)]
 
 
-def require_finite_gradients(found: Sequence[LayerHarvest]) -> None:
-    """Raises ValueError that names the first layer whose gradients are not all numbers."""
-    for i, layer in enumerate(found):
+def require_finite_gradients(slopes: Sequence[LayerHarvest]) -> None:
+    """Raises ConfigError that names the first layer whose gradients are not all numbers."""
+    for i, layer in enumerate(slopes):
         if not bool(layer.keys.isfinite().all() and layer.values.isfinite().all()):
-            raise ValueError(
+            raise ConfigError(
                 f"layer {i}: gradients of its keys or values are NaN or infinite. Run the model in another precision"
                 " (--dtype float32 or bfloat16), or leave the logits out with --transform.logit_batches 0."
             )
 
 
-def mixed(felt: Sequence[Felt], usual: Sequence[torch.Tensor], moments: Sequence[Moments]) -> list[torch.Tensor]:
-    """Metrics [S, W, W] of sources: what the logits feel, as large in all as the metric by attention's output, and a
-    share of that.
+def mixed(
+    fisher: Sequence[FisherSums], baseline: Sequence[torch.Tensor], moments: Sequence[Moments]
+) -> list[torch.Tensor]:
+    """Metrics [S, W, W] of sources: the Fisher information, scaled to the size of the baseline metric (by attention's
+    output), plus MIX of that.
 
     Raises:
-        ValueError: if the logits feel nothing.
+        ConfigError: if the logits do not depend on what is coded.
     """
     spreads = [own.spread() for own in moments]
-    feel, whole = (
+    measured, wanted = (
         torch.stack([(metric * spread).sum() for metric, spread in zip(metrics, spreads, strict=True)]).sum()
-        for metrics in ([own.total for own in felt], usual)
+        for metrics in ([own.total for own in fisher], baseline)
     )
-    if not feel > 0:
-        raise ValueError(
+    if not measured > 0:
+        raise ConfigError(
             "the answers' logits do not depend on the visual tokens: nothing can be learned from them. Look at the"
             " data's prompts and answers, or leave the logits out with --transform.logit_batches 0."
         )
-    return [own.total * (whole / feel) + MIX * metric for own, metric in zip(felt, usual, strict=True)]
+    return [own.total * (wanted / measured) + MIX * metric for own, metric in zip(fisher, baseline, strict=True)]

@@ -17,29 +17,21 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
 from kvcapsule.capsule.write import require_replaceable
+from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
-from kvcapsule.errors import GeometryError
+from kvcapsule.errors import ConfigError, GeometryError, InputError
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 from kvcapsule.vlm.spans import find_spans
 
-from .capsule_fit import CapsuleFit, FitOf, Task
+from .capsule_fit import CapsuleFit, Task
 from .datamodule import Questions
-from .families.compact import CompactFit
-from .families.cross_layer import CrossLayerFit
-from .families.kvcapsule import KVCapsuleFit
-from .families.transform import TransformFit
+from .families import fit_class
 from .recipe import Recipe
 
-FITS: dict[str, FitOf] = {
-    "transform": TransformFit,
-    "cross-layer": CrossLayerFit,
-    "kvcapsule": KVCapsuleFit,
-    "compact": CompactFit,
-}
-"""How each family is trained: the one place where a family's training is registered."""
+AnyFit = CapsuleFit[Recipe]
 _NEVER = 10**9
 _CHECKPOINT_EVERY = 50
 """Steps between checkpoints."""
@@ -49,12 +41,17 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     """Train a capsule and save it to recipe.output.
 
     Raises:
-        ValueError, ModelError, DataError, GeometryError, CapsuleError: before anything is trained, wherever that can be
-        known.
+        KVCapsuleError: before anything is trained, wherever that can be known.
     """
     console = console or Console(stderr=True)
     _quiet()
     output = Path(recipe.output)
+    family = REGISTRY.find(recipe.family)
+    fit_of = fit_class(family)
+    if not isinstance(recipe, fit_of.recipe_class):
+        raise ConfigError(
+            f"the family {family.name} takes a {fit_of.recipe_class.__name__}, not a {type(recipe).__name__}."
+        )
     _check_output(recipe, output)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -73,19 +70,17 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         raise source.DataError(
             f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data."
         )
-    kept = len(rows) - recipe.held_out
-    held_out = rows.select(range(kept, len(rows)))
-    # What is kept on disk is whole batches: those of later epochs are then the same ones.
+    trained = len(rows) - recipe.held_out
+    held_out = rows.select(range(trained, len(rows)))
+    # Whole batches are cached on disk: those of later epochs are then the same ones.
     fixed = recipe.harvests is not None
     data = Questions(
-        rows.select(range(kept)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype, fixed
+        rows.select(range(trained)), held_out, processor, recipe.batch, recipe.workers, recipe.seed, model.dtype, fixed
     )
-    fit = FITS[recipe.family](
-        Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console)
-    )
+    fit = fit_of(Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console))
     trainer = _run(recipe, fit, data)
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
-    capsule = _capsule(recipe, fit, geometry)
+    capsule = _capsule(recipe, family, fit, geometry)
     if trainer.is_global_zero:
         seconds = time.perf_counter() - started
         metrics = {
@@ -101,10 +96,10 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
 
 def _check_output(recipe: Recipe, output: Path) -> None:
     if output.exists() and not recipe.force and not recipe.resume:
-        raise ValueError(f"{output} exists: choose another --output, or replace it with --force true.")
+        raise InputError(f"{output} exists: choose another --output, or replace it with --force true.")
     last = recipe.work / "last.ckpt"
     if recipe.resume and not last.is_file():
-        raise ValueError(f"nothing to resume: there is no {last}.")
+        raise InputError(f"nothing to resume: there is no {last}.")
     if output.exists():
         require_replaceable(output.resolve())
 
@@ -113,25 +108,25 @@ def _whole_image(model: PreTrainedModel, data: Questions) -> int:
     """Visual tokens of one image, where all images of a batch have equally many.
 
     Raises:
-        ValueError: where they differ: a whole-image map has one size.
+        DataError: where they differ: a whole-image map has one size.
     """
     batch = next(iter(data.val_dataloader()))
     lengths = sorted({span.length for span in find_spans(model.config, batch.inputs["input_ids"], batch.inputs)})
     if len(lengths) != 1:
-        found = f"images of {', '.join(map(str, lengths))} visual tokens" if lengths else "no image"
-        raise ValueError(
-            f"a whole-image capsule needs images of one size, but a batch has {found}: give a tile, as in"
+        shown = f"images of {', '.join(map(str, lengths))} visual tokens" if lengths else "no image"
+        raise source.DataError(
+            f"a whole-image capsule needs images of one size, but a batch has {shown}: give a tile, as in"
             " --codec.tile 64."
         )
     return lengths[0]
 
 
-def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> L.Trainer:
+def _run(recipe: Recipe, fit: AnyFit, data: Questions) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu" if recipe.device == "cpu" else "auto",
         devices=recipe.trainer.devices,
         num_nodes=recipe.trainer.num_nodes,
-        strategy=_strategy(recipe),
+        strategy=_strategy(recipe, fit),
         max_steps=fit.steps,
         max_epochs=-1,
         logger=[
@@ -167,13 +162,12 @@ def _run(recipe: Recipe, fit: CapsuleFit, data: Questions) -> L.Trainer:
     return trainer
 
 
-def _strategy(recipe: Recipe) -> str:
-    """A KVCapsule trains its mask and its reconstruction in turn, so that some parameters of a step have no
-    gradient."""
+def _strategy(recipe: Recipe, fit: AnyFit) -> str:
+    """Lightning's strategy; DDP looks for parameters without a gradient where a fit has some."""
     wanted = recipe.trainer.strategy
     several = recipe.trainer.devices * recipe.trainer.num_nodes != 1
     plain = wanted == "ddp" or (wanted == "auto" and several)
-    return "ddp_find_unused_parameters_true" if plain and recipe.family == "kvcapsule" else wanted
+    return "ddp_find_unused_parameters_true" if plain and fit.has_unused_parameters else wanted
 
 
 class _Progress(RichProgressBar):
@@ -196,13 +190,15 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*number of training batches.*")
 
 
-def _capsule(recipe: Recipe, fit: CapsuleFit, geometry: KVGeometry) -> Capsule:
+def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeometry) -> Capsule:
+    package = REGISTRY.package_of(family.name)
     config = CapsuleConfig(
-        family=recipe.family,
+        family=family.name,
         codec=fit.codec_config(),
         geometry=geometry,
         base_model=recipe.model,
         base_revision=recipe.revision,
+        metadata={} if package is None else {PACKAGE: package},
     )
     capsule = Capsule(config)
     for index, own in enumerate(capsule.layers):

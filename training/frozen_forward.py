@@ -9,8 +9,8 @@ from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
-from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.segment import Segment
 
 from .harvest import Recorder
@@ -28,17 +28,11 @@ class _ReadingLayer(CapsuleLayer):
         return False
 
     def attend(self, query: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-        assert self._new is not None
-        (keys, values), self._new = self._new, None
-        turn = self.turn
-        valid = turn.valid if turn.valid is not None else torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool)
-        prefill = LayerPrefill(
-            self.index, query, keys, values, turn.spans, valid, scale, turn.position_embeddings, turn.shared
-        )
+        prefill = self.take_prefill(query, scale)
         self.recorder.compress(prefill)
         layer = self.recorder.layers.pop()
-        group = query.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        group = query.shape[1] // prefill.keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (prefill.keys, prefill.values))
         exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
         first = query.shape[2] - layer.query.shape[2]
         read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
@@ -58,14 +52,14 @@ def logits_through(
             _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
             for i, own in enumerate(cache.layers)
         ]
-        logits: torch.Tensor = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last).logits
+        logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
 
 
-def asked(answers: torch.Tensor, last: int) -> torch.Tensor:
+def answer_mask(answers: torch.Tensor, last: int) -> torch.Tensor:
     """[B, last] bool: which of the last logits predict a token of the answer; answers [B] as in `divergence`."""
-    places = torch.arange(last, device=answers.device)
-    return (places >= last - 1 - answers[:, None]) & (places < last - 1)
+    positions = torch.arange(last, device=answers.device)
+    return (positions >= last - 1 - answers[:, None]) & (positions < last - 1)
 
 
 def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
@@ -75,6 +69,6 @@ def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor)
         true, through: logits [B, last, vocabulary] of the last tokens.
         answers: [B], how many tokens each row's answer has (at its end); what predicts them lies one place before them.
     """
-    predict = asked(answers, true.shape[1])
+    predict = answer_mask(answers, true.shape[1])
     log_true, log_through = true[predict].float().log_softmax(-1), through[predict].float().log_softmax(-1)
     return (log_true.exp() * (log_true - log_through)).sum(-1).mean()

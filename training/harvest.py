@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchFeature, PreTrainedModel
 
+from kvcapsule.errors import DataError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
@@ -40,7 +42,7 @@ class LayerHarvest:
     scale: float
 
 
-class Recorder:
+class Recorder(Method):
     """A method that keeps what it is shown."""
 
     def __init__(self, tile: int, canonical: bool = True) -> None:
@@ -50,9 +52,9 @@ class Recorder:
     def compress(self, prefill: LayerPrefill) -> Compressed:
         tiles = cut_tiles(prefill, self.tile, frames=self.canonical, turned=True)
         if tiles is None:
-            raise ValueError(
-                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: "
-                "choose a smaller --tile, or data whose prompts hold images of the size that the capsule is for."
+            raise DataError(
+                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"
+                " --codec.tile, or data whose prompts hold images of the size that the capsule is for."
             )
         ends = [
             max((s.start + s.length for s in prefill.spans if s.row == row), default=0)
@@ -103,5 +105,5 @@ def harvest_with_logits(
     recorder = Recorder(tile, canonical)
     with attach(model):
         cache = CapsuleCache(model.config, recorder)
-        out = model(**inputs.to(model.device), past_key_values=cache, logits_to_keep=last)
+        out = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last)
     return recorder.layers, out.logits

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
 from kvcapsule.atomic_files import unique_name
+from kvcapsule.errors import InputError
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 
@@ -46,14 +47,14 @@ class HarvestStore:
         """The harvest of a batch, read if it is there, else made and written.
 
         Raises:
-            ValueError: if a file cannot be written or read.
+            InputError: if a file cannot be written or read.
         """
         path = self.path(inputs)
         if path.is_file():
             try:
                 return _read(path, self.model.device)
             except (OSError, SafetensorError) as error:
-                raise ValueError(
+                raise InputError(
                     f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
                 ) from error
         made = harvest(self.model, inputs, self.tile, self.canonical)
@@ -61,7 +62,7 @@ class HarvestStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(made, path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise InputError(
                 f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
             ) from error
         if self.tell is not None:
@@ -100,14 +101,14 @@ def _write(layers: list[LayerHarvest], path: Path) -> None:
         # Cloned: layers share tensors, which a file must hold apart.
         tensors |= {f"{index}.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in parts.items()}
     first = layers[0]
-    neighbours = first.frame is not None and first.frame.neighbours
+    interleaved = first.frame is not None and first.frame.interleaved
     # Under another name until it is whole: an interrupted run, or another process, must not find half of it.
     partial = path.with_name(f"{unique_name(path)}.partial")
     try:
         save_file(
             tensors,
             partial,
-            {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(neighbours))},
+            {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(interleaved))},
         )
         partial.replace(path)
     finally:

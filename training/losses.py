@@ -1,7 +1,8 @@
-"""What a codec is trained on: how much of the keys and values it loses, and how much attention's output moves."""
+"""Losses of a codec: the variance of keys and values left unexplained, and the error of attention's output."""
 
 import torch
 
+from kvcapsule.errors import DataError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
 
@@ -52,10 +53,10 @@ def error_and_energy(
 
 
 def require_finite(layer: LayerHarvest, index: int) -> None:
-    """Raises ValueError that names the layer and what in it is not a number."""
+    """Raises DataError that names the layer and what in it is not a number."""
     for name in ("keys", "values", "query"):
         if not bool(torch.isfinite(getattr(layer, name)).all()):
-            raise ValueError(
+            raise DataError(
                 f"layer {index}: its {name} hold NaN or infinite numbers. Run the model in another precision (--dtype"
                 " float32 or bfloat16) or look for broken images in the data."
             )

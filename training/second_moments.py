@@ -1,9 +1,165 @@
-"""Second moments along the token axis, streamed in fp64: what the closed-form parts of a codec are solved from."""
+"""Second moments along tokens and channels, streamed in fp64, and the closed forms solved from them.
+
+Adding up the buffers of several ranks gives those of all data, except for Extremes.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .harvest import LayerHarvest
+
+_FLOOR = 1e-4
+"""Least eigenvalue of a metric, relative to its greatest: a direction that no query showed is not therefore free."""
+
+
+class Bases(NamedTuple):
+    """Analysis and synthesis of one layer's keys or values, all components, the strongest first."""
+
+    tokens: torch.Tensor
+    """[H, T, T] orthonormal rows."""
+    channels_in: torch.Tensor
+    """[H, D, D]."""
+    channels_out: torch.Tensor
+    """[H, D, D], the transposed inverse of channels_in."""
+
+    def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
+        """[E, H, T, D]."""
+        return self.tokens.to(x_EHTD.dtype) @ x_EHTD @ self.channels_in.to(x_EHTD.dtype)
+
+
+class Moments(nn.Module):
+    """Sums over tiles of one layer's keys or values: X, X X^T and X^T X. Adding up the buffers of several ranks gives
+    those of all data."""
+
+    total: torch.Tensor
+    tokens: torch.Tensor
+    channels: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(heads, tile, dim, dtype=torch.float64))
+        self.register_buffer("tokens", torch.zeros(heads, tile, tile, dtype=torch.float64))
+        self.register_buffer("channels", torch.zeros(heads, dim, dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def add(self, x_EHTD: torch.Tensor) -> None:
+        x = x_EHTD.double()
+        self.total += x.sum(0)
+        self.tokens += torch.einsum("ehtd,ehsd->hts", x, x)
+        self.channels += torch.einsum("ehtd,ehtf->hdf", x, x)
+        self.count += len(x)
+
+    def spread(self) -> torch.Tensor:
+        """[H, D, D]: sum of (x - mean)^T (x - mean) over tiles and their tokens."""
+        mean = self.total / self.count
+        return self.channels - self.count * mean.transpose(-1, -2) @ mean
+
+    def bases(self, metric: torch.Tensor | None = None) -> Bases:
+        """Principal axes of the tiles about their mean tile.
+
+        Args:
+            metric: [H, D, D], how much a squared error in each direction of the channels matters; None: alike in all.
+        """
+        mean = self.total / self.count
+        tokens, channels = self.tokens - self.count * mean @ mean.transpose(-1, -2), self.spread()
+        root, inverse = _root(channels if metric is None else metric, metric is None)
+        principal = torch.linalg.eigh(root @ channels @ root).eigenvectors.flip(-1)
+        axes = torch.linalg.eigh(tokens).eigenvectors.flip(-1).transpose(-1, -2)
+        return Bases(_signed(axes, -1), root @ _signed(principal, -2), inverse @ _signed(principal, -2))
+
+
+def _root(metric: torch.Tensor, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The square root of a metric and its inverse."""
+    if plain:
+        one = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
+        return one, one
+    values, vectors = torch.linalg.eigh(metric.double())
+    values = values.clamp_min(values[..., -1:] * _FLOOR).sqrt()[:, None]
+    return (vectors * values) @ vectors.transpose(-1, -2), (vectors / values) @ vectors.transpose(-1, -2)
+
+
+def _signed(axes: torch.Tensor, along: int) -> torch.Tensor:
+    """An eigenvector has no sign of its own: its greatest entry is made positive, so that runs agree."""
+    top = axes.gather(along, axes.abs().argmax(along, keepdim=True))
+    return axes * torch.where(top < 0, -1.0, 1.0)
+
+
+class QueryMoments(nn.Module):
+    """Sum of q q^T over the queries that read a layer's tiles, by KV head, in the model's own rotation taken back to
+    the tiles' frames."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(heads, dim, dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def add(self, layer: LayerHarvest) -> None:
+        heads = self.total.shape[0]
+        q = layer.query * layer.reads[:, None, :, None]
+        q = q[layer.owner]
+        if layer.frame is not None:
+            q = layer.frame.unrotate(q)
+        q = q.double().unflatten(1, (heads, -1)).flatten(2, 3)
+        self.total += torch.einsum("ehqd,ehqf->hdf", q, q)
+        self.count += layer.reads[layer.owner].sum()
+
+    def metric(self) -> torch.Tensor:
+        """[H, D, D]: the mean of q q^T; q^T e squared is the squared error that a key's error e makes in the scores."""
+        return self.total / self.count.clamp_min(1)
+
+
+class CoefficientMoments(nn.Module):
+    """Sums of the coefficients of one layer's keys or values and of their squares, in given bases."""
+
+    total: torch.Tensor
+    square: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(heads, tile, dim, dtype=torch.float64))
+        self.register_buffer("square", torch.zeros(heads, tile, dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def add(self, coefficients: torch.Tensor) -> None:
+        c = coefficients.double()
+        self.total += c.sum(0)
+        self.square += c.square().sum(0)
+        self.count += len(c)
+
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    def variance(self) -> torch.Tensor:
+        """[H, T, D]."""
+        return (self.square / self.count - self.mean().square()).clamp_min(0)
+
+
+class Extremes(nn.Module):
+    """The greatest and the least coefficients of one layer's keys or values, in given bases.
+
+    Of several ranks the greatest buffers are those of all data, not their sum.
+    """
+
+    ends: torch.Tensor
+
+    def __init__(self, heads: int, tile: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("ends", torch.full((2, heads, tile, dim), -torch.inf, dtype=torch.float64))
+
+    def add(self, coefficients: torch.Tensor) -> None:
+        c = coefficients.double()
+        self.ends = torch.maximum(self.ends, torch.stack([c.amax(0), (-c).amax(0)]))
+
+    def reach(self, mean: torch.Tensor) -> torch.Tensor:
+        """[H, T, D]: the greatest distance from the mean that was seen."""
+        return torch.maximum(self.ends[0] - mean, self.ends[1] + mean)
 
 
 class TokenMoments(nn.Module):

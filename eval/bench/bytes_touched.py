@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvcapsule.kernels.backend import backend
+from kvcapsule.kernels.backend import backend_for
 from kvcapsule.kernels.cpu.attend import split
 from kvcapsule.segments.segment import Segment
 
@@ -46,7 +46,7 @@ def count(call: Callable[[], Any], held: Iterable[torch.Tensor], by_kernels: Ite
 
 def read_by_kernels(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> list[torch.Tensor]:
     """The query, and all tensors of the segments that the CPU's kernels cover; nothing where they do not run."""
-    if backend(query.device.type) != "cpu":
+    if backend_for(query.device.type) != "cpu":
         return []
     covered = [segment for segment, made in split(query, segments, scale) if made is not None]
     return [query, *(t for s in covered for t in (*s.entry_tensors(), *s.parameter_tensors()))] if covered else []

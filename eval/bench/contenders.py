@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.method import Method, Revises
+from kvcapsule.methods.method import Method
 from kvcapsule.segments.segment import storage_bytes
 
 from ..watched_generate import new_cache
@@ -96,7 +96,7 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
         found += [
             _compiled(model, name, method, prompt)
             for name, method in subject.methods.items()
-            if not isinstance(method, Revises)
+            if method.decode_time() is None
         ]
     return found
 

@@ -9,6 +9,8 @@ import torch
 from transformers import BatchFeature, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvcapsule.inference.transformers_api import cache_argument
+
 from . import contenders
 from .contenders import BASELINES, Rung
 from .interleaved_timing import Contender, Times, interleave
@@ -65,7 +67,7 @@ def filled(subject: Subject, rung: Rung, inputs: BatchFeature, cache: Cache) -> 
     """A cache that holds the prompts of a batch. Prefill is the model's own in any case, so it need not be eager."""
     model: Any = subject.model
     with rung._replace(attention="sdpa").on(subject.model), torch.no_grad():
-        model(**inputs, past_key_values=cache, logits_to_keep=1)
+        model(**inputs, **cache_argument(cache), logits_to_keep=1)
     return cache
 
 
@@ -82,7 +84,7 @@ def stepper(model: PreTrainedModel, rung: Rung, cache: Cache, size: int) -> Call
 
     @torch.no_grad()
     def step() -> Any:
-        return call(input_ids=token, past_key_values=cache).logits
+        return call(input_ids=token, **cache_argument(cache)).logits
 
     return step
 

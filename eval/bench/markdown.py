@@ -1,4 +1,4 @@
-"""The tables of docs/bench.md, each between markers of its own: written anew by every run that measures its level."""
+"""The tables of docs/bench-tables.md, one a level, each between its own markers; a run replaces those of its levels."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
     for level in levels:
         rows = [row for row in found["rows"] if row["level"] == level]
         table = _grid(rows) if level == "operator" else _plain(rows, level)
-        parts = [table, _facts(path, found, json)]
+        parts = [table, _facts(found), markdown.command_block(path, found["command"], json)]
         left = [
             f"{x['geometry']}, {x['method'] or 'all methods'}: {x['reason']}"
             for x in found["skipped"]
@@ -46,7 +46,7 @@ def refresh(path: Path, found: Mapping[str, Any], levels: Sequence[str], json: s
         if level == "operator" and left:
             parts.append(f"Left out: {len(left)} cells or methods, each with its reason in the JSON.")
         elif left:
-            parts.append(f"Left out: {'; '.join(left)}.")
+            parts.append(markdown.paragraph(f"Left out: {'; '.join(left)}."))
         if level == "serving" and plot is not None:
             parts.append(f"![sequences that fit and tokens a second]({markdown.link(path, plot)})")
         markdown.put(path, name_of(found["device"], level), "\n\n".join(parts))
@@ -60,12 +60,11 @@ def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
         by_cell.setdefault((row["geometry"], row["visual_tokens"], row["batch"]), {})[row["method"]] = row
     names = [name for name in dict.fromkeys(row["method"] for row in rows) if not name.startswith("in-place")]
     lines = [["geometry", "visual tokens", "batch", "in place, ms", *names]]
-    lines.append(["---"] * len(lines[0]))
     for (geometry, visual, batch), cell in by_cell.items():
         baseline = next(iter(cell.values()))["baseline"]
         time = "–" if baseline is None else f"{cell[baseline]['seconds'] * 1e3:.2f}"
         lines.append([geometry, f"{visual:,}", str(batch), time, *(_ratio(cell.get(name)) for name in names)])
-    return _markdown(lines)
+    return markdown.grid(lines)
 
 
 def _ratio(row: Mapping[str, Any] | None) -> str:
@@ -79,14 +78,13 @@ def _ratio(row: Mapping[str, Any] | None) -> str:
 
 def _plain(rows: Sequence[Mapping[str, Any]], level: str) -> str:
     titles = [title for title, _ in COLUMNS[level].values()]
-    return _markdown([titles, ["---"] * len(titles), *cells(rows, level)])
+    return markdown.grid([titles, *cells(rows, level)])
 
 
-def _facts(path: Path, found: Mapping[str, Any], json: str | None) -> str:
+def _facts(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    source = "" if json is None else f" ([JSON]({markdown.link(path, json)}))"
     at = f"{ceilings(found)}; kernels: {found['kernels']}; {place(found)}; {versions}; seed {found['seed']}."
-    return f"{at[0].upper()}{at[1:]} Printed by `{found['command']}`{source}."
+    return markdown.paragraph(f"{at[0].upper()}{at[1:]}")
 
 
 def place(found: Mapping[str, Any]) -> str:
@@ -94,7 +92,3 @@ def place(found: Mapping[str, Any]) -> str:
     machine = found["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     return cpu if found["device"] == "cpu" else f"{machine['accelerator']}, {cpu}"
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

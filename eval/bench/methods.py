@@ -4,8 +4,7 @@ What their maps hold does not matter to time and bytes; their shapes do.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,7 +28,8 @@ TIMES = 20
 """How many times less than at 16 bits an element the transform code stores."""
 
 
-class WithBias(NamedTuple):
+@dataclass(frozen=True)
+class WithBias(Method):
     """A policy whose visual rows carry a bias each, as rows that stand for many do."""
 
     policy: EvenlySpaced

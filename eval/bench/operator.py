@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvcapsule.kernels import attend, backend
+from kvcapsule.kernels import attend, backend_for
 from kvcapsule.segments.segment import Segment
 
 from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, methods
@@ -158,7 +158,7 @@ def _of_method(name: str, cell: Cell, layer: layer_data.Layer) -> Made:
     calls = [_call(layer.query, one, scale) for one in (segments, *others)]
     tensors = [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())]
     calls[0]()
-    seen = backend(cell.device.type) != "triton"
+    seen = backend_for(cell.device.type) != "triton"
     by_kernels = bytes_touched.read_by_kernels(layer.query, segments, scale)
     counted = bytes_touched.count(calls[0], tensors, by_kernels) if seen else None
     return Made(name, calls, held, byte_formula.of(name, cell, method), correctness.error(calls[0](), truth), counted)

@@ -4,9 +4,7 @@ The variance of a coefficient falls by a power of its token component's number a
 keys faster than in values. The rates are such that about as many bytes, rows and channels fall to keys and to values as
 in the shipped capsule of pages-vlm.
 
-Widths are those of reverse water-filling with the distortions of real quantisers: the rule of
-`kvcapsule.training.families.allocation`, which evaluation does not import, for variances that are known;
-tests/eval/test_bench_operator.py holds the two against each other.
+Widths are those of training (`kvcapsule.codec.bit_allocation`), for variances that are known.
 """
 
 from typing import NamedTuple
@@ -16,16 +14,14 @@ import torch
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import PairCodec
-from kvcapsule.codec.noise_shaping import Readers
+from kvcapsule.codec.bit_allocation import allocate
+from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformKeys, TransformValues
 from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.vlm.geometry import KVGeometry
 
 _REACH = 6.0
 """Standard deviations that the levels of a cell cover."""
-_WORTH = {1: 0.0, 2: 1.38, 3: 2.97, 4: 4.62, 8: 7.80}
-"""log2 of how many times the variance that is worth the first bit a cell needs to be worth a width: so fast falls what
-a further bit takes off the error of the best uniform quantiser of a Gaussian (Max, 1960)."""
 
 
 class Decay(NamedTuple):
@@ -53,23 +49,6 @@ def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
     return decay.weight * cells / cells.sum()
 
 
-def widths(variances: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
-    """Bits of each cell, uint8, that cost at most `budget` bytes in all: a cell of width w takes w bytes."""
-    low, high = -200.0, 200.0
-    for _ in range(60):
-        water = (low + high) / 2
-        low, high = (water, high) if sum(int(_filled(v, water).sum()) for v in variances) > budget else (low, water)
-    return [_filled(v, high).to(torch.uint8) for v in variances]
-
-
-def _filled(variances: torch.Tensor, log_water: float) -> torch.Tensor:
-    above = variances.log2() - log_water
-    width = torch.zeros_like(above)
-    for bits, worth in _WORTH.items():
-        width[above >= worth] = bits
-    return width
-
-
 _READERS = 64
 """Queries of each KV head by which encoding weighs tokens: as many as training takes unless told otherwise."""
 
@@ -81,7 +60,8 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
     Data of variance one use the levels of every cell.
     """
     spectra = [variance(tile, geometry.head_dim, decay) for decay in (KEYS, VALUES)]
-    chosen = [_used(w) for w in widths(spectra, tile_bytes // geometry.kv_heads)]
+    widths = allocate([v[None] for v in spectra], tile_bytes // geometry.kv_heads)
+    chosen = [_used(w[0]) for w in widths]
     groups, channels = (
         [(size,) * geometry.layers for size in sizes] for sizes in zip(*(w.shape for w in chosen), strict=True)
     )
@@ -102,7 +82,7 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
         )
         for transform, width in zip((codec.keys.transform, codec.values.transform), chosen, strict=True):
             _draw(transform, width, generator)
-        for readers in (m for m in codec.modules() if isinstance(m, Readers)):
+        for readers in (m for m in codec.modules() if isinstance(m, TokenWeighting)):
             readers.queries.copy_(torch.randn(readers.queries.shape, generator=generator) * geometry.head_dim**-0.5)
     return built.requires_grad_(False)
 

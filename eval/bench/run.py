@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvcapsule.cli.results import require_writable
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import InputError
-from kvcapsule.kernels import backend
+from kvcapsule.kernels import backend_for
 from kvcapsule.vlm.loading import require_device
 
 from . import ceilings, decode_step, encode, end_to_end, markdown, models, operator, serving
@@ -68,7 +68,7 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
         "machine": machine(),
         "device": config.device,
         "dtype": str(config.precision).removeprefix("torch."),
-        "kernels": backend(config.place.type),
+        "kernels": backend_for(config.place.type),
         "quick": config.quick,
         "command": command,
     }

@@ -53,11 +53,24 @@ def table(found: Mapping[str, Any]) -> str:
     """A row for each method, with the points that it loses against the full cache on each set."""
     rows = {row["method"]: by_set(row["accuracy"]) for row in found["rows"]}
     full = rows[FULL]
-    lines = [["method", *full, "mean"], ["---"] * (len(full) + 2)]
+    lines = [["method", *full, "mean"]]
     for method, of in rows.items():
         pairs = [*((of[name], full[name]) for name in full), (mean(of.values()), mean(full.values()))]
         lines.append([method, *(_cell(own, None if method == FULL else whole) for own, whole in pairs)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.grid(lines)
+
+
+def refresh(path: Path, name: str, result: Mapping[str, Any], json: str) -> None:
+    """Put the table of a result between the markers of this name.
+
+    Raises:
+        InputError: if the result has tasks of no data set, or the file no such markers.
+    """
+    note = markdown.paragraph(
+        f"Mean accuracy over the tasks of each data set, {result['rows'][0]['n']} questions in all; in brackets the"
+        " points lost against the full cache."
+    )
+    markdown.put(path, name, "\n\n".join([table(result), note, markdown.command_block(path, result["command"], json)]))
 
 
 def _cell(own: float, whole: float | None) -> str:
@@ -75,13 +88,7 @@ def main(config: BySetConfig) -> None:
         found: dict[str, Any] = json.loads(Path(config.json).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{config.json} cannot be read: {error}.") from error
-    report = Path(config.report)
-    note = (
-        f"Mean accuracy over the tasks of each data set, {found['rows'][0]['n']} questions in all, and in brackets the"
-        f" points lost against the full cache. From `{found['command']}`"
-        f" ([JSON]({markdown.link(report, config.json)}))."
-    )
-    markdown.put(report, config.name, f"{table(found)}\n\n{note}")
+    refresh(Path(config.report), config.name, found, config.json)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
-"""The table of a suite in a Markdown file: one part of the file is written anew by every run, the rest is left as it
-is."""
+"""Tables of results in Markdown files: a table stands between two marker lines, and only what is between them is
+replaced."""
 
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kvcapsule.cli.results import write_whole
+from kvcapsule.cli.results import shown_path, write_whole
 from kvcapsule.errors import InputError
 
 from .rows import is_wide
 
 _END = "<!-- end of table -->"
+_WIDTH = 120
 _WIDE_NOTE = (
-    "Elements had {bits} bits. *At 16 bits* is the compression with the full cache counted at 16 bits an element and"
-    " the method as it was measured; *compression* sets what was measured against each other. Rows that store"
-    " unquantised elements would take half the bytes at 16 bits, which is what their *compression* shows."
+    "The run's elements had {bits} bits. *Compression as run* divides the full cache's measured bytes by the method's."
+    " *Compression vs 16 bit* counts the full cache at 16 bits an element and the method as it was measured: the fair"
+    " number for few-bit codes. Methods that store plain elements (pruning, latents without `int`) would store half the"
+    " bytes at 16 bits; *compression as run* is the fair number for them."
 )
 _TIME_NOTE = (
-    "*Prefill time* is from the call to the first logits, the method's own pass included, against the full cache's:"
-    " 1.10 is ten percent longer. *Tokens/s* are those of decoding, against the full cache's."
+    "*Prefill time* runs from the call to the first logits and includes the method's own pass: 1.10 is 10 % longer than"
+    " the full cache's. *Tokens/s* is the decoding speed: above 1 is faster than the full cache."
 )
+_LOSS_NOTE = "*Loss* is that of the mean accuracy against the full cache."
 
 
 def require_place(path: Path, name: str) -> None:
@@ -31,13 +35,13 @@ def require_place(path: Path, name: str) -> None:
         _split(_text(path), path, name)
 
 
-def refresh(path: Path, name: str, found: Mapping[str, Any], json: str | None = None, plot: str | None = None) -> None:
+def refresh(path: Path, name: str, result: Mapping[str, Any], json: str | None = None, plot: str | None = None) -> None:
     """Put a run's table between the markers of this name; a file that is not there is made.
 
     Args:
         path: a Markdown file.
         name: of the suite.
-        found: what docs/eval-json.md describes.
+        result: what docs/eval-json.md describes.
         json: the file of the run's object, for a link.
         plot: its picture.
 
@@ -45,7 +49,7 @@ def refresh(path: Path, name: str, found: Mapping[str, Any], json: str | None = 
         InputError: if the file has no such markers.
         OSError: if it cannot be written.
     """
-    put(path, name, _block(path, found, json, plot))
+    put(path, name, _block(path, result, json, plot))
 
 
 def put(path: Path, name: str, block: str) -> None:
@@ -69,23 +73,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All rows as a Markdown table, in the order of the run; times, and bytes on the host, where there are such."""
     tasks, wide = list(rows[0]["accuracy"]), is_wide(rows)
     timed, hosted = rows[0]["prefill_ratio"] is not None, any(row["host_kv_bytes"] for row in rows)
-    whole = mean(rows[0]["accuracy"].values())
-    compressions = ["compression", "at 16 bits"] if wide else ["compression"]
+    full_mean = mean(rows[0]["accuracy"].values())
+    compressions = ["compression as run", "compression vs 16 bit"] if wide else ["compression"]
     head = [
         "method",
         *compressions,
-        "visual KV bytes a question",
-        "all KV bytes a question",
-        *(["on the host"] if hosted else []),
+        "visual KV bytes per question",
+        "all KV bytes per question",
+        *(["bytes on the host"] if hosted else []),
         *tasks,
-        "mean",
-        "loss, points",
-        "agreement",
-        "KL",
-        "parameter bytes",
-        *(["prefill time", "tokens/s"] if timed else []),
+        "mean accuracy",
+        "loss in points",
+        "same answers",
+        "KL in nats",
+        "decoder bytes",
+        *(["prefill time vs full", "tokens/s vs full"] if timed else []),
     ]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in rows:
         score = mean(row["accuracy"].values())
         lines.append(
@@ -98,38 +102,88 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 *(f"{row['accuracy'][task]:.3f}" for task in tasks),
                 f"{score:.3f}",
                 # Adding 0 turns a negative zero into one without a sign.
-                f"{round(100 * (whole - score), 1) + 0:.1f}",
-                f"{row['agreement']:.3f}",
-                "–" if row["kl"] is None else f"{row['kl']:.2g}",
+                f"{round(100 * (full_mean - score), 1) + 0:.1f}",
+                *_closeness(row),
                 f"{row['parameter_bytes']:,}",
                 *(f"{row[key]:.2f}" for key in ("prefill_ratio", "tokens_per_s_ratio") if timed),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return grid(lines)
 
 
-def _block(path: Path, found: Mapping[str, Any], json: str | None, plot: str | None) -> str:
-    """The table and all that its numbers depend on."""
-    data, machine, rows = found["data"], found["machine"], found["rows"]
-    place = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    facts = (
-        f"{found['model']} on {data['source']} ({data['split']}, seed {data['seed']}), {rows[0]['n']} questions in"
-        f" batches of {found['batch']}, {found['dtype']}, seed {found['seed']}; {place}, {machine['threads']} threads;"
-        f" {versions}."
-    )
-    source = "" if json is None else f" ([JSON]({link(path, json)}))"
-    parts = [
-        table(rows),
-        f"{facts} Loss is that of the mean accuracy against the full cache. Printed by `{found['command']}`{source}.",
+def short_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A run with times as a table of few columns, for a reader who sees only this one."""
+    tasks = list(rows[0]["accuracy"])
+    head = ["method", "visual KV bytes per question", "compression vs 16 bit", "compression as run", *tasks]
+    head += ["same answers", "KL in nats", "prefill time vs full", "tokens/s vs full"]
+    lines = [
+        [
+            row["method"],
+            f"{row['visual_kv_bytes']:,}",
+            *(f"{row[key]:.2f}x" for key in ("compression16", "compression")),
+            *(f"{row['accuracy'][task]:.3f}" for task in tasks),
+            *_closeness(row),
+            *(f"{row[key]:.2f}" for key in ("prefill_ratio", "tokens_per_s_ratio")),
+        ]
+        for row in rows
     ]
+    return grid([head, *lines])
+
+
+def grid(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its head."""
+    head, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))
+
+
+def _closeness(row: Mapping[str, Any]) -> list[str]:
+    """Share of answers that equal the full cache's, and the KL divergence."""
+    return [f"{row['agreement']:.3f}", "–" if row["kl"] is None else f"{row['kl']:.2g}"]
+
+
+def _block(path: Path, result: Mapping[str, Any], json: str | None, plot: str | None) -> str:
+    """The table and all that its numbers depend on."""
+    rows = result["rows"]
+    parts = [table(rows), paragraph(facts(result), _LOSS_NOTE), command_block(path, result["command"], json)]
     if rows[0]["prefill_ratio"] is not None:
-        parts.append(_TIME_NOTE)
+        parts.append(paragraph(_TIME_NOTE))
     if is_wide(rows):
-        parts.append(_WIDE_NOTE.format(bits=round(16 * rows[0]["compression"] / rows[0]["compression16"])))
+        parts.append(paragraph(_WIDE_NOTE.format(bits=element_bits(rows))))
     if plot is not None:
         parts.append(f"![accuracy against visual bytes]({link(path, plot)})")
     return "\n\n".join(parts)
+
+
+def facts(result: Mapping[str, Any]) -> str:
+    """What a run was measured on and with, as a sentence."""
+    data, machine = result["data"], result["machine"]
+    place = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"{result['model']} on {data['source']} ({data['split']}, seed {data['seed']}), {result['rows'][0]['n']}"
+        f" questions in batches of {result['batch']}, {result['dtype']}, seed {result['seed']}; {place},"
+        f" {machine['threads']} threads; {versions}."
+    )
+
+
+def element_bits(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Bits of an element of the full cache in this run."""
+    return round(16 * rows[0]["compression"] / rows[0]["compression16"])
+
+
+def command_block(path: Path, command: str, json: str | None = None, made: str | None = None) -> str:
+    """The commands that measured a result, one a line, with a link to it. Where they name a page with `--report`, it is
+    the page that the table stands on now."""
+    page = f"--report {shown_path(str(path))}"
+    lines = [re.sub(r"--report \S+", lambda _: page, line) for line in command.split(" && ")]
+    source = "" if json is None else f" ([JSON]({link(path, json)}))"
+    made = made or ("Printed by this command" if len(lines) == 1 else "Printed by these commands")
+    return "\n".join([f"{made}{source}:", "", "```bash", *lines, "```"])
+
+
+def paragraph(*sentences: str) -> str:
+    """Prose of at most 120 columns a line."""
+    return textwrap.fill(" ".join(sentences), _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def link(path: Path, target: str) -> str:
@@ -142,9 +196,9 @@ def _begin(name: str) -> str:
 
 
 def _split(text: str, path: Path, name: str) -> tuple[str, str]:
-    """What stands before and behind the table's part of a file, markers not included."""
-    found = re.findall(f"{re.escape(_begin(name))}(.*?){re.escape(_END)}", text, flags=re.DOTALL)
-    if len(found) != 1 or "<!-- table:" in found[0]:
+    """The text before and after the table's place in a file, markers not included."""
+    blocks = re.findall(f"{re.escape(_begin(name))}(.*?){re.escape(_END)}", text, flags=re.DOTALL)
+    if len(blocks) != 1 or "<!-- table:" in blocks[0]:
         raise InputError(
             f"{path} has no place for the table, or several: write the line {_begin(name)} once, and {_END} behind it."
         )

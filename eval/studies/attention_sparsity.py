@@ -4,7 +4,7 @@ kvcapsule.eval.studies.attention_sparsity`."""
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse import auto_cli
@@ -78,7 +78,7 @@ def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any
     with attach(model, meter):
         steps = -(-len(asked) // config.batch)
         for batch in track(batches(asked, model, processor, config.batch), "questions", total=steps, console=console):
-            model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)
+            cast("Any", model).generate(**batch.inputs, max_new_tokens=1, do_sample=False)
             for layer, sparsity in meter.sparsity.items():
                 seen.setdefault(layer, []).append(sparsity.double().cpu())
     rows = []

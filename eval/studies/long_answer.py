@@ -27,8 +27,8 @@ from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import CapsuleError, DataError, GeometryError, InputError, ModelError
 from kvcapsule.inference.attach import attach
-from kvcapsule.policy import RKV
-from kvcapsule.policy.combine import Paired
+from kvcapsule.inference.transformers_api import cache_argument
+from kvcapsule.policy import RKV, Combined
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
@@ -143,7 +143,7 @@ def entries(config: GrowthConfig, capsule: Capsule) -> list[Entry]:
         Entry("r-kv", method, "r-kv", held),
         Entry("r-kv, prompt as well", replace(method, scope="all"), "r-kv", {**held, "scope": "all"}),
         Entry(name, capsule, name, settings),
-        Entry(f"{name} + r-kv", Paired(capsule, method), name, {**settings, **held}),
+        Entry(f"{name} + r-kv", Combined(capsule, method), name, {**settings, **held}),
     ]
 
 
@@ -182,7 +182,7 @@ def write(
     with nullcontext() if entry.method is None else attach(model):
         cast("Any", model).generate(
             **batch.inputs,
-            past_key_values=cache,
+            **cache_argument(cache),
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             # An image token that is written looks like an image to whoever reads the sequence again.

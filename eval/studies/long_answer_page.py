@@ -1,41 +1,36 @@
 """What `kvcapsule.eval.studies.long_answer` measured, for people: a picture, a table and the page
 docs/long-answer.md."""
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..report import markdown
+
 _COLOURS = ("#555555", "#0072b2", "#56b4e9", "#000000", "#009e73")
 """Of Okabe and Ito's palette, which colour-blind readers can tell apart; methods in their order."""
-_PAGE = """# A long answer
-
-What the cache of one answer holds while {tokens} tokens are written behind a page and a question. `full` is \
-transformers' own cache.
-A capsule makes the image small and lets the answer grow. `r-kv` keeps {budget} of the tokens written, beside a \
-buffer of {buffer};
-`r-kv, prompt as well` keeps so many of prompt and answer together.
-
-{table}
-
-![bytes of the cache over the tokens written](long-answer.png)
-
-The steps are the room that the newest tokens' buffer takes in advance. While an answer is shorter than buffer and \
-budget R-KV drops
-nothing, and what it holds beside the tokens, the queries that observe, is on top.
-
-Answers are made long: the end token is suppressed, and past its own end an answer is no answer to anything. \
-*Agreement* is how often a
-method's likeliest next token is the full cache's, while the full cache's answer is written: it says how closely a \
-method follows, not
-how well it answers. Bytes are measured from storages; room to grow and the queries that observe are included, the \
-codecs' parameters
-are not.
-
-{facts}
-Written by `{command}` (`make long-answer`; [JSON](../eval/results/long-answer.json)).
-"""
+_MODULE = "kvcapsule.eval.studies.long_answer"
+"""Shown in the command: a result may have been measured when the module had another name."""
+_FILE, _JSON = Path("docs/long-answer.md"), "eval/results/long-answer.json"
+_INTRODUCTION = (
+    "Bytes of the cache of one answer while {tokens} tokens are written after a page and a question. `full` is"
+    " transformers' own cache. A capsule makes the image small and lets the answer grow. `r-kv` keeps {budget} of the"
+    " written tokens, beside a buffer of {buffer}; `r-kv, prompt as well` keeps as many of prompt and answer together."
+)
+_READING = (
+    "The steps in the curves are the capacity that the buffer of the newest tokens reserves. While an answer is shorter"
+    " than buffer and budget, R-KV drops nothing, and stores its observing queries in addition to the tokens."
+)
+_METHOD = (
+    "The end token is suppressed to make answers long; past its own end an answer answers nothing. *Agreement* is how"
+    " often a method's likeliest next token is the full cache's while the full cache's answer is written: how closely a"
+    " method follows, not how well it answers. Bytes are measured from storages, reserved capacity and observing"
+    " queries included, the codecs' parameters not."
+)
 
 
 def picture(found: Mapping[str, Any]) -> Figure:
@@ -61,15 +56,15 @@ def picture(found: Mapping[str, Any]) -> Figure:
 def table(found: Mapping[str, Any]) -> str:
     """What a cache holds as the answer begins, at its most and at its end, as Markdown."""
     head = ["method", "bytes at the first token", "at most", "at the last", "agreement"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in found["rows"]:
         held: Sequence[int] = row["bytes"]
         lines.append([row["method"], *(f"{n:,}" for n in (held[0], max(held), held[-1])), f"{row['agreement']:.3f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.grid(lines)
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The page, in Markdown; it shows the picture beside it and the JSON under eval/results/."""
+    """The page, in Markdown; it shows the picture beside it and links to the JSON under eval/results/."""
     settings = next(row["settings"] for row in found["rows"] if row["method"] == "r-kv")
     data, machine = found["data"], found["machine"]
     place = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
@@ -79,4 +74,15 @@ def page(found: Mapping[str, Any]) -> str:
         f" batch, {found['dtype']}; {place}, {machine['threads']} threads; {packages}."
     )
     numbers = {"tokens": f"{found['tokens']:,}", "budget": settings["budget_tokens"], "buffer": settings["buffer"]}
-    return _PAGE.format(table=table(found), facts=facts, command=found["command"], **numbers)
+    command = re.sub(r"^python -m \S+", f"python -m {_MODULE}", found["command"])
+    parts = [
+        "# A long answer",
+        markdown.paragraph(_INTRODUCTION.format(**numbers)),
+        table(found),
+        "![bytes of the cache over the written tokens](long-answer.png)",
+        markdown.paragraph(_READING),
+        markdown.paragraph(_METHOD),
+        markdown.paragraph(facts),
+        markdown.command_block(_FILE, command, _JSON, "Written by `make long-answer`, which runs this command"),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import InputError
 from kvcapsule.methods.method import Method
-from kvcapsule.policy import Paired
+from kvcapsule.policy import Combined
 
 from ..entries import (
     FIXED,
@@ -185,7 +185,7 @@ class Beside(Spec):
         policy = build(method, settings, dial, TEXT)
         family = f"{capsule.config.family}+{family_of(method, TEXT)}"
         shown = {"family": family, **capsule_settings(place, capsule), "text": policy_settings(method, policy)}
-        return Entry(self.name, Paired(capsule, policy), family, shown)
+        return Entry(self.name, Combined(capsule, policy), family, shown)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ def _text(values: Any) -> Rule:
     if method not in TEXT:
         raise InputError(f"text: there is no method {method!r} for text; there are {', '.join(TEXT)}.")
     share = None
-    if TEXT[method].DIAL is None:
+    if TEXT[method].budget_field is None:
         if given := [key for key in ("ratio", "budget") if key in values]:
             raise InputError(f"text: {method} has no dial that {' or '.join(given)} could turn.")
     else:

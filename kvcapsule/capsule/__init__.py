@@ -1,1 +1,1 @@
-"""The capsule: a trained artefact, its files, its model card, the Hub."""
+"""Capsule: the trained artefact, its files, its model card, and the Hub."""

@@ -1,5 +1,5 @@
-"""Capsule: the trained artefact, config and codecs of all layers, and the method that compresses visual spans with
-them."""
+"""Capsule: the trained artefact with the config and the codecs of all layers, and a method that compresses visual spans
+with them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,47 +8,49 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codec import LayerCodec, StackCodec
+from ..codec import LayerCodec, LayerGroupCodec
 from ..errors import CapsuleError
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, LayerByLayer, Run
+from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Method
 from ..vlm.geometry import KVGeometry
 from . import hub
 from .config import CapsuleConfig
 from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
-from .runs import StackRun, canonical_tiles
+from .runs import LayerGroupPass, canonical_tiles
 from .write import contents_of, save_folder
 
 
-class Capsule(nn.Module):
-    """Codecs for every layer of a model, or for every stack of layers. Give it to `attach` or `CapsuleCache`."""
+class Capsule(nn.Module, Method):
+    """Codecs for every layer, or every layer group, of a model. Pass it to `attach` or `CapsuleCache`."""
 
     def __init__(self, config: CapsuleConfig) -> None:
         super().__init__()
         self.config = config
-        first = range(0, config.geometry.layers, max(1, config.codec.stacked))
+        self.independent_layers = not config.codec.layer_group
+        first = range(0, config.geometry.layers, max(1, config.codec.layer_group))
         self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         """Raises GeometryError, with both geometries, unless the capsule fits."""
         self.config.geometry.require(geometry)
 
-    def start(self, layers: Sequence[int]) -> Run:
-        """One forward's compression of these layers (indices in the model)."""
-        codecs = [codec for codec in self.layers if isinstance(codec, StackCodec)]
-        return StackRun(codecs, self.config.codec, self.config.geometry, layers) if codecs else LayerByLayer(self)
+    def begin_pass(self, layers: Sequence[int]) -> CompressionPass:
+        codecs = [codec for codec in self.layers if isinstance(codec, LayerGroupCodec)]
+        if not codecs:
+            return LayerByLayerPass(self)
+        return LayerGroupPass(codecs, self.config.codec, self.config.geometry, layers)
 
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
         """One layer's visual tiles to latents; text, and what fills no tile, raw.
 
         Raises:
-            ValueError: if its codec is one of several layers, which `start` compresses together.
+            ValueError: if its codec is one of several layers, which `begin_pass` compresses together.
         """
         config = self.config.codec
-        if config.stacked:
+        if config.layer_group:
             raise ValueError(
-                f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `start`."
+                f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `begin_pass`."
             )
         tiles, raw = canonical_tiles(prefill, config, self.config.geometry)
         if tiles is None:

@@ -1,4 +1,4 @@
-"""The model card of a capsule."""
+"""Model card of a capsule: README.md with front matter for the Hub, usage, measurements and recipe."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,19 +20,18 @@ CARD_MEASURED = re.compile(rf"^{MEASURED_TITLE}\n.*?(?=^## |\Z)", re.MULTILINE |
 def model_card(
     config: CapsuleConfig, recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, name: str | None = None
 ) -> str:
-    """README.md of a capsule: front matter for the Hub, how to use it, what was measured, how it was trained.
+    """Text of a capsule's README.md: front matter for the Hub, usage, measurements, and recipe.
 
     Args:
         config: the capsule's config.
         recipe: see kvcapsule.capsule.write.save_folder.
         metrics: see kvcapsule.capsule.write.save_folder. Without rows of an evaluation the card says that nothing was
             measured.
-        name: what to give to `from_pretrained`; by default made of the base model's and the family's names.
+        name: the name to pass to `from_pretrained`; by default the base model's name and the family.
     """
     name = name or f"{config.base_model.rpartition('/')[2]}-{config.family}"
     data = ModelCardData(
-        # The Hub refuses a card whose base_model is no id, e.g. the path of a folder; the text below names it in any
-        # case.
+        # The Hub refuses a base_model that is not an id, e.g. the path of a folder. The text below names it anyway.
         base_model=config.base_model if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", config.base_model) else None,
         library_name=LIBRARY,
         license=LICENSE,
@@ -85,7 +84,7 @@ ROW_COLUMNS = {
     "tokens_per_s_ratio": "tokens/s, ratio",
     "n": "n",
 }
-"""Keys of an evaluation's row, after its method, settings and accuracies, and their titles in the model card."""
+"""Column titles in the model card by key of an evaluation row; they follow method, settings and accuracies."""
 ROW_NOTE = (
     "Bytes are sums of storages; compression is that of the visual KV; ratios are relative to the full cache of the"
     " same run, prefill below 1 and tokens/s above 1 being faster."
@@ -93,6 +92,7 @@ ROW_NOTE = (
 
 
 def measured_section(metrics: Mapping[str, Any], name: str) -> str:
+    """Body of the card's section "Measured": the rows of an evaluation and the metrics at the end of training."""
     evaluation, scalars = metrics.get("eval") or {}, metrics.get("train") or {}
     rows, command = evaluation.get("rows") or [], f"`kvcapsule eval --capsule {name}`"
     if rows:

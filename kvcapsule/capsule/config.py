@@ -1,25 +1,27 @@
-"""The config of a capsule: all that inference needs to know of it, readable without its weights."""
+"""Capsule config: family, codec settings, KV geometry and base model, readable without the weights."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..codec import FAMILIES, CodecConfig
-from ..errors import CapsuleError
+from ..codec import REGISTRY, CodecConfig
+from ..errors import CapsuleError, ConfigError
 from ..vlm.geometry import KVGeometry
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
 raise it."""
+PACKAGE = "package"
+"""Key of `metadata`: the installed package, "name version", that the family comes from."""
 
 
 @dataclass(frozen=True)
 class CapsuleConfig:
-    """All that inference needs to know of a capsule, readable without its weights."""
+    """What inference needs to know of a capsule besides its weights; the content of config.json."""
 
     family: str
-    """A key of kvcapsule.codec.FAMILIES."""
+    """Name of a kvcapsule.codec.CodecFamily, of kvcapsule or of another package."""
     codec: CodecConfig
-    """Sizes of the codecs."""
+    """Settings of the codecs."""
     geometry: KVGeometry
     """The KV geometry that the capsule fits."""
     base_model: str
@@ -28,7 +30,7 @@ class CapsuleConfig:
     """Revision of that model."""
     format_version: int = FORMAT_VERSION
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Free facts for the reader; inference does not use them."""
+    """Facts for the reader; PACKAGE among them where the family is another package's."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,23 +53,22 @@ class CapsuleConfig:
                 "Upgrade kvcapsule, or train the capsule again."
             )
         family = values.get("family")
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise CapsuleError(
-                f"unknown codec family {family!r}; this version of kvcapsule knows {', '.join(FAMILIES)}."
-            )
+        metadata = values.get("metadata", {})
+        package = metadata.get(PACKAGE) if isinstance(metadata, dict) else None
         known = {"format_version", "family", "base_model", "base_revision", "geometry", "codec", "metadata"}
         if unknown := sorted(set(values) - known):
             raise CapsuleError(
                 f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}."
             )
+        codec_config = _codec_config(family, package)
         try:
             return cls(
-                family=family,
-                codec=FAMILIES[family].from_dict(values["codec"]),
+                family=str(family),
+                codec=codec_config.from_dict(values["codec"]),
                 geometry=KVGeometry.from_dict(values["geometry"]),
                 base_model=values["base_model"],
                 base_revision=values.get("base_revision"),
-                metadata=values.get("metadata", {}),
+                metadata=metadata,
             )
         except KeyError as error:
             raise CapsuleError(
@@ -75,3 +76,21 @@ class CapsuleConfig:
             ) from error
         except (TypeError, ValueError) as error:
             raise CapsuleError(f"capsule config cannot be used: {error}") from error
+
+
+def _codec_config(family: Any, package: Any) -> type[CodecConfig]:
+    """The config class of a family; package: as the file names it, None where it names none.
+
+    Raises:
+        CapsuleError: for a family that is not installed.
+    """
+    # A file names an installed family, and never a module to import.
+    if not isinstance(family, str) or family not in REGISTRY.names():
+        raise CapsuleError(
+            f"unknown codec family {family!r}; this installation knows {', '.join(REGISTRY.names())}."
+            + ("" if package is None else f" Install the package {package}, which the capsule was trained with.")
+        )
+    try:
+        return REGISTRY.find(family).config
+    except ConfigError as error:
+        raise CapsuleError(str(error)) from error

@@ -1,5 +1,4 @@
-"""A capsule by its name: on the disk, among those that are shipped or on the Hub; downloading and uploading of its
-files."""
+"""Capsule lookup by name (directory, shipped name or Hub id), and download and upload of its files."""
 
 import os
 import re
@@ -29,7 +28,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
 def read_config(name: str | os.PathLike[str], revision: str | None = None) -> CapsuleConfig:
-    """The config of a capsule, without its weights; from the Hub, config.json is all that is downloaded.
+    """Read the config of a capsule without its weights; from the Hub only config.json is downloaded.
 
     Args:
         name: a directory, a shipped name or a Hub id; see `find`.
@@ -50,7 +49,7 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> Ca
 
 
 def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a capsule, downloaded from the Hub where it is on no disk; all files that loading needs are in it.
+    """Find the folder of a capsule, downloading it from the Hub if need be; it has all files that loading needs.
 
     Args:
         name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
@@ -76,18 +75,18 @@ def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a capsule is pushed to, and how."""
+    """Target repository of a push, and its options."""
 
     repo_id: str
     """"organisation/name" or "user/name"."""
     private: bool = False
-    """Create the repository as private; a public one is refused. False leaves it to the account's default."""
+    """Create the repository as private; an existing public one is refused. False: the account's default."""
     revision: str | None = None
     """Branch to push to; by default main."""
     token: str | None = None
-    """By default that of `hf auth login` or HF_TOKEN."""
+    """Access token; by default that of `hf auth login` or HF_TOKEN."""
     commit_message: str = "Upload capsule"
-    """The commit's subject."""
+    """Subject of the commit."""
 
     def __post_init__(self) -> None:
         if not HUB_ID.fullmatch(self.repo_id):
@@ -100,11 +99,11 @@ def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
     """Upload a capsule's files in one commit, creating the repository and the branch where they do not exist.
 
     Args:
-        contents: bytes or the file of each name.
+        contents: content, or path of a local file, by file name.
         to: the repository.
 
     Returns:
-        The address of what was pushed.
+        The URL of the pushed revision.
 
     Raises:
         CapsuleError: if the repository's visibility is wrong, or the Hub refuses.
@@ -125,21 +124,21 @@ def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
 
 
 def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | None:
-    """The directory that `name` means, by its path or as a shipped name; None if it can only be a Hub id."""
+    """The directory that `name` refers to, as a path or as a shipped name; None if it can only be a Hub id."""
     text = os.fspath(name)
     folder = Path(text).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CapsuleError(f"{folder} is a file: name the capsule's directory, which holds {', '.join(FILES)}.")
     # Imported by name: an installation maps the folder checkpoints/ into the package, which type checkers cannot see.
     checkpoints = import_module("kvcapsule.checkpoints")
-    found: Path | None = folder if text and folder.is_dir() else checkpoints.shipped(text)
-    if found is not None:
+    local: Path | None = folder if text and folder.is_dir() else checkpoints.shipped(text)
+    if local is not None:
         if revision is not None:
             raise CapsuleError(
-                f"revision {revision!r} was given, but {text!r} is a directory ({found}): only repositories on the Hub"
+                f"revision {revision!r} was given, but {text!r} is a directory ({local}): only repositories on the Hub"
                 " have revisions."
             )
-        return found
+        return local
     if isinstance(name, str) and HUB_ID.fullmatch(name):
         return None
     raise CapsuleError(

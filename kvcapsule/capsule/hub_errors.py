@@ -1,4 +1,4 @@
-"""What the Hub's client raises, turned into a CapsuleError that says what to do."""
+"""Hub errors: converts exceptions of the Hub's client into a CapsuleError that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, ValueError, *DOWNLOA
 
 @contextmanager
 def download_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub's client raises while it downloads into a CapsuleError that says what to do."""
+    """Convert exceptions of a download into a CapsuleError that says what to do."""
     at = f" at revision {revision!r}" if revision else ""
     try:
         yield
@@ -65,7 +65,7 @@ def download_errors(name: str, revision: str | None) -> Iterator[None]:
 
 @contextmanager
 def upload_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub's client raises while it uploads into a CapsuleError that says what to do."""
+    """Convert exceptions of an upload into a CapsuleError that says what to do."""
     try:
         yield
     except CapsuleError:

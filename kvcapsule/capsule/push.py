@@ -1,4 +1,4 @@
-"""Pushing a capsule's directory to the Hub, with the recipe, metrics and model card that it holds."""
+"""Push of a capsule directory to the Hub, with its recipe, metrics and model card."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ from .read import CARD_FILE, FILES, require_files
 
 
 def push_directory(directory: str | os.PathLike[str], to: Destination) -> str:
-    """Upload a capsule directory in one commit and return its address.
+    """Upload a capsule directory in one commit and return its URL.
 
-    Only the model card is changed on the way: its snippet loads the repository.
+    Only the model card is changed: its code example loads the repository.
 
     Args:
         directory: a capsule directory, or the name of a shipped capsule.
@@ -26,7 +26,7 @@ def push_directory(directory: str | os.PathLike[str], to: Destination) -> str:
     if folder is None:
         raise CapsuleError(f"there is no directory {os.fspath(directory)!r} to push: train or save a capsule first.")
     require_files(folder, FILES)
-    Capsule.from_pretrained(folder)  # What cannot be loaded is not uploaded.
+    Capsule.from_pretrained(folder)  # Refuses to upload a capsule that cannot be loaded.
     contents: dict[str, bytes | Path] = {name: folder / name for name in FILES}
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
     contents[CARD_FILE] = CARD_LOADS.sub(lambda _: f'Capsule.from_pretrained("{to.repo_id}")', card).encode()

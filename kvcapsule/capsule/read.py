@@ -1,7 +1,6 @@
-"""Reading a capsule's folder: its five files, its config, its tensors. checkpoints/FORMAT.md describes them for other
-tools.
+"""Reader of capsule folders: the five files, the config and the tensors (format: checkpoints/FORMAT.md).
 
-Whatever is missing, damaged or of another version is named, with what to do about it.
+Errors name the file that is missing, damaged or of another version, and what to do about it.
 """
 
 import json
@@ -21,10 +20,10 @@ CARD_FILE = "README.md"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, RECIPE_FILE, METRICS_FILE)
-"""What a capsule directory holds, and all that it holds."""
+"""The files of a capsule directory; it has no others."""
 NEEDED_TO_LOAD = (CONFIG_FILE, WEIGHTS_FILE)
 WEIGHTS_METADATA = {"format": "kvcapsule", "format_version": str(FORMAT_VERSION)}
-"""The metadata of model.safetensors."""
+"""Metadata of model.safetensors."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -98,7 +97,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _diagnosis(path: Path) -> str:
-    """What is wrong with a file that is no sound safetensors, as far as its size and its header tell."""
+    """Why a file is not valid safetensors, judged by its size and its header."""
     again = "Save, copy or download the capsule again."
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError), path.open("rb") as file:
         size = path.stat().st_size
@@ -121,13 +120,13 @@ def _diagnosis(path: Path) -> str:
     return f"it is no sound safetensors file. {again}"
 
 
-def require_tensors(folder: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises CapsuleError naming every tensor of the folder that is missing, unexpected, or of another shape or kind of
-    number."""
-    faults = [f"{key} is missing" for key in expected if key not in found]
-    faults += [f"{key} is unexpected" for key in sorted(found) if key not in expected]
-    for key in expected.keys() & found.keys():
-        have, want = found[key], expected[key]
+def require_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises CapsuleError that names every tensor of the folder that is missing, unexpected, or of another shape or
+    number type."""
+    faults = [f"{key} is missing" for key in expected if key not in tensors]
+    faults += [f"{key} is unexpected" for key in sorted(tensors) if key not in expected]
+    for key in expected.keys() & tensors.keys():
+        have, want = tensors[key], expected[key]
         if have.shape != want.shape:
             faults.append(f"{key} has the shape {tuple(have.shape)} and not {tuple(want.shape)}")
         elif have.dtype != want.dtype and not (have.is_floating_point() and want.is_floating_point()):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..codec import CodecConfig, StackCodec, StackEncoding
+from ..codec import CodecConfig, LayerGroupCodec, LayerGroupEncoding
 from ..methods.kept_rows import keep
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
@@ -47,25 +47,25 @@ class _Waiting(NamedTuple):
     raw: Compressed
 
 
-class StackRun:
+class LayerGroupPass:
     """One forward's compression by codecs of stacks: a stack is done when its last layer is added.
 
     Until then what its codec makes of each layer waits, and what is in no tile; a layer's keys and values are not held.
     """
 
     def __init__(
-        self, codecs: Sequence[StackCodec], config: CodecConfig, geometry: KVGeometry, layers: Sequence[int]
+        self, codecs: Sequence[LayerGroupCodec], config: CodecConfig, geometry: KVGeometry, layers: Sequence[int]
     ) -> None:
         """layers: all that will be added, by their index in the model and in their order."""
         self.codecs, self.config, self.geometry = codecs, config, geometry
         # A model's layers with a window are not among them, so that the last of a stack may be missing.
-        self.last = {layer // config.stacked: layer for layer in layers}
-        self.encoding: StackEncoding | None = None
+        self.last = {layer // config.layer_group: layer for layer in layers}
+        self.encoding: LayerGroupEncoding | None = None
         self.waiting: list[_Waiting] = []
 
     @torch.no_grad()
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        stack, place = divmod(prefill.layer, self.config.stacked)
+        stack, place = divmod(prefill.layer, self.config.layer_group)
         tiles, raw = canonical_tiles(prefill, self.config, self.geometry)
         if tiles is None:
             return [(prefill.layer, raw)]
@@ -74,7 +74,7 @@ class StackRun:
         self.waiting.append(_Waiting(prefill.layer, tiles.owner, tiles.frame, raw))
         if prefill.layer != self.last[stack]:
             return []
-        all_encoded = self.encoding.finish([of.layer % self.config.stacked for of in self.waiting])
+        all_encoded = self.encoding.finish([of.layer % self.config.layer_group for of in self.waiting])
         done = [
             (of.layer, Compressed([encoded.segment(of.owner, of.frame), *of.raw.visual], of.raw.text))
             for of, encoded in zip(self.waiting, all_encoded, strict=True)

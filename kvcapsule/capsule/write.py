@@ -1,7 +1,7 @@
-"""Writing a capsule's folder: all of it, or new measurements into one that is there.
+"""Writer of capsule folders: a new capsule, or new measurements in an existing one.
 
-All five files are made in memory before the first byte is written, so their size is known and a bad recipe or metric
-costs nothing.
+All five files are built in memory before the first byte is written, so their size is known, and an invalid recipe or
+metric leaves no partial files.
 """
 
 import json
@@ -39,7 +39,7 @@ def save_folder(
 ) -> None:
     """Write a capsule directory; see Capsule.save_pretrained.
 
-    A capsule that is there already is replaced only once the new one is wholly on the disk.
+    An existing capsule is replaced only after the new one is completely on disk.
 
     Args:
         config: the capsule's config.
@@ -47,12 +47,12 @@ def save_folder(
         directory: a new or empty directory, or one that holds a capsule and nothing else.
         recipe: how the capsule was trained, in types that YAML knows.
         metrics: {"train": {name: number}, "eval": {"rows": [...]}}, see checkpoints/FORMAT.md.
-        card_name: the name that the model card gives to `from_pretrained`; by default the directory's.
+        card_name: the name that the model card passes to `from_pretrained`; by default the directory's.
 
     Raises:
-        CapsuleError: if the directory holds anything else, cannot be written, or the disk is full. Nothing half written
-            is left, and what was in the directory is untouched.
-        TypeError: if recipe or metrics hold objects that no text file can.
+        CapsuleError: if the directory holds other files, cannot be written, or the disk is full. No partial files
+            remain, and the directory is unchanged.
+        TypeError: if recipe or metrics hold objects that cannot be written as text.
     """
     target = Path(directory).expanduser().resolve()
     contents = contents_of(config, tensors, recipe, metrics, card_name or target.name)
@@ -65,15 +65,15 @@ def save_folder(
 
 
 def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
-    """Put measurements into a saved capsule: into metrics.json, key by key, and into the card's section "Measured".
+    """Update the measurements of a saved capsule: metrics.json, key by key, and the card's section "Measured".
 
     Args:
         directory: a capsule directory.
-        metrics: see `save_folder`; a key that it lacks ("train", "eval") stays as it is.
+        metrics: see `save_folder`; keys that it lacks ("train", "eval") are left unchanged.
 
     Raises:
         CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
-        TypeError: if metrics holds objects that no text file can.
+        TypeError: if metrics holds objects that cannot be written as text.
     """
     folder, plain = Path(directory).expanduser().resolve(), atomic_files.plain(metrics, "metrics")
     require_files(folder, FILES)
@@ -113,7 +113,7 @@ def contents_of(
     metrics: Mapping[str, Any] | None,
     name: str,
 ) -> dict[str, bytes]:
-    """The five files, as bytes, by their names; see `save_folder`."""
+    """Contents of the five files by file name; see `save_folder`."""
     plain_recipe, plain_metrics = (
         atomic_files.plain(recipe or {}, "recipe"),
         atomic_files.plain(metrics or {}, "metrics"),
@@ -129,14 +129,14 @@ def contents_of(
 
 
 def require_replaceable(target: Path) -> None:
-    """Raises CapsuleError if saving to `target` would delete what no capsule holds."""
+    """Raises CapsuleError if saving to `target` would delete files that are not a capsule's."""
     if target.exists() and not target.is_dir():
         raise CapsuleError(f"{target} is a file: name a directory to save the capsule in.")
     entries = sorted(os.listdir(target)) if target.exists() else []
     others = [entry for entry in entries if entry not in FILES]
     if others or (entries and not _holds_capsule(target)):
-        found = others or entries
-        listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        names = others or entries
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise CapsuleError(
             f"{target} is not empty and not a capsule directory (it holds {listed}): a capsule saved there would"
             " replace all that. Choose a new or an empty directory."
@@ -144,7 +144,7 @@ def require_replaceable(target: Path) -> None:
 
 
 def _holds_capsule(folder: Path) -> bool:
-    """Whether the folder's config.json is a capsule's, of any format version."""
+    """Whether the folder's config.json belongs to a capsule, of any format version."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_bytes())
     except (FileNotFoundError, ValueError):

@@ -33,6 +33,13 @@ HELP = {
     "models": "list the model families that work, and those that are refused",
     "push": "upload a capsule to the Hub",
 }
+EXTRAS = {
+    "train": ("datasets", "lightning", "matplotlib", "sklearn", "tensorboard"),
+    "eval": ("datasets", "matplotlib", "sklearn"),
+}
+"""The modules that each of pyproject's extras brings beside what every installation has."""
+EXTRA_OF = {"analyze": "train", "train": "train", "eval": "eval", "bench": "eval"}
+"""The extra that a command needs; the others need none."""
 _OPTIONS = {"-h, --help": "show this message and exit", "--version": "show the version and exit"}
 
 
@@ -43,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; None takes those of the process.
 
     Returns:
-        The exit code: that of the command, 2 for input that cannot be used, 130 for an interrupt, 141 where the reader
-        of a pipe is gone.
+        The exit code: that of the command, 2 for input that cannot be used or an extra that is not installed, 130 for
+        an interrupt, 141 where the reader of a pipe is gone.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
@@ -63,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _load(COMMANDS[name])(arguments)
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        module, extra = str(error.name).partition(".")[0], EXTRA_OF.get(name, "")
+        if module not in EXTRAS.get(extra, ()):
+            raise
+        return complain(f"kvcapsule {name}", f"{module} is not installed: run `pip install 'kvcapsule[{extra}]'`.")
     except BrokenPipeError:
         # What is still in the buffer has no reader either, and would be complained about at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -222,6 +222,7 @@ def _answer(
 
     from ..inference.attach import attach
     from ..inference.cache import CapsuleCache
+    from ..inference.transformers_api import cache_argument, output_cache
 
     tokenizer = processor.tokenizer
     # transformers declares `generate` on a mixin that PreTrainedModel's type does not name.
@@ -240,9 +241,9 @@ def _answer(
         output = generate(**arguments)
     else:
         with attach(model, capsule):
-            output = generate(**arguments, past_key_values=CapsuleCache(model.config, capsule))
+            output = generate(**arguments, **cache_argument(CapsuleCache(model.config, capsule)))
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True), output.past_key_values)
+    return Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True), output_cache(output))
 
 
 def _sampling(options: Options) -> dict[str, float | int | None]:

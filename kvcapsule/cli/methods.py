@@ -63,7 +63,7 @@ def known_methods() -> Iterator[MethodInfo]:
     from ..codec import FAMILIES
     from ..policy import POLICIES, TEXT_POLICIES
 
-    for name, family in FAMILIES.items():
+    for name, family in ((name, family.config) for name, family in FAMILIES.items()):
         with_default = {f.name: f.default for f in fields(family) if f.default is not MISSING}
         yield _info(name, "codec", family, [f.name for f in fields(family) if f.name not in with_default], with_default)
     for kind, policies in (("policy", POLICIES), ("text policy", TEXT_POLICIES)):

@@ -14,7 +14,7 @@ from .errors import Parser
 PROG = "kvcapsule models"
 _WIDE = 190
 """Columns of a table that is not printed to a terminal."""
-_COLUMNS = ("family", "model type", "status", "positions", "a span is", "apart by", "tested with", "note")
+_COLUMNS = ("family", "model type", "status", "positions", "a span is", "span boundary", "tested with", "note")
 _POSITIONS = {
     "none": "none",
     "1d": "1-D RoPE",
@@ -61,7 +61,7 @@ def _print_table(families: Sequence[Family]) -> None:
             family.status,
             _POSITIONS[family.positions],
             spans,
-            family.apart,
+            family.span_boundary,
             lists[1],
             family.note,
         ]

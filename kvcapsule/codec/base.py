@@ -1,4 +1,4 @@
-"""What a codec is: an encoder and a linear decoder for the tiles of one layer, or of a stack of layers."""
+"""Codec interface: an encoder and a linear decoder for the tiles of one layer, or of a group of layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Rows, Segment
@@ -15,7 +16,7 @@ from ..vlm.geometry import KVGeometry
 
 
 class KeyPart(NamedTuple):
-    """Encoded keys and the maps that let attention read them (see Segment)."""
+    """Encoded keys, with the maps by which attention reads them (see Segment)."""
 
     keys: Rows
     score_map: torch.Tensor | None = None
@@ -23,7 +24,7 @@ class KeyPart(NamedTuple):
 
 
 class ValuePart(NamedTuple):
-    """Encoded values and the maps that let attention read them (see Segment)."""
+    """Encoded values, with the maps by which attention reads them (see Segment)."""
 
     values: Rows
     value_map: torch.Tensor | None = None
@@ -56,15 +57,15 @@ class Encoded(NamedTuple):
     """[E, H, N] added to the scores (see Segment)."""
 
     def segment(self, owner: torch.Tensor, frame: Frame | None) -> Segment:
-        """The tiles as attention reads them."""
+        """The tiles as a segment that attention reads."""
         return Segment(owner=owner, frame=frame, bias=self.bias, **self.keys._asdict(), **self.values._asdict())
 
     def quantised(self, bits: int) -> "Encoded":
-        """The same with latents of `bits` bits, a step and a zero for each channel of an entry."""
+        """The encoded tiles with latents quantised to `bits` bits (QuantizedRows)."""
 
         def pack(rows: Rows) -> Rows:
             if not isinstance(rows, torch.Tensor):
-                raise ValueError(f"latents of type {type(rows).__name__} are packed already and take no latent_bits.")
+                raise ConfigError(f"latents of type {type(rows).__name__} are packed already and take no latent_bits.")
             return QuantizedRows.pack(rows, bits)
 
         return self._replace(
@@ -74,7 +75,7 @@ class Encoded(NamedTuple):
 
 
 class LayerCodec(nn.Module, ABC):
-    """What encodes the tiles of one layer."""
+    """Codec of one layer: encodes the keys and values of its tiles."""
 
     @abstractmethod
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
@@ -85,7 +86,7 @@ class LayerCodec(nn.Module, ABC):
 
 
 class PairCodec(LayerCodec):
-    """A codec of the keys beside one of the values, neither of which needs the other."""
+    """Codec of one layer made of independent codecs for its keys and its values."""
 
     def __init__(self, keys: KeyCodec, values: ValueCodec) -> None:
         super().__init__()
@@ -95,32 +96,32 @@ class PairCodec(LayerCodec):
         return Encoded(self.keys.encode(k_EHTD), self.values.encode(v_EHTD))
 
 
-class StackEncoding(ABC):
-    """One forward's tiles of a stack of layers on their way to what is stored."""
+class LayerGroupEncoding(ABC):
+    """Encoder state of one layer group during one forward."""
 
     @abstractmethod
-    def add(self, place: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
-        """Take the tiles of the layer at `place` in the stack; they are lent, as to LayerCodec.encode."""
+    def add(self, index: int, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> None:
+        """Take the tiles of layer `index` of the layer group; they are lent, as to LayerCodec.encode."""
 
     @abstractmethod
-    def finish(self, places: Sequence[int]) -> list[Encoded]:
-        """What the layers at these places read, once all were added; what they have in common is stored once."""
+    def finish(self, indices: Sequence[int]) -> list[Encoded]:
+        """The encoded tiles of the layers at these indices, after all were added; shared tensors are stored once."""
 
 
-class StackCodec(nn.Module, ABC):
-    """What encodes the tiles of a stack of neighbouring layers together."""
+class LayerGroupCodec(nn.Module, ABC):
+    """Codec of a layer group: encodes the tiles of neighbouring layers together."""
 
     @abstractmethod
-    def start(self) -> StackEncoding:
-        """Begin with the tiles of one forward."""
+    def start(self) -> LayerGroupEncoding:
+        """Begin the encoding of one forward's tiles."""
 
 
 @dataclass(frozen=True)
 class CodecConfig(ABC):
-    """All that fixes the shapes of a family's codecs. Subclasses add their fields; unknown ones are refused by name."""
+    """Settings that determine the tensor shapes of a family's codecs. Subclasses add fields."""
 
     tile: int
-    """Visual tokens that one map covers; what is left at an image's end is stored raw."""
+    """Visual tokens per tile; tokens at an image's end that fill no tile are stored raw."""
     canonical_frame: bool = True
     """Encode keys as if their tile began at position 0."""
     latent_bits: int = field(default=0, kw_only=True)
@@ -128,25 +129,25 @@ class CodecConfig(ABC):
 
     def __post_init__(self) -> None:
         if self.tile < 1:
-            raise ValueError(f"tile {self.tile} must be at least 1 token.")
+            raise ConfigError(f"tile {self.tile} must be at least 1 token.")
         if self.latent_bits:
             check_bits(self.latent_bits)
 
     @property
-    def stacked(self) -> int:
-        """Layers that have a codec together; 0 where each has its own."""
+    def layer_group(self) -> int:
+        """Layers per layer group, which share one codec; 0: one codec per layer."""
         return 0
 
     @abstractmethod
-    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec | StackCodec:
-        """The untrained codec of one layer, or of the stack that begins with it."""
+    def build(self, geometry: KVGeometry, layer: int) -> LayerCodec | LayerGroupCodec:
+        """The untrained codec of layer `layer`, or of the layer group that begins with it."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ValueError naming keys that this family does not have."""
+        """The config with these values; raises ConfigError that names keys which the family does not have."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(
+            raise ConfigError(
                 f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(f.name for f in fields(cls))}."
             )
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

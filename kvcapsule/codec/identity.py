@@ -1,5 +1,5 @@
-"""The codec that stores everything: a capsule of it is the full cache in another shape. For tests and as a
-yardstick."""
+"""Identity codec: stores keys and values unchanged, so that its capsule equals the full cache. For tests and as a
+baseline."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePa
 
 
 class IdentityKeys(KeyCodec):
-    """Keys as they are."""
+    """Key codec that stores a copy of the keys."""
 
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
         return KeyPart(k_EHTD.clone(memory_format=torch.contiguous_format))
 
 
 class IdentityValues(ValueCodec):
-    """Values as they are."""
+    """Value codec that stores a copy of the values."""
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
         return ValuePart(v_EHTD.clone(memory_format=torch.contiguous_format))
@@ -25,7 +25,7 @@ class IdentityValues(ValueCodec):
 
 @dataclass(frozen=True)
 class IdentityConfig(CodecConfig):
-    """Nothing but the tile."""
+    """Settings of the identity codec: the tile alone."""
 
     def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
         return PairCodec(IdentityKeys(), IdentityValues())

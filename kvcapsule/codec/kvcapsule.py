@@ -1,15 +1,15 @@
 """KVCapsule (arXiv 2605.16439): keys by a learned static subset of tokens, values by PCA along the token axis.
 
-For one layer and one tile of T visual tokens, with M the retained set (|M| = m, learned, the same for all heads, images
-and prompts):
+For one layer and one tile of T visual tokens, with M the set of retained tokens (|M| = m; learned, and the same for all
+heads, images and prompts):
 
     keys    stored  K_M                 [m, D]      read   K^ = theta K_M            theta [T, m] per KV head
     values  stored  C = U (V - 1 mu^T)  [m', D]     read   V^ = U^T C + 1 mu^T       U [m', T] and mu [D] per KV head
 
-A linear theta is absorbed by attention: scores of all T tokens are theta times the scores of the retained ones, and
-this commutes with RoPE. The paper's prose has a two-layer MLP along the token axis in place of theta (its fused kernel
-uses one matrix, so both are offered). The MLP does not commute with anything: at every read it builds the full keys of
-the tile, costs more traffic than no compression, and is here for comparison only.
+Attention absorbs a linear theta: the scores of all T tokens are theta times the scores of the retained tokens, which
+commutes with RoPE. The paper's text describes a two-layer MLP along the token axis in place of theta, but its fused
+kernel uses one matrix, so both are offered. The MLP does not commute: it rebuilds the full keys of the tile at every
+read, which takes more memory traffic than no compression. It is here for comparison only.
 """
 
 from collections.abc import Sequence
@@ -19,27 +19,28 @@ from math import ceil
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 
 
 def retained(ratio: float, tile: int) -> int:
-    """Tokens that a retention ratio keeps of a tile, m = ceil(r T)."""
+    """Number of tokens that a retention ratio keeps of a tile, m = ceil(r T)."""
     return max(1, ceil(round(ratio * tile, 6)))
 
 
 def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
     """Retention ratios that fall linearly from mean (1 + slope) in the first layer to mean (1 - slope) in the last.
 
-    The paper says that earlier layers keep more and gives no numbers; a line is the plainest reading. Where the first
-    layers would pass 1, the slope is reduced so that the mean holds.
+    The paper says that earlier layers keep more, but gives no numbers; a linear schedule is the simplest reading. If
+    the first layers would exceed 1, the slope is reduced so that the mean holds.
 
     Raises:
-        ValueError: for a mean outside (0, 1] or a slope outside [0, 1).
+        ConfigError: for a mean outside (0, 1] or a slope outside [0, 1).
     """
     check_ratio(mean)
     if not 0 <= slope < 1:
-        raise ValueError(
+        raise ConfigError(
             f"pyramid slope {slope} is outside [0, 1): 0 is uniform, 0.5 keeps thrice as much in the first layer as in"
             " the last."
         )
@@ -49,15 +50,15 @@ def pyramid(mean: float, layers: int, slope: float) -> tuple[float, ...]:
 
 
 def weighted(mean: float, weights: Sequence[float]) -> tuple[float, ...]:
-    """Retention ratios in proportion to one weight a layer, with the given mean; what a layer cannot use (past 1) goes
-    to the others.
+    """Retention ratios proportional to one weight per layer, with the given mean. A ratio is at most 1; the excess is
+    distributed over the other layers.
 
     Raises:
-        ValueError: for a mean outside (0, 1] or weights that are not all positive.
+        ConfigError: for a mean outside (0, 1] or weights that are not all positive.
     """
     check_ratio(mean)
     if not weights or min(weights) <= 0:
-        raise ValueError(f"layer weights {list(weights)}: one positive number for each layer is needed.")
+        raise ConfigError(f"layer weights {list(weights)}: one positive number for each layer is needed.")
     ratios = [0.0] * len(weights)
     open_layers = set(range(len(weights)))
     left = mean * len(weights)
@@ -72,12 +73,13 @@ def weighted(mean: float, weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def check_ratio(ratio: float, name: str = "retention ratio") -> None:
+    """Raises ConfigError unless the ratio is in (0, 1]."""
     if not 0 < ratio <= 1:
-        raise ValueError(f"{name} {ratio} is outside (0, 1]: it is stored tokens / visual tokens, 1 keeps all.")
+        raise ConfigError(f"{name} {ratio} is outside (0, 1]: it is stored tokens / visual tokens, 1 keeps all.")
 
 
 class RetainedKeys(KeyCodec):
-    """The rows at `kept` [m] and the linear reconstruction `theta` [H, T, m]."""
+    """Key codec with retained rows `kept` [m] and a linear reconstruction `theta` [H, T, m]."""
 
     kept: torch.Tensor
 
@@ -91,8 +93,8 @@ class RetainedKeys(KeyCodec):
 
 
 class MlpKeys(KeyCodec):
-    """The rows at `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Builds the full keys at
-    every read."""
+    """Key codec with retained rows `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Rebuilds
+    the full keys at every read."""
 
     kept: torch.Tensor
 
@@ -105,7 +107,7 @@ class MlpKeys(KeyCodec):
         self.outer_bias = nn.Parameter(torch.zeros(heads, tile, 1))
 
     def decode(self, k_EHMD: torch.Tensor) -> torch.Tensor:
-        """[E, H, m, D] to [E, H, T, D]."""
+        """Expand retained keys [E, H, m, D] to all tokens, [E, H, T, D]."""
         inner, inner_bias, outer, outer_bias = (
             p.to(k_EHMD.dtype) for p in (self.inner, self.inner_bias, self.outer, self.outer_bias)
         )
@@ -116,7 +118,7 @@ class MlpKeys(KeyCodec):
 
 
 class MlpRows:
-    """Retained keys that an MLP expands to the whole tile whenever they are read."""
+    """Packed rows of retained keys, which an MLP expands to the full tile at every read."""
 
     def __init__(self, rows: torch.Tensor, codec: MlpKeys) -> None:
         self.rows, self.codec = rows, codec
@@ -143,35 +145,35 @@ class MlpRows:
 
 
 class PcaValues(ValueCodec):
-    """PCA along the token axis: basis U [H, m, T], mean mu [H, D] over samples and tokens.
+    """Value codec by PCA along the token axis: basis U [H, m, T], mean mu [H, D] over samples and tokens.
 
-    The rows of U are orthonormal as solved (the paper's values); a run with train_values moves them, which is no longer
-    PCA.
+    The closed-form U has orthonormal rows (the paper's values). Training with train_values changes U, which is then no
+    longer a PCA basis.
     """
 
     mean: torch.Tensor
 
     def __init__(self, heads: int, tile: int, stored: int, dim: int) -> None:
         super().__init__()
-        # Solved in closed form; only a training run that moves it asks for its gradient.
+        # Solved in closed form; requires a gradient only in training runs that change it.
         self.basis = nn.Parameter(torch.zeros(heads, stored, tile), requires_grad=False)
         self.register_buffer("mean", torch.zeros(heads, dim))
 
     def encode(self, v_EHTD: torch.Tensor) -> ValuePart:
         basis, mean = self.basis.to(v_EHTD.dtype), self.mean.to(v_EHTD.dtype)
-        # Heads outside, as they lie in memory: a product of the tiles outside would copy them first.
+        # Heads first, as in memory: a batched product with tiles first would copy them.
         stored_HEMD = basis[:, None] @ (v_EHTD - mean[:, None]).transpose(0, 1)
         return ValuePart(stored_HEMD.transpose(0, 1).contiguous(), value_map=basis.transpose(-1, -2), value_mean=mean)
 
 
 @dataclass(frozen=True)
 class KVCapsuleConfig(CodecConfig):
-    """Sizes of a KVCapsule."""
+    """Settings of a KVCapsule codec."""
 
     key_ratios: Sequence[float] = ()
-    """Retention ratio of the keys, layer by layer."""
+    """Retention ratio of the keys per layer."""
     value_ratios: Sequence[float] = ()
-    """Retention ratio of the values, layer by layer."""
+    """Retention ratio of the values per layer."""
     key_decoder: str = "linear"
     """"linear" (absorbed by attention) or "mlp" (the paper's two layers; builds the full keys at every read)."""
     hidden: int = 256
@@ -180,11 +182,11 @@ class KVCapsuleConfig(CodecConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.key_decoder not in ("linear", "mlp"):
-            raise ValueError(f"key_decoder {self.key_decoder!r} is neither 'linear' nor 'mlp'.")
+            raise ConfigError(f"key_decoder {self.key_decoder!r} is neither 'linear' nor 'mlp'.")
         if self.key_decoder == "mlp" and not self.canonical_frame:
-            raise ValueError("the MLP key decoder does not commute with RoPE: it needs canonical_frame=True.")
+            raise ConfigError("the MLP key decoder does not commute with RoPE: it needs canonical_frame=True.")
         if self.key_decoder == "mlp" and self.latent_bits:
-            raise ValueError(
+            raise ConfigError(
                 "latent_bits: the MLP key decoder reads its rows as they are; use key_decoder 'linear', or leave it 0."
             )
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
@@ -195,7 +197,7 @@ class KVCapsuleConfig(CodecConfig):
         heads = geometry.kv_heads
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
             if len(ratios) != geometry.layers:
-                raise ValueError(
+                raise ConfigError(
                     f"{len(ratios)} {name} retention ratios for {geometry.layers} layers: give one for each layer."
                 )
         n_keys, n_values = (retained(r[layer], self.tile) for r in (self.key_ratios, self.value_ratios))

@@ -1,84 +1,94 @@
-"""Noise shaping: the codes of a tile are chosen together, so that what rounding loses falls on tokens that are little
-read.
+"""Noise shaping: the codes of a tile are chosen jointly, so that rounding errors fall on tokens with little attention.
 
-Coefficients C [M, C] are read as the tokens A' C^ (A' [T, M], one row a token). Rounding each by itself makes |C^ - C|
-least: it treats all tokens alike. But attention reads tokens unlike: an error e_t of a token's value moves the output
-    by p_t e_t, one of its key in
-proportion to p_t too. So here the codes make
+Coefficients C [M, C] decode to the tokens A' C^ (A' [T, M], one row per token). Rounding every coefficient to its
+nearest code minimises |C^ - C|, which weights all tokens equally. Attention does not: an error e_t in the value of
+token t with probability p_t moves the output by p_t e_t, and an error in its key by an amount proportional to p_t. The
+codes are therefore chosen to make
 
-    sum over t of   w_t | A'_t (C^ - C) |^2,      w_t ~ mean over a bank of training queries of p_t^2
+    sum over t of   w_t | A'_t (C^ - C) |^2,      w_t ~ mean over the query bank of p_t^2
 
-small. In the metric H = A'^T diag(w) A' = L L^T the last group of eight rows is rounded first, and what it loses is
-taken off the groups before it, as far as they can make up for it at the tokens that count. That is Babai's nearest
-plane (1986), with groups in place of single rows (within a group each row is rounded by itself: one product a group,
-and on the demo VLM as good); GPTQ (arXiv 2210.17323) does the same to weights.
+small. In the metric H = A'^T diag(w) A' = L L^T the last group of eight rows is rounded first, and its error is
+subtracted from the groups before it, as far as they can compensate it at the heavily weighted tokens. This is Babai's
+nearest plane algorithm (1986) with groups in place of single rows (rows within a group are rounded independently: one
+product per group, and no worse on the demo VLM); GPTQ (arXiv 2210.17323) does the same to weights.
 
-Nothing changes for who reads the codes. At encoding a tile takes some M^2 (T + M / 6) multiplications for the metric
-and its factor, M^2 C / 2 for the products, and Q T D for each KV head's queries.
+Decoding does not change. Encoding a tile takes about M^2 (T + M / 6) multiplications for the metric and its factor,
+M^2 C / 2 for the products, and Q T D per KV head for the attention of the query bank.
 
-Approximations: the bank's queries come from other images and questions; all coefficients of a set share one weight a
-token, though layers, keys and values differ.
+Approximations: the bank's queries come from other images and questions; all coefficients of a head group share one
+weight per token, although layers, keys and values differ.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..segments.bit_packing import GROUP
 from ..segments.coefficient_rows import Coding
+from ..vlm.geometry import KVGeometry
 
 _FLOOR = 0.2
-"""Weight of a token that no query reads, where the mean is 1 + this: queries of later turns may differ."""
+"""Weight of a token without attention, when the mean is 1 + this: queries of later turns may differ."""
 _RIDGE = 1e-4
-"""Added to the metric, relative to its mean: rows that fill up the last group have none of their own."""
+"""Added to the metric's diagonal, relative to its mean: rows that pad the last group have zero metric."""
 
 
-class Readers(nn.Module):
-    """A bank of training queries for each layer, and the weights of tokens by what it reads."""
+class TokenWeighting(nn.Module):
+    """Weights of a tile's tokens: their mean squared attention under a query bank."""
 
     queries: torch.Tensor
-    """[L, H, Q, D]: of L layers, in the tiles' frames, times the scale of the scores. All zero weigh all tokens
-    alike."""
+    """[L, H, Q, D]: the query bank of L layers, in the tiles' frames, multiplied by the scale of the scores. Zeros give
+    all tokens the same weight."""
 
-    def __init__(self, layers: int, heads: int, count: int, dim: int, joint: int) -> None:
-        """joint: KV heads of a set, whose tokens share their weights."""
+    def __init__(self, shape: Sequence[int], heads: int) -> None:
+        """shape: [L, H, Q, D] of the query bank. heads: KV heads per head group; their tokens share weights."""
         super().__init__()
-        self.joint = joint
-        self.register_buffer("queries", torch.zeros(layers, heads, count, dim))
+        self.heads = heads
+        self.register_buffer("queries", torch.zeros(*shape))
 
     def forward(self, k_EHTD: torch.Tensor, layer: int = 0) -> torch.Tensor:
-        """How much errors at each token move what the bank reads, [E, S, T], 1 in the mean of a tile; keys in the
-        queries' frames."""
+        """Weight of each token, [E, S, T], with mean 1 over a tile, from keys in the queries' frames."""
         work = torch.promote_types(k_EHTD.dtype, torch.float32)
         with torch.autocast(k_EHTD.device.type, enabled=False):
             attention = (self.queries[layer].to(work) @ k_EHTD.to(work).transpose(-1, -2)).softmax(-1)
-        square = attention.square().unflatten(1, (-1, self.joint)).mean((2, 3))
+        square = attention.square().unflatten(1, (-1, self.heads)).mean((2, 3))
         weights: torch.Tensor = square / square.mean(-1, keepdim=True)
         return weights
 
 
 def shaping_macs(tile: int, rows: int, channels: int) -> tuple[int, int]:
-    """Multiply-adds of shaping one tile of one set: of its products, and of the metric's factorisation."""
+    """Multiply-adds of shaping one tile of one head group: (products, factorisation of the metric)."""
     return tile * rows**2 + channels * rows * (rows - GROUP) // 2, rows**3 // 6 + GROUP * rows**2 // 2
 
 
-def check_readers(count: int) -> None:
-    """Raises ValueError for a number of readers that there cannot be."""
+def check_query_bank(count: int) -> None:
+    """Raises ConfigError unless `count` queries per KV head is an integer of at least 0."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ValueError(f"readers {count}: queries of each KV head, 0 or more.")
+        raise ConfigError(f"readers {count}: queries of each KV head, 0 or more.")
+
+
+def token_weighting(geometry: KVGeometry, layers: int, count: int, heads: int) -> TokenWeighting | None:
+    """Untrained token weights of `layers` layers with `count` queries per KV head; None for no queries.
+
+    heads: KV heads per head group.
+    """
+    return TokenWeighting((layers, geometry.kv_heads, count, geometry.head_dim), heads) if count else None
 
 
 def shaped(
     coefficients_ESMC: torch.Tensor, tokens_STM: torch.Tensor, weights_EST: torch.Tensor, coding: Coding
 ) -> torch.Tensor:
-    """Coefficients moved such that rounding each to its nearest code makes the weighted error small, [E, S, M, C].
+    """Shift coefficients so that rounding each to its nearest code makes the weighted error small, [E, S, M, C].
 
     Args:
-        coefficients_ESMC: as an encoder made them.
-        tokens_STM: the map along tokens that they are read with, A'.
-        weights_EST: of the tokens, 0 or more and 1 in the mean.
-        coding: what they are rounded with.
+        coefficients_ESMC: the encoder's output.
+        tokens_STM: the decoder's map along tokens, A'.
+        weights_EST: weights of the tokens, at least 0 and with mean 1.
+        coding: the coding that rounds them.
     """
-    # Factors are never taken in half precision.
+    # The metric is never factorised in half precision.
     with torch.autocast(coefficients_ESMC.device.type, enabled=False):
         return _shaped(coefficients_ESMC, tokens_STM, weights_EST, coding)
 
@@ -93,15 +103,15 @@ def _shaped(
     metric = basis.transpose(-1, -2) @ (weights[..., None] * basis)
     diagonal = metric.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True))
-    # Not cholesky: it would wait for the device to look for failures, which the ridge rules out.
+    # Not `cholesky`, which waits for the device to check for failures; the ridge rules them out.
     root = torch.linalg.cholesky_ex(metric, upper=True).L
-    moved, lost = torch.empty_like(coefficients_ESMC), torch.empty_like(coefficients_ESMC)
+    targets, errors = torch.empty_like(coefficients_ESMC), torch.empty_like(coefficients_ESMC)
     for first in range(coefficients_ESMC.shape[2] - GROUP, -1, -GROUP):
-        own, later = slice(first, first + GROUP), slice(first + GROUP, None)
-        wanted = coefficients_ESMC[:, :, own]
+        rows, later = slice(first, first + GROUP), slice(first + GROUP, None)
+        target = coefficients_ESMC[:, :, rows]
         if first + GROUP < coefficients_ESMC.shape[2]:
-            made_up = root[:, :, own, later] @ lost[:, :, later]
-            wanted = wanted + torch.linalg.solve_triangular(root[:, :, own, own], made_up, upper=True)
-        moved[:, :, own] = wanted
-        lost[:, :, own] = coefficients_ESMC[:, :, own] - coding.rounded(wanted, first // GROUP)
-    return moved
+            error = root[:, :, rows, later] @ errors[:, :, later]
+            target = target + torch.linalg.solve_triangular(root[:, :, rows, rows], error, upper=True)
+        targets[:, :, rows] = target
+        errors[:, :, rows] = coefficients_ESMC[:, :, rows] - coding.rounded(target, first // GROUP)
+    return targets

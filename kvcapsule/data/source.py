@@ -4,19 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image
 
 from ..errors import DataError, PackageError
 from ..testbeds import easy_vqa, emoji, pages, words
 from ..testbeds.digits import SPLITS
 
+# `datasets` comes with the extras [train] and [eval]; reading an image file (`kvcapsule generate`) needs none of it.
+if TYPE_CHECKING:
+    import datasets
+
 PAGES = "pages"
 """The name of the source that is taken by default; pages of other heights are called as
 kvcapsule.testbeds.pages.HEIGHTS has them."""
-PICTURES: dict[str, Callable[[str, int, int], datasets.Dataset]] = {
+PICTURES: dict[str, "Callable[[str, int, int], datasets.Dataset]"] = {
     "emoji": emoji.emoji,
     "easy-vqa": easy_vqa.easy_vqa,
     "words": words.words,
@@ -52,12 +55,14 @@ class SourceConfig:
     """Column that names the kind of question; where the source has none, all are of one kind."""
 
 
-def load(config: SourceConfig) -> datasets.Dataset:
+def load(config: SourceConfig) -> "datasets.Dataset":
     """A data set with the columns image, prompt, answer and task, at most `size` rows.
 
     Raises:
         DataError: if the source is not found, has not the split, or lacks a column; the message names what there is.
     """
+    import datasets
+
     if config.size < 1:
         raise DataError(f"data size {config.size}: at least one question is needed.")
     if config.source in pages.HEIGHTS:
@@ -88,7 +93,9 @@ def load(config: SourceConfig) -> datasets.Dataset:
     return found.cast_column("image", datasets.List(one) if several else one)
 
 
-def _pictures(config: SourceConfig) -> datasets.Dataset:
+def _pictures(config: SourceConfig) -> "datasets.Dataset":
+    import datasets
+
     if config.split not in SPLITS:
         raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
     try:
@@ -102,7 +109,7 @@ def _pictures(config: SourceConfig) -> datasets.Dataset:
     return mixed.select(range(min(config.size, len(mixed))))
 
 
-def _of(name: str, rows: datasets.Dataset) -> datasets.Dataset:
+def _of(name: str, rows: "datasets.Dataset") -> "datasets.Dataset":
     """The rows, their tasks named after the source too."""
     tasks = [f"{name}-{task}" for task in rows["task"]]
     return rows.remove_columns("task").add_column("task", tasks, feature=rows.features["task"])
@@ -158,7 +165,9 @@ def _decode(image: dict[str, Any], index: int) -> Image.Image:
         ) from error
 
 
-def _open(config: SourceConfig) -> datasets.Dataset:
+def _open(config: SourceConfig) -> "datasets.Dataset":
+    import datasets
+
     path = Path(config.source)
     try:
         if path.is_file():

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..methods.method import Method, reads_hidden
+from ..methods.method import Method
 from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, forget, prefilling, read_segments
 from .cache import CapsuleCache
 from .generate import generating
+from .transformers_api import passed_cache, require_supported, rotation_per_token
 
 _FULL_ATTENTION = "full_attention"
 """transformers' name of the layers whose cache a CapsuleCache replaces."""
@@ -38,31 +39,32 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
 
     Args:
         model: a decoder-only VLM of transformers, or a PEFT wrapper around one.
-        method: a Capsule or a policy. None: caches are passed by hand (`past_key_values=CapsuleCache(model.config,
-            method)`).
+        method: a Capsule or a policy. None: caches are passed by hand (`cache=CapsuleCache(model.config, method)`;
+            `past_key_values=` before transformers 5.24).
 
     Raises:
         GeometryError: if the method was made for another KV geometry.
+        ModelError: if the installed transformers is not of a supported version.
         RuntimeError: if the model is attached already.
         TypeError: for what is no model of transformers.
         ValueError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the
         prompt.
     """
+    require_supported()
     inner = _unwrapped(model)
     text_config = inner.config.get_text_config(decoder=True)
     before = str(text_config._attn_implementation)
     if before == IMPLEMENTATION:
         raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")
     geometry = KVGeometry.from_config(inner.config)
-    check = getattr(method, "require_geometry", None)
-    if check is not None:
-        check(geometry)
+    if method is not None:
+        method.require_geometry(geometry)
     with ExitStack() as stack:
         stack.callback(_forget)
         stack.enter_context(prefilling(_attention_configs(inner, before), before))
         _set_text_attention(inner, IMPLEMENTATION)
         stack.callback(_set_text_attention, inner, before)
-        for handle in _hooks(model, inner, hidden=method is None or reads_hidden(method)):
+        for handle in _hooks(model, inner, hidden=method is None or method.needs_hidden_states):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
             raise RuntimeError(
@@ -122,7 +124,7 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
             # A compiled forward is a decode step over a cache with room: it brings nothing to prepare for.
             return
         _forget()
-        cache = kwargs.get("past_key_values")
+        cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             cache.begin(input_ids, kwargs.get("attention_mask"), kwargs)
@@ -135,7 +137,7 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
         kind = kwargs.get("layer_type", next((a for a in args if isinstance(a, str)), _FULL_ATTENTION))
         cache = _active.get()
         if cache is not None and kind == _FULL_ATTENTION and isinstance(output, tuple) and len(output) == 2:
-            cache.set_position_embeddings(*output)
+            cache.set_position_embeddings(*rotation_per_token(module, *output))
 
     def enter(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = None if torch.compiler.is_compiling() else _active.get()

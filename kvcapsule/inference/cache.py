@@ -1,8 +1,9 @@
 """CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..kernels import attend
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, LayerByLayer, Method, Revises, Run, Written, reads_hidden, start
-from ..segments.segment import Segment, Shared, storage_bytes
+from ..methods.method import Compressed, CompressionPass, DecodeState, LayerByLayerPass, Method
+from ..segments.segment import Memo, Segment, storage_bytes
 from ..vlm.geometry import KVGeometry
 from ..vlm.spans import VisualSpan, find_spans
 from . import attention_interface
@@ -53,7 +54,7 @@ class Turn(NamedTuple):
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     shared: dict[tuple[int, bool, torch.device], Any]
     """What its layers have in common (see LayerPrefill.shared)."""
-    run: Run
+    compression: CompressionPass
     """Compresses its layers."""
     layers: Mapping[int, "CapsuleLayer"]
     """Where what is compressed goes, by index in the model."""
@@ -77,21 +78,21 @@ class CapsuleLayer(CacheLayerMixin):
         self.before = 0
         """Tokens that came before the tail."""
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._revises = method if isinstance(method, Revises) else None
+        self._decode_time = method.decode_time()
         self._seen: torch.Tensor | None = None
         self._closed = 0
         self.queries: torch.Tensor | None = None
-        """[B, H * G, W, D]: the latest queries, for a method that acts again while tokens are written."""
+        """[B, H * G, W, D]: the latest queries, for a method that acts during decoding."""
         self.hidden: torch.Tensor | None = None
         """[B, N, C]: what entered the decoder layer in the present forward, for a method that asks."""
-        self.shared: Shared | None = None
+        self.shared: Memo | None = None
         """What the cache's layers have in common while their rows are selected, so that it stays in one place."""
         self.record_past = False
         self._held: LayerPrefill | None = None
 
     def idle(self) -> Turn:
         """Of no forward."""
-        return Turn([], None, None, {}, LayerByLayer(self.method), {self.index: self})
+        return Turn([], None, None, {}, LayerByLayerPass(self.method), {self.index: self})
 
     @property
     def waits(self) -> bool:
@@ -143,36 +144,50 @@ class CapsuleLayer(CacheLayerMixin):
         if visible is not None:
             visible = visible.expand(query.shape[0], -1, -1)
         # The last query sees every token but padding.
-        self._seen = None if visible is None or self._revises is None else visible[:, -1]
+        self._seen = None if visible is None or self._decode_time is None else visible[:, -1]
         return attend(query, [*self.visual, *self.text, tail], scale, visible)
 
     def commit(self, query: torch.Tensor, scale: float) -> None:
-        hidden, self.hidden = self.hidden, None
-        self._remember(query)
         if self._new is None:
-            self._revise(scale)
-            return
-        keys, values = self._new
-        self._new = None
-        new = keys.shape[2]
-        self.before += new
-        valid = self.turn.valid
+            self.hidden = None
+            self._remember(query)
+            self._act_on_tail(scale)
+        else:
+            self.store_prefill(self.take_prefill(query, scale))
+
+    def take_prefill(self, query: torch.Tensor, scale: float) -> LayerPrefill:
+        """What the present forward brought to this layer, as a method sees it; the layer is then as it was before.
+
+        Args:
+            query: [B, H * G, N, D] of the forward's tokens.
+            scale: factor of the attention scores.
+        """
+        assert self._new is not None
+        (keys, values), self._new = self._new, None
+        hidden, self.hidden = self.hidden, None
+        turn, rotation, valid = self.turn, self.turn.position_embeddings, self.turn.valid
         if valid is None:
-            valid = torch.ones(keys.shape[0], new, dtype=torch.bool, device=keys.device)
-        turn, rotation = self.turn, self.turn.position_embeddings
+            valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         # Where a model's layers lie on several devices, what one forward brings for all of them lies on the first.
         if rotation is not None:
             rotation = (rotation[0].to(keys.device), rotation[1].to(keys.device))
-        prefill = LayerPrefill(
+        return LayerPrefill(
             self.index, query, keys, values, turn.spans, valid.to(keys.device), scale, rotation, turn.shared, hidden
         )
+
+    def store_prefill(self, prefill: LayerPrefill) -> None:
+        """Compress a prefill of this layer behind what is stored, now or (see activate_past_recording) later."""
+        if not self.is_initialized:
+            self.lazy_initialization(prefill.keys, prefill.values)
+        self._remember(prefill.query)
+        self.before += prefill.keys.shape[2]
         if self.record_past:
             self._held = prefill
         else:
             self._compress(prefill)
 
     def _compress(self, prefill: LayerPrefill) -> None:
-        for index, compressed in self.turn.run.add(prefill):
+        for index, compressed in self.turn.compression.add(prefill):
             self.turn.layers[index].store(compressed)
 
     def store(self, compressed: Compressed) -> None:
@@ -196,17 +211,17 @@ class CapsuleLayer(CacheLayerMixin):
             self._compress(prefill)
 
     def _remember(self, query: torch.Tensor) -> None:
-        if self._revises is not None:
+        if self._decode_time is not None:
             latest = query if self.queries is None else torch.cat([self.queries, query], dim=2)
-            self.queries = latest[:, :, max(0, latest.shape[2] - self._revises.window) :].clone()
+            self.queries = latest[:, :, max(0, latest.shape[2] - self._decode_time.window) :].clone()
 
-    def _revise(self, scale: float) -> None:
-        """Let the method act again, once as much was written as it asks for; candidates that may be taken back are left
+    def _act_on_tail(self, scale: float) -> None:
+        """Let a decode-time method act once `interval` new tokens are there; candidates that may be taken back are left
         alone."""
-        if self._revises is None or self.record_past:
+        if self._decode_time is None or self.record_past:
             return
-        every = self._revises.every
-        if self._closed + self.tail_length < every or self.tail_length < min(self._revises.window, every):
+        interval = self._decode_time.interval
+        if self._closed + self.tail_length < interval or self.tail_length < min(self._decode_time.window, interval):
             return
         assert self.queries is not None
         keys, values = self.tail.written()
@@ -215,12 +230,12 @@ class CapsuleLayer(CacheLayerMixin):
             if self._seen is None
             else self._seen
         )
-        written = Written(self.index, self.visual, self.text, keys, values, seen, self.queries, scale)
-        self.visual, self.text = self._revises.revise(written)
+        state = DecodeState(self.index, self.visual, self.text, keys, values, seen, self.queries, scale)
+        self.visual, self.text = self._decode_time.on_decode(state)
         self.before += self.tail_length
         self._closed = 0
         # Many tokens in one forward may have made the buffer longer than it will be needed.
-        self.tail.clear(most=every + _SPARE)
+        self.tail.clear(most=interval + _SPARE)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of the mask of the next forward, and where it begins: over segments, of the tail alone."""
@@ -324,8 +339,8 @@ class CapsuleLayer(CacheLayerMixin):
 class CapsuleCache(Cache):
     """A KV cache that stores what a method makes of the prompt: a capsule's latents, a policy's rows.
 
-    Give it to `model.generate(..., past_key_values=cache)` or to the model's forward, inside `attach(model)`; keep it
-    for the next turn.
+    Give it to `model.generate(..., cache=cache)` or to the model's forward (`past_key_values=cache` before transformers
+    5.24), inside `attach(model)`; keep it for the next turn.
 
     Args:
         config: the VLM's config.
@@ -336,7 +351,7 @@ class CapsuleCache(Cache):
 
     Raises:
         GeometryError: for models without a KV geometry (see KVGeometry.from_config).
-        ValueError: for a room that is none, or beside a method that acts again while tokens are written.
+        ValueError: for a room that is none, or beside a method that acts during decoding.
     """
 
     def __init__(self, config: PreTrainedConfig, method: Method, room: int | None = None) -> None:
@@ -346,9 +361,9 @@ class CapsuleCache(Cache):
                 f"room {room}: give the tokens to be written behind the prompt, at least 1, or None for a tail that"
                 " grows."
             )
-        if room is not None and isinstance(method, Revises):
+        if room is not None and method.decode_time() is not None:
             raise ValueError(
-                f"{type(method).__name__} acts again while tokens are written, which changes what is stored and is not"
+                f"{type(method).__name__} acts during decoding, which changes what is stored and is not"
                 " for a static tail: make the CapsuleCache without room."
             )
         text = config.get_text_config(decoder=True)
@@ -377,7 +392,7 @@ class CapsuleCache(Cache):
         attention_interface.forget()
         self._settle()
         layers = {layer.index: layer for layer in self._own()}
-        turn = Turn([], None, None, {}, start(self.method, list(layers)), layers)
+        turn = Turn([], None, None, {}, self.method.begin_pass(list(layers)), layers)
         if input_ids is None:
             if self.get_seq_length() == 0:
                 raise ValueError(
@@ -388,6 +403,31 @@ class CapsuleCache(Cache):
             valid = _valid(attention_mask, *input_ids.shape)
             turn = turn._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
         self._set(turn)
+
+    def fill(self, prefills: Sequence[LayerPrefill], compression: CompressionPass | None = None) -> None:
+        """Store recorded prefills in an empty cache, as the forward that they were recorded from would have.
+
+        Args:
+            prefills: of all layers with full attention, in their order.
+            compression: what compresses them; None: a pass of the method.
+
+        Raises:
+            ValueError: if the cache is not empty, or the layers are not those of the prefills.
+        """
+        layers = {layer.index: layer for layer in self._own()}
+        if self.get_seq_length() > 0 or [prefill.layer for prefill in prefills] != list(layers):
+            raise ValueError(
+                f"prefills of the layers {[prefill.layer for prefill in prefills]} cannot fill a cache of"
+                f" {self.get_seq_length()} tokens whose layers with full attention are {list(layers)}."
+            )
+        if compression is None:
+            compression = self.method.begin_pass(list(layers))
+        self._set(Turn([], None, None, {}, compression, layers))
+        shared: dict[tuple[int, bool, torch.device], Any] = {}
+        for prefill in prefills:
+            hidden = prefill.hidden if self.method.needs_hidden_states else None
+            layers[prefill.layer].store_prefill(replace(prefill, shared=shared, hidden=hidden))
+        self.end()
 
     def end(self) -> None:
         """The forward is over: what it brought is let go, but for layers that wait; called by the hook that `attach`
@@ -414,7 +454,7 @@ class CapsuleCache(Cache):
         """What enters decoder layer `index` in the present forward, [B, N, C]; called by the hook that `attach`
         sets."""
         layer = self.layers[index]
-        if isinstance(layer, CapsuleLayer) and reads_hidden(layer.method):
+        if isinstance(layer, CapsuleLayer) and layer.method.needs_hidden_states:
             layer.hidden = hidden
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -443,7 +483,7 @@ class CapsuleCache(Cache):
     def _selecting(self) -> Iterator[None]:
         """While rows of the batch are selected: all layers select the same ones."""
         self._settle()
-        shared = Shared()
+        shared = Memo()
         for layer in self._own():
             layer.shared = shared
         try:

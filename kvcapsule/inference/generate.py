@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ..methods.method import Method
 from .cache import CapsuleCache
+from .transformers_api import passed_cache, set_cache
 
 
 def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
@@ -23,7 +24,7 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
 
     def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
         if (
-            kwargs.get("past_key_values") is None
+            passed_cache(kwargs) is None
             and method is not None
             and _option(model, args, kwargs, "use_cache") is not False
         ):
@@ -32,11 +33,12 @@ def generating(model: PreTrainedModel, method: Method | None) -> Callable[..., A
                 room = _room(model, args, kwargs)
                 del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            kwargs["past_key_values"] = CapsuleCache(model.config, method, room)
+            cache = CapsuleCache(model.config, method, room)
             if _option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
-                kwargs["past_key_values"].activate_past_recording()
-        if isinstance(kwargs.get("past_key_values"), CapsuleCache):
+                cache.activate_past_recording()
+            set_cache(kwargs, cache)
+        if isinstance(passed_cache(kwargs), CapsuleCache):
             _refuse_options(model, args, kwargs)
         return generate(*args, **kwargs)
 

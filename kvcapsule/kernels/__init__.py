@@ -1,5 +1,4 @@
-"""Attention over segments, and the packing of codes: a reference in plain PyTorch, and kernels in Triton (CUDA) and in
-C++ (CPU) that agree with it.
+"""Attention over segments: a reference in plain PyTorch, and kernels in Triton and in C++ that agree with it.
 
 What runs is chosen once for each kind of device: Triton's kernels on CUDA where Triton is installed
 (`pip install kvcapsule[triton]`), those in C++ on the CPU where there is a compiler (`kvcapsule[cpu]` brings one), the
@@ -13,18 +12,18 @@ from collections.abc import Sequence
 import torch
 
 from ..segments.segment import Segment
-from .backend import backend
+from .backend import backend_for
 from .cpu.attend import attend as attend_on_cpu
 from .reference import attend as reference_attend
 
-__all__ = ["attend", "backend"]
+__all__ = ["attend", "backend_for"]
 
 
 def attend(
     query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend, by the backend of the query's device."""
-    chosen = backend(query.device.type)
+    chosen = backend_for(query.device.type)
     if chosen == "triton":
         out: torch.Tensor = _attend_by_triton(query, segments, scale, visible)
         return out
@@ -39,6 +38,6 @@ def _attend_by_triton(
     query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None
 ) -> torch.Tensor:
     """The kernels bring their own launches, which the compiler leaves as they are."""
-    from .fused.attend import attend as chosen
+    from .triton.attend import attend as chosen
 
     return chosen(query, segments, scale, visible)

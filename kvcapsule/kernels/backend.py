@@ -1,5 +1,4 @@
-"""Which implementation of attention and of packing serves a type of device: kernels or plain PyTorch
-(docs/kernels.md)."""
+"""Attention backend of each device type: compiled kernels or the plain PyTorch reference (docs/kernels.md)."""
 
 import logging
 import os
@@ -13,10 +12,10 @@ _logger = logging.getLogger(__name__)
 
 
 _chosen: dict[str, str] = {}
-"""The backend of each type of device that was asked for."""
+"""Backend by device type, filled at first use."""
 
 
-def backend(device: str) -> str:
+def backend_for(device: str) -> str:
     """The member of BACKENDS that serves tensors of a type of device ("cpu", "cuda").
 
     Raises:
@@ -29,22 +28,20 @@ def backend(device: str) -> str:
 
 
 def _choose(device: str) -> str:
-    asked = os.environ.get(VARIABLE)
-    if asked == "numba":
+    setting = os.environ.get(VARIABLE)
+    if setting == "numba":
+        raise ValueError(f"{VARIABLE}=numba: the Numba kernels were replaced by C++ kernels, set {VARIABLE}=cpu.")
+    if setting and setting not in BACKENDS:
         raise ValueError(
-            f"{VARIABLE}=numba: Numba's kernels are gone, set {VARIABLE}=cpu for the CPU's kernels in C++."
+            f"{VARIABLE}={setting}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
         )
-    if asked and asked not in BACKENDS:
-        raise ValueError(
-            f"{VARIABLE}={asked}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
-        )
-    own = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
-    chosen = asked or (own if _missing(own) is None else "reference")
-    if missing := _missing(asked or own):
-        if asked:
-            raise RuntimeError(f"{VARIABLE}={asked}, but {missing}, or unset the variable.")
-        if own == "cpu":
+    chosen = setting or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+    if missing := _missing(chosen):
+        if setting:
+            raise RuntimeError(f"{VARIABLE}={setting}, but {missing}, or unset the variable.")
+        if chosen == "cpu":
             _logger.warning("kvcapsule: attention runs in plain PyTorch, several times slower: %s.", missing)
+        return "reference"
     if chosen == "cpu" and device != "cpu":
         raise RuntimeError(
             f"{VARIABLE}=cpu serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference."
@@ -54,17 +51,17 @@ def _choose(device: str) -> str:
     return chosen
 
 
-def _missing(name: str) -> str | None:
-    """What a backend lacks, and how to get it; None where nothing is missing."""
-    if name == "cpu" and library.compiler() is None:
+def _missing(backend: str) -> str | None:
+    """What a backend lacks and how to install it; None if nothing is missing."""
+    if backend == "cpu" and library.compiler() is None:
         return f"no C++ compiler was found: {library.INSTALL}"
-    if name == "triton" and find_spec("triton") is None:
+    if backend == "triton" and find_spec("triton") is None:
         return "Triton is not installed: pip install 'kvcapsule[triton]'"
     return None
 
 
 def _require_triton(device: str) -> None:
-    from .fused.device import INTERPRETED
+    from .triton.arguments import INTERPRETED
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..segments.segment import Segment, Shared
+from ..segments.segment import Memo, Segment
 from .layer_prefill import LayerPrefill
 
 
@@ -152,7 +152,7 @@ class Retrieved(Segment):
         scores = ((query * scale) @ self.means.to(query.dtype).transpose(1, 2)).softmax(dim=-1).mean(dim=1)
         return scores.topk(self.keys.shape[2] // self.host.keys.shape[2], dim=-1).indices.sort(dim=-1).values
 
-    def select(self, rows: torch.Tensor, shared: Shared | None = None) -> "Retrieved":
+    def select(self, rows: torch.Tensor, memo: Memo | None = None) -> "Retrieved":
         match = self.owner[None, :] == rows.to(self.owner.device)[:, None]
         owner, index = (t.contiguous() for t in match.nonzero(as_tuple=True))
         used, slot = self.slot[index.cpu()].unique(return_inverse=True)

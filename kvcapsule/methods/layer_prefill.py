@@ -35,7 +35,7 @@ class LayerPrefill:
     """What the layers of one forward (those of one device) have in common, so that it is computed and stored once."""
     hidden: torch.Tensor | None = None
     """[B, N, C]: the residual stream as it enters the layer, for a method that asks
-    (kvcapsule.methods.method.reads_hidden); None otherwise."""
+    (Method.needs_hidden_states); None otherwise."""
 
     def visual(self) -> torch.Tensor:
         """[B, N] bool: True at visual tokens."""

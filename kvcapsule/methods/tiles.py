@@ -88,7 +88,7 @@ def _copied(views: Sequence[torch.Tensor], out_EHTD: torch.Tensor, frame: Frame 
         if frame is None:
             out_EHTD[at] = view
         else:
-            frame.select(at).back_into(view, out_EHTD[at])
+            frame.select(at).unrotate_into(view, out_EHTD[at])
         first = at.stop
     return out_EHTD
 

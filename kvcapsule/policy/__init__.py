@@ -5,7 +5,7 @@ from .adakv import AdaKV
 from .aircache import AirCache
 from .akvq_vl import AkvqVl
 from .base import Policy, TokenPruning, VisualPolicy
-from .combine import Paired, QuantizedText, TextPolicy, TextPruning
+from .combine import Combined
 from .evenly_spaced import EvenlySpaced
 from .full import Full
 from .h2o import H2O
@@ -19,6 +19,7 @@ from .r_kv import RKV
 from .random import Random
 from .snapkv import HeadPruning, SnapKV
 from .streaming_llm import StreamingLLM
+from .text import QuantizedText, TextPolicy, TextPruning
 from .vl_cache import VLCache
 
 POLICIES: dict[str, type[Policy]] = {
@@ -41,7 +42,7 @@ POLICIES: dict[str, type[Policy]] = {
     "hybridkv": HybridKV,
 }
 TEXT_POLICIES: dict[str, type[TextPolicy]] = {"text-pruning": TextPruning, "quantized-text": QuantizedText}
-"""What Paired may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there,
+"""What Combined may put beside a method for the visual tokens; a policy with a budget of all tokens can stand there,
 too."""
 
 __all__ = [
@@ -52,13 +53,13 @@ __all__ = [
     "AdaKV",
     "AirCache",
     "AkvqVl",
+    "Combined",
     "EvenlySpaced",
     "Full",
     "HeadPruning",
     "HybridKV",
     "Kivi",
     "LookM",
-    "Paired",
     "Policy",
     "PostVisionAttention",
     "PyramidKV",

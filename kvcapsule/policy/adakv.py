@@ -37,7 +37,7 @@ class AdaKV(SnapKV):
         kept = torch.zeros_like(scores, dtype=torch.bool)
         for span in prefill.spans:
             run = slice(span.start, span.start + span.length)
-            kept[span.row, :, run] = self.dealt(scores[span.row, :, run], self.count(prefill.layer, span.length))
+            kept[span.row, :, run] = self.dealt(scores[span.row, :, run], self.count(span.length))
         return Compressed(keep_heads(prefill, kept), text)
 
     def dealt(self, scores_HT: torch.Tensor, count: int) -> torch.Tensor:

@@ -21,7 +21,8 @@ import torch
 from ..codec.kvcapsule import check_ratio
 from ..methods.kept_rows import UNEVEN, keep, keep_heads
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, SharedBudget
+from ..methods.method import Compressed
+from ..methods.shared_budget import SharedBudget
 from .base import Policy
 from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
 from .postvision import behind_last_image
@@ -35,7 +36,7 @@ _CHUNK = 256
 """Elite queries whose attention is computed at once."""
 
 
-class Observed(NamedTuple):
+class EliteAttention(NamedTuple):
     """What is known of one layer when the budgets are shared out."""
 
     importance: torch.Tensor
@@ -47,7 +48,7 @@ class Observed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AirCache(SharedBudget[Observed], Policy):
+class AirCache(SharedBudget[EliteAttention], Policy):
     """Keeps all text, and of all visual tokens of a row together those with the greatest importance, raw and at their
     positions.
 
@@ -56,9 +57,10 @@ class AirCache(SharedBudget[Observed], Policy):
     of the turn's own tokens. Keys and values of all layers are held until the last has run.
     """
 
-    DIAL = "ratio"
+    budget_field = "retention"
+    compresses_text = False
 
-    ratio: float
+    retention: float
     """r: kept visual tokens / visual tokens, the mean over the layers; the paper's headline is 0.1."""
     alpha: float = 0.9
     """Attention of the last text token, as a share of its greatest, that makes a text token one of the elite."""
@@ -86,7 +88,7 @@ class AirCache(SharedBudget[Observed], Policy):
     is not spent ("clip")."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        check_ratio(self.retention)
         if not 0 < self.alpha <= 1:
             raise ValueError(
                 f"alpha {self.alpha} is outside (0, 1]: it is a share of the greatest attention, 1 leaves its token"
@@ -102,11 +104,11 @@ class AirCache(SharedBudget[Observed], Policy):
         ):
             check_choice(name, getattr(self, name), choices)
 
-    def observe(self, prefill: LayerPrefill) -> Observed:
+    def observe(self, prefill: LayerPrefill) -> EliteAttention:
         visual = prefill.visual()
         elite = self.elite(prefill)
         importance = self.importance(prefill, elite, visual)
-        return Observed(importance, importance.sum(dim=2).mean(dim=1), skewness(importance, visual).mean(dim=1))
+        return EliteAttention(importance, importance.sum(dim=2).mean(dim=1), skewness(importance, visual).mean(dim=1))
 
     def elite(self, prefill: LayerPrefill) -> torch.Tensor:
         """[B, R, N] bool: E."""
@@ -136,12 +138,14 @@ class AirCache(SharedBudget[Observed], Policy):
             found += (self._over_heads(attention) * asks[..., None]).sum(dim=2)
         return found / elite.sum(dim=2, keepdim=True) * visual[:, None]
 
-    def commit(self, prefills: Sequence[LayerPrefill], observed: Sequence[Observed]) -> list[Compressed]:
-        _, strengths, skews = zip(*observed, strict=True)
+    def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[EliteAttention]) -> list[Compressed]:
+        _, strengths, skews = zip(*observations, strict=True)
         strength_BL, skew_BL = torch.stack(strengths, dim=1).tolist(), torch.stack(skews, dim=1).tolist()
         tokens_B = prefills[0].visual().sum(dim=1).tolist()
         counts_LB = zip(*map(self.counts, strength_BL, skew_BL, tokens_B), strict=True)
-        return [self._keep(p, o.importance, counts) for p, o, counts in zip(prefills, observed, counts_LB, strict=True)]
+        return [
+            self._keep(p, o.importance, counts) for p, o, counts in zip(prefills, observations, counts_LB, strict=True)
+        ]
 
     def counts(self, strength: Sequence[float], skew: Sequence[float], tokens: int) -> list[int]:
         """Kept visual tokens of each layer of one row, of `tokens` that there are."""
@@ -150,7 +154,7 @@ class AirCache(SharedBudget[Observed], Policy):
         else:
             measures = {"both": (strength, skew), "strength": (strength,), "skewness": (skew,)}[self.measure]
             weights = [sum(layer) / len(measures) for layer in zip(*map(self.normalised, measures), strict=True)]
-        return whole_counts(layer_shares(weights, self.ratio, 0.0, 1.0, self.overflow), tokens)
+        return whole_counts(layer_shares(weights, self.retention, 0.0, 1.0, self.overflow), tokens)
 
     def normalised(self, measure: Sequence[float]) -> list[float]:
         """s': of mean 1 over the layers; all 1 where no layer has any."""

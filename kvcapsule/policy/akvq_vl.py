@@ -20,7 +20,7 @@ import torch
 from ..errors import GeometryError
 from ..methods.kept_rows import keep
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, Written
+from ..methods.method import Compressed, DecodeState, DecodeTimeMethod
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.hadamard import hadamard
 from ..segments.quantized_rows import check_bits
@@ -35,7 +35,7 @@ _CHUNK = 32
 
 
 @dataclass(frozen=True)
-class AkvqVl(Policy):
+class AkvqVl(Policy, DecodeTimeMethod):
     """Text and visual tokens alike are stored in few bits; what is raw is the recent window, and pivots where they draw
     the attention.
 
@@ -54,9 +54,9 @@ class AkvqVl(Policy):
     precision: this saves memory, not time.
     """
 
-    reads_hidden: ClassVar[bool] = True
+    needs_hidden_states = True
     window: ClassVar[int] = 0
-    """A revision looks at no queries."""
+    """It looks at no queries while it acts."""
 
     text_layers: Literal["auto"] | Sequence[int] = "auto"
     """Which layers are text-salient: their indices, or "auto", where the prompt decides for each row and layer.
@@ -114,7 +114,7 @@ class AkvqVl(Policy):
             )
 
     @property
-    def every(self) -> int:
+    def interval(self) -> int:
         """Written tokens after which the window moves."""
         return max(self.recent, _CHUNK)
 
@@ -192,18 +192,19 @@ class AkvqVl(Policy):
             rotation,
         )
 
+    def decode_time(self) -> DecodeTimeMethod:
+        return self
+
     @torch.no_grad()
-    def revise(self, written: Written) -> Compressed:
+    def on_decode(self, state: DecodeState) -> Compressed:
         """Store what has left the window: what was recent before, and of the tail all but its last tokens."""
-        salient = self._text_salient(written)
-        tail = Segment(
-            written.keys, written.values, torch.arange(len(salient), device=salient.device), mask=written.seen
-        )
+        salient = self._text_salient(state)
+        tail = Segment(state.keys, state.values, torch.arange(len(salient), device=salient.device), mask=state.valid)
         left = max(0, tail.tokens - self.recent)
         visual, pivots, coded = [], [], []
-        for s in written.visual:
+        for s in state.visual:
             visual.append(self._coded(s, s.later) if isinstance(s, Exact) and s.later else s)
-        for s in (*written.text, cut(tail, 0, left)):
+        for s in (*state.text, cut(tail, 0, left)):
             if isinstance(s.keys, GroupedRows):
                 coded.append(s)
             elif not isinstance(s, Exact):
@@ -215,13 +216,13 @@ class AkvqVl(Policy):
         recent = [exact(part, bits) for part, bits in self._by_type(cut(tail, left, tail.tokens), salient)]
         return Compressed(visual, [*pivots, *recent, *joined(coded)])
 
-    def _text_salient(self, written: Written) -> torch.Tensor:
+    def _text_salient(self, state: DecodeState) -> torch.Tensor:
         """[B] bool: the rows that are text-salient in this layer; where the prompt decided, what is stored of its text
         tells."""
-        salient = torch.zeros(written.keys.shape[0], dtype=torch.bool, device=written.keys.device)
+        salient = torch.zeros(state.keys.shape[0], dtype=torch.bool, device=state.keys.device)
         if not isinstance(self.text_layers, str):
-            return salient | (written.layer in self.text_layers)
-        for s in written.text:
+            return salient | (state.layer in self.text_layers)
+        for s in state.text:
             bits = s.later if isinstance(s, Exact) else getattr(s.keys, "bits", None)
             if bits == self.text_bits:
                 salient[s.owner] = True

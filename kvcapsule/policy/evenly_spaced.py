@@ -15,7 +15,7 @@ class EvenlySpaced(TokenPruning):
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         scores = torch.zeros(prefill.valid.shape, device=prefill.keys.device)
         for span in prefill.spans:
-            count = max(1, round(self.ratio * span.length))
+            count = max(1, round(self.retention * span.length))
             chosen = ((torch.arange(count, device=scores.device) + 0.5) * span.length / count).long()
             scores[span.row, span.start + chosen] = 1.0
         return scores

@@ -20,7 +20,8 @@ import torch
 from ..methods.host_retrieval import Retrieved
 from ..methods.kept_rows import keep_heads
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, SharedBudget
+from ..methods.method import Compressed
+from ..methods.shared_budget import SharedBudget
 from .base import Policy
 from .concentration import concentration
 from .head_budgets import nearest_power, share_out
@@ -30,7 +31,7 @@ GROUPS = ("mean", "min")
 INDEX = ("within", "beside")
 
 
-class Observed(NamedTuple):
+class HeadAttention(NamedTuple):
     """What is needed of one layer when budgets are known."""
 
     score: torch.Tensor
@@ -49,7 +50,7 @@ class Allotment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HybridKV(SharedBudget[Observed], Policy):
+class HybridKV(SharedBudget[HeadAttention], Policy):
     """Head types and budgets are chosen for each row of the batch, from its own prompt and over all layers.
 
     Heads are KV heads: their rows are stored once for a group of query heads, and types for query heads by themselves
@@ -63,14 +64,14 @@ class HybridKV(SharedBudget[Observed], Policy):
     heads get all of it.
 
     Bytes of a dynamic head are counted as visual where its row has an image: chunks hold what comes, image and text.
-    For the same reason the policy cannot stand beside another one (Paired). Tokens written later stay raw on the device
+    For the same reason the policy cannot be combined with another one. Tokens written later stay raw on the device
     for all heads (the paper does not say what becomes of them), and a later turn's prompt gets a budget, head types and
     chunks of its own. As all layers share the budget, the keys and values of all of them are on the device until the
     last layer's prefill ends.
     """
 
-    DIAL = "budget"
-    SEPARABLE = False
+    budget_field = "budget"
+    separable = False
     """Whether visual tokens and text are stored apart."""
 
     budget: float
@@ -122,18 +123,18 @@ class HybridKV(SharedBudget[Observed], Policy):
                 raise ValueError(f"{name} {value!r} is neither {' nor '.join(map(repr, known))}.")
 
     @torch.no_grad()
-    def observe(self, prefill: LayerPrefill) -> Observed:
+    def observe(self, prefill: LayerPrefill) -> HeadAttention:
         mass = concentration(prefill, self.top)
         score = mass.mean(dim=2) if self.group == "mean" else mass.amin(dim=2)
-        return Observed(score, attention_received(prefill, max(0, prefill.keys.shape[2] - self.window)))
+        return HeadAttention(score, attention_received(prefill, max(0, prefill.keys.shape[2] - self.window)))
 
     @torch.no_grad()
-    def commit(self, prefills: Sequence[LayerPrefill], observed: Sequence[Observed]) -> list[Compressed]:
+    def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[HeadAttention]) -> list[Compressed]:
         first = prefills[0]
         layers, (batch, heads) = len(prefills), first.keys.shape[:2]
         always = self.always(first)
         key, value = first.keys.shape[3], first.values.shape[3]
-        scores = torch.stack([o.score for o in observed], dim=1).flatten(1).tolist()
+        scores = torch.stack([o.score for o in observations], dim=1).flatten(1).tolist()
         counts = torch.stack([first.valid.sum(dim=1), always.sum(dim=1)], dim=1).tolist()
         # A mean has no value beside it: of a token's bytes it takes the key's share.
         allotted = [
@@ -144,7 +145,7 @@ class HybridKV(SharedBudget[Observed], Policy):
             torch.tensor(x, device=first.keys.device).view(batch, layers, heads).unbind(1)
             for x in ([a.kept for a in allotted], [a.loaded for a in allotted])
         )
-        return [self._store(p, o.received, *n) for p, o, *n in zip(prefills, observed, kept, loaded, strict=True)]
+        return [self._store(p, o.received, *n) for p, o, *n in zip(prefills, observations, kept, loaded, strict=True)]
 
     def always(self, prefill: LayerPrefill) -> torch.Tensor:
         """[B, N] bool: the window and all text."""

@@ -14,7 +14,6 @@ What is kept, and what goes where, is each KV head's own.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +40,8 @@ class LookM(Policy):
     at least. In a later turn all this is among the turn's own tokens.
     """
 
-    DIAL: ClassVar[str | None] = "budget"
-    SEPARABLE: ClassVar[bool] = False
+    budget_field = "budget"
+    separable = False
     """Evicted visual tokens are merged into text, too."""
 
     budget: float

@@ -14,7 +14,7 @@ class PostVisionAttention(TokenPruning):
     """Score of a token: attention that it gets in prefill from the tokens after the last image, summed over queries and
     heads.
 
-    VL-Cache's score alone, at the same ratio in every layer; its layer budgets, threshold and recent window are not
+    VL-Cache's score alone, at the same retention in every layer; its layer budgets, threshold and recent window are not
     part of this. In a later turn the attention is that among the turn's own tokens: what they give to the turns before
     is left out.
     """

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed
+from ..methods.method import Compressed, Method
 from .budgets import last_tokens
 from .full import Full
 
@@ -88,7 +88,7 @@ def layer_sparsity(
     return attention_of(prefill, ranking_queries(prefill, window, post_vision), threshold).sparsity
 
 
-class SparsityMeter:
+class SparsityMeter(Method):
     """The full cache; what it notes is how sparse each layer's attention was in the latest prefill.
 
         meter = SparsityMeter()

@@ -1,11 +1,11 @@
 """PyramidKV (arXiv 2406.02069): SnapKV's ranking, with budgets that fall linearly from the first layer to the last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
-from ..errors import GeometryError
+from ..errors import ConfigError
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, Run
+from ..methods.method import Compressed, CompressionPass
 from .snapkv import SnapKV
 
 
@@ -35,40 +35,41 @@ class PyramidKV(SnapKV):
     SnapKV's here. The line goes through the layers that the cache compresses, those with full attention.
     """
 
-    layers: int | None = None
-    """Of the line; None: as many as the cache has."""
+    independent_layers = False
+
     beta: float = 20.0
     """Mean budget / budget of the last layer; 1 is SnapKV."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"layers {self.layers}: a model has at least one.")
         if self.beta < 1:
-            raise ValueError(f"beta {self.beta} is below 1: the last layer would keep more than the first.")
+            raise ConfigError(f"beta {self.beta} is below 1: the last layer would keep more than the first.")
 
-    def start(self, layers: Sequence[int]) -> Run:
-        """Raises GeometryError if the line was given another number of layers."""
-        if self.layers not in (None, len(layers)):
-            raise GeometryError(
-                f"this PyramidKV spreads its budget over {self.layers} layers, but the model has {len(layers)}."
-            )
-        return _Line(replace(self, layers=len(layers)), layers)
+    def begin_pass(self, layers: Sequence[int]) -> CompressionPass:
+        return _LinePass(self, layers)
 
-    def count(self, layer: int, length: int) -> int:
-        if self.layers is None:
-            raise RuntimeError(
-                "PyramidKV does not know the number of layers: give `layers`, or let a CapsuleCache start it."
-            )
-        total = max(self.layers, round(self.ratio * self.layers * length))
-        return pyramid_counts(total, self.layers, length, self.beta)[layer]
+    def of_layer(self, place: int, layers: int) -> SnapKV:
+        """What layer `place` of `layers` does by itself."""
+        return _LineLayer(**asdict(self), place=place, layers=layers)
 
 
-class _Line:
-    """Layers by their place on the line, where the model may have others between them."""
+@dataclass(frozen=True, kw_only=True)
+class _LineLayer(PyramidKV):
+    """One layer of the line."""
+
+    place: int
+    layers: int
+
+    def count(self, length: int) -> int:
+        total = max(self.layers, round(self.retention * self.layers * length))
+        return pyramid_counts(total, self.layers, length, self.beta)[self.place]
+
+
+class _LinePass:
+    """Layers by their place on the line: the model may have others between them."""
 
     def __init__(self, policy: PyramidKV, layers: Sequence[int]) -> None:
-        self.policy, self.layers = policy, list(layers)
+        self.policies = {layer: policy.of_layer(place, len(layers)) for place, layer in enumerate(layers)}
 
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        return [(prefill.layer, self.policy.compress(replace(prefill, layer=self.layers.index(prefill.layer))))]
+        return [(prefill.layer, self.policies[prefill.layer].compress(prefill))]

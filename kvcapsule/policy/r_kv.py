@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ..methods.kept_rows import keep
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, Written
+from ..methods.method import Compressed, DecodeState, DecodeTimeMethod
 from ..segments.segment import Segment
 from .base import VisualPolicy
 from .head_rows import HeadRows, side_by_side
@@ -43,16 +43,18 @@ class Prompt(Segment):
 
 
 @dataclass(frozen=True)
-class RKV(VisualPolicy):
+class RKV(VisualPolicy, DecodeTimeMethod):
     """Holds what is written at `budget_tokens` rows a KV head beside a buffer of new ones; positions keep counting.
 
-    The budget is a number of tokens, not a share of a prompt, so there is no DIAL: however long the answer, the cache
-    stays at it. Where paper and code differ or are silent, the choice is a field. New tokens are counted from the end
-    of the prompt, as in the paper (the authors' first code compresses whenever the whole length is a multiple of 128).
-    Each row of a batch is ranked by itself.
+    The budget is a number of tokens, not a share of a prompt, so there is no `budget_field`: however long the answer,
+    the cache stays at it. Where paper and code differ or are silent, the choice is a field. New tokens are counted from
+    the end of the prompt, as in the paper (the authors' first code compresses whenever the whole length is a multiple
+    of 128). Each row of a batch is ranked by itself.
 
-    `Paired(capsule, RKV())` joins it with a capsule for the visual tokens; scope "all" is for R-KV alone.
+    `Combined(capsule, RKV())` combines it with a capsule for the visual tokens; scope "all" is for R-KV alone.
     """
+
+    compresses_text = True
 
     budget_tokens: int = 128
     """Rows a KV head keeps, the observed ones included; 128 is the code's example, the paper tries 128 to 4096."""
@@ -127,8 +129,8 @@ class RKV(VisualPolicy):
         return self.budget_tokens + (self.window if self.beyond else 0)
 
     @property
-    def every(self) -> int:
-        """Tokens after which it acts again (see Revises)."""
+    def interval(self) -> int:
+        """New tokens after which it acts."""
         return self.buffer
 
     @torch.no_grad()
@@ -146,17 +148,20 @@ class RKV(VisualPolicy):
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         return Compressed(keep(prefill, prefill.visual()), text)
 
+    def decode_time(self) -> DecodeTimeMethod:
+        return self
+
     @torch.no_grad()
-    def revise(self, written: Written) -> Compressed:
+    def on_decode(self, state: DecodeState) -> Compressed:
         """Bring what competes for the budget, the tail with it, down to the budget."""
-        batch, heads = written.keys.shape[:2]
+        batch, heads = state.keys.shape[:2]
         whole = self.scope == "all"
-        left = [] if whole else [s for s in written.text if isinstance(s, Prompt)]
-        tail = Segment(written.keys, written.values, torch.arange(batch, device=written.keys.device), mask=written.seen)
-        text = [*(s for s in written.text if whole or not isinstance(s, Prompt)), tail]
-        rows = side_by_side(written.visual if whole else [], text, batch, heads)
-        held = self._hold(rows, written.query, written.seen[:, -written.query.shape[2] :], written.scale)
-        return Compressed(held.visual if whole else written.visual, [*left, *held.text])
+        left = [] if whole else [s for s in state.text if isinstance(s, Prompt)]
+        tail = Segment(state.keys, state.values, torch.arange(batch, device=state.keys.device), mask=state.valid)
+        text = [*(s for s in state.text if whole or not isinstance(s, Prompt)), tail]
+        rows = side_by_side(state.visual if whole else [], text, batch, heads)
+        held = self._hold(rows, state.query, state.valid[:, -state.query.shape[2] :], state.scale)
+        return Compressed(held.visual if whole else state.visual, [*left, *held.text])
 
     def _hold(self, rows: HeadRows, query: torch.Tensor, asking: torch.Tensor, scale: float) -> Compressed:
         kept = self.kept(rows, query, asking, scale)

@@ -31,13 +31,13 @@ class HeadPruning(VisualPolicy):
     which tokens they are is stored nowhere.
     """
 
-    DIAL = "ratio"
+    budget_field = "retention"
 
-    ratio: float
+    retention: float
     """Kept visual tokens / visual tokens, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        check_ratio(self.retention)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
@@ -46,7 +46,7 @@ class HeadPruning(VisualPolicy):
         source = torch.arange(tokens, device=scores.device).repeat(batch, heads, 1)
         kept = torch.zeros_like(prefill.valid)
         for span in prefill.spans:
-            count = self.count(prefill.layer, span.length)
+            count = self.count(span.length)
             ranked = scores[span.row, :, span.start : span.start + span.length].argsort(
                 dim=-1, descending=True, stable=True
             )
@@ -55,9 +55,9 @@ class HeadPruning(VisualPolicy):
         moved = replace(prefill, keys=_take(prefill.keys, source), values=_take(prefill.values, source))
         return Compressed(keep(moved, kept), text)
 
-    def count(self, layer: int, length: int) -> int:
-        """Tokens that a layer keeps of a span of `length`."""
-        return max(1, round(self.ratio * length))
+    def count(self, length: int) -> int:
+        """Kept tokens of a span of `length`."""
+        return max(1, round(self.retention * length))
 
     @abstractmethod
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:

@@ -18,7 +18,7 @@ class StreamingLLM(TokenPruning):
     """
 
     sinks: int = 4
-    """First tokens of a span that come before all others; the ratio counts them in."""
+    """First tokens of a span that come before all others; the retention counts them in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

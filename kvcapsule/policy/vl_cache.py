@@ -18,7 +18,8 @@ import torch
 from ..codec.kvcapsule import retained
 from ..methods.kept_rows import UNEVEN, keep, keep_heads
 from ..methods.layer_prefill import LayerPrefill
-from ..methods.method import Compressed, SharedBudget
+from ..methods.method import Compressed
+from ..methods.shared_budget import SharedBudget
 from .base import Policy
 from .budgets import OVERFLOWS, best_tokens, check_choice, last_tokens, layer_shares, whole_counts
 from .postvision import THRESHOLD, WINDOW, attention_of, ranking_queries
@@ -30,7 +31,7 @@ RECENT_OF = ("layer", "mean")
 SCOPES = ("all", "text")
 
 
-class Observed(NamedTuple):
+class RankedTokens(NamedTuple):
     """What is known of one layer when the budgets are shared out."""
 
     scores: torch.Tensor
@@ -40,7 +41,7 @@ class Observed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VLCache(SharedBudget[Observed], Policy):
+class VLCache(SharedBudget[RankedTokens], Policy):
     """Keeps a share of the prompt's tokens, raw and at their positions, once, as prefill ends; what is written
     afterwards is kept.
 
@@ -50,7 +51,7 @@ class VLCache(SharedBudget[Observed], Policy):
     those of the text.
     """
 
-    DIAL = "budget"
+    budget_field = "budget"
 
     budget: float
     """alpha: kept tokens / prompt tokens, the mean over the layers; the paper's headline is 0.1. Layers that the clip
@@ -81,7 +82,7 @@ class VLCache(SharedBudget[Observed], Policy):
     the others ("share": what is stored is then the budget, and budgets near 1 near everything)."""
     scope: str = "all"
     """"all": text and visual tokens compete. "text": the same scores and sparsities prune the text, budgets are shares
-    of its tokens and no visual token is stored: for Paired, beside a capsule."""
+    of its tokens and no visual token is stored: for Combined, beside a capsule."""
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
@@ -104,7 +105,7 @@ class VLCache(SharedBudget[Observed], Policy):
         ):
             check_choice(name, getattr(self, name), choices)
 
-    def observe(self, prefill: LayerPrefill) -> Observed:
+    def observe(self, prefill: LayerPrefill) -> RankedTokens:
         queries = ranking_queries(prefill, self.window, self.queries == "post-vision")
         attention = attention_of(prefill, queries, self.threshold)
         scores = attention.received.sum(dim=2) if self.group == "sum" else attention.received.amax(dim=2)
@@ -112,16 +113,16 @@ class VLCache(SharedBudget[Observed], Policy):
             scores = scores.sum(dim=1, keepdim=True)
         if self.scope == "text":
             scores = scores.gather(2, _text_last(prefill)[:, None].expand(-1, scores.shape[1], -1))
-        return Observed(scores, attention.sparsity)
+        return RankedTokens(scores, attention.sparsity)
 
-    def hold(self, prefill: LayerPrefill) -> LayerPrefill:
+    def retain(self, prefill: LayerPrefill) -> LayerPrefill:
         return _text_alone(prefill) if self.scope == "text" else prefill.without_queries()
 
-    def commit(self, prefills: Sequence[LayerPrefill], observed: Sequence[Observed]) -> list[Compressed]:
-        sparsity_BL = torch.stack([o.sparsity for o in observed], dim=1).tolist()
+    def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[RankedTokens]) -> list[Compressed]:
+        sparsity_BL = torch.stack([o.sparsity for o in observations], dim=1).tolist()
         tokens_B = prefills[0].valid.sum(dim=1).tolist()
         counts_LB = zip(*map(self.counts, sparsity_BL, tokens_B), strict=True)
-        return [self._keep(p, o.scores, counts) for p, o, counts in zip(prefills, observed, counts_LB, strict=True)]
+        return [self._keep(p, o.scores, counts) for p, o, counts in zip(prefills, observations, counts_LB, strict=True)]
 
     def counts(self, sparsity: Sequence[float], tokens: int) -> list[int]:
         """k of each layer for one row, of `tokens` that there are."""

@@ -1,9 +1,8 @@
-"""Few-bit rows in small groups: a step and a zero for every few elements, along the tokens or along the channels;
-really packed.
+"""Group-quantised rows: a scale and a minimum per group of consecutive elements, along the tokens or the channels.
 
-    x^ = step * code + zero     step = (high - low) / (2^bits - 1),  zero = low
+    x^ = scale * code + minimum     scale = (high - low) / (2^bits - 1),  minimum = low
 
-with a group's least and greatest value as low and high.
+where low and high are the smallest and the largest value of the group. Codes are packed into bytes.
 """
 
 from collections.abc import Sequence
@@ -18,25 +17,24 @@ from .quantized_rows import check_bits
 
 @dataclass(frozen=True)
 class GroupedRows:
-    """Rows [E, H, M, D] as codes of `bits` bits, a step and a zero for each group; R = runs and C = their length: D and
-    M, or M and D.
+    """Rows [E, H, M, D] as codes of `bits` bits with a scale and a minimum per group.
 
-    `read` builds all M rows in the working precision: this saves memory, not time.
+    Codes are stored in R runs of C elements: the channels of (D, M), or the tokens of (M, D). `read` builds all M rows
+    in the working precision: it saves memory, not time.
     """
 
     codes: torch.Tensor
-    """[E, H, R, bytes] uint8: every eight consecutive codes of a run fill `bits` bytes
-    (kvcapsule.segments.bit_packing)."""
-    step: torch.Tensor
-    """[E, H, R, groups] in the dtype of the rows."""
-    zero: torch.Tensor
-    """As step."""
+    """[E, H, R, bytes] uint8: eight consecutive codes of a run fill `bits` bytes (kvcapsule.segments.bit_packing)."""
+    scale: torch.Tensor
+    """[E, H, R, groups], in the dtype of the rows."""
+    minimum: torch.Tensor
+    """As scale."""
     bits: int
     group: int
     length: int
-    """C: elements of a run."""
+    """C: elements per run."""
     along_tokens: bool
-    """Runs go along the tokens of a channel (keys); otherwise along the channels of a token (values)."""
+    """True: a run is one channel's tokens (keys). False: a run is one token's channels (values)."""
 
     @classmethod
     def pack(
@@ -48,36 +46,36 @@ class GroupedRows:
         clip: float = 1.0,
         zero_is_code: bool = False,
     ) -> "GroupedRows":
-        """Quantise to the nearest of 2^bits levels between each group's low and high; a run's last group may be
+        """Quantise x to the nearest of 2^bits levels between low and high of its group; a run's last group may be
         shorter.
 
         Args:
             x_EHMD: the rows.
-            bits: of a code.
-            group: elements that share a step and a zero.
+            bits: bits of a code.
+            group: elements that share a scale and a minimum.
             along_tokens: see the field.
-            clip: low and high are a group's least and greatest value, each times this; what lies outside gets the
+            clip: factor of the group's smallest and largest value that gives low and high; values outside get the
                 nearest level.
-            zero_is_code: round the zero to a whole number of steps, so that 0 is a level wherever the range holds it:
-                x^ = step * (code - z) with a whole z = -round(low / step), as many papers write it. What is stored is
-                -step * z.
+            zero_is_code: round the minimum to a multiple of the scale, so that 0 is a level wherever the range
+                includes it: x^ = scale * (code - z) with the integer zero point z = -round(low / scale), as many papers
+                write it. The stored minimum is -scale * z.
         """
         check_bits(bits)
         runs = x_EHMD.transpose(2, 3) if along_tokens else x_EHMD
         length, levels = runs.shape[3], 2**bits - 1
         missing = -length % group
-        # What fills up the last group repeats its last element, and so widens no range.
+        # The last group is padded with its last element, which does not widen its range.
         grouped = torch.cat([runs, runs[..., -1:].expand(*runs.shape[:3], missing)], dim=3).unflatten(3, (-1, group))
         low, high = grouped.amin(4) * clip, grouped.amax(4) * clip
-        step = ((high.float() - low.float()) / levels).clamp_min(1e-8).to(runs.dtype)
-        # In half precision a small step is stored as 0, and nothing may be divided by it.
-        divisor = step.float().clamp_min(1e-8)
+        scale = ((high.float() - low.float()) / levels).clamp_min(1e-8).to(runs.dtype)
+        # A small scale underflows to 0 in half precision.
+        divisor = scale.float().clamp_min(1e-8)
         if zero_is_code:
             low = ((low.float() / divisor).round() * divisor).to(runs.dtype)
         codes = ((grouped - low[..., None]).float() / divisor[..., None]).round().clamp(0, levels).to(torch.uint8)
         padded = F.pad(codes.flatten(3)[..., :length], (0, -length % GROUP))
         return cls(
-            pack(padded.unflatten(3, (-1, GROUP)), bits).flatten(3), step, low, bits, group, length, along_tokens
+            pack(padded.unflatten(3, (-1, GROUP)), bits).flatten(3), scale, low, bits, group, length, along_tokens
         )
 
     @property
@@ -89,16 +87,16 @@ class GroupedRows:
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         codes = unpack(self.codes.unflatten(3, (-1, self.bits)), self.bits).flatten(3)[..., : self.length].to(dtype)
-        step, zero = (
-            t.to(dtype).repeat_interleave(self.group, dim=3)[..., : self.length] for t in (self.step, self.zero)
+        scale, minimum = (
+            t.to(dtype).repeat_interleave(self.group, dim=3)[..., : self.length] for t in (self.scale, self.minimum)
         )
-        runs = codes * step + zero
+        runs = codes * scale + minimum
         return runs.transpose(2, 3) if self.along_tokens else runs
 
     @classmethod
     def join(cls, parts: Sequence["GroupedRows"]) -> "GroupedRows":
-        """Rows of the same entries, one behind the other; for codes along the channels, which share nothing between
-        tokens.
+        """Concatenate rows of the same entries along the tokens; for codes along the channels, whose groups lie within
+        one token.
 
         Raises:
             ValueError: for codes along the tokens, whose groups would be cut.
@@ -108,17 +106,17 @@ class GroupedRows:
             raise ValueError(
                 "rows whose codes run along the tokens cannot be joined: read them and pack them together."
             )
-        codes, step, zero = (torch.cat(list(x), dim=2) for x in zip(*(p.tensors() for p in parts), strict=True))
-        return replace(first, codes=codes, step=step, zero=zero)
+        codes, scale, minimum = (torch.cat(list(x), dim=2) for x in zip(*(p.tensors() for p in parts), strict=True))
+        return replace(first, codes=codes, scale=scale, minimum=minimum)
 
     def select(self, index: torch.Tensor) -> "GroupedRows":
-        return replace(self, codes=self.codes[index], step=self.step[index], zero=self.zero[index])
+        return replace(self, codes=self.codes[index], scale=self.scale[index], minimum=self.minimum[index])
 
     def to(self, device: torch.device | str) -> "GroupedRows":
-        return replace(self, codes=self.codes.to(device), step=self.step.to(device), zero=self.zero.to(device))
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), minimum=self.minimum.to(device))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.codes, self.step, self.zero)
+        return (self.codes, self.scale, self.minimum)
 
     def shared(self) -> tuple[torch.Tensor, ...]:
         return ()

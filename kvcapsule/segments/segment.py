@@ -1,7 +1,8 @@
-"""Segment: one stored piece of a layer's KV, in the one form that attention can read (docs/architecture.md).
+"""Segment: one stored piece of a layer's KV cache, in the one form that attention reads (docs/architecture.md).
 
-Shapes, here and wherever the suffixes appear: B batch rows, E entries (pieces of equal form, each owned by a row), H KV
-heads, G query heads per KV head, Q queries, N logical tokens of an entry, M stored rows, D head dim.
+Shape suffixes, here and in other modules: B batch rows, E entries (pieces of equal shape; each belongs to a batch row),
+H KV heads, S groups of neighbouring KV heads, G query heads per KV head, Q queries, N logical tokens of an entry,
+M stored rows, D head dim.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,53 +18,53 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Packed(Protocol):
-    """Rows that are stored in another form than they are read in."""
+    """Interface of packed rows: rows whose stored form is not the tensor that attention multiplies."""
 
     @property
     def shape(self) -> torch.Size:
-        """[E, H, M, D] of the rows as read."""
+        """[E, H, M, D], the shape of the unpacked rows."""
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """The rows, [E, H, M, D]; or [E, S, M, D], where each of S sets of neighbouring heads stores its rows once."""
+        """Unpacked rows [E, H, M, D]; or [E, S, M, D] if neighbouring heads share rows, stored once per group."""
 
     def select(self, index: torch.Tensor) -> "Packed":
-        """The entries `index`."""
+        """The rows of the entries `index`."""
 
     def to(self, device: torch.device | str) -> "Packed":
-        """What is stored, on `device`; what is shared stays where it is."""
+        """The rows with their own tensors on `device`; shared parameters stay where they are."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What is stored."""
+        """The tensors stored for these rows alone."""
 
     def shared(self) -> tuple[torch.Tensor, ...]:
-        """Parameters that reading needs, the same for all sequences."""
+        """The parameters that unpacking needs, shared by all sequences."""
 
 
 @runtime_checkable
-class Stepped(Packed, Protocol):
-    """Packed rows whose elements are step * number + middle, both the same for all tokens of a channel: a product
-    leaves them to its ends.
+class AffineRows(Packed, Protocol):
+    """Interface of packed rows with elements scale * code + midpoint, where scale and midpoint are per channel.
 
-    Numbers lie around 0, so that what they add up to is not lost beside the middle.
+    A product can then be taken with the codes, and scale and midpoint applied to its operand and result. Codes are
+    centred on 0, so that their sums keep precision beside the midpoint.
     """
 
-    step: torch.Tensor
+    scale: torch.Tensor
     """[E, H, 1, D]."""
-    middle: torch.Tensor
+    midpoint: torch.Tensor
     """[E, H, 1, D]."""
     lanes: int
-    """P: planes that the codes come in."""
+    """P: number of code planes."""
 
     def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The numbers, [E, H, D, n] in each plane: token t is column t // P of plane t % P; columns past the last mean
-        nothing."""
+        """The codes as P planes [E, H, D, n]: token t is column t // P of plane t % P; columns after the last token are
+        padding."""
 
 
 Rows = torch.Tensor | Packed
 
 
 def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-    """Rows as a tensor [E, H, M, D]."""
+    """Rows as a tensor [E, H, M, D], unpacked if need be."""
     by_set = read_sets(rows, dtype)
     return (
         by_set.repeat_interleave(rows.shape[1] // by_set.shape[1], dim=1) if by_set.shape[1] < rows.shape[1] else by_set
@@ -71,11 +72,12 @@ def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
 
 
 def read_sets(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-    """Rows as a tensor [E, S, M, D]: what neighbouring heads have in common stands there once."""
+    """Rows as a tensor [E, S, M, D]: rows that neighbouring heads share appear once."""
     return rows.to(dtype) if isinstance(rows, torch.Tensor) else rows.read(dtype)
 
 
 def stored(rows: Rows) -> tuple[torch.Tensor, ...]:
+    """The tensors stored for these rows alone."""
     return (rows,) if isinstance(rows, torch.Tensor) else rows.tensors()
 
 
@@ -83,7 +85,7 @@ def stored(rows: Rows) -> tuple[torch.Tensor, ...]:
 class Segment:
     """E entries of N logical tokens each, for the KV heads of one layer.
 
-    For a query q of the entry's owner:
+    The output for a query q of the batch row that owns an entry:
 
         q'  = rotate(q, -frame);  z = (q' q_map) keys^T * scale;  s = z score_map^T + bias
         p   = softmax of s over all segments of the row
@@ -95,33 +97,31 @@ class Segment:
     values: Rows
     """[E, H, M', Dv]."""
     owner: torch.Tensor
-    """[E] int64: the batch row that each entry belongs to."""
+    """[E] int64: batch row of each entry."""
     score_map: torch.Tensor | None = None
-    """[H, N, M]: scores of the N tokens from those of the M stored rows; a parameter, shared by all entries. None: N =
-    M.
-
-    A map with S < H heads (S divides H) serves H / S neighbouring heads with each of its own.
+    """[H or S, N, M]: maps scores of the M stored rows to scores of the N tokens; a parameter, shared by all entries.
+    None: N = M. With S < H (S divides H) each of its matrices serves H / S neighbouring heads.
     """
     value_map: torch.Tensor | None = None
-    """[H or S, N, M']: probabilities of N tokens to weights of M' stored rows; shared. None: N = M'."""
+    """[H or S, N, M']: maps probabilities of the N tokens to weights of the M' stored rows; shared. None: N = M'."""
     value_mean: torch.Tensor | None = None
-    """[H, Dv]: what every token's value has in common; shared."""
+    """[H, Dv]: added to the value of every token; shared."""
     q_map: torch.Tensor | None = None
-    """[H, D, Dk]: shared."""
+    """[H, D, Dk]: maps queries to the channels of the stored keys; shared."""
     out_map: torch.Tensor | None = None
-    """[H, Dv, D]: shared."""
+    """[H, Dv, D]: maps the channels of the stored values to the output; shared."""
     bias: torch.Tensor | None = None
-    """[E, H, N] added to the scores (the log of the mass that a row stands for)."""
+    """[E, H, N]: added to the scores (log of the softmax mass that a row represents)."""
     mask: torch.Tensor | None = None
-    """[E, N] bool: False where an entry has no token (entries of uneven length). None: all are there."""
+    """[E, N] bool: False at padding (entries of uneven length). None: no padding."""
     frame: Frame | None = None
-    """The tiles' frames, where the keys are stored in the canonical one."""
+    """The tiles' rotary frames, if the keys are stored in the canonical frame."""
     head: torch.Tensor | None = None
-    """[E] int64: the one KV head that each entry is of, where heads store unlike counts; H is then 1. None: entries
-    hold all heads."""
+    """[E] int64: KV head of each entry, where heads store different numbers of tokens; H is then 1. None: an entry
+    holds all heads."""
     each_row: bool = False
-    """Whether entry i is of batch row i, one for every row: said by who makes the segment, so that nobody has to ask
-    the device."""
+    """Whether entry i belongs to batch row i, one entry per row. A field, because reading `owner` would wait for the
+    device."""
 
     def __post_init__(self) -> None:
         entries, heads = self.keys.shape[:2]
@@ -166,33 +166,35 @@ class Segment:
             )
 
     def for_query(self, q_BHGQD: torch.Tensor, scale: float) -> "Segment":
-        """The segment that this query reads: itself, but for those that fetch their rows query by query."""
+        """The segment that these queries attend to: itself, unless a subclass retrieves rows by query."""
         return self
 
     @property
     def plain(self) -> bool:
-        """Whether the rows are one run of tokens for every batch row, to be read as they are."""
+        """Whether every batch row has one entry whose rows need no maps and no frame."""
         extra = (self.score_map, self.value_map, self.value_mean, self.q_map, self.out_map, self.frame)
         return self.each_row and all(x is None for x in extra)
 
     @property
     def tokens(self) -> int:
-        """N: logical tokens of an entry, absent ones included."""
+        """N: logical tokens of an entry, padding included."""
         return int(self.keys.shape[2] if self.score_map is None else self.score_map.shape[1])
 
-    def select(self, rows: torch.Tensor, shared: "Shared | None" = None) -> "Segment":
-        """The segment of the batch whose row i is the present row rows[i] (beam search, repeated or chosen rows).
+    def select(self, rows: torch.Tensor, memo: "Memo | None" = None) -> "Segment":
+        """The segment of a batch whose row i is row rows[i] of this one (beam search; repeated or selected rows).
 
-        shared: given to the segments of all layers, it keeps what they have in common in one place.
+        memo: passed to the segments of all layers, it keeps tensors that they share in one place.
         """
-        shared = Shared() if shared is None else shared
-        owner, index = shared.once(self.owner, lambda: _owned(self.owner, rows.to(self.owner.device)))
+        memo = Memo() if memo is None else memo
+        owner, index = memo.get_or_make(self.owner, lambda: _owner_and_index(self.owner, rows.to(self.owner.device)))
 
         def chosen(rows: Rows) -> Rows:
             if isinstance(rows, torch.Tensor):
                 return rows[index]
-            # Rows that are read as keys and as values are those of a stack of layers.
-            return shared.once(rows, lambda: rows.select(index)) if self.keys is self.values else rows.select(index)
+            # Rows that serve as keys and as values are those of a layer group.
+            if self.keys is not self.values:
+                return rows.select(index)
+            return memo.get_or_make(rows, lambda: rows.select(index))
 
         frame = self.frame
         return replace(
@@ -202,12 +204,12 @@ class Segment:
             values=chosen(self.values),
             bias=None if self.bias is None else self.bias[index],
             mask=None if self.mask is None else self.mask[index],
-            frame=None if frame is None else shared.once(frame, lambda: frame.select(index)),
+            frame=None if frame is None else memo.get_or_make(frame, lambda: frame.select(index)),
             head=None if self.head is None else self.head[index],
         )
 
     def to(self, device: torch.device | str) -> "Segment":
-        """The segment with what is stored for the sequences on `device`; what all sequences share stays where it is."""
+        """The segment with its entries' tensors on `device`; parameters shared by all sequences stay where they are."""
         return replace(
             self,
             owner=self.owner.to(device),
@@ -219,18 +221,18 @@ class Segment:
         )
 
     def entry_tensors(self) -> Iterator[torch.Tensor]:
-        """What is stored for the sequences themselves."""
+        """The tensors stored for the sequences themselves."""
         yield from (*stored(self.keys), *stored(self.values), self.owner)
         yield from (t for t in (self.bias, self.mask, self.head) if t is not None)
         if self.frame is not None:
             yield from self.frame.tensors()
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
-        """What is kept for the sequences in the host's memory, beside the device's."""
+        """The tensors stored for the sequences in host memory; none, unless a subclass retrieves rows from there."""
         yield from ()
 
     def parameter_tensors(self) -> Iterator[torch.Tensor]:
-        """What all sequences share: the codec's maps, and what packed rows are read with."""
+        """The tensors that all sequences share: the codec's maps, and the parameters of packed rows."""
         for rows in (self.keys, self.values):
             if not isinstance(rows, torch.Tensor):
                 yield from rows.shared()
@@ -241,15 +243,15 @@ class Segment:
                     yield tensor
 
     def materialize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """The full keys and values, [E, H, N, D] each, as ordinary attention would read them: for training, debugging
-        and tests only."""
+        """Full keys and values, [E, H, N, D] each, as ordinary attention would read them. For training, debugging and
+        tests only."""
         keys, values = read(self.keys, dtype), read(self.values, dtype)
         if self.score_map is not None:
             keys = _spread(self.score_map, keys.shape[1]).to(dtype) @ keys
         if self.q_map is not None:
             keys = keys @ self.q_map.to(dtype).transpose(-1, -2)
         if self.frame is not None:
-            keys = self.frame.forward(keys)
+            keys = self.frame.rotate(keys)
         if self.value_map is not None:
             values = _spread(self.value_map, values.shape[1]).to(dtype) @ values
         if self.value_mean is not None:
@@ -259,34 +261,35 @@ class Segment:
         return keys, values
 
 
-class Shared:
-    """What was already made anew of things that several segments have in common."""
+class Memo:
+    """Memo of copies already made, so that tensors that several segments share stay shared."""
 
     def __init__(self) -> None:
-        self.made: dict[int, tuple[object, Any]] = {}
+        self.copies: dict[int, tuple[object, Any]] = {}
 
-    def once(self, thing: object, make: Callable[[], T]) -> T:
-        """What `make` makes of a thing: made at the first call, the same at later ones."""
-        if id(thing) not in self.made:
-            # With the thing itself, which must live for its id to be its own.
-            self.made[id(thing)] = (thing, make())
-        made: T = self.made[id(thing)][1]
-        return made
+    def get_or_make(self, original: object, make: Callable[[], T]) -> T:
+        """The copy of `original`: `make()` at the first call, the same object at later ones."""
+        if id(original) not in self.copies:
+            # The original is held too: its id is unique only while it lives.
+            self.copies[id(original)] = (original, make())
+        copy: T = self.copies[id(original)][1]
+        return copy
 
 
-def _owned(owner: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new owner of each selected entry, and which entry it was."""
+def _owner_and_index(owner: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new batch row of each selected entry, and the entry's old index."""
     owner, index = (t.clone() for t in (owner[None, :] == rows[:, None]).nonzero(as_tuple=True))
     return owner, index
 
 
 def _spread(map_: torch.Tensor, heads: int) -> torch.Tensor:
-    """A map of sets of heads for each head."""
+    """A map of groups of heads, repeated to one matrix per head."""
     return map_.repeat_interleave(heads // map_.shape[0], dim=0)
 
 
 def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors: what memory they really hold, views counted once and whole."""
+    """Bytes of the distinct storages behind tensors: the memory that they occupy, with a view's storage counted once
+    and in full."""
     seen = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

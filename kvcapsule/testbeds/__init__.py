@@ -1,1 +1,1 @@
-"""Data and parts of the two shipped test beds, pages-vlm and smol-vlm."""
+"""Data sets and model parts of the two shipped test beds, pages-vlm and smol-vlm."""

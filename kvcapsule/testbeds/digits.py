@@ -1,10 +1,12 @@
-"""Scanned handwritten digits (the UCI set in scikit-learn: 1,797 greyscale scans of 8x8), split so that no test digit
-is trained on."""
+"""Scanned handwritten digits (the UCI set in scikit-learn: 1,797 greyscale scans of 8x8), split into disjoint train,
+validation and test scans."""
 
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_SEED = 20_260_516
@@ -13,12 +15,15 @@ _FRACTIONS = {"validation": 0.1, "test": 0.2}
 
 @cache
 def digit_scans(split: str) -> tuple[tuple[NDArray[np.float32], ...], ...]:
-    """The scans of one split, by digit.
+    """Scans of one split, by digit.
 
-    Returns: ten tuples of arrays [8, 8] in 0..1 (1 is ink); scans of different splits are disjoint.
+    Returns: ten tuples of arrays [8, 8] in 0..1 (1 is ink). Splits share no scan.
+
+    Raises:
+        ConfigError: for an unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise ConfigError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

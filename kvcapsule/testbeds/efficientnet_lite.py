@@ -1,10 +1,10 @@
-"""EfficientNet-Lite as a vision tower: features of several strides, brought to one grid and read out as visual tokens.
+"""EfficientNet-Lite vision tower: feature maps of several strides, resampled to one grid, as visual tokens.
 
 EfficientNet-Lite (Tan and Le, arXiv:1905.11946, in its "lite" form of 2020) has inverted bottlenecks without
-squeeze-and-excitation, and ReLU6 for an activation. transformers' EfficientNet always squeezes, and gives maps where a
-LLaVA asks for tokens; hence this class, which the Auto classes know once this module is imported (kvcapsule.vlm.loading
-does). Batch norms are folded into the convolutions: the tower is for inference. Padding is TensorFlow's "same", as the
-published weights need it.
+squeeze-and-excitation, and ReLU6 activations. transformers' EfficientNet always has squeeze-and-excitation, and returns
+maps where LLaVA needs tokens; hence this class, which importing this module registers with the Auto classes
+(kvcapsule.vlm.loading does). Batch norms are folded into the convolutions: the tower is for inference. Padding is
+TensorFlow's "same", which the published weights need.
 
 Shapes: B batch, C channels, S side of an image, W side of the grid, T = W * W tokens.
 """
@@ -19,35 +19,35 @@ from transformers.modeling_outputs import BaseModelOutput
 
 @strict
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Sizes of the tower; the defaults are Lite0's."""
+    """Config of the tower; the defaults are those of Lite0."""
 
     model_type = "efficientnet_lite"
 
     image_size: int = 224
     """Side of an image in pixels, a multiple of 32."""
     patch_size: int = 16
-    """Pixels that one visual token stands for, each way."""
+    """Height and width in pixels that one visual token covers."""
     stem_channels: int = 32
     channels: list[int] | tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
-    """Channels that each stage puts out."""
+    """Output channels of each stage."""
     kernels: list[int] | tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
     strides: list[int] | tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
     repeats: list[int] | tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
     expansions: list[int] | tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
     feature_stages: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6)
-    """Stages whose maps a token is made of; finer ones than the grid are folded into channels, coarser ones are
-    interpolated."""
+    """Stages whose maps are the features of a token; maps finer than the grid are folded into channels, coarser ones
+    are interpolated."""
     position_waves: int = 8
-    """Cosines over the grid, each way, beside a token's features, for a convolution hardly knows where it is.
-    EfficientNet has none."""
+    """Cosine position features per direction, appended to a token's features, because convolutions carry hardly any
+    position. EfficientNet has none."""
     feature_size: int = 0
     hidden_size: int = 0
-    """Width of a token, without and with the cosines; both follow from the above."""
+    """Channels of a token without and with the position features; both are derived from the fields above."""
     initializer_range: float = 0.1
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        lengths = {len(each) for each in (self.channels, self.kernels, self.strides, self.repeats, self.expansions)}
+        lengths = {len(values) for values in (self.channels, self.kernels, self.strides, self.repeats, self.expansions)}
         if len(lengths) != 1:
             raise ValueError(
                 f"channels, kernels, strides, repeats and expansions must have one entry a stage, got {sorted(lengths)}"
@@ -57,19 +57,19 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         self.hidden_size = self.feature_size + 2 * self.position_waves
 
     def stride(self, stage: int) -> int:
-        """Pixels from one position of a stage's map to the next."""
+        """Pixels between neighbouring positions of a stage's map."""
         stride = 2
-        for each in self.strides[: stage + 1]:
-            stride *= each
+        for factor in self.strides[: stage + 1]:
+            stride *= factor
         return stride
 
     def folds(self, stage: int) -> int:
-        """How many positions of a stage's map lie along one side of a token, at least 1."""
+        """Positions of a stage's map along one side of a token, at least 1."""
         return max(1, self.patch_size // self.stride(stage))
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution that pads as TensorFlow's "same": what is missing, the odd one of it behind."""
+    """Convolution with TensorFlow's "same" padding; an odd pixel of padding goes to the right and the bottom."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -79,7 +79,8 @@ class SameConv2d(nn.Conv2d):
 
 
 class InvertedBottleneck(nn.Module):
-    """Widen by 1 x 1, filter each channel, narrow by 1 x 1; added to its input where the shapes agree."""
+    """Inverted bottleneck: 1 x 1 expansion, depthwise convolution, 1 x 1 projection; with a skip connection if in- and
+    output shapes agree."""
 
     def __init__(self, inside: int, outside: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -96,8 +97,8 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels [B, 3, S, S] to tokens [B, T, hidden_size], its features standardised with constants that come with the
-    weights."""
+    """Vision tower: pixels [B, 3, S, S] to tokens [B, T, hidden_size], with features standardised by constants stored
+    with the weights."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_tower"
@@ -122,17 +123,17 @@ class EfficientNetLiteModel(PreTrainedModel):
     def maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """The output of each stage, [B, C, S / stride, S / stride]."""
         x = F.relu6(self.stem(pixel_values))
-        found = []
+        maps = []
         for stage in self.stages:
             x = stage(x)
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
 
     def forward(self, pixel_values: torch.Tensor, **_: object) -> BaseModelOutput:
-        """hidden_states has one entry, the tokens: a LLaVA's vision_feature_layer is -1.
+        """Tokens as last_hidden_state, and as the only entry of hidden_states (LLaVA's vision_feature_layer is -1).
 
         Raises:
-            ValueError: if the image is of another size than the model's.
+            ValueError: if the image size is not the model's.
         """
         side = self.config.image_size
         if tuple(pixel_values.shape[-2:]) != (side, side):
@@ -155,7 +156,7 @@ class EfficientNetLiteModel(PreTrainedModel):
 
 
 def positions(grid: int, waves: int) -> torch.Tensor:
-    """[W * W, 2 * waves]: cosines of 1 to `waves` half periods from the top to the bottom, then from left to right."""
+    """Position features [W * W, 2 * waves]: cosines of 1 to `waves` half periods, vertical ones first."""
     at = (torch.arange(grid) + 0.5) / grid
     wave = torch.cos(torch.pi * at[:, None] * torch.arange(1, waves + 1))
     return torch.cat([wave[:, None].expand(-1, grid, -1), wave[None].expand(grid, -1, -1)], dim=-1).flatten(0, 1)

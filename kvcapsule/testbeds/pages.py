@@ -1,8 +1,8 @@
-"""Pages: rendered words beside handwritten numbers, on a page whose layout varies, with four kinds of question.
+"""Pages: images of lines with a printed word and a handwritten number, with four kinds of questions.
 
-One page holds 3 to 6 lines, each a three-letter word (set in one of several real fonts) and a number of 2 to 4 scanned
-digits. Number of lines, offset, scale, spacing, alignment, font, colours, background and noise vary from page to page.
-Every page is a pure function of (split, seed, index).
+A page has 3 to 6 lines, each a three-letter word (in one of several real fonts) and a number of 2 to 4 scanned digits.
+The number of lines, offset, scale, spacing, alignment, font, colours, background and noise vary between pages. A page
+is a pure function of (split, seed, index).
 """
 
 from collections import Counter
@@ -16,33 +16,33 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import ConfigError
 from .digits import SPLITS, digit_scans
 
 if TYPE_CHECKING:
     import datasets
 
 SIDE = 112
-"""Width of a page in pixels, and its height unless another is asked for."""
+"""Width of a page in pixels, and its default height."""
 HEIGHTS = {"pages": SIDE, "pages-short": 96, "pages-tall": 128}
-"""Height in pixels by the name of the data set. The demo VLM and its capsules are trained on "pages" alone."""
+"""Page height in pixels by name of the data set. The demo VLM and its capsules are trained on "pages" alone."""
 WORDS = tuple(
     "ant ape asp auk bat bee boa cat cod cow dab dog eel elk emu ewe "
     "fly fox gnu hen jay kid koi owl pig pug ram rat sow tit hog yak".split()
 )
 TASKS = ("transcribe", "line", "lookup", "count")
 LINES = (3, 6)
-"""Least and most lines of a page."""
+"""Smallest and largest number of lines of a page."""
 MAX_DIGITS = 4
 COUNTS = (2, 3, 4)
-"""How often a digit that is counted stands on the page."""
+"""Possible answers of a counting question."""
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmss10")
 _MARGIN = 3
 
 
 @dataclass(frozen=True)
 class Hand:
-    """How far a digit may differ from its scan: turn in degrees, slant in widths per height, stretch and press as log
-    factors."""
+    """Ranges of a digit's distortion: turn in degrees, slant in widths per height, stretch and press as log factors."""
 
     turn: float
     slant: float = 0.0
@@ -52,13 +52,12 @@ class Hand:
 
 _HAND = Hand(turn=7.0)
 _TRAIN_HAND = Hand(turn=14.0, slant=0.25, stretch=0.15, press=0.5)
-"""Training pages vary more than the held-out ones: 1,258 scans are few."""
+"""Training digits are distorted more than those of other splits, because there are only 1,258 scans."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One symbol on a page: its centre in pixels, its text, its line and its column (0 the word, 1.. the digits), both
-    from 0."""
+    """One symbol on a page: centre in pixels, text, line (from 0) and column (0: the word, 1 and up: the digits)."""
 
     x: float
     y: float
@@ -69,7 +68,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Page:
-    """A rendered page: an RGB image, its lines as (word, number) and where each symbol stands."""
+    """A rendered page: an RGB image, its lines as (word, number), and the positions of its symbols."""
 
     image: Image.Image
     lines: tuple[tuple[str, str], ...]
@@ -88,12 +87,12 @@ class Question:
     prompt: str
     answer: str
     key: str | None = None
-    """What is looked for: the key word of a look-up, the digit of a count."""
+    """The key word of a look-up, or the digit of a count."""
 
 
 def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES, height: int = SIDE) -> Page:
-    """The page number `index` of a split, with `lines` (least, most) lines; the same arguments always give the same
-    page."""
+    """Page number `index` of a split, with `lines` (smallest, largest number) lines; a pure function of the
+    arguments."""
     rng = _generator(split, index, seed)
     scans = digit_scans(split)
     words = rng.choice(len(WORDS), size=int(rng.integers(lines[0], lines[1] + 1)), replace=False)
@@ -105,29 +104,32 @@ def page(split: str, index: int, seed: int = 0, lines: tuple[int, int] = LINES, 
 
 
 def questions(of: Page, rng: np.random.Generator, tasks: tuple[str, ...] = TASKS) -> list[Question]:
-    """One question of each task, in the order of `tasks`."""
+    """One question per task, in the order of `tasks`."""
     return [_ASK[task](of, rng) for task in tasks]
 
 
 def pages(
     split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS, height: int = SIDE
 ) -> "datasets.Dataset":
-    """A data set of `size` questions, each on a page of its own, the tasks in turn.
+    """Data set of `size` questions, one per page, alternating over the tasks.
 
-    Columns: image (112 wide, `height` high, RGB), prompt, answer, task. Deterministic by (split, seed, size is only a
-    cut).
+    Columns: image (112 wide, `height` high, RGB), prompt, answer, task. Rows depend on split and seed alone: a smaller
+    `size` gives the first rows.
+
+    Raises:
+        ConfigError: for an unknown split or task.
     """
     import datasets
 
     unknown = set(tasks) - set(TASKS)
     if unknown or not tasks:
-        raise ValueError(f"unknown tasks {sorted(unknown)}: choose from {', '.join(TASKS)}")
+        raise ConfigError(f"unknown tasks {sorted(unknown)}: choose from {', '.join(TASKS)}")
 
     rows: dict[str, list[Any]] = {"image": [], "prompt": [], "answer": [], "task": []}
     for index in range(size):
         drawn = page(split, index, seed, height=height)
-        (asked,) = questions(drawn, _generator(split, index, seed, stream=1), (tasks[index % len(tasks)],))
-        for column, value in zip(rows, (drawn.image, asked.prompt, asked.answer, asked.task), strict=True):
+        (question,) = questions(drawn, _generator(split, index, seed, stream=1), (tasks[index % len(tasks)],))
+        for column, value in zip(rows, (drawn.image, question.prompt, question.answer, question.task), strict=True):
             rows[column].append(value)
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "prompt": text, "answer": text, "task": text})
@@ -136,7 +138,7 @@ def pages(
 
 def _generator(split: str, index: int, seed: int, stream: int = 0) -> np.random.Generator:
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise ConfigError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     return np.random.default_rng([seed, SPLITS.index(split), index, stream])
 
 
@@ -150,19 +152,19 @@ def _ask_line(of: Page, rng: np.random.Generator) -> Question:
 
 
 def _ask_lookup(of: Page, rng: np.random.Generator) -> Question:
-    """The words down to the key word, then the number beside it: a search aloud, whose last word is the value asked
-    for."""
+    """Look-up of a number by its word. The answer lists the words down to the key word, then its number, so the search
+    is spelled out."""
     k = int(rng.integers(len(of.lines)))
     words = [word for word, _ in of.lines[: k + 1]]
     return Question("lookup", f"What stands beside {words[-1]}?", "\n".join(words) + f" {of.lines[k][1]}", words[-1])
 
 
 def _ask_count(of: Page, rng: np.random.Generator) -> Question:
-    """The numbers with a running tally behind each digit asked for, then the count: a count aloud, whose last word is
-    the answer.
+    """Count of a digit. The answer repeats the numbers with a running tally behind every occurrence, then the count, so
+    the counting is spelled out.
 
-    The digit stands on the page 2 to 4 times, each count as likely as the others that the page has; only a page without
-    such a digit is asked for one that stands there more or less often.
+    The digit occurs 2 to 4 times, with equal probability for each count that the page has; a page without such a digit
+    gets one that occurs more or less often.
     """
     numbers = [number for _, number in of.lines]
     counts = Counter("".join(numbers))
@@ -181,8 +183,8 @@ _ASK = {"transcribe": _ask_transcribe, "line": _ask_line, "lookup": _ask_lookup,
 def _layout(
     rng: np.random.Generator, scans: Any, lines: list[tuple[str, str]], hand: Hand, page_height: int
 ) -> tuple[NDArray[np.float32], list[Mark]]:
-    """Ink coverage [page_height, SIDE] in 0..1 of the laid out lines, and where each symbol went."""
-    room, down = SIDE - 2 * _MARGIN, page_height - 2 * _MARGIN
+    """Ink coverage [page_height, SIDE] in 0..1 of the typeset lines, and the positions of the symbols."""
+    width, down = SIDE - 2 * _MARGIN, page_height - 2 * _MARGIN
     height = rng.uniform(10.5, 13.5)
     pitch = rng.uniform(height + 2, max(height + 2, min(height + 8, down / len(lines))))
     font = _FONTS[int(rng.integers(len(_FONTS)))]
@@ -191,10 +193,10 @@ def _layout(
     widest, longest = max(m.shape[1] for m in masks), max(len(number) for _, number in lines)
     advance = rng.uniform(max(8.6, height * 0.8), height + 1.5)
     gap = rng.uniform(3, 10)
-    slack = room - (widest + gap + longest * advance)
+    slack = width - (widest + gap + longest * advance)
     if slack < 0:
         advance, gap = max(8.6, advance + (slack - 1) / longest), 3.0
-        slack = max(0.0, room - (widest + gap + longest * advance))
+        slack = max(0.0, width - (widest + gap + longest * advance))
     left = _MARGIN + rng.uniform(0, slack)
     top = _MARGIN + rng.uniform(0, max(0.0, down - pitch * len(lines)))
     aligned = rng.random() < 0.5
@@ -219,7 +221,7 @@ def _layout(
 
 @cache
 def _word_mask(font: str, size: int, word: str) -> NDArray[np.float32]:
-    """Coverage of a word, cropped to its width, as high as the font's line so that all words share a baseline."""
+    """Ink coverage of a word, cropped to its width; its height is the font's line height, so words share a baseline."""
     import matplotlib
 
     face = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"), size)
@@ -230,7 +232,8 @@ def _word_mask(font: str, size: int, word: str) -> NDArray[np.float32]:
 
 
 def _digit_mask(rng: np.random.Generator, scan: NDArray[np.float32], height: float, hand: Hand) -> NDArray[np.float32]:
-    """Coverage of one digit, turned; slanted, stretched and pressed harder or softer where the hand varies in that."""
+    """Ink coverage of one digit, rotated, and slanted, stretched and pressed harder or softer within the hand's
+    ranges."""
     degrees = rng.uniform(-hand.turn, hand.turn)
     width = height * 0.9
     if hand.stretch:
@@ -247,7 +250,7 @@ def _digit_mask(rng: np.random.Generator, scan: NDArray[np.float32], height: flo
 
 
 def _stamp(ink: NDArray[np.float32], mask: NDArray[np.float32], x: float, y: float) -> None:
-    """Lay a mask on the page, cut at the page's edges."""
+    """Draw a mask on the page, clipped at the page's edges."""
     x0, y0 = round(x), round(y)
     height, width = mask.shape
     top, left = max(0, -y0), max(0, -x0)
@@ -258,7 +261,7 @@ def _stamp(ink: NDArray[np.float32], mask: NDArray[np.float32], x: float, y: flo
 
 
 def _paint(rng: np.random.Generator, ink: NDArray[np.float32]) -> Image.Image:
-    """Colour the ink and the paper, with a slope of brightness across the page and some grain."""
+    """Colour ink and paper, with a brightness gradient across the page and noise."""
     paper, pen = rng.uniform(170, 240) + rng.uniform(-15, 15, 3), rng.uniform(0, 60) + rng.uniform(0, 40, 3)
     down, across = (np.linspace(-0.5, 0.5, n) for n in ink.shape)
     shade = down[:, None] * rng.uniform(-40, 40) + across[None, :] * rng.uniform(-40, 40)

@@ -1,11 +1,12 @@
-"""Photographs to draw on: those in scikit-image's wheel and in scikit-learn, split so that no test photograph is
-trained on."""
+"""Background photographs from scikit-image's wheel and scikit-learn, split into disjoint train, validation and test
+photographs."""
 
 from functools import cache
 
 import numpy as np
 from PIL import Image
 
+from ..errors import ConfigError
 from .digits import SPLITS
 from .packages import SCIKIT_IMAGE
 
@@ -24,31 +25,31 @@ PHOTOS = {
 }
 _SCIKIT_LEARN = ("china.jpg", "flower.jpg")
 _ZOOM = (0.3, 1.0)
-"""Least and most of a photograph's shorter side that a background shows."""
+"""Range of the share of a photograph's shorter side that a background shows."""
 
 
 @cache
 def photos(split: str) -> tuple[Image.Image, ...]:
-    """The photographs of one split as RGB.
+    """Photographs of one split, RGB.
 
     Raises:
-        ValueError: for an unknown split.
+        ConfigError: for an unknown split.
         PackageError: if scikit-image's wheel cannot be fetched.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise ConfigError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     from sklearn.datasets import load_sample_image
 
     folder = SCIKIT_IMAGE.extracted() / "skimage" / "data"
-    found = []
+    images = []
     for name in PHOTOS[split]:
         opened = Image.fromarray(load_sample_image(name)) if name in _SCIKIT_LEARN else Image.open(folder / name)
-        found.append(opened.convert("RGB"))
-    return tuple(found)
+        images.append(opened.convert("RGB"))
+    return tuple(images)
 
 
 def background(rng: np.random.Generator, of: tuple[Image.Image, ...], side: int) -> Image.Image:
-    """A square cut of one photograph, perhaps mirrored, lighter or darker."""
+    """Random square crop of one photograph, resized to `side`, with random mirroring and brightness."""
     photo = of[int(rng.integers(len(of)))]
     cut = int(min(photo.size) * rng.uniform(*_ZOOM))
     left, top = (int(rng.integers(0, length - cut + 1)) for length in photo.size)

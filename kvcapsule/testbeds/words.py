@@ -1,6 +1,6 @@
-"""Words to read: one to four common words, set in real fonts on a photograph.
+"""Words to read: one to four common words in real fonts on a photograph.
 
-A picture is a pure function of (split, seed, index); pictures of different splits stand on different photographs.
+A picture is a pure function of (split, seed, index); pictures of different splits have different photographs.
 """
 
 from pathlib import Path
@@ -37,20 +37,21 @@ _STREAM = 4
 
 
 def sign(split: str, index: int, seed: int = 0) -> Picture:
-    """The picture number `index` of a split."""
+    """Picture number `index` of a split."""
     return compose(generator(split, index, seed, _STREAM), photos(split))
 
 
 def words(split: str, size: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> "datasets.Dataset":
-    """`size` questions on a picture each, the tasks in turn; columns image, prompt, answer, task."""
+    """Data set of `size` questions, one per picture, alternating over the tasks; columns image, prompt, answer,
+    task."""
     return data_set(sign, split, size, seed, tasks)
 
 
 def compose(rng: np.random.Generator, backgrounds: tuple[Image.Image, ...]) -> Picture:
-    """1 to 4 words, one below the other, and its questions: the whole, and each line.
+    """Draw 1 to 4 words, one below the other, with questions for all words and for single lines.
 
     Args:
-        rng: decides everything.
+        rng: the only source of randomness.
         backgrounds: photographs.
     """
     image = background(rng, backgrounds, SIDE)
@@ -70,9 +71,9 @@ def compose(rng: np.random.Generator, backgrounds: tuple[Image.Image, ...]) -> P
         draw.rounded_rectangle((x - 5, y - 4, x + width + 5, y + height + 4), 4, fill=board)
         draw.text((x - left, y - up), word, fill=ink, font=face)
         things.append(Thing(word, x, y, x + width, y + height))
-    asked = [Question("read", "Read the words.", "\n".join(chosen))]
-    asked += [Question("line", f"What is the {_ORDINALS[i]} word?", word) for i, word in enumerate(chosen)]
-    return Picture(image, tuple(things), tuple(asked))
+    questions = [Question("read", "Read the words.", "\n".join(chosen))]
+    questions += [Question("line", f"What is the {_ORDINALS[i]} word?", word) for i, word in enumerate(chosen)]
+    return Picture(image, tuple(things), tuple(questions))
 
 
 def _face(font: str, size: int) -> ImageFont.FreeTypeFont:

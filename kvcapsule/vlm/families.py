@@ -1,43 +1,42 @@
-"""The model families of transformers: which work, what their positions are, and what a visual span is in them.
+"""Table of transformers' VLM families: which work, their position encoding, and what a visual span is in each.
 
-One table: `kvcapsule models` prints it and tests/vlm/test_families.py builds a tiny model of every row, so that a row
-says nothing untested. A family that is not here may well work (attach checks its KV geometry, and a model that does not
-read the cache is refused); nobody looked.
+`kvcapsule models` prints the table, and tests/vlm/test_families.py builds a tiny model of every row, so every row is
+tested. A family that is not listed may work: `attach` checks the KV geometry and refuses a model that does not read the
+cache. It was not tried.
 """
 
 from dataclasses import dataclass
 
-TRANSFORMERS = ">=5.22,<5.24"
+TRANSFORMERS = ">=5.16,<5.25"
 """The versions of transformers that the table was tested with: those that pyproject.toml allows."""
 
 WORKS, REFUSED = "works", "refused"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is known of a family. Its fields are the keys of the JSON."""
+    """One row of the table: a model family. The fields are the keys of `kvcapsule models --json`."""
 
     name: str
     model_types: tuple[str, ...]
-    """As in the models' config.json."""
+    """`model_type` in the models' config.json."""
     classes: tuple[str, ...]
-    """transformers' classes, one for each model type: those that AutoModelForImageTextToText builds."""
+    """transformers' model classes, one per model type, as AutoModelForImageTextToText builds them."""
     status: str
-    """"works": an identity capsule gives the full cache's logits. "refused": what is needed is missing, and a message
-    says so."""
+    """"works": an identity capsule gives the logits of the full cache. "refused": `attach` raises GeometryError."""
     positions: str = ""
-    """Of the keys in capsules, as in KVGeometry.rotary: "none", "1d", "mrope" (sections) or "mrope-interleaved"."""
+    """Rotary scheme of the keys, as in KVGeometry.rotary: "none", "1d", "mrope" (sections) or "mrope-interleaved"."""
     span: str = ""
-    """What one visual span is: "image", "crop" (an image is cut into several) or "row" (a separator stands behind each
-    row of patches)."""
+    """What one visual span covers: "image", "crop" (an image is cut into several) or "row" (a separator token follows
+    each row of patches)."""
     video: str = ""
-    """What one visual span of a video is: "video" or "frame" (time stamps stand between them); empty without video."""
-    apart: str = ""
-    """What tells spans apart that follow each other: "marks" (tokens that always stand between them), "grids"
-    (image_grid_thw and video_grid_thw), "pixel_values" or "image_sizes" (their count, where all images are of one
-    size). Inside generate all of them but "marks" are the images' features, which say the length of each."""
+    """What one visual span of a video covers: "video" or "frame" (time stamps between frames); "" without video."""
+    span_boundary: str = ""
+    """How adjacent images are told apart when no text separates them: "marks" (separator tokens), "grids"
+    (image_grid_thw and video_grid_thw), "pixel_values" or "image_sizes" (the number of images, if all have one size).
+    Inside `generate` the lengths of the image features take the place of all of these but "marks"."""
     note: str = ""
-    """Of a refused family: words of the message. Of others: what is not in capsules."""
+    """Refused family: words of the error message. Others: layers that keep the model's own cache."""
 
 
 _PIXELS = "pixel_values"
@@ -49,133 +48,235 @@ _WINDOWS = "windows stay the model's own"
 _LINEAR = "linear attention stays the model's own"
 
 FAMILIES: tuple[Family, ...] = (
-    Family("LLaVA", ("llava",), ("LlavaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
-    Family("LLaVA-NeXT", ("llava_next",), ("LlavaNextForConditionalGeneration",), WORKS, "1d", "image", "", _SIZES),
     Family(
-        "LLaVA-OneVision",
-        ("llava_onevision",),
-        ("LlavaOnevisionForConditionalGeneration",),
-        WORKS,
-        "1d",
-        "image",
-        "video",
-        _SIZES,
+        name="LLaVA",
+        model_types=("llava",),
+        classes=("LlavaForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_PIXELS,
     ),
     Family(
-        "LLaVA-NeXT-Video",
-        ("llava_next_video",),
-        ("LlavaNextVideoForConditionalGeneration",),
-        WORKS,
-        "1d",
-        "image",
-        "video",
-        _SIZES,
-    ),
-    Family("VipLlava", ("vipllava",), ("VipLlavaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
-    Family("Qwen2-VL", ("qwen2_vl",), ("Qwen2VLForConditionalGeneration",), WORKS, "mrope", "image", "video", _GRIDS),
-    Family(
-        "Qwen2.5-VL", ("qwen2_5_vl",), ("Qwen2_5_VLForConditionalGeneration",), WORKS, "mrope", "image", "video", _GRIDS
+        name="LLaVA-NeXT",
+        model_types=("llava_next",),
+        classes=("LlavaNextForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_SIZES,
     ),
     Family(
-        "Qwen3-VL",
-        ("qwen3_vl", "qwen3_vl_moe"),
-        ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
-        WORKS,
-        "mrope-interleaved",
-        "image",
-        "frame",
-        _GRIDS,
+        name="LLaVA-OneVision",
+        model_types=("llava_onevision",),
+        classes=("LlavaOnevisionForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        video="video",
+        span_boundary=_SIZES,
     ),
     Family(
-        "Qwen3.5",
-        ("qwen3_5", "qwen3_5_moe"),
-        ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        WORKS,
-        "mrope-interleaved",
-        "image",
-        "frame",
-        _GRIDS,
-        _LINEAR,
-    ),
-    Family("InternVL", ("internvl",), ("InternVLForConditionalGeneration",), WORKS, "1d", "crop", "", _PIXELS),
-    Family(
-        "Idefics3, SmolVLM",
-        ("idefics3", "smolvlm"),
-        ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
-        WORKS,
-        "1d",
-        "crop",
-        "",
-        _MARKS,
-    ),
-    Family("PaliGemma", ("paligemma",), ("PaliGemmaForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
-    Family("Gemma 3", ("gemma3",), ("Gemma3ForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS, _WINDOWS),
-    Family(
-        "Gemma 4", ("gemma4",), ("Gemma4ForConditionalGeneration",), WORKS, "1d", "image", "frame", _MARKS, _WINDOWS
-    ),
-    Family("Mistral 3", ("mistral3",), ("Mistral3ForConditionalGeneration",), WORKS, "1d", "row", "", _MARKS),
-    Family(
-        "Pixtral",
-        ("llava",),
-        ("LlavaForConditionalGeneration",),
-        WORKS,
-        "1d",
-        "row",
-        "",
-        _MARKS,
-        "with Pixtral's tower",
+        name="LLaVA-NeXT-Video",
+        model_types=("llava_next_video",),
+        classes=("LlavaNextVideoForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        video="video",
+        span_boundary=_SIZES,
     ),
     Family(
-        "Aya Vision",
-        ("aya_vision", "cohere2_vision"),
-        ("AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration"),
-        WORKS,
-        "none",
-        "crop",
-        "",
-        _MARKS,
-        _WINDOWS,
+        name="VipLlava",
+        model_types=("vipllava",),
+        classes=("VipLlavaForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_PIXELS,
     ),
     Family(
-        "GLM-4V",
-        ("glm4v", "glm4v_moe", "glm46v"),
-        ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration"),
-        WORKS,
-        "mrope",
-        "image",
-        "frame",
-        _GRIDS,
-    ),
-    Family("GOT-OCR2", ("got_ocr2",), ("GotOcr2ForConditionalGeneration",), WORKS, "1d", "image", "", _PIXELS),
-    Family(
-        "Granite Vision",
-        ("granite4_vision",),
-        ("Granite4VisionForConditionalGeneration",),
-        WORKS,
-        "1d",
-        "image",
-        "",
-        _SIZES,
+        name="Qwen2-VL",
+        model_types=("qwen2_vl",),
+        classes=("Qwen2VLForConditionalGeneration",),
+        status=WORKS,
+        positions="mrope",
+        span="image",
+        video="video",
+        span_boundary=_GRIDS,
     ),
     Family(
-        "LFM2-VL",
-        ("lfm2_vl",),
-        ("Lfm2VlForConditionalGeneration",),
-        WORKS,
-        "1d",
-        "image",
-        "",
-        _MARKS,
-        "convolutions stay the model's own",
+        name="Qwen2.5-VL",
+        model_types=("qwen2_5_vl",),
+        classes=("Qwen2_5_VLForConditionalGeneration",),
+        status=WORKS,
+        positions="mrope",
+        span="image",
+        video="video",
+        span_boundary=_GRIDS,
     ),
-    Family("Florence-2", ("florence2",), ("Florence2ForConditionalGeneration",), REFUSED, note=_CROSS),
-    Family("vision-encoder-decoder", ("vision-encoder-decoder",), ("VisionEncoderDecoderModel",), REFUSED, note=_CROSS),
-    Family("Llama 3.2 Vision", ("mllama",), ("MllamaForConditionalGeneration",), REFUSED, note=_CROSS),
     Family(
-        "Gemma with shared KV",
-        ("gemma3n", "gemma4"),
-        ("Gemma3nForConditionalGeneration", "Gemma4ForConditionalGeneration"),
-        REFUSED,
+        name="Qwen3-VL",
+        model_types=("qwen3_vl", "qwen3_vl_moe"),
+        classes=("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+        status=WORKS,
+        positions="mrope-interleaved",
+        span="image",
+        video="frame",
+        span_boundary=_GRIDS,
+    ),
+    Family(
+        name="Qwen3.5",
+        model_types=("qwen3_5", "qwen3_5_moe"),
+        classes=("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        status=WORKS,
+        positions="mrope-interleaved",
+        span="image",
+        video="frame",
+        span_boundary=_GRIDS,
+        note=_LINEAR,
+    ),
+    Family(
+        name="InternVL",
+        model_types=("internvl",),
+        classes=("InternVLForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="crop",
+        span_boundary=_PIXELS,
+    ),
+    Family(
+        name="Idefics3, SmolVLM",
+        model_types=("idefics3", "smolvlm"),
+        classes=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+        status=WORKS,
+        positions="1d",
+        span="crop",
+        span_boundary=_MARKS,
+    ),
+    Family(
+        name="PaliGemma",
+        model_types=("paligemma",),
+        classes=("PaliGemmaForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_PIXELS,
+    ),
+    Family(
+        name="Gemma 3",
+        model_types=("gemma3",),
+        classes=("Gemma3ForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_PIXELS,
+        note=_WINDOWS,
+    ),
+    Family(
+        name="Gemma 4",
+        model_types=("gemma4",),
+        classes=("Gemma4ForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        video="frame",
+        span_boundary=_MARKS,
+        note=_WINDOWS,
+    ),
+    Family(
+        name="Mistral 3",
+        model_types=("mistral3",),
+        classes=("Mistral3ForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="row",
+        span_boundary=_MARKS,
+    ),
+    Family(
+        name="Pixtral",
+        model_types=("llava",),
+        classes=("LlavaForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="row",
+        span_boundary=_MARKS,
+        note="with Pixtral's tower",
+    ),
+    Family(
+        name="Aya Vision",
+        model_types=("aya_vision", "cohere2_vision"),
+        classes=("AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration"),
+        status=WORKS,
+        positions="none",
+        span="crop",
+        span_boundary=_MARKS,
+        note=_WINDOWS,
+    ),
+    Family(
+        name="GLM-4V",
+        model_types=("glm4v", "glm4v_moe", "glm46v"),
+        classes=("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "Glm46VForConditionalGeneration"),
+        status=WORKS,
+        positions="mrope",
+        span="image",
+        video="frame",
+        span_boundary=_GRIDS,
+    ),
+    Family(
+        name="GOT-OCR2",
+        model_types=("got_ocr2",),
+        classes=("GotOcr2ForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_PIXELS,
+    ),
+    Family(
+        name="Granite Vision",
+        model_types=("granite4_vision",),
+        classes=("Granite4VisionForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_SIZES,
+    ),
+    Family(
+        name="LFM2-VL",
+        model_types=("lfm2_vl",),
+        classes=("Lfm2VlForConditionalGeneration",),
+        status=WORKS,
+        positions="1d",
+        span="image",
+        span_boundary=_MARKS,
+        note="convolutions stay the model's own",
+    ),
+    Family(
+        name="Florence-2",
+        model_types=("florence2",),
+        classes=("Florence2ForConditionalGeneration",),
+        status=REFUSED,
+        note=_CROSS,
+    ),
+    Family(
+        name="vision-encoder-decoder",
+        model_types=("vision-encoder-decoder",),
+        classes=("VisionEncoderDecoderModel",),
+        status=REFUSED,
+        note=_CROSS,
+    ),
+    Family(
+        name="Llama 3.2 Vision",
+        model_types=("mllama",),
+        classes=("MllamaForConditionalGeneration",),
+        status=REFUSED,
+        note=_CROSS,
+    ),
+    Family(
+        name="Gemma with shared KV",
+        model_types=("gemma3n", "gemma4"),
+        classes=("Gemma3nForConditionalGeneration", "Gemma4ForConditionalGeneration"),
+        status=REFUSED,
         note="read keys and values of earlier ones",
     ),
 )

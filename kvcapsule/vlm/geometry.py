@@ -1,27 +1,28 @@
-"""What the KV of a model looks like."""
+"""KV geometry: the layers, KV heads, head dim and rotary scheme of a model's language part."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from ..errors import GeometryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Layers, heads and positions of a model's language part: all that decides whether a capsule fits it."""
+    """KV geometry of a model's language part. A capsule fits a model if and only if their geometries are equal."""
 
     model_type: str
     """transformers' name of the model family, e.g. llava."""
     layers: int
-    """Decoder layers, those without full attention included."""
+    """Number of decoder layers, including those without full attention."""
     query_heads: int
-    """Heads are those of the full-attention layers: some models have others where there is a window."""
+    """Heads of the full-attention layers (this field and the two below): sliding-window layers may have others."""
     kv_heads: int
     head_dim: int
     rotary: str
-    """Position scheme of their keys: "none", "1d", "mrope" (sections) or "mrope-interleaved"."""
+    """Rotary scheme of their keys: "none", "1d", "mrope" (sections) or "mrope-interleaved"."""
 
     @property
     def group(self) -> int:
@@ -29,12 +30,12 @@ class KVGeometry:
         return self.query_heads // self.kv_heads
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> "KVGeometry":
-        """Read the geometry from any VLM config of transformers.
+    def from_config(cls, config: "PreTrainedConfig") -> "KVGeometry":
+        """Read the geometry from the config of any VLM of transformers.
 
         Raises:
-            GeometryError: for models that read images by cross-attention, for those whose layers share keys and values,
-                for configs without attention heads, and for those without full-attention layers or with unlike ones.
+            GeometryError: if the model reads images by cross-attention, its layers share keys and values, its config
+                has no attention heads, it has no full-attention layer, or these differ in their heads.
         """
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False) or getattr(text, "cross_attention_layers", None):
@@ -75,7 +76,7 @@ class KVGeometry:
         return asdict(self)
 
     def require(self, other: "KVGeometry", what: str = "capsule") -> None:
-        """Refuse `other` (a model's geometry) unless it equals this one; the message holds both."""
+        """Raise GeometryError, with both geometries in the message, unless `other` (a model's) equals this one."""
         if self != other:
             mine, theirs = self.to_dict(), other.to_dict()
             differing = ", ".join(f"{k}: {mine[k]} != {theirs[k]}" for k in mine if mine[k] != theirs[k])
@@ -85,30 +86,31 @@ class KVGeometry:
             )
 
 
-def full_attention_layers(config: PreTrainedConfig) -> list[int]:
-    """The layers whose cache grows with the prompt; sliding-window and linear-attention layers hold a bounded state and
-    keep it."""
+def full_attention_layers(config: "PreTrainedConfig") -> list[int]:
+    """Indices of the layers whose cache grows with the prompt, that is all but sliding-window and linear-attention
+    layers, whose state is bounded and stays uncompressed."""
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        each = (text.per_layer_config[layer] for layer in range(text.num_hidden_layers))
-        bounds = ([getattr(layer, name, None) for name in ("sliding_window", "attention_chunk_size")] for layer in each)
+        layers = (text.per_layer_config[layer] for layer in range(text.num_hidden_layers))
+        windows = ("sliding_window", "attention_chunk_size")
+        bounds = ([getattr(layer, name, None) for name in windows] for layer in layers)
         kinds = ["full_attention" if bound == [None, None] else "sliding_attention" for bound in bounds]
     return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
 
 
 _UNROTATED = ("cohere2",)
-"""Text models that rotate the keys of their windowed layers alone, and whose config does not tell."""
+"""Text models that rotate keys in their sliding-window layers alone, which their config does not say."""
 
 
 def _heads(layer: Any) -> tuple[int, int, int]:
-    """Query heads, KV heads and head dim of one layer's config."""
+    """(query heads, KV heads, head dim) from one layer's config."""
     heads = int(layer.num_attention_heads)
     kv_heads = int(getattr(layer, "num_key_value_heads", None) or heads)
     return heads, kv_heads, int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
-def _rotary_scheme(text: PreTrainedConfig) -> str:
+def _rotary_scheme(text: "PreTrainedConfig") -> str:
     rope = getattr(text, "rope_parameters", None)
     if not rope or text.model_type in _UNROTATED:
         return "none"

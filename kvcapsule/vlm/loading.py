@@ -11,21 +11,21 @@ from ..errors import ModelError
 from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers smol-vlm's vision tower with the Auto classes.
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_MADE = "smol-vlm"
-"""A model that is made on the spot, and not shipped."""
+_BUILT_LOCALLY = "smol-vlm"
+"""Model that `make smol-vlm` builds locally instead of being shipped."""
 
 
 def require_device(device: str | None) -> None:
-    """Refuse a device that cannot be used here before anything is loaded.
+    """Check, before anything is loaded, that torch can use a device.
 
     Raises:
-        ModelError: saying why.
+        ModelError: with torch's reason, if it cannot.
     """
     if device in (None, "auto"):
         return
     try:
         torch.empty(0, device=device)
-    # A build of torch without CUDA answers with an AssertionError.
+    # A torch build without CUDA raises an AssertionError.
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
@@ -33,20 +33,19 @@ def require_device(device: str | None) -> None:
 def load_vlm(
     name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None, resize: bool = True
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A frozen VLM in eval mode, and its processor.
+    """Load a frozen VLM in eval mode, and its processor.
 
     Args:
         name: a folder, the name of a shipped model ("pages-vlm") or an id on the Hub.
         revision: branch, tag or commit on the Hub.
         dtype: "auto" (as saved), "float32", "float16" or "bfloat16".
-        device: e.g. "cpu" or "cuda"; None takes CUDA where there is one. "auto" spreads the model by accelerate's
-            device_map.
-        resize: whether the image processor brings images to its own size; if not, they keep theirs, which the model
-            must be able to take.
+        device: e.g. "cpu" or "cuda"; None means CUDA if available. "auto" splits the model by accelerate's device_map.
+        resize: whether the image processor resizes images to its own size. If False they keep their size, which the
+            model must support.
 
     Raises:
-        ModelError: if it is not found, is no image-text-to-text model of transformers, or its images cannot be left as
-        they are.
+        ModelError: if the model is not found, is not an image-text-to-text model of transformers, or `resize` is False
+            and its image processor cannot leave images as they are.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}.")
@@ -58,8 +57,8 @@ def load_vlm(
             place, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
         )
     except (OSError, ValueError, KeyError) as error:
-        if Path(name).name == _MADE and not Path(place).exists():
-            raise ModelError(f"there is no folder {name!r}: `make {_MADE}` makes it.") from error
+        if Path(name).name == _BUILT_LOCALLY and not Path(place).exists():
+            raise ModelError(f"there is no folder {name!r}: `make {_BUILT_LOCALLY}` makes it.") from error
         kind = "folder" if Path(place).exists() else "model"
         raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
     if not isinstance(processor, ProcessorMixin):

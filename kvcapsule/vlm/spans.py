@@ -1,40 +1,42 @@
-"""Where the visual tokens of a prompt are."""
+"""Visual spans: the positions of each image's or video's tokens in a prompt."""
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class VisualSpan(NamedTuple):
-    """The run of positions that one image or video fills in one row of a batch."""
+    """Consecutive positions of one image or video in one row of a batch."""
 
     row: int
     """Row of the batch."""
     start: int
-    """First position, counted in the sequence as the model is given it (padding included)."""
+    """First position in the model's input sequence, padding included."""
     length: int
     grid: tuple[int, int, int]
-    """Token grid (t, h, w); (1, 1, length) where the inputs do not tell."""
+    """Token grid (t, h, w); (1, 1, length) if the inputs do not specify it."""
 
 
 def find_spans(
-    config: PreTrainedConfig, input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None
+    config: "PreTrainedConfig", input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None
 ) -> list[VisualSpan]:
-    """The visual spans of a (left-padded) batch, by row and then by position.
+    """Find the visual spans of a (left-padded) batch, sorted by row and then by position.
 
     Args:
         config: the VLM's config; its image and video token ids mark the spans.
-        input_ids: [B, N] token ids after the processor has put one placeholder for each visual token.
-        inputs: the model's other inputs; image_grid_thw and video_grid_thw (or the features in mm_encoder_outputs,
-            which is all that generate leaves of an image, or, where all images give equally many tokens, the number of
-            images in pixel_values) tell images apart that follow each other without text between them. position_ids of
-            M-RoPE [3 or more, B, N] tell a span's grid where nothing else does.
+        input_ids: [B, N] token ids, with one placeholder per visual token, as the processor writes them.
+        inputs: the model's other inputs. Adjacent images without text between them are separated by image_grid_thw and
+            video_grid_thw, else by the features in mm_encoder_outputs (all that `generate` passes on), else by the
+            number of images in pixel_values, if all images have the same number of tokens. Without any of these,
+            M-RoPE position_ids [3 or more, B, N] give the grid of a span.
 
     Raises:
-        ValueError: if the placeholders do not agree with the grids.
+        ValueError: if the number of placeholders does not match the grids.
     """
     inputs = inputs or {}
     spans: list[VisualSpan] = []
@@ -53,12 +55,12 @@ def find_spans(
         and positions.shape[0] >= 3
         and positions.shape[1:] == input_ids.shape
     ):
-        spans = [_placed(span, positions[-3:]) for span in spans]
+        spans = [_with_position_grid(span, positions[-3:]) for span in spans]
     return sorted(spans)
 
 
 def _runs(marked: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(row, start, length) of every run of True in [B, N]."""
+    """(row, start, length) of each maximal run of True in marked [B, N]."""
     edge = torch.zeros(marked.shape[0], 1, dtype=torch.int8, device=marked.device)
     steps = torch.diff(torch.cat([edge, marked.to(torch.int8), edge], dim=1), dim=1)
     starts, ends = (steps == 1).nonzero().tolist(), (steps == -1).nonzero().tolist()
@@ -66,9 +68,9 @@ def _runs(marked: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def _grids(
-    config: PreTrainedConfig, kind: str, inputs: Mapping[str, Any], total: int
+    config: "PreTrainedConfig", kind: str, inputs: Mapping[str, Any], total: int
 ) -> list[tuple[int, int, int]] | None:
-    """The token grid of each image or video in the order of the prompt, or None where the inputs do not tell."""
+    """Token grid of each image or video in the order of the prompt; None if the inputs do not specify it."""
     thw = inputs.get(f"{kind}_grid_thw")
     if thw is not None:
         merge = int(getattr(config.vision_config, "spatial_merge_size", 1))
@@ -79,31 +81,31 @@ def _grids(
     pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
     if kind != "image" or not isinstance(pixels, torch.Tensor) or total == 0 or total % pixels.shape[0]:
         return None
-    # One size for all is what a tensor of whole images says by its shape, and one of images in patches beside it.
+    # A tensor of full images has one size by its shape; a tensor of patches needs image_sizes.
     alike = pixels.dim() == 4 if sizes is None else bool((sizes == sizes[:1]).all())
     return [_square(total // pixels.shape[0])] * pixels.shape[0] if alike else None
 
 
 def _feature_grids(encoded: Any) -> list[tuple[int, int, int]]:
-    """Token grid of each image or video that was encoded before; none where they lie in one row."""
+    """Token grids of images or videos that were already encoded; empty if their features are concatenated."""
     features: Any = getattr(encoded, "pooler_output", None)
     injected = getattr(encoded, "deepstack_features", None)
     if injected and isinstance(injected[0][0], int):
-        # Granite Vision adds features at several layers, (layer, those of each image), and none at the embeddings.
+        # Granite Vision injects features at several layers, as (layer, features per image), none at the embeddings.
         features = injected[0][1]
     if not isinstance(features, (list, tuple)) and not (isinstance(features, torch.Tensor) and features.dim() == 3):
         return []
-    # A video's features may be apart by frame: [t, tokens, channels].
+    # A video's features may have a frame axis: [t, tokens, channels].
     grids = [
         (one.shape[0], _square(one.shape[1])) if one.dim() == 3 else (1, _square(one.shape[0])) for one in features
     ]
     return [(frames, h, w) for frames, (_, h, w) in grids]
 
 
-def _placed(span: VisualSpan, positions_3BN: torch.Tensor) -> VisualSpan:
-    """The span with the grid that its positions along time, height and width make, if they make one."""
-    own = positions_3BN[:, span.row, span.start : span.start + span.length]
-    t, h, w = (int(axis.unique().numel()) for axis in own)
+def _with_position_grid(span: VisualSpan, positions_3BN: torch.Tensor) -> VisualSpan:
+    """The span with the grid of its M-RoPE positions (time, height, width), if these form a full grid."""
+    positions = positions_3BN[:, span.row, span.start : span.start + span.length]
+    t, h, w = (int(axis.unique().numel()) for axis in positions)
     return span._replace(grid=(t, h, w)) if t * h * w == span.length else span
 
 
@@ -112,27 +114,29 @@ def _split(runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]] |
         return [VisualSpan(row, start, length, _square(length)) for row, start, length in runs]
     if sum(length for *_, length in runs) == 0:
         return []
-    spans = _laid(runs, grids, kind)
+    spans = _assign_grids(runs, grids, kind)
     if spans is None:
         # Other tokens cut the placeholders of one image or video: time stamps between the frames, separators between
         # the rows.
-        spans = _laid(runs, [(1, h, w) for t, h, w in grids for _ in range(t)], f"{kind} frame")
+        spans = _assign_grids(runs, [(1, h, w) for t, h, w in grids for _ in range(t)], f"{kind} frame")
     return [VisualSpan(row, start, length, _square(length)) for row, start, length in runs] if spans is None else spans
 
 
-def _laid(runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]], kind: str) -> list[VisualSpan] | None:
-    """The grids one after the other into the runs; None where one does not fit into what is left of its run."""
-    spans, waiting = [], iter(grids)
+def _assign_grids(
+    runs: list[tuple[int, int, int]], grids: list[tuple[int, int, int]], kind: str
+) -> list[VisualSpan] | None:
+    """Assign the grids, in order, to the runs; None if a grid does not fit into the rest of its run."""
+    spans, remaining = [], iter(grids)
     for row, start, length in runs:
         left = length
         while left > 0:
-            grid = next(waiting, None)
+            grid = next(remaining, None)
             size = grid[0] * grid[1] * grid[2] if grid else 0
             if grid is None or size == 0 or size > left:
                 return None
             spans.append(VisualSpan(row, start + length - left, size, grid))
             left -= size
-    if next(waiting, None) is not None:
+    if next(remaining, None) is not None:
         raise ValueError(
             f"the inputs describe {len(grids)} {kind}s, but the prompt has placeholders for {len(spans)}: check the"
             " processor's output."

@@ -103,7 +103,7 @@ def saved(
         ("lossy", "kvcapsule", {"tile": 14, **halves}, geometry),
         ("other-geometry", "identity", {"tile": 14}, replace(geometry, kv_heads=4)),
     ):
-        Capsule(CapsuleConfig(family, FAMILIES[family].from_dict(codec), fits, "pages-vlm")).save_pretrained(
+        Capsule(CapsuleConfig(family, FAMILIES[family].config.from_dict(codec), fits, "pages-vlm")).save_pretrained(
             folder / name
         )
     saved = Saved(folder, answer(model, processor, images[:1]), answer(model, processor, []))

@@ -14,16 +14,17 @@ from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES, Encoded, compact
-from kvcapsule.codec.attention_matching import added, targets
+from kvcapsule.codec.attention_matching import fit_masses, marginal_gains, targets
 from kvcapsule.codec.base import KeyPart, ValuePart
-from kvcapsule.codec.compact import CompactConfig, CompactLayer, fit_masses
+from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment, storage_bytes
+from kvcapsule.training.families.token_selector import chosen_by_teacher, greedy_choice, imitation_loss, initialise
 from kvcapsule.training.harvest import LayerHarvest, Recorder
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main as train
-from kvcapsule.training.query_bank import QueryBank, begin, chosen_by_teacher, greedy_choice, imitation_loss
+from kvcapsule.training.query_bank import QueryBank
 from kvcapsule.vlm.geometry import KVGeometry
 
 LONG = 24
@@ -109,7 +110,7 @@ def test_matching_beats_selection_alone_and_even_spacing(ratio: float, passes: i
     """Each part earns its place: the bias and the refit on the same tokens, then the choice of tokens."""
     keys, values, query = low_rank()
     codec = layer(ratio, tile=LONG, passes=passes)
-    reading = codec.read(keys)
+    reading = codec.bank_attention(keys)
     kept = codec.choose(reading, keys, values).kept
     matched = codec.fit(reading, keys, values, kept)
     plain = selected(keys, values, kept)
@@ -128,7 +129,7 @@ def test_passes_choose_better_than_attention_alone_and_greedy_better_still() -> 
     for passes in (0, 1, 3):
         codec = layer(0.25, tile=LONG, passes=passes)
         errors.append(error(codec.encode(keys, values), keys, values, query))
-    reading = codec.read(keys)
+    reading = codec.bank_attention(keys)
     errors.append(
         error(codec.fit(reading, keys, values, greedy_choice(reading, values, codec.stored)), keys, values, query)
     )
@@ -188,16 +189,16 @@ def test_attention_ranks_by_root_mean_square() -> None:
     codec.bank.copy_(60 * torch.tensor([[1.0, 0, 0, 0], *[[0, 1.0, 0, 0]] * 4]))
     keys = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     keys[0, 0, 0, 0] = keys[0, 0, 1, 1] = keys[0, 0, 2, 1] = 1.0
-    attention = codec.read(keys).attention[0, 0].T
+    attention = codec.bank_attention(keys).attention[0, 0].T
     torch.testing.assert_close(attention[0], torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
     torch.testing.assert_close(attention[1:], torch.tensor([[0, 0.5, 0.5, 0]] * 4, dtype=torch.float64))
     values = rand(1, 1, 4, 4)
     assert codec.stored == 2
-    assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[0, 1]]], (
+    assert codec.choose(codec.bank_attention(keys), keys, values).kept.tolist() == [[[0, 1]]], (
         "1 and 2 are equal: the earlier one"
     )
     codec.bank[:, 0] = codec.bank[:, 1]
-    assert codec.choose(codec.read(keys), keys, values).kept.tolist() == [[[1, 2]]]
+    assert codec.choose(codec.bank_attention(keys), keys, values).kept.tolist() == [[[1, 2]]]
 
 
 def test_what_a_token_adds_is_what_a_fit_says() -> None:
@@ -205,10 +206,10 @@ def test_what_a_token_adds_is_what_a_fit_says() -> None:
     the ranking."""
     keys, values, _ = low_rank(1)
     codec = layer(0.5, tile=LONG)
-    reading = codec.read(keys)
+    reading = codec.bank_attention(keys)
     gram, target, _ = targets(reading, values)
     ranking = rand(1, HEADS, LONG, seed=3)
-    gains = added(gram, target, ranking)
+    gains = marginal_gains(gram, target, ranking)
     attention = reading.attention[0, 1].T
     size = values[0, 1].square().sum(-1).mean().sqrt()
     wanted = attention @ torch.cat([values[0, 1], (0.3 * size).expand(LONG, 1)], dim=1)
@@ -224,7 +225,7 @@ def test_what_a_token_adds_is_what_a_fit_says() -> None:
 def test_greedy_choice_takes_the_most_explaining_token_next() -> None:
     keys, values, _ = low_rank(2)
     codec = layer(0.5, tile=LONG)
-    reading = codec.read(keys)
+    reading = codec.bank_attention(keys)
     attention, gram_and_target = reading.attention[1, 0].T, targets(reading, values)
     wanted = attention @ torch.linalg.solve(gram_and_target[0], gram_and_target[1])[1, 0]
 
@@ -321,7 +322,7 @@ def test_a_batch_is_its_entries_one_by_one(options: dict[str, Any]) -> None:
 def test_heads_and_images_keep_tokens_of_their_own() -> None:
     keys, values, _ = low_rank()
     codec = layer(0.25, tile=LONG)
-    kept = codec.choose(codec.read(keys), keys, values).kept
+    kept = codec.choose(codec.bank_attention(keys), keys, values).kept
     assert (kept.diff(dim=-1) > 0).all()
     assert not torch.equal(kept[:, 0], kept[:, 1])
     assert not torch.equal(kept[0], kept[1])
@@ -371,7 +372,7 @@ def test_a_capsule_reads_as_its_layers_encode() -> None:
     tiles = [(0, 3), (0, 13), (1, 5)]
     keys, values = (torch.stack([x[row][:, at : at + TILE] for row, at in tiles]) for x in (of.keys, of.values))
     frame = Frame(cos, sin)
-    encoded = built.layers[1].encode(frame.back(keys), values)
+    encoded = built.layers[1].encode(frame.unrotate(keys), values)
     query = rand(2, 4, 3, DIM, seed=7)
     expected = attend(query, [encoded.segment(torch.tensor([0, 0, 1]), frame), rest, *text], of.scale)
     torch.testing.assert_close(attend(query, [segment, rest, *text], of.scale), expected)
@@ -410,7 +411,7 @@ def test_save_and_load(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_family_is_registered() -> None:
-    assert FAMILIES["compact"] is CompactConfig
+    assert FAMILIES["compact"].config is CompactConfig
     config = CompactConfig.from_dict({"tile": 8, "ratios": [0.5, 0.25], "selector": "learned"})
     assert config.ratios == (0.5, 0.25)
 
@@ -463,7 +464,7 @@ def test_the_bank_holds_queries_that_read_in_the_tiles_frames(harvested: LayerHa
     offered = []
     for tile, row in enumerate(harvested.owner.tolist()):
         query = harvested.query[row][:, harvested.reads[row]].float()
-        offered.append(harvested.frame.select(torch.tensor([tile])).back(query[None])[0].view(HEADS, -1, DIM))
+        offered.append(harvested.frame.select(torch.tensor([tile])).unrotate(query[None])[0].view(HEADS, -1, DIM))
     for head in range(HEADS):
         one, other = found[head].double(), torch.cat(offered, dim=1)[head].double()
         distance = (one[:, None] - other).norm(dim=-1)
@@ -513,7 +514,7 @@ def test_a_bank_of_the_readers_serves_them(harvested: LayerHarvest) -> None:
     codec.bank.copy_(bank.bank())
     encoded = codec.encode(harvested.keys.float(), harvested.values.float())
     of = replace(harvested, keys=harvested.keys.float(), values=harvested.values.float(), query=harvested.query.float())
-    kept = codec.choose(codec.read(of.keys), of.keys, of.values).kept
+    kept = codec.choose(codec.bank_attention(of.keys), of.keys, of.values).kept
     errors = [
         output_error(of, e.segment(of.owner, of.frame), full_output(of))
         for e in (encoded, selected(of.keys, of.values, kept))
@@ -529,10 +530,10 @@ def test_a_selector_learns_its_teachers_choice() -> None:
     chosen = chosen_by_teacher(codec, keys.float(), values.float())
     assert (chosen.sum(-1) == codec.stored).all()
     assert codec.selector is not None
-    begin(codec.selector, keys, values)
+    initialise(codec.selector, keys, values)
 
     def agreement() -> float:
-        own = codec.choose(codec.read(keys.float()), keys.float(), values.float()).kept
+        own = codec.choose(codec.bank_attention(keys.float()), keys.float(), values.float()).kept
         return float(chosen.gather(-1, own).float().mean())
 
     before = agreement()

@@ -19,12 +19,13 @@ from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
-from kvcapsule.policy.combine import Paired, TextPruning
+from kvcapsule.policy import Combined, TextPruning
 from kvcapsule.segments.coefficient_rows import CodedRows
-from kvcapsule.segments.segment import Segment, Shared, storage_bytes
+from kvcapsule.segments.segment import Memo, Segment, storage_bytes
 from kvcapsule.vlm.geometry import KVGeometry
 
 FOUR = dataclasses.replace(GEOMETRY, layers=4)
@@ -50,7 +51,9 @@ def compressed(capsule: Capsule, of: list[LayerPrefill]) -> dict[int, Compressed
 def test_coefficients_by_hand() -> None:
     """One layer, one token, one channel: the first coefficient is the key and twice the value, the second the key less
     the value."""
-    transform = CrossLayerTransform(1, 1, 1, 1, 1, 8, 2).requires_grad_(False)
+    transform = CrossLayerTransform(layers=1, head_groups=1, heads=1, tile=1, dim=1, rows=8, channels=2).requires_grad_(
+        False
+    )
     transform.tokens_in[0, 0] = 1.0
     transform.channels_in[0, 0, 0] = torch.tensor([1.0, 1.0])
     transform.channels_in[1, 0, 0] = torch.tensor([2.0, -1.0])
@@ -137,7 +140,7 @@ def test_what_waits_for_the_last_layer_is_not_keys_and_values() -> None:
 def test_a_stack_on_two_devices_is_refused() -> None:
     encoding, tile = cross_layer_capsule().layers[0].start(), rand(1, HEADS, TILE, DIM)
     encoding.add(0, tile, tile)
-    with pytest.raises(ValueError, match="layers of one stack lie on cpu and meta: keep them on one device"):
+    with pytest.raises(ValueError, match="layers of one layer group lie on cpu and meta: keep them on one device"):
         encoding.add(1, tile.to("meta"), tile.to("meta"))
 
 
@@ -158,7 +161,7 @@ def test_one_layer_alone_is_refused() -> None:
 def test_selected_rows_stay_in_one_place() -> None:
     of = prefills(2)
     done = compressed(cross_layer_capsule(), of)
-    rows, shared = torch.tensor([1, 0, 0]), Shared()
+    rows, shared = torch.tensor([1, 0, 0]), Memo()
     chosen = {layer: done[layer].visual[0].select(rows, shared) for layer in (0, 1)}
     assert chosen[0].keys is chosen[0].values is chosen[1].keys
     assert chosen[0].owner is chosen[1].owner and chosen[0].frame is chosen[1].frame
@@ -194,7 +197,7 @@ def test_a_cache_counts_the_code_once_whatever_is_done_to_its_rows(
     one = int(capsule.layers[0].transform.widths.sum()) + 8 + 2 * 16 * 4
     with attach(model), torch.no_grad():
         cache = CapsuleCache(model.config, capsule)
-        model(**batch, past_key_values=cache)
+        model(**batch, **cache_argument(cache))
         assert cache.bytes().visual == 12 * one, "three images of four tiles"
         cache.reorder_cache(torch.tensor([1, 1]))
         assert cache.bytes().visual == 16 * one
@@ -214,17 +217,17 @@ def test_generate_with_beams_turns_and_a_policy_for_the_text(
     with attach(model):
         found = [
             model.generate(
-                **b, past_key_values=CapsuleCache(model.config, random_cross_layer(49, joint_layers=3)), **options
+                **b, **cache_argument(CapsuleCache(model.config, random_cross_layer(49, joint_layers=3))), **options
             )[0, -5:]
             for b in (both, alone)
         ]
         assert torch.equal(found[0], found[1])
-        cache = CapsuleCache(model.config, Paired(random_cross_layer(49, joint_layers=4), TextPruning(0.5, recent=4)))
+        cache = CapsuleCache(model.config, Combined(random_cross_layer(49, joint_layers=4), TextPruning(0.5, recent=4)))
         for turn in range(2):
             before = cache.get_seq_length()
             with torch.no_grad():
                 mask = torch.ones(1, before + alone["input_ids"].shape[1], dtype=torch.int64)
-                model(**{**alone, "attention_mask": mask}, past_key_values=cache)
+                model(**{**alone, "attention_mask": mask}, **cache_argument(cache))
             assert [len(layer.visual) for layer in cache.layers] == [turn + 1] * 4
 
 
@@ -243,7 +246,7 @@ def test_rows_of_prefills_that_wait_are_selected_in_all_layers(
             cache = CapsuleCache(model.config, random_cross_layer(49))
             if waits:
                 cache.activate_past_recording()
-            model(**batch, past_key_values=cache)
+            model(**batch, **cache_argument(cache))
             cache.reorder_cache(torch.tensor(rows))
             logits.append(step(model, cache, torch.tensor([[40]] * len(rows)), mask))
     assert torch.equal(logits[0], logits[1])
@@ -257,9 +260,9 @@ def test_a_copied_cache_copies_codes_and_no_codec(
     make_batch: Callable[..., BatchFeature],
 ) -> None:
     capsule = random_cross_layer(49)
-    cache = CapsuleCache(model.config, Paired(capsule, TextPruning(0.5)) if paired else capsule)
+    cache = CapsuleCache(model.config, Combined(capsule, TextPruning(0.5)) if paired else capsule)
     with attach(model), torch.no_grad():
-        model(**make_batch((1, "Read line 2.")), past_key_values=cache)
+        model(**make_batch((1, "Read line 2.")), **cache_argument(cache))
     made: list[torch.nn.Module] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "__setstate__", lambda self, state: made.append(self))
@@ -287,7 +290,7 @@ def test_saved_and_loaded_it_reads_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"joint_layers": 0}, "joint_layers 0: a stack has at least 1 layer"),
+        ({"joint_layers": 0}, "joint_layers 0: a layer group has at least 1 layer"),
         ({"rows": (12,)}, r"rows \[12\]: .* a multiple of 8"),
         ({"channels": (0,)}, r"channels \[0\]: at least 1"),
         ({"latent_bits": 4}, "latent_bits 4: .* leave it 0"),
@@ -301,8 +304,8 @@ def test_configs_that_cannot_be(options: dict[str, object], message: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": (8, 8)}, "2 rows for 1 stacks of layers: give one for each stack"),
-        ({"channels": ()}, "0 channels for 1 stacks"),
+        ({"rows": (8, 8)}, "2 rows for 1 layer groups: give one for each group"),
+        ({"channels": ()}, "0 channels for 1 layer groups"),
         ({"joint_heads": 3}, "joint_heads 3 does not divide 2 KV heads"),
     ],
 )
@@ -329,7 +332,9 @@ def test_the_maps_of_a_7b_class_model_pay_off_with_the_first_image() -> None:
     """32 layers of 8 KV heads of 128 in bfloat16, two layers and one head together, tiles of 64, half of the channels
     coded."""
     layers, heads, dim, tile, visual = 32, 8, 128, 64, 576
-    stack = CrossLayerTransform(2, heads, 1, tile, dim, tile, 2 * dim).to(torch.bfloat16)
+    stack = CrossLayerTransform(
+        layers=2, head_groups=heads, heads=1, tile=tile, dim=dim, rows=tile, channels=2 * dim
+    ).to(torch.bfloat16)
     maps = layers // 2 * stack.decoder_bytes()
     full = 2 * layers * heads * dim * visual * 2
     assert maps <= 40e6 and full / 20 + maps < 0.6 * full

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig
-from kvcapsule.codec.noise_shaping import Readers, shaped, shaping_macs
+from kvcapsule.codec.noise_shaping import TokenWeighting, shaped, shaping_macs
 from kvcapsule.codec.transform import CellTransform, Transform, TransformConfig
 from kvcapsule.errors import CapsuleError
 from kvcapsule.methods.layer_prefill import LayerPrefill
@@ -118,7 +118,7 @@ def test_rows_that_fill_up_the_last_group_do_no_harm() -> None:
 
 def test_weights_are_squares_of_the_attention_by_hand() -> None:
     """Two heads of one channel in one set, two queries each: attention (1/2, 1/2) and (1/4, 3/4), then (0, 1) twice."""
-    readers = Readers(2, 2, 2, 1, joint=2).double()
+    readers = TokenWeighting((2, 2, 2, 1), heads=2).double()
     readers.queries[1] = torch.tensor([[[0.0], [torch.tensor(3.0).log()]], [[50.0], [60.0]]])
     weights = readers(torch.tensor([[[[0.0], [1.0]], [[0.0], [1.0]]]], dtype=torch.float64), 1)
     square = torch.tensor([1 / 4 + 1 / 16, 1 / 4 + 9 / 16 + 2]) / 4
@@ -127,7 +127,7 @@ def test_weights_are_squares_of_the_attention_by_hand() -> None:
 
 
 def with_readers(capsule: Capsule) -> Capsule:
-    for i, readers in enumerate(m for m in capsule.modules() if isinstance(m, Readers)):
+    for i, readers in enumerate(m for m in capsule.modules() if isinstance(m, TokenWeighting)):
         readers.queries.copy_(2 * rand(*readers.queries.shape, seed=i))
     return capsule
 
@@ -165,7 +165,7 @@ def test_a_tile_has_the_same_codes_alone_and_among_others(family: str) -> None:
 
 
 def test_the_straight_through_estimator_sees_the_codes_that_are_stored() -> None:
-    transform = Transform(sets=2, heads=2, tile=16, dim=6, rows=16, channels=5)
+    transform = Transform(head_groups=2, heads=2, tile=16, dim=6, rows=16, channels=5)
     randomise(transform, torch.Generator().manual_seed(0))
     x, weights = rand(3, 4, 16, 6, seed=3).float(), torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(1))
     rows = coded(transform, transform.coefficients(x), weights)
@@ -231,8 +231,8 @@ def test_no_fewer_readers_than_none(kind: type) -> None:
 
 
 def test_shapes_of_readers() -> None:
-    assert Readers(3, HEADS, 5, DIM, HEADS)(rand(7, HEADS, 9, DIM), 2).shape == (7, 1, 9)
-    assert Readers(1, HEADS, 5, DIM, 1)(rand(7, HEADS, 9, DIM)).shape == (7, HEADS, 9)
+    assert TokenWeighting((3, HEADS, 5, DIM), HEADS)(rand(7, HEADS, 9, DIM), 2).shape == (7, 1, 9)
+    assert TokenWeighting((1, HEADS, 5, DIM), 1)(rand(7, HEADS, 9, DIM)).shape == (7, HEADS, 9)
 
 
 def test_shaping_costs_the_multiply_adds_that_it_says() -> None:

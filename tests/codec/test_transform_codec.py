@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import FAMILIES
+from kvcapsule.codec.bit_allocation import DISTORTION, SCALE
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformValues
 from kvcapsule.errors import CapsuleError
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
-from kvcapsule.training.families.allocation import DISTORTION, STEP
 
 SIZES = {"key_rows": (8, 8), "key_channels": (6, 6), "value_rows": (16, 16), "value_channels": (5, 5)}
 TILES = [(0, 3), (0, 13), (1, 5)]
@@ -38,7 +38,9 @@ def tiles_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def identity_transform(tile: int = 16, step: float = 0.05) -> Transform:
     """All components and all channels of one head in 8 bits: nothing is lost but what rounding to a step loses."""
-    transform = Transform(1, 1, tile, DIM, tile, DIM).double().requires_grad_(False)
+    transform = (
+        Transform(head_groups=1, heads=1, tile=tile, dim=DIM, rows=tile, channels=DIM).double().requires_grad_(False)
+    )
     for matrix in (transform.tokens_in, transform.tokens_out, transform.channels_in, transform.channels_out):
         matrix.copy_(torch.eye(matrix.shape[1]))
     transform.widths.fill_(8)
@@ -52,7 +54,7 @@ def identity_transform(tile: int = 16, step: float = 0.05) -> Transform:
 def test_coefficients_by_hand() -> None:
     """A tile of two tokens and two channels: the first component is their sum, its channels are swapped and the second
     one doubled."""
-    transform = Transform(1, 1, 2, 2, 8, 2).requires_grad_(False)
+    transform = Transform(head_groups=1, heads=1, tile=2, dim=2, rows=8, channels=2).requires_grad_(False)
     transform.tokens_in[0, 0] = torch.tensor([1.0, 1.0])
     transform.tokens_in[0, 7] = torch.tensor([1.0, -1.0])
     transform.channels_in.copy_(torch.tensor([[[0.0, 2.0], [1.0, 0.0]]]))
@@ -63,7 +65,7 @@ def test_coefficients_by_hand() -> None:
 def test_heads_of_a_set_lie_side_by_side() -> None:
     """Four heads of three channels in two sets: channel 4 of the second set is the second channel of the fourth
     head."""
-    transform = Transform(2, 2, 5, 3, 8, 6).requires_grad_(False)
+    transform = Transform(head_groups=2, heads=2, tile=5, dim=3, rows=8, channels=6).requires_grad_(False)
     transform.tokens_in[:, :5] = torch.eye(5)
     transform.channels_in.copy_(torch.eye(6))
     x = torch.randn(7, 4, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -76,7 +78,7 @@ def test_heads_of_a_set_lie_side_by_side() -> None:
 def test_reading_by_hand() -> None:
     """One coefficient of 1 bit and step 4 about 10 reads as 8 or 12; both tokens have half of it in their second
     channel."""
-    transform = Transform(1, 1, 2, 2, 8, 1).requires_grad_(False)
+    transform = Transform(head_groups=1, heads=1, tile=2, dim=2, rows=8, channels=1).requires_grad_(False)
     transform.tokens_in[0, 0] = 1.0
     transform.tokens_out[0, :, 0] = 0.5
     transform.channels_in.copy_(torch.tensor([[[0.0], [1.0]]]))
@@ -112,10 +114,10 @@ def test_what_is_read_is_the_decoder_of_the_codes(joint: int) -> None:
     assert segment.owner.tolist() == [row for row, _ in TILES]
     assert segment.frame is not None
     keys, values = segment.materialize(torch.float64)
-    in_frame = (tiles_of(of.keys), segment.frame.back(tiles_of(of.keys)))
+    in_frame = (tiles_of(of.keys), segment.frame.unrotate(tiles_of(of.keys)))
     assert not torch.allclose(*in_frame, atol=0.1)
     for rows, codec, read, x in (
-        (segment.keys, layer.keys.transform, segment.frame.back(keys), in_frame[1]),
+        (segment.keys, layer.keys.transform, segment.frame.unrotate(keys), in_frame[1]),
         (segment.values, layer.values.transform, values, tiles_of(of.values)),
     ):
         encoded = CodedRows.encode(_coefficients(codec, x, joint), codec.coding())
@@ -140,7 +142,7 @@ def _coefficients(transform: Transform, x_EHTD: torch.Tensor, joint: int) -> tor
 @pytest.mark.parametrize("width", WIDTHS)
 def test_error_of_a_gaussian_is_the_one_that_allocation_counts_on(width: int) -> None:
     """The integral over its density, point by point."""
-    transform = identity_transform(step=STEP[width])
+    transform = identity_transform(step=SCALE[width])
     transform.widths.fill_(width)
     values = torch.linspace(-7, 7, 1000 * 16 * DIM, dtype=torch.float64).view(1000, 1, 16, DIM)
     part = TransformValues(transform).encode(values)
@@ -242,9 +244,9 @@ def test_a_capsule_made_in_inference_mode_encodes_alike() -> None:
 def test_a_cast_capsule_reads_with_the_cast_parameters() -> None:
     capsule = transform_capsule()
     codec = capsule.layers[0].keys.transform
-    assert codec.coding().step.dtype == torch.float32
+    assert codec.coding().scale.dtype == torch.float32
     capsule.double()
-    assert codec.coding().step.dtype == codec.coding().offset.dtype == torch.float64
+    assert codec.coding().scale.dtype == codec.coding().offset.dtype == torch.float64
 
 
 # Attention
@@ -376,7 +378,7 @@ def test_sizes_of_another_capsule_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_family_is_registered() -> None:
-    assert FAMILIES["transform"] is TransformConfig
+    assert FAMILIES["transform"].config is TransformConfig
     config = transform_capsule(joint_heads=2).config
     assert CapsuleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -436,7 +438,7 @@ def test_the_maps_of_a_7b_class_model_are_small_and_pay_off_with_the_first_image
     """32 layers of 8 KV heads of 128 in bfloat16, tiles of 64, every row and channel coded: the most that such maps can
     take."""
     layers, heads, dim, tile, visual = 32, 8, 128, 64, 576
-    transform = Transform(heads, 1, tile, dim, tile, dim).to(torch.bfloat16)
+    transform = Transform(head_groups=heads, heads=1, tile=tile, dim=dim, rows=tile, channels=dim).to(torch.bfloat16)
     maps = 2 * layers * transform.decoder_bytes()
     assert maps <= 32e6
     full = 2 * layers * heads * dim * visual * 2

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvcapsule.codec.bit_allocation import allocate
 from kvcapsule.eval.bench import (
     byte_formula,
     bytes_touched,
@@ -21,7 +22,6 @@ from kvcapsule.eval.bench import (
 )
 from kvcapsule.eval.bench.shapes import SHAPES, Shape, distinct
 from kvcapsule.segments.segment import Segment
-from kvcapsule.training.families.allocation import allocate
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 2, 6, 2, 16, 32, 64, 100)
@@ -207,16 +207,29 @@ def test_like_layers_are_timed_once() -> None:
 
 
 @pytest.mark.parametrize(("tile", "channels", "ratio"), [(64, 128, 20), (196, 64, 20), (64, 128, 8), (16, 32, 40)])
-def test_widths_are_those_of_training(tile: int, channels: int, ratio: int) -> None:
-    """The same cells get the same widths as in training, for variances that are known."""
+def test_widths_are_those_of_one_water_level(tile: int, channels: int, ratio: int) -> None:
+    """Greedy allocation against its definition by a level: what is worth a width everywhere above it, by bisection."""
+    # log2 of the variance that is worth a width, over that of the first bit (Max, 1960).
+    worth = {1: 0.0, 2: 1.38, 3: 2.97, 4: 4.62, 8: 7.80}
+
+    def above(variances: torch.Tensor, level: float) -> torch.Tensor:
+        over, width = variances.log2() - level, torch.zeros_like(variances)
+        for bits, needed in worth.items():
+            width[over >= needed] = bits
+        return width
+
     budget = tile * channels * 4 // ratio
     spectra = [
         random_transform.variance(tile, channels, decay) for decay in (random_transform.KEYS, random_transform.VALUES)
     ]
-    ours = torch.cat([w.flatten() for w in random_transform.widths(spectra, budget)])
-    theirs = torch.cat([w.flatten() for w in allocate([v[None] for v in spectra], budget)])
-    assert budget * 0.97 < int(ours.long().sum()) <= budget
-    assert float((ours == theirs).double().mean()) > 0.98
+    low, high = -200.0, 200.0
+    for _ in range(60):
+        level = (low + high) / 2
+        low, high = (level, high) if sum(float(above(v, level).sum()) for v in spectra) > budget else (low, level)
+    by_level = torch.cat([above(v, high).flatten() for v in spectra])
+    allocated = torch.cat([w.flatten() for w in allocate([v[None] for v in spectra], budget)])
+    assert budget * 0.97 < int(allocated.long().sum()) <= budget
+    assert float((allocated == by_level).double().mean()) > 0.98
 
 
 def test_copies_fill_more_than_the_cache() -> None:

@@ -12,7 +12,7 @@ from kvcapsule.errors import InputError
 from kvcapsule.eval.entries import RIVALS, build
 from kvcapsule.eval.equal_bytes import TOLERANCE, PerLayer, match
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Method, start
+from kvcapsule.methods.method import Method
 from kvcapsule.policy import EvenlySpaced, Full, PyramidKV
 from kvcapsule.segments.segment import storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -32,7 +32,7 @@ def _weigher(visual: int, tokens: int) -> Callable[[Method], int]:
     prefills = _prefills(visual, tokens)
 
     def stored(method: Method) -> int:
-        run = start(method, range(LAYERS))
+        run = method.begin_pass(range(LAYERS))
         done = [compressed for of in prefills for _, compressed in run.add(of)]
         return storage_bytes(t for part in done for segments in part for s in segments for t in s.entry_tensors())
 

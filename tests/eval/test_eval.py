@@ -12,6 +12,7 @@ from kvcapsule.eval.metrics import divergence
 from kvcapsule.eval.quality import Tally, answered, evaluate, prompt_bytes
 from kvcapsule.eval.watched_generate import generate, held_bytes, new_cache
 from kvcapsule.inference.attach import attach
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import Full
 from kvcapsule.testbeds import pages
 
@@ -78,7 +79,7 @@ def _owners(rows: int) -> int:
 def test_full_cache_counts_visual_positions_and_nothing_else(model, batch) -> None:
     cache = new_cache(model, None)
     with torch.no_grad():
-        model(**batch.inputs, past_key_values=cache)
+        model(**batch.inputs, **cache_argument(cache))
     held = held_bytes(cache, batch.layout)
     marked = int((batch.inputs["input_ids"] == model.config.image_token_id).sum())
     assert held.visual == LAYERS * marked * TOKEN_BYTES
@@ -114,13 +115,13 @@ def test_divergence_is_that_of_the_answer_of_the_full_cache(model, processor, ro
     for method in (Full(), destroyer):
         with attach(model), torch.no_grad():
             cache, mask = new_cache(model, method), inputs["attention_mask"]
-            model(**inputs, past_key_values=cache, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+            model(**inputs, **cache_argument(cache), position_ids=(mask.cumsum(1) - 1).clamp_min(0))
             steps = []
             for token in answer[:, :-1].split(1, dim=1):
                 mask = torch.cat([mask, torch.ones_like(token)], dim=1)
                 position = mask.sum(1, keepdim=True) - 1
                 steps.append(
-                    model(input_ids=token, attention_mask=mask, past_key_values=cache, position_ids=position).logits[
+                    model(input_ids=token, attention_mask=mask, **cache_argument(cache), position_ids=position).logits[
                         :, -1
                     ]
                 )

@@ -80,7 +80,7 @@ def test_command_without_a_capsule_by_a_file_of_options(vlm, tmp_path) -> None:
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     full, spaced = json.loads((tmp_path / "eval.json").read_text())["rows"]
     assert (full["method"], spaced["method"]) == ("full", "evenly-spaced")
-    assert spaced["settings"] == {"policy": "evenly-spaced", "ratio": 0.5}
+    assert spaced["settings"] == {"policy": "evenly-spaced", "retention": 0.5}
     assert spaced["compression"] == pytest.approx(2.0, rel=0.01)
 
 
@@ -115,7 +115,7 @@ def test_a_budget_is_each_methods_own(vlm, tmp_path) -> None:
     assert main(["--model", vlm, *QUICK, *arguments]) == 0
     full, snapkv, look, int4 = json.loads((tmp_path / "eval.json").read_text())["rows"]
     assert [row["method"] for row in (snapkv, look, int4)] == ["snapkv", "look-m", "int4"]
-    assert snapkv["settings"]["ratio"] == look["settings"]["budget"] == 0.25
+    assert snapkv["settings"]["retention"] == look["settings"]["budget"] == 0.25
     assert snapkv["compression"] == pytest.approx(4, rel=0.01)
     assert look["kv_bytes"] < 0.27 * full["kv_bytes"] < snapkv["kv_bytes"]
 

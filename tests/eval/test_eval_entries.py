@@ -47,11 +47,11 @@ def test_settings_of_the_entries(make_capsule) -> None:
     assert made["kvcapsule"]["capsule"] == "some/capsule" and made["kvcapsule"]["key_ratios"] == 0.2
     assert made["evenly-spaced"] == {
         "policy": "evenly-spaced",
-        "ratio": [0.2, 0.2, 0.1, 0.1],
+        "retention": [0.2, 0.2, 0.1, 0.1],
         "matched_to": "kvcapsule",
     }
-    snapkv = {"policy": "snapkv", "ratio": 0.2, "window": 32, "kernel": 7, "pooling": "avg", "matched_to": "kvcapsule"}
-    assert made["snapkv"] == snapkv
+    snapkv = {"policy": "snapkv", "retention": 0.2, "window": 32, "kernel": 7, "pooling": "avg"}
+    assert made["snapkv"] == {**snapkv, "matched_to": "kvcapsule"}
     assert made["int4"] == {"policy": "quantized", "bits": 4}
     assert made["kivi4"] == {"policy": "kivi", "bits": 4, "group": 32}
 
@@ -69,7 +69,7 @@ def test_every_policy_can_be_named() -> None:
     ("name", "settings", "dial", "complaint"),
     [
         ("snapkv", {"windw": 3}, 0.1, "snapkv has no setting 'windw'; it has window, kernel, pooling."),
-        ("snapkv", {"ratio": 0.2}, 0.1, "snapkv has no setting 'ratio'"),
+        ("snapkv", {"retention": 0.2}, 0.1, "snapkv has no setting 'retention'"),
         ("snapkv", {"window": 0}, 0.1, "snapkv: window 0"),
         ("snapkv", {"window": "wide"}, 0.1, "snapkv: "),
         ("full", {"bits": 3}, None, "it has none"),

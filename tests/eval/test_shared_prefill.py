@@ -24,7 +24,7 @@ from kvcapsule.vlm.spans import find_spans
 
 METHODS = {
     "full": {},
-    "snapkv": {"ratio": 0.5},
+    "snapkv": {"retention": 0.5},
     "vl-cache": {"budget": 0.5},
     "akvq-vl": {"recent": 8},
     "r-kv": {"budget_tokens": 4, "buffer": 2, "window": 2},
@@ -153,7 +153,7 @@ def test_a_run_is_the_same_with_and_without(model, processor: LlavaProcessor, ro
 def test_prompts_weigh_the_same(model, processor, rows) -> None:
     prompts = list(batches(rows, model, processor, 4))
     prefills = [record(model, p.inputs, p.layout, hidden=False) for p in prompts]
-    method = POLICIES["snapkv"](ratio=0.5)
+    method = POLICIES["snapkv"](retention=0.5)
     assert prompt_bytes(model, prompts, method) == prompt_bytes(model, prompts, method, prefills) > 0
 
 

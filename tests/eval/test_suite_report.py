@@ -34,19 +34,20 @@ def test_report_is_refreshed_in_its_place_alone(vlm, tmp_path, suite_file) -> No
     assert [row[0] for row in cells] == list(rows)
     tasks = list(rows["full"]["accuracy"])
     assert head == [
-        *("method", "compression", "at 16 bits", "visual KV bytes a question", "all KV bytes a question", *tasks),
-        *("mean", "loss, points", "agreement", "KL", "parameter bytes"),
+        *("method", "compression as run", "compression vs 16 bit", "visual KV bytes per question"),
+        *("all KV bytes per question", *tasks),
+        *("mean accuracy", "loss in points", "same answers", "KL in nats", "decoder bytes"),
     ]
     means = [sum(row["accuracy"].values()) / len(tasks) for row in rows.values()]
     for line, row, score in zip(cells, rows.values(), means, strict=True):
         found = dict(zip(head, line, strict=True))
-        assert found["visual KV bytes a question"] == f"{row['visual_kv_bytes']:,}"
-        assert found["all KV bytes a question"] == f"{row['kv_bytes']:,}"
-        assert found["at 16 bits"] == f"{row['compression16']:.2f}x"
-        assert float(found["mean"]) == pytest.approx(score, abs=6e-4)
-        assert float(found["loss, points"]) == pytest.approx(100 * (means[0] - score), abs=0.06)
-        assert not found["loss, points"].startswith("-0.0")
-    assert f"`kvcapsule eval --model {Path(vlm).name}" in first and "seed 0" in first and " threads" in first
+        assert found["visual KV bytes per question"] == f"{row['visual_kv_bytes']:,}"
+        assert found["all KV bytes per question"] == f"{row['kv_bytes']:,}"
+        assert found["compression vs 16 bit"] == f"{row['compression16']:.2f}x"
+        assert float(found["mean accuracy"]) == pytest.approx(score, abs=6e-4)
+        assert float(found["loss in points"]) == pytest.approx(100 * (means[0] - score), abs=0.06)
+        assert not found["loss in points"].startswith("-0.0")
+    assert f"\nkvcapsule eval --model {Path(vlm).name}" in first and "seed 0" in first and " threads" in first
     assert "[JSON](../eval.json)" in first and "](../pictures/mine.png)" in first
     assert str(tmp_path) not in first
 
@@ -66,14 +67,14 @@ def test_a_report_has_times_and_the_hosts_bytes_where_there_are_such() -> None:
         "tokens_per_s_ratio": None,
     }
     plain, *_ = _cells(markdown.table([{**row, "method": "full"}, {**row, "method": "a"}]))
-    assert not {"on the host", "prefill time", "tokens/s"} & set(plain)
+    assert not {"bytes on the host", "prefill time vs full", "tokens/s vs full"} & set(plain)
     timed = [
         {**row, "method": m, "prefill_ratio": p, "tokens_per_s_ratio": 0.5, "host_kv_bytes": 7}
         for m, p in (("full", 1), ("a", 1.25))
     ]
     head, _, full, a = _cells(markdown.table(timed))
-    assert [line[head.index("prefill time")] for line in (full, a)] == ["1.00", "1.25"]
-    assert [line[head.index("on the host")] for line in (full, a)] == ["7", "7"]
+    assert [line[head.index("prefill time vs full")] for line in (full, a)] == ["1.00", "1.25"]
+    assert [line[head.index("bytes on the host")] for line in (full, a)] == ["7", "7"]
 
 
 def test_a_report_that_is_not_there_is_made(vlm, tmp_path, suite_file) -> None:
@@ -115,4 +116,4 @@ def test_a_report_without_a_place_is_refused_before_the_run(
 
 
 def test_the_shipped_document_has_the_place() -> None:
-    markdown.require_place(Path(__file__).resolve().parents[2] / "docs" / "results.md", "rate-distortion")
+    markdown.require_place(Path(__file__).resolve().parents[2] / "docs" / "results-tables.md", "rate-distortion")

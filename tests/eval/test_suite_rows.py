@@ -26,7 +26,7 @@ def test_a_suite_may_name_the_baselines(vlm, tmp_path, suite_file) -> None:
     for name in pruning:
         assert rows[f"{name}-4x"]["compression"] == pytest.approx(4, rel=0.01), name
         settings = rows[f"{name}-4x"]["settings"]
-        assert {"family": "token-pruning", "policy": name, "ratio": 0.25}.items() <= settings.items()
+        assert {"family": "token-pruning", "policy": name, "retention": 0.25}.items() <= settings.items()
         assert set(settings) == {"family", "policy", *(field.name for field in fields(POLICIES[name]))}
     assert rows["kivi2"]["settings"] == {"family": "quantisation", "policy": "kivi", "bits": 2, "group": 32}
     assert rows["kivi2"]["compression"] > rows["kivi4"]["compression"] > 4
@@ -52,7 +52,7 @@ def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:
     assert rows["evenly-spaced-2.4x"]["settings"] == {
         "family": "token-pruning",
         "policy": "evenly-spaced",
-        "ratio": pytest.approx(1 / 2.4),
+        "retention": pytest.approx(1 / 2.4),
     }
     assert rows["half"]["settings"]["ratio"] == 0.5 and rows["half"]["settings"]["capsule"] == "half"
     assert all(row["prefill_ratio"] is None for row in rows.values())
@@ -90,7 +90,8 @@ def test_ratio_has_one_meaning(suite_file) -> None:
     assert [spec.name for spec in specs[2:]] == ["evenly-spaced-20x", "evenly-spaced-0.05"]
     capsule = SimpleNamespace(config=SimpleNamespace(family="any", codec=IdentityConfig(14)))
     bench = Bench({"a": ("a", capsule), "b": ("b", capsule)}, lambda *_: None)
-    assert [spec.entry(bench).settings["ratio"] for spec in specs] == [0.05] * 4
+    settings = [spec.entry(bench).settings for spec in specs]
+    assert [of["ratio"] for of in settings[:2]] == [of["retention"] for of in settings[2:]] == [0.05] * 2
 
 
 def test_a_policy_may_have_settings(vlm, tmp_path, suite_file) -> None:
@@ -130,7 +131,7 @@ def test_a_capsule_that_is_there_beside_a_policy_for_the_text(vlm, tmp_path, sui
     assert len({row["visual_kv_bytes"] for row in (plain, pruned, few)}) == 1
     text = [row["kv_bytes"] - row["visual_kv_bytes"] for row in (plain, pruned, few)]
     assert text[0] > 1.5 * text[1] and text[0] > text[2]
-    assert pruned["settings"]["text"] == {"policy": "text-pruning", "ratio": 0.5, "sinks": 1, "recent": 2}
+    assert pruned["settings"]["text"] == {"policy": "text-pruning", "retention": 0.5, "sinks": 1, "recent": 2}
     assert pruned["settings"]["capsule"] == plain["settings"]["capsule"] == "shipped"
 
 

@@ -15,7 +15,9 @@ from kvcapsule.inference import attention_interface
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache
-from kvcapsule.methods.method import Method
+from kvcapsule.inference.transformers_api import cache_argument, output_cache, passed_cache
+from kvcapsule.methods.layer_prefill import LayerPrefill
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import Full, PostVisionAttention
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -63,7 +65,7 @@ class TestAttach:
                 raise KeyError
             assert self.traces(model) == traces
             out = model.generate(**batch, **greedy)
-            assert type(out.past_key_values) is DynamicCache
+            assert type(output_cache(out)) is DynamicCache
         finally:
             model.set_attn_implementation("sdpa")
 
@@ -82,7 +84,7 @@ class TestAttach:
             with attach(model, Full()):
                 model.generate(**make_batch((0, "Hello.")), **greedy)
             assert model.generate is own
-            assert isinstance(calls[0]["past_key_values"], CapsuleCache)
+            assert isinstance(passed_cache(calls[0]), CapsuleCache)
         finally:
             del model.__dict__["generate"]
 
@@ -91,7 +93,7 @@ class TestAttach:
     ) -> None:
         with attach(model, PostVisionAttention(0.1)):
             assert_same(
-                model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0
+                model.generate(**mixed, **cache_argument(DynamicCache(config=model.config)), **greedy), expected, atol=0
             )
             without = model.generate(**mixed, use_cache=False, **greedy)
             config = GenerationConfig(**{**greedy, "use_cache": False, "eos_token_id": 3, "pad_token_id": 0})
@@ -103,13 +105,13 @@ class TestAttach:
                 model.generation_config.use_cache = before
         for out in (without, *by_config):
             assert torch.equal(out.sequences, expected.sequences)
-            assert out.past_key_values is None
+            assert output_cache(out) is None
 
     def test_a_cache_outside_is_refused(
         self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], expected: Any
     ) -> None:
         with pytest.raises(RuntimeError, match=r"never read it.*with kvcapsule\.attach\(model"):
-            model.generate(**mixed, past_key_values=CapsuleCache(model.config, Full()), **greedy)
+            model.generate(**mixed, **cache_argument(CapsuleCache(model.config, Full())), **greedy)
         assert_same(model.generate(**mixed, **greedy), expected, atol=0)
         assert_same(run(model, Full(), mixed, **greedy), expected)
 
@@ -156,7 +158,7 @@ class TestAttach:
             prefill(model, mixed, cache)
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
             assert_same(
-                model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy), expected, atol=0
+                model.generate(**mixed, **cache_argument(DynamicCache(config=model.config)), **greedy), expected, atol=0
             )
             cache.layers[0].update(torch.zeros(3, 2, 5, 32), torch.zeros(3, 2, 5, 32))
         with attach(model):
@@ -185,11 +187,14 @@ class TestAttach:
                 torch.testing.assert_close(model(**mixed, use_cache=False).logits, plain, rtol=0, atol=0)
 
 
-class _Made:
+class _Made(Method):
     """A method made for some geometry."""
 
     def __init__(self, method: Method, geometry: KVGeometry) -> None:
-        self.compress, self.geometry = method.compress, geometry
+        self.method, self.geometry = method, geometry
+
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        return self.method.compress(prefill)
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         self.geometry.require(geometry)

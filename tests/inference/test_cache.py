@@ -26,6 +26,7 @@ from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument, output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
@@ -70,9 +71,9 @@ class TestEverythingKept:
     ) -> None:
         with attach(model):
             cache = CapsuleCache(model.config, Full())
-            out = model.generate(**mixed, past_key_values=cache, **greedy)
+            out = model.generate(**mixed, **cache_argument(cache), **greedy)
         assert_same(out, expected)
-        assert out.past_key_values is cache
+        assert output_cache(out) is cache
         assert cache.get_seq_length() == expected.sequences.shape[1] - 1
         assert all(isinstance(layer, CapsuleLayer) and layer.tail_length == 7 for layer in cache.layers)
 
@@ -83,7 +84,7 @@ class TestEverythingKept:
         batch = make_batch((0, "Hello."), (0, "What is the number beside the owl?"))
         out = run(model, keeper, batch, **greedy)
         assert_same(out, model.generate(**batch, **greedy))
-        assert out.past_key_values.bytes().visual == 0
+        assert output_cache(out).bytes().visual == 0
 
     def test_sampling(
         self, model: Model, mixed: BatchFeature, greedy: dict[str, Any], identity: Callable[..., Capsule]
@@ -154,12 +155,12 @@ def converse(
     pixels: Any,
 ) -> Any:
     """Both turns' outputs; the second is given the whole conversation, as a chat would."""
-    out = model.generate(**first, past_key_values=cache, **greedy)
+    out = model.generate(**first, **cache_argument(cache), **greedy)
     asked = processor.tokenizer(second, padding=True, return_tensors="pt")
     ids = torch.cat([out.sequences, asked["input_ids"]], dim=1)
     mask = torch.cat([longer(first["attention_mask"], greedy["max_new_tokens"]), asked["attention_mask"]], dim=1)
     images = {} if pixels is None else {"pixel_values": pixels}
-    return out, model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **images, **greedy)
+    return out, model.generate(input_ids=ids, attention_mask=mask, **cache_argument(cache), **images, **greedy)
 
 
 PLACEHOLDERS = "<image>" * 196

@@ -17,6 +17,7 @@ from transformers import BatchFeature, DynamicCache
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument, output_cache
 from kvcapsule.methods.method import Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
 
@@ -59,7 +60,7 @@ def attached(model: Model) -> Iterator[Model]:
 
 def generate(model: Model, batch: BatchFeature, cache: CapsuleCache, greedy: dict[str, Any], new: int = 8) -> Any:
     lengths = {"max_new_tokens": new, "min_new_tokens": new}
-    return model.generate(**batch, past_key_values=cache, **{**greedy, **lengths})
+    return model.generate(**batch, **cache_argument(cache), **{**greedy, **lengths})
 
 
 class TestGeneration:
@@ -90,7 +91,7 @@ class TestGeneration:
         out = generate(attached, padded, CapsuleCache(attached.config, method), greedy)
         assert torch.equal(out.sequences[:, -8:], plain.sequences[:, -8:])
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), rtol=0, atol=EXACT)
-        assert out.past_key_values.bytes() == plain.past_key_values.bytes()
+        assert output_cache(out).bytes() == output_cache(plain).bytes()
 
     def test_copied_prompt(self, method: Method, attached: Model, make_batch: Batch, greedy: dict[str, Any]) -> None:
         """test_cache_copy: an image is read once, and two questions go on from copies of its cache."""

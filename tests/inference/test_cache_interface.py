@@ -12,6 +12,7 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.method import Method
 from kvcapsule.policy import Full, PostVisionAttention, Quantized
 
@@ -99,11 +100,11 @@ class TestCacheInterface:
         self, attached: Model, mixed: BatchFeature, make_batch: Batch, greedy: dict[str, Any], expected: Any
     ) -> None:
         cache = CapsuleCache(attached.config, Full())
-        attached.generate(**make_batch((1, "Hello.")), past_key_values=cache, **greedy)
+        attached.generate(**make_batch((1, "Hello.")), **cache_argument(cache), **greedy)
         cache.reset()
         assert cache.get_seq_length() == 0
         assert cache.bytes().total == 0
-        assert_same(attached.generate(**mixed, past_key_values=cache, **greedy), expected)
+        assert_same(attached.generate(**mixed, **cache_argument(cache), **greedy), expected)
 
     @pytest.mark.parametrize("method", ["full", "kvcapsule", "quantized", "transform"])
     def test_rows_repeated_and_chosen(
@@ -149,7 +150,7 @@ class TestCacheInterface:
 
     def test_embeddings_alone_are_refused(self, attached: Model) -> None:
         with pytest.raises(ValueError, match="pass input_ids"):
-            attached(inputs_embeds=torch.zeros(1, 4, 128), past_key_values=CapsuleCache(attached.config, Full()))
+            attached(inputs_embeds=torch.zeros(1, 4, 128), **cache_argument(CapsuleCache(attached.config, Full())))
 
     def test_layers_that_share_keys_are_refused(self) -> None:
         with pytest.raises(GeometryError, match="gemma3n: its last 15 layers"):

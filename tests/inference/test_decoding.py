@@ -24,6 +24,7 @@ from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument, output_cache, passed_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
 from kvcapsule.policy import EvenlySpaced, Full, PostVisionAttention
@@ -96,8 +97,8 @@ class TestAssisted:
         prompt = batch["input_ids"].shape[1]
         assert lengths.count((prompt,) * 4) == 4
         assert max(lengths) == (prompt,) * 4
-        assert out.past_key_values.bytes().visual == plain.past_key_values.bytes().visual
-        assert out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+        assert output_cache(out).bytes().visual == output_cache(plain).bytes().visual
+        assert output_cache(out).get_seq_length() == output_cache(plain).get_seq_length()
         assert not torch.equal(out.sequences, model.generate(**batch, **wordy).sequences)
 
     def test_wrong_candidates_behind_the_prompt(
@@ -115,7 +116,7 @@ class TestAssisted:
         stubborn.lm_head.weight.copy_(stubborn.lm_head.weight.flip(0))
         options = {**greedy, "assistant_model": stubborn}
         with attach(model):
-            out = model.generate(**batch, past_key_values=Cache(model.config, Full()), **options)
+            out = model.generate(**batch, **cache_argument(Cache(model.config, Full())), **options)
         assert_same(out, model.generate(**batch, **options))
         assert removed[0][0] == removed[0][1] > 0
 
@@ -128,11 +129,11 @@ class TestAssisted:
         for cache in (DynamicCache(config=model.config), CapsuleCache(model.config, Full())):
             with attach(model), torch.no_grad():
                 cache.activate_past_recording()
-                model(**batch, past_key_values=cache)
+                model(**batch, **cache_argument(cache))
                 cache.crop(0)
                 mask = longer(batch["attention_mask"], ids.shape[1] + 3)
                 call = {"input_ids": longer(ids, 3), "attention_mask": mask, "pixel_values": second["pixel_values"][1:]}
-                model(**call, past_key_values=cache)
+                model(**call, **cache_argument(cache))
                 cache.crop(-2)
                 logits.append(step(model, cache, torch.tensor([[40]]), mask[:, :-1]))
         torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=EXACT)
@@ -141,7 +142,7 @@ class TestAssisted:
         with attach(model), torch.no_grad():
             cache = CapsuleCache(model.config, Full())
             cache.activate_past_recording()
-            model(**batch, past_key_values=cache)
+            model(**batch, **cache_argument(cache))
             with pytest.raises(
                 ValueError, match=r"cannot remove 60 tokens of a prefill of \d+: .* an image is among them"
             ):
@@ -156,7 +157,7 @@ class TestAssisted:
             caches = [CapsuleCache(model.config, EvenlySpaced(0.1)) for _ in range(2)]
             caches[1].activate_past_recording()
             for cache in caches:
-                model(**batch, past_key_values=cache)
+                model(**batch, **cache_argument(cache))
             assert caches[1].bytes().tail == 4 * (2 + 2 + 4) * length * 32 * 4
             logits = [step(model, cache, torch.tensor([[40]]), longer(batch["attention_mask"], 1)) for cache in caches]
         assert caches[1].bytes() == caches[0].bytes()
@@ -171,11 +172,11 @@ def contrastive(
     top_k, alpha, new = 4, 0.6, 8
     kwargs.pop("generation_config")
     cache, inputs = (
-        kwargs["past_key_values"],
+        passed_cache(kwargs),
         {k: kwargs[k] for k in ("attention_mask", "pixel_values", "mm_encoder_outputs") if k in kwargs},
     )
     mask = inputs["attention_mask"]
-    out = model(input_ids=input_ids, past_key_values=cache, output_hidden_states=True, **inputs)
+    out = model(input_ids=input_ids, **cache_argument(cache), output_hidden_states=True, **inputs)
     past, logits = out.hidden_states[-1], out.logits[:, -1]
     for _ in range(new):
         chances, tokens = logits_processor(input_ids, logits).softmax(-1).topk(top_k)
@@ -185,7 +186,11 @@ def contrastive(
         ids = tokens.view(-1, 1)
         positions = rows.sum(dim=1, keepdim=True) - 1
         out = model(
-            input_ids=ids, attention_mask=rows, position_ids=positions, past_key_values=cache, output_hidden_states=True
+            input_ids=ids,
+            attention_mask=rows,
+            position_ids=positions,
+            **cache_argument(cache),
+            output_hidden_states=True,
         )
         hidden = out.hidden_states[-1].unflatten(0, (-1, top_k))
         likeness = (
@@ -244,7 +249,7 @@ class TestOtherWays:
     ) -> None:
         """Generation configs of Gemma models name a cache that transformers no longer has."""
         monkeypatch.setattr(model.generation_config, "cache_implementation", "hybrid")
-        assert isinstance(run(model, Full(), batch, **greedy).past_key_values, CapsuleCache)
+        assert isinstance(output_cache(run(model, Full(), batch, **greedy)), CapsuleCache)
 
     @pytest.mark.parametrize("given", [True, False], ids=["cache given", "none given"])
     @pytest.mark.parametrize(
@@ -266,7 +271,7 @@ class TestOtherWays:
     ) -> None:
         with attach(model, None if given else Full()), pytest.raises(error, match=rf"{named}.*Leave the option out"):
             cache = CapsuleCache(model.config, Full()) if given else None
-            model.generate(**batch, max_new_tokens=2, past_key_values=cache, **options)
+            model.generate(**batch, max_new_tokens=2, **cache_argument(cache), **options)
 
 
 class TestStreaming:
@@ -373,7 +378,7 @@ class TestChat:
                 given = ids[:, cache.get_seq_length() :] if qwen else ids
                 types = {"mm_token_type_ids": (given == model.config.image_token_id).int()} if qwen else {}
                 inputs = {"input_ids": given, "attention_mask": torch.ones_like(ids), **images, **types}
-                outs.append(model.generate(**inputs, past_key_values=cache, **options))
+                outs.append(model.generate(**inputs, **cache_argument(cache), **options))
                 ids = torch.cat([ids, outs[-1].sequences[:, given.shape[1] :]], dim=1)
                 lengths.append(cache.get_seq_length() - ids.shape[1])
         finally:
@@ -406,7 +411,7 @@ class TestChat:
         with attach(model):
             outs, ours = self.hold(model, turns, CapsuleCache(model.config, EvenlySpaced(0.05)), options)
         assert all(torch.equal(here, there) for here, there in zip(ours, ids, strict=True))
-        assert [len(layer.visual) for layer in outs[-1].past_key_values.layers] == [2] * len(outs[-1].past_key_values)
+        assert [len(layer.visual) for layer in output_cache(outs[-1]).layers] == [2] * len(output_cache(outs[-1]))
 
     def test_pipeline(self, model: Model, processor: Any, images: Any) -> None:
         """The pipeline keeps no cache: it feeds every turn whole, both images in the second and third."""

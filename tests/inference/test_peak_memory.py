@@ -20,6 +20,7 @@ from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.eval.bench.peak_memory import LiveBytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full, Quantized
@@ -59,7 +60,7 @@ def peak(model: Any, batch: BatchFeature, cache: Any) -> Peak:
     handle = model.get_decoder().register_forward_pre_hook(begin)
     try:
         with torch.no_grad(), attach(model), LiveBytes() as meter:
-            model(**batch, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+            model(**batch, **cache_argument(cache), use_cache=cache is not None, logits_to_keep=1)
     finally:
         handle.remove()
     return Peak(meter.peak - began[0], cache.bytes().total if isinstance(cache, CapsuleCache) else 0)

@@ -17,6 +17,7 @@ from kvcapsule.inference import attention_interface
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import EvenlySpaced, Full
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
@@ -79,7 +80,7 @@ class TestOwnAttention:
             torch.testing.assert_close(out.logits[0], expected.logits[0], rtol=0, atol=0)
             with attach(model, EvenlySpaced(0.1)):
                 assert_same(
-                    model.generate(**mixed, past_key_values=DynamicCache(config=model.config), **greedy),
+                    model.generate(**mixed, **cache_argument(DynamicCache(config=model.config)), **greedy),
                     expected,
                     atol=0,
                 )

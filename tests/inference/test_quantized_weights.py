@@ -10,6 +10,7 @@ from support.run_vlm import EXACT, Model, assert_same, run
 from transformers import AutoModelForImageTextToText, BatchFeature, BitsAndBytesConfig
 
 from kvcapsule import Capsule
+from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.policy import Full
 
 OWN = ["vision_tower", "multi_modal_projector", "lm_head"]
@@ -52,5 +53,5 @@ def test_a_capsule_stores_less(
         max_new_tokens=2,
         return_dict_in_generate=True,
     )
-    held = out.past_key_values.bytes()
+    held = output_cache(out).bytes()
     assert 0 < held.visual < 4 * 2 * 2 * 196 * 32 * 4 / 10

@@ -19,8 +19,9 @@ from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.attention_interface import IMPLEMENTATION
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
@@ -49,7 +50,12 @@ class TestPeft:
         if request.param == "PeftModel":
             return get_peft_model(own_model, LoraConfig(**LORA)).eval()
         if request.param == "add_adapter":
-            own_model.add_adapter(LoraConfig(**LORA))
+            try:
+                own_model.add_adapter(LoraConfig(**LORA))
+            except ValueError as error:
+                if "version of PEFT" not in str(error):
+                    raise
+                pytest.skip(f"add_adapter: this transformers does not take the installed PEFT ({error})")
             return own_model.eval()
         get_peft_model(copy.deepcopy(own_model), LoraConfig(**LORA)).save_pretrained(tmp_path)
         own_model.load_adapter(str(tmp_path))
@@ -62,9 +68,9 @@ class TestPeft:
         assert not torch.equal(expected.sequences, model.generate(**batch, **greedy).sequences)
         out = run(adapted, identity(50), batch, **greedy)
         assert_same(out, expected)
-        assert isinstance(out.past_key_values, CapsuleCache)
-        assert out.past_key_values.bytes().visual > 0
-        assert type(adapted.generate(**batch, **greedy).past_key_values) is DynamicCache
+        assert isinstance(output_cache(out), CapsuleCache)
+        assert output_cache(out).bytes().visual > 0
+        assert type(output_cache(adapted.generate(**batch, **greedy))) is DynamicCache
 
     @pytest.mark.parametrize("past_hooks", [False, True], ids=["called", "forward alone"])
     def test_direct_forward(
@@ -165,7 +171,7 @@ class TestDeviceMap:
         assert_same(out, lossy)
         assert not any(
             t.is_meta
-            for layer in out.past_key_values.layers
+            for layer in output_cache(out).layers
             for s in (*layer.visual, *layer.text)
             for t in s.entry_tensors()
         )
@@ -189,7 +195,7 @@ class TestDeviceMap:
         """
         seen: list[LayerPrefill] = []
 
-        class Witness:
+        class Witness(Method):
             def compress(self, prefill: LayerPrefill) -> Compressed:
                 seen.append(prefill)
                 return Compressed([], [])

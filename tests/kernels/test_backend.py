@@ -10,8 +10,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.kernels import backend as choice
-from kvcapsule.kernels.fused import device
 from kvcapsule.kernels.cpu import library
+from kvcapsule.kernels.triton import arguments
 from kvcapsule.policy import EvenlySpaced
 
 
@@ -24,53 +24,53 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice.backend("cpu") == "cpu"
-    assert choice.backend("mps") == "reference"
-    monkeypatch.setattr(device, "INTERPRETED", False)
-    assert choice.backend("cuda") == "triton"
+    assert choice.backend_for("cpu") == "cpu"
+    assert choice.backend_for("mps") == "reference"
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
+    assert choice.backend_for("cuda") == "triton"
 
 
 def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     monkeypatch.setattr(library, "compiler", lambda: None)
-    assert choice.backend("cuda") == choice.backend("cpu") == "reference"
+    assert choice.backend_for("cuda") == choice.backend_for("cpu") == "reference"
     for name, extra in (("triton", "triton"), ("cpu", "cpu")):
         choice._chosen.clear()
         monkeypatch.setenv(choice.VARIABLE, name)
         with pytest.raises(RuntimeError, match=rf"pip install 'kvcapsule\[{extra}\]'"):
-            choice.backend("cpu")
+            choice.backend_for("cpu")
 
 
 def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "INTERPRETED", True)
+    monkeypatch.setattr(arguments, "INTERPRETED", True)
     monkeypatch.setenv(choice.VARIABLE, "triton")
-    assert choice.backend("cpu") == "triton"
+    assert choice.backend_for("cpu") == "triton"
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        choice.backend("cuda")
-    monkeypatch.setattr(device, "INTERPRETED", False)
+        choice.backend_for("cuda")
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     choice._chosen.clear()
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
-        choice.backend("cpu")
+        choice.backend_for("cpu")
     monkeypatch.setenv(choice.VARIABLE, "cpu")
-    assert choice.backend("cpu") == "cpu"
+    assert choice.backend_for("cpu") == "cpu"
     with pytest.raises(RuntimeError, match="KVCAPSULE_KERNELS=cpu serves the CPU alone, not tensors on cuda"):
-        choice.backend("cuda")
+        choice.backend_for("cuda")
     monkeypatch.setenv(choice.VARIABLE, "reference")
     choice._chosen.clear()
-    assert choice.backend("cuda") == choice.backend("cpu") == "reference"
+    assert choice.backend_for("cuda") == choice.backend_for("cpu") == "reference"
 
 
 def test_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "cuda")
     with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, cpu, triton"):
-        choice.backend("cpu")
+        choice.backend_for("cpu")
 
 
 def test_numba_is_refused_and_cpu_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CPU's kernels were before."""
+    """The CPU's kernels were compiled by Numba before."""
     monkeypatch.setenv(choice.VARIABLE, "numba")
     with pytest.raises(ValueError, match="set KVCAPSULE_KERNELS=cpu"):
-        choice.backend("cpu")
+        choice.backend_for("cpu")
 
 
 @pytest.mark.parametrize("method", ["transform", "spaced"])
@@ -82,7 +82,7 @@ def test_a_model_writes_what_it_writes_with_the_reference(
     greedy: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Left-padded rows, one with an image and one without; prefill encodes with the packing kernel too."""
+    """Left-padded rows, one with an image and one without."""
     # The kernels that Triton interprets are for tests alone: on a GPU the compiled ones.
     place = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(place)

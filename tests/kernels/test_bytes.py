@@ -14,6 +14,7 @@ from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference import cache as cache_module
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels import reference
 from kvcapsule.segments.segment import Segment
 
@@ -51,9 +52,12 @@ def decoding(
     positions = mask.sum(dim=1, keepdim=True) - 1
     with attach(model), torch.no_grad():
         cache = CapsuleCache(model.config, capsule)
-        model(**batch, past_key_values=cache)
+        model(**batch, **cache_argument(cache))
         token = torch.tensor([[40], [41]])
-        yield cache, lambda: model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        yield (
+            cache,
+            lambda: model(input_ids=token, attention_mask=mask, position_ids=positions, **cache_argument(cache)),
+        )
 
 
 def watch_step(

@@ -51,9 +51,9 @@ def error(
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def frames(draw: Draw, entries: int, half: int, neighbours: bool) -> Frame:
+def frames(draw: Draw, entries: int, half: int, interleaved: bool) -> Frame:
     angles = 3 * draw(entries, half)
-    return Frame(angles.cos(), angles.sin(), neighbours)
+    return Frame(angles.cos(), angles.sin(), interleaved)
 
 
 def retained(draw: Draw, owner: list[int], tokens: int, keys: int, values: int) -> Segment:
@@ -91,13 +91,13 @@ def test_coded_tiles_in_any_order(owner: list[int], joint: int, threads: int) ->
         assert error(query_of(group, batch=3), [segment, draw.raw([0, 1, 2], 4, dim=8)]) < SINGLE
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("half", [2, 4])
-def test_frames_of_a_part_of_the_channels(half: int, neighbours: bool) -> None:
+def test_frames_of_a_part_of_the_channels(half: int, interleaved: bool) -> None:
     draw = Draw()
-    coded = replace(draw.transform([0, 1, 1], 12, (2, 5), (1, 4)), frame=frames(draw, 3, half, neighbours))
+    coded = replace(draw.transform([0, 1, 1], 12, (2, 5), (1, 4)), frame=frames(draw, 3, half, interleaved))
     assert error(query_of(batch=2), [coded]) < SINGLE
-    raw = replace(retained(draw, [0, 1, 1], 12, 5, 3), frame=frames(draw, 3, 2 * half, neighbours))
+    raw = replace(retained(draw, [0, 1, 1], 12, 5, 3), frame=frames(draw, 3, 2 * half, interleaved))
     assert error(query_of(batch=2, dim=DIM), [raw]) < SINGLE
 
 
@@ -229,7 +229,7 @@ def test_parameters_that_change_or_move_are_read() -> None:
     coding = segment.keys.coding  # type: ignore[union-attr]
     for change in (
         lambda: None,
-        lambda: coding.step.mul_(2),
+        lambda: coding.scale.mul_(2),
         lambda: setattr(coding.offset, "data", coding.offset.data * 3),
     ):
         change()

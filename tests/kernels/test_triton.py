@@ -5,105 +5,68 @@ Whatever is allocated and not written holds NaN throughout this file.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
-from support.random_segments import (
-    DIM,
-    HEADS,
-    OWNERS,
-    SCALE,
-    Draw,
-    of_cell_width,
-    of_odd_size,
-    quantised,
-    query_of,
-    with_hidden_tokens,
-)
+from support import triton_cases
+from support.random_segments import DIM, HEADS, OWNERS, SCALE, Draw, quantised, query_of, with_hidden_tokens
+from support.triton_cases import DEVICE, FORMS, SMALL, Case, on_device
 
 from kvcapsule.kernels import reference
-from kvcapsule.kernels.fused import attend as fused
-from kvcapsule.kernels.fused import device, plan, rowed
-from kvcapsule.kernels.fused.packing import pack
+from kvcapsule.kernels.triton import arguments, plan, row_launch
+from kvcapsule.kernels.triton import attend as kernels
 from kvcapsule.policy.kivi import GroupedRows
-from kvcapsule.segments.bit_packing import WIDTHS
-from kvcapsule.segments.bit_packing import pack as pack_reference
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Rows, Segment
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINGLE, HALF = 1e-5, 2e-3
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def on_device(segment: Segment) -> Segment:
-    moved: dict[str, Any] = {}
-    for name, value in vars(segment).items():
-        if isinstance(value, Frame):
-            moved[name] = Frame(value.cos.to(DEVICE), value.sin.to(DEVICE))
-        elif hasattr(value, "to"):
-            moved[name] = value.to(DEVICE)
-    return replace(segment, **moved)
-
-
-def attended(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0) -> torch.Tensor:
+def attended(
+    query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0
+) -> torch.Tensor:
     """By the kernels, which leave as many segments as said to the reference."""
-    rows = query.shape[1] // HEADS * query.shape[2]
-    moved = [on_device(s) for s in segments]
-    paths = [plan.route(s, rows, visible is not None and s is moved[-1]) for s in moved]
-    assert paths.count("reference") == left, paths
-    seen = None if visible is None else visible.to(DEVICE)
-    with torch.no_grad():
-        return fused.attend(query.to(DEVICE), moved, SCALE, seen).cpu()
+    return triton_cases.attended(Case(query, segments, visible), left)
 
 
 def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None, left: int = 0) -> float:
     """Relative error of the kernels against the reference in double precision."""
-    with torch.no_grad():
-        expected = reference.attend(query.double(), segments, SCALE, visible)
-    assert expected.norm() > 0.1
-    return float((attended(query, segments, visible, left).double() - expected).norm() / expected.norm())
+    return triton_cases.error(Case(query, segments, visible), left)
+
+
+@pytest.mark.parametrize("name", [*SMALL, *FORMS])
+def test_shared_cases_in_single_precision(name: str) -> None:
+    """Odd sizes, every width, and every form with a 7B model's heads; test_triton_gpu.py has them in all precisions."""
+    assert triton_cases.error((SMALL | FORMS)[name](torch.float32)) < SINGLE
 
 
 def test_the_kernels_are_interpreted_or_there_is_a_gpu() -> None:
-    assert (DEVICE == "cpu") == device.INTERPRETED
+    assert (DEVICE == "cpu") == arguments.INTERPRETED
 
 
 def test_each_kind_in_single_precision(kind: str, random_segment: Callable[..., Segment]) -> None:
     segments = [random_segment(kind, owner, seed, torch.float32) for seed, owner in enumerate(OWNERS)]
-    assert error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)], left=2 * (kind == "mlp")) < SINGLE
+    assert (
+        error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)], left=2 * (kind == "mlp"))
+        < SINGLE
+    )
 
 
 @pytest.mark.parametrize("kind", ["bias", "quantized", "maps", "joint", "everything"])
 def test_each_path_in_half_precision(kind: str, random_segment: Callable[..., Segment]) -> None:
-    segments = [random_segment(kind, OWNERS[0], 1, torch.float16), random_segment("raw", [0, 1, 2, 3], 7, torch.float16)]
+    segments = [
+        random_segment(kind, OWNERS[0], 1, torch.float16),
+        random_segment("raw", [0, 1, 2, 3], 7, torch.float16),
+    ]
     assert error(query_of(dtype=torch.float16), segments) < HALF
 
 
 def test_bfloat16_is_kept_from_the_interpreters_product() -> None:
     draw = Draw(dtype=torch.bfloat16)
     assert error(query_of(dtype=torch.bfloat16), [draw.raw([0, 1, 2, 3], 20)]) < 1e-2
-
-
-@pytest.mark.parametrize("tokens", [1, 63, 65])
-def test_odd_sizes(tokens: int) -> None:
-    """Of plain rows, few-bit rows beside them in one launch, maps and codes; 65 tokens take two splits."""
-    assert error(query_of(group=1), of_odd_size(tokens)) < SINGLE
-
-
-@pytest.mark.parametrize(("key_bits", "value_bits"), [(8, 3), (3, 8), (2, 4), (1, 1)])
-def test_widths_of_few_bit_rows(key_bits: int, value_bits: int) -> None:
-    draw = Draw(key_bits)
-    # Beside other rows: what is the same for all scores of a segment shows in its mass alone.
-    assert error(query_of(batch=1), [quantised(draw.raw([0], 21), key_bits, value_bits), draw.raw([0], 3)]) < SINGLE
-
-
-@pytest.mark.parametrize("width", [0, *WIDTHS])
-def test_widths_of_cells(width: int) -> None:
-    assert error(query_of(batch=1), of_cell_width(width)) < SINGLE
 
 
 def test_latents_in_few_bits_and_pairs_of_unlike_rows() -> None:
@@ -116,11 +79,13 @@ def test_latents_in_few_bits_and_pairs_of_unlike_rows() -> None:
     assert isinstance(unlike.values, torch.Tensor)
     hidden = replace(unlike, values=unlike.values.masked_fill(~unlike.mask[:, None, :, None], torch.nan))  # type: ignore[index]
     assert error(query_of(batch=2), [latents, unlike]) < SINGLE
-    torch.testing.assert_close(attended(query_of(batch=2), [latents, hidden]), attended(query_of(batch=2), [latents, unlike]))
+    torch.testing.assert_close(
+        attended(query_of(batch=2), [latents, hidden]), attended(query_of(batch=2), [latents, unlike])
+    )
 
 
 def test_several_queries_see_a_causal_tail_in_a_larger_buffer() -> None:
-    """What lies past the written tokens, before a row's first one, or outside a mask may be anything; the length is on the device."""
+    """What lies past the written tokens, before a row's first one, or outside a mask may be anything."""
     query, (clean, seen) = query_of(3, 3, batch=3), with_hidden_tokens(0.0)
     assert error(query, clean, seen) < SINGLE
     assert torch.equal(attended(query, with_hidden_tokens(torch.nan)[0], seen), attended(query, clean, seen))
@@ -136,7 +101,12 @@ def test_tiles_that_are_not_there_may_hold_nan(random_segment: Callable[..., Seg
         assert isinstance(whole.keys, torch.Tensor) and isinstance(whole.values, torch.Tensor)
         hidden = ~mask.any(dim=1)[:, None, None, None]
         results.append(
-            replace(whole, keys=whole.keys.masked_fill(hidden, poison), values=whole.values.masked_fill(hidden, poison), mask=mask)
+            replace(
+                whole,
+                keys=whole.keys.masked_fill(hidden, poison),
+                values=whole.values.masked_fill(hidden, poison),
+                mask=mask,
+            )
         )
     query = query_of(batch=3)
     assert torch.equal(attended(query, [results[1], tail]), attended(query, [results[0], tail]))
@@ -206,7 +176,7 @@ def test_what_no_kernel_covers_is_the_reference_itself(random_segment: Callable[
     learned = [replace(raw[0], q_map=torch.randn(HEADS, DIM, DIM).requires_grad_())]
     assert not plan.covers(query_of(), learned, HEADS)
     query = query_of(queries=33)
-    assert fused.attend(query.to(DEVICE), [on_device(s) for s in raw], SCALE).isfinite().all()
+    assert kernels.attend(query.to(DEVICE), [on_device(s) for s in raw], SCALE).isfinite().all()
     torch.testing.assert_close(attended(query, raw), reference.attend(query, raw, SCALE), rtol=0, atol=1e-6)
 
 
@@ -218,7 +188,10 @@ def test_plain_segments_share_a_launch() -> None:
     half = Draw(dtype=torch.float16).raw([0], 5)
 
     def numbers(segments: list[Segment]) -> list[list[int]]:
-        return [[next(i for i, s in enumerate(segments) if s is found) for found in launch] for launch in rowed.launches(segments)]
+        return [
+            [next(i for i, s in enumerate(segments) if s is found) for found in launch]
+            for launch in row_launch.group_by_launch(segments)
+        ]
 
     assert numbers([few, raw, tail]) == [[0, 1, 2]]
     assert numbers([few, fewer, raw, tail]) == [[0], [1, 2, 3]]
@@ -243,7 +216,7 @@ def test_a_segment_that_fetches_its_rows(random_segment: Callable[..., Segment])
             return on_device(raw)
 
     none = Fetched(raw.keys[:, :, :1], raw.values[:, :, :1], raw.owner)  # type: ignore[index]
-    out = fused.attend(query_of().to(DEVICE), [on_device(none)], SCALE).cpu()
+    out = kernels.attend(query_of().to(DEVICE), [on_device(none)], SCALE).cpu()
     assert given == [((4, HEADS, 2, 1, DIM), SCALE)]
     assert torch.equal(out, attended(query_of(), [raw]))
 
@@ -270,11 +243,14 @@ def test_entries_of_single_heads() -> None:
             for kv_head in range(HEADS):
                 own = ((owner == row) & (head == kv_head)).nonzero()[:, 0]
                 k, v = (
-                    torch.cat([x[own, 0].flatten(0, 1), t[row, kv_head].double()]) for x, t in ((keys, tail.keys), (values, tail.values))
+                    torch.cat([x[own, 0].flatten(0, 1), t[row, kv_head].double()])
+                    for x, t in ((keys, tail.keys), (values, tail.values))
                 )
                 q = query[row, 3 * kv_head : 3 * kv_head + 3, 0].double()
                 expected = torch.softmax(q @ k.T * SCALE, dim=-1) @ v
-                torch.testing.assert_close(out[row, 3 * kv_head : 3 * kv_head + 3, 0].double(), expected, rtol=SINGLE, atol=SINGLE)
+                torch.testing.assert_close(
+                    out[row, 3 * kv_head : 3 * kv_head + 3, 0].double(), expected, rtol=SINGLE, atol=SINGLE
+                )
 
 
 def test_the_index_of_units_is_made_once_a_segment() -> None:
@@ -289,16 +265,4 @@ def test_the_index_of_units_is_made_once_a_segment() -> None:
 
 def test_the_kernels_need_a_segment() -> None:
     with pytest.raises(ValueError, match="at least one segment"):
-        fused.attend(query_of(), [], SCALE)
-
-
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_packing_is_the_references(bits: int) -> None:
-    generator = torch.Generator().manual_seed(bits)
-    for shape in ((1, 8), (3, 5, 8), (257, 8), (0, 8)):
-        codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
-        assert torch.equal(pack(codes.to(DEVICE), bits).cpu(), pack_reference(codes, bits))
-    strided = torch.randint(0, 2**bits, (8, 7), generator=generator, dtype=torch.uint8).T
-    assert torch.equal(pack(strided.to(DEVICE), bits).cpu(), pack_reference(strided, bits))
-    with pytest.raises(ValueError, match="can be packed"):
-        pack(codes[:, :7], bits)
+        kernels.attend(query_of(), [], SCALE)

@@ -11,8 +11,9 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import output_cache
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Method, Run, start
+from kvcapsule.methods.method import Compressed, CompressionPass, Method
 from kvcapsule.policy import EvenlySpaced, PostVisionAttention, Quantized
 from kvcapsule.segments.segment import Segment
 
@@ -116,7 +117,7 @@ class TestCompressing:
         self, compressed: tuple[Method, int, Any], mixed: BatchFeature, model: Model
     ) -> None:
         _, promised, out = compressed
-        held = out.past_key_values.bytes()
+        held = output_cache(out).bytes()
         assert held.visual == promised
         assert held.other == 0
         assert held.tail == L * 2 * H * D * FLOAT * 64 * 3
@@ -171,24 +172,27 @@ class TestCompressing:
         )
 
 
-class _WrittenOut:
+class _WrittenOut(Method):
     """A method whose visual segments are stored as the full keys and values that they stand for."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
 
-    def start(self, layers: Sequence[int]) -> "_WrittenOutRun":
-        return _WrittenOutRun(start(self.method, layers))
+    def compress(self, prefill: LayerPrefill) -> Compressed:
+        raise NotImplementedError("a pass compresses")
+
+    def begin_pass(self, layers: Sequence[int]) -> "_WrittenOutPass":
+        return _WrittenOutPass(self.method.begin_pass(layers))
 
 
-class _WrittenOutRun:
-    def __init__(self, run: Run) -> None:
-        self.run = run
+class _WrittenOutPass:
+    def __init__(self, compression: CompressionPass) -> None:
+        self.compression = compression
 
     def add(self, prefill: LayerPrefill) -> list[tuple[int, Compressed]]:
         return [
             (layer, Compressed([Segment(*s.materialize(), s.owner, bias=s.bias, mask=s.mask) for s in visual], text))
-            for layer, (visual, text) in self.run.add(prefill)
+            for layer, (visual, text) in self.compression.add(prefill)
         ]
 
 

@@ -10,12 +10,13 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.kept_rows import keep, keep_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, LayerByLayer, SharedBudget, Written, start
-from kvcapsule.policy import EvenlySpaced, Full
-from kvcapsule.policy.combine import Paired, TextPruning
+from kvcapsule.methods.method import Compressed, DecodeState, DecodeTimeMethod, LayerByLayerPass
+from kvcapsule.methods.shared_budget import SharedBudget
+from kvcapsule.policy import Combined, EvenlySpaced, Full, TextPruning
 from kvcapsule.segments.segment import Segment, storage_bytes
 
 ROWS, HEADS, GROUP, TOKENS, DIM = 3, 2, 2, 40, 8
@@ -123,11 +124,11 @@ class ByLayer(SharedBudget[float]):
         assert prefill.query.shape[2] == prefill.keys.shape[2]
         return float(prefill.layer + 1)
 
-    def commit(self, prefills: Sequence[LayerPrefill], observed: Sequence[float]) -> list[Compressed]:
+    def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[float]) -> list[Compressed]:
         assert all(p.query.shape[2] == 0 for p in prefills)
         self.seen.append([p.layer for p in prefills])
-        total = sum(observed)
-        return [self.cut(p, share / total) for p, share in zip(prefills, observed, strict=True)]
+        total = sum(observations)
+        return [self.cut(p, share / total) for p, share in zip(prefills, observations, strict=True)]
 
     def cut(self, of: LayerPrefill, share: float) -> Compressed:
         first = of.valid & (of.valid.cumsum(dim=1) <= round(share * of.valid.shape[1]))
@@ -141,7 +142,7 @@ def test_a_shared_budget_is_committed_when_all_layers_are_known(
     batch = make_batch((1, "Read line 2."), (1, "Transcribe the page."))
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=3, do_sample=False)
     assert method.seen == [[0, 1, 2, 3]]
     length = batch["input_ids"].shape[1]
     stored = [
@@ -161,28 +162,31 @@ def test_pairing_waits_for_both_methods() -> None:
         LayerPrefill(i, *(prefill().query, prefill().keys, prefill().values), [], prefill().valid, 1.0)
         for i in range(2)
     ]
-    run = start(Paired(Full(), ByLayer()), [0, 1])
+    run = Combined(Full(), ByLayer()).begin_pass([0, 1])
     assert list(run.add(layers[0])) == []
     assert [layer for layer, _ in run.add(layers[1])] == [0, 1]
-    assert isinstance(start(Full(), [0]), LayerByLayer)
-    direct = start(Paired(Full(), TextPruning(0.5)), [0])
+    assert isinstance(Full().begin_pass([0]), LayerByLayerPass)
+    direct = Combined(Full(), TextPruning(0.5)).begin_pass([0])
     assert [layer for layer, _ in direct.add(layers[0])] == [0]
 
 
-class LastOnes(Full):
+class LastOnes(Full, DecodeTimeMethod):
     """Every 4 written tokens: of the tail, the last two are kept, and what was is left as it is."""
 
-    every, window = 4, 3
+    interval, window = 4, 3
 
     def __init__(self) -> None:
         self.written: list[tuple[int, int, int]] = []
 
-    def revise(self, written: Written) -> Compressed:
-        self.written.append((written.layer, written.keys.shape[2], written.query.shape[2]))
-        assert bool(written.seen.all())
-        rows = torch.arange(written.keys.shape[0])
-        kept = Segment(written.keys[:, :, -2:].clone(), written.values[:, :, -2:].clone(), rows)
-        return Compressed(written.visual, [*written.text, kept])
+    def decode_time(self) -> DecodeTimeMethod:
+        return self
+
+    def on_decode(self, state: DecodeState) -> Compressed:
+        self.written.append((state.layer, state.keys.shape[2], state.query.shape[2]))
+        assert bool(state.valid.all())
+        rows = torch.arange(state.keys.shape[0])
+        kept = Segment(state.keys[:, :, -2:].clone(), state.values[:, :, -2:].clone(), rows)
+        return Compressed(state.visual, [*state.text, kept])
 
 
 def test_a_method_acts_again_while_tokens_are_written(
@@ -192,7 +196,7 @@ def test_a_method_acts_again_while_tokens_are_written(
     batch = make_batch((1, "Read line 2."), (2, "Transcribe the page."))
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert method.written == [(layer, 4, 3) for _ in range(2) for layer in range(4)]
     for layer in cache.layers:
         assert isinstance(layer, CapsuleLayer)
@@ -209,14 +213,14 @@ def test_a_revision_that_keeps_everything_changes_no_answer(
     model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
 ) -> None:
     class All(LastOnes):
-        def revise(self, written: Written) -> Compressed:
-            rows = torch.arange(written.keys.shape[0])
-            kept = Segment(written.keys.clone(), written.values.clone(), rows, mask=written.seen.clone())
-            return Compressed(written.visual, [*written.text, kept])
+        def on_decode(self, state: DecodeState) -> Compressed:
+            rows = torch.arange(state.keys.shape[0])
+            kept = Segment(state.keys.clone(), state.values.clone(), rows, mask=state.valid.clone())
+            return Compressed(state.visual, [*state.text, kept])
 
     batch = make_batch((1, "Read line 2."), (2, "Transcribe the page."))
     answers = []
-    for method in (Full(), All(), Paired(Full(), All())):
+    for method in (Full(), All(), Combined(Full(), All())):
         with attach(model, method):
             answers.append(model.generate(**batch, max_new_tokens=14, min_new_tokens=14, do_sample=False))
     assert torch.equal(answers[0], answers[1])
@@ -224,7 +228,5 @@ def test_a_revision_that_keeps_everything_changes_no_answer(
 
 
 def test_only_the_text_s_method_may_act_again() -> None:
-    with pytest.raises(
-        ValueError, match="LastOnes acts again while tokens are written: it can only be the method of the text"
-    ):
-        Paired(LastOnes(), EvenlySpaced(0.5))
+    with pytest.raises(ValueError, match="LastOnes acts during decoding: it can only be the method of the text"):
+        Combined(LastOnes(), EvenlySpaced(0.5))

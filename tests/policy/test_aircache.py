@@ -14,9 +14,10 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AirCache, Full, aircache
-from kvcapsule.policy.aircache import Observed, skewness
+from kvcapsule.policy.aircache import EliteAttention, skewness
 
 # By hand
 
@@ -101,7 +102,7 @@ def test_layers_share_what_is_observed() -> None:
     layers = [tokens([(0, 5, 20)], [0], 30, layer) for layer in range(2)]
     importance = torch.arange(30.0).expand(1, 1, 30)
     seen = [
-        Observed(importance * sign, torch.tensor([strength]), torch.zeros(1))
+        EliteAttention(importance * sign, torch.tensor([strength]), torch.zeros(1))
         for sign, strength in ((1, 0.75), (-1, 0.25))
     ]
     found = AirCache(0.3, measure="strength").commit(layers, seen)
@@ -189,7 +190,7 @@ def test_a_batch_is_its_rows_one_by_one(method: AirCache) -> None:
 
 @each
 def test_a_ratio_of_one_keeps_everything(method: AirCache) -> None:
-    for of, found in zip(mixed(), run(replace(method, ratio=1.0), mixed()), strict=True):
+    for of, found in zip(mixed(), run(replace(method, retention=1.0), mixed()), strict=True):
         full = Full().compress(of)
         assert [places(found.visual, row) for row in range(4)] == [places(full.visual, row) for row in range(4)]
         same_answers(found, full, of)
@@ -239,10 +240,10 @@ def test_half_precision_is_scored_in_single() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": 0.0}, "retention ratio 0.0 is outside (0, 1]"),
-        ({"ratio": 0.1, "alpha": 0.0}, "alpha 0.0 is outside (0, 1]"),
+        ({"retention": 0.0}, "retention ratio 0.0 is outside (0, 1]"),
+        ({"retention": 0.1, "alpha": 0.0}, "alpha 0.0 is outside (0, 1]"),
         *(
-            ({"ratio": 0.1, name: "some"}, f"{name} 'some' is none of ")
+            ({"retention": 0.1, name: "some"}, f"{name} 'some' is none of ")
             for name in ("measure", "text", "heads", "normalisation", "negative", "overflow")
         ),
     ],
@@ -260,7 +261,7 @@ def test_generation_with_beams_and_padding(
     with attach(model):
         cache = CapsuleCache(model.config, AirCache(0.1, heads=heads))
         output = model.generate(
-            **batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
+            **batch, **cache_argument(cache), max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
         )
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
     images = 2 * 3 * 196 * 4 * 2 * 2 * 32 * 4

@@ -15,11 +15,12 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Revises, Written
+from kvcapsule.methods.method import Compressed, DecodeState
 from kvcapsule.policy import POLICIES, AkvqVl, Full
-from kvcapsule.policy.combine import Paired
+from kvcapsule.policy.combine import Combined
 from kvcapsule.policy.recent_window import Exact
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.hadamard import hadamard
@@ -346,7 +347,7 @@ def test_bits_for_an_element(count: int, printed: float) -> None:
     payload = 8 * storage_bytes(iter([*raw, *(p.codes for p in packed)]))
     assert payload == elements * 2 + 14 * low * 2 * dim
     assert payload / elements == pytest.approx(printed, abs=0.01)
-    scales = 8 * storage_bytes(t for p in packed for t in (p.step, p.zero))
+    scales = 8 * storage_bytes(t for p in packed for t in (p.scale, p.minimum))
     assert scales == (count - low) * 2 * 2 * 16
     everything = 8 * storage_bytes(t for s in segments for t in s.entry_tensors() if t is not s.owner)
     assert everything == payload + scales
@@ -418,18 +419,18 @@ def test_half_precision(dtype: torch.dtype) -> None:
 # The window moves
 
 
-def later(compressed: Compressed, of: LayerPrefill, seen: torch.Tensor | None = None) -> Written:
+def later(compressed: Compressed, of: LayerPrefill, seen: torch.Tensor | None = None) -> DecodeState:
     """The tokens of `of` as written behind what is stored."""
     rows, count = of.keys.shape[0], of.keys.shape[2]
     seen = torch.ones(rows, count, dtype=torch.bool) if seen is None else seen
     query = of.query[:, :, :0]
-    return Written(of.layer, compressed.visual, compressed.text, of.keys, of.values, seen, query, of.scale)
+    return DecodeState(of.layer, compressed.visual, compressed.text, of.keys, of.values, seen, query, of.scale)
 
 
 def revised(policy: AkvqVl, of: LayerPrefill, *written: LayerPrefill) -> Compressed:
     compressed = policy.compress(of)
     for tail in written:
-        compressed = policy.revise(later(compressed, tail))
+        compressed = policy.on_decode(later(compressed, tail))
     return compressed
 
 
@@ -467,7 +468,7 @@ def assert_same_tokens(ours: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_a_short_window_moves_in_chunks() -> None:
-    assert (AkvqVl().every, AkvqVl(recent=12).every, AkvqVl(recent=0).every) == (128, 32, 32)
+    assert (AkvqVl().interval, AkvqVl(recent=12).interval, AkvqVl(recent=0).interval) == (128, 32, 32)
     of = mixed()
     after = revised(AkvqVl((), recent=0, pivots=0), of, tokens([], [0] * 3, 40))
     assert all(isinstance(s.keys, GroupedRows) for s in (*after.visual, *after.text))
@@ -488,7 +489,7 @@ def test_padding_of_a_tail_stays_unseen_and_a_closed_tail_leaves() -> None:
     closed = Segment(tail.keys[:, :, :5].clone(), tail.values[:, :, :5].clone(), torch.arange(3))
     seen = torch.ones(3, 40, dtype=torch.bool)
     seen[0, :3] = False
-    after = POLICY.revise(later(Compressed(compressed.visual, [*compressed.text, closed]), tail, seen))
+    after = POLICY.on_decode(later(Compressed(compressed.visual, [*compressed.text, closed]), tail, seen))
     assert held(after.text, 0, 4).shape[2] == len(places(of, 0, False)) + 5 + 28 - 3
     assert held(after.text, 1, 16).shape[2] == 12 + sum(p in places(of, 1, False) for p in pivots_of(of, 1, 6))
 
@@ -529,7 +530,7 @@ def test_hidden_states_are_what_enters_each_layer(
     policy = Listening()
     with attach(model, policy if own else None):
         cache = CapsuleCache(model.config, policy)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert sorted(policy.taken) == [0, 1, 2, 3]
     seen = batch["attention_mask"].bool()
     for layer, hidden in policy.taken.items():
@@ -539,7 +540,7 @@ def test_hidden_states_are_what_enters_each_layer(
 
 
 def test_methods_that_do_not_ask_cost_no_hook(model: LlavaForConditionalGeneration) -> None:
-    for method, hooks in ((Full(), 0), (AkvqVl(), 1), (Paired(Full(), AkvqVl()), 1), (None, 1)):
+    for method, hooks in ((Full(), 0), (AkvqVl(), 1), (Combined(Full(), AkvqVl()), 1), (None, 1)):
         with attach(model, method):
             assert all(len(layer._forward_pre_hooks) == hooks for layer in model.get_decoder().layers)
 
@@ -564,11 +565,11 @@ def test_generation_past_the_window(
     """A padded batch, 36 tokens, a window of 20: after a revision every token is stored once, in every layer."""
     batch = make_batch((1, "Read line 2."), (2, "What is the number beside the owl?"))
     policy = AkvqVl(recent=20)
-    assert isinstance(policy, Revises)
+    assert policy.decode_time() is policy
     with attach(model, policy):
         cache = CapsuleCache(model.config, policy)
         model.generate(
-            **batch, past_key_values=cache, max_new_tokens=36, min_new_tokens=36, num_beams=beams, do_sample=False
+            **batch, **cache_argument(cache), max_new_tokens=36, min_new_tokens=36, num_beams=beams, do_sample=False
         )
     for row in range(2 * beams):
         assert stored_tokens(cache, row) == [int(batch["attention_mask"][row // beams].sum()) + 35] * 4
@@ -588,13 +589,13 @@ def test_a_second_turn_with_an_image(
     length = first["input_ids"].shape[1] + second["input_ids"].shape[1]
     with attach(model, policy), torch.no_grad():
         cache = CapsuleCache(model.config, policy)
-        model(**first, past_key_values=cache)
-        model(input_ids=torch.full((1, 3), 5), past_key_values=cache)
-        out = model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache)
+        model(**first, **cache_argument(cache))
+        model(input_ids=torch.full((1, 3), 5), **cache_argument(cache))
+        out = model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], **cache_argument(cache))
         assert torch.isfinite(out.logits).all()
         assert cache.get_seq_length() == length + 3
         assert stored_tokens(cache, 0) == [length + 3] * 4
-        model(input_ids=torch.full((1, 40), 5), past_key_values=cache)
+        model(input_ids=torch.full((1, 40), 5), **cache_argument(cache))
     assert stored_tokens(cache, 0) == [length + 43] * 4
     raw = [
         s
@@ -612,11 +613,11 @@ def test_a_second_turn_with_an_image(
 def test_as_the_text_s_method_beside_another(
     model: LlavaForConditionalGeneration, make_batch: Callable[..., BatchFeature]
 ) -> None:
-    method = Paired(Full(), AkvqVl(recent=8))
+    method = Combined(Full(), AkvqVl(recent=8))
     batch = make_batch((1, "Read line 2."))
     with attach(model, method):
         cache = CapsuleCache(model.config, method)
-        model.generate(**batch, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=40, min_new_tokens=40, do_sample=False)
     layers = [layer for layer in cache.layers if isinstance(layer, CapsuleLayer)]
     assert all(bits_of(s) == 16 for layer in layers for s in layer.visual)
     assert all(any(bits_of(s) < 16 for s in layer.text) for layer in layers)

@@ -16,10 +16,8 @@ from support.op_recorder import Witness
 from kvcapsule.cli import main
 from kvcapsule.cli.methods import MethodInfo, known_methods
 from kvcapsule.codec import FAMILIES
-from kvcapsule.errors import GeometryError
 from kvcapsule.eval.entries import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import start
 from kvcapsule.policy import (
     H2O,
     POLICIES,
@@ -46,7 +44,7 @@ PRUNING: dict[str, Callable[[float], VisualPolicy]] = {
     "snapkv": lambda ratio: SnapKV(ratio, window=6),
     "snapkv-max": lambda ratio: SnapKV(ratio, window=6, pooling="max"),
     "h2o": H2O,
-    "pyramidkv": lambda ratio: PyramidKV(ratio, layers=LAYERS),
+    "pyramidkv": lambda ratio: PyramidKV(ratio).of_layer(0, LAYERS),
 }
 KIVI: dict[str, Callable[[], VisualPolicy]] = {f"kivi{bits}": lambda bits=bits: Kivi(bits) for bits in (2, 4, 8)}
 ALL: dict[str, Callable[[], VisualPolicy]] = {
@@ -212,22 +210,18 @@ def test_pyramid_counts_add_up_and_fit(layers: int, length: int) -> None:
 
 
 def test_pyramid_ranks_as_snapkv_does() -> None:
-    policy = PyramidKV(0.5, layers=2, window=5, kernel=3)
+    policy = PyramidKV(0.5, window=5, kernel=3)
     assert torch.equal(policy.scores(SMALL), SnapKV(0.5, window=5, kernel=3).scores(SMALL))
-    counts = [len(places(policy.compress(tokens([(0, 3, 10)], [0], 16, layer)).visual, 0, 16)[0]) for layer in (0, 1)]
-    assert counts == [9, 1]
+    one_layer = tokens([(0, 3, 10)], [0], 16)
+    assert len(places(policy.compress(one_layer).visual, 0, 16)[0]) == 5, "a model's only layer has the whole budget"
 
 
 def test_pyramid_learns_its_layers_from_those_that_are_compressed() -> None:
     """Also where the model has others between them."""
-    with pytest.raises(RuntimeError, match="number of layers"):
-        PyramidKV(0.5).compress(SMALL)
-    run = start(PyramidKV(0.5), [1, 3])
+    run = PyramidKV(0.5).begin_pass([1, 3])
     for layer, count in ((1, 9), (3, 1)):
         ((index, compressed),) = run.add(tokens([(0, 3, 10)], [0], 16, layer))
         assert index == layer and len(places(compressed.visual, 0, 16)[0]) == count
-    with pytest.raises(GeometryError, match="over 3 layers, but the model has 2"):
-        start(PyramidKV(0.5, layers=3), [0, 1])
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -268,7 +262,7 @@ def test_grouped_rows_are_packed_rows(shape: tuple[int, int, int, int], along_to
     assert isinstance(rows, Packed) and rows.shape == x.shape and not rows.shared()
     read = rows.read(torch.float32)
     assert read.shape == x.shape
-    assert float((read - x).abs().max()) <= float(rows.step.max()) / 2 + 1e-6
+    assert float((read - x).abs().max()) <= float(rows.scale.max()) / 2 + 1e-6
     assert torch.equal(rows.select(torch.tensor([0, 0])).read(torch.float32), read[[0, 0]])
     assert torch.equal(rows.to("cpu").read(torch.float32), read)
 
@@ -339,7 +333,6 @@ def test_heads_keep_tokens_of_their_own(name: str) -> None:
         (lambda: SnapKV(0.5, window=0), "window 0"),
         (lambda: SnapKV(0.5, kernel=4), "kernel 4"),
         (lambda: SnapKV(0.5, pooling="mean"), "pooling 'mean' is neither 'avg' nor 'max'"),
-        (lambda: PyramidKV(0.5, layers=0), "layers 0"),
         (lambda: PyramidKV(0.5, beta=0.5), "beta 0.5"),
         (lambda: Kivi(5), "5 bits cannot be packed"),
         (lambda: Kivi(2, group=0), "group 0"),
@@ -393,7 +386,7 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "neighbours included."
         ),
         "papers": ["2404.14469"],
-        "required": ["ratio"],
+        "required": ["retention"],
         "defaults": {"window": 32, "kernel": 7, "pooling": "avg"},
     }
     assert by_name["kvcapsule"]["required"] == ["tile"] and by_name["kvcapsule"]["papers"] == ["2605.16439"]

@@ -12,10 +12,11 @@ from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import GeometryError
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.policy import EvenlySpaced, Full, LookM, Quantized
-from kvcapsule.policy.combine import OBSERVED, Paired, QuantizedText, TextPruning, last_attention
+from kvcapsule.policy import Combined, EvenlySpaced, Full, LookM, Quantized
+from kvcapsule.policy.text import OBSERVED, QuantizedText, TextPruning, last_attention
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -110,7 +111,7 @@ def test_attention_received_sums_to_queries_and_heads() -> None:
 def test_a_ratio_of_one_is_the_method_alone() -> None:
     for visual in (Full(), EvenlySpaced(0.5), transform_capsule().double()):
         of = prefill()
-        alone, paired = visual.compress(of), Paired(visual, TextPruning(1.0)).compress(of)
+        alone, paired = visual.compress(of), Combined(visual, TextPruning(1.0)).compress(of)
         query = rand(2, 4, 3, 8, seed=7)
         expected = attend(query, [*alone.visual, *alone.text], of.scale)
         torch.testing.assert_close(attend(query, [*paired.visual, *paired.text], of.scale), expected, rtol=0, atol=0)
@@ -120,7 +121,7 @@ def test_a_ratio_of_one_is_the_method_alone() -> None:
     "text", [TextPruning(0.6), TextPruning(1.0), QuantizedText(4)], ids=["pruned", "whole", "quantized"]
 )
 def test_visual_tokens_are_the_visual_methods(text: Any) -> None:
-    visual, _ = Paired(EvenlySpaced(0.5), text).compress(OF)
+    visual, _ = Combined(EvenlySpaced(0.5), text).compress(OF)
     assert stored(visual, 0) == stored(EvenlySpaced(0.5).compress(OF).visual, 0)
     assert len(stored(visual, 0)) == 9
 
@@ -129,7 +130,7 @@ def test_bytes_fall() -> None:
     """42 and 43 text tokens of 2 x 2 x 8 numbers of 8 bytes: raw, half of them, and in 4 bits."""
     sizes = []
     for text in (TextPruning(1.0), TextPruning(0.5, sinks=2, recent=4), QuantizedText(4)):
-        visual, kept = Paired(Full(), text).compress(OF)
+        visual, kept = Combined(Full(), text).compress(OF)
         assert storage_bytes(t for s in visual for t in s.entry_tensors()) == storage_bytes(
             t for s in Full().compress(OF).visual for t in s.entry_tensors()
         )
@@ -148,7 +149,7 @@ def test_quantized_text_is_near_the_text() -> None:
     truth = attend(query, [*Full().compress(of).visual, *Full().compress(of).text], of.scale)
     errors = []
     for bits in (2, 4, 8):
-        visual, text = Paired(Full(), QuantizedText(bits)).compress(of)
+        visual, text = Combined(Full(), QuantizedText(bits)).compress(of)
         assert all(isinstance(s.keys, QuantizedRows) and isinstance(s.values, QuantizedRows) for s in text)
         errors.append(float((attend(query, [*visual, *text], of.scale) - truth).square().sum() / truth.square().sum()))
     assert errors[0] > 4 * errors[1] > 16 * errors[2] > 0
@@ -159,13 +160,13 @@ def test_quantized_text_is_near_the_text() -> None:
 def test_prompts_without_text_and_without_images(text: Any) -> None:
     for visual in (Full(), Quantized(4), transform_capsule().double()):
         no_text = replace(prefill(spans=((0, 0, 30), (1, 0, 30))), layer=1)
-        compressed = Paired(visual, text).compress(no_text)
+        compressed = Combined(visual, text).compress(no_text)
         assert compressed.text == [] and compressed.visual
         no_image = prefill(spans=())
-        compressed = Paired(visual, text).compress(no_image)
+        compressed = Combined(visual, text).compress(no_image)
         assert compressed.visual == [] and compressed.text
     one_of_two = prefill(spans=((1, 0, 30),))
-    assert {int(row) for s in Paired(Full(), text).compress(one_of_two).text for row in s.owner} == {0}
+    assert {int(row) for s in Combined(Full(), text).compress(one_of_two).text for row in s.owner} == {0}
 
 
 def test_a_generation_with_both(
@@ -179,9 +180,9 @@ def test_a_generation_with_both(
     expected = model.generate(**batch, **greedy)
     text_bytes = []
     for text in (TextPruning(1.0), TextPruning(0.5, sinks=2, recent=4), QuantizedText(8)):
-        with attach(model, Paired(identity(49), text)):
-            cache = CapsuleCache(model.config, Paired(identity(49), text))
-            found = model.generate(**batch, **greedy, past_key_values=cache)
+        with attach(model, Combined(identity(49), text)):
+            cache = CapsuleCache(model.config, Combined(identity(49), text))
+            found = model.generate(**batch, **greedy, **cache_argument(cache))
         text_bytes.append(cache.bytes().text)
         if len(text_bytes) == 1:
             assert torch.equal(found.sequences, expected.sequences)
@@ -191,19 +192,19 @@ def test_a_generation_with_both(
 
 def test_the_geometry_is_the_visual_methods() -> None:
     other = replace(GEOMETRY, layers=3)
-    Paired(Full(), TextPruning(0.5)).require_geometry(other)
-    Paired(transform_capsule(), TextPruning(0.5)).require_geometry(GEOMETRY)
+    Combined(Full(), TextPruning(0.5)).require_geometry(other)
+    Combined(transform_capsule(), TextPruning(0.5)).require_geometry(GEOMETRY)
     with pytest.raises(GeometryError, match="layers"):
-        Paired(transform_capsule(), TextPruning(0.5)).require_geometry(other)
+        Combined(transform_capsule(), TextPruning(0.5)).require_geometry(other)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.0}, r"text retention ratio 0.0 is outside \(0, 1\]"),
-        ({"ratio": 1.2}, r"text retention ratio 1.2 is outside \(0, 1\]"),
-        ({"ratio": 0.5, "sinks": -1}, "sinks -1 and recent 16 count tokens"),
-        ({"ratio": 0.5, "recent": -1}, "sinks 4 and recent -1 count tokens"),
+        ({"retention": 0.0}, r"text retention ratio 0.0 is outside \(0, 1\]"),
+        ({"retention": 1.2}, r"text retention ratio 1.2 is outside \(0, 1\]"),
+        ({"retention": 0.5, "sinks": -1}, "sinks -1 and recent 16 count tokens"),
+        ({"retention": 0.5, "recent": -1}, "sinks 4 and recent -1 count tokens"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
@@ -216,7 +217,7 @@ def test_what_stores_both_together_is_a_method_by_itself(pair: tuple[Any, Any]) 
     with pytest.raises(
         ValueError, match="LookM stores visual tokens and text together: it can only be a method by itself"
     ):
-        Paired(*pair)
+        Combined(*pair)
 
 
 def test_bits_that_do_not_pack_are_refused() -> None:

@@ -10,9 +10,10 @@ from support.builders import rand
 from kvcapsule.methods.host_retrieval import Retrieved
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import HybridKV, StreamingLLM
-from kvcapsule.policy.combine import Paired, TextPruning
+from kvcapsule.policy.combine import Combined
 from kvcapsule.policy.concentration import concentration
 from kvcapsule.policy.head_budgets import nearest_power, share_out
+from kvcapsule.policy.text import TextPruning
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.spans import VisualSpan
 
@@ -255,6 +256,6 @@ def test_it_stands_alone() -> None:
     with pytest.raises(
         ValueError, match="HybridKV stores visual tokens and text together: it can only be a method by itself"
     ):
-        Paired(HybridKV(0.5), TextPruning(0.5))
+        Combined(HybridKV(0.5), TextPruning(0.5))
     with pytest.raises(ValueError, match="can only be a method by itself"):
-        Paired(StreamingLLM(0.5), HybridKV(0.5))
+        Combined(StreamingLLM(0.5), HybridKV(0.5))

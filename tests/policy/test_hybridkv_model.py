@@ -15,6 +15,7 @@ from kvcapsule.eval.quality import Tally
 from kvcapsule.eval.report.rows import rows, tables
 from kvcapsule.eval.watched_generate import generate, new_cache
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.host_retrieval import HostRows, Retrieved
 from kvcapsule.methods.method import Method
 from kvcapsule.policy import Full, HybridKV
@@ -56,7 +57,7 @@ def answer(
 ) -> tuple[Any, CapsuleCache]:
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        return model.generate(**batch, past_key_values=cache, **{**greedy, **options}), cache
+        return model.generate(**batch, **cache_argument(cache), **{**greedy, **options}), cache
 
 
 def assert_same(out: Any, expected: Any) -> None:
@@ -231,14 +232,14 @@ def test_rows_are_reordered(model: Model, mixed: BatchFeature) -> None:
     for order in ([0, 1, 2], [2, 0, 0]):
         with attach(model), torch.no_grad():
             cache = CapsuleCache(model.config, HybridKV(0.3, theta=THETA))
-            model(**mixed, past_key_values=cache)
+            model(**mixed, **cache_argument(cache))
             cache.reorder_cache(torch.tensor(order))
             mask = torch.cat([mixed["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)[order]
             asked = {
                 "input_ids": torch.tensor([[20], [21], [22]])[order],
                 "position_ids": mask.sum(dim=1, keepdim=True) - 1,
             }
-            logits.append(model(**asked, attention_mask=mask, past_key_values=cache).logits)
+            logits.append(model(**asked, attention_mask=mask, **cache_argument(cache)).logits)
             assert {int(row) for _, s in retrieved(cache) for row in s.owner} <= {0, 1, 2}
     torch.testing.assert_close(logits[1], logits[0][[2, 0, 0]])
     assert (logits[0][0] - logits[0][1]).abs().max() > 0.1
@@ -262,14 +263,14 @@ def turns(model: Model, make_batch: Batch, cache: Any, rows: slice = slice(None)
         positions = (mask.cumsum(1) - 1)[:, -batch["input_ids"].shape[1] :].clamp_min(0)
         call = {**in_dtype(batch, model.dtype), "attention_mask": mask, "position_ids": positions}
         with torch.no_grad():
-            logits.append(model(**call, past_key_values=cache).logits[:, -1])
+            logits.append(model(**call, **cache_argument(cache)).logits[:, -1])
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             step = {
                 "input_ids": torch.tensor([[40], [42]])[rows],
                 "attention_mask": mask,
                 "position_ids": mask.sum(1, keepdim=True) - 1,
             }
-            logits.append(model(**step, past_key_values=cache).logits[:, -1])
+            logits.append(model(**step, **cache_argument(cache)).logits[:, -1])
     return logits
 
 

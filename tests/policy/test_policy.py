@@ -238,7 +238,7 @@ def test_tiles_that_are_lent_are_the_same(spans: list[VisualSpan], dtype: torch.
         own, lent = cut_tiles(layer, 3, turned=True), cut_tiles(layer, 3, turned=True, lent=True)
         plain = cut_tiles(layer, 3)
         assert own is not None and lent is not None and plain is not None and plain.frame is not None
-        torch.testing.assert_close(own.keys, plain.frame.back(plain.keys))
+        torch.testing.assert_close(own.keys, plain.frame.unrotate(plain.keys))
         for one, other in (
             (own.keys, lent.keys),
             (own.values, lent.values),
@@ -269,7 +269,7 @@ def test_gradients_go_through_tiles(spans: list[VisualSpan]) -> None:
     assert tiles is not None and plain is not None and plain.frame is not None
     one, other = (
         torch.autograd.grad((keys * values).sum(), (of.keys, of.values))
-        for keys, values in ((tiles.keys, tiles.values), (plain.frame.back(plain.keys), plain.values))
+        for keys, values in ((tiles.keys, tiles.values), (plain.frame.unrotate(plain.keys), plain.values))
     )
     torch.testing.assert_close(one, other)
     assert float(one[0].abs().sum()) > 0 and int((one[1] != 0).any(-1).sum()) == 2 * 3 * len(tiles.owner)

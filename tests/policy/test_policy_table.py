@@ -12,9 +12,10 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 
 from kvcapsule import attach
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Method, start
+from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.policy import POLICIES, Full
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
@@ -53,7 +54,7 @@ TABLE = {
 def every(what: str, dialled: bool = False) -> pytest.MarkDecorator:
     """All policies with the property."""
     return pytest.mark.parametrize(
-        "name", [n for n in POLICIES if what not in case(n).but and (POLICIES[n].DIAL or not dialled)]
+        "name", [n for n in POLICIES if what not in case(n).but and (POLICIES[n].budget_field or not dialled)]
     )
 
 
@@ -63,15 +64,15 @@ def case(name: str) -> Case:
 
 def make(name: str, dial: float) -> Method:
     policy = POLICIES[name]
-    return policy(**case(name).settings, **({policy.DIAL: dial} if policy.DIAL else {}))
+    return policy(**case(name).settings, **({policy.budget_field: dial} if policy.budget_field else {}))
 
 
 def test_the_table_is_sound() -> None:
     assert set(TABLE) <= set(POLICIES)
     for name, policy in POLICIES.items():
-        assert policy.DIAL in (None, "ratio", "budget"), name
+        assert policy.budget_field in (None, "ratio", "budget"), name
         known = [f.name for f in fields(policy)]
-        assert policy.DIAL is None or policy.DIAL in known, name
+        assert policy.budget_field is None or policy.budget_field in known, name
         frozen = make(name, 0.5)
         with pytest.raises(FrozenInstanceError):
             setattr(frozen, (known or ["any"])[0], 1)
@@ -105,7 +106,7 @@ policy."""
 
 def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:
     """What a cache would store, layer by layer."""
-    run = start(method, [p.layer for p in of])
+    run = method.begin_pass([p.layer for p in of])
     done = dict(pair for prefill in of for pair in run.add(prefill))
     return [done[p.layer] for p in of]
 
@@ -138,7 +139,7 @@ def test_bytes_fall_as_the_dial_promises(name: str, dial: float) -> None:
     """Of the visual tokens, with the text as it was, or of all."""
     ours, full = compressed(make(name, dial), LONG), compressed(Full(), LONG)
     visual, text, whole, raw = (sum(map(held, parts)) for one in (ours, full) for parts in zip(*one, strict=True))
-    if POLICIES[name].DIAL == "ratio":
+    if POLICIES[name].budget_field == "ratio":
         assert visual == pytest.approx(dial * whole, rel=0.02)
         assert text == raw
     else:
@@ -199,7 +200,7 @@ Talk = Callable[[Any], tuple[Any, Any]]
 
 
 def run(model: Model, batch: Any, cache: Any, **options: Any) -> Any:
-    return model.generate(**batch, past_key_values=cache, do_sample=False, return_dict_in_generate=True, **options)
+    return model.generate(**batch, **cache_argument(cache), do_sample=False, return_dict_in_generate=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def forward(
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     with torch.no_grad():
         logits: torch.Tensor = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **images
+            input_ids=ids, attention_mask=mask, position_ids=positions, **cache_argument(cache), **images
         ).logits
     return logits
 

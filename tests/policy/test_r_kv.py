@@ -14,10 +14,11 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache, CapsuleLayer
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, Revises, Written
+from kvcapsule.methods.method import Compressed, DecodeState
 from kvcapsule.policy import RKV, Full, r_kv
-from kvcapsule.policy.combine import Paired
+from kvcapsule.policy.combine import Combined
 from kvcapsule.policy.head_rows import HeadRows, side_by_side
 from kvcapsule.policy.r_kv import Prompt
 from kvcapsule.segments.quantized_rows import QuantizedRows
@@ -217,14 +218,14 @@ def test_scores_are_computed_in_full_precision() -> None:
 
 def written(
     own: list[Segment], count: int = 8, rows: int = 2, visual: list[Segment] | None = None, first: int = 100
-) -> Written:
+) -> DecodeState:
     """A tail of `count` tokens whose values tell their places, from `first` on."""
     keys = rand(rows, HEADS, count, DIM, seed=first)
     values = torch.arange(first, first + count, dtype=torch.float64)[None, None, :, None].expand(
         rows, HEADS, count, DIM
     )
     query = rand(rows, HEADS * GROUP, WINDOW, DIM, seed=first + 1)
-    return Written(0, visual or [], own, keys, values, torch.ones(rows, count, dtype=torch.bool), query, DIM**-0.5)
+    return DecodeState(0, visual or [], own, keys, values, torch.ones(rows, count, dtype=torch.bool), query, DIM**-0.5)
 
 
 def places(segments: list[Segment], row: int, head: int) -> list[int]:
@@ -254,7 +255,7 @@ def test_the_prompt_is_left_alone() -> None:
     visual, text = SMALL.compress(of)
     own = list(text)
     for turn in range(5):
-        visual, own = SMALL.revise(written(own, visual=visual, first=100 * (turn + 1)))
+        visual, own = SMALL.on_decode(written(own, visual=visual, first=100 * (turn + 1)))
     assert [s for s in own if isinstance(s, Prompt)] == text
     for row, begin in enumerate(PADDING):
         for head in range(HEADS):
@@ -267,28 +268,28 @@ def test_the_prompt_is_left_alone() -> None:
 
 
 def test_what_is_within_the_budget_is_kept() -> None:
-    _, own = SMALL.revise(written([], count=9))
+    _, own = SMALL.on_decode(written([], count=9))
     (segment,) = own
     assert places(own, 0, 1) == list(range(100, 109)) and segment.mask is None
-    _, own = SMALL.revise(written(own, count=8, first=200))
+    _, own = SMALL.on_decode(written(own, count=8, first=200))
     assert len(places(own, 0, 1)) == 12
 
 
 def test_dropped_rows_are_not_stored() -> None:
-    _, own = SMALL.revise(written([], count=40))
+    _, own = SMALL.on_decode(written([], count=40))
     assert storage_bytes(t for s in own for t in s.entry_tensors()) == 2 * (2 * HEADS * 12 * DIM * 8) + 2 * 8
 
 
 def test_a_revision_of_chosen_rows_is_the_chosen_rows_revision() -> None:
     """Beams that were reordered go on as if they had always been these."""
-    _, own = SMALL.revise(written([], count=20))
+    _, own = SMALL.on_decode(written([], count=20))
     later, rows = written(own, first=300), torch.tensor([1, 1, 0])
     chosen = later._replace(
         text=[s.select(rows) for s in later.text],
-        **{name: getattr(later, name)[rows] for name in ("keys", "values", "seen", "query")},
+        **{name: getattr(later, name)[rows] for name in ("keys", "values", "valid", "query")},
     )
-    expected = [s.select(rows) for s in SMALL.revise(later).text]
-    found = SMALL.revise(chosen).text
+    expected = [s.select(rows) for s in SMALL.on_decode(later).text]
+    found = SMALL.on_decode(chosen).text
     for row in range(3):
         for head in range(HEADS):
             assert places(found, row, head) == places(expected, row, head)
@@ -331,7 +332,7 @@ def test_what_is_not_raw_cannot_be_ranked() -> None:
     rows = rand(2, HEADS, 8, DIM)
     packed = Segment(QuantizedRows.pack(rows, 4), QuantizedRows.pack(rows, 4), torch.arange(2))
     with pytest.raises(ValueError, match="only raw keys and values can be ranked"):
-        SMALL.revise(written([packed]))
+        SMALL.on_decode(written([packed]))
 
 
 # Scope "all"
@@ -360,7 +361,7 @@ def test_everything_stays_at_the_budget() -> None:
     method = replace(SMALL, scope="all")
     visual, text = method.compress(prompt())
     for turn in range(4):
-        visual, text = method.revise(written(text, visual=visual, first=100 * (turn + 1)))
+        visual, text = method.on_decode(written(text, visual=visual, first=100 * (turn + 1)))
         for row in range(2):
             for head in range(HEADS):
                 assert len(places(visual, row, head)) + len(places(text, row, head)) == 12
@@ -413,7 +414,7 @@ def answer(
     with attach(model):
         cache = Watched(model.config, method)
         options = {"do_sample": False, "suppress_tokens": [model.config.image_token_id], **options}
-        out = model.generate(**batch, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, **options)
+        out = model.generate(**batch, **cache_argument(cache), max_new_tokens=count, min_new_tokens=count, **options)
     return out[:, batch["input_ids"].shape[1] :], cache
 
 
@@ -452,7 +453,7 @@ def test_an_answer_within_the_budget_is_the_full_caches(
     for method in (
         RKV(budget_tokens=64, buffer=9),
         RKV(budget_tokens=500, buffer=9, scope="all"),
-        Paired(Full(), RKV(64, 9)),
+        Combined(Full(), RKV(64, 9)),
     ):
         found, cache = answer(model, batch, method, 30)
         assert torch.equal(found, expected)
@@ -524,7 +525,7 @@ def test_later_turns(
     }
     with attach(model):
         cache = CapsuleCache(model.config, method)
-        said = model.generate(**make_batch((1, "Read line 2.")), past_key_values=cache, **turn)
+        said = model.generate(**make_batch((1, "Read line 2.")), **cache_argument(cache), **turn)
         first = [list(layer.text) for layer in own(cache)]
         assert [layer.tail_length for layer in own(cache)] == [11] * 4
 
@@ -537,7 +538,7 @@ def test_later_turns(
             ids = torch.cat([said, more["input_ids"]], dim=1)
             inputs = {"pixel_values": more["pixel_values"]} if pages else {}
             return model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, past_key_values=cache, **turn
+                input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, **cache_argument(cache), **turn
             )
 
         said = go_on("And line 3, and after it all of the lines that are left on this page, please?")
@@ -561,7 +562,7 @@ def test_beside_a_capsule(
     """The capsule stores the image as it does alone, and what is written stays at the budget."""
     capsule, batch = random_transform(tile=49), make_batch((1, "Read line 2."), (1, "Transcribe the page."))
     _, alone = answer(model, batch, capsule, 70)
-    _, paired = answer(model, batch, Paired(capsule, RKV(budget_tokens=24, buffer=16)), 70)
+    _, paired = answer(model, batch, Combined(capsule, RKV(budget_tokens=24, buffer=16)), 70)
     assert paired.bytes().visual == alone.bytes().visual > 0
     assert max(rows + tail for step in paired.log for rows, tail, _ in step) == 24 + 16 - 1
     assert [written_rows(layer) for layer in own(paired)] == [24] * 4
@@ -573,12 +574,12 @@ def test_beside_a_capsule_that_keeps_everything_it_is_itself(
 ) -> None:
     batch, method = make_batch((1, "Read line 2."), (2, "Transcribe the page.")), RKV(budget_tokens=24, buffer=16)
     expected, _ = answer(model, batch, method, 60)
-    assert torch.equal(answer(model, batch, Paired(identity(49), method), 60)[0], expected)
+    assert torch.equal(answer(model, batch, Combined(identity(49), method), 60)[0], expected)
 
 
 def test_it_is_a_method_that_acts_again() -> None:
-    assert isinstance(SMALL, Revises) and (SMALL.every, SMALL.window) == (8, WINDOW)
-    assert RKV.DIAL is None
+    assert SMALL.decode_time() is SMALL and (SMALL.interval, SMALL.window) == (8, WINDOW)
+    assert RKV.budget_field is None
     assert isinstance(SMALL.compress(prompt(spans=())), Compressed) and SMALL.compress(prompt(spans=())).visual == []
 
 

@@ -18,12 +18,13 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule import attach
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import Full, VLCache, postvision
 from kvcapsule.policy.budgets import layer_shares, whole_counts
-from kvcapsule.policy.combine import Paired
+from kvcapsule.policy.combine import Combined
 from kvcapsule.policy.postvision import SparsityMeter, attention_of, layer_sparsity, ranking_queries
-from kvcapsule.policy.vl_cache import Observed
+from kvcapsule.policy.vl_cache import RankedTokens
 from kvcapsule.vlm.spans import find_spans
 
 # By hand
@@ -134,7 +135,7 @@ def test_counts_and_recents_by_hand(recent_of: str, counts: list[int], recents: 
     assert method.counts([0.9, 0.5], 20) == counts
     layers = [scripted({}, 20, 1, []).without_queries() for _ in range(2)]
     first_is_best = -torch.arange(20.0).expand(1, 1, 20)
-    found = method.commit(layers, [Observed(first_is_best, torch.tensor([gamma])) for gamma in (0.9, 0.5)])
+    found = method.commit(layers, [RankedTokens(first_is_best, torch.tensor([gamma])) for gamma in (0.9, 0.5)])
     for compressed, count, recent in zip(found, counts, recents, strict=True):
         assert places(compressed.text) == [[*range(count - recent), *range(20 - recent, 20)]]
 
@@ -321,10 +322,10 @@ def test_text_is_pruned_beside_a_capsule() -> None:
     capsule, method = transform_capsule().double(), VLCache(0.5, scope="text")
     layers = [two_rows(layer) for layer in range(2)]
     text = torch.arange(30.0, dtype=torch.float64)[None, None, :, None].expand(2, 2, 30, CAPSULE_DIM)
-    for of, compressed in zip(layers, run(Paired(capsule, method), layers), strict=True):
+    for of, compressed in zip(layers, run(Combined(capsule, method), layers), strict=True):
         assert stored_bytes(compressed.visual) == stored_bytes(capsule.compress(of).visual) > 0
     layers = [replace(of, values=text.clone()) for of in layers]
-    paired, by_itself = run(Paired(capsule, method), layers), run(method, layers)
+    paired, by_itself = run(Combined(capsule, method), layers), run(method, layers)
     for row, count in ((0, 6), (1, 20)):
         kept = [places(compressed.text, row) for compressed in paired]
         assert kept == [places(compressed.text, row) for compressed in by_itself]
@@ -335,7 +336,7 @@ def test_text_is_pruned_beside_a_capsule() -> None:
 
 def test_only_text_is_held_until_all_layers_are_known() -> None:
     of = mixed()[0]
-    held = VLCache(0.5, scope="text").hold(of)
+    held = VLCache(0.5, scope="text").retain(of)
     assert held.keys.shape == (4, HEADS, 11, 8) and held.query.shape[2] == 0 and not held.spans
     assert held.keys.untyped_storage().nbytes() == held.keys.numel() * 8
     for row, text in enumerate(
@@ -403,13 +404,13 @@ def test_generation_beside_a_capsule(
     expected = model.generate(**batch, **greedy)
     stored = {}
     for name, method in (
-        ("full", Paired(identity(49), VLCache(1.0, scope="text"))),
-        ("whole", Paired(random_transform(49), VLCache(1.0, scope="text"))),
-        ("half", Paired(random_transform(49), VLCache(0.5, scope="text"))),
+        ("full", Combined(identity(49), VLCache(1.0, scope="text"))),
+        ("whole", Combined(random_transform(49), VLCache(1.0, scope="text"))),
+        ("half", Combined(random_transform(49), VLCache(0.5, scope="text"))),
     ):
         with attach(model, method):
             cache = CapsuleCache(model.config, method)
-            found = model.generate(**batch, **greedy, past_key_values=cache)
+            found = model.generate(**batch, **greedy, **cache_argument(cache))
         if name == "full":
             assert torch.equal(found.sequences, expected.sequences)
         stored[name] = cache.bytes()
@@ -427,7 +428,7 @@ def test_generation_with_beams_and_padding(
     with attach(model):
         cache = CapsuleCache(model.config, VLCache(0.1, sets=sets, overflow="share"))
         output = model.generate(
-            **batch, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
+            **batch, **cache_argument(cache), max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False
         )
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
     prompt = 2 * int(batch["attention_mask"].sum()) * TOKEN_BYTES
@@ -450,7 +451,7 @@ def test_a_second_turn_is_compressed_by_itself(
                     "attention_mask": mask,
                     "position_ids": (mask.cumsum(1) - 1)[:, -turn["input_ids"].shape[1] :],
                 },
-                past_key_values=cache,
+                **cache_argument(cache),
             )
             stored.append(cache.bytes().visual + cache.bytes().text)
     for turn, (before, after) in zip(turns, pairwise(stored), strict=True):

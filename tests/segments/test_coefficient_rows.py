@@ -129,7 +129,7 @@ def test_read_is_the_slow_decode(spread: float, heads: int) -> None:
 def test_error_is_half_a_step_in_range_and_the_rest_is_clipped(spread: float, dtype: torch.dtype) -> None:
     coding, rows = random_coding(dtype=dtype), coefficients(spread, dtype=dtype)
     read = CodedRows.encode(rows, coding).read(dtype)
-    width, step = by_row(coding.widths.to(dtype)), by_row(coding.step)
+    width, step = by_row(coding.widths.to(dtype)), by_row(coding.scale)
     centred, found = rows - coding.offset, read - coding.offset
     coded = (width > 0).expand_as(rows)
     inside = coded & (centred.abs() <= 2 ** (width - 1) * step)
@@ -157,7 +157,7 @@ def test_no_nearer_code_exists() -> None:
     """Of all levels of the cell, the one that is read is the nearest to the coefficient."""
     coding, rows = random_coding(), coefficients(1.0)
     read = CodedRows.encode(rows, coding).read(torch.float64)
-    width, step = by_row(coding.widths.double()), by_row(coding.step)
+    width, step = by_row(coding.widths.double()), by_row(coding.scale)
     for code in range(2**8):
         level = (code - (2**width - 1) / 2) * step + coding.offset
         there = (code < 2**width) & (width > 0)
@@ -167,7 +167,7 @@ def test_no_nearer_code_exists() -> None:
 def test_a_step_of_zero_reads_the_offset_and_leaves_its_neighbours_alone() -> None:
     """A component that never varied in training."""
     coding, rows = random_coding(), coefficients(0.3)
-    step = coding.step.clone()
+    step = coding.scale.clone()
     step[1, 2] = 0.0
     rows[:, 1, 2 * GROUP, :] = coding.offset[1, 2 * GROUP]
     silent = CodedRows.encode(rows, Coding(coding.widths, step, coding.offset)).read(torch.float64)
@@ -224,7 +224,7 @@ def test_what_is_stored_and_what_is_shared() -> None:
     packed = CodedRows.encode(coefficients(1.0), random_coding())
     coding = packed.coding
     assert [id(t) for t in packed.tensors()] == [id(packed.packed)]
-    assert [id(t) for t in packed.shared()] == [id(coding.widths), id(coding.step), id(coding.offset)]
+    assert [id(t) for t in packed.shared()] == [id(coding.widths), id(coding.scale), id(coding.offset)]
 
 
 def test_to_moves_codes_and_leaves_the_coding() -> None:

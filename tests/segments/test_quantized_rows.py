@@ -16,8 +16,8 @@ def test_two_bits_by_hand() -> None:
     """-1 .. 5 in steps of 2: codes 0 3 1 2 | 0 of five tokens, four to a byte, the first in the lowest bits."""
     x = torch.tensor([-1.0, 5.0, 1.4, 2.6, -0.9]).view(1, 1, 5, 1)
     packed = QuantizedRows.pack(x, 2)
-    assert packed.step.item() == 2.0
-    assert packed.zero.item() == -1.0
+    assert packed.scale.item() == 2.0
+    assert packed.minimum.item() == -1.0
     assert packed.codes.flatten().tolist() == [0b10_01_11_00, 0b00]
     assert packed.read(torch.float32).flatten().tolist() == [-1.0, 5.0, 1.0, 3.0, -1.0]
 
@@ -42,7 +42,7 @@ def test_four_bits_by_hand() -> None:
     """Two channels with a step each: 0 .. 15 and 0 .. 30."""
     x = torch.tensor([[0.0, 30.0], [15.0, 0.0], [6.6, 9.0]])[None, None]
     packed = QuantizedRows.pack(x, 4)
-    assert packed.step.flatten().tolist() == [1.0, 2.0]
+    assert packed.scale.flatten().tolist() == [1.0, 2.0]
     assert packed.codes[0, 0].tolist() == [[0xF0, 0x07, 0, 0], [0x0F, 0x04, 0, 0]]
     assert packed.read(torch.float32)[0, 0].tolist() == [[0.0, 30.0], [15.0, 0.0], [7.0, 8.0]]
 
@@ -61,7 +61,7 @@ def test_error_is_at_most_half_a_step(bits: int, tokens: int) -> None:
     packed = QuantizedRows.pack(x, bits)
     read = packed.read(torch.float32)
     assert read.shape == packed.shape == x.shape
-    assert ((read - x).abs() <= packed.step / 2 + 1e-6).all()
+    assert ((read - x).abs() <= packed.scale / 2 + 1e-6).all()
     torch.testing.assert_close(read.amin(2), x.amin(2))
     torch.testing.assert_close(read.amax(2), x.amax(2))
 

@@ -42,27 +42,27 @@ def test_back_is_the_tile_at_position_zero(kind: str) -> None:
     rotated, _ = apply_rotary_pos_emb(keys, keys, *rope(keys, tile))
     at_zero, _ = apply_rotary_pos_emb(keys, keys, *rope(keys, torch.arange(TILE).expand(3, -1)))
     assert not torch.allclose(rotated[1:], at_zero[1:], atol=0.1)
-    torch.testing.assert_close(frame.back(rotated), at_zero, rtol=0, atol=1e-4)
-    torch.testing.assert_close(frame.forward(frame.back(rotated)), rotated, rtol=0, atol=1e-6)
-    torch.testing.assert_close(frame.back(rotated).norm(dim=-1), rotated.norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(frame.unrotate(rotated), at_zero, rtol=0, atol=1e-4)
+    torch.testing.assert_close(frame.rotate(frame.unrotate(rotated)), rotated, rtol=0, atol=1e-6)
+    torch.testing.assert_close(frame.unrotate(rotated).norm(dim=-1), rotated.norm(dim=-1), rtol=1e-6, atol=0)
     # The stored tile and a query turned back give the scores of the model's own keys and query.
     rotated_query, _ = apply_rotary_pos_emb(query, query, *rope(query, torch.full((3, 1), 215)))
     expected = rotated_query @ rotated.transpose(-1, -2)
     torch.testing.assert_close(
-        frame.back(rotated_query) @ frame.back(rotated).transpose(-1, -2), expected, rtol=0, atol=1e-5
+        frame.unrotate(rotated_query) @ frame.unrotate(rotated).transpose(-1, -2), expected, rtol=0, atol=1e-5
     )
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("turned", [DIM, DIM // 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_back_into_memory_is_back(neighbours: bool, turned: int, dtype: torch.dtype) -> None:
+def test_unrotate_into_memory_is_unrotate(interleaved: bool, turned: int, dtype: torch.dtype) -> None:
     """All channels turned or half of them; memory in which heads are outside."""
     (keys, _), angles = keys_and_query(), torch.arange(3 * turned // 2).view(3, -1) / 7
-    frame = Frame(angles.cos(), angles.sin(), neighbours)
+    frame = Frame(angles.cos(), angles.sin(), interleaved)
     out = torch.full((HEADS, 3, TILE, DIM), torch.nan, dtype=dtype).transpose(0, 1)
-    frame.back_into(keys.to(dtype), out)
-    torch.testing.assert_close(out, frame.back(keys.to(dtype)), rtol=0, atol=1e-6)
+    frame.unrotate_into(keys.to(dtype), out)
+    torch.testing.assert_close(out, frame.unrotate(keys.to(dtype)), rtol=0, atol=1e-6)
 
 
 def test_yarn_has_a_factor_that_the_frame_leaves_out() -> None:
@@ -99,22 +99,24 @@ def test_sections_of_mrope_turn_back_each_by_its_own_position() -> None:
         tile = slice(first, first + 8)
         own = grid[:, :, tile] - grid[:, :, first : first + 1]
         at_zero, _ = apply_rotary_pos_emb(keys[:, :, tile], keys[:, :, tile], *rope(keys, own))
-        torch.testing.assert_close(frame.back(rotated[:, :, tile]), at_zero, rtol=0, atol=1e-5)
+        torch.testing.assert_close(frame.unrotate(rotated[:, :, tile]), at_zero, rtol=0, atol=1e-5)
 
 
 def test_channels_that_are_not_rotated_stay() -> None:
     rope, (keys, _) = llama_rope("default"), keys_and_query()
     frame = Frame.at(*rope(keys, torch.arange(9)[None]), torch.arange(3), torch.tensor([3, 4, 5]))
     wide = torch.cat([keys, keys.flip(0)], dim=-1)
-    torch.testing.assert_close(frame.back(wide), torch.cat([frame.back(keys), keys.flip(0)], dim=-1), rtol=0, atol=0)
+    torch.testing.assert_close(
+        frame.unrotate(wide), torch.cat([frame.unrotate(keys), keys.flip(0)], dim=-1), rtol=0, atol=0
+    )
 
 
 def test_half_precision_is_rounded_once() -> None:
     rope, (keys, _) = llama_rope("default"), keys_and_query()
     frame = Frame.at(*rope(keys, torch.arange(99)[None]), torch.arange(3), torch.tensor([33, 44, 55]))
     half = keys.bfloat16()
-    assert torch.equal(frame.back(half), frame.back(half.float()).bfloat16())
-    assert frame.back(keys.double()).dtype == torch.float64
+    assert torch.equal(frame.unrotate(half), frame.unrotate(half.float()).bfloat16())
+    assert frame.unrotate(keys.double()).dtype == torch.float64
 
 
 def test_attention_turns_the_query_instead() -> None:
@@ -126,10 +128,10 @@ def test_attention_turns_the_query_instead() -> None:
     tail = Segment(keys[:, :, :2], keys[:, :, 2:4], torch.arange(3))
     expected = attend(query, [Segment(rotated, keys, owner), tail], 0.25)
     torch.testing.assert_close(
-        attend(query, [Segment(frame.back(rotated), keys, owner, frame=frame), tail], 0.25), expected
+        attend(query, [Segment(frame.unrotate(rotated), keys, owner, frame=frame), tail], 0.25), expected
     )
     assert not torch.allclose(
-        attend(query, [Segment(frame.back(rotated), keys, owner), tail], 0.25), expected, atol=1e-3
+        attend(query, [Segment(frame.unrotate(rotated), keys, owner), tail], 0.25), expected, atol=1e-3
     )
 
 
@@ -148,8 +150,8 @@ def test_neighbouring_channels() -> None:
         (4, 9),
     )
     frame = Frame.at(*rope(keys, torch.arange(20)[None]), torch.zeros(2, dtype=torch.int64), torch.tensor(firsts))
-    assert frame.neighbours and frame.cos.shape == (2, DIM // 2)
-    assert frame.select(torch.tensor([1])).neighbours
+    assert frame.interleaved and frame.cos.shape == (2, DIM // 2)
+    assert frame.select(torch.tensor([1])).interleaved
     at_zero, _ = rotate_neighbours(keys[:2], keys[:2], *rope(keys, torch.arange(TILE)[None]))
     rotated = torch.cat(
         [
@@ -158,10 +160,10 @@ def test_neighbouring_channels() -> None:
         ]
     )
     assert not torch.allclose(rotated, at_zero, atol=0.1)
-    torch.testing.assert_close(frame.back(rotated), at_zero, rtol=0, atol=1e-5)
-    torch.testing.assert_close(frame.forward(at_zero), rotated, rtol=0, atol=1e-5)
+    torch.testing.assert_close(frame.unrotate(rotated), at_zero, rtol=0, atol=1e-5)
+    torch.testing.assert_close(frame.rotate(at_zero), rotated, rtol=0, atol=1e-5)
     wide = torch.cat([rotated, keys[:2]], dim=-1)
-    torch.testing.assert_close(frame.back(wide), torch.cat([at_zero, keys[:2]], dim=-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(frame.unrotate(wide), torch.cat([at_zero, keys[:2]], dim=-1), rtol=0, atol=1e-5)
 
 
 def test_a_rotation_that_pairs_channels_otherwise_is_refused() -> None:

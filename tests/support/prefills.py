@@ -8,7 +8,7 @@ import torch
 
 from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.methods.method import Compressed, start
+from kvcapsule.methods.method import Compressed
 from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 from support.builders import rand
@@ -61,7 +61,7 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
 
 def run(method: Any, layers: Sequence[LayerPrefill]) -> list[Compressed]:
     """All layers of one forward."""
-    going = start(method, [p.layer for p in layers])
+    going = method.begin_pass([p.layer for p in layers])
     done = {layer: compressed for p in layers for layer, compressed in going.add(p)}
     return [done[p.layer] for p in layers]
 

@@ -69,9 +69,9 @@ def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
     )
 
 
-def of_odd_size(tokens: int) -> list[Segment]:
+def of_odd_size(tokens: int, dtype: torch.dtype = torch.float32) -> list[Segment]:
     """Few-bit rows, maps, coded cells and raw rows of so many tokens, for 4 batch rows."""
-    draw = Draw(tokens)
+    draw = Draw(tokens, dtype)
     rows = quantised(draw.raw([1, 0, 1], tokens, bias=True), 4, 2)
     stored = max(1, tokens // 3)
     maps = {"score_map": draw(HEADS, tokens, stored), "value_map": draw(HEADS, stored + 1, tokens).transpose(1, 2)}
@@ -80,18 +80,18 @@ def of_odd_size(tokens: int) -> list[Segment]:
     return [rows, mapped, transform, draw.raw([0, 1, 2, 3], tokens)]
 
 
-def of_cell_width(width: int) -> list[Segment]:
+def of_cell_width(width: int, dtype: torch.dtype = torch.float32) -> list[Segment]:
     """Coded cells of one width, beside raw rows, for 1 batch row."""
-    draw = Draw(width)
+    draw = Draw(width, dtype)
     segment = draw.transform([0], 6, (1, 3), (2, 3))
     widths = [torch.full((HEADS, groups, 3), width, dtype=torch.uint8) for groups in (1, 2)]
     return [replace(segment, keys=draw.coded(1, widths[0]), values=draw.coded(1, widths[1])), draw.raw([0], 3)]
 
 
-def with_hidden_tokens(poison: float) -> tuple[list[Segment], torch.Tensor]:
+def with_hidden_tokens(poison: float, dtype: torch.dtype = torch.float32) -> tuple[list[Segment], torch.Tensor]:
     """A masked segment and a tail in a larger buffer, for 3 rows of 3 queries, `poison` where nobody looks; and what
     each query sees."""
-    draw, written, room = Draw(), 67, 96
+    draw, written, room = Draw(dtype=dtype), 67, 96
     mask = torch.ones(4, 9, dtype=torch.bool)
     mask[1, 5:], mask[3] = False, False
     capsule, tail = draw.raw([0, 1, 1, 2], 9, bias=True), draw.raw([0, 1, 2], room)

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from kvcapsule.inference.attach import attach
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.method import Method
 
 Model = LlavaForConditionalGeneration
@@ -42,14 +43,14 @@ def assert_same(out: Any, expected: Any, atol: float = EXACT) -> None:
 
 def prefill(model: Model, batch: BatchFeature, cache: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(**batch, past_key_values=cache).logits
+        return model(**batch, **cache_argument(cache)).logits
 
 
 def step(model: Model, cache: Any, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits [B, Q, V] of `tokens` [B, Q] behind what the cache holds; `mask` [B, N] covers both."""
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
     with torch.no_grad():
-        return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        return model(input_ids=tokens, attention_mask=mask, position_ids=positions, **cache_argument(cache)).logits
 
 
 def longer(mask: torch.Tensor, by: int) -> torch.Tensor:

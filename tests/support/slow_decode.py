@@ -20,7 +20,7 @@ def quantized(rows: QuantizedRows, entry: int, head: int) -> torch.Tensor:
     out = torch.full((rows.tokens, rows.codes.shape[2]), torch.nan, dtype=torch.float64)
     for channel in range(out.shape[1]):
         run = rows.codes[entry, head, channel].tolist()
-        step, zero = float(rows.step[entry, head, 0, channel]), float(rows.zero[entry, head, 0, channel])
+        step, zero = float(rows.scale[entry, head, 0, channel]), float(rows.minimum[entry, head, 0, channel])
         for token in range(rows.tokens):
             group = run[token // 8 * rows.bits :][: rows.bits]
             out[token, channel] = code(group, rows.bits, token % 8) * step + zero
@@ -42,7 +42,7 @@ def addresses(widths: torch.Tensor) -> dict[tuple[int, int, int], int]:
 
 def coded(rows: CodedRows, entry: int, head: int) -> torch.Tensor:
     """[8 G, C]."""
-    widths, step, own = rows.coding.widths, rows.coding.step.double(), head // rows.coding.heads
+    widths, step, own = rows.coding.widths, rows.coding.scale.double(), head // rows.coding.heads
     out = rows.coding.offset[own].double().clone()
     run = rows.packed[entry].tolist()
     for (of_set, group, channel), byte in addresses(widths).items():

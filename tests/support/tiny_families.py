@@ -3,10 +3,11 @@ several sizes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, BatchFeature, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BatchFeature, Gemma4Model, PreTrainedModel
 
 PAD, IMAGE, VIDEO, START, END, CUT, VIDEO_START, VIDEO_END = 0, 90, 91, 92, 93, 94, 95, 96
 """Token ids: padding, the placeholders, what stands around images and between the rows or frames of one."""
@@ -413,11 +414,12 @@ def gemma4(**more: Any) -> Tiny:
 
     def video(index: int) -> Picture:
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(3, 16, 2)
-        inputs = {
-            "pixel_values_videos": noise(index, 3, 16, 48),
-            "video_position_ids": places,
-            "num_frames_per_video": torch.tensor([3]),
-        }
+        inputs = {"pixel_values_videos": noise(index, 3, 16, 48), "video_position_ids": places}
+        if "num_frames_per_video" in signature(Gemma4Model.get_video_features).parameters:
+            inputs["num_frames_per_video"] = torch.tensor([3])
+        else:
+            # Frames of one video had a dimension of their own before transformers 5.19.
+            inputs = {name: tensor[None] for name, tensor in inputs.items()}
         return Picture([token for _ in range(3) for token in (CUT, START, *[VIDEO] * 4, END)], inputs, [4] * 3)
 
     return Tiny(settings, picture, video, TYPES)

@@ -10,15 +10,16 @@ import torch
 from support.builders import DIM, HEADS, rand
 from transformers import BatchFeature
 
+from kvcapsule.codec.bit_allocation import water_fill
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.training.analysis.distortion import BITS, predict, water_fill
+from kvcapsule.training.analysis.distortion import BITS, predict
 from kvcapsule.training.analysis.drift import KEPT, MAX_STEPS, REFERENCES, Drift, attention_on
 from kvcapsule.training.analysis.passes import Observer, watch
 from kvcapsule.training.analysis.questions import Batch, answer_places
 from kvcapsule.training.analysis.report import over_steps
 from kvcapsule.training.analysis.similarity import Similarity
 from kvcapsule.training.analysis.spectrum import TileMoments, spectrum
-from kvcapsule.training.families.spectra import CoefficientMoments
+from kvcapsule.training.second_moments import CoefficientMoments
 from kvcapsule.vlm.spans import VisualSpan
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ def turned() -> LayerPrefill:
     cos, sin = (part.expand(2, -1, -1) for part in (rand(1, 30, 4, seed=4).cos(), rand(1, 30, 4, seed=4).sin()))
     frame = Frame(cos[0], sin[0])
     length = 1 + (torch.arange(30) % 2)[:, None, None]
-    keys = frame.forward(rand(1, HEADS, DIM).expand(30, -1, -1) * length).transpose(0, 1).expand(2, -1, -1, -1)
+    keys = frame.rotate(rand(1, HEADS, DIM).expand(30, -1, -1) * length).transpose(0, 1).expand(2, -1, -1, -1)
     embeddings = (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
     return LayerPrefill(3, of.query, keys, of.values, of.spans, of.valid, of.scale, embeddings)
 
@@ -82,7 +82,7 @@ def test_layer_variances_are_free_of_the_mean_they_are_about() -> None:
     tiles."""
     study, tiles = studied(prefill(), 5, batches=1), cut_tiles(prefill(), 5)
     assert tiles is not None and tiles.frame is not None
-    for of, x in (("keys", tiles.frame.back(tiles.keys)), ("values", tiles.values)):
+    for of, x in (("keys", tiles.frame.unrotate(tiles.keys)), ("values", tiles.values)):
         whole = (x - x.mean((0, 2), keepdim=True)).square().sum() / len(x)
         fixed = max(0.0, 1 - float(x.var(0).sum() / whole))
         assert study.result()["fixed_share"][of] == pytest.approx(fixed)
@@ -136,7 +136,7 @@ def test_layer_of_other_families(family: Callable[[], tuple[Any, dict[str, torch
         studies.setdefault(of.layer, LayerStudy(of)).first(of, tiles, batch.answers)
         alone = cut_tiles(of, 1)
         assert alone is not None and alone.frame is not None
-        torch.testing.assert_close(alone.frame.forward(alone.frame.back(alone.keys)), alone.keys)
+        torch.testing.assert_close(alone.frame.rotate(alone.frame.unrotate(alone.keys)), alone.keys)
 
     watch(built.eval(), batch, Observer(8, True, first))
     watch(built, batch, Observer(8, True, lambda of, tiles: studies[of.layer].second(of, tiles)))

@@ -11,13 +11,14 @@ from support.builders import HEADS, prefill, rand
 from support.run_vlm import tiny_gemma
 from test_analysis import moments_of, variances_of
 
-from kvcapsule.codec.transform import side_by_side
+from kvcapsule.codec.bit_allocation import bits_for, water_fill
+from kvcapsule.codec.transform import merge_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
-from kvcapsule.training.analysis.distortion import BITS, bits_for, water_fill
+from kvcapsule.training.analysis.distortion import BITS
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer
 from kvcapsule.training.analysis.stack import StackStudy, stacks_of
-from kvcapsule.training.families.grouping import joint_heads, joint_layers, stacks
+from kvcapsule.training.families.grouping import joint_heads, joint_layers, layer_groups
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.vlm.spans import VisualSpan
 
@@ -74,7 +75,7 @@ def assert_alike(one: list[dict[str, Any]], other: list[dict[str, Any]], rel: fl
 
 def assert_whole(found: list[dict[str, Any]], layers: Sequence[Layer], heads: int) -> None:
     """What is found is what all tiles, lying side by side in memory, come to."""
-    units = [side_by_side(x, heads) for of in layers for x in of]
+    units = [merge_heads(x, heads) for of in layers for x in of]
     units = [x / moments_of(x).variance() ** 0.5 for x in units]
     unbiased = len(units[0]) / (len(units[0]) - 1)
     apart, together = (
@@ -203,5 +204,5 @@ def test_stacks_hold_so_many_channels(kv_heads: int, head_dim: int, heads: int, 
 
 
 def test_stacks_cover_all_layers() -> None:
-    assert stacks(5, 2) == [range(0, 2), range(2, 4), range(4, 5)]
-    assert stacks(3, 4) == [range(3)]
+    assert layer_groups(5, 2) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert layer_groups(3, 4) == [range(3)]

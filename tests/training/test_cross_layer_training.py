@@ -109,9 +109,12 @@ def test_fewer_channels_are_coded_where_maps_are_bounded(tmp_path: Path, capsys:
         (["--transform.readers", "100000"], "--transform.readers 100000: only [0-9]+ queries read the tiles"),
         (
             ["--transform.allocation", "pyramid", "--transform.logit_batches", "0"],
-            "shares its bits out by what they save",
+            "--transform.allocation is an option of the family transform, not of cross-layer",
         ),
-        (["--transform.key_bits", "1", "--transform.value_bits", "1"], "leave --transform.allocation"),
+        (
+            ["--transform.key_bits", "1", "--transform.value_bits", "1"],
+            "--transform.key_bits is an option of the family transform, not of cross-layer",
+        ),
         (["--transform.joint_layers", "-1"], "--transform.joint_layers -1: 0 or more"),
         (["--moment_batches", "1", "--codec.tile", "196"], "too few for stable bases"),
         (["--ratio", "4000"], "address and frame"),

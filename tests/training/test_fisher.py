@@ -12,11 +12,11 @@ from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.segments.segment import Segment
 from kvcapsule.training.datamodule import Batch, Questions
-from kvcapsule.training.families.cross_layer import Coordinates, CrossLayerFit
-from kvcapsule.training.families.spectra import Moments
-from kvcapsule.training.fisher import MIX, Felt, gradients, mixed, require_finite_gradients
-from kvcapsule.training.frozen_forward import asked, logits_through
+from kvcapsule.training.families.cross_layer import Coordinates, group_sources
+from kvcapsule.training.fisher import MIX, FisherSums, gradients, mixed, require_finite_gradients
+from kvcapsule.training.frozen_forward import answer_mask, logits_through
 from kvcapsule.training.harvest import LayerHarvest, harvest
+from kvcapsule.training.second_moments import Moments
 from kvcapsule.vlm.loading import load_vlm
 
 TILE = 28
@@ -55,7 +55,7 @@ def test_gradients_are_how_the_drawn_tokens_log_probability_moves(model, batches
     layers = harvest(model, batch.inputs, TILE)
     found = felt_by(model, batch, seeds, layers)
     last = int(batch.answers.max()) + 1
-    predict = asked(batch.answers, last)
+    predict = answer_mask(batch.answers, last)
 
     def log_p(segments: list[Segment]) -> torch.Tensor:
         with torch.no_grad():
@@ -135,7 +135,7 @@ def test_nothing_is_left_of_them_on_the_model(model, batches) -> None:
 
 
 def test_second_moments_add_up_over_tiles_and_tokens() -> None:
-    own, g = Felt(2, 5), rand(3, 2, 4, 5)
+    own, g = FisherSums(2, 5), rand(3, 2, 4, 5)
     own.add(g[:1])
     own.add(g[1:])
     torch.testing.assert_close(own.total, torch.einsum("estw,estv->swv", g, g))
@@ -146,7 +146,7 @@ def test_the_mixture_weighs_both_metrics_by_what_losing_everything_costs() -> No
     for width in (3, 6):
         own = Moments(2, 4, width)
         own.add(rand(20, 2, 4, width, seed=width) * torch.arange(1.0, width + 1))
-        feel = Felt(2, width)
+        feel = FisherSums(2, width)
         feel.add(1e-4 * rand(7, 2, 4, width, seed=9 + width))
         moments.append(own)
         felt.append(feel)
@@ -166,7 +166,7 @@ def test_logits_that_feel_nothing_are_refused() -> None:
     own = Moments(1, 4, 3)
     own.add(rand(5, 1, 4, 3))
     with pytest.raises(ValueError, match="do not depend on the visual tokens"):
-        mixed([Felt(1, 3)], [torch.eye(3, dtype=torch.float64)[None]], [own])
+        mixed([FisherSums(1, 3)], [torch.eye(3, dtype=torch.float64)[None]], [own])
 
 
 def test_gradients_turn_the_other_way_than_what_they_are_of() -> None:
@@ -174,7 +174,6 @@ def test_gradients_turn_the_other_way_than_what_they_are_of() -> None:
     generator = torch.Generator().manual_seed(3)
     into = torch.randn(1, 8, 8, generator=generator, dtype=torch.float64)
     own = Coordinates(into, torch.linalg.inv(into).transpose(1, 2))
-    fit = SimpleNamespace(stacks=[range(2)], coordinates=[own], heads=1)
 
     def layers(seed: int) -> list[SimpleNamespace]:
         return [
@@ -183,8 +182,8 @@ def test_gradients_turn_the_other_way_than_what_they_are_of() -> None:
         ]
 
     step, slope = layers(0), layers(50)
-    ((_, x),) = CrossLayerFit.sources(fit, step, False)
-    ((_, g),) = CrossLayerFit.sources(fit, slope, True)
+    ((_, x),) = group_sources(step, [range(2)], [own], heads=1)
+    ((_, g),) = group_sources(slope, [range(2)], [own], heads=1, gradients=True)
     felt = sum(
         (getattr(a, name) * getattr(b, name)).sum()
         for a, b in zip(step, slope, strict=True)

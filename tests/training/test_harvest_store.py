@@ -96,23 +96,14 @@ def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, fami
         "--device",
         "cpu",
     ]
-    quick += [
-        "--codec.tile",
-        "49",
-        "--transform.steps",
-        "1",
-        "--transform.kl_weight",
-        "0",
-        "--compact.bank",
-        "16",
-        "--ratio",
-        "10",
-    ]
-    quick += (
-        ["--optim.soft_steps", "1", "--optim.hard_steps", "1", "--optim.kl_weight", "0"]
-        if family == "kvcapsule"
-        else []
-    )
+    quick += ["--codec.tile", "49", "--ratio", "10"]
+    coded = ["--transform.steps", "1", "--transform.kl_weight", "0"]
+    quick += {
+        "transform": coded,
+        "cross-layer": coded,
+        "kvcapsule": ["--optim.soft_steps", "1", "--optim.hard_steps", "1", "--optim.kl_weight", "0"],
+        "compact": ["--compact.bank", "16"],
+    }[family]
     quick = ["kvcapsule-paper", *quick[1:]] if family == "kvcapsule" else quick
     runs = {
         "own": [],

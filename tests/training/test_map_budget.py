@@ -5,7 +5,7 @@ import pytest
 from kvcapsule.codec.cross_layer import CrossLayerConfig
 from kvcapsule.codec.transform import CellTransform, TransformConfig
 from kvcapsule.training.families.grouping import joint_heads, joint_layers
-from kvcapsule.training.families.map_budget import map_bytes, most_channels, usual_limit
+from kvcapsule.training.families.map_budget import default_limit, map_bytes, most_channels
 from kvcapsule.vlm.geometry import KVGeometry
 
 LARGE = KVGeometry("llava", layers=32, query_heads=32, kv_heads=8, head_dim=128, rotary="1d")
@@ -15,15 +15,15 @@ TILE = 64
 
 def decoders(config: TransformConfig | CrossLayerConfig) -> int:
     """Bytes of what reads all layers of the large model, at 16 bits."""
-    first = range(0, LARGE.layers, max(1, config.stacked))
+    first = range(0, LARGE.layers, max(1, config.layer_group))
     codecs = [config.build(LARGE, layer).bfloat16() for layer in first]
     return sum(m.decoder_bytes() for codec in codecs for m in codec.modules() if isinstance(m, CellTransform))
 
 
-USUAL = 32e6 / 2**20
+DEFAULT = 32e6 / 2**20
 
 
-@pytest.mark.parametrize("limit", [USUAL, 8.0])
+@pytest.mark.parametrize("limit", [DEFAULT, 8.0])
 def test_the_maps_of_a_7b_class_geometry_keep_within_their_bound(limit: float) -> None:
     """As training shapes them there unless told otherwise, with every channel coded that may be."""
     heads = joint_heads(LARGE.kv_heads, LARGE.head_dim)
@@ -42,15 +42,15 @@ def test_the_maps_of_a_7b_class_geometry_keep_within_their_bound(limit: float) -
         assert 0.97 * limit < decoders(config) / 2**20 <= limit or (config is alone and each == heads * LARGE.head_dim)
 
 
-def test_the_usual_bound_grows_with_the_model_and_spares_maps_of_whole_images() -> None:
+def test_the_default_bound_grows_with_the_model_and_spares_maps_of_whole_images() -> None:
     def sources(layers: int, heads: int) -> list[tuple[int, int]]:
         return [(heads, 2 * 2 * 128)] * (layers // 2)
 
-    assert usual_limit(32 * 8 * 128, sources(32, 8), TILE) == usual_limit(4 * 2 * 32, [(1, 512)], 196) == USUAL
-    assert usual_limit(32 * 32 * 128, sources(32, 32), TILE) == 4 * USUAL, "a 7B whose heads have keys of their own"
-    (share,) = {n / 512 for n in most_channels(4 * USUAL, sources(32, 32), TILE)}
+    assert default_limit(32 * 8 * 128, sources(32, 8), TILE) == default_limit(4 * 2 * 32, [(1, 512)], 196) == DEFAULT
+    assert default_limit(32 * 32 * 128, sources(32, 32), TILE) == 4 * DEFAULT, "a 7B whose heads have keys of their own"
+    (share,) = {n / 512 for n in most_channels(4 * DEFAULT, sources(32, 32), TILE)}
     assert 0.35 < share < 0.5
-    assert usual_limit(32 * 32 * 128, sources(32, 32), 576) == 0
+    assert default_limit(32 * 32 * 128, sources(32, 32), 576) == 0
 
 
 def test_bytes_are_those_of_the_decoder() -> None:

@@ -11,6 +11,7 @@ from kvcapsule.checkpoints import shipped
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.errors import ModelError
 from kvcapsule.eval.metrics import accuracy
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.testbeds.pages import WORDS, page, pages, questions
 from kvcapsule.training.testbeds.pages_vlm.data import IGNORE, PatchCollator, TurnCollator
 from kvcapsule.training.testbeds.pages_vlm.run import DemoVlmConfig
@@ -106,7 +107,7 @@ def test_the_shipped_model_and_capsules_read(shipped_vlm, name: str, smaller: fl
     capsule = Capsule.from_pretrained(name)
     cache = CapsuleCache(model.config, capsule)
     with attach(model, capsule):
-        small = texts(model.generate(**inputs, max_new_tokens=48, do_sample=False, past_key_values=cache))
+        small = texts(model.generate(**inputs, max_new_tokens=48, do_sample=False, **cache_argument(cache)))
     assert sum(accuracy(*row) for row in zip(rows["task"], full, rows["answer"], strict=True)) >= 18
     assert sum(mine == theirs for mine, theirs in zip(small, full, strict=True)) >= agreeing
     assert 24 * 196 * 2 * 2 * 32 * 4 * 4 / cache.bytes().visual >= smaller

@@ -10,14 +10,16 @@ from transformers import DynamicCache
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.prompts import conversation, encode
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages
+from kvcapsule.training.families.kvcapsule_options import KVCapsuleRecipe as Recipe
+from kvcapsule.training.families.kvcapsule_options import KVCapsuleShape
 from kvcapsule.training.families.soft_mask import SoftLinear
 from kvcapsule.training.harvest import harvest
 from kvcapsule.training.losses import full_output, output_error, unexplained
-from kvcapsule.training.main import build_parser, find_recipe, shipped_recipes
 from kvcapsule.training.main import main as command
-from kvcapsule.training.recipe import CodecRecipe, Recipe
+from kvcapsule.training.options import parse, shipped_recipes
 from kvcapsule.training.second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 
 QUICK = ["--data.size", "40", "--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu"]
@@ -38,10 +40,10 @@ def test_harvest_is_what_the_full_cache_holds(model, batch) -> None:
     layers = harvest(model, batch, tile=49)
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
-        model(**batch, past_key_values=cache)
+        model(**batch, **cache_argument(cache))
     for layer, own in zip(layers, cache.layers, strict=True):
         assert layer.keys.shape == (3 * 4, 2, 49, 32)
-        keys = layer.frame.forward(layer.keys)
+        keys = layer.frame.rotate(layer.keys)
         for row in range(3):
             start = int((batch["input_ids"][row] == model.config.image_token_id).nonzero()[0])
             mine = layer.owner == row
@@ -92,7 +94,7 @@ def test_moments_agree_with_the_stacked_data(model, batch) -> None:
         moments.centred_value_gram(), torch.einsum("ehtd,ehsd->hts", centred, centred), atol=1e-8, rtol=1e-8
     )
     # Token Gram matrices do not care for the frame that the keys are in.
-    turned = layer.frame.forward(layer.keys.double())
+    turned = layer.frame.rotate(layer.keys.double())
     torch.testing.assert_close(moments.key_gram, torch.einsum("ehtd,ehsd->hts", turned, turned), atol=1e-4, rtol=1e-5)
 
 
@@ -152,9 +154,9 @@ def test_the_soft_mask_learns_the_tokens_that_matter() -> None:
     [
         (Recipe(ratio=0.4), (0.4, 0.4)),
         (Recipe(ratio=20), (0.05, 0.05)),
-        (Recipe(ratio=0.41, codec=CodecRecipe(key_share=0.2)), (0.164, 0.656)),
-        (Recipe(ratio=0.8, codec=CodecRecipe(key_share=0.2)), (0.6, 1.0)),
-        (Recipe(ratio=0.4, codec=CodecRecipe(key_ratio=0.1)), (0.1, 0.4)),
+        (Recipe(ratio=0.41, codec=KVCapsuleShape(key_share=0.2)), (0.164, 0.656)),
+        (Recipe(ratio=0.8, codec=KVCapsuleShape(key_share=0.2)), (0.6, 1.0)),
+        (Recipe(ratio=0.4, codec=KVCapsuleShape(key_ratio=0.1)), (0.1, 0.4)),
     ],
 )
 def test_one_ratio_gives_both(recipe: Recipe, wanted: tuple[float, float]) -> None:
@@ -163,7 +165,7 @@ def test_one_ratio_gives_both(recipe: Recipe, wanted: tuple[float, float]) -> No
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_parses(name: str) -> None:
-    values = build_parser().parse_args(["--recipe", str(find_recipe(name))])
+    values = parse([name], pytest.fail)
     assert values.model == ("runs/smol-vlm" if name.startswith("smol-vlm-") else "pages-vlm")
 
 

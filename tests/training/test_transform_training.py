@@ -13,24 +13,24 @@ from safetensors.torch import load_file
 from support.builders import rand
 
 from kvcapsule import Capsule
-from kvcapsule.codec.transform import Transform
-from kvcapsule.segments.segment import Segment, read
-from kvcapsule.training.families.allocation import (
+from kvcapsule.codec.bit_allocation import (
     DISTORTION,
-    STEP,
+    SCALE,
     allocate,
     cell_reach,
+    cell_scale,
     cell_variance,
     distortion,
-    step_size,
 )
-from kvcapsule.training.families.spectra import CoefficientMoments, Extremes, Moments
+from kvcapsule.codec.transform import Transform
+from kvcapsule.segments.segment import Segment, read
+from kvcapsule.training.families.coding_source import CodingSource
 from kvcapsule.training.families.straight_through import coded
-from kvcapsule.training.families.transform import Unit
 from kvcapsule.training.frozen_forward import divergence
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error
 from kvcapsule.training.main import main
+from kvcapsule.training.second_moments import CoefficientMoments, Extremes, Moments
 
 QUICK = [
     "--data.size",
@@ -81,7 +81,7 @@ def test_the_tables_are_those_of_a_gaussian(width: int) -> None:
     """Step and distortion by numerical integration of the density over each code's interval."""
     x = torch.linspace(-9, 9, 400_001, dtype=torch.float64)
     density = (-x.square() / 2).exp()
-    step = float(step_size(torch.tensor([width]), torch.ones(1, dtype=torch.float64), torch.ones(1)))
+    step = float(cell_scale(torch.tensor([width]), torch.ones(1, dtype=torch.float64), torch.ones(1)))
 
     def lost(step: float) -> float:
         codes = (x / step).floor().clamp(-(2 ** (width - 1)), 2 ** (width - 1) - 1) + 0.5
@@ -125,8 +125,8 @@ def test_only_cells_of_eight_bits_reach_what_was_seen() -> None:
     """102 x 1.25 = 127.5 steps lie on either side of the middle; a reach of 2.04 is covered by a Gaussian's step of
     0.0308 and more."""
     widths, reach = torch.tensor([1, 2, 3, 4, 8, 8]), torch.tensor([102.0, 102.0, 102.0, 102.0, 102.0, 2.04])
-    steps = step_size(widths, torch.ones(6, dtype=torch.float64), reach)
-    assert steps.tolist() == pytest.approx([STEP[1], STEP[2], STEP[3], STEP[4], 1.0, STEP[8]])
+    steps = cell_scale(widths, torch.ones(6, dtype=torch.float64), reach)
+    assert steps.tolist() == pytest.approx([SCALE[1], SCALE[2], SCALE[3], SCALE[4], 1.0, SCALE[8]])
 
 
 def test_a_coefficient_far_out_survives_eight_bits() -> None:
@@ -139,7 +139,7 @@ def test_a_coefficient_far_out_survives_eight_bits() -> None:
     for part in tiles.split(300):
         coefficients.add(bases.coefficients(part))
         extremes.add(bases.coefficients(part))
-    transform = Unit(bases, coefficients, extremes).transform(torch.full((1, 1, 1), 8), heads=1, dim=1)
+    transform = CodingSource(bases, coefficients, extremes).transform(torch.full((1, 1, 1), 8), heads=1, dim=1)
     new = rand(40, 1, 8, 1, seed=8)
     new[0, 0, 3] = 14.0
 
@@ -149,14 +149,14 @@ def test_a_coefficient_far_out_survives_eight_bits() -> None:
 
     assert float(lost().max()) < 0.1
     with torch.no_grad():
-        transform.step.copy_(STEP[8] * (coefficients.variance().sum(1, keepdim=True) / 8).sqrt())
+        transform.step.copy_(SCALE[8] * (coefficients.variance().sum(1, keepdim=True) / 8).sqrt())
     clipped = lost()
     assert float(clipped.max()) > 8 and float(clipped.sort().values[-2]) < 1
 
 
 def test_straight_through_is_what_reading_the_codes_gives_and_moves_every_parameter() -> None:
     torch.manual_seed(0)
-    transform = Transform(sets=2, heads=2, tile=12, dim=6, rows=8, channels=5)
+    transform = Transform(head_groups=2, heads=2, tile=12, dim=6, rows=8, channels=5)
     with torch.no_grad():
         for parameter in transform.parameters():
             parameter.normal_()
@@ -247,8 +247,14 @@ def test_two_processes_solve_the_same_bases_as_one(
             ["--transform.allocation", "uniform", "--transform.key_bits", "1", "--transform.value_bits", "1"],
             "shares the bits out",
         ),
-        (["--transform.joint_layers", "2"], "the family transform codes each layer by itself"),
-        (["--family", "magic"], "choose one of transform, cross-layer, kvcapsule, compact"),
+        (
+            ["--transform.joint_layers", "2"],
+            "--transform.joint_layers is an option of the family cross-layer, not of transform",
+        ),
+        (
+            ["--family", "magic"],
+            "no codec family 'magic'; there are identity, kvcapsule, transform, cross-layer, compact",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

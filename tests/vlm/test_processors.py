@@ -135,7 +135,7 @@ def test_processor(name: str) -> None:
     assert name in BUILDERS
     one = built(next(i for i, case in enumerate(CASES) if case.family.name == name))
     build, mark = PROCESSORS[name]
-    beside = mark * 2 if one.case.family.apart != "marks" else f"{mark} w9 {mark}"
+    beside = mark * 2 if one.case.family.span_boundary != "marks" else f"{mark} w9 {mark}"
     pictures = [[image(SMALL, 0), image(WIDE, 1)], [image(WIDE, 2)], [image(SMALL, 3)]]
     batch: Any = build()(
         images=pictures,

@@ -1,7 +1,7 @@
 """What rate-distortion theory promises at given bits, for Gaussian coefficients: D(R) = 2^(-2 R) of the variance.
 
 A bound for ideal (vector) codes, and nothing but codes is counted. Uniform quantisers that take numbers one by one
-leave about 1.5 times the error at 1 bit and twice at 2 (training.allocation.DISTORTION); coefficients with heavier
+leave about 1.5 times the error at 1 bit and twice at 2 (kvcapsule.codec.bit_allocation); coefficients with heavier
 tails than a Gaussian's may do better. Bases and variances are judged on the questions that they were measured on, which
 flatters them: docs/analyze.md says by how much.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvcapsule.codec.bit_allocation import water_fill
 from kvcapsule.codec.kvcapsule import retained
 
 from .spectrum import TileMoments
@@ -18,45 +19,6 @@ FULL_BITS = 16
 """Bits of an element of the full cache, and of the rows that token PCA keeps."""
 BITS = (0.2, 0.4, 0.8, 1.6, 3.2)
 """Bits for each element of the keys (or the values): 80x, 40x, 20x, 10x and 5x less than FULL_BITS."""
-
-
-class Water(NamedTuple):
-    """Reverse water-filling of independent Gaussian components."""
-
-    level: float
-    """Components below it are left out; all others are coded down to this error."""
-    distortion: float
-    """Sum of the squared errors."""
-
-
-def water_fill(variances: torch.Tensor, bits: float) -> Water:
-    """The least error that `bits` a component (mean over all of them) can reach (Cover and Thomas, chapter 10)."""
-    count = variances.numel()
-    found = variances.double().flatten().sort(descending=True).values
-    found = found[found > 0]
-    if not len(found):
-        return Water(0.0, 0.0)
-    coded = torch.arange(1, len(found) + 1, dtype=found.dtype, device=found.device)
-    # With the first k coded, their levels follow from the bits; k is right as long as the k-th lies above the level.
-    levels = (found.log2().cumsum(0) / coded - 2 * count * bits / coded).exp2()
-    k = max(1, int((levels <= found).sum()))
-    level = float(levels[k - 1])
-    return Water(level, k * level + float(found[k:].sum()))
-
-
-def bits_for(variances: torch.Tensor, distortion: float) -> float:
-    """The bits a component (mean over all of them) at which `water_fill` comes to this distortion; infinite for one
-    that no bits reach."""
-    found = variances.double().flatten().sort(descending=True).values
-    found = found[found > 0]
-    if distortion >= float(found.sum()):
-        return 0.0
-    coded = torch.arange(1, len(found) + 1, dtype=found.dtype, device=found.device)
-    # What the components behind the first k lose, added up from the least.
-    left = found.flip(0).cumsum(0).flip(0) - found
-    levels = (distortion - left) / coded
-    k = max(1, int((levels <= found).sum()))
-    return float((found[:k] / levels[k - 1].clamp_min(0)).log2().sum()) / 2 / variances.numel()
 
 
 class Predicted(NamedTuple):

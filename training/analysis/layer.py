@@ -10,8 +10,8 @@ from kvcapsule.errors import InputError
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.tiles import cut_tiles
 
-from ..families.spectra import Bases, CoefficientMoments
 from ..harvest import LayerHarvest
+from ..second_moments import Bases, CoefficientMoments
 from .distortion import BITS, FULL_BITS, fixed_share, predict
 from .drift import Drift, attention_on
 from .similarity import Similarity
@@ -131,7 +131,7 @@ class LayerStudy:
         """Each token is a tile of its own, and its frame all of its rotation."""
         alone = cut_tiles(prefill, 1)
         assert alone is not None and alone.frame is not None
-        self.unrotated.add(alone.frame.back(alone.keys)[:, :, 0].transpose(0, 1))
+        self.unrotated.add(alone.frame.unrotate(alone.keys)[:, :, 0].transpose(0, 1))
 
     def _add_drift(self, prefill: LayerPrefill, row: int, answer: range) -> None:
         spans = [span for span in prefill.spans if span.row == row]

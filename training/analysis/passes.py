@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvcapsule.errors import InputError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
+from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
 
@@ -58,7 +59,7 @@ def watch(model: PreTrainedModel, batch: Batch, observer: Observer) -> None:
         return
     with attach(model):
         cache = CapsuleCache(model.config, observer)
-        model(**batch.inputs.to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(**batch.inputs.to(model.device), **cache_argument(cache), logits_to_keep=1)
 
 
 def whole_image(reader: Reader) -> int:

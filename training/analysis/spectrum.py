@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..families.spectra import Moments
+from ..second_moments import Moments
 
 _POINTS = 64
 """Most ranks at which the energy of a spectrum is written down."""

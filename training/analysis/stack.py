@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvcapsule.codec.transform import side_by_side
+from kvcapsule.codec.bit_allocation import bits_for, water_fill
+from kvcapsule.codec.transform import merge_heads
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
-from ..families.grouping import joint_heads, joint_layers, stacks
-from ..families.spectra import Moments
+from ..families.grouping import joint_heads, joint_layers, layer_groups
 from ..harvest import LayerHarvest
-from .distortion import BITS, FULL_BITS, bits_for, water_fill
+from ..second_moments import Moments
+from .distortion import BITS, FULL_BITS
 from .layer import NAMES, LayerStudy
 from .spectrum import TileMoments
 
@@ -86,7 +87,7 @@ class StackStudy:
         self._scales = [_scale(unit) for unit in units]
         totals, tokens = [], []
         for scale, unit in zip(self._scales, units, strict=True):
-            totals.append(scale * side_by_side(unit.moments.total[None].to(channels.device), self.heads)[0])
+            totals.append(scale * merge_heads(unit.moments.total[None].to(channels.device), self.heads)[0])
             tokens.append(scale**2 * unit.moments.tokens.to(channels.device).unflatten(0, (-1, self.heads)).sum(1))
         width, count = totals[0].shape[2], units[0].tiles
         self._scaling = torch.tensor(self._scales, dtype=channels.dtype, device=channels.device).repeat_interleave(
@@ -139,7 +140,7 @@ class StackStudy:
         """With a batch's last layer: each set's number and its tiles, all units side by side, [E, T, C] in fp64."""
         if tiles is None:
             return
-        self.held += [side_by_side(x, self.heads) for x in (tiles.keys, tiles.values)]
+        self.held += [merge_heads(x, self.heads) for x in (tiles.keys, tiles.values)]
         if len(self.held) == 2 * len(self.layers):
             device = self.held[0].device
             for index in range(self.held[0].shape[1]):
@@ -151,7 +152,7 @@ def stacks_of(model: PreTrainedModel) -> list[StackStudy]:
     """The stacks that `kvcapsule train cross-layer` forms by default, of the layers with full attention."""
     geometry, layers = KVGeometry.from_config(model.config), full_attention_layers(model.config)
     heads = joint_heads(geometry.kv_heads, geometry.head_dim)
-    runs = stacks(len(layers), joint_layers(heads, geometry.head_dim))
+    runs = layer_groups(len(layers), joint_layers(heads, geometry.head_dim))
     return [StackStudy(layers[run.start : run.stop], heads) for run in runs]
 
 

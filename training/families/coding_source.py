@@ -1,21 +1,21 @@
-"""What is coded as one: the keys or the values of a layer, or all of a stack of layers; and the code of given widths
-for it."""
+"""Closed-form statistics of one coding source (the keys or the values of a layer, or all of a layer group), and the
+transform code of given widths for it."""
 
 import torch
 from torch import nn
 
+from kvcapsule.codec.bit_allocation import cell_reach, cell_scale, cell_variance
 from kvcapsule.codec.transform import CellTransform, Transform
 from kvcapsule.segments.bit_packing import GROUP
 
-from .allocation import cell_reach, cell_variance, step_size
-from .spectra import Bases, CoefficientMoments, Extremes
+from ..second_moments import Bases, CoefficientMoments, Extremes
 
 LEAST_STEP = 1e-6
-"""No step of a quantiser is less, or descent could carry it through 0."""
+"""No scale of a quantiser is less, or descent could carry it through 0."""
 
 
-class Unit(nn.Module):
-    """What the closed form knows of a source."""
+class CodingSource(nn.Module):
+    """Bases of a source, and means, variances and extremes of its coefficients in them."""
 
     def __init__(self, bases: Bases, moments: CoefficientMoments, extremes: Extremes) -> None:
         super().__init__()
@@ -25,7 +25,9 @@ class Unit(nn.Module):
     def transform(self, widths: torch.Tensor, heads: int, dim: int) -> Transform:
         """The transform code of given widths [S, G, D], cut to the rows and channels that have any."""
         rows, channels = used(widths)
-        built = Transform(len(widths), heads, self.variance.shape[1], dim, rows, channels).to(self.variance.device)
+        built = Transform(
+            head_groups=len(widths), heads=heads, tile=self.variance.shape[1], dim=dim, rows=rows, channels=channels
+        ).to(self.variance.device)
         self.fill(built, widths)
         with torch.no_grad():
             built.channels_in.copy_(self.bases.channels_in[:, :, :channels])
@@ -37,13 +39,13 @@ class Unit(nn.Module):
         """All of a transform code but its channels."""
         _, groups, channels = built.widths.shape
         rows = min(groups * GROUP, self.variance.shape[1])
-        kept = widths[:, :groups, :channels].to(self.variance.device)
+        coded = widths[:, :groups, :channels].to(self.variance.device)
         built.tokens_in[:, :rows] = self.bases.tokens[:, :rows].float()
         built.tokens_out[:, :, :rows] = self.bases.tokens[:, :rows].transpose(-1, -2).float()
         built.offset[:, :rows] = self.mean[:, :rows, :channels].float()
         deviation = (self.cells[:, :groups, :channels] / GROUP).sqrt()
-        built.step.copy_(step_size(kept, deviation, self.reach[:, :groups, :channels]).clamp_min(LEAST_STEP))
-        built.widths.copy_(kept)
+        built.step.copy_(cell_scale(coded, deviation, self.reach[:, :groups, :channels]).clamp_min(LEAST_STEP))
+        built.widths.copy_(coded)
 
 
 def used(widths: torch.Tensor) -> tuple[int, int]:

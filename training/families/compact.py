@@ -2,8 +2,8 @@
 tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -17,14 +17,55 @@ from ..capsule_fit import CapsuleFit, Task, scheduled
 from ..datamodule import Batch
 from ..harvest import LayerHarvest
 from ..losses import require_finite
-from ..query_bank import QueryBank, begin, chosen_by_teacher, imitation_loss
+from ..query_bank import QueryBank
+from ..recipe import PyramidOptions, Recipe, require_at_least_zero
+from .token_selector import chosen_by_teacher, imitation_loss, initialise
 
 
-class CompactFit(CapsuleFit):
+@dataclass(frozen=True)
+class CompactOptions:
+    """Shape and learning of a compact capsule."""
+
+    bank: int = 512
+    """Training queries of each KV head that attention is matched for."""
+    ridge: float = 1e-3
+    """Pull of the refit values towards plain means."""
+    selector: str = "attention"
+    """How tokens are ranked: "attention" (of the query bank) or "learned" (a network that imitates the greedy
+    choice)."""
+    passes: int = 2
+    """Times that the ranking is reordered by what each token adds to those above it."""
+    hidden: int = 64
+    """Width of the learned selector."""
+    steps: int = 200
+    """Steps of its training."""
+    lr: float = 3e-3
+    """Peak learning rate of Adam; it decays linearly."""
+
+    def __post_init__(self) -> None:
+        require_at_least_zero(self, "compact", "steps", "lr")
+
+
+@dataclass(frozen=True)
+class CompactRecipe(Recipe):
+    """A training run of the family compact."""
+
+    RESUMABLE: ClassVar[frozenset[str]] = Recipe.RESUMABLE | {"compact.steps"}
+
+    family: str = "compact"
+    codec: PyramidOptions = field(default_factory=PyramidOptions)
+    """Shape of the codecs."""
+    compact: CompactOptions = field(default_factory=CompactOptions)
+    """Shape and learning of a compact capsule."""
+
+
+class CompactFit(CapsuleFit[CompactRecipe]):
     """Nothing but the bank is needed where tokens are ranked by attention; a learned selector is trained by gradient
     descent."""
 
-    def __init__(self, task: Task) -> None:
+    recipe_class = CompactRecipe
+
+    def __init__(self, task: Task[CompactRecipe]) -> None:
         super().__init__(task)
         self.recipe = task.recipe.compact
         self.config = CompactConfig(
@@ -52,8 +93,8 @@ class CompactFit(CapsuleFit):
             for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
                 require_finite(layer, i)
                 bank.add(layer)
-        scale, usual = first[0].scale, geometry.head_dim**-0.5
-        if abs(scale - usual) > 1e-6 * usual:
+        scale, default = first[0].scale, geometry.head_dim**-0.5
+        if abs(scale - default) > 1e-6 * default:
             self.config = replace(self.config, scale=scale)
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
         for index, (bank, layer) in enumerate(zip(banks, first, strict=True)):
@@ -61,7 +102,7 @@ class CompactFit(CapsuleFit):
             bank.gather()
             codec.bank.copy_(bank.bank())
             if codec.selector is not None:
-                begin(codec.selector, layer.keys, layer.values, seed)
+                initialise(codec.selector, layer.keys, layer.values, seed)
 
     def codec_config(self) -> CompactConfig:
         return self.config

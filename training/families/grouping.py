@@ -1,9 +1,9 @@
-"""What a transform code takes as one source unless asked otherwise: how many KV heads, and how many layers."""
+"""Default head groups and layer groups of a transform code: how many KV heads and layers are coded together."""
 
 _HEADS = 128
 """Most channels of a set of KV heads: their map grows with the square."""
 _LAYERS = 512
-"""Most channels of a stack of layers, keys and values of one set of heads."""
+"""Most channels of a group of layers, keys and values of one set of heads."""
 
 
 def joint_heads(kv_heads: int, head_dim: int) -> int:
@@ -12,10 +12,10 @@ def joint_heads(kv_heads: int, head_dim: int) -> int:
 
 
 def joint_layers(heads: int, head_dim: int) -> int:
-    """Layers of a stack, for sets of `heads` KV heads; the model may have fewer."""
+    """Layers of a group, for sets of `heads` KV heads; the model may have fewer."""
     return max(1, _LAYERS // (2 * heads * head_dim))
 
 
-def stacks(layers: int, joint: int) -> list[range]:
+def layer_groups(layers: int, joint: int) -> list[range]:
     """Runs of `joint` neighbouring layers; the last may be shorter."""
     return [range(first, min(first + joint, layers)) for first in range(0, layers, joint)]

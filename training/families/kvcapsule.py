@@ -17,8 +17,8 @@ from ..capsule_fit import CapsuleFit, Task, mean, scheduled
 from ..datamodule import Batch
 from ..harvest import LayerHarvest
 from ..losses import unexplained
-from ..recipe import OptimConfig
 from ..second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
+from .kvcapsule_options import KVCapsuleRecipe, OptimOptions
 from .soft_mask import SoftKeys, soft_keys
 
 
@@ -26,7 +26,7 @@ class LayerFit(nn.Module):
     """One layer's codecs, their relaxed form and the moments behind them."""
 
     def __init__(
-        self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimConfig
+        self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimOptions
     ) -> None:
         super().__init__()
         self.codec = config.build(geometry, layer)
@@ -50,14 +50,18 @@ class LayerFit(nn.Module):
                 keys.theta.copy_(ridge_reconstruction(self.moments.key_gram, keys.kept, self.ridge))
 
 
-class KVCapsuleFit(CapsuleFit):
+class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
     """The paper's training, with an attention-output loss beside it (training/NOTES.md)."""
+
+    recipe_class = KVCapsuleRecipe
+    has_unused_parameters = True
+    """Mask and reconstruction are trained one after the other, so that some parameters of a step have no gradient."""
 
     hardened: torch.Tensor
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task[KVCapsuleRecipe]) -> None:
         super().__init__(task)
-        self.config = task.recipe.kvcapsule_config(task.geometry.layers, task.tile)
+        self.config = task.recipe.codec_config(task.geometry.layers, task.tile)
         self.optim = task.recipe.optim
         self.has_kl = self.optim.kl_weight > 0
         self.register_buffer("hardened", torch.tensor(False))

@@ -1,17 +1,18 @@
-"""How many channels a transform code may have, for its maps to take no more than a bound."""
+"""The most channels that a transform code may have within an upper limit of its decoder maps' bytes."""
 
 from collections.abc import Sequence
 
+from kvcapsule.errors import ConfigError
 from kvcapsule.segments.bit_packing import GROUP
 
 _BYTES = 2
 """Of a number of the maps."""
-_USUAL, _CHANNELS = 32e6 / 2**20, 32 * 8 * 128
+_DEFAULT, _CHANNELS = 32e6 / 2**20, 32 * 8 * 128
 """MiB (32 million bytes) that maps take at most unless told otherwise, of a model with so many channels in all layers
 and KV heads (a 7B with grouped queries) or fewer; of one with more, as many times more."""
 
 
-def usual_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) -> float:
+def default_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) -> float:
     """MiB, 0 for none: where the maps along the tokens take half of it already, as of whole images, fewer channels are
     no way to save.
 
@@ -19,7 +20,7 @@ def usual_limit(channels: int, sources: Sequence[tuple[int, int]], tile: int) ->
         channels: of the model's keys, in all layers and KV heads.
         sources, tile: as in `most_channels`.
     """
-    limit = _USUAL * max(1.0, channels / _CHANNELS)
+    limit = _DEFAULT * max(1.0, channels / _CHANNELS)
     along_tokens = sum(map_bytes(sets, width, tile, 0) for sets, width in sources) / 2**20
     return 0.0 if along_tokens > limit / 2 else limit
 
@@ -49,17 +50,17 @@ def most_channels(limit: float, sources: Sequence[tuple[int, int]], tile: int) -
         tile: tokens.
 
     Raises:
-        ValueError: if the maps of one channel each take more.
+        ConfigError: if the maps of one channel each take more.
     """
     widths = [width for _, width in sources]
     if not limit:
         return widths
     least = sum(map_bytes(sets, width, tile, 0) for sets, width in sources)
-    whole = sum(map_bytes(sets, width, tile, width) for sets, width in sources) - least
-    share = (limit * 2**20 - least) / whole
+    along_channels = sum(map_bytes(sets, width, tile, width) for sets, width in sources) - least
+    share = (limit * 2**20 - least) / along_channels
     if any(share * width < 1 for width in widths):
         needed = sum(map_bytes(sets, width, tile, 1) for sets, width in sources) / 2**20
-        raise ValueError(
+        raise ConfigError(
             f"--transform.maps {limit}: the maps of one coded channel of every source take {needed:.3f} MiB at tiles of"
             f" {tile} tokens. Allow more, or choose a smaller --codec.tile."
         )

@@ -1,1 +1,1 @@
-"""Making the two shipped VLMs, pages-vlm and smol-vlm."""
+"""Training of the two shipped VLMs, pages-vlm and smol-vlm."""

@@ -81,10 +81,10 @@ def _form(s: Segment) -> int | None:
         floats += rows
     elif isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
         form, sets, rows = QUANTIZED, keys.shape[1], (keys.codes, values.codes)
-        floats += (keys.step, keys.zero, values.step, values.zero)
+        floats += (keys.scale, keys.minimum, values.scale, values.minimum)
     elif isinstance(keys, CodedRows) and isinstance(values, CodedRows):
         form, sets, rows = CELLS, len(keys.coding.widths), (keys.packed, values.packed)
-        floats += (t for coding in (keys.coding, values.coding) for t in (coding.step, coding.offset))
+        floats += (t for coding in (keys.coding, values.coding) for t in (coding.scale, coding.offset))
         if s.q_map is None or s.score_map is None or s.value_map is None or len(values.coding.widths) != sets:
             return None
     else:
@@ -110,7 +110,7 @@ class Builder:
         struct = CSegment(
             form, len(s.owner), sets, heads_of_a_set, s.tokens, self.dense(s.owner), self.dense(s.head),
             self.dense(s.mask), *(self.dense(t) for t in (frame.tensors() if frame else (None, None))),
-            frame.cos.shape[1] if frame else 0, frame is not None and frame.neighbours,
+            frame.cos.shape[1] if frame else 0, frame is not None and frame.interleaved,
             self.strided(s.bias), self.strided(s.q_map, True), self.strided(s.score_map), self.strided(s.value_map),
             self.strided(s.value_mean, True), self.strided(s.out_map), self.rows(keys, False), self.rows(values, True),
         )  # fmt: skip
@@ -135,11 +135,11 @@ class Builder:
         if isinstance(rows, torch.Tensor):
             return CRows(self.place(rows), count, channels, *_steps(rows)[:3])
         if isinstance(rows, QuantizedRows):
-            scales = self.dense(rows.step), self.dense(rows.zero)
+            scales = self.dense(rows.scale), self.dense(rows.minimum)
             return CRows(self.place(rows.codes), count, channels, *_steps(rows.codes)[:3], *scales, rows.bits)
         coding, packed = rows.coding, rows.packed
         return CRows(
-            self.place(packed), count, channels, packed.stride(0), 0, 0, self.dense(coding.step),
+            self.place(packed), count, channels, packed.stride(0), 0, 0, self.dense(coding.scale),
             self.dense(coding.offset), 0, packed.stride(0) * (len(packed) - 1) + packed.shape[1],
             coding.widths.numel(), self.dense(coding.widths), *map(self.place, cell_tables(coding, of_channels)),
         )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Making pages-vlm, the small VLM that the project ships: a LLaVA trained from nothing on the pages task."""
+"""Training of pages-vlm, the small shipped VLM: a LLaVA trained from scratch on the pages task."""

@@ -1,4 +1,4 @@
-"""Batches of pages for training pages-vlm: what each patch shows, and many questions packed behind one image."""
+"""Training batches of pages-vlm: patch labels of pages, and many questions packed after one image."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,13 @@ IGNORE = -100
 SYMBOLS = ("",) + tuple("0123456789") + WORDS
 _TURNS = ("transcribe", "line", "lookup", "count", "line", "lookup", "count")
 TASK_WEIGHT = {"transcribe": 1.0, "line": 1.125, "lookup": 2.0, "count": 1.25}
-"""What a token of each task's answers weighs; no two alike, for the log tells tasks by it."""
+"""Loss weight of the answer tokens of each task; all different, because the log identifies tasks by them."""
 _CHAINED = 0.25
-"""Share of pages whose questions follow one another as turns of a chat; on the others each question sees the image
-alone."""
+"""Share of pages whose questions are consecutive turns of one chat; on the others a question sees the image alone."""
 
 
 class PatchBatch(NamedTuple):
-    """Pixels [B, 3, S, S] and, for each of the T patches, its symbol, line, column and its line's word, all [B, T] (0
-    is none)."""
+    """Pixels [B, 3, S, S] and labels of the T patches: symbol, line, column, and the line's word (0: none)."""
 
     pixel_values: torch.Tensor
     labels: torch.Tensor
@@ -43,9 +41,9 @@ class TurnBatch(NamedTuple):
     labels: torch.Tensor
     weights: torch.Tensor
     names: torch.Tensor
-    """[B, T]: the token of the symbol whose centre a visual token holds, or IGNORE."""
+    """[B, T]: text token of the symbol whose centre lies in a visual token, or IGNORE."""
     keys: torch.Tensor
-    """[B, N]: at every token of an answer, the token that its question looks for, or IGNORE where it looks for none."""
+    """[B, N]: at every token of an answer, the text token of its question's key, or IGNORE if it has none."""
 
 
 class Indices(Dataset[int]):
@@ -68,7 +66,7 @@ def loader(
 
 
 class PatchCollator:
-    """Page numbers to a PatchBatch."""
+    """Collates page numbers into a PatchBatch."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         self.processor = processor
@@ -79,8 +77,8 @@ class PatchCollator:
 
 
 def patch_labels(of: Page) -> torch.Tensor:
-    """[T, 4]: symbol, line, column and word of the line, each counted from 1, for the patch that holds a symbol's
-    centre."""
+    """Labels [T, 4] of a page's patches: symbol, line, column and word of the line, all counted from 1, for the patch
+    with a symbol's centre; 0 for other patches."""
     labels = torch.zeros(GRID * GRID, 4, dtype=torch.long)
     for mark in of.marks:
         at = int(mark.y // PATCH) * GRID + int(mark.x // PATCH)
@@ -90,11 +88,11 @@ def patch_labels(of: Page) -> torch.Tensor:
 
 
 class TurnCollator:
-    """Page numbers to a TurnBatch: one image, then several questions, each seeing the image and itself (or, chained,
-    what went before)."""
+    """Collates page numbers into a TurnBatch: one image, then several questions. A question sees the image and itself,
+    or, if chained, all turns before it."""
 
     def __init__(self, processor: LlavaProcessor, lines: tuple[int, int] = LINES) -> None:
-        """lines: least and most lines of the pages."""
+        """lines: smallest and largest number of lines of a page."""
         self.processor, self.lines = processor, lines
         tokenizer = processor.tokenizer
         ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIALS.items()}
@@ -120,8 +118,8 @@ class TurnCollator:
                 (turn, row.turns),
                 (keys, row.keys),
             )
-            for whole, part in columns:
-                whole[i, : len(part)] = torch.tensor(part)
+            for target, part in columns:
+                target[i, : len(part)] = torch.tensor(part)
             weights[i, : len(row.weights)] = torch.tensor(row.weights)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         prefix = torch.arange(length) < n_prefix
@@ -143,23 +141,23 @@ class TurnCollator:
         blank = [IGNORE] * n_prefix
         row = _Row(list(self.prefix), list(range(n_prefix)), list(blank), [0.0] * n_prefix, [0] * n_prefix, list(blank))
         encode = self.processor.tokenizer.encode
-        for k, asked in enumerate(questions(of, rng, tasks)):
+        for k, question in enumerate(questions(of, rng, tasks)):
             opening = [self.ids["user"]] if chained and k else []
-            prompt = opening + encode(asked.prompt, add_special_tokens=False) + [self.ids["assistant"]]
-            answer = encode(asked.answer, add_special_tokens=False) + [self.ids["end"]]
+            prompt = opening + encode(question.prompt, add_special_tokens=False) + [self.ids["assistant"]]
+            answer = encode(question.answer, add_special_tokens=False) + [self.ids["end"]]
             start = row.positions[-1] + 1 if chained else n_prefix
-            key = IGNORE if asked.key is None else self.processor.tokenizer.convert_tokens_to_ids(asked.key)
+            key = IGNORE if question.key is None else self.processor.tokenizer.convert_tokens_to_ids(question.key)
             row.ids.extend(prompt + answer)
             row.positions.extend(range(start, start + len(prompt) + len(answer)))
             row.labels.extend([IGNORE] * len(prompt) + answer)
-            row.weights.extend([0.0] * len(prompt) + [TASK_WEIGHT[asked.task]] * len(answer))
+            row.weights.extend([0.0] * len(prompt) + [TASK_WEIGHT[question.task]] * len(answer))
             row.turns.extend([0 if chained else k + 1] * (len(prompt) + len(answer)))
             row.keys.extend([IGNORE] * len(prompt) + [key] * len(answer))
         return row
 
 
 class _Row(NamedTuple):
-    """One page's packed turns, token by token; see TurnBatch."""
+    """Packed turns of one page, one list item per token; see TurnBatch."""
 
     ids: list[int]
     positions: list[int]

@@ -28,11 +28,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the task's own text: any text can be written, words of the task are single tokens,
-    digits stay apart.
+    """Byte-level BPE trained on the task's text: it encodes any text, and the task's words are single tokens.
 
-    Spaces stay apart too: a word must be the same token in a question, behind a space, as in an answer, behind a line
-    break.
+    Digits and spaces are separate tokens, so that a word is the same token after a space (in a question) and after a
+    line break (in an answer).
     """
     rng = np.random.default_rng(0)
     corpus = [text for i in range(400) for q in questions(page("train", i), rng) for text in (q.prompt, q.answer)]
@@ -73,10 +72,10 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA of about 1.6 M parameters: 196 visual tokens, 4 layers, 4 query and 2 KV heads of 32.
+    """Untrained LLaVA of about 1.6 M parameters: 196 visual tokens, 4 layers, 4 query and 2 KV heads of dim 32.
 
-    The vision tower is a SegFormer: its convolutions learn to read in few steps (training/NOTES.md). The initializer
-    ranges suit the width.
+    The vision tower is a SegFormer, whose convolutions learn to read in few steps (training/NOTES.md). The initialiser
+    ranges fit the width.
     """
     vision = SegformerConfig(
         num_encoder_blocks=2,

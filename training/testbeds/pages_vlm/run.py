@@ -1,5 +1,5 @@
-"""Train a pages-vlm: `python -m kvcapsule.training.testbeds.pages_vlm.run`; started again, it goes on where it
-stopped."""
+"""Training run of pages-vlm: `python -m kvcapsule.training.testbeds.pages_vlm.run`; a restart resumes at the last
+checkpoint."""
 
 import os
 from collections.abc import Callable
@@ -18,28 +18,27 @@ from .model import build_model, build_processor
 from .stages import PatchStage, ReaderStage, Stage
 
 EPOCH = 100
-"""Steps between checkpoints; a restart continues at the last of them."""
+"""Steps between checkpoints."""
 EASY_LINES = (1, 3)
-"""Lines of the pages that reading begins with."""
+"""Smallest and largest number of lines of the easy pages at the beginning of stage 2."""
 
 
 @dataclass
 class DemoVlmConfig:
-    """How pages-vlm is trained."""
+    """Options of the training run."""
 
     output: str = "runs/pages-vlm/model"
-    """Where the finished model and processor go."""
+    """Folder for the trained model and its processor."""
     work: str = "runs/pages-vlm"
-    """Where Lightning's checkpoints and logs go."""
+    """Folder for Lightning's checkpoints and logs."""
     start: str | None = None
-    """A folder with a trained model to go on from, such as checkpoints/pages-vlm; stage 1 and the easy pages are then
-    left out."""
+    """Folder with a trained model to continue from, such as checkpoints/pages-vlm; skips stage 1 and the easy pages."""
     patch_steps: int = 2300
     """Steps of stage 1 (what each patch shows)."""
     reader_steps: int = 6000
     """Steps of stage 2 (the questions)."""
     easy_steps: int = 600
-    """Of these, how many on pages of few lines."""
+    """The first so many of them are on easy pages, of few lines."""
     patch_batch: int = 32
     """Pages a step of stage 1."""
     batch: int = 16
@@ -50,10 +49,10 @@ class DemoVlmConfig:
 
 
 class _Data(L.LightningDataModule):
-    """Pages numbered on from the current epoch, so that a resumed run sees the pages that it would have seen."""
+    """Pages numbered by epoch, so that a resumed run sees the same pages as an uninterrupted one."""
 
     def __init__(self, collate: Callable[[int], PatchCollator | TurnCollator], first: int, batch: int) -> None:
-        """collate: step to collator."""
+        """collate: maps the step to a collator."""
         super().__init__()
         self.collate, self.first, self.batch = collate, first, batch
 
@@ -64,7 +63,7 @@ class _Data(L.LightningDataModule):
 
 
 def main(config: DemoVlmConfig) -> None:
-    """Train pages-vlm from nothing and save it."""
+    """Train pages-vlm and save it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(config.threads)
     L.seed_everything(config.seed)

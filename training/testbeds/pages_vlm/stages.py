@@ -1,5 +1,5 @@
-"""The two stages of pages-vlm as Lightning modules: the vision tower learns what each patch shows, then the whole model
-answers."""
+"""Two training stages of pages-vlm as Lightning modules: the vision tower classifies patches, then the full model
+answers questions."""
 
 import math
 
@@ -15,7 +15,7 @@ from .data import IGNORE, SYMBOLS, TASK_WEIGHT, PatchBatch, TurnBatch
 
 
 class Stage(L.LightningModule):
-    """A VLM under AdamW with a warm-up and a cosine."""
+    """Base of both stages: trains a VLM by AdamW with warm-up and cosine schedule."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float, warmup: int = 100) -> None:
         super().__init__()
@@ -39,8 +39,7 @@ class Stage(L.LightningModule):
 
 
 class PatchStage(Stage):
-    """Stage 1: every patch names its symbol, line, column and the word of its line, through linear heads that are
-    thrown away."""
+    """Stage 1: linear heads, discarded afterwards, predict each patch's symbol, line, column and the line's word."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 2e-3) -> None:
         super().__init__(vlm, steps, lr)
@@ -60,20 +59,20 @@ class PatchStage(Stage):
             ("symbol", "line", "column", "word"), self.heads, batch.labels.unbind(-1), strict=True
         ):
             logits = head(features)
-            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-            loss = loss + 0.5 * each[shown].mean() + 0.5 * each[~shown].mean()
+            losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            loss = loss + 0.5 * losses[shown].mean() + 0.5 * losses[~shown].mean()
             self.log(f"{name}", (logits[shown].argmax(-1) == target[shown]).float().mean(), prog_bar=True)
         self.log("loss", loss, prog_bar=True)
         return loss
 
 
 class ReaderStage(Stage):
-    """Stage 2: the whole model answers packed questions; the vision tower learns at a fraction of the rate.
+    """Stage 2: the full model answers packed questions; the vision tower has a fraction of the learning rate.
 
-    Beside the answers, the language part names the symbol that each visual token shows: attention then finds tokens
-    worth copying, long before the questions alone would have taught it so. And half way up, through a head that is
-    thrown away, it names at every token of an answer what the question looks for: what has just been read can then be
-    compared with it (training/NOTES.md).
+    Two auxiliary losses speed this up (training/NOTES.md). At each visual token the language part predicts the symbol
+    shown there, so that attention learns to copy it long before the questions alone would teach it. And at every token
+    of an answer a head at half depth, discarded afterwards, predicts the question's key, so that symbols read so far
+    can be compared with it.
     """
 
     def __init__(
@@ -109,20 +108,20 @@ class ReaderStage(Stage):
         )
         hidden = read.last_hidden_state
         targets = batch.labels[:, 1:]
-        asked = targets != IGNORE
-        logits = self.vlm.lm_head(hidden[:, :-1][asked])
-        each = F.cross_entropy(logits, targets[asked], reduction="none")
-        weights = batch.weights[:, 1:][asked]
-        loss = (each * weights).sum() / weights.sum()
+        answered = targets != IGNORE
+        logits = self.vlm.lm_head(hidden[:, :-1][answered])
+        losses = F.cross_entropy(logits, targets[answered], reduction="none")
+        weights = batch.weights[:, 1:][answered]
+        loss = (losses * weights).sum() / weights.sum()
         shown = batch.names != IGNORE
         named = self.vlm.lm_head(hidden[:, 1 : 1 + shown.shape[1]][shown])
         naming = F.cross_entropy(named, batch.names[shown])
         sought = batch.keys != IGNORE
         keyed = self.key_head(read.hidden_states[self.halfway][sought])
-        # Answers of a look-up are shorter than those of a count, and are not to count for less.
+        # Answers of a look-up are shorter than those of a count; the weights compensate.
         share = batch.weights[sought] ** 2
         keys = (F.cross_entropy(keyed, batch.keys[sought], reduction="none") * share).sum() / share.sum()
-        right = (logits.argmax(-1) == targets[asked]).float()
+        right = (logits.argmax(-1) == targets[answered]).float()
         self.log("loss", loss, prog_bar=True)
         self.log("naming", naming, prog_bar=True)
         self.log("keys", keys, prog_bar=True)

@@ -1,2 +1,2 @@
-"""Making smol-vlm: SmolLM2-135M-Instruct and EfficientNet-Lite0, both pretrained, and a connector between them that is
-trained."""
+"""Training of smol-vlm: pretrained SmolLM2-135M-Instruct and EfficientNet-Lite0 with a trained connector between
+them."""

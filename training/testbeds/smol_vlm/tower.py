@@ -1,5 +1,5 @@
-"""The published EfficientNet-Lite0 as kvcapsule's vision tower: batch norms folded in, features standardised by what
-they know."""
+"""Conversion of the published EfficientNet-Lite0 to kvcapsule's vision tower: batch norms are folded into convolutions,
+and features standardised by the batch norms' statistics."""
 
 from collections.abc import Mapping
 
@@ -10,14 +10,13 @@ from kvcapsule.testbeds.efficientnet_lite import EfficientNetLiteConfig, Efficie
 BATCH_NORM_EPS = 1e-3
 IMAGE_MEAN = 127 / 255
 IMAGE_STD = 128 / 255
-"""Pixels were trained on as (value - 127) / 128 of 0..255."""
+"""The published model was trained on pixels (value - 127) / 128 with values in 0..255."""
 
 
 def build_tower(
     published: Mapping[str, torch.Tensor], config: EfficientNetLiteConfig | None = None
 ) -> EfficientNetLiteModel:
-    """The tower with the weights of a state dict in the naming of efficientnet_lite_pytorch; its classifier is left
-    out.
+    """Build the tower from a state dict of efficientnet_lite_pytorch, without its classifier.
 
     Raises:
         KeyError: if a weight is missing.
@@ -37,7 +36,7 @@ def build_tower(
             for ours, conv, norm in pairs:
                 folded = _folded(published, f"{at}.{conv}", f"{at}.{norm}")
                 state |= {f"stages.{index}.{place}.{ours}.{name}": tensor for name, tensor in folded.items()}
-            # What a batch norm puts out has its bias for a mean and its weight for a deviation; summed blocks count as
+            # The output of a batch norm has its bias as mean and its weight as deviation; summed blocks count as
             # independent.
             mean = mean * block.skips + published[f"{at}._bn2.bias"]
             variance = variance * block.skips + published[f"{at}._bn2.weight"] ** 2
@@ -52,7 +51,7 @@ def build_tower(
 
 
 def _folded(published: Mapping[str, torch.Tensor], conv: str, norm: str) -> dict[str, torch.Tensor]:
-    """A convolution's weight and bias with the batch norm behind it multiplied in."""
+    """Weight and bias of a convolution with the following batch norm folded in."""
     gain = published[f"{norm}.weight"] / torch.sqrt(published[f"{norm}.running_var"] + BATCH_NORM_EPS)
     weight = published[f"{conv}.weight"] * gain[:, None, None, None]
     return {"weight": weight, "bias": published[f"{norm}.bias"] - published[f"{norm}.running_mean"] * gain}

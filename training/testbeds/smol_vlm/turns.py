@@ -1,4 +1,4 @@
-"""Batches for training smol-vlm: pictures of three data sets, many questions packed behind one image.
+"""Training batches of smol-vlm: pictures of three data sets, many questions packed after one image.
 
 Shapes: B pictures, T visual tokens of one, N tokens of a row.
 """
@@ -20,9 +20,9 @@ TASKS = tuple(
     f"{name}-{task}" for name, of in (("emoji", emoji), ("easy-vqa", easy_vqa), ("words", words)) for task in of.TASKS
 )
 QUESTIONS = 9
-"""Most questions behind one picture."""
+"""Largest number of questions per picture."""
 _SHARES = (0.45, 0.7)
-"""Of the pictures, up to the first number are emoji scenes, from there up to the second easy-VQA's, the rest words."""
+"""Cumulative shares of emoji scenes and easy-VQA pictures; the rest are words."""
 
 
 class TurnBatch(NamedTuple):
@@ -34,43 +34,43 @@ class TurnBatch(NamedTuple):
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
-    """What is to be said at each token, so already shifted by one; IGNORE outside answers."""
+    """Next token at each position (already shifted by one); IGNORE outside answers."""
     tasks: torch.Tensor
-    """[B, N]: place in TASKS of the question that an answer's token belongs to, or IGNORE."""
+    """[B, N]: index in TASKS of the question of an answer token, or IGNORE."""
     turns: torch.Tensor
-    """[B, N]: number of the turn, counted over the batch, or IGNORE in prefix and padding."""
+    """[B, N]: number of the turn, counted over the batch; IGNORE in prefix and padding."""
 
 
 class NameBatch(NamedTuple):
-    """Pixels [B, 3, S, S] and what each visual token shows [B, T]: a place in the list of names, 0 for nothing."""
+    """Pixels [B, 3, S, S] and the object in each visual token [B, T]: an index into the names, 0 for none."""
 
     pixel_values: torch.Tensor
     names: torch.Tensor
 
 
 class Mixture:
-    """The training pictures by number: a pure function of it."""
+    """Maps a number to a training picture; a pure function."""
 
     def __call__(self, index: int) -> tuple[str, Picture]:
-        """(name of the data set, picture)."""
+        """Name of the data set, and picture."""
         rng = np.random.default_rng([index, 11])
         share = rng.random()
         if share < _SHARES[0]:
             return "emoji", emoji.scene("train", index)
         if share < _SHARES[1]:
-            held = easy_vqa.shapes("train")
-            return "easy-vqa", held[int(rng.integers(len(held)))]
+            pictures = easy_vqa.shapes("train")
+            return "easy-vqa", pictures[int(rng.integers(len(pictures)))]
         return "words", words.sign("train", index)
 
 
 def all_names() -> tuple[str, ...]:
-    """What a visual token may be called; the first is for those that show nothing."""
+    """All names of visual tokens; the first one is for the background."""
     shapes = [f"{colour} {shape}" for colour in easy_vqa.COLOURS for shape in easy_vqa.SHAPES]
     return ("background", *emoji.NAMES.values(), *shapes, *words.WORDS)
 
 
 class NameCollator:
-    """Picture numbers to a NameBatch."""
+    """Collates picture numbers into a NameBatch."""
 
     def __init__(self, processor: LlavaProcessor, draw: Mixture, grid: int) -> None:
         self.processor, self.draw, self.grid = processor, draw, grid
@@ -81,7 +81,7 @@ class NameCollator:
         return NameBatch(_pixels(self.processor, drawn), torch.stack([self._names(p) for p in drawn]))
 
     def _names(self, of: Picture) -> torch.Tensor:
-        """[T]: what covers the middle of each token's square; a thing whose name is not known in full is ignored."""
+        """Labels [T]: the object at the centre of each token; IGNORE if its full name is unknown."""
         labels = torch.zeros(self.grid, self.grid, dtype=torch.long)
         across, down = (length / self.grid for length in of.image.size)
         middle = torch.arange(self.grid) + 0.5
@@ -93,7 +93,8 @@ class NameCollator:
 
 
 class TurnCollator:
-    """Picture numbers to a TurnBatch: one image, then several questions, each seeing the image and itself alone."""
+    """Collates picture numbers into a TurnBatch: one image, then several questions, each seeing the image and
+    itself."""
 
     def __init__(self, processor: LlavaProcessor, draw: Mixture, image_tokens: int) -> None:
         self.processor, self.draw = processor, draw
@@ -107,15 +108,15 @@ class TurnCollator:
         rows = [self._row(name, of, rng) for name, of, rng in drawn]
         length, n_prefix = max(len(row.ids) for row in rows), len(self.prefix)
         blanks = (self.pad, 0, IGNORE, IGNORE, IGNORE)
-        whole = [torch.full((len(rows), length), blank) for blank in blanks]
+        columns = [torch.full((len(rows), length), blank) for blank in blanks]
         first = 0
         for i, row in enumerate(rows):
-            for column, part in zip(whole, row, strict=True):
+            for column, part in zip(columns, row, strict=True):
                 column[i, : len(part)] = torch.tensor(part)
-            turns = whole[4][i]
+            turns = columns[4][i]
             turns[turns != IGNORE] += first
             first = max(first, int(turns.max()) + 1)
-        input_ids, position_ids, labels, tasks, turns = whole
+        input_ids, position_ids, labels, tasks, turns = columns
         prefix = torch.arange(length) < n_prefix
         mask = torch.ones(length, length, dtype=torch.bool).tril() & (
             prefix[None, None, :] | (turns[:, :, None] == turns[:, None, :])
@@ -127,22 +128,22 @@ class TurnCollator:
         n_prefix = len(self.prefix)
         blank = [IGNORE] * n_prefix
         row = _Row(list(self.prefix), list(range(n_prefix)), list(blank), list(blank), list(blank))
-        for turn, asked in enumerate(_some(of.questions, rng)):
-            prompt, answer = self.turn(asked)
+        for turn, question in enumerate(_some(of.questions, rng)):
+            prompt, answer = self.turn(question)
             length, silent = len(prompt) + len(answer), len(prompt) - 1
             row.ids.extend(prompt + answer)
             row.positions.extend(range(n_prefix, n_prefix + length))
             row.labels.extend([IGNORE] * silent + answer + [IGNORE])
-            row.tasks.extend([IGNORE] * silent + [TASKS.index(f"{name}-{asked.task}")] * len(answer) + [IGNORE])
+            row.tasks.extend([IGNORE] * silent + [TASKS.index(f"{name}-{question.task}")] * len(answer) + [IGNORE])
             row.turns.extend([turn] * length)
         return row
 
-    def turn(self, asked: Question) -> tuple[list[int], list[int]]:
-        """What follows the image, up to the answer, and the answer with the token that ends it, as the chat template
-        writes them."""
-        prompt = self._render(asked.prompt, None).split(self.processor.image_token)[1]
-        whole = self._render(asked.prompt, asked.answer).split(self.processor.image_token)[1]
-        answer = self._ids(whole.removeprefix(prompt))
+    def turn(self, question: Question) -> tuple[list[int], list[int]]:
+        """Tokens between the image and the answer, and of the answer with its end token, as the chat template writes
+        them."""
+        prompt = self._render(question.prompt, None).split(self.processor.image_token)[1]
+        text = self._render(question.prompt, question.answer).split(self.processor.image_token)[1]
+        answer = self._ids(text.removeprefix(prompt))
         return self._ids(prompt), answer[: answer.index(self.tokenizer.eos_token_id) + 1]
 
     def _render(self, prompt: str, answer: str | None) -> str:
@@ -157,7 +158,7 @@ class TurnCollator:
 
 
 class _Row(NamedTuple):
-    """One picture's packed turns, token by token; see TurnBatch."""
+    """Packed turns of one picture, one list item per token; see TurnBatch."""
 
     ids: list[int]
     positions: list[int]
@@ -184,7 +185,7 @@ def loader(collate: NameCollator | TurnCollator, start: int, pictures: int, batc
 
 
 def _some(questions: tuple[Question, ...], rng: np.random.Generator) -> list[Question]:
-    """At most QUESTIONS of them, in any order."""
+    """At most QUESTIONS of the questions, in random order."""
     return [questions[i] for i in rng.permutation(len(questions))[:QUESTIONS]]
 
 

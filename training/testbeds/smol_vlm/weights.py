@@ -1,5 +1,5 @@
-"""What smol-vlm ships: the connector and the language model's LoRA, which `make smol-vlm` puts onto the two pretrained
-halves."""
+"""Shipped weights of smol-vlm: the connector and the language model's LoRA, which `make smol-vlm` loads into the two
+pretrained parts."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
 def add_lora(vlm: LlavaForConditionalGeneration, rank: int) -> PeftModel:
-    """A LoRA in every projection of the language model; the VLM itself changes, the result saves it."""
+    """Add a LoRA to every projection of the language model, in place; the returned PeftModel can save it."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model.*\.({_PROJECTIONS})")
     return get_peft_model(vlm, config)
 
@@ -29,34 +29,34 @@ def save_trained(vlm: LlavaForConditionalGeneration, lora: PeftModel | None, out
     if lora is not None:
         lora.save_pretrained(output / LORA)
         (output / LORA / "README.md").unlink(missing_ok=True)
-        held = output / LORA / "adapter_model.safetensors"
-        save_file({name: tensor.half() for name, tensor in load_file(held).items()}, held)
+        path = output / LORA / "adapter_model.safetensors"
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
 
 
 def require_trained(trained: Path) -> Path:
-    """The file with the connector.
+    """Path of the trained connector.
 
     Raises:
-        SmolError: if there is none.
+        SmolError: if it does not exist.
     """
-    held = trained / CONNECTOR
-    if not held.exists():
+    path = trained / CONNECTOR
+    if not path.exists():
         raise SmolError(f"{trained} has no {CONNECTOR}: train it with `make smol-vlm-training`.")
-    return held
+    return path
 
 
 def put_on(vlm: LlavaForConditionalGeneration, trained: Path) -> LlavaForConditionalGeneration:
-    """The VLM with a trained connector, and with the LoRA merged into its weights where there is one.
+    """Load the trained connector into the VLM, and merge the LoRA into its weights if there is one.
 
     Raises:
-        SmolError: if there is no connector, or it belongs to a model of other sizes.
+        SmolError: if there is no connector, or its shapes do not fit the model.
     """
-    held = require_trained(trained)
-    connector = {name: tensor.float() for name, tensor in load_file(held).items()}
+    path = require_trained(trained)
+    connector = {name: tensor.float() for name, tensor in load_file(path).items()}
     expected = {name: tuple(p.shape) for name, p in vlm.model.multi_modal_projector.state_dict().items()}
-    found = {name: tuple(p.shape) for name, p in connector.items()}
-    if found != expected:
-        raise SmolError(f"{held} is for another model: it has {found}, expected {expected}.")
+    actual = {name: tuple(p.shape) for name, p in connector.items()}
+    if actual != expected:
+        raise SmolError(f"{path} is for another model: it has {actual}, expected {expected}.")
     vlm.model.multi_modal_projector.load_state_dict(connector)
     if (trained / LORA).exists():
         with torch.no_grad():

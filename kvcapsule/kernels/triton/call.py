@@ -1,12 +1,12 @@
-"""One call of attention, and what its parts hand on."""
+"""One call of attention: what its segments have in common, and the partial results that each launch leaves."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .device import precision
-from .plan import Index
+from .arguments import Product
+from .plan import UnitIndex
 
 
 class Call(NamedTuple):
@@ -15,15 +15,18 @@ class Call(NamedTuple):
     query: torch.Tensor
     """[B, H * G, Q, D], channels dense."""
     scale: float
+    """Factor of the scores."""
     heads: int
     """H."""
 
     @property
     def batch(self) -> int:
+        """B."""
         return self.query.shape[0]
 
     @property
     def queries(self) -> int:
+        """Q."""
         return self.query.shape[2]
 
     @property
@@ -32,24 +35,25 @@ class Call(NamedTuple):
         return self.query.shape[1] // self.heads * self.queries
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """What every attention kernel is compiled for."""
-        return {"R": self.rows, "PRECISION": precision(self.query.dtype)}
+    def product(self) -> Product:
+        """How the kernels multiply matrices."""
+        return Product.of(self.query.dtype)
 
     def empty(self, *shape: int) -> torch.Tensor:
+        """fp32 on the query's device."""
         return torch.empty(shape, dtype=torch.float32, device=self.query.device)
 
 
 class Part(NamedTuple):
     """Partial results of one segment: `splits` for each of its units, unit by unit."""
 
-    places: Index
+    units_of_slots: UnitIndex
     units: int
     splits: int
 
 
 class Producer(NamedTuple):
-    """What leaves the partial results of its parts, one part after the other."""
+    """A launch, or several, that computes the partial results of its parts, one part after the other."""
 
     parts: list[Part]
     write: Callable[[torch.Tensor, torch.Tensor], None]

@@ -1,0 +1,100 @@
+"""Rewrite the generated tables of the documents from the committed results: `python -m kvcapsule.eval.pages`, or
+`make pages`.
+
+Nothing is measured. A run of `kvcapsule eval --report` or `kvcapsule bench --report` writes its own table; this command
+is for a change of the tables' form, and its test holds that the documents show the numbers of the JSON files.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from kvcapsule.cli.results import write_whole
+from kvcapsule.errors import InputError
+
+from .bench import markdown as bench_markdown
+from .bench.config import LEVELS
+from .report import by_dataset, markdown
+from .studies import long_answer_page
+
+RESULTS = "eval/results"
+FRONT_NAME = "pages"
+"""Of the table's place in README.md."""
+
+
+@dataclass
+class PagesConfig:
+    """Which tree is rewritten."""
+
+    root: str = "."
+    """Root folder of the repository."""
+
+
+def _front(page: Path, result: Mapping[str, Any], file: str) -> None:
+    """The short table of the README."""
+    note = markdown.paragraph(
+        markdown.facts(result),
+        f"*Compression as run* is of elements of {markdown.element_bits(result['rows'])} bits; *compression vs 16 bit*"
+        " counts the full cache at 16 bits and the method as it was measured (pruned tokens, too, would take half the"
+        " bytes there). Times: full cache = 1.",
+    )
+    command = markdown.command_block(page, result["command"], file)
+    markdown.put(page, FRONT_NAME, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
+
+
+def _suite(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
+    """The full table of a suite, with its picture."""
+    return lambda page, result, file: markdown.refresh(page, name, result, file, str(Path(file).with_suffix(".png")))
+
+
+def _data_sets(page: Path, result: Mapping[str, Any], file: str) -> None:
+    """Accuracy by data set."""
+    by_dataset.refresh(page, "smol-transfer-sets", result, file)
+
+
+def _bench(page: Path, result: Mapping[str, Any], file: str) -> None:
+    """The tables of all levels of the bench."""
+    bench_markdown.refresh(page, result, LEVELS, file, f"{RESULTS}/bench-cpu-serving.png")
+
+
+def _long_answer(page: Path, result: Mapping[str, Any], file: str) -> None:
+    write_whole(page, long_answer_page.page(result).encode())
+
+
+PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
+    "pages.json": ("README.md", _front),
+    "rate-distortion.json": ("docs/results-tables.md", _suite("rate-distortion")),
+    "smol-vlm.json": ("docs/results-tables.md", _suite("smol-vlm")),
+    "smol-transfer.json": ("docs/results-tables.md", _data_sets),
+    "policies.json": ("docs/policies-tables.md", _suite("policies")),
+    "bench-cpu.json": ("docs/bench-tables.md", _bench),
+    "long-answer.json": ("docs/long-answer.md", _long_answer),
+}
+"""Of each result: the page that shows it, and what writes its table there."""
+
+
+def main(config: PagesConfig) -> None:
+    """Rewrite all of them.
+
+    Raises:
+        InputError: if a result cannot be read, or a page has no place for its table.
+    """
+    root = Path(config.root)
+    for name, (page, write) in PAGES.items():
+        file = root / RESULTS / name
+        try:
+            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read: {error}.") from error
+        write(root / page, result, str(file))
+
+
+if __name__ == "__main__":
+    try:
+        main(auto_cli(PagesConfig, as_positional=False))
+    except InputError as error:
+        raise SystemExit(f"the pages cannot be written: {error}") from error

@@ -1,0 +1,116 @@
+"""Policies and codec families of other packages, by name.
+
+A package names them in its entry points, in the group `kvcapsule.policies` or `kvcapsule.families`; without an
+installed package, "module:ATTRIBUTE" names one that Python can import. Nothing of them is imported before it is used.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """kvcapsule's own policies or families, and those of other packages."""
+
+    noun: str
+    """Name of one of them in messages."""
+    group: str
+    """Of entry points."""
+    builtin: dict[str, T]
+    """kvcapsule's own."""
+    expected: str
+    """What an entry point must stand for, in messages."""
+    accepts: Callable[[Any], bool]
+    """Whether an object is one."""
+
+    def find(self, name: str) -> T:
+        """The one of this name: kvcapsule's own, of an entry point, or of "module:ATTRIBUTE".
+
+        Raises:
+            ConfigError: if there is none, if two packages have one of this name, or if its package cannot be imported.
+        """
+        installed = self._installed(name)
+        if len(installed) + (name in self.builtin) > 1:
+            owners = ["kvcapsule"] * (name in self.builtin) + [f"{_package(e)} ({e.value})" for e in installed]
+            raise ConfigError(
+                f"the {self.noun} {name!r} is one of {' and of '.join(owners)}: uninstall one, or have it renamed."
+            )
+        if name in self.builtin:
+            return self.builtin[name]
+        if installed:
+            return self._load(installed[0])
+        if ":" in name:
+            return self._imported(name)
+        near = get_close_matches(name, self.names(), n=1)
+        raise ConfigError(
+            f"there is no {self.noun} {name!r}; {f'did you mean {near[0]!r}? T' if near else 't'}here are"
+            f" {', '.join(self.names())}. One of another package needs an entry point in the group {self.group}, or is"
+            " given as module:ATTRIBUTE."
+        )
+
+    def add(self, name: str, thing: T) -> None:
+        """Make one known by name in this process, without an entry point.
+
+        Raises:
+            ConfigError: if there is another one of this name.
+        """
+        if name in self.names() and self.find(name) is not thing:
+            raise ConfigError(f"there is a {self.noun} {name!r} already: choose another name.")
+        self.builtin.setdefault(name, thing)
+
+    def names(self) -> list[str]:
+        """All names, kvcapsule's own first; nothing is imported for them."""
+        return list(dict.fromkeys([*self.builtin, *(e.name for e in entry_points(group=self.group))]))
+
+    def package_of(self, name: str) -> str | None:
+        """The installed package, as "name version", whose entry point has this name."""
+        installed = self._installed(name)
+        return _package(installed[0]) if installed else None
+
+    def foreign(self) -> Iterator[str]:
+        """Names of other packages' entry points."""
+        return (name for name in self.names() if name not in self.builtin or self._installed(name))
+
+    def _installed(self, name: str) -> list[EntryPoint]:
+        return list(entry_points(group=self.group, name=name))
+
+    def _load(self, entry: EntryPoint) -> T:
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise ConfigError(
+                f"the {self.noun} {entry.name!r} of the package {_package(entry)} cannot be loaded from {entry.value}"
+                f" ({type(error).__name__}: {error}): update or uninstall the package."
+            ) from error
+        return self._checked(loaded, f"the {self.noun} {entry.name!r} of the package {_package(entry)}")
+
+    def _imported(self, path: str) -> T:
+        module, _, attribute = path.partition(":")
+        try:
+            loaded: Any = import_module(module)
+            for part in attribute.split("."):
+                loaded = getattr(loaded, part)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"the {self.noun} {path!r} cannot be imported ({error}): write module:ATTRIBUTE, and install the module"
+                " or add its folder to PYTHONPATH."
+            ) from error
+        return self._checked(loaded, f"the {self.noun} {path!r}")
+
+    def _checked(self, loaded: Any, subject: str) -> T:
+        if not self.accepts(loaded):
+            raise ConfigError(f"{subject} is of type {type(loaded).__name__}, but {self.expected} is needed.")
+        checked: T = loaded
+        return checked
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "an unknown package"

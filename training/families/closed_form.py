@@ -1,0 +1,196 @@
+"""The closed form of a transform code: bases, coefficient statistics and costs of every layer's keys and values.
+
+Each function makes one pass over batches of the frozen VLM, with sums added up over the ranks of a run. E tiles, S sets
+of KV heads side by side (`head group`), T tokens of a tile, W channels of a source.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kvcapsule.codec.base import KeyPart, ValuePart
+from kvcapsule.codec.bit_allocation import allocate, distortion
+from kvcapsule.codec.noise_shaping import TokenWeighting
+from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues, merge_heads
+from kvcapsule.errors import ConfigError
+from kvcapsule.segments.segment import Segment
+
+from ..capsule_fit import CapsuleFit
+from ..harvest import LayerHarvest
+from ..losses import error_and_energy, full_output, require_finite
+from ..query_bank import QueryBank
+from ..second_moments import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
+from .bit_budget import BitBudget
+from .coding_source import CodingSource
+from .coefficient_options import CoefficientRecipe
+from .straight_through import coded
+
+_PROBE = 2.0
+"""Most bits an element at which the allocation probes: with more, a layer's error is lost among rounding errors."""
+
+Tiles = Iterator[tuple[int, torch.Tensor]]
+"""The number and the tiles [E, S, T, W] of each source."""
+Sources = Callable[[Sequence[LayerHarvest]], Tiles]
+"""Cuts a harvest into sources."""
+Fit = CapsuleFit[CoefficientRecipe]
+
+
+class ClosedForm(NamedTuple):
+    """What one layer's keys and values alone tell: sources are the keys and the values of every layer in turn."""
+
+    sources: list[CodingSource]
+    moments: list[Moments]
+    metrics: list[torch.Tensor]
+    """[S, W, W] of each source: how much a squared error in each direction of the channels matters to attention's
+    scores (keys) or by itself (values)."""
+    queries: list[torch.Tensor]
+    """[H, Q, D] of each layer: training queries times the scale of the scores; empty where tokens weigh alike."""
+
+
+def layer_sources(layers: Sequence[LayerHarvest], heads: int) -> Tiles:
+    """Keys and values of each layer in turn, the heads of a set side by side: [E, S, T, W]."""
+    for i, layer in enumerate(layers):
+        for part, x in enumerate((layer.keys, layer.values)):
+            yield 2 * i + part, merge_heads(x.double(), heads)
+
+
+def tiles(fit: Fit, batches: int, title: str, of: Sources) -> Tiles:
+    """Each source's number and its tiles of each of so many batches; title: of the progress bar."""
+    for batch in fit.batches(batches, title):
+        yield from of(fit.harvest(batch))
+
+
+def closed_form(fit: Fit, heads: int) -> ClosedForm:
+    """Bases from one pass, variances and extremes of their coefficients from a second; heads: KV heads of a set.
+
+    Raises:
+        ConfigError: for too few tiles or queries.
+    """
+    task, options, batches = fit.task, fit.task.recipe.transform, fit.task.recipe.moment_batches
+    geometry, device, seed = task.geometry, task.model.device, task.recipe.seed
+    sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
+    moments = [Moments(sets, task.tile, width).to(device) for _ in range(2 * geometry.layers)]
+    queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
+    banks = [QueryBank(options.readers, seed + i) for i in range(geometry.layers)] if options.readers else []
+    scale = 0.0
+    for step, batch in enumerate(fit.batches(batches, "moments of keys and values")):
+        numbers = fit.numbers(step, len(batch.answers))
+        for i, layer in enumerate(fit.harvest(batch)):
+            require_finite(layer, i)
+            moments[2 * i].add(merge_heads(layer.keys, heads))
+            moments[2 * i + 1].add(merge_heads(layer.values, heads))
+            queries[i].add(layer)
+            if banks:
+                banks[i].add(layer, numbers)
+            scale = layer.scale
+    for bank in banks:
+        bank.gather()
+        if bank.available < bank.size:
+            raise ConfigError(
+                f"--transform.readers {bank.size}: only {bank.available} queries read the tiles of a KV head. Look at"
+                " more batches (--moment_batches), or ask for fewer."
+            )
+    for sums in (*moments, *queries):
+        fit.reduce(sums)
+    _require_samples(moments[0], task.tile, width)
+    identity = torch.eye(width, dtype=torch.float64, device=device).expand(sets, width, width)
+    metrics: list[torch.Tensor] = []
+    for query in queries:
+        blocks = query.metric().unflatten(0, (sets, heads))
+        by_queries = torch.stack([torch.block_diag(*block) for block in blocks])
+        metrics += [by_queries if options.query_metric else identity, identity]
+    bases = [own.bases(None if metric is identity else metric) for own, metric in zip(moments, metrics, strict=True)]
+    coefficients = tiles(fit, batches, "variances of their coefficients", lambda layers: layer_sources(layers, heads))
+    sources = measured(fit, bases, coefficients)
+    return ClosedForm(sources, moments, metrics, [bank.bank() * scale for bank in banks])
+
+
+def measured(fit: Fit, bases: Sequence[Bases], tiles: Tiles) -> list[CodingSource]:
+    """Sources with the variances and extremes of their coefficients in given bases, over all ranks."""
+    sizes = [(*b.tokens.shape[:2], b.channels_in.shape[2]) for b in bases]
+    moments = [CoefficientMoments(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
+    extremes = [Extremes(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
+    for number, x in tiles:
+        coefficients = bases[number].coefficients(x)
+        moments[number].add(coefficients)
+        extremes[number].add(coefficients)
+    for sums, ends in zip(moments, extremes, strict=True):
+        fit.reduce(sums)
+        fit.reduce(ends, greatest=True)
+    return [CodingSource(b, c, e) for b, c, e in zip(bases, moments, extremes, strict=True)]
+
+
+def sensitivities(fit: Fit, sources: Sequence[CodingSource], budget: BitBudget, heads: int) -> list[torch.Tensor]:
+    """By how much an error of energy one in the sets of heads [S] of a layer's source raises the error of attention's
+    output, relative to its energy.
+
+    Measured source by source: coded alone, at the budget's mean rate, under the queries that really read it.
+    """
+    task, sets = fit.task, len(sources[0].cells)
+    code_bytes = int(min(task.recipe.element_bits, _PROBE) * budget.elements(1) / 8)
+    probes = [allocate([source.cells], code_bytes)[0] for source in sources]
+    codecs = transform_layers(
+        [s.transform(w, heads, task.geometry.head_dim) for s, w in zip(sources, probes, strict=True)]
+    )
+    sums = _OutputErrors(len(sources), sets).to(task.model.device)
+    with torch.no_grad():
+        for batch in fit.batches(task.recipe.transform.probe_batches, "what each layer costs"):
+            for i, (layer, codec) in enumerate(zip(fit.harvest(batch), codecs, strict=True)):
+                truth = full_output(layer)
+                for number, keys in ((2 * i, True), (2 * i + 1, False)):
+                    segment = read_back(codec, layer, keys=keys, values=not keys)
+                    errors, energy = error_and_energy(layer, segment, truth, sets)
+                    sums.errors[number] += errors
+                    sums.energy[number] += energy
+    fit.reduce(sums)
+    lost = [
+        (source.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12)
+        for source, probe in zip(sources, probes, strict=True)
+    ]
+    return [error.cpu() / left for error, left in zip(sums.errors / sums.energy[:, None], lost, strict=True)]
+
+
+def transform_layers(
+    transforms: Sequence[Transform], banks: Sequence[TokenWeighting | None] | None = None
+) -> list[TransformLayer]:
+    """Layers of transforms of their keys and their values in turn, with each layer's query bank if there are any."""
+    pairs = zip(transforms[::2], transforms[1::2], banks or [None] * (len(transforms) // 2), strict=True)
+    return [TransformLayer(TransformKeys(k), TransformValues(v), bank) for k, v, bank in pairs]
+
+
+def read_back(codec: TransformLayer, layer: LayerHarvest, *, keys: bool = True, values: bool = True) -> Segment:
+    """A layer's tiles with its keys or values coded, or both, as reading the codes would give them; differentiable in
+    the codec."""
+    key_part, value_part = KeyPart(layer.keys), ValuePart(layer.values)
+    weights = None if codec.readers is None else codec.readers(layer.keys.float())
+    if keys:
+        transform = codec.keys.transform
+        key_part = codec.keys.part(coded(transform, transform.coefficients(layer.keys.float()), weights))
+    if values:
+        transform = codec.values.transform
+        value_part = codec.values.part(coded(transform, transform.coefficients(layer.values.float()), weights))
+    return Segment(owner=layer.owner, frame=layer.frame, **key_part._asdict(), **value_part._asdict())
+
+
+def _require_samples(moments: Moments, tile: int, width: int) -> None:
+    """Raises ConfigError where the tiles are too few for the bases to be more than these tiles' own."""
+    tiles, needed = int(moments.count), -(-2 * tile // width) * 8
+    if tiles < needed:
+        raise ConfigError(
+            f"{tiles} tiles are too few for stable bases of {tile} tokens: at least {needed} are needed. Give more"
+            " questions (--data.size), look at more of them (--moment_batches), or choose a smaller --codec.tile."
+        )
+
+
+class _OutputErrors(nn.Module):
+    """Errors of the outputs under each source's code, by set of heads, and the outputs' energies, over batches."""
+
+    errors: torch.Tensor
+    energy: torch.Tensor
+
+    def __init__(self, sources: int, sets: int) -> None:
+        super().__init__()
+        self.register_buffer("errors", torch.zeros(sources, sets, dtype=torch.float64))
+        self.register_buffer("energy", torch.zeros(sources, dtype=torch.float64))

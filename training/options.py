@@ -1,0 +1,195 @@
+"""The command line of `kvcapsule train`: shared options, those of the chosen family, and the refusal of any others.
+
+The family is chosen by --family, or else by the recipe. A recipe file that a run saved may hold the options of all
+families, as earlier versions wrote them; those of other families are left out, and the user is told which.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from kvcapsule.codec import REGISTRY
+from kvcapsule.errors import ConfigError, InputError
+
+from .families import recipe_class, trainable
+from .recipe import Recipe, flat, group_names, option_names
+
+DEFAULT_RECIPE = "cross-layer"
+"""Recipe of `kvcapsule train` without arguments."""
+_USAGE = "kvcapsule train [RECIPE] [--ratio R] [--model ID_OR_PATH] [--output DIR] [options]"
+_SAVED = frozenset(("output", "force", "resume", "trainer"))
+"""Keys by which a recipe that a run saved is known: it holds every option."""
+
+
+def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
+    """The recipe that a command line stands for.
+
+    Args:
+        words: RECIPE, if given, and options.
+        show: prints a line to the user.
+
+    Raises:
+        ConfigError, InputError: for options or files that cannot be used.
+    """
+    rest = list(words)
+    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    given = _value_of("family", rest)
+    if named is None:
+        named = DEFAULT_RECIPE if given is None else given if given in shipped_recipes() else None
+    # In the order in which they override each other.
+    paths = [*([] if named is None else [find_recipe(named)]), *map(Path, _values_of("recipe", rest))]
+    contents = [_contents(path) for path in paths]
+    family = given or next((str(c["family"]) for c in reversed(contents) if "family" in c), DEFAULT_RECIPE)
+    options = recipe_class(family)
+    parser = build_parser(family)
+    configs = [_own_options(path, c, family, options, show) for path, c in zip(paths, contents, strict=True)]
+    for word in rest:
+        if word.startswith("--"):
+            _require_known(word[2:].partition("=")[0], family, options)
+    try:
+        values = parser.parse_args([*(f"--recipe={c}" for c in configs), *_without("recipe", rest)])
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    values.pop("recipe", None)
+    built: Recipe = options(**{"family": family, **vars(parser.instantiate(values))})
+    return built
+
+
+def build_parser(family: str = DEFAULT_RECIPE) -> ArgumentParser:
+    """Every option of a family's recipe, explained by its docstring. It raises ArgumentError and does not exit."""
+    parser = _parser(
+        f"Train a capsule on the KV activations of a frozen VLM. RECIPE is a YAML file or the name of a shipped recipe"
+        f" ({', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}); options override its fields. Families:"
+        f" {', '.join(dict.fromkeys([*trainable(), *REGISTRY.foreign()]))}."
+    )
+    parser.add_argument("--recipe", action="config", help="a YAML file of these options (the same as RECIPE)")
+    parser.add_class_arguments(recipe_class(family), None)
+    return parser
+
+
+def full_help() -> str:
+    """The help of `kvcapsule train` where no recipe is named: the shared options, and then each family's."""
+    shared = _parser(build_parser().description or "")
+    shared.add_argument("--recipe", action="config", help="a YAML file of these options (the same as RECIPE)")
+    shared.add_class_arguments(Recipe, None)
+    return "\n".join([shared.format_help(), *map(_family_help, trainable())])
+
+
+def _family_help(family: str) -> str:
+    options, shared = recipe_class(family), set(option_names(Recipe))
+    parser = ArgumentParser(usage="", add_help=False, description=f"Options of the family {family}:")
+    for option in fields(options):
+        if isinstance(option.type, type) and is_dataclass(option.type):
+            others = {f.name for f in fields(option.type) if f"{option.name}.{f.name}" in shared}
+            if len(others) < len(fields(option.type)):
+                parser.add_class_arguments(option.type, option.name, skip=others)
+        elif option.name not in shared:
+            parser.add_class_arguments(options, None, skip={f.name for f in fields(options)} - {option.name})
+    return parser.format_help().partition("\n\n")[2]
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("kvcapsule.training.recipes").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The YAML file of a recipe, given as a path or by its shipped name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in shipped_recipes():
+        return Path(str(files("kvcapsule.training.recipes") / f"{name}.yaml"))
+    raise InputError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
+
+
+def _parser(description: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(prog="kvcapsule train", usage=_USAGE, description=description, exit_on_error=False)
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    try:
+        contents = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"the recipe {path} holds a {type(contents).__name__}, not options and their values.")
+    return contents
+
+
+def _values_of(name: str, words: Sequence[str]) -> list[str]:
+    """All values that a command line gives an option, in order."""
+    values, rest = [], iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option == f"--{name}":
+            values.append(value if equals else next(rest, ""))
+    return values
+
+
+def _value_of(name: str, words: Sequence[str]) -> str | None:
+    values = _values_of(name, words)
+    return values[-1] if values else None
+
+
+def _without(name: str, words: Sequence[str]) -> list[str]:
+    """A command line without an option and its values."""
+    left, rest = [], iter(words)
+    for word in rest:
+        if word == f"--{name}":
+            next(rest, None)
+        elif not word.startswith(f"--{name}="):
+            left.append(word)
+    return left
+
+
+def _owners(option: str) -> list[str]:
+    """kvcapsule's families that have an option."""
+    return [family for family in trainable() if option in set(option_names(recipe_class(family)))]
+
+
+def _require_known(option: str, family: str, options: type[Recipe]) -> None:
+    """Raises ConfigError for an option that only other families have; what no family has, the parser refuses."""
+    if option not in set(option_names(options)) and (owners := _owners(option)):
+        raise ConfigError(_not_of(option, owners, family))
+
+
+def _own_options(
+    path: Path, contents: dict[str, Any], family: str, options: type[Recipe], show: Callable[[str], None]
+) -> str:
+    """A recipe file, as --recipe takes it: its path; its text without the options of other families if a run saved it.
+
+    Raises:
+        ConfigError: for such options in other files.
+    """
+    groups = frozenset().union(*(group_names(recipe_class(other)) for other in trainable()), group_names(options))
+    known = set(option_names(options))
+    others = [option for option, _ in flat(contents, groups) if option not in known and _owners(option)]
+    if not others:
+        return str(path)
+    if not contents.keys() >= _SAVED:
+        raise ConfigError(f"{path}: {_not_of(others[0], _owners(others[0]), family)}")
+    for option in others:
+        group, _, key = option.rpartition(".")
+        values = contents[group] if group else contents
+        del values[key]
+        if group and not values:
+            del contents[group]
+    show(f"{path}: left out {', '.join(others)}: not of the family {family}.")
+    return yaml.safe_dump(contents)
+
+
+def _not_of(option: str, owners: Sequence[str], family: str) -> str:
+    plural = "families" if len(owners) > 1 else "family"
+    return f"--{option} is an option of the {plural} {' and '.join(owners)}, not of {family}."
