@@ -6,7 +6,6 @@ Whatever is allocated and not written holds NaN throughout this file.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch

@@ -107,13 +107,13 @@ def test_without_a_compiler(
     monkeypatch.setattr(choice, "_chosen", {})
     assert library.compiler() is None
     with caplog.at_level(logging.WARNING):
-        assert [choice.backend("cpu") for _ in range(3)] == ["reference"] * 3
+        assert [choice.backend_for("cpu") for _ in range(3)] == ["reference"] * 3
     assert len(caplog.records) == 1 and "pip install 'kvcapsule[cpu]'" in caplog.records[0].getMessage()
     monkeypatch.setenv(choice.VARIABLE, "cpu")
     monkeypatch.setattr(choice, "_chosen", {})
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found: .*or unset the variable"):
-        choice.backend("cpu")
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found: .*or unset the variable"):
+        choice.backend_for("cpu")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
         library.built()
 
 

@@ -27,8 +27,8 @@ from kvcapsule.kernels.cpu.arguments import CELLS, QUANTIZED, RAW, Arguments, ar
 from kvcapsule.kernels.cpu.attend import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import WIDTHS
-from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.group_quantized_rows import GroupedRows
+from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 
 SINGLE, DIM = 1e-5, 16
@@ -60,8 +60,9 @@ def retained(draw: Draw, owner: list[int], tokens: int, keys: int, values: int) 
     """Raw rows behind maps, as a KVCapsule's."""
     entries = len(owner)
     return Segment(
-        draw(entries, HEADS, keys, DIM), draw(entries, HEADS, values, DIM), torch.tensor(owner), score_map=draw(HEADS, tokens, keys),
-        value_map=draw(HEADS, values, tokens).transpose(1, 2), value_mean=draw(HEADS, DIM),
+        draw(entries, HEADS, keys, DIM), draw(entries, HEADS, values, DIM), torch.tensor(owner),
+        score_map=draw(HEADS, tokens, keys), value_map=draw(HEADS, values, tokens).transpose(1, 2),
+        value_mean=draw(HEADS, DIM),
     )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def test_widths_of_cells(width: int) -> None:
 @pytest.mark.parametrize("owner", [[0] * 19, [0, 0, 0, 1, 1, 2], [2, 0, 1, 0, 2, 0, 0, 0, 0, 2, 0, 0, 0]])
 @pytest.mark.parametrize("joint", [1, 2])
 def test_coded_tiles_in_any_order(owner: list[int], joint: int, threads: int) -> None:
-    """More than go through together, odd numbers of them, rows that have none; one or several KV heads that read the same rows."""
+    """More than go through together, odd numbers of them, rows that have none; one or several KV heads that read the
+    same rows."""
     draw = Draw(len(owner))
     segment = draw.transform(owner, 20, (2, 5), (3, 21), joint=joint)
     for group in (2, 7):
