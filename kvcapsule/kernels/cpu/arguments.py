@@ -141,7 +141,7 @@ class Builder:
         return CRows(
             self.place(packed), count, channels, packed.stride(0), 0, 0, self.dense(coding.scale),
             self.dense(coding.offset), 0, packed.stride(0) * (len(packed) - 1) + packed.shape[1],
-            coding.widths.numel(), self.dense(coding.widths), *map(self.place, cell_tables(coding, of_channels)),
+            self.dense(coding.widths), *map(self.place, cell_tables(coding, of_channels)),
         )  # fmt: skip
 
     def place(self, x: torch.Tensor) -> int:

@@ -1,6 +1,4 @@
 // The reader of coefficient rows: a cell's eight numbers of two tiles lie side by side in one vector.
-//
-// Two groups of rows (keys) meet the same queries, and two channels (values) the same weights: what is loaded serves both.
 #pragma once
 
 #include "cell_words.h"
@@ -8,40 +6,43 @@
 
 namespace kvcapsule {
 
-// Keys or values in cells, and what loops over the cells of a set need; see cell_words.py for lines.
+// Keys or values in cells, and what loops over the cells of a set need. A block is a group of keys or a channel of values.
 struct Cells {
     const Rows& rows;
-    int64_t pairs;       // of groups (keys) or channels (values)
-    float *step, *shift; // of each cell of the lines, [2 n], 0 in null cells; of keys the rows' offset, twice each [2 n, 16]
-    uint32_t* words;     // [words of a set, TILES]
-    int64_t base[TILES], first_line = 0;
+    bool of_channels;
+    int64_t blocks;
+    float *scale, *shift;  // of each cell of the set, 0 for one of no bits; of keys the rows' offset, twice each [n, 16]
+    uint32_t* words;       // [words of a set, TILES]
+    int64_t base[TILES], first = 0;
 
-    Cells(const Rows& rows_, int64_t sets, bool of_channels, Arena& arena) : rows(rows_) {
-        pairs = ((of_channels ? rows.channels : rows.rows / 8) + 1) / 2;
-        int64_t lines = 0, most = 0;
+    Cells(const Rows& rows_, int64_t sets, bool of_channels_, Arena& arena) : rows(rows_), of_channels(of_channels_) {
+        blocks = of_channels ? rows.channels : rows.rows / 8;
+        int64_t cells = 0, most = 0;
         for (int64_t set = 0; set < sets; ++set) {
             const int32_t* const last = rows.ranges + (set * WIDTHS + WIDTHS - 1) * 3;
-            const int64_t count = bounds(set, pairs - 1)[2] - bounds(set, 0)[0], end = last[2] + (last[1] - last[0]) / 4 + 4;
-            lines = count > lines ? count : lines;
+            const int64_t count = bounds(set, blocks - 1)[2] - bounds(set, 0)[0];
+            const int64_t end = last[2] + (last[1] - last[0]) / 4 + 4;
+            cells = count > cells ? count : cells;
             most = end > most ? end : most;
         }
-        step = arena.take(2 * lines);
-        shift = of_channels ? nullptr : arena.take(2 * LANES * lines);
+        scale = arena.take(cells);
+        shift = arena.take(of_channels ? 0 : LANES * cells);
         words = reinterpret_cast<uint32_t*>(arena.take(most * TILES));
     }
 
-    const int32_t* bounds(int64_t set, int64_t pair) const { return rows.bounds + (set * pairs + pair) * 3; }
+    const int32_t* bounds(int64_t set, int64_t block) const { return rows.bounds + (set * blocks + block) * 3; }
 
     void open_set(int64_t set) {
-        first_line = bounds(set, 0)[0];
-        const int64_t channels = rows.channels, count = 2 * (bounds(set, pairs - 1)[2] - first_line);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t cell = rows.numbers[2 * first_line + i], valid = cell < rows.cells;
-            step[i] = valid && rows.widths[cell] ? rows.step[cell] : 0;
-            const float* const offset = rows.offset + cell / channels * 8 * channels + cell % channels;
-            for (int m = 0; shift && m < 8; ++m)
-                shift[i * LANES + 2 * m] = shift[i * LANES + 2 * m + 1] = valid ? offset[m * channels] : 0;
-        }
+        const int64_t channels = rows.channels, groups = rows.rows / 8;
+        first = bounds(set, 0)[0];
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t i = bounds(set, block)[0]; i < bounds(set, block)[2]; ++i) {
+                const int64_t met = rows.cells[i] >> 32, group = set * groups + (of_channels ? met : block);
+                const int64_t channel = of_channels ? block : met, cell = group * channels + channel;
+                scale[i - first] = rows.widths[cell] ? rows.scale[cell] : 0;
+                for (int64_t m = 0; !of_channels && m < LANES; ++m)
+                    shift[(i - first) * LANES + m] = rows.offset[(8 * group + m / 2) * channels + channel];
+            }
     }
 
     // Lays out the words of some tiles. What stands in the place of a tile that is not there is not read.
@@ -52,35 +53,34 @@ struct Cells {
 
     // Fetches one of some parts of the cells of the next tiles: what is asked for at once has to be waited for.
     void expect(const Tile* next, int64_t tiles, int64_t set, int64_t part) const {
-        for (int64_t tile = part * tiles / pairs; tile < (part + 1) * tiles / pairs; ++tile)
-            for (const int32_t* range = rows.ranges + set * WIDTHS * 3; range < rows.ranges + (set + 1) * WIDTHS * 3; range += 3)
+        const int32_t *const begin = rows.ranges + set * WIDTHS * 3, *const end = begin + WIDTHS * 3;
+        for (int64_t tile = part * tiles / blocks; tile < (part + 1) * tiles / blocks; ++tile)
+            for (const int32_t* range = begin; range < end; range += 3)
                 for (int64_t at = range[0]; at < range[1] + 63; at += 64)
                     prefetch(static_cast<const uint8_t*>(rows.data) + next[tile].entry * rows.entry + at);
     }
 
-    // Calls body(line, what its cells meet, numbers) for each line of a pair; numbers(half, tile): of two tiles from `tile` on.
-    template <class Body> INLINE void each_line(int64_t set, int64_t pair, const Body& body) const {
-        const int32_t* const bound = bounds(set, pair);
+    // Calls body(cell, what it meets, numbers) for each cell of a block; numbers(tile): of two tiles from `tile` on.
+    template <class Body> INLINE void each_cell(int64_t set, int64_t block, const Body& body) const {
+        const int32_t* const bound = bounds(set, block);
         const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
         for (int64_t i = bound[0]; i < bound[2]; ++i) {
-            const uint64_t first = rows.lines[2 * i], second = rows.lines[2 * i + 1], met = first >> 32;
-            const uint32_t low[2] = {static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
-            const float* const steps = step + 2 * (i - first_line);
+            const int64_t met = rows.cells[i] >> 32, place = rows.cells[i] & 0xffffffff;
+            const float factor = scale[i - first];
             if (i < bound[1]) {
-                const Decoder decoders[2] = {{low[0] >> 24, steps[0]}, {low[1] >> 24, steps[1]}};
-                const uint32_t* const at[2] = {words + (low[0] & 0xffffff) * TILES, words + (low[1] & 0xffffff) * TILES};
-                body(i - first_line, met,
-                     [&](int half, int64_t tile) INLINE_LAMBDA { return decoders[half].numbers(at[half] + tile); });
+                const Decoder decoder(place >> 24, factor);
+                const uint32_t* const at = words + (place & 0xffffff) * TILES;
+                body(i - first, met, [&](int64_t tile) INLINE_LAMBDA { return decoder.numbers(at + tile); });
             } else {
-                body(i - first_line, met, [&](int half, int64_t tile) INLINE_LAMBDA {
-                    return eight_bit_numbers(data + base[tile] + low[half], data + base[tile + 1] + low[half], steps[half]);
+                body(i - first, met, [&](int64_t tile) INLINE_LAMBDA {
+                    return eight_bit_numbers(data + base[tile] + place, data + base[tile + 1] + place, factor);
                 });
             }
         }
     }
 };
 
-// Where a product's sums belong whose rows 2 i and 2 i + 1 are two tiles: their numbers in turn, eight columns a vector.
+// Where a product's sums belong whose rows 2 i and 2 i + 1 are two tiles: their numbers in turn.
 struct SideBySide {
     float* out;
     int64_t rows, pair, row, group;  // rows of a pair of tiles; how far pairs, rows and groups of eight columns are apart
@@ -134,13 +134,13 @@ class CoefficientReader {
             query_map_.map(head, tiles, SideBySide{queries_ + head * src_.call.rows * line, src_.call.rows, src_.rows * line, line, LANES});
         keys_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
-            constexpr int R = decltype(size)::value, P = R <= 2 ? 4 : R == 4 ? 2 : 1;
+            constexpr int R = decltype(size)::value, P = R <= 4 ? 4 : 2;
             for (int64_t block = 0; block < src_.blocks; ++block)
-                for (int64_t groups = 0; groups < keys_.pairs; ++groups) {
-                    if (!block) keys_.expect(tile + tiles, next, set_, groups);
+                for (int64_t group = 0; group < keys_.blocks; ++group) {
+                    if (!block) keys_.expect(tile + tiles, next, set_, group);
                     int64_t p = 0;
-                    for (; p + P <= pairs; p += P) score_groups<R, P>(block, groups, p, z);
-                    for (; P > 1 && p < pairs; ++p) score_groups<R, 1>(block, groups, p, z);
+                    for (; p + P <= pairs; p += P) score_group<R, P>(block, group, p, z);
+                    for (; p < pairs; ++p) score_group<R, 1>(block, group, p, z);
                 }
         });
     }
@@ -165,9 +165,9 @@ class CoefficientReader {
         values_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
             for (int64_t block = 0; block < src_.blocks; ++block)
-                for (int64_t channels = 0; channels < values_.pairs; ++channels) {
-                    if (!block) values_.expect(tile + tiles, next, set_, channels);
-                    add_channels<size>(block, channels, pairs, weights);
+                for (int64_t channel = 0; channel < values_.blocks; ++channel) {
+                    if (!block) values_.expect(tile + tiles, next, set_, channel);
+                    add_channel<size>(block, channel, pairs, weights);
                 }
         });
     }
@@ -193,49 +193,41 @@ class CoefficientReader {
     }
 
   private:
-    // Products of a block of R queries of P pairs of tiles from p on with two groups of key rows.
-    template <int R, int P> INLINE void score_groups(int64_t block, int64_t groups, int64_t p, float* z) const {
-        Floats sum[2][P][R] = {};
-        const int64_t line = 2 * query_map_.width, apart = src_.rows * line, rows = s_.keys.rows;
+    // Products of a block of R queries of P pairs of tiles from p on with a group of key rows.
+    template <int R, int P> INLINE void score_group(int64_t block, int64_t group, int64_t p, float* z) const {
+        Floats sum[P][R] = {};
+        const int64_t line = 2 * query_map_.width, apart = src_.rows * line;
         const float* const queries = queries_ + p * apart + block * R * line;
-        keys_.each_line(set_, groups, [&](int64_t i, int64_t channel, const auto& numbers) INLINE_LAMBDA {
-            const Floats shift[2] = {load(keys_.shift + 2 * LANES * i), load(keys_.shift + 2 * LANES * i + LANES)};
+        keys_.each_cell(set_, group, [&](int64_t cell, int64_t channel, const auto& numbers) INLINE_LAMBDA {
+            const Floats shift = load(keys_.shift + LANES * cell);
             EACH(pair, P) {
-                const Floats first = numbers(0, 2 * (p + pair)) + shift[0], second = numbers(1, 2 * (p + pair)) + shift[1];
-                EACH(r, R) {
-                    const Floats query = splat_pair(queries + pair * apart + r * line + channel * 2);
-                    sum[0][pair][r] += first * query;
-                    sum[1][pair][r] += second * query;
-                }
+                const Floats found = numbers(2 * (p + pair)) + shift;
+                EACH(r, R) sum[pair][r] += found * splat_pair(queries + pair * apart + r * line + channel * 2);
             }
         });
-        EACH(pair, P) EACH(r, R) {
-                float* const to = z + ((p + pair) * src_.rows + block * R + r) * 2 * rows + groups * 2 * LANES;
-                store(to, sum[0][pair][r]);
-                if (groups * 16 + 8 < rows) store(to + LANES, sum[1][pair][r]);
-            }
+        float* const to = z + ((p * src_.rows + block * R) * s_.keys.rows + 8 * group) * 2;
+        EACH(pair, P) EACH(r, R) store(to + (pair * src_.rows + r) * s_.keys.rows * 2, sum[pair][r]);
     }
 
-    // Adds two channels of the value rows of so many pairs of tiles.
-    template <int R> INLINE void add_channels(int64_t block, int64_t channels, int64_t pairs, const float* weights) {
-        Floats sum[(2 * R + 3) / 4 * 4] = {};
-        const int64_t apart = src_.rows * LANES;
-        values_.each_line(set_, channels, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
-            const float* here = weights + block * R * LANES + group * apart;
-            for (int64_t p = 0; p < pairs; ++p, here += weight_count_) {
-                const Floats first = numbers(0, 2 * p), second = numbers(1, 2 * p);
-                EACH(r, R) {
-                    const Floats weight = held(load(here + r * LANES));
-                    sum[r] += first * weight;
-                    sum[R + r] += second * weight;
-                }
-            }
+    // Adds a channel of the value rows of so many pairs of tiles. P: pairs with sums of their own, else each waits for the last.
+    template <int R> INLINE void add_channel(int64_t block, int64_t channel, int64_t pairs, const float* weights) {
+        constexpr int P = R <= 2 ? 4 : R == 4 ? 2 : 1, ROUND = (R + 3) / 4 * 4;
+        Floats sum[P][ROUND] = {};
+        values_.each_cell(set_, channel, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
+            const float* here = weights + (group * src_.rows + block * R) * LANES;
+            const auto add = [&](int i, int64_t p) INLINE_LAMBDA {
+                const Floats found = numbers(2 * p);
+                EACH(r, R) sum[i][r] += found * load(here + p * weight_count_ + r * LANES);
+            };
+            int64_t p = 0;
+            for (; p + P <= pairs; p += P) EACH(i, P) add(i, p + i);
+            for (; p < pairs; ++p) add(0, p);
         });
-        float found[(2 * R + 3) / 4 * 4];
-        UNROLL for (int i = 0; i < 2 * R; i += 4) store_four_sums(found + i, sum + i);
-        float* const to = sums_ + (block * s_.values.channels + 2 * channels) * 8;
-        for (int half = 0; half < 2 && 2 * channels + half < s_.values.channels; ++half)
-            for (int r = 0; r < R; ++r) to[half * 8 + r] += found[half * R + r];
+        EACH(i, P - 1) EACH(r, R) sum[0][r] += sum[i + 1][r];
+        float found[ROUND];
+        EACH(i, ROUND / 4) store_four_sums(found + 4 * i, sum[0] + 4 * i);
+        float* const to = sums_ + (block * s_.values.channels + channel) * 8;
+        for (int r = 0; r < R; ++r) to[r] += found[r];
     }
 
     const Source& src_;

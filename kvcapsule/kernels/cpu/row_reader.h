@@ -137,10 +137,10 @@ class RowReader {
             with_constant<1, 2, 3, 4, 8>(rows.bits, [&](auto bits) {
                 for (int64_t c = 0; c < rows.channels; ++c)
                     for (int64_t n = 0; n < line; n += LANES) {
-                        // x = step * code + least value, step and least value of each channel of an entry.
+                        // x = scale * code + minimum, scale and minimum of each channel of an entry.
                         const Ints code = codes_of_channel<bits>(codes + c * rows.row + n / 8 * bits, written - n);
-                        const Floats step = splat(rows.step[scales + c]), least = splat(rows.offset[scales + c]);
-                        store(buffer + c * line + n, __builtin_convertvector(code, Floats) * step + least);
+                        const Floats scale = splat(rows.scale[scales + c]), minimum = splat(rows.offset[scales + c]);
+                        store(buffer + c * line + n, __builtin_convertvector(code, Floats) * scale + minimum);
                     }
             });
             return {buffer, line};
