@@ -1,6 +1,6 @@
-// Attention over segments in one pass over each: products of the queries with the stored keys, score_map, softmax, value_map
-// and sums of the stored values of eight tiles while all of it is in the nearest caches (docs/kernels.md). The reference is
-// kernels/reference.py. The library has a C interface and needs nothing but libm: it serves every version of PyTorch.
+// Attention over segments in one pass over each: products of the queries with the stored keys, score_map, softmax,
+// value_map and sums of the stored values of eight tiles while all of it is in the nearest caches (docs/kernels.md).
+// The reference is kernels/reference.py. The interface is C and needs libm alone: it serves every version of PyTorch.
 #include "coefficient_reader.h"
 #include "online_softmax.h"
 #include "row_reader.h"
@@ -41,7 +41,8 @@ template <class Reader> class Pass {
                 int64_t tiles = 0, next = 0;
                 for (; tiles < TILES && same(); ++i)
                     if (has_tokens(tile_at(i).entry)) tile[tiles++] = tile_at(i);
-                for (; next < TILES && i + next < end && set_of(i + next) == set; ++next) tile[tiles + next] = tile_at(i + next);
+                for (; next < TILES && i + next < end && set_of(i + next) == set; ++next)
+                    tile[tiles + next] = tile_at(i + next);
                 if (tiles) read_tiles(set, tile, tiles, next);
             }
             finish(set, place(set, owner), found);
@@ -61,9 +62,11 @@ template <class Reader> class Pass {
         const Strided &score = s_.score_map, &value = s_.value_map, &out = s_.out_map;
         const int64_t tokens = src_.tokens, channels = s_.values.channels, head = s_.head ? 0 : set * s_.heads;
         if (score.data)
-            copy_map(score.data + set * score.first, s_.keys.rows, score.third, tokens, score.second, to_tokens_, src_.score_line);
+            copy_map(score.data + set * score.first, s_.keys.rows, score.third, tokens, score.second, to_tokens_,
+                     src_.score_line);
         if (value.data)
-            copy_map(value.data + set * value.first, tokens, value.second, s_.values.rows, value.third, to_rows_, src_.value_line);
+            copy_map(value.data + set * value.first, tokens, value.second, s_.values.rows, value.third, to_rows_,
+                     src_.value_line);
         for (int64_t i = 0; out.data && i < s_.heads; ++i)
             copy_map(out.data + (head + i) * out.first, channels, out.second, call_.dim, out.third,
                      out_map_ + i * channels * columns_, columns_);
@@ -75,9 +78,11 @@ template <class Reader> class Pass {
         const int64_t even = (tiles + 1) / 2 * 2, lines = even * src_.rows;
         reader_.score_rows(tile, tiles, next, products_);
         if (s_.score_map.data) reader_.map_scores(products_, lines, to_tokens_, scores_);
-        for (int64_t j = 0; j < even; ++j)
-            if (j >= tiles || tile[j].count < src_.score_line || s_.bias.data || src_.hides())
-                add_bias_and_mask(scores_ + src_.line(j, 0) * src_.score_line, j < tiles ? tile[j] : Tile{0, 0, 0}, set, src_);
+        for (int64_t j = 0; j < even; ++j) {
+            const Tile& mine = j < tiles ? tile[j] : Tile{0, 0, 0};
+            if (mine.count < src_.score_line || s_.bias.data || src_.hides())
+                add_bias_and_mask(scores_ + src_.line(j, 0) * src_.score_line, mine, set, src_);
+        }
         if (softmax_.update(scores_, src_, Reader::PAIRED ? even : tiles))
             for (int64_t row = 0; row < src_.real_rows; ++row)
                 if (softmax_.factors[row] != 1) reader_.rescale(row, softmax_.factors[row]);
@@ -94,8 +99,8 @@ template <class Reader> class Pass {
             for (int64_t c = 0; c < channels; ++c) sums_[row * channels_ + c] += softmax_.mass[row] * mean[c];
         }
         for (int64_t head = 0; s_.out_map.data && head < s_.heads; ++head)
-            product<1>(sums_ + head * rows * channels_, channels_, rows, out_map_ + head * channels * columns_, channels, columns_,
-                       ByRow{out_ + head * rows * columns_, columns_});
+            product<1>(sums_ + head * rows * channels_, channels_, rows, out_map_ + head * channels * columns_,
+                       channels, columns_, ByRow{out_ + head * rows * columns_, columns_});
         found.join(place, src_.real_rows, call_.dim, {out_, softmax_.top, softmax_.mass}, columns_);
     }
 
@@ -140,13 +145,15 @@ EXPORT void kvcapsule_run_piece(const Call* call, int64_t piece) {
     const int64_t rows = call->batch * call->heads * call->rows;
     const Sums found{call->sums + piece * rows * call->dim, call->top + piece * rows, call->mass + piece * rows};
     for (int64_t i = 0; i < call->count; ++i)
-        with_pass(*call, i, {call->workspace + piece * call->workspace_size}, [&](auto& pass, int64_t) { pass.run(piece, found); });
+        with_pass(*call, i, {call->workspace + piece * call->workspace_size},
+                  [&](auto& pass, int64_t) { pass.run(piece, found); });
 }
 
 // The pieces of one thread of an OpenMP team, which may be smaller than was asked for.
 EXPORT void kvcapsule_run_thread(const Call* call) {
     const auto number = [](const void* function) { return reinterpret_cast<int (*)()>(const_cast<void*>(function))(); };
-    for (int64_t piece = number(call->thread); piece < call->pieces; piece += number(call->threads)) kvcapsule_run_piece(call, piece);
+    for (int64_t piece = number(call->thread); piece < call->pieces; piece += number(call->threads))
+        kvcapsule_run_piece(call, piece);
 }
 
 // Joins all parts: `out` is the attention then, 0 where a query sees no token.
@@ -154,6 +161,8 @@ EXPORT void kvcapsule_finish(const Call* call) {
     const int64_t rows = call->batch * call->heads * call->rows, dim = call->dim;
     Sums all{call->sums, call->top, call->mass};
     for (int64_t part = 1; part < call->parts; ++part)
-        all.join(0, rows, dim, {call->sums + part * rows * dim, call->top + part * rows, call->mass + part * rows}, dim);
-    for (int64_t i = 0; i < rows * dim; ++i) call->out[i] = all.mass[i / dim] == 0 ? 0 : all.sums[i] / all.mass[i / dim];
+        all.join(0, rows, dim, {all.sums + part * rows * dim, all.top + part * rows, all.mass + part * rows}, dim);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t d = row * dim; d < (row + 1) * dim; ++d)
+            call->out[d] = all.mass[row] == 0 ? 0 : all.sums[d] / all.mass[row];
 }

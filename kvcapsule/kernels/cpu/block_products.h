@@ -8,10 +8,10 @@
 namespace kvcapsule {
 
 // sum[a][v] += the sum over k < count of x[row a][k] times map[k][16 v : ...]. `ahead`: fetches so far behind in map.
-// PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2, numbers two apart.
+// PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2.
 template <int A, int V, int PAIR>
-INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line, int64_t count,
-                       int64_t ahead = 0) {
+INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line,
+                       int64_t count, int64_t ahead = 0) {
     for (int64_t k = 0; k < count; ++k, map += line, x += PAIR) {
         Floats lanes[V];
         EACH(v, V) {
@@ -37,7 +37,8 @@ struct ByRow {
 
 // x [rows, count] times map [count, width], width a multiple of 16; rows are filled up to a multiple of 8.
 template <int PAIR, class Place>
-void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t count, int64_t width, const Place& place) {
+void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t count, int64_t width,
+             const Place& place) {
     const auto block = [&](auto vectors, int64_t row, int64_t column) INLINE_LAMBDA {
         Floats sum[8][decltype(vectors)::value] = {};
         accumulate<8, decltype(vectors)::value, PAIR>(sum, x + row / PAIR * stride, stride, map + column, width, count);
@@ -75,8 +76,8 @@ INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t 
 
 // The same for `count` rows of y.
 template <int A>
-INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length, float* out,
-                 int64_t stride) {
+INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length,
+                 float* out, int64_t stride) {
     constexpr int N = A == 1 ? 8 : 4;
     int64_t n = 0;
     for (; n + N <= count; n += N) dot_block<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
@@ -84,7 +85,8 @@ INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_str
 }
 
 // out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.
-inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out, int64_t width) {
+inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out,
+                     int64_t width) {
     for (int64_t i = 0; i < lines; ++i)
         for (int64_t k = 0; k < width; k += LANES)
             store(out + i * width + k, step == 1 && k < count ? load_part(x + i * line + k, count - k) : Floats{});

@@ -1,7 +1,7 @@
 // Cells of 1 to 4 bits as words of 32 bits, those of eight tiles side by side, and how words become numbers.
 //
-// A word of two tiles is then one number of 64 bits that is sent to all lanes as it is loaded: loops over cells wait for
-// loads. Codes of three bits, which lie in two places of three bytes, become fields of four bits on the way.
+// A word of two tiles is then one number of 64 bits that is sent to all lanes as it is loaded: loops over cells wait
+// for loads. Codes of three bits, which lie in two places of three bytes, become fields of four bits on the way.
 #pragma once
 
 #include "workspace.h"
@@ -14,7 +14,7 @@ constexpr int KIND_WIDTH[KINDS] = {1, 1, 1, 1, 2, 2, 3, 4}, KIND_PLACE[KINDS] = 
 
 struct KindTables {
     alignas(64) int32_t shift[KINDS][LANES] = {};  // from the word's lowest bit to each lane's code: two tiles in turn
-    alignas(64) float levels[KINDS][LANES] = {};   // a code less the middle of all; what stands above its bits does not matter
+    alignas(64) float levels[KINDS][LANES] = {};   // a code less the middle of all, whatever stands above its bits
 
     constexpr KindTables() {
         for (int kind = 0; kind < KINDS; ++kind)
@@ -77,7 +77,8 @@ inline void lay_words(const Rows& rows, const int64_t* base, int64_t set, uint32
     const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
     for (int i = 1; i < WIDTHS; ++i) {
         const int32_t* const range = rows.ranges + (set * WIDTHS + i) * 3;
-        const int64_t begin = range[0], length = range[1] - begin, bytes = i == 2 ? 3 : 4, count = (length + bytes - 1) / bytes;
+        const int64_t begin = range[0], length = range[1] - begin;
+        const int64_t bytes = i == 2 ? 3 : 4, count = (length + bytes - 1) / bytes;
         uint32_t* const to = out + range[2] * TILES;
         for (int64_t tile = 0; tile < TILES; ++tile) {
             const uint8_t* const from = data + base[tile] + begin;

@@ -6,12 +6,12 @@
 
 namespace kvcapsule {
 
-// Keys or values in cells, and what loops over the cells of a set need. A block is a group of keys or a channel of values.
+// Keys or values in cells, and what loops over cells need. A block is a group of keys or a channel of values.
 struct Cells {
     const Rows& rows;
     bool of_channels;
     int64_t blocks;
-    float *scale, *shift;  // of each cell of the set, 0 for one of no bits; of keys the rows' offset, twice each [n, 16]
+    float *scale, *shift;  // of a set's cells: 0 for one of no bits; of keys their rows' offset, twice each [n, 16]
     uint32_t* words;       // [words of a set, TILES]
     int64_t base[TILES], first = 0;
 
@@ -83,7 +83,7 @@ struct Cells {
 // Where a product's sums belong whose rows 2 i and 2 i + 1 are two tiles: their numbers in turn.
 struct SideBySide {
     float* out;
-    int64_t rows, pair, row, group;  // rows of a pair of tiles; how far pairs, rows and groups of eight columns are apart
+    int64_t rows, pair, row, group;  // rows of a pair; how far pairs, rows and groups of eight columns are apart
 
     template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t line, int64_t column) const {
         UNROLL for (int a = 0; a < A; a += 2) {
@@ -130,8 +130,9 @@ class CoefficientReader {
     void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {
         const int64_t line = 2 * query_map_.width, pairs = (tiles + 1) / 2;
         query_map_.rotate(tile, tiles);
+        const int64_t rows = src_.call.rows;
         for (int64_t head = 0; head < s_.heads; ++head)
-            query_map_.map(head, tiles, SideBySide{queries_ + head * src_.call.rows * line, src_.call.rows, src_.rows * line, line, LANES});
+            query_map_.map(head, tiles, SideBySide{queries_ + head * rows * line, rows, src_.rows * line, line, LANES});
         keys_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
             constexpr int R = decltype(size)::value, P = R <= 4 ? 4 : 2;
@@ -185,7 +186,8 @@ class CoefficientReader {
                 const float* const at = weights_ + (m / 8 * src_.rows + row) * LANES + m % 8 * 2;
                 row_weights_[row * src_.value_line + m] = at[0] + at[1];
             }
-        product<1>(row_weights_, src_.value_line, src_.real_rows, offset_, s_.values.rows, columns_, ByRow{out, columns_});
+        const ByRow place{out, columns_};
+        product<1>(row_weights_, src_.value_line, src_.real_rows, offset_, s_.values.rows, columns_, place);
         for (int64_t row = 0; row < src_.real_rows; ++row) {
             const float* const sums = sums_ + row / src_.block * s_.values.channels * 8 + row % src_.block;
             for (int64_t c = 0; c < s_.values.channels; ++c) out[row * columns_ + c] += sums[c * 8];
@@ -209,7 +211,7 @@ class CoefficientReader {
         EACH(pair, P) EACH(r, R) store(to + (pair * src_.rows + r) * s_.keys.rows * 2, sum[pair][r]);
     }
 
-    // Adds a channel of the value rows of so many pairs of tiles. P: pairs with sums of their own, else each waits for the last.
+    // Adds a channel of the value rows of some pairs of tiles; P pairs have sums of their own, so none waits for another.
     template <int R> INLINE void add_channel(int64_t block, int64_t channel, int64_t pairs, const float* weights) {
         constexpr int P = R <= 2 ? 4 : R == 4 ? 2 : 1, ROUND = (R + 3) / 4 * 4;
         Floats sum[P][ROUND] = {};
@@ -235,7 +237,7 @@ class CoefficientReader {
     Queries query_map_;
     Cells keys_, values_;
     int64_t set_ = 0, columns_, weight_count_;
-    float *queries_, *weights_;             // [pairs, rows, width, 2]; [M / 8, rows, 8, 2]: of a batch row's tiles together
+    float *queries_, *weights_;             // [pairs, rows, width, 2]; [M / 8, rows, 8, 2]: of all tiles
     float *sums_, *offset_, *row_weights_;  // [blocks, C, 8], [M, columns], [rows, M filled up]
 };
 

@@ -22,7 +22,7 @@ inline void add_bias_and_mask(float* scores, const Tile& tile, int64_t set, cons
 }
 
 struct Softmax {
-    float *top, *mass, *factors;  // [rows]: greatest scores, sums of the weights, and what sums of before are to be times
+    float *top, *mass, *factors;  // [rows]: greatest scores, sums of weights, what earlier sums are scaled by
 
     void begin(int64_t rows) {
         for (int64_t row = 0; row < rows; ++row) top[row] = NONE, mass[row] = 0;
@@ -70,7 +70,8 @@ struct Sums {
             if (other.mass[row] == 0) continue;
             const bool first = mass[to] == 0;
             const float both = first || other.top[row] > top[to] ? other.top[row] : top[to];
-            const float before = first ? 0 : __builtin_expf(top[to] - both), now = __builtin_expf(other.top[row] - both);
+            const float before = first ? 0 : __builtin_expf(top[to] - both);
+            const float now = __builtin_expf(other.top[row] - both);
             top[to] = both;
             mass[to] = mass[to] * before + other.mass[row] * now;
             for (int64_t d = 0; d < dim; ++d)

@@ -11,7 +11,8 @@ class Queries {
   public:
     const int64_t width;  // of a line of mapped ones: channels of stored keys, filled up
 
-    Queries(const Source& src, Arena& arena) : width(padded(src.s.keys.channels)), src_(src), line_(padded(src.call.dim)) {
+    Queries(const Source& src, Arena& arena)
+        : width(padded(src.s.keys.channels)), src_(src), line_(padded(src.call.dim)) {
         rotated_ = arena.take(TILES * (src.real_rows + 8) * line_);
         q_map_ = arena.take(src.s.q_map.data ? src.s.heads * src.call.dim * width : 0);
     }
@@ -46,7 +47,8 @@ class Queries {
   private:
     void rotate_row(const float* __restrict from, int64_t entry, float* __restrict to) const {
         const int64_t half = src_.s.half;
-        const float *const cos = src_.s.cos + entry * half, *const sin = src_.s.sin + entry * half, scale = src_.call.scale;
+        const float *const cos = src_.s.cos + entry * half, *const sin = src_.s.sin + entry * half;
+        const float scale = src_.call.scale;
         // Channels that rotate together are `second` apart.
         const auto rotate = [&](int64_t step, int64_t second) INLINE_LAMBDA {
             for (int64_t i = 0; i < half; ++i) {

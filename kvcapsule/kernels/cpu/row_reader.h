@@ -3,9 +3,9 @@
 // A reader has (Pass in attend.cpp calls them in this order, for each set; from load_queries on for each batch row):
 //   open_set(set)                    makes what is the same for all tiles of a set
 //   load_queries(query)              of a batch row; what has been added up begins at 0
-//   score_rows(tile, tiles, next)    products of the queries with the stored keys of some tiles; `next` follow behind these
+//   score_rows(tile, tiles, next, z) products of the queries with the stored keys of some tiles; `next` follow these
 //   map_scores(lines, map, scores)   where there is a score_map: scores of the tokens from these products,
-//   map_weights(scores, lines, map)  and where there is a value_map, weights of the stored values from those of the tokens
+//   map_weights(scores, lines, map)  and where there is a value_map, weights of the values from those of the tokens
 //   add_values(tile, tiles, next, weights)
 //   rescale(row, factor)             of what has been added up
 //   finish(out)                      what has been added up: [rows, padded(C)]
@@ -41,7 +41,8 @@ class RowReader {
   public:
     static constexpr bool PAIRED = false;
 
-    RowReader(const Source& src, Arena& arena) : src_(src), s_(src.s), queries_(src, arena), width_(padded(s_.values.channels)) {
+    RowReader(const Source& src, Arena& arena)
+        : src_(src), s_(src.s), queries_(src, arena), width_(padded(s_.values.channels)) {
         mapped_ = arena.take(s_.q_map.data ? TILES * (src.rows + 8) * queries_.width : 0);
         keys_ = arena.take(src.key_line * queries_.width);
         values_ = arena.take(src.value_line * width_);
@@ -72,9 +73,12 @@ class RowReader {
                     float* const to = z + src_.line(i, row) * line;
                     constexpr int R = decltype(size)::value, V = R <= 4 ? 4 : 2;
                     int64_t n = 0;
-                    if (s_.form == RAW) dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line);
-                    for (; s_.form == QUANTIZED && n + V * LANES <= line; n += V * LANES) score_codes<R, V>(query, keys, n, to);
-                    for (; s_.form == QUANTIZED && n < line; n += LANES) score_codes<R, 1>(query, keys, n, to);
+                    if (s_.form == RAW) {
+                        dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line);
+                    } else {
+                        for (; n + V * LANES <= line; n += V * LANES) score_codes<R, V>(query, keys, n, to);
+                        for (; n < line; n += LANES) score_codes<R, 1>(query, keys, n, to);
+                    }
                 }
             });
         }
@@ -104,12 +108,13 @@ class RowReader {
                 for (int64_t row = 0; row < src_.rows; row += R) {
                     const float* const w = weights + src_.line(i, row) * line;
                     int64_t c = 0;
-                    for (; s_.form == RAW && c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values, count, row, c);
-                    for (; s_.form == RAW && c < width_; c += LANES) add<R, 1>(w, values, count, row, c);
-                    if (s_.form == RAW) continue;
-                    dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, found_, width_);
-                    for (c = 0; c < R * width_; c += LANES)
-                        store(sums_ + row * width_ + c, load(sums_ + row * width_ + c) + load(found_ + c));
+                    if (s_.form == RAW) {
+                        for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values, count, row, c);
+                        for (; c < width_; c += LANES) add<R, 1>(w, values, count, row, c);
+                    } else {
+                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, found_, width_);
+                        for (; c < R * width_; ++c) sums_[row * width_ + c] += found_[c];
+                    }
                 }
             });
         }
@@ -127,7 +132,7 @@ class RowReader {
         int64_t apart;
     };
 
-    // A tile's rows as they are; or in `buffer`: copied [count, padded(C)] and filled up with zeros, or of codes [C, line].
+    // A tile's rows as they are; or in `buffer`: copied [count, padded(C)], or made of codes [C, line].
     Stored read(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t line) const {
         const int64_t first = tile.entry * rows.entry + set_ * rows.head, width = padded(rows.channels);
         if (s_.form == QUANTIZED) {

@@ -33,14 +33,15 @@ struct Source {
     const uint8_t* visible;                    // [E, Q, N], or null
     int64_t real_rows, rows;                   // query rows of a set; filled up to blocks
     int64_t block = 8, blocks;                 // rows of a block: as many as kernels hold sums of in registers
-    int64_t tokens, chunks;                    // of a tile; tiles of an entry: one, where there are maps along the tokens
+    int64_t tokens, chunks;                    // of a tile; tiles of an entry: one, where there are maps along tokens
     int64_t score_line, key_line, value_line;  // lengths of lines, filled up: tokens, stored rows of keys and of values
 
-    Source(const Call& call_, int64_t i) : call(call_), s(*call.segments[i]), visible(i == call.count - 1 ? call.visible : nullptr) {
+    Source(const Call& call_, int64_t i)
+        : call(call_), s(*call.segments[i]), visible(i == call.count - 1 ? call.visible : nullptr) {
         constexpr int64_t smaller[] = {7, 4, 2, 1};
         real_rows = s.heads * call.rows;
-        for (const int64_t size : smaller)
-            if ((real_rows + size - 1) / size * (size + 1) < (real_rows + block - 1) / block * (block + 1)) block = size;
+        const auto cost = [&](int64_t size) { return (real_rows + size - 1) / size * (size + 1); };
+        for (const int64_t size : smaller) block = cost(size) < cost(block) ? size : block;
         blocks = (real_rows + block - 1) / block;
         rows = blocks * block;
         tokens = s.score_map.data || s.value_map.data || s.tokens < CHUNK ? s.tokens : CHUNK;
@@ -63,6 +64,8 @@ struct Source {
 template <int... NUMBERS, class Body> INLINE void with_constant(int64_t number, const Body& body) {
     (void)((number == NUMBERS && (body(Constant<NUMBERS>()), true)) || ...);
 }
-template <class Body> INLINE void with_block(int64_t size, const Body& body) { with_constant<1, 2, 4, 7, 8>(size, body); }
+template <class Body> INLINE void with_block(int64_t size, const Body& body) {
+    with_constant<1, 2, 4, 7, 8>(size, body);
+}
 
 }  // namespace kvcapsule
