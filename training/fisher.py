@@ -5,14 +5,13 @@ To second order KL(p || p') of a token's logits is e^T F e / 2 for an error e of
 
     F = mean over y ~ p of g g^T,      g = d log p(y) / d (keys, values)
 
-Here F is taken as one matrix over the channels of a source (the keys or values of a layer, or all of a group of layers)
-and alike for all tokens, as Kronecker-factored approximations have it (K-FAC, arXiv 1503.05671). It knows what
-attention's output of one layer cannot: what later layers and the answer make of an error, and that errors of several
-layers add up or cancel.
+F is approximated by one matrix over the channels of a source (the keys or values of a layer, or all of a layer group),
+the same for all tokens, as in Kronecker-factored approximations (K-FAC, arXiv 1503.05671). Unlike the error of one
+layer's attention output, it includes the effect of later layers, and errors of several layers that add up or cancel.
 
-It is measured where a first code leaves the keys and values, not at the true ones: a code of few bits moves logits
-farther than the second order reaches, and a model that reads the true keys is sure of answers of which it is not when
-it reads coded ones.
+Gradients are taken at the keys and values decoded from a first code, not at the true ones: a code of few bits moves
+logits beyond the quadratic regime, and a model that reads true keys is more certain of answers than one that reads
+coded keys.
 """
 
 from collections.abc import Sequence
@@ -36,14 +35,13 @@ large errors leave the quadratic regime."""
 
 
 class FisherSums(nn.Module):
-    """Sums over tiles, tokens and predictions of g g^T, [S, W, W]; adding up the buffers of several ranks gives those
-    of all data."""
+    """Sums of g g^T over tiles, tokens and predictions, [S, W, W]; buffers of several ranks can be added."""
 
     total: torch.Tensor
 
-    def __init__(self, sets: int, width: int) -> None:
+    def __init__(self, head_groups: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(sets, width, width, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(head_groups, width, width, dtype=torch.float64))
 
     def add(self, g_ESTW: torch.Tensor) -> None:
         g = g_ESTW.double()
@@ -59,20 +57,20 @@ def gradients(
     read: Sequence[Segment],
     seeds: list[int],
 ) -> list[LayerHarvest]:
-    """The layers with gradients in place of their keys and values: of log p(y) summed over the answers' predictions, y
-    drawn from p.
+    """Harvests with gradients in place of keys and values: of log p(y), summed over the predictions of the answer
+    tokens, with y sampled from p.
 
     Args:
         model: the frozen VLM.
         batch: its inputs.
         tile, canonical: as in the harvest.
-        layers: the harvest of it.
-        read: each layer's tiles as a code would have them read; where the gradients are taken.
-        seeds: of what is drawn for each row, so that it is the same in whatever batch the row is.
+        layers: the harvest of the batch.
+        read: each layer's decoded tiles, where the gradients are taken.
+        seeds: seed of the samples per row, so that they do not depend on the batch that a row is in.
     """
     leaves = []
     for segment in read:
-        # Without the frame: tiles in their canonical frames, as they were harvested.
+        # Without the frame: tiles stay in their canonical frames, as in the harvest.
         keys, values = replace(segment, frame=None).materialize(torch.float32)
         leaves.append((keys.detach().requires_grad_(), values.detach().requires_grad_()))
     last = int(batch.answers.max()) + 1
@@ -109,14 +107,14 @@ def mixed(
     Raises:
         ConfigError: if the logits do not depend on what is coded.
     """
-    spreads = [own.spread() for own in moments]
+    spreads = [moment.spread() for moment in moments]
     measured, wanted = (
         torch.stack([(metric * spread).sum() for metric, spread in zip(metrics, spreads, strict=True)]).sum()
-        for metrics in ([own.total for own in fisher], baseline)
+        for metrics in ([sums.total for sums in fisher], baseline)
     )
     if not measured > 0:
         raise ConfigError(
             "the answers' logits do not depend on the visual tokens: nothing can be learned from them. Look at the"
             " data's prompts and answers, or leave the logits out with --transform.logit_batches 0."
         )
-    return [own.total * (wanted / measured) + MIX * metric for own, metric in zip(fisher, baseline, strict=True)]
+    return [sums.total * (wanted / measured) + MIX * metric for sums, metric in zip(fisher, baseline, strict=True)]

@@ -1,5 +1,5 @@
-"""A forward through the frozen VLM in which the tokens behind the images read codecs' segments, with gradients to the
-codecs."""
+"""Frozen forward: a forward of the frozen VLM in which tokens after the images read the codecs' segments, with
+gradients to the codecs."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,8 @@ from .harvest import Recorder
 
 
 class _ReadingLayer(CapsuleLayer):
-    """Visual tokens and what comes before them attend as ever; what comes behind reads segments."""
+    """Cache layer in which tokens after the last image attend to segments, and all others to the full keys and
+    values."""
 
     def __init__(self, index: int, recorder: Recorder, tiles: Segment) -> None:
         super().__init__(index, recorder)
@@ -44,20 +45,20 @@ class _ReadingLayer(CapsuleLayer):
 def logits_through(
     model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, segments: Sequence[Segment], last: int
 ) -> torch.Tensor:
-    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs; segments: each layer's tiles as they
-    are to be read."""
+    """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs that read `segments`, the tiles of each
+    layer."""
     with attach(model):
         cache = CapsuleCache(model.config, Recorder(tile, canonical))
         cache.layers = [
-            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(own, CapsuleLayer) else own
-            for i, own in enumerate(cache.layers)
+            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(layer, CapsuleLayer) else layer
+            for i, layer in enumerate(cache.layers)
         ]
         logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
 
 
 def answer_mask(answers: torch.Tensor, last: int) -> torch.Tensor:
-    """[B, last] bool: which of the last logits predict a token of the answer; answers [B] as in `divergence`."""
+    """Mask [B, last] of the last logits that predict a token of the answer; answers [B] as in `divergence`."""
     positions = torch.arange(last, device=answers.device)
     return (positions >= last - 1 - answers[:, None]) & (positions < last - 1)
 
@@ -67,7 +68,7 @@ def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor)
 
     Args:
         true, through: logits [B, last, vocabulary] of the last tokens.
-        answers: [B], how many tokens each row's answer has (at its end); what predicts them lies one place before them.
+        answers: [B], number of answer tokens at the end of each row; a token is predicted one position before it.
     """
     predict = answer_mask(answers, true.shape[1])
     log_true, log_through = true[predict].float().log_softmax(-1), through[predict].float().log_softmax(-1)

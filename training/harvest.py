@@ -1,7 +1,7 @@
-"""Harvest: the keys and values that a frozen VLM writes for its visual tokens, and the queries that read them.
+"""Harvest: keys and values of a frozen VLM's visual tokens, and the queries that attend to them.
 
-The VLM runs once over question and answer (teacher-forced), through its ordinary forward; a method that records in
-place of compressing sees what a capsule would see at inference, layer by layer.
+The VLM runs one ordinary forward over question and answer (teacher-forced). A method that records instead of
+compressing sees the same layer prefills as a capsule at inference.
 """
 
 from dataclasses import dataclass
@@ -22,23 +22,24 @@ from kvcapsule.segments.segment import Segment
 
 @dataclass(frozen=True)
 class LayerHarvest:
-    """One layer's visual tiles and their readers. E tiles of T tokens, B rows, Q queries, R other tokens."""
+    """One layer's visual tiles and the queries that attend to them. E tiles of T tokens, B rows, Q queries, R other
+    tokens."""
 
     keys: torch.Tensor
-    """[E, H, T, D], in the tiles' canonical frames where `frame` is given."""
+    """[E, H, T, D], in the tiles' canonical frames if `frame` is given."""
     values: torch.Tensor
     """[E, H, T, D]."""
     owner: torch.Tensor
-    """[E] row of each tile."""
+    """[E] batch row of each tile."""
     frame: Frame | None
     query: torch.Tensor
-    """[B, H * G, Q, D]: the tokens after the last image, prompt and answer."""
+    """[B, H * G, Q, D]: queries of the tokens after the last image (prompt and answer)."""
     reads: torch.Tensor
-    """[B, Q] bool: False where a row has no such token."""
+    """[B, Q] bool: False at padding of `query`."""
     rest: Segment
     """All other tokens, raw: text, and visual tokens that fill no tile."""
     visible: torch.Tensor
-    """[B, Q, R]: which of them each query sees."""
+    """[B, Q, R]: which tokens of `rest` each query sees."""
     scale: float
 
 

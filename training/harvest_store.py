@@ -1,9 +1,8 @@
-"""Harvests on disk, so that the frozen VLM runs once over a batch, however many capsules learn from it.
+"""Harvest store: harvests on disk, so that the frozen VLM runs once per batch for any number of capsules.
 
-A file holds the harvest of one batch, every layer, as safetensors. Its name is a digest of all that the harvest depends
-on: the model's weights, the batch's inputs, the tile and the frame. What is asked for is therefore either there or
-    made; nothing can be out of date, and
-capsules of any family and ratio share one folder.
+A file holds the harvest of one batch, all layers, as safetensors. Its name is a digest of everything that the harvest
+depends on: the model's weights, the batch's inputs, the tile and the frame. A file can therefore never be out of date,
+and capsules of all families and ratios share one folder.
 """
 
 import hashlib
@@ -25,26 +24,26 @@ from kvcapsule.segments.segment import Segment
 from .harvest import LayerHarvest, harvest
 
 FORMAT = 1
-"""Part of every digest: a file of another form is never read as one of this."""
+"""Version of the file format; part of every digest."""
 _SUFFIX = ".harvest.safetensors"
 _FRAME, _REST = ("frame.cos", "frame.sin"), ("rest.keys", "rest.values", "rest.owner", "rest.mask")
 
 
 class HarvestStore:
-    """A folder of harvests of one model."""
+    """Folder with harvests of one model."""
 
     def __init__(
-        self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, tell: Callable[[str], None] = print
+        self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, report: Callable[[str], None] = print
     ) -> None:
-        """tell: is told how large the first harvest is."""
-        self.tell: Callable[[str], None] | None = tell
+        """report: called with a line on the size of the first harvest."""
+        self.report: Callable[[str], None] | None = report
         self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
         self._begun = hashlib.blake2b(f"{FORMAT} {tile} {canonical}".encode(), digest_size=20)
         for name, tensor in model.state_dict().items():
             _add(self._begun, name, tensor)
 
     def harvest(self, inputs: BatchFeature) -> list[LayerHarvest]:
-        """The harvest of a batch, read if it is there, else made and written.
+        """The harvest of a batch, read from its file; computed and written if there is none.
 
         Raises:
             InputError: if a file cannot be written or read.
@@ -57,22 +56,22 @@ class HarvestStore:
                 raise InputError(
                     f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
                 ) from error
-        made = harvest(self.model, inputs, self.tile, self.canonical)
+        layers = harvest(self.model, inputs, self.tile, self.canonical)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(made, path)
+            _write(layers, path)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
             ) from error
-        if self.tell is not None:
+        if self.report is not None:
             size, questions = path.stat().st_size / 2**20, len(inputs["input_ids"])
-            self.tell(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
-            self.tell = None
-        return made
+            self.report(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
+            self.report = None
+        return layers
 
     def path(self, inputs: BatchFeature) -> Path:
-        """Where the harvest of these inputs lies, or would."""
+        """Path of the file for the harvest of these inputs."""
         digest = self._begun.copy()
         for name in sorted(inputs):
             _add(digest, name, inputs[name])
@@ -85,7 +84,7 @@ def _add(digest: Any, name: str, value: Any) -> None:
         digest.update(repr(value).encode())
         return
     digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-    # As bytes: numpy knows no bfloat16.
+    # As bytes, because numpy has no bfloat16.
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
@@ -98,11 +97,11 @@ def _write(layers: list[LayerHarvest], path: Path) -> None:
         parts |= dict(zip(_REST, (layer.rest.keys, layer.rest.values, layer.rest.owner, layer.rest.mask), strict=True))
         if layer.frame is not None:
             parts |= dict(zip(_FRAME, layer.frame.tensors(), strict=True))
-        # Cloned: layers share tensors, which a file must hold apart.
+        # Cloned, because layers share tensors, which safetensors does not allow.
         tensors |= {f"{index}.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in parts.items()}
     first = layers[0]
     interleaved = first.frame is not None and first.frame.interleaved
-    # Under another name until it is whole: an interrupted run, or another process, must not find half of it.
+    # Under a temporary name until complete, so that no other process reads a partial file.
     partial = path.with_name(f"{unique_name(path)}.partial")
     try:
         save_file(

@@ -1,9 +1,9 @@
 """`kvcapsule methods`: every codec family and policy, what it is, whose it is and what it takes.
 
-All of it is read from the registries: the summary is the first paragraph of a method's module (of its class, for a policy of
-the text alone), papers are those that this paragraph or the first one of its class names, settings are the fields of its
-config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a mistyped option do
-not wait for them.
+All of it is read from the registries: the summary is the first paragraph of a method's module (of its class, for a
+policy of the text alone), papers are those that this paragraph or the first one of its class names, settings are the
+fields of its config or the arguments of its constructor. The registries are imported inside `main`: `--help` and a
+mistyped option do not wait for them.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def prefills(layers: int) -> list[LayerPrefill]:
 
 
 def compressed(capsule: Capsule, of: list[LayerPrefill]) -> dict[int, Compressed]:
-    run = capsule.start([p.layer for p in of])
+    run = capsule.begin_pass([p.layer for p in of])
     return {layer: done for p in of for layer, done in run.add(p)}
 
 
@@ -102,7 +102,7 @@ def test_attention_over_the_code_is_attention_over_what_it_stands_for(frames: bo
 
 def test_a_stack_is_done_with_its_last_layer_and_the_next_begins() -> None:
     of = prefills(4)
-    run = cross_layer_capsule(FOUR).start(range(4))
+    run = cross_layer_capsule(FOUR).begin_pass(range(4))
     done = [[layer for layer, _ in run.add(p)] for p in of]
     assert done == [[], [0, 1], [], [2, 3]]
 
@@ -112,7 +112,7 @@ def test_a_last_stack_may_be_short_and_layers_may_be_missing() -> None:
     capsule = cross_layer_capsule(three)
     assert [len(stack.transform.channels_in) for stack in capsule.layers] == [4, 2]
     of = prefills(3)
-    run = capsule.start([0, 2])
+    run = capsule.begin_pass([0, 2])
     assert [[layer for layer, _ in run.add(p)] for p in (of[0], of[2])] == [[0], [2]]
 
 
@@ -129,7 +129,7 @@ def test_layers_of_a_stack_read_one_code() -> None:
 
 def test_what_waits_for_the_last_layer_is_not_keys_and_values() -> None:
     of = prefills(2)
-    run = cross_layer_capsule().start(range(2))
+    run = cross_layer_capsule().begin_pass(range(2))
     run.add(of[0])
     held = [t for waiting in run.waiting for s in (*waiting.raw.visual, *waiting.raw.text) for t in s.entry_tensors()]
     whole = {t.untyped_storage().data_ptr() for t in (of[0].keys, of[0].values)}
@@ -146,7 +146,7 @@ def test_a_stack_on_two_devices_is_refused() -> None:
 
 def test_images_that_fill_no_tile_stay_raw() -> None:
     of = [dataclasses.replace(p, shared={}) for p in prefills(2)]
-    run = cross_layer_capsule(tile=25).start(range(2))
+    run = cross_layer_capsule(tile=25).begin_pass(range(2))
     for p in of:
         ((layer, (visual, _)),) = run.add(p)
         assert layer == p.layer and all(isinstance(s.keys, torch.Tensor) for s in visual)

@@ -134,7 +134,7 @@ def with_readers(capsule: Capsule) -> Capsule:
 
 def compressed(capsule: Capsule, of: list[LayerPrefill]) -> list[torch.Tensor]:
     """The bytes that each layer reads, of the keys and of the values."""
-    run = capsule.start([p.layer for p in of])
+    run = capsule.begin_pass([p.layer for p in of])
     segments = [done.visual[0] for p in of for _, done in run.add(p)]
     return [rows.packed for s in segments for rows in (s.keys, s.values) if isinstance(rows, CodedRows)]
 

@@ -255,7 +255,7 @@ def test_a_stack_is_read_in_one_pass_by_each_of_its_layers(joint_heads: int, thr
     """One code as keys and as values, and a part of the maps each."""
     capsule = cross_layer_capsule(joint_heads=joint_heads, channels=37)
     of = [single(prefill(layer)) for layer in (0, 1)]
-    run = capsule.start([0, 1])
+    run = capsule.begin_pass([0, 1])
     done = [compressed for p in of for _, compressed in run.add(p)]
     outputs = []
     for p, (visual, text) in zip(of, done, strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.builders import DIM, HEADS, rand
+from support.moments import moments_of, variances_of
 from transformers import BatchFeature
 
 from kvcapsule.codec.bit_allocation import water_fill
@@ -15,27 +16,11 @@ from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS, predict
 from kvcapsule.training.analysis.drift import KEPT, MAX_STEPS, REFERENCES, Drift, attention_on
 from kvcapsule.training.analysis.passes import Observer, watch
-from kvcapsule.training.analysis.questions import Batch, answer_places
+from kvcapsule.training.analysis.questions import Batch, answer_positions
 from kvcapsule.training.analysis.report import over_steps
 from kvcapsule.training.analysis.similarity import Similarity
-from kvcapsule.training.analysis.spectrum import TileMoments, spectrum
-from kvcapsule.training.second_moments import CoefficientMoments
+from kvcapsule.training.analysis.spectrum import spectrum
 from kvcapsule.vlm.spans import VisualSpan
-
-CPU = torch.device("cpu")
-
-
-def moments_of(x_EHTD: torch.Tensor) -> TileMoments:
-    moments = TileMoments(*x_EHTD.shape[1:], CPU)
-    for part in x_EHTD.split(300):
-        moments.add(part)
-    return moments
-
-
-def variances_of(x_EHTD: torch.Tensor) -> torch.Tensor:
-    gathered = CoefficientMoments(*x_EHTD.shape[1:])
-    gathered.add(moments_of(x_EHTD).moments.bases().coefficients(x_EHTD))
-    return gathered.variance()
 
 
 def test_similarity_identical_tokens() -> None:
@@ -237,8 +222,8 @@ def test_drift_answers_are_found_behind_padding() -> None:
     full = BatchFeature(
         {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor([[0, 0, 0] + [1] * 5, [1] * 8])}
     )
-    assert answer_places(prompts, full, {2}) == [range(5, 7), range(4, 5)]
-    assert answer_places(prompts, full, {3}) == [range(5, 8), range(4, 8)]
+    assert answer_positions(prompts, full, {2}) == [range(5, 7), range(4, 5)]
+    assert answer_positions(prompts, full, {3}) == [range(5, 8), range(4, 8)]
 
 
 def test_drift_means_over_steps_weigh_questions() -> None:

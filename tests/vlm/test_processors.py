@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from support import tiny_families
+from support.family_models import CASES, OPTIONS, Witness, assert_same, built
 from support.tiny_families import BUILDERS, CUT, END, IMAGE, PAD, START, VOCABULARY
-from test_families import CASES, OPTIONS, Witness, assert_same, built
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor

@@ -1,2 +1,2 @@
-"""`kvcapsule analyze`: what a model's visual keys and values are like on some data, and what compression to expect,
+"""`kvcapsule analyze`: statistics of a model's visual keys and values on a data set, and the compression to expect,
 before any training."""

@@ -1,4 +1,4 @@
-"""What `kvcapsule analyze` can be told."""
+"""Options of `kvcapsule analyze`."""
 
 from dataclasses import dataclass, field
 
@@ -11,27 +11,26 @@ LEAST_QUESTIONS = 8
 
 @dataclass(frozen=True)
 class AnalyzeConfig:
-    """What is studied, on what, and where the result goes."""
+    """Model, data and outputs of a study."""
 
     model: str = "pages-vlm"
     """The frozen VLM: a shipped name, a folder or an id on the Hub."""
     revision: str | None = None
-    """Its revision on the Hub."""
+    """Revision of the model on the Hub."""
     dtype: str = "auto"
     """Precision of the model: auto (as saved), float32, float16 or bfloat16."""
     device: str | None = None
-    """Where it runs, such as cpu or cuda:1; by default CUDA where there is one."""
+    """Device of the model, such as cpu or cuda:1; by default CUDA if available."""
     tile: int = 0
-    """Visual tokens of a tile; 0 takes the whole image, which asks for images of one size."""
+    """Visual tokens per tile; 0: the full image, for images of one size."""
     canonical_frame: bool = True
-    """Study keys as codecs store them, as if their tile began at position 0. False where no frame undoes what the model
-    does."""
+    """Study keys in the canonical frame, as codecs store them. False for models whose rotation has no frame."""
     questions: int = 64
-    """Questions that are harvested (fewer where --data.size or the source has fewer)."""
+    """Number of questions (fewer if --data.size or the source has fewer)."""
     data: SourceConfig = field(default_factory=SourceConfig)
-    """Where questions and answers come from."""
+    """Source of questions and answers."""
     batch: int = 8
-    """Questions that the model is given at once."""
+    """Questions per batch."""
     json: str | None = None
     """File for the result as JSON (docs/analyze.md says what is in it)."""
     plots: str | None = None
@@ -39,7 +38,7 @@ class AnalyzeConfig:
     threads: int | None = None
     """CPU threads; by default PyTorch's choice."""
     seed: int = 0
-    """Seed of PyTorch. The study draws nothing at random; which questions are asked is --data.seed."""
+    """Seed of PyTorch. The study itself is deterministic; --data.seed selects the questions."""
 
     def __post_init__(self) -> None:
         if self.tile < 0:

@@ -1,5 +1,5 @@
-"""All that is gathered of one layer: a first pass for moments, raw similarity and drift, a second about the means and
-in the bases."""
+"""Layer study: statistics of one layer, from a first pass (moments, raw similarity, drift) and a second one (centred
+similarity, coefficients in the bases)."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ NAMES = ("keys", "values")
 
 
 class Solved(NamedTuple):
-    """What the first pass gave for the keys or the values, and what the second gathers with it."""
+    """Bases of the keys or the values from the first pass, and the statistics of the second pass."""
 
     bases: Bases
     centred: Similarity
@@ -29,11 +29,11 @@ class Solved(NamedTuple):
 
 
 class LayerStudy:
-    """One layer. Tokens are those of all visual spans where nothing else is said; tiles leave out what is left at a
-    span's end."""
+    """Statistics of one layer: over the tokens of all visual spans unless stated otherwise; tiles do not include the
+    incomplete tile at a span's end."""
 
     def __init__(self, prefill: LayerPrefill) -> None:
-        """prefill: any of the layer's; it tells heads, head dim and device."""
+        """prefill: any prefill of the layer, for its heads, head dim and device."""
         _, heads, _, self.dim = prefill.keys.shape
         device = prefill.keys.device
         self.layer = prefill.layer
@@ -47,14 +47,14 @@ class LayerStudy:
 
     @property
     def count(self) -> int:
-        """Tiles seen so far."""
+        """Number of tiles so far."""
         return self.tiles["keys"].tiles if self.tiles else 0
 
     def first(self, prefill: LayerPrefill, tiles: LayerHarvest | None, answers: Sequence[range]) -> None:
         """Add a batch to the first pass.
 
         Raises:
-            InputError: naming layer and tensor, if one holds what is not a number.
+            InputError: if a tensor holds NaN or infinity; the message names layer and tensor.
         """
         _require_finite(prefill)
         for name, x_HND, width in _images(prefill):
@@ -82,7 +82,7 @@ class LayerStudy:
                 solved[name].coefficients.add(solved[name].bases.coefficients(x_EHTD.double()))
 
     def result(self) -> dict[str, Any]:
-        """The layer's entry of the JSON object (docs/analyze.md)."""
+        """The layer's entry in "layers" of the JSON object (docs/analyze.md)."""
         return {
             "layer": self.layer,
             "similarity": {name: self._similarity(name) for name in NAMES},
@@ -91,17 +91,16 @@ class LayerStudy:
         }
 
     def predicted(self) -> list[dict[str, Any]]:
-        """The layer's entries under "predicted"."""
+        """The layer's entries in "predicted" of the JSON object."""
         of = {name: (self.tiles[name], self.variances(name)) for name in NAMES}
-        found = []
+        fields = []
         for bits in BITS:
-            each = {name: predict(*of[name], bits)._asdict() for name in NAMES}
-            found.append({"layer": self.layer, "bits": bits, "compression": FULL_BITS / bits, **each})
-        return found
+            methods = {name: predict(*of[name], bits)._asdict() for name in NAMES}
+            fields.append({"layer": self.layer, "bits": bits, "compression": FULL_BITS / bits, **methods})
+        return fields
 
     def variances(self, name: str) -> torch.Tensor:
-        """[H, T, D] of the coefficients of the keys or the values, without the bias of a mean that was measured on the
-        same tiles."""
+        """Unbiased variances [H, T, D] of the coefficients of the keys or the values."""
         return self._solved[name].coefficients.variance() * (self.count / (self.count - 1))
 
     def _solve(self, name: str) -> Solved:
@@ -113,8 +112,8 @@ class LayerStudy:
 
     def _similarity(self, name: str) -> dict[str, list[float]]:
         raw, centred = self.raw[name].means(), self._solved[name].centred.means()
-        found = {**raw._asdict(), **{f"{key}_centred": value for key, value in centred._asdict().items()}}
-        return {key: value.tolist() for key, value in found.items()}
+        fields = {**raw._asdict(), **{f"{key}_centred": value for key, value in centred._asdict().items()}}
+        return {key: value.tolist() for key, value in fields.items()}
 
     def _tile_spectra(self, name: str) -> dict[str, Any]:
         return {
@@ -128,7 +127,7 @@ class LayerStudy:
         return {**self._tile_spectra("keys"), "channels_rotated": rotated, "channels_unrotated": unrotated}
 
     def _add_unrotated(self, prefill: LayerPrefill) -> None:
-        """Each token is a tile of its own, and its frame all of its rotation."""
+        """Add keys without any rotation, as tiles of one token whose frame is the token's full rotation."""
         alone = cut_tiles(prefill, 1)
         assert alone is not None and alone.frame is not None
         self.unrotated.add(alone.frame.unrotate(alone.keys)[:, :, 0].transpose(0, 1))
@@ -147,7 +146,7 @@ class LayerStudy:
 
 
 def _images(prefill: LayerPrefill) -> list[tuple[str, torch.Tensor, int]]:
-    """Name, tokens [H, N, D] as the model rotated them and width of the token grid, of every visual span."""
+    """Name ("keys" or "values"), tokens [H, N, D] as rotated by the model, and grid width, of every visual span."""
     return [
         (name, tensor[span.row, :, span.start : span.start + span.length], span.grid[2])
         for span in prefill.spans

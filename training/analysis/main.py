@@ -1,4 +1,4 @@
-"""`kvcapsule analyze`: what to expect of compression on a model and on data, before any training."""
+"""`kvcapsule analyze`: the compression to expect for a model and a data set, before any training."""
 
 import sys
 from pathlib import Path
@@ -23,24 +23,24 @@ PROG = "kvcapsule analyze"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 2, and one line on stderr, for input that cannot be used."""
+    """Run the command and return its exit code; 2, with one line on stderr, for unusable input."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser()
         config = instance(AnalyzeConfig, parser, parser.parse_args(words))
         require_writable([config.json], [config.plots])
-        found = run(config, Console(stderr=True), command_line(PROG, words))
+        result = run(config, Console(stderr=True), command_line(PROG, words))
         try:
-            _write(found, config)
+            _write(result, config)
         finally:
-            _show(found)
+            _show(result)
     except (ArgumentError, DataError, GeometryError, InputError, ModelError) as error:
         return complain(PROG, error)
     return 0
 
 
 def build_parser() -> ArgumentParser:
-    """Every field of AnalyzeConfig as an option, explained by its docstring."""
+    """Parser with one option per field of AnalyzeConfig; the help texts are its docstrings."""
     return option_parser(
         AnalyzeConfig,
         PROG,
@@ -53,15 +53,15 @@ def build_parser() -> ArgumentParser:
     )
 
 
-def _write(found: dict[str, Any], config: AnalyzeConfig) -> None:
+def _write(result: dict[str, Any], config: AnalyzeConfig) -> None:
     if config.json is not None:
-        write_whole(Path(config.json), to_json(found))
+        write_whole(Path(config.json), to_json(result))
     if config.plots is not None:
-        draw(found, Path(config.plots))
+        draw(result, Path(config.plots))
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
     console = report_console()
-    console.print(heading(found))
-    for table in tables(found):
+    console.print(heading(result))
+    for table in tables(result):
         console.print("", table)

@@ -1,4 +1,4 @@
-"""The frozen VLM over all questions, twice, and the refusal of what cannot be studied."""
+"""Two passes of the frozen VLM over all questions, and checks that the questions and the model can be studied."""
 
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -17,24 +17,24 @@ from kvcapsule.methods.method import Compressed
 
 from ..harvest import LayerHarvest, Recorder
 from .layer import LayerStudy
+from .layer_group import LayerGroupStudy, layer_groups_of
 from .questions import Batch, Reader
-from .stack import StackStudy, stacks_of
 
 SAMPLES = 8
-"""Samples of an axis for each of its components: one tile gives the token axis as many as the head has channels, and
-the other way round.
+"""Smallest number of samples per component of an axis. A tile gives the token axis one sample per channel of the head,
+and the channel axis one per token.
 
-On pages-vlm, whole images: with 2 samples the transform's predicted error is a third too low, with 4 a fifth, with 10 a
-twelfth.
+On pages-vlm with full images, the predicted error of the transform is a third too low with 2 samples, a fifth with 4,
+and a twelfth with 10.
 """
 LEAST_TILES = 32
-"""Tiles that the variance of a coefficient is measured on, at least."""
+"""Smallest number of tiles for the variance of a coefficient."""
 Visit = Callable[[LayerPrefill, LayerHarvest | None], None]
-"""Sees a layer's prefill, and its tiles where the batch fills any."""
+"""Called with a layer's prefill, and its tiles if the batch fills any."""
 
 
 class Observer(Recorder):
-    """A recorder that hands on each layer as it ends, so that one layer's activations are held at a time."""
+    """Recorder that passes each layer to a callback as it ends, so that only one layer's activations are in memory."""
 
     def __init__(self, tile: int, canonical: bool, visit: Visit) -> None:
         super().__init__(tile, canonical)
@@ -54,7 +54,7 @@ class Observer(Recorder):
 
 @torch.no_grad()
 def watch(model: PreTrainedModel, batch: Batch, observer: Observer) -> None:
-    """Run the frozen model over a batch, as `harvest` does; a batch without images has nothing to be watched."""
+    """Run the frozen model over a batch, as `harvest` does; a batch without images is skipped."""
     if not batch.spans:
         return
     with attach(model):
@@ -63,51 +63,50 @@ def watch(model: PreTrainedModel, batch: Batch, observer: Observer) -> None:
 
 
 def whole_image(reader: Reader) -> int:
-    """Visual tokens of one image.
+    """Number of visual tokens per image.
 
     Raises:
-        InputError: if images differ in size, or there are none.
+        InputError: if images differ in size, or there is none.
     """
-    lengths = next(
-        (found for batch in reader.batches(answers=False) if (found := {span.length for span in batch.spans})), set()
-    )
+    by_batch = ({span.length for span in batch.spans} for batch in reader.batches(answers=False))
+    lengths: set[int] = next((lengths for lengths in by_batch if lengths), set())
     _require_visual(lengths, reader.model)
     return one_size(lengths)
 
 
 def one_size(lengths: set[int]) -> int:
-    """The one length of all images.
+    """The common length of all images.
 
     Raises:
-        InputError: if there are several.
+        InputError: if lengths differ.
     """
     if len(lengths) > 1:
-        found = ", ".join(map(str, sorted(lengths)))
+        sizes = ", ".join(map(str, sorted(lengths)))
         raise InputError(
-            f"images of {found} visual tokens: a study of whole images needs one size. Give a tile, as in --tile 64."
+            f"images of {sizes} visual tokens: a study of whole images needs one size. Give a tile, as in --tile 64."
         )
     return next(iter(lengths))
 
 
 def two_passes(
-    reader: Reader, tile: int, whole: bool, canonical: bool, console: Console
-) -> tuple[list[LayerStudy], list[StackStudy]]:
-    """The studies of every layer and of every stack: a pass for moments, raw similarity and drift, one for what is
-    measured with them.
+    reader: Reader, tile: int, full_image: bool, canonical: bool, console: Console
+) -> tuple[list[LayerStudy], list[LayerGroupStudy]]:
+    """Study every layer and every layer group: the first pass gathers moments, raw similarity and drift, the second
+    centred similarity and coefficients.
 
     Args:
         reader: the questions and the model.
         tile: visual tokens of a tile.
-        whole: whether a tile is to be a whole image.
-        canonical: whether keys are studied in their tile's frame.
-        console: where progress is shown, and why there are no stacks if there are none.
+        full_image: whether a tile must be a full image.
+        canonical: whether keys are studied in the canonical frame.
+        console: for progress, and the reason if layer groups are left out.
 
     Raises:
         InputError, DataError: for questions or activations that cannot be studied.
     """
     layers: dict[int, LayerStudy] = {}
-    joint = stacks_of(reader.model)
-    stack = {layer: study for study in joint for layer in study.layers}
+    joint = layer_groups_of(reader.model)
+    group_of = {layer: study for study in joint for layer in study.layers}
     lengths: set[int] = set()
     answers: Sequence[range] = ()
 
@@ -115,28 +114,28 @@ def two_passes(
         if prefill.layer not in layers:
             layers[prefill.layer] = LayerStudy(prefill)
         layers[prefill.layer].first(prefill, tiles, answers)
-        stack[prefill.layer].first(tiles)
+        group_of[prefill.layer].first(tiles)
 
     def second(prefill: LayerPrefill, tiles: LayerHarvest | None) -> None:
         layers[prefill.layer].second(prefill, tiles)
         if joint:
-            stack[prefill.layer].second(tiles)
+            group_of[prefill.layer].second(tiles)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("moments, similarity, drift", total=len(reader))
         for batch in reader.batches(answers=True):
             lengths.update(span.length for span in batch.spans)
-            if whole:
+            if full_image:
                 one_size({tile, *lengths})
             answers = batch.answers
             watch(reader.model, batch, Observer(tile, canonical, first))
             progress.advance(bar)
-        found = [layers[index] for index in sorted(layers)]
+        studies = [layers[index] for index in sorted(layers)]
         _require_visual(lengths, reader.model)
-        _require_layers(found, reader.model)
-        _require_samples(found[0].count, tile, max(lengths), len(reader.rows), found[0].dim)
-        if lacking := _lacking_for_stacks(found, joint, tile, len(reader.rows)):
+        _require_layers(studies, reader.model)
+        _require_samples(studies[0].count, tile, max(lengths), len(reader.rows), studies[0].dim)
+        if lacking := _lacking_for_layer_groups(studies, joint, tile, len(reader.rows)):
             console.print(lacking)
             joint = []
         for study in joint:
@@ -145,7 +144,7 @@ def two_passes(
         for batch in reader.batches(answers=False):
             watch(reader.model, batch, Observer(tile, canonical, second))
             progress.advance(bar)
-    return found, joint
+    return studies, joint
 
 
 def _require_visual(lengths: set[int], model: PreTrainedModel) -> None:
@@ -165,11 +164,10 @@ def _require_layers(layers: Sequence[LayerStudy], model: PreTrainedModel) -> Non
 
 
 def _require_samples(tiles: int, tile: int, longest: int, questions: int, dim: int) -> None:
-    """Refuse bases and variances that would be drawn from too few samples: their prediction would be too good to be
-    true.
+    """Check that there are enough samples for bases and variances; with few, the prediction is too optimistic.
 
     Raises:
-        InputError: saying how many questions would do.
+        InputError: with the number of questions that would suffice.
     """
     if tiles == 0:
         raise InputError(
@@ -186,9 +184,10 @@ def _require_samples(tiles: int, tile: int, longest: int, questions: int, dim: i
         )
 
 
-def _lacking_for_stacks(layers: Sequence[LayerStudy], joint: Sequence[StackStudy], tile: int, questions: int) -> str:
-    """Why stacks cannot be studied, or nothing: they have more channels than a layer, and few samples flatter the more
-    of them."""
+def _lacking_for_layer_groups(
+    layers: Sequence[LayerStudy], joint: Sequence[LayerGroupStudy], tile: int, questions: int
+) -> str:
+    """Why layer groups cannot be studied, or "": they have more channels than a layer, and need more samples."""
     tokens, channels = (
         layers[0].count * tile,
         max(2 * len(study.layers) * study.heads for study in joint) * layers[0].dim,
@@ -196,7 +195,7 @@ def _lacking_for_stacks(layers: Sequence[LayerStudy], joint: Sequence[StackStudy
     if tokens >= SAMPLES * channels:
         return ""
     return (
-        f"Stacks of layers are left out: {tokens} visual tokens in full tiles are too few for axes of their {channels}"
+        f"Layer groups are left out: {tokens} visual tokens in full tiles are too few for axes of their {channels}"
         f" channels, which ask for {SAMPLES} each. For these too, give --questions"
         f" {ceil(SAMPLES * channels * questions / tokens)} or more."
     )

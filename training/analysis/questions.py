@@ -1,4 +1,4 @@
-"""A data set's rows as batches of a model's inputs, with the places of their answers."""
+"""Batches of model inputs from a data set's rows, with the positions of the answers."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ class Batch(NamedTuple):
     inputs: BatchFeature
     spans: list[VisualSpan]
     answers: list[range]
-    """Positions of each row's answer, without the end token and what follows: the tokens that decoding feeds back.
-    Empty where unknown."""
+    """Positions of each row's answer tokens before the end token (those that decoding feeds back). Empty if not
+    requested."""
 
 
 class Reader:
-    """The same batches again at every pass. Images are read when their turn comes."""
+    """Iterates over the same batches at every pass; images are read lazily."""
 
     def __init__(self, rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int) -> None:
         self.rows, self.model, self.processor, self.size = rows, model, processor, size
@@ -38,23 +38,23 @@ class Reader:
         return -(-len(self.rows) // self.size)
 
     def batches(self, answers: bool) -> Iterator[Batch]:
-        """All rows in their order.
+        """Batches of all rows, in order.
 
         Args:
-            answers: whether the places of the answers are wanted; it takes the processor twice the time.
+            answers: whether to find the positions of the answers, which doubles the processor's time.
 
         Raises:
-            DataError: naming the row, if an image cannot be read or there is no text.
-            InputError: if the processor cannot make inputs of them.
+            DataError: if an image cannot be read or a text is missing; the message names the row.
+            InputError: if the processor cannot encode the questions.
         """
         for start in range(0, len(self.rows), self.size):
-            asked = [_read(self.rows, i) for i in range(start, min(start + self.size, len(self.rows)))]
-            full, spans = self._encode([conversation(*question) for question in asked])
-            places = [range(0)] * len(asked)
+            questions = [_read(self.rows, i) for i in range(start, min(start + self.size, len(self.rows)))]
+            full, spans = self._encode([conversation(*question) for question in questions])
+            positions = [range(0)] * len(questions)
             if answers:
-                prompts, _ = self._encode([conversation(images, prompt) for images, prompt, _ in asked])
-                places = answer_places(prompts, full, self.ends)
-            yield Batch(full, spans, places)
+                prompts, _ = self._encode([conversation(images, prompt) for images, prompt, _ in questions])
+                positions = answer_positions(prompts, full, self.ends)
+            yield Batch(full, spans, positions)
 
     def _encode(self, conversations: list[list[dict[str, Any]]]) -> tuple[BatchFeature, list[VisualSpan]]:
         try:
@@ -64,25 +64,25 @@ class Reader:
             raise InputError(f"the model's processor cannot take these questions: {error}") from error
 
 
-def answer_places(prompts: BatchFeature, full: BatchFeature, ends: Collection[int]) -> list[range]:
-    """Where each row's answer lies: behind all that prompt and conversation have in common, up to the first end
+def answer_positions(prompts: BatchFeature, full: BatchFeature, ends: Collection[int]) -> list[range]:
+    """Positions of each row's answer: from the end of the common prefix of prompt and conversation to the first end
     token."""
-    places = []
+    positions = []
     width = full["input_ids"].shape[1]
-    for prompt, whole in zip(_tokens(prompts), _tokens(full), strict=True):
+    for prompt, tokens in zip(_tokens(prompts), _tokens(full), strict=True):
         common = next(
-            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+            (i for i, (a, b) in enumerate(zip(prompt, tokens, strict=False)) if a != b), min(len(prompt), len(tokens))
         )
-        stop = next((i for i in range(common, len(whole)) if whole[i] in ends), len(whole))
-        padding = width - len(whole)
-        places.append(range(padding + common, padding + stop))
-    return places
+        stop = next((i for i in range(common, len(tokens)) if tokens[i] in ends), len(tokens))
+        padding = width - len(tokens)
+        positions.append(range(padding + common, padding + stop))
+    return positions
 
 
 def _tokens(inputs: BatchFeature) -> list[list[int]]:
     ids: torch.Tensor = inputs["input_ids"]
     mask: torch.Tensor = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    return [row[there].tolist() for row, there in zip(ids, mask, strict=True)]
+    return [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
 
 
 def _read(rows: datasets.Dataset, index: int) -> tuple[Sequence[Image.Image], str, str]:

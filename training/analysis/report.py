@@ -1,4 +1,4 @@
-"""A study as a person reads it: a table for each question, one row for each layer."""
+"""Tables of a study for people: one table per question, one row per layer."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,47 +12,47 @@ _OF = ("keys", "values")
 _STEPS = (1, 4, 16, 64)
 """Decode steps that the table shows; the JSON object has all."""
 _LEAST_SHARE = 0.1
-"""A step counts in tables and pictures while this share of the answers is so long."""
+"""Tables and pictures show a step if at least this share of the answers has it."""
 
 
-def heading(found: Mapping[str, Any]) -> str:
-    """What was studied, in one line."""
-    geometry, data = found["geometry"], found["data"]
+def heading(result: Mapping[str, Any]) -> str:
+    """Model, data and sizes of the study."""
+    geometry, data = result["geometry"], result["data"]
     return (
-        f"{found['model']} ({geometry['model_type']}, {geometry['layers']} layers, {geometry['kv_heads']} KV heads of "
+        f"{result['model']} ({geometry['model_type']}, {geometry['layers']} layers, {geometry['kv_heads']} KV heads of "
         f"{geometry['head_dim']}, rotary {geometry['rotary']}) on {data['source']}, split {data['split']}:\n"
-        f"{found['questions']} questions, {found['tiles']} tiles of {found['tile']} visual tokens"
+        f"{result['questions']} questions, {result['tiles']} tiles of {result['tile']} visual tokens"
     )
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
+def tables(result: Mapping[str, Any]) -> list[Table]:
     return [
-        _similarity(found),
-        _spectra(found),
-        _drift(found),
-        _predicted(found),
-        *([_stacks(found)] if found["stacks"] else []),
+        _similarity(result),
+        _spectra(result),
+        _drift(result),
+        _predicted(result),
+        *([_stacks(result)] if result["stacks"] else []),
     ]
 
 
 def followed(drift: Mapping[str, Any]) -> int:
-    """Steps, step 0 included, that enough of the answers have."""
+    """Number of steps, including step 0, that enough of the answers have."""
     return sum(count >= _LEAST_SHARE * drift["questions"][0] for count in drift["questions"])
 
 
 def over_steps(drift: Mapping[str, Any], curve: Sequence[float]) -> float | None:
-    """Mean of a curve over the decode steps of all questions, step 0 (the prompt's own last token) left out."""
+    """Mean of a curve over the decode steps of all questions, without step 0 (the prompt's last token)."""
     weights = drift["questions"][1:]
     return sum(w * x for w, x in zip(weights, curve[1:], strict=True)) / sum(weights) if weights else None
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Over heads or layers; None, where there is nothing, is left out."""
-    there = [value for value in values if value is not None]
-    return fmean(there) if there else None
+    """Mean over heads or layers, without None."""
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
 
 
-def _similarity(found: Mapping[str, Any]) -> Table:
+def _similarity(result: Mapping[str, Any]) -> Table:
     names = {
         "neighbours": "beside",
         "pairs": "any two",
@@ -61,7 +61,7 @@ def _similarity(found: Mapping[str, Any]) -> Table:
     }
     columns = [f"{of}\n{title}" for of in _OF for title in names.values()]
     table = _table("How alike are the visual tokens of an image? Mean cosine", columns)
-    for layer in found["layers"]:
+    for layer in result["layers"]:
         cells = [mean(layer["similarity"][of][name]) for of in _OF for name in names]
         table.add_row(str(layer["layer"]), *(_cell(cell, ".2f") for cell in cells))
     table.caption = (
@@ -71,15 +71,15 @@ def _similarity(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _spectra(found: Mapping[str, Any]) -> Table:
-    keys = found["layers"][0]["spectra"]["keys"]
+def _spectra(result: Mapping[str, Any]) -> Table:
+    keys = result["layers"][0]["spectra"]["keys"]
     sizes = {axis: keys[axis]["ranks"][-1] for axis in ("tokens", "channels")}
     columns = [f"{of}, {size} {axis}\nrank (90 %, 99 %)" for of in _OF for axis, size in sizes.items()]
     table = _table(
-        f"How many components hold the energy? RoPE: {found['geometry']['rotary']}",
+        f"How many components hold the energy? RoPE: {result['geometry']['rotary']}",
         [*columns, "key channels,\nrotated: rank", "key channels,\nunrotated: rank"],
     )
-    for layer in found["layers"]:
+    for layer in result["layers"]:
         spectra = layer["spectra"]
         cells = [_components(spectra[of][axis]) for of in _OF for axis in sizes]
         others = (spectra["keys"]["channels_rotated"], spectra["keys"]["channels_unrotated"])
@@ -98,8 +98,8 @@ def _components(spectrum: Mapping[str, Any]) -> str:
     return f"{_cell(rank, '.1f')} ({_cell(most, '.0f')}, {_cell(all_but_one, '.0f')})"
 
 
-def _drift(found: Mapping[str, Any]) -> Table:
-    drift = found["drift"]
+def _drift(result: Mapping[str, Any]) -> Table:
+    drift = result["drift"]
     steps = [step for step in _STEPS if step < followed(drift)]
     kept = " / ".join(f"{share:.0%}" for share in drift["kept"])
     columns = [
@@ -127,11 +127,11 @@ def _drift(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _predicted(found: Mapping[str, Any]) -> Table:
-    entries = found["predicted"]
+def _predicted(result: Mapping[str, Any]) -> Table:
+    entries = result["predicted"]
     settings = sorted({(entry["bits"], entry["compression"]) for entry in entries})
     by = {(entry["layer"], entry["bits"]): entry for entry in entries}
-    layers = [layer["layer"] for layer in found["layers"]]
+    layers = [layer["layer"] for layer in result["layers"]]
     table = _table(
         "What is lost at given bits for each element? Predicted unexplained variance, transform code",
         [
@@ -140,7 +140,7 @@ def _predicted(found: Mapping[str, Any]) -> Table:
             for title in ("fixed", *(f"{bits:g} ({compression:.0f}x)" for bits, compression in settings))
         ],
     )
-    for layer in found["layers"]:
+    for layer in result["layers"]:
         cells = [
             [layer["fixed_share"][of], *(by[layer["layer"], bits][of]["transform"] for bits, _ in settings)]
             for of in _OF
@@ -160,8 +160,8 @@ def _predicted(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _stacks(found: Mapping[str, Any]) -> Table:
-    entries = found["stacks"]
+def _stacks(result: Mapping[str, Any]) -> Table:
+    entries = result["stacks"]
     settings = sorted({(entry["bits"], entry["compression"]) for entry in entries})
     by = {(entry["first"], entry["last"], entry["bits"]): entry for entry in entries}
     stacks = sorted({(entry["first"], entry["last"]) for entry in entries})

@@ -1,4 +1,4 @@
-"""How alike the visual tokens of an image are: mean cosines between neighbours and between any two."""
+"""Similarity of an image's visual tokens: mean cosines between neighbours and between all pairs."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ import torch
 
 
 class Cosines(NamedTuple):
-    """Mean cosines by KV head, each [H]; NaN where no image has such a pair."""
+    """Mean cosines per KV head, [H] each; NaN if no image has such a pair."""
 
     neighbours: torch.Tensor
-    """Between a token and the next in its row of the token grid."""
+    """Between a token and the next one in its row of the token grid."""
     pairs: torch.Tensor
-    """Between any two tokens of an image: what pairs drawn at random come to."""
+    """Between any two tokens of an image."""
 
 
 class Similarity:
-    """Sums of cosines over images, in fp64. H KV heads, N tokens of an image, D head dim."""
+    """Sums of cosines over images, in fp64. H KV heads, N tokens per image, D head dim."""
 
     def __init__(self, mean_HD: torch.Tensor | None = None) -> None:
-        """mean_HD: what is taken off every token first."""
+        """mean_HD: subtracted from every token first."""
         self.mean_HD = mean_HD
         self.sums: dict[str, torch.Tensor] = {}
         self.counts = {"neighbours": 0, "pairs": 0}

@@ -1,4 +1,4 @@
-"""Eigenvalue spectra of second moments, and what is said of them."""
+"""Eigenvalue spectra of second moments: effective rank, components, and energy by rank."""
 
 from typing import NamedTuple
 
@@ -7,46 +7,46 @@ import torch
 from ..second_moments import Moments
 
 _POINTS = 64
-"""Most ranks at which the energy of a spectrum is written down."""
+"""Largest number of ranks at which the energy of a spectrum is recorded."""
 
 
 class Spectrum(NamedTuple):
-    """A spectrum of n components for each KV head. The first three [H]."""
+    """Spectrum of n components per KV head; the first three fields are [H]."""
 
     effective_rank: torch.Tensor
-    """exp of the entropy of the eigenvalues' shares: n if all are alike, 1 if one has all. 0 where there is no
+    """exp of the entropy of the normalised eigenvalues: n if all are equal, 1 if only one is not zero. 0 without
     variance."""
     components_90: torch.Tensor
-    """Least number of components that hold 90 % of the energy."""
+    """Smallest number of components with 90 % of the energy."""
     components_99: torch.Tensor
     ranks: list[int]
-    """Ranks from 1 to n, evenly spaced by their logarithm where n is large."""
+    """Ranks from 1 to n, in logarithmic steps if n is large."""
     energy: torch.Tensor
-    """[len(ranks)] share of the energy in the first components, mean over the heads."""
+    """[len(ranks)]: share of the energy in the first components, averaged over heads."""
 
 
 def spectrum(moment_HNN: torch.Tensor) -> Spectrum:
-    """The spectrum of symmetric matrices; what rounding makes negative counts as 0."""
+    """Spectrum of symmetric matrices; eigenvalues that rounding made negative count as 0."""
     values = torch.linalg.eigvalsh(moment_HNN.double()).flip(-1).clamp_min(0)
     total = values.sum(-1, keepdim=True)
     shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
-    there = total[:, 0] > 0
+    nonzero = total[:, 0] > 0
     energy = shares.cumsum(-1)
     size = values.shape[-1]
 
     def components(wanted: float) -> torch.Tensor:
-        # A share that is 90 % exactly must not fall short of it by rounding.
-        found: torch.Tensor = ((energy < wanted - 1e-9).sum(-1) + 1) * there
-        return found
+        # The tolerance keeps a share of exactly 90 % from falling below it by rounding.
+        count: torch.Tensor = ((energy < wanted - 1e-9).sum(-1) + 1) * nonzero
+        return count
 
     ranks = sorted({round(size ** (i / (_POINTS - 1))) for i in range(_POINTS)})
     at = torch.tensor(ranks, device=energy.device) - 1
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
-    return Spectrum(entropy.exp() * there, components(0.9), components(0.99), ranks, energy[:, at].mean(0))
+    return Spectrum(entropy.exp() * nonzero, components(0.9), components(0.99), ranks, energy[:, at].mean(0))
 
 
 class TileMoments:
-    """Second moments of one layer's keys or values over tiles, and what is left of them about three kinds of mean."""
+    """Second moments of one layer's keys or values over tiles, about zero and about three kinds of means."""
 
     def __init__(self, heads: int, tile: int, dim: int, device: torch.device) -> None:
         self.tile, self.moments = tile, Moments(heads, tile, dim).to(device)
@@ -61,11 +61,11 @@ class TileMoments:
         return int(self.moments.count)
 
     def mean(self) -> torch.Tensor:
-        """[H, D]: over tiles and tokens."""
+        """Mean over tiles and tokens, [H, D]."""
         return self.moments.total.mean(1) / self.moments.count
 
     def tokens(self) -> torch.Tensor:
-        """[H, T, T]: along tokens, a tile's, about `mean`."""
+        """Covariance of a tile along its tokens, about `mean`, [H, T, T]."""
         mean = self.mean()
         cross = self.moments.total @ mean[..., None]
         gram = (
@@ -77,22 +77,23 @@ class TileMoments:
         return gram / self.moments.count
 
     def channels(self) -> torch.Tensor:
-        """[H, D, D]: along channels, a tile's, about `mean`."""
+        """Covariance of a tile along its channels, about `mean`, [H, D, D]."""
         mean = self.mean()
         return self.moments.channels / self.moments.count - self.tile * mean[:, :, None] * mean[:, None]
 
     def variance(self) -> float:
-        """Of a whole tile, all heads, about `mean`: what is lost of it is "unexplained", as in training.losses."""
+        """Variance of a full tile, all heads, about `mean`: the denominator of unexplained variance
+        (training.losses)."""
         return float(self.channels().diagonal(dim1=-2, dim2=-1).sum())
 
     def variance_within(self) -> float:
-        """Of a whole tile, all heads, each channel about its mean over the tile's own tokens."""
+        """Variance of a full tile, all heads, about each channel's mean over the tile's tokens."""
         raw = self.moments.channels.diagonal(dim1=-2, dim2=-1).sum()
         return float((raw - self.tile_means) / self.moments.count)
 
 
 class ChannelMoments:
-    """Mean and second moment along the channels over any tokens, in fp64."""
+    """Mean and second moment along channels over any tokens, in fp64."""
 
     def __init__(self, heads: int, dim: int, device: torch.device) -> None:
         self.total = torch.zeros(heads, dim, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""One study: from what was asked for to the object that docs/analyze.md describes."""
+"""Study: from an AnalyzeConfig to the JSON object that docs/analyze.md describes."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ from .questions import Reader
 
 
 def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]:
-    """Study everything and return the object that docs/analyze.md describes.
+    """Run the study and return the object that docs/analyze.md describes.
 
     Args:
         config: see there.
@@ -34,7 +34,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
 
     Raises:
         InputError, DataError, GeometryError, ModelError: for input that cannot be used; what is quick to check comes
-        first.
+            first.
     """
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
@@ -77,7 +77,7 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every number; what is none, such as a mean over no pairs, as None, because JSON has no NaN."""
+    """Round all numbers to six digits; NaN, such as a mean over no pairs, becomes None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -88,7 +88,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _drift(layers: Sequence[LayerStudy]) -> dict[str, Any]:
-    """The "drift" of the object."""
+    """The entry "drift" of the object."""
     steps = layers[0].drift.steps
     return {
         "steps": list(range(steps)),

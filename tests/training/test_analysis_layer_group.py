@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from support.builders import HEADS, prefill, rand
+from support.moments import moments_of, variances_of
 from support.run_vlm import tiny_gemma
-from test_analysis import moments_of, variances_of
 
 from kvcapsule.codec.bit_allocation import bits_for, water_fill
 from kvcapsule.codec.transform import merge_heads
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS
+from kvcapsule.training.analysis.group import LayerGroupStudy, layer_groups_of
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.passes import Observer
-from kvcapsule.training.analysis.stack import StackStudy, stacks_of
 from kvcapsule.training.families.grouping import joint_heads, joint_layers, layer_groups
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.vlm.spans import VisualSpan
@@ -42,26 +42,26 @@ def prefill_of(layer: int, of: Layer) -> LayerPrefill:
     return LayerPrefill(layer, keys, keys, values, spans, torch.ones(rows, tokens, dtype=torch.bool), 1.0, None)
 
 
-def studied(batches: Sequence[Sequence[LayerPrefill]], heads: int, tile: int = TILE) -> StackStudy:
+def studied(batches: Sequence[Sequence[LayerPrefill]], heads: int, tile: int = TILE) -> LayerGroupStudy:
     """The stack of all layers; a batch is one prefill of each."""
     studies = [LayerStudy(of) for of in batches[0]]
-    stack = StackStudy([of.layer for of in batches[0]], heads)
+    group = LayerGroupStudy([of.layer for of in batches[0]], heads)
 
     def first(of: LayerPrefill, tiles: LayerHarvest | None) -> None:
         studies[of.layer].first(of, tiles, [range(0)] * len(of.valid))
-        stack.first(tiles)
+        group.first(tiles)
 
     def second(of: LayerPrefill, tiles: LayerHarvest | None) -> None:
         studies[of.layer].second(of, tiles)
-        stack.second(tiles)
+        group.second(tiles)
 
     for visit in (first, second):
         for batch in batches:
             for of in batch:
                 Observer(tile, True, visit).compress(of)
         if visit is first:
-            stack.solve(studies)
-    return stack
+            group.solve(studies)
+    return group
 
 
 def found_in(layers: Sequence[Layer], heads: int = HEADS) -> list[dict[str, Any]]:
@@ -182,17 +182,17 @@ def test_stack_order_scale_and_means_do_not_matter(heads: int) -> None:
 
 def test_stack_holds_tiles_until_its_last_layer() -> None:
     layers = [prefill_of(i, drawn(8)) for i in range(2)]
-    stack, held = StackStudy([0, 1], 1), []
+    group, held = LayerGroupStudy([0, 1], 1), []
     for of in layers * 2:
-        Observer(TILE, True, lambda _, tiles: stack.first(tiles)).compress(of)
-        held.append(len(stack.held))
+        Observer(TILE, True, lambda _, tiles: group.first(tiles)).compress(of)
+        held.append(len(group.held))
     assert held == [2, 0, 2, 0]
 
 
 def test_stacks_are_those_of_the_model(model) -> None:
-    assert [(stack.layers, stack.heads) for stack in stacks_of(model)] == [([0, 1, 2, 3], 2)]
+    assert [(group.layers, group.heads) for group in layer_groups_of(model)] == [([0, 1, 2, 3], 2)]
     windowed, _ = tiny_gemma()
-    assert [stack.layers for stack in stacks_of(windowed)] == [[1, 3]]
+    assert [group.layers for group in layer_groups_of(windowed)] == [[1, 3]]
 
 
 @pytest.mark.parametrize(
