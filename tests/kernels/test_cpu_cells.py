@@ -40,20 +40,20 @@ def test_each_cell_is_where_its_line_says(channels: int, entries: int, probe: ct
             probe.probe_words(
                 ctypes.byref(struct), ctypes.c_void_p(base.ctypes.data), set_, ctypes.c_void_p(words.ctypes.data)
             )
-            for cell, line in zip(tables.numbers.flatten().tolist(), tables.lines.flatten().tolist(), strict=True):
-                if cell == widths.numel():
-                    continue
-                group, channel = cell // channels % 3, cell % channels
-                width = int(widths.flatten()[cell])
-                if cell // channels // 3 != set_ or width not in PER_WORD:
-                    continue
-                assert line >> 32 == (group if of_channels else channel)
-                first = (((line & 2**32 - 1) >> 24) - FIRST_KIND[width]) * 8 * width
-                for tile in range(TILES):
-                    word = int(words[(line & 2**24 - 1) * TILES + tile])
-                    found = [word >> (first + _FIELD[width] * i) & 2**width - 1 for i in range(8)]
-                    assert found == codes[tile % entries, set_, 8 * group : 8 * group + 8, channel].tolist()
-                seen += 1
+            for block, (few, eight, _) in enumerate(tables.bounds.view(2, -1, 3)[set_].tolist()):
+                for line in tables.cells[few:eight].tolist():
+                    met = line >> 32
+                    group, channel = (met, block) if of_channels else (block, met)
+                    width = int(widths[set_, group, channel])
+                    if width not in PER_WORD:
+                        assert width == 0 and not of_channels
+                        continue
+                    first = (((line & 2**32 - 1) >> 24) - FIRST_KIND[width]) * 8 * width
+                    for tile in range(TILES):
+                        word = int(words[(line & 2**24 - 1) * TILES + tile])
+                        found = [word >> (first + _FIELD[width] * i) & 2**width - 1 for i in range(8)]
+                        assert found == codes[tile % entries, set_, 8 * group : 8 * group + 8, channel].tolist()
+                    seen += 1
         assert seen == int(((widths > 0) & (widths < 8)).sum())
 
 

@@ -37,7 +37,8 @@ def _structs() -> dict[str, type[ctypes.Structure]]:
     return found
 
 
-CStrided, CRows, CSegment, CCall = map(_structs().get, ("Strided", "Rows", "Segment", "Call"))
+_STRUCTS = _structs()
+CStrided, CRows, CSegment, CCall = (_STRUCTS[name] for name in ("Strided", "Rows", "Segment", "Call"))
 
 
 class Arguments(NamedTuple):
@@ -74,7 +75,7 @@ def arguments(segment: Segment, heads: int) -> Arguments | None:
 def _form(s: Segment) -> int | None:
     """The kind of a segment's rows; None where its form is not covered."""
     keys, values = s.keys, s.values
-    floats = [s.score_map, s.value_map, s.q_map, s.out_map, s.value_mean, s.bias, s.frame and s.frame.cos]
+    floats = [s.score_map, s.value_map, s.q_map, s.out_map, s.value_mean, s.bias, s.frame.cos if s.frame else None]
     rows: Sequence[torch.Tensor]
     if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
         form, sets, rows = RAW, keys.shape[1], (keys, values)
