@@ -123,7 +123,7 @@ def test_which_compiler(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(library, "find_spec", lambda name: name)
     assert library.compiler() == [str(tmp_path / "bin" / "c++")]
     os.remove(tmp_path / "bin" / "c++")
-    assert library.compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    assert library.compiler() == [sys.executable, "-m", "ziglang", "c++", "-nostdlib++"]
     monkeypatch.setenv("CXX", f"{sys.executable} -v")
     assert library.compiler() == [sys.executable, "-v"]
     monkeypatch.setenv("CXX", "no-such-compiler")

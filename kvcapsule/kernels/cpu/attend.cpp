@@ -77,16 +77,20 @@ template <class Reader> class Pass {
         // Where tiles lie side by side in twos, one that is not there has no token.
         const int64_t even = (tiles + 1) / 2 * 2, lines = even * src_.rows;
         reader_.score_rows(tile, tiles, next, products_);
-        if (s_.score_map.data) reader_.map_scores(products_, lines, to_tokens_, scores_);
+        if (s_.score_map.data)
+            product<Reader::PAIR>(products_, Reader::PAIR * src_.key_line, lines, to_tokens_, s_.keys.rows,
+                                  src_.score_line, ByRow{scores_, src_.score_line});
         for (int64_t j = 0; j < even; ++j) {
             const Tile& mine = j < tiles ? tile[j] : Tile{0, 0, 0};
             if (mine.count < src_.score_line || s_.bias.data || src_.hides())
                 add_bias_and_mask(scores_ + src_.line(j, 0) * src_.score_line, mine, set, src_);
         }
-        if (softmax_.update(scores_, src_, Reader::PAIRED ? even : tiles))
+        if (softmax_.update(scores_, src_, Reader::PAIR == 2 ? even : tiles))
             for (int64_t row = 0; row < src_.real_rows; ++row)
                 if (softmax_.factors[row] != 1) reader_.rescale(row, softmax_.factors[row]);
-        if (s_.value_map.data) reader_.map_weights(scores_, lines, to_rows_, weights_);
+        if (s_.value_map.data)
+            product<1>(scores_, src_.score_line, lines, to_rows_, src_.tokens, src_.value_line,
+                       reader_.weights_place(weights_));
         reader_.add_values(tile, tiles, next, weights_);
     }
 

@@ -99,7 +99,7 @@ struct SideBySide {
 
 class CoefficientReader {
   public:
-    static constexpr bool PAIRED = true;  // products with key rows are [pairs of tiles, rows, M, 2]
+    static constexpr int PAIR = 2;  // products with key rows are [pairs of tiles, rows, M, 2]
 
     CoefficientReader(const Source& src, Arena& arena)
         : src_(src), s_(src.s), query_map_(src, arena), keys_(s_.keys, s_.sets, false, arena),
@@ -146,14 +146,9 @@ class CoefficientReader {
         });
     }
 
-    void map_scores(const float* z, int64_t lines, const float* map, float* scores) const {
-        product<2>(z, 2 * s_.keys.rows, lines, map, s_.keys.rows, src_.score_line, ByRow{scores, src_.score_line});
-    }
-
     // Weights of the value rows are [pairs of tiles, M / 8, rows, 8, 2].
-    void map_weights(const float* scores, int64_t lines, const float* map, float* weights) const {
-        product<1>(scores, src_.score_line, lines, map, src_.tokens, src_.value_line,
-                   SideBySide{weights, src_.rows, weight_count_, LANES, src_.rows * LANES});
+    SideBySide weights_place(float* weights) const {
+        return {weights, src_.rows, weight_count_, LANES, src_.rows * LANES};
     }
 
     void add_values(const Tile* tile, int64_t tiles, int64_t next, const float* weights) {

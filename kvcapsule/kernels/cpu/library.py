@@ -18,11 +18,9 @@ from pathlib import Path
 CACHE = "KVCAPSULE_CACHE"
 """The environment variable that names the cache folder. Default: `kvcapsule` in XDG_CACHE_HOME, or in ~/.cache."""
 INSTALL = "install g++ or clang++, or pip install 'kvcapsule[cpu]'"
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti",
-    "-fno-math-errno", "-Wno-psabi",
-)  # fmt: skip
+FLAGS = shlex.split(
+    "-std=c++17 -O3 -march=native -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -Wno-psabi"
+)
 _FOLDER = Path(__file__).parent
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -38,9 +36,9 @@ def compiler() -> list[str] | None:
         if shutil.which(named[0]) is None:
             raise RuntimeError(f"CXX={shlex.join(named)}: there is no such compiler; {INSTALL}, or unset CXX.")
         return named
-    if path := next(filter(None, map(shutil.which, COMPILERS)), None):
+    if path := shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         return [path]
-    return [sys.executable, "-m", "ziglang", "c++"] if find_spec("ziglang") else None
+    return [sys.executable, "-m", "ziglang", "c++", "-nostdlib++"] if find_spec("ziglang") else None
 
 
 def library() -> ctypes.CDLL:
@@ -72,7 +70,7 @@ def built() -> Path:
         digest.update(source.read_bytes())
     path = _cache_folder() / f"attend-{digest.hexdigest()[:24]}.so"
     if not path.is_file():
-        _compile(command, path)
+        _compile([*command, *FLAGS, str(_FOLDER / "attend.cpp")], path)
     return path
 
 
@@ -91,16 +89,14 @@ def _cache_folder() -> Path:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    """What tells CPUs apart: their names and the instructions that they have."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or lines))
 
 
 def _compile(command: list[str], path: Path) -> None:
     _logger.warning("kvcapsule: compiling the CPU kernels once for this machine (%s) into %s", command[0], path)
-    command = [*command, *FLAGS, str(_FOLDER / "attend.cpp")]
     # Beside its place, then renamed: several processes may do the same at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         done = subprocess.run([*command, "-o", f"{folder}/new.so"], capture_output=True, text=True, check=False)

@@ -4,8 +4,7 @@
 //   open_set(set)                    makes what is the same for all tiles of a set
 //   load_queries(query)              of a batch row; what has been added up begins at 0
 //   score_rows(tile, tiles, next, z) products of the queries with the stored keys of some tiles; `next` follow these
-//   map_scores(lines, map, scores)   where there is a score_map: scores of the tokens from these products,
-//   map_weights(scores, lines, map)  and where there is a value_map, weights of the values from those of the tokens
+//   weights_place(weights)           where the product with value_map puts the weights of the stored values
 //   add_values(tile, tiles, next, weights)
 //   rescale(row, factor)             of what has been added up
 //   finish(out)                      what has been added up: [rows, padded(C)]
@@ -39,7 +38,7 @@ template <int BITS> INLINE Ints codes_of_channel(const uint8_t* from, int64_t co
 
 class RowReader {
   public:
-    static constexpr bool PAIRED = false;
+    static constexpr int PAIR = 1;
 
     RowReader(const Source& src, Arena& arena)
         : src_(src), s_(src.s), queries_(src, arena), width_(padded(s_.values.channels)) {
@@ -84,13 +83,7 @@ class RowReader {
         }
     }
 
-    void map_scores(const float* z, int64_t lines, const float* map, float* scores) const {
-        product<1>(z, src_.key_line, lines, map, s_.keys.rows, src_.score_line, ByRow{scores, src_.score_line});
-    }
-
-    void map_weights(const float* scores, int64_t lines, const float* map, float* weights) const {
-        product<1>(scores, src_.score_line, lines, map, src_.tokens, src_.value_line, ByRow{weights, src_.value_line});
-    }
+    ByRow weights_place(float* weights) const { return {weights, src_.value_line}; }
 
     void add_values(const Tile* tile, int64_t tiles, int64_t, const float* weights) {
         const int64_t line = src_.value_line;

@@ -47,7 +47,7 @@ struct Source {
         tokens = s.score_map.data || s.value_map.data || s.tokens < CHUNK ? s.tokens : CHUNK;
         chunks = (s.tokens + tokens - 1) / tokens;
         score_line = padded(tokens);
-        key_line = s.score_map.data ? padded(s.keys.rows) : score_line;
+        key_line = !s.score_map.data ? score_line : s.form == CELLS ? s.keys.rows : padded(s.keys.rows);
         value_line = s.value_map.data ? padded(s.values.rows) : score_line;
     }
 
