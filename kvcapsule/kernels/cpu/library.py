@@ -19,7 +19,7 @@ CACHE = "KVCAPSULE_CACHE"
 """The environment variable that names the cache folder. Default: `kvcapsule` in XDG_CACHE_HOME, or in ~/.cache."""
 INSTALL = "install g++ or clang++, or pip install 'kvcapsule[cpu]'"
 FLAGS = shlex.split(
-    "-std=c++17 -O3 -march=native -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -Wno-psabi"
+    "-std=c++17 -O3 -march=native -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-math-errno -Wno-psabi"
 )
 _FOLDER = Path(__file__).parent
 _logger = logging.getLogger(__name__)
