@@ -50,14 +50,15 @@ struct Decoder {
 
 // Cells of 8 bits of two tiles.
 INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, float step) {
-    typedef uint8_t Bytes __attribute__((vector_size(16)));
-    uint64_t both[2];
-    memcpy(&both[0], first, 8);
-    memcpy(&both[1], second, 8);
-    Bytes codes;
-    memcpy(&codes, both, 16);
-    const Floats apart = __builtin_convertvector(__builtin_convertvector(codes, Ints), Floats);
-    return (SHUFFLE(apart, apart, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15) - splat(127.5f)) * splat(step);
+#if AVX512
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
+    const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second));
+    const Floats codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
+#else
+    Floats codes;
+    for (int i = 0; i < 8; ++i) codes[2 * i] = first[i], codes[2 * i + 1] = second[i];
+#endif
+    return (codes - splat(127.5f)) * splat(step);
 }
 
 // Words that begin with three bytes, [eight fields of 2 bits | eight of 1 bit], as eight fields of 4 bits.

@@ -70,6 +70,17 @@ INLINE Floats splat_pair(const void* from) {
     return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
 }
 
+// Sixteen bytes as numbers.
+INLINE Ints from_bytes(const uint8_t* bytes) {
+#if AVX512
+    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#else
+    Ints numbers;
+    for (int i = 0; i < LANES; ++i) numbers[i] = bytes[i];
+    return numbers;
+#endif
+}
+
 // The greater one in each lane; y where x is not a number.
 INLINE Floats maximum(Floats x, Floats y) {
 #if AVX512
