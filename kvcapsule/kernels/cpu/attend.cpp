@@ -50,7 +50,7 @@ template <class Reader> class Pass {
     }
 
   private:
-    int64_t set_of(int64_t i) const { return s_.head ? s_.head[i / src_.chunks] : i / src_.chunks / s_.entries; }
+    int64_t set_of(int64_t i) const { return s_.head ? s_.head[i / src_.chunks] : i / (src_.chunks * s_.entries); }
     Tile tile_at(int64_t i) const {
         const int64_t token = i % src_.chunks * src_.tokens, rest = s_.tokens - token;
         return {i / src_.chunks % s_.entries, token, rest < src_.tokens ? rest : src_.tokens};

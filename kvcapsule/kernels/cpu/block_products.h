@@ -53,16 +53,19 @@ void product(const float* x, int64_t stride, int64_t rows, const float* map, int
 // out[a * stride + n] = row a of x times row n of y; both dense along `length` numbers, a multiple of 16.
 template <int A, int N>
 INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out,
-                      int64_t stride) {
+                      int64_t stride, int64_t ahead) {
     if constexpr (A > 4) {
         // What is loaded of y serves all rows while it is in the nearest cache.
-        dot_block<4, N>(x, x_stride, y, y_stride, length, out, stride);
-        return dot_block<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride);
+        dot_block<4, N>(x, x_stride, y, y_stride, length, out, stride, ahead);
+        return dot_block<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride, 0);
     }
     Floats sum[A][N] = {};
     for (int64_t k = 0; k < length; k += LANES) {
         Floats lanes[N];
-        EACH(n, N) lanes[n] = held(load(y + n * y_stride + k));
+        EACH(n, N) {
+            if (ahead) prefetch(y + n * y_stride + k + ahead);
+            lanes[n] = held(load(y + n * y_stride + k));
+        }
         EACH(a, A) {
             const Floats row = held(load(x + a * x_stride + k));
             EACH(n, N) sum[a][n] += row * lanes[n];
@@ -74,25 +77,37 @@ INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t 
     }
 }
 
-// The same for `count` rows of y.
+// The same for `count` rows of y. `ahead`: fetches so far behind in y.
 template <int A>
 INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length,
-                 float* out, int64_t stride) {
+                 float* out, int64_t stride, int64_t ahead) {
+    const auto block = [&](auto many, int64_t n) INLINE_LAMBDA {
+        dot_block<A, many>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride, ahead);
+    };
     constexpr int N = A == 1 ? 8 : 4;
     int64_t n = 0;
-    for (; n + N <= count; n += N) dot_block<A, N>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
-    for (; n < count; ++n) dot_block<A, 1>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride);
+    for (; n + N <= count; n += N) block(Constant<N>(), n);
+    for (; N > 4 && n + 4 <= count; n += 4) block(Constant<4>(), n);
+    // Of fewer than four rows, those before them are taken again.
+    if (n < count && count >= 4) return block(Constant<4>(), count - 4);
+    for (; n < count; ++n) block(Constant<1>(), n);
 }
 
 // out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.
 inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out,
                      int64_t width) {
-    for (int64_t i = 0; i < lines; ++i)
+    const int64_t whole = line == 1 && step != 1 ? lines / LANES * LANES : 0;  // lines that blocks are transposed of
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int64_t k = 0; k < width; k += LANES) {
+            Floats block[LANES];
+            EACH(n, LANES) block[n] = k + n < count ? load(x + i + (k + n) * step) : Floats{};
+            store_transposed(block, out + i * width + k, width);
+        }
+    for (int64_t i = whole; i < lines; ++i)
         for (int64_t k = 0; k < width; k += LANES)
             store(out + i * width + k, step == 1 && k < count ? load_part(x + i * line + k, count - k) : Floats{});
-    // Read in the order in which it lies in memory.
     for (int64_t k = 0; step != 1 && k < count; ++k)
-        for (int64_t i = 0; i < lines; ++i) out[i * width + k] = x[i * line + k * step];
+        for (int64_t i = whole; i < lines; ++i) out[i * width + k] = x[i * line + k * step];
 }
 
 }  // namespace kvcapsule

@@ -73,27 +73,56 @@ INLINE Ints fields_of_three(Ints words) {
     return low | high << 2;
 }
 
+// Four words of eight tiles, [4, TILES], from sixteen bytes of each (twelve, of cells of three bits).
+INLINE void lay_four(const uint8_t* const (&from)[TILES], bool three, uint32_t* out) {
+#if AVX512
+    const __m128i apart = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+    __m128i tile[TILES];
+    EACH(i, TILES) {
+        tile[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
+        if (three) tile[i] = _mm_shuffle_epi8(tile[i], apart);
+    }
+    const auto four = [&](int i) INLINE_LAMBDA {
+        const __m512i two = _mm512_castsi256_si512(_mm256_set_m128i(tile[i + 1], tile[i]));
+        return _mm512_inserti64x4(two, _mm256_set_m128i(tile[i + 3], tile[i + 2]), 1);
+    };
+    const __m512i low = four(0), high = four(4);
+    EACH(half, 2) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+        Ints words = reinterpret_cast<Ints>(
+            _mm512_permutex2var_epi32(low, _mm512_add_epi32(order, _mm512_set1_epi32(2 * half)), high));
+        if (three) words = fields_of_three(words);
+        _mm512_storeu_si512(out + 2 * TILES * half, reinterpret_cast<__m512i>(words));
+    }
+#else
+    for (int i = 0; i < 4 * TILES; ++i) memcpy(out + i, from[i % TILES] + i / TILES * (three ? 3 : 4), 4);
+    float* const words = reinterpret_cast<float*>(out);
+    for (int i = 0; three && i < 4 * TILES; i += LANES)
+        store(words + i, reinterpret_cast<Floats>(fields_of_three(reinterpret_cast<Ints>(load(words + i)))));
+#endif
+}
+
 // The cells of a set of eight tiles, of the entries whose bytes begin at base[:].
 inline void lay_words(const Rows& rows, const int64_t* base, int64_t set, uint32_t* out) {
+    constexpr int64_t READ = 16;
     const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
+    int64_t last = 0;
+    for (int64_t tile = 0; tile < TILES; ++tile) last = base[tile] > last ? base[tile] : last;
     for (int i = 1; i < WIDTHS; ++i) {
         const int32_t* const range = rows.ranges + (set * WIDTHS + i) * 3;
-        const int64_t begin = range[0], length = range[1] - begin;
-        const int64_t bytes = i == 2 ? 3 : 4, count = (length + bytes - 1) / bytes;
-        uint32_t* const to = out + range[2] * TILES;
-        for (int64_t tile = 0; tile < TILES; ++tile) {
-            const uint8_t* const from = data + base[tile] + begin;
-            // A word may end behind the last entry's last byte: of such a one only what is there is read.
-            const int64_t rest = rows.bytes - base[tile] - begin, all = length + 4 <= rest ? count : rest / 4;
-            for (int64_t word = 0; word < count; ++word) {
-                uint32_t& place = to[word * TILES + tile] = 0;
-                const int64_t left = length - word * bytes;
-                memcpy(&place, from + word * bytes, word < all || left > 4 ? 4 : left);
+        uint32_t* to = out + range[2] * TILES;
+        for (int64_t at = range[0]; at < range[1]; at += i == 2 ? 12 : READ, to += 4 * TILES) {
+            uint8_t copies[TILES][READ] = {};
+            const uint8_t* from[TILES];
+            // Nothing is read behind the last entry's last byte.
+            const bool beyond = last + at + READ > rows.bytes;
+            for (int64_t tile = 0; tile < TILES; ++tile) {
+                const int64_t rest = rows.bytes - base[tile] - at;
+                from[tile] = data + base[tile] + at;
+                if (beyond) memcpy(copies[tile], from[tile], rest < READ ? rest : READ), from[tile] = copies[tile];
             }
+            lay_four(from, i == 2, to);
         }
-        float* const words = reinterpret_cast<float*>(to);
-        for (int64_t at = 0; bytes == 3 && at < count * TILES; at += LANES)
-            store(words + at, reinterpret_cast<Floats>(fields_of_three(reinterpret_cast<Ints>(load(words + at)))));
     }
 }
 

@@ -21,7 +21,7 @@ struct Cells {
         for (int64_t set = 0; set < sets; ++set) {
             const int32_t* const last = rows.ranges + (set * WIDTHS + WIDTHS - 1) * 3;
             const int64_t count = bounds(set, blocks - 1)[2] - bounds(set, 0)[0];
-            const int64_t end = last[2] + (last[1] - last[0]) / 4 + 4;
+            const int64_t end = last[2] + (last[1] - last[0] + 15) / 16 * 4 + 4;
             cells = count > cells ? count : cells;
             most = end > most ? end : most;
         }

@@ -72,7 +72,7 @@ class RowReader {
                     constexpr int R = decltype(size)::value, V = R <= 4 ? 4 : 2;
                     int64_t n = 0;
                     if (s_.form == RAW) {
-                        dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line);
+                        dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line, ahead(s_.keys));
                     } else {
                         for (; n + V * LANES <= line; n += V * LANES) score_codes<R, V>(query, keys, n, to);
                         for (; n < line; n += LANES) score_codes<R, 1>(query, keys, n, to);
@@ -104,7 +104,7 @@ class RowReader {
                         for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values, count, row, c);
                         for (; c < width_; c += LANES) add<R, 1>(w, values, count, row, c);
                     } else {
-                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, found_, width_);
+                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, found_, width_, 0);
                         for (; c < R * width_; ++c) sums_[row * width_ + c] += found_[c];
                     }
                 }
@@ -119,6 +119,9 @@ class RowReader {
     void finish(float* out) const { memcpy(out, sums_, src_.real_rows * width_ * sizeof(float)); }
 
   private:
+    // How far the next tile's rows are behind those of a tile.
+    int64_t ahead(const Rows& rows) const { return src_.chunks > 1 ? CHUNK * rows.row : rows.entry; }
+
     struct Stored {
         const float* rows;
         int64_t apart;
@@ -160,8 +163,7 @@ class RowReader {
         Floats sum[R][V];
         EACH(r, R) EACH(v, V) sum[r][v] = load(to + r * width_ + v * LANES);
         // The next tile's values are on their way meanwhile.
-        const int64_t ahead = s_.value_map.data ? 0 : CHUNK * values.apart;
-        accumulate<R, V, 1>(sum, weights, 2 * src_.value_line, values.rows + column, values.apart, count, ahead);
+        accumulate<R, V, 1>(sum, weights, 2 * src_.value_line, values.rows + column, values.apart, count, ahead(s_.values));
         ByRow{to, width_}.put(sum, 0, 0);
     }
 
