@@ -206,7 +206,7 @@ class CoefficientReader {
         EACH(pair, P) EACH(r, R) store(to + (pair * src_.rows + r) * s_.keys.rows * 2, sum[pair][r]);
     }
 
-    // Adds a channel of the value rows of some pairs of tiles; P pairs have sums of their own, so none waits for another.
+    // Adds a channel of the value rows of some pairs of tiles; P pairs have their own sums, so none waits for another.
     template <int R> INLINE void add_channel(int64_t block, int64_t channel, int64_t pairs, const float* weights) {
         constexpr int P = R <= 2 ? 4 : R == 4 ? 2 : 1, ROUND = (R + 3) / 4 * 4;
         Floats sum[P][ROUND] = {};

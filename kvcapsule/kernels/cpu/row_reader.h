@@ -131,16 +131,17 @@ class RowReader {
     Stored read(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t line) const {
         const int64_t first = tile.entry * rows.entry + set_ * rows.head, width = padded(rows.channels);
         if (s_.form == QUANTIZED) {
-            const uint8_t* const codes = static_cast<const uint8_t*>(rows.data) + first + tile.token / 8 * rows.bits;
+            // x = scale * code + minimum, scale and minimum of each channel of an entry.
             const int64_t scales = (tile.entry * (s_.head ? 1 : s_.sets) + set_) * rows.channels;
-            const int64_t written = (rows.rows + 7) / 8 * 8 - tile.token;
+            const int64_t written = (rows.rows + 7) / 8 * 8 - tile.token, channels = rows.channels, apart = rows.row;
+            const float *const scale = rows.scale + scales, *const minimum = rows.offset + scales;
+            const uint8_t* from = static_cast<const uint8_t*>(rows.data) + first + tile.token / 8 * rows.bits;
             with_constant<1, 2, 3, 4, 8>(rows.bits, [&](auto bits) {
-                for (int64_t c = 0; c < rows.channels; ++c)
+                for (int64_t c = 0; c < channels; ++c, from += apart)
                     for (int64_t n = 0; n < line; n += LANES) {
-                        // x = scale * code + minimum, scale and minimum of each channel of an entry.
-                        const Ints code = codes_of_channel<bits>(codes + c * rows.row + n / 8 * bits, written - n);
-                        const Floats scale = splat(rows.scale[scales + c]), minimum = splat(rows.offset[scales + c]);
-                        store(buffer + c * line + n, __builtin_convertvector(code, Floats) * scale + minimum);
+                        const Ints code = codes_of_channel<bits>(from + n / 8 * bits, written - n);
+                        const Floats number = __builtin_convertvector(code, Floats);
+                        store(buffer + c * line + n, number * splat(scale[c]) + splat(minimum[c]));
                     }
             });
             return {buffer, line};
@@ -163,7 +164,8 @@ class RowReader {
         Floats sum[R][V];
         EACH(r, R) EACH(v, V) sum[r][v] = load(to + r * width_ + v * LANES);
         // The next tile's values are on their way meanwhile.
-        accumulate<R, V, 1>(sum, weights, 2 * src_.value_line, values.rows + column, values.apart, count, ahead(s_.values));
+        accumulate<R, V, 1>(sum, weights, 2 * src_.value_line, values.rows + column, values.apart, count,
+                            ahead(s_.values));
         ByRow{to, width_}.put(sum, 0, 0);
     }
 

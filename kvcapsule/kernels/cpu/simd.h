@@ -150,7 +150,8 @@ INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line)
         };
         const Floats a[2] = {low(0), high(0)}, b[2] = {low(8), high(8)};
         EACH(q, 2) {
-            store(out + (i + 8 * q) * line, SHUFFLE(a[q], b[q], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+            store(out + (i + 8 * q) * line,
+                  SHUFFLE(a[q], b[q], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
             store(out + (i + 8 * q + 4) * line,
                   SHUFFLE(a[q], b[q], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
         }
