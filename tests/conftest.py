@@ -209,7 +209,7 @@ def random_cross_layer(geometry: KVGeometry) -> Callable[..., Capsule]:
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Threads of the compiled kernels, which share even the least work."""
-    monkeypatch.setattr("kvcapsule.kernels.native.share._LEAST", 1)
+    monkeypatch.setattr("kvcapsule.kernels.cpu.threads._LEAST", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     request.addfinalizer(lambda: torch.set_num_threads(before))

@@ -24,6 +24,7 @@ DATA_FOLDERS = {
     "kvcapsule/training/recipes": "*.yaml",
     "kvcapsule/eval/suites": "*.yaml",
     "kvcapsule/checkpoints": "*/**/*",
+    "kvcapsule/kernels/cpu": "*",
 }
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE")
 

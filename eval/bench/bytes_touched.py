@@ -1,6 +1,6 @@
 """The bytes that a call of attention reads and writes, counted operation by operation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -8,7 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvcapsule.kernels.native.flat import watched
+from kvcapsule.kernels.backend import backend_for
+from kvcapsule.kernels.cpu.attend import split
+from kvcapsule.segments.segment import Segment
 
 _MANY = 2**16
 """Contiguous runs of a tensor above which its span from the first to the last element counts."""
@@ -27,11 +29,27 @@ class Touched(NamedTuple):
     """
 
 
-def count(call: Callable[[], Any], held: Iterable[torch.Tensor]) -> Touched:
-    """Run `call` and count. Kernels in Triton, which PyTorch does not dispatch, are not seen."""
-    with _Counter(held) as counter, watched(counter.see):
+def count(call: Callable[[], Any], held: Iterable[torch.Tensor], by_kernels: Iterable[torch.Tensor] = ()) -> Touched:
+    """Run `call` and count. Kernels in Triton, which PyTorch does not dispatch, are not seen.
+
+    Args:
+        call: what is counted.
+        held: tensors whose bytes count as stored.
+        by_kernels: what the CPU's kernels read whole in the call, unseen by PyTorch.
+    """
+    with _Counter(held) as counter:
         call()
+    for tensor in by_kernels:
+        counter.see(tensor)
     return Touched(sum(_length(ranges) for ranges in counter.read.values()), counter.traffic)
+
+
+def read_by_kernels(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> list[torch.Tensor]:
+    """The query, and all tensors of the segments that the CPU's kernels cover; nothing where they do not run."""
+    if backend_for(query.device.type) != "cpu":
+        return []
+    covered = [segment for segment, made in split(query, segments, scale) if made is not None]
+    return [query, *(t for s in covered for t in (*s.entry_tensors(), *s.parameter_tensors()))] if covered else []
 
 
 class _Counter(TorchDispatchMode):
@@ -57,7 +75,7 @@ class _Counter(TorchDispatchMode):
         return out
 
     def see(self, x: torch.Tensor) -> None:
-        """A tensor is read (or, by a compiled kernel, written)."""
+        """A tensor is read."""
         self.traffic += _elements(x) * x.itemsize
         if (ranges := self.read.get(x.untyped_storage().data_ptr())) is not None:
             ranges.extend(_ranges(x))

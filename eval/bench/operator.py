@@ -160,7 +160,8 @@ def _of_method(name: str, cell: Cell, layer: layer_data.Layer) -> Untimed:
     tensors = [t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())]
     calls[0]()
     seen = backend_for(cell.device.type) != "triton"
-    counted = bytes_touched.count(calls[0], tensors) if seen else None
+    by_kernels = bytes_touched.read_by_kernels(layer.query, segments, scale)
+    counted = bytes_touched.count(calls[0], tensors, by_kernels) if seen else None
     return Untimed(
         name, calls, stored, byte_formula.of(name, cell, method), correctness.error(calls[0](), truth), counted
     )

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..kernels.backend import backend_for
-
 _JITTER = 1e-4
 """Added to a token's normalised energy: keeps the factorisation stable in fp32 when tokens are nearly equal."""
 _MASS_WEIGHT = 0.3
@@ -58,11 +56,6 @@ def bank_attention(
     workspace: memory for two tensors [E, H, T, Q], which the result then uses.
     """
     keys = k_EHTD.to(queries_HQD.dtype)
-    if queries_HQD.dim() == 4 and queries_HQD.shape[2] % 16 == 0 and _kernel_serves(queries_HQD, keys, 16):
-        from ..kernels.native.bank import read
-
-        scores, attention = keys.new_empty(2, *keys.shape[:3], queries_HQD.shape[2]) if workspace is None else workspace
-        return BankAttention(queries_HQD, scores, attention, *read(queries_HQD[:, 0], keys, scores, attention))
     first, second = (None, None) if workspace is None else workspace
     if queries_HQD.dim() == 4:
         # One product per head: batched over tiles, PyTorch would copy the queries for every tile.
@@ -83,11 +76,6 @@ def targets(bank: BankAttention, v_EHTD: torch.Tensor, shortlist_EHC: torch.Tens
     """Normal equations for the tokens of a shortlist; by default for all tokens of the tile."""
     attention, values = bank.attention, v_EHTD.to(bank.attention.dtype)
     chosen = attention if shortlist_EHC is None else gather_rows(attention, shortlist_EHC)
-    if _kernel_serves(attention, values, 16):
-        from ..kernels.native.bank import targets as compiled
-
-        shared, target = compiled(attention, values, None if shortlist_EHC is None else chosen, _MASS_WEIGHT)
-        return Targets(shared if shortlist_EHC is None else gather_columns(shared, shortlist_EHC), target, shared)
     shared = products(chosen, attention)
     gram = shared if shortlist_EHC is None else gather_columns(shared, shortlist_EHC)
     size = torch.linalg.vector_norm(values, dim=(2, 3))[..., None, None] / sqrt(values.shape[2])
@@ -99,10 +87,6 @@ def targets(bank: BankAttention, v_EHTD: torch.Tensor, shortlist_EHC: torch.Tens
 
 def products(x_EHMQ: torch.Tensor, y_EHTQ: torch.Tensor) -> torch.Tensor:
     """Products of each row of x with each row of y, [E, H, M, T]."""
-    if _kernel_serves(x_EHMQ, y_EHTQ, 16):
-        from ..kernels.native.bank import products as compiled
-
-        return compiled(x_EHMQ, y_EHTQ)
     return x_EHMQ @ y_EHTQ.transpose(-1, -2)
 
 
@@ -126,10 +110,6 @@ def marginal_gains(
 
     The gains are a ranking themselves; every further pass repeats the factorisation in their order.
     """
-    if _kernel_serves(gram_EHTT, target_EHTC, 1):
-        from ..kernels.native.bank import added as compiled
-
-        return compiled(gram_EHTT, target_EHTC, ranking_EHT, passes, _JITTER)
     norm = gram_EHTT.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram_EHTT.dtype).tiny).rsqrt()[..., None]
     alike, wanted = gram_EHTT * norm * norm.transpose(-1, -2), target_EHTC * norm
     alike.diagonal(dim1=-2, dim2=-1).add_(_JITTER)
@@ -180,14 +160,3 @@ def fit_masses(rows_EHMQ: torch.Tensor, target_EH1Q: torch.Tensor, start_EHM: to
         ahead = moved + (momentum - 1) / following * (moved - weights)
         weights, momentum = moved, following
     return weights
-
-
-def _kernel_serves(x: torch.Tensor, y: torch.Tensor, group: int) -> bool:
-    """Whether the CPU kernels accept these 4-d tensors; the size of their last axis must be a multiple of `group`."""
-    plain = all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(3) == 1 and t.shape[3] % group == 0
-        for t in (x, y)
-    )
-    learning = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    usable = plain and x.numel() > 0 and not learning and not torch.compiler.is_compiling()
-    return usable and backend_for("cpu") == "numba"

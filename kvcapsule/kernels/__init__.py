@@ -1,19 +1,19 @@
-"""Attention over segments: a reference in plain PyTorch, and kernels in Triton and in Numba that agree with it.
+"""Attention over segments: a reference in plain PyTorch, and kernels in Triton and in C++ that agree with it.
 
-What runs is chosen once for each kind of device: Triton's kernels on CUDA and Numba's on the CPU, where these are
-installed (`pip install kvcapsule[triton]`, `kvcapsule[cpu]`), the reference everywhere else. The environment variable
-KVCAPSULE_KERNELS=reference, =numba or =triton, read at the first call, overrides the choice; on the CPU `triton` needs
-TRITON_INTERPRET=1 besides, and is for tests. What kernels do not cover, they leave to the reference, by its form alone:
-nothing falls back because something failed.
+What runs is chosen once for each kind of device: Triton's kernels on CUDA where Triton is installed
+(`pip install kvcapsule[triton]`), those in C++ on the CPU where there is a compiler (`kvcapsule[cpu]` brings one), the
+reference everywhere else. The environment variable KVCAPSULE_KERNELS=reference, =cpu or =triton, read at the first
+call, overrides the choice; on the CPU `triton` needs TRITON_INTERPRET=1 besides, and is for tests. What kernels do not
+cover, they leave to the reference, by its form alone: nothing falls back because something failed.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 
 from ..segments.segment import Segment
 from .backend import backend_for
+from .cpu.attend import attend as attend_on_cpu
 from .reference import attend as reference_attend
 
 __all__ = ["attend", "backend_for"]
@@ -27,17 +27,10 @@ def attend(
     if chosen == "triton":
         out: torch.Tensor = _attend_by_triton(query, segments, scale, visible)
         return out
-    if chosen == "numba" and not torch.compiler.is_compiling():
-        return _by_numba()(query, segments, scale, visible)
+    # A step that PyTorch compiles whole is the reference's.
+    if chosen == "cpu" and not torch.compiler.is_compiling():
+        return attend_on_cpu(query, segments, scale, visible)
     return reference_attend(query, segments, scale, visible)
-
-
-@cache
-def _by_numba() -> Callable[..., torch.Tensor]:
-    """The compiled kernels, imported when first needed; a step that PyTorch compiles whole is the reference's."""
-    from .native.attend import attend as chosen
-
-    return chosen
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,10 +1,14 @@
 """Attention backend of each device type: compiled kernels or the plain PyTorch reference (docs/kernels.md)."""
 
+import logging
 import os
 from importlib.util import find_spec
 
+from .cpu import library
+
 VARIABLE = "KVCAPSULE_KERNELS"
-BACKENDS = ("reference", "numba", "triton")
+BACKENDS = ("reference", "cpu", "triton")
+_logger = logging.getLogger(__name__)
 
 
 _chosen: dict[str, str] = {}
@@ -25,29 +29,35 @@ def backend_for(device: str) -> str:
 
 def _choose(device: str) -> str:
     setting = os.environ.get(VARIABLE)
+    if setting == "numba":
+        raise ValueError(f"{VARIABLE}=numba: the Numba kernels were replaced by C++ kernels, set {VARIABLE}=cpu.")
     if setting and setting not in BACKENDS:
         raise ValueError(
             f"{VARIABLE}={setting}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
         )
-    kernels = {"cpu": "numba", "cuda": "triton"}.get(device, "reference")
-    chosen = setting or (kernels if _installed(kernels) else "reference")
-    if chosen != "reference" and not _installed(chosen):
-        extra = {"numba": "cpu", "triton": "triton"}[chosen]
+    chosen = setting or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+    if missing := _missing(chosen):
+        if setting:
+            raise RuntimeError(f"{VARIABLE}={setting}, but {missing}, or unset the variable.")
+        if chosen == "cpu":
+            _logger.warning("kvcapsule: attention runs in plain PyTorch, several times slower: %s.", missing)
+        return "reference"
+    if chosen == "cpu" and device != "cpu":
         raise RuntimeError(
-            f"{VARIABLE}={chosen}, but {chosen.capitalize()} is not installed: pip install 'kvcapsule[{extra}]', or"
-            " unset the variable."
-        )
-    if chosen == "numba" and device != "cpu":
-        raise RuntimeError(
-            f"{VARIABLE}=numba serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference."
+            f"{VARIABLE}=cpu serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference."
         )
     if chosen == "triton":
         _require_triton(device)
     return chosen
 
 
-def _installed(name: str) -> bool:
-    return name == "reference" or find_spec(name) is not None
+def _missing(backend: str) -> str | None:
+    """What a backend lacks and how to install it; None if nothing is missing."""
+    if backend == "cpu" and library.compiler() is None:
+        return f"no C++ compiler was found: {library.INSTALL}"
+    if backend == "triton" and find_spec("triton") is None:
+        return "Triton is not installed: pip install 'kvcapsule[triton]'"
+    return None
 
 
 def _require_triton(device: str) -> None:

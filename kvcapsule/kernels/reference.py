@@ -6,8 +6,7 @@ shared by a layer's tiles are applied to all tiles at once, and maps after the v
 tiles. No operation waits for the device or depends on tensor contents, so a decode step can be compiled or captured.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,24 +16,8 @@ _AT_ONCE = 2**21
 """Elements that packed rows of many entries are unpacked to at once."""
 
 
-class Reading(NamedTuple):
-    """Products with stored rows: the part of attention that reads the cache, which kernels may replace."""
-
-    products: Callable[[torch.Tensor, Rows], torch.Tensor]
-    """Products [E, H, R, M] of x [E, H, R, D] with every stored row [E, H, M, D]."""
-    sums: Callable[[torch.Tensor, Rows], torch.Tensor]
-    """Sums [E, H, R, D] of the rows [E, H, M, D] with weights [E, H, R, M]."""
-    totals: Callable[[torch.Tensor, Rows, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
-    """Sums [B, H, R, D] over the entries of each batch row, from weights, rows, owner [E], B, and None or a mask
-    [E, H, R, 1] of entries without any token."""
-
-
 def attend(
-    query: torch.Tensor,
-    segments: Sequence[Segment],
-    scale: float,
-    visible: torch.Tensor | None = None,
-    reading: Reading | None = None,
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Softmax attention of queries over the tokens of all segments of their batch row.
 
@@ -43,28 +26,22 @@ def attend(
         segments: at least one must hold all KV heads (the tail does).
         scale: scale of the scores.
         visible: [E, Q, N] bool for the LAST segment (the tail): which of its tokens each query sees. None: all.
-        reading: products with stored rows. None: PyTorch's.
 
     Returns: [B, H * G, Q, D] in the query's dtype; 0 for a query that sees no token, as padding may.
     """
-    out, _, mass = summed(query, segments, scale, visible, reading)
+    out, _, mass = summed(query, segments, scale, visible)
     out = out / mass.clamp_min(torch.finfo(out.dtype).tiny)[..., None]
     return out.view(query.shape).to(query.dtype)
 
 
 def summed(
-    query: torch.Tensor,
-    segments: Sequence[Segment],
-    scale: float,
-    visible: torch.Tensor | None = None,
-    reading: Reading | None = None,
+    query: torch.Tensor, segments: Sequence[Segment], scale: float, visible: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unnormalised attention: weighted sums of the values [B, H, G * Q, D], and per query the maximum score and the sum
     of the weights, [B, H, G * Q] each.
 
     A token's weight is e^(score - maximum). The maximum of a query that sees no token is infinite.
     """
-    reading = reading or PLAIN
     if not segments:
         raise ValueError("attention needs at least one segment.")
     heads = max(s.keys.shape[1] if s.head is None else 0 for s in segments)
@@ -85,8 +62,8 @@ def summed(
     plain = [(s, seen) for s, seen in fetched if s.plain]
     tiles = [(s, seen, _slots(s, heads)) for s, seen in fetched if not s.plain]
     # Scores of plain segments are concatenated before the softmax; those of tiles are combined per batch row after it.
-    plain_scores = [segment_scores(q_BHGQD, s, scale, seen, reading) for s, seen in plain]
-    scores = [segment_scores(q_BHGQD, s, scale, seen, reading) for s, seen, _ in tiles]
+    plain_scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen in plain]
+    scores = [segment_scores(q_BHGQD, s, scale, seen) for s, seen, _ in tiles]
     row_scores = torch.cat(plain_scores, dim=-1) if len(plain_scores) > 1 else plain_scores[0] if plain_scores else None
     top = _max_scores(row_scores, scores, [slot for *_, slot in tiles], q_BHGQD)
     out, mass = q_BHGQD.new_zeros(batch, heads, top.shape[2], dim), torch.zeros_like(top)
@@ -95,12 +72,12 @@ def summed(
         mass = weights.sum(dim=-1)
         parts = weights.split([s.tokens for s, _ in plain], dim=-1)
         for (segment, seen), part in zip(plain, parts, strict=True):
-            out = out + _sums(part, segment, seen, reading)
+            out = out + _sums(part, segment, seen)
     for (segment, seen, slot), score in zip(tiles, scores, strict=True):
         weights = score.sub_(top.flatten(0, 1)[slot].view(*score.shape[:3], 1)).exp_()
         masses = weights.sum(dim=-1).flatten(0, 1)
         mass = mass.flatten(0, 1).index_add(0, slot, masses).view_as(mass)
-        out = out + _weighted(weights, masses, segment, (segment.owner, slot), seen, (batch, heads), reading)
+        out = out + _weighted(weights, masses, segment, (segment.owner, slot), seen, (batch, heads))
     return out, top, mass
 
 
@@ -115,16 +92,12 @@ def segment_partial(
     weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0.0)
     entries, heads = scores.shape[:2]
     alone = (torch.arange(entries, device=scores.device), torch.arange(entries * heads, device=scores.device))
-    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, alone, visible, (entries, heads), PLAIN)
+    out = _weighted(weights, weights.sum(dim=-1).flatten(0, 1), segment, alone, visible, (entries, heads))
     return out, lse.masked_fill(nothing, -torch.inf)
 
 
 def segment_scores(
-    q_BHGQD: torch.Tensor,
-    segment: Segment,
-    scale: float,
-    visible: torch.Tensor | None = None,
-    reading: Reading | None = None,
+    q_BHGQD: torch.Tensor, segment: Segment, scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Scores of a segment's tokens, [E, H, G * Q, N]; the dtype's minimum for tokens that a query does not see."""
     work = q_BHGQD.dtype
@@ -137,7 +110,7 @@ def segment_scores(
         q = segment.frame.unrotate(q)
     if segment.q_map is not None:
         q = mapped(q, segment.q_map)
-    scores = (reading or PLAIN).products(q, segment.keys)
+    scores = products(q, segment.keys)
     if segment.score_map is not None:
         scores = mapped(scores, segment.score_map.transpose(-1, -2))
     if segment.bias is not None:
@@ -178,7 +151,6 @@ def _weighted(
     whose: tuple[torch.Tensor, torch.Tensor],
     visible: torch.Tensor | None,
     shape: tuple[int, int],
-    reading: Reading,
 ) -> torch.Tensor:
     """Weighted sum of a segment's values, [B, H, G * Q, D].
 
@@ -187,11 +159,10 @@ def _weighted(
         whose: batch row [E] of each entry, and flat index [E * H] over batch rows and KV heads of each entry's heads.
         visible: see `attend`.
         shape: B and H.
-        reading: see `attend`.
     """
     (batch, heads), (owner, slot) = shape, whose
     if segment.value_map is None:
-        parts = _sums(weights, segment, visible, reading).flatten(0, 1)
+        parts = _sums(weights, segment, visible).flatten(0, 1)
         out = (
             parts.new_zeros(batch * heads, *parts.shape[1:])
             .index_add(0, slot, parts)
@@ -199,7 +170,9 @@ def _weighted(
         )
     else:
         absent = None if segment.mask is None else (masses == 0).view(*weights.shape[:3], 1)
-        out = reading.totals(mapped(weights, segment.value_map), segment.values, owner, batch, absent)
+        parts = sums(mapped(weights, segment.value_map), segment.values)
+        # The values of entries without tokens may be anything.
+        out = by_row(parts if absent is None else parts.masked_fill(absent, 0.0), owner, batch)
     if segment.value_mean is not None:
         mass = masses.new_zeros(batch * heads, masses.shape[1]).index_add(0, slot, masses)
         out = out + mass.view(batch, heads, -1, 1) * segment.value_mean.to(out.dtype)[:, None]
@@ -219,7 +192,7 @@ def _slots(segment: Segment, heads: int) -> torch.Tensor:
 
 
 def products(q_EHRD: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """See Reading (the default implementation)."""
+    """Products [E, H, R, M] of q [E, H, R, D] with every stored row [E, H, M, D]."""
     if isinstance(rows, torch.Tensor):
         return _times(q_EHRD, rows.to(q_EHRD.dtype).transpose(-1, -2))
     parts = [_packed_products(q, part) for q, part in _chunks(q_EHRD, rows)]
@@ -236,26 +209,11 @@ def _packed_products(q_EHRD: torch.Tensor, rows: Packed) -> torch.Tensor:
 
 
 def sums(weights_EHRM: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """See Reading (the default implementation)."""
+    """Sums [E, H, R, D] of the rows [E, H, M, D] with weights [E, H, R, M]."""
     if isinstance(rows, torch.Tensor):
         return _times(weights_EHRM, rows.to(weights_EHRM.dtype))
     parts = [_packed_sums(weights, part) for weights, part in _chunks(weights_EHRM, rows)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def totals(
-    weights_EHRM: torch.Tensor, rows: Rows, owner: torch.Tensor, batch: int, absent: torch.Tensor | None
-) -> torch.Tensor:
-    """See Reading (the default implementation)."""
-    return added_up(sums(weights_EHRM, rows), owner, batch, absent)
-
-
-def added_up(parts_EHRD: torch.Tensor, owner: torch.Tensor, batch: int, absent: torch.Tensor | None) -> torch.Tensor:
-    """Sums of entries [E, H, R, D] added up per batch row, [B, H, R, D]; `absent` masks entries without tokens, whose
-    values may be anything."""
-    if absent is not None:
-        parts_EHRD = parts_EHRD.masked_fill(absent, 0.0)
-    return by_row(parts_EHRD, owner, batch)
 
 
 def by_row(x_E: torch.Tensor, owner: torch.Tensor, batch: int) -> torch.Tensor:
@@ -273,10 +231,6 @@ def _packed_sums(weights_EHRM: torch.Tensor, rows: Packed) -> torch.Tensor:
         weights = weights_EHRM[..., i :: rows.lanes]
         total = total + weights @ plane[..., : weights.shape[3]].transpose(-1, -2)
     return total * rows.scale.to(work) + weights_EHRM.sum(dim=-1, keepdim=True) * rows.midpoint.to(work)
-
-
-PLAIN = Reading(products, sums, totals)
-"""Products by PyTorch."""
 
 
 def _chunks(x_EHRM: torch.Tensor, rows: Packed) -> Iterator[tuple[torch.Tensor, Packed]]:
@@ -305,7 +259,7 @@ def mapped(x_EHRM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
     return torch.einsum("esgrm,smn->esgrn", x_ESGRM, map_HMN.to(x_EHRM.dtype)).flatten(1, 2)
 
 
-def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None, reading: Reading) -> torch.Tensor:
+def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | None) -> torch.Tensor:
     """Weighted sums of a segment's values, with one stored row per token.
 
     Values of tokens that no query sees are set to 0 first, because 0 * NaN is NaN. Codes are never NaN.
@@ -313,10 +267,10 @@ def _sums(weights_EHRM: torch.Tensor, segment: Segment, visible: torch.Tensor | 
     rows = segment.values
     always = not isinstance(rows, torch.Tensor) and isinstance(rows, AffineRows)
     if always or (segment.mask is None and visible is None):
-        return reading.sums(weights_EHRM, rows)
+        return sums(weights_EHRM, rows)
     values = read_sets(rows, weights_EHRM.dtype)
     if segment.mask is not None:
         values = values.masked_fill(~segment.mask[:, None, :, None], 0.0)
     if visible is not None:
         values = values.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
-    return reading.sums(weights_EHRM, values)
+    return sums(weights_EHRM, values)

@@ -15,17 +15,12 @@ import copy
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..errors import ConfigError
 from .bit_packing import GROUP, WIDTHS, pack, spread
-
-TOGETHER = {1: 4, 2: 2, 3: 1, 4: 1}
-"""Cells of a width that a kernel lays out in one word of 32 bits."""
-FIRST_KIND = {1: 0, 2: 4, 3: 6, 4: 7}
-"""The kind of a cell that comes first in its word; that of the next one is one more."""
 
 
 class CellClass:
@@ -68,28 +63,6 @@ class CellLayout:
         return torch.cat(runs, dim=1) if runs else codes.new_empty(len(codes), 0)
 
 
-class Runs(NamedTuple):
-    """All cells of the matrix, two blocks side by side, in two runs: those of 1 to 4 bits, and of 8; and where their
-    bytes are.
-
-    A block is a group or a channel; what its cells meet are the channels or the groups. A line of a run is what two
-    neighbouring blocks have where they meet the same; where only one has a cell of the run, a cell that does not count
-    stands for the other's. A kernel first lays the cells of 1 to 4 bits out as words of 32 bits: 4 cells of one bit in
-    each, 2 of two, 1 of three or four.
-    """
-
-    bounds: torch.Tensor
-    """[S, pairs of blocks, 3], int32: where each run begins, and where the last one ends."""
-    line: torch.Tensor
-    """[n, 2], int64. The upper half: the group or the channel that a cell meets. The lower: the first byte of a cell of
-    8 bits in an entry; of one of 1 to 4 bits its word, and in the highest byte its kind (FIRST_KIND)."""
-    cell: torch.Tensor
-    """[n, 2], int32: its number over sets, groups and channels; that behind the last where there is none."""
-    stretches: torch.Tensor
-    """[S, 5, 3], int32: of a set's cells of 8, 4, 3, 2 and 1 bits, where their bytes begin and end in an entry, and
-    their first word: a multiple of four."""
-
-
 @dataclass(frozen=True)
 class Coding:
     """Parameters of coded rows, the same for all entries: widths and scales of the cells, and an offset."""
@@ -115,62 +88,6 @@ class Coding:
             first = kind.start + kind.width * torch.arange(len(kind.cells), dtype=torch.int32, device=cells.device)
             cells[kind.cells] += 16 * first
         return cells.view(self.widths.shape)
-
-    @cached_property
-    def runs_of_groups(self) -> Runs:
-        """Of groups of eight rows. Cells of no bits are in the run of few: they have an offset, as all have."""
-        return self._runs(self.widths < 8, of_channels=False)
-
-    @cached_property
-    def runs_of_channels(self) -> Runs:
-        """Of channels, without cells of no bits."""
-        return self._runs((self.widths > 0) & (self.widths < 8), of_channels=True)
-
-    def _runs(self, few: torch.Tensor, of_channels: bool) -> Runs:
-        """few [S, G, C]: which cells are in the first run."""
-
-        def paired(cells: torch.Tensor) -> torch.Tensor:
-            """[S, G, C] as [S, pairs of blocks, 2, what a block meets]; 0 in a block that is not there."""
-            blocks = cells.transpose(1, 2) if of_channels else cells
-            found: torch.Tensor = torch.nn.functional.pad(blocks, (0, 0, 0, blocks.shape[1] % 2)).unflatten(1, (-1, 2))
-            return found
-
-        stretches, number = self._stretches(), torch.arange(self.widths.numel()).view(self.widths.shape)
-        there = torch.stack([paired(few), paired(self.widths == 8)], dim=2)  # [S, pairs, runs, 2, met]
-        lines = there.any(3)
-        set_, pair, run, met = lines.nonzero().unbind(1)
-        mine, here = there[set_, pair, run, :, met], (set_, pair, slice(None), met)
-        line = torch.where(mine, paired(self._words(stretches))[here], 0) + (met << 32)[:, None]
-        cell = torch.where(mine, paired(number)[here], self.widths.numel())
-        ends = lines.sum(3).flatten().cumsum(0).view(lines.shape[:3])
-        first = torch.cat([ends.new_zeros(1), ends.flatten()[:-1]]).view_as(ends)
-        bounds = torch.cat([first, ends[..., -1:]], dim=-1)
-        return Runs(bounds.to(torch.int32), line, cell.to(torch.int32), stretches.to(torch.int32).contiguous())
-
-    def _stretches(self) -> torch.Tensor:
-        """See Runs. Cells of one width and set lie one behind the other."""
-        found, begin = [], torch.zeros(1, dtype=torch.int64)
-        word = torch.zeros(len(self.widths), dtype=torch.int64)
-        for width in sorted(WIDTHS, reverse=True):
-            cells = (self.widths == width).flatten(1).sum(1)
-            ends = begin + (width * cells).cumsum(0)
-            found.append(torch.stack([ends - width * cells, ends, word], dim=1))
-            begin = ends[-1:]
-            if width < 8:
-                word = word + -(-cells // (4 * TOGETHER[width])) * 4
-        return torch.stack(found, dim=1)
-
-    def _words(self, stretches: torch.Tensor) -> torch.Tensor:
-        """[S, G, C]: the lower half of `Runs.line`."""
-        byte = self.cells.to(torch.int64) // 16
-        found = byte.clone()
-        for place, width in enumerate(sorted(WIDTHS, reverse=True)):
-            if width < 8:
-                begin, _, word = (n[:, None, None] for n in stretches[:, place].unbind(1))
-                number, many = (byte - begin) // width, TOGETHER[width]
-                read = word + number // many + ((FIRST_KIND[width] + number % many) << 24)
-                found = torch.where(self.widths == width, read, found)
-        return found
 
     @cached_property
     def order(self) -> torch.Tensor:

@@ -127,7 +127,7 @@ def test_keys_and_types(operator: dict[str, Any]) -> None:
     check(operator["ceilings"], CEILINGS)
     for row in operator["rows"]:
         check(row, OPERATOR)
-    assert operator["quick"] is True and operator["kernels"] == "numba" and operator["dtype"] == "float32"
+    assert operator["quick"] is True and operator["kernels"] == "cpu" and operator["dtype"] == "float32"
 
 
 def test_operator_rows(operator: dict[str, Any]) -> None:

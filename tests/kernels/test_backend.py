@@ -10,7 +10,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.kernels import backend as choice
-from kvcapsule.kernels.native import read
+from kvcapsule.kernels.cpu import library
 from kvcapsule.kernels.triton import arguments
 from kvcapsule.policy import EvenlySpaced
 
@@ -24,7 +24,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice.backend_for("cpu") == "numba"
+    assert choice.backend_for("cpu") == "cpu"
     assert choice.backend_for("mps") == "reference"
     monkeypatch.setattr(arguments, "INTERPRETED", False)
     assert choice.backend_for("cuda") == "triton"
@@ -32,8 +32,9 @@ def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(library, "compiler", lambda: None)
     assert choice.backend_for("cuda") == choice.backend_for("cpu") == "reference"
-    for name, extra in (("triton", "triton"), ("numba", "cpu")):
+    for name, extra in (("triton", "triton"), ("cpu", "cpu")):
         choice._chosen.clear()
         monkeypatch.setenv(choice.VARIABLE, name)
         with pytest.raises(RuntimeError, match=rf"pip install 'kvcapsule\[{extra}\]'"):
@@ -50,9 +51,9 @@ def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     choice._chosen.clear()
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 too"):
         choice.backend_for("cpu")
-    monkeypatch.setenv(choice.VARIABLE, "numba")
-    assert choice.backend_for("cpu") == "numba"
-    with pytest.raises(RuntimeError, match="KVCAPSULE_KERNELS=numba serves the CPU alone, not tensors on cuda"):
+    monkeypatch.setenv(choice.VARIABLE, "cpu")
+    assert choice.backend_for("cpu") == "cpu"
+    with pytest.raises(RuntimeError, match="KVCAPSULE_KERNELS=cpu serves the CPU alone, not tensors on cuda"):
         choice.backend_for("cuda")
     monkeypatch.setenv(choice.VARIABLE, "reference")
     choice._chosen.clear()
@@ -61,7 +62,14 @@ def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, numba, triton"):
+    with pytest.raises(ValueError, match="KVCAPSULE_KERNELS=cuda: choose one of reference, cpu, triton"):
+        choice.backend_for("cpu")
+
+
+def test_numba_is_refused_and_cpu_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernels were compiled by Numba before."""
+    monkeypatch.setenv(choice.VARIABLE, "numba")
+    with pytest.raises(ValueError, match="set KVCAPSULE_KERNELS=cpu"):
         choice.backend_for("cpu")
 
 
@@ -81,9 +89,8 @@ def test_a_model_writes_what_it_writes_with_the_reference(
     batch = make_batch((1, "Read."), (0, "What is there?")).to(place)
     compress = random_transform(98, (16, 12), (24, 20)) if method == "transform" else EvenlySpaced(0.1)
     options = greedy | {"max_new_tokens": 3, "min_new_tokens": 3}
-    monkeypatch.setattr(read, "_LEAST", 1)
     called = []
-    for name in [name for name in choice.BACKENDS if place == "cpu" or name != "numba"]:
+    for name in [name for name in choice.BACKENDS if place == "cpu" or name != "cpu"]:
         monkeypatch.setenv(choice.VARIABLE, name)
         choice._chosen.clear()
         with attach(model, compress):

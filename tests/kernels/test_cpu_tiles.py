@@ -3,7 +3,8 @@
 Whatever is allocated and not written holds NaN, as does what no query sees.
 """
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -22,28 +23,21 @@ from support.random_segments import (
 )
 
 from kvcapsule.kernels import reference
-from kvcapsule.kernels.native import attend as native
-from kvcapsule.kernels.native import wide
-from kvcapsule.kernels.native.flat import watched
-from kvcapsule.kernels.native.given import given
-from kvcapsule.kernels.native.jit import U, jit
+from kvcapsule.kernels.cpu.arguments import CELLS, QUANTIZED, RAW, Arguments, arguments
+from kvcapsule.kernels.cpu.attend import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import WIDTHS
+from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 
 SINGLE, DIM = 1e-5, 16
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # What the kernels' own buffers will be made of.
-    spoilt = [np.full(size, np.nan, np.float32) for size in (16, 64, 200, 1000, 4000, 20000) for _ in range(20)]
-    del spoilt
-    yield
-    torch.use_deterministic_algorithms(before)
+
+def given(segment: Segment) -> Arguments | None:
+    return arguments(segment, HEADS)
 
 
 def error(
@@ -52,7 +46,7 @@ def error(
     """Relative error against the reference in double precision."""
     with torch.no_grad():
         expected = reference.attend(query.double(), segments, scale, visible)
-        found = native.attend(query, segments, scale, visible)
+        found = attend(query, segments, scale, visible)
     assert expected.norm() > 0.1 and found.shape == query.shape
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -66,8 +60,9 @@ def retained(draw: Draw, owner: list[int], tokens: int, keys: int, values: int) 
     """Raw rows behind maps, as a KVCapsule's."""
     entries = len(owner)
     return Segment(
-        draw(entries, HEADS, keys, DIM), draw(entries, HEADS, values, DIM), torch.tensor(owner), score_map=draw(HEADS, tokens, keys),
-        value_map=draw(HEADS, values, tokens).transpose(1, 2), value_mean=draw(HEADS, DIM),
+        draw(entries, HEADS, keys, DIM), draw(entries, HEADS, values, DIM), torch.tensor(owner),
+        score_map=draw(HEADS, tokens, keys), value_map=draw(HEADS, values, tokens).transpose(1, 2),
+        value_mean=draw(HEADS, DIM),
     )  # fmt: skip
 
 
@@ -90,7 +85,8 @@ def test_widths_of_cells(width: int) -> None:
 @pytest.mark.parametrize("owner", [[0] * 19, [0, 0, 0, 1, 1, 2], [2, 0, 1, 0, 2, 0, 0, 0, 0, 2, 0, 0, 0]])
 @pytest.mark.parametrize("joint", [1, 2])
 def test_coded_tiles_in_any_order(owner: list[int], joint: int, threads: int) -> None:
-    """More than go through together, odd numbers of them, rows that have none; one or several KV heads that read the same rows."""
+    """More than go through together, odd numbers of them, rows that have none; one or several KV heads that read the
+    same rows."""
     draw = Draw(len(owner))
     segment = draw.transform(owner, 20, (2, 5), (3, 21), joint=joint)
     for group in (2, 7):
@@ -125,7 +121,7 @@ def test_masked_tiles(threads: int) -> None:
         assert isinstance(rows, torch.Tensor)
         rows[2] = torch.nan
     query = query_of(batch=2, dim=DIM)
-    found = native.attend(query, [raw], 0.3)
+    found = attend(query, [raw], 0.3)
     there = torch.tensor([0, 1, 3])
     kept = replace(raw, keys=raw.keys[there], values=raw.values[there], owner=raw.owner[there], mask=mask[there])  # type: ignore[index]
     torch.testing.assert_close(found.double(), reference.attend(query.double(), [kept], 0.3), rtol=1e-5, atol=1e-5)
@@ -139,14 +135,14 @@ def test_several_queries_see_a_causal_tail_in_a_larger_buffer(threads: int) -> N
 
     query, (clean, seen) = query_of(3, 3, batch=3, dim=DIM), with_hidden_tokens(0.0)
     assert error(query, widened(clean), seen) < SINGLE
-    found = [native.attend(query, widened(with_hidden_tokens(poison)[0]), 0.3, seen) for poison in (0.0, torch.nan)]
+    found = [attend(query, widened(with_hidden_tokens(poison)[0]), 0.3, seen) for poison in (0.0, torch.nan)]
     assert torch.equal(*found)
 
 
 def test_a_query_that_sees_nothing_gets_nothing() -> None:
     draw = Draw()
     segment = replace(draw.raw([0, 1], 9, dim=DIM), mask=torch.tensor([[True] * 9, [False] * 9]))
-    assert not native.attend(query_of(batch=2, dim=DIM), [segment], 0.3)[1].any()
+    assert not attend(query_of(batch=2, dim=DIM), [segment], 0.3)[1].any()
 
 
 def test_rising_scores(threads: int) -> None:
@@ -163,21 +159,21 @@ def test_nan_that_a_query_sees_is_not_hidden() -> None:
     for place in ("keys", "values"):
         segment = draw.raw([0], 20, dim=DIM)
         getattr(segment, place)[0, 0, 11, 3] = torch.nan
-        assert native.attend(query_of(batch=1, dim=DIM), [segment], 0.3)[0, 0].isnan().any()
+        assert attend(query_of(batch=1, dim=DIM), [segment], 0.3)[0, 0].isnan().any()
 
 
 def test_what_is_covered() -> None:
     draw = Draw()
     coded, raw, plain = draw.transform([0], 9, (1, 3), (1, 4)), retained(draw, [0], 9, 3, 2), draw.raw([0], 5, dim=DIM)
     with torch.no_grad():
-        assert [made.kind for made in map(given, (coded, raw, plain)) if made is not None] == ["coded", "raw", "plain"]
+        few = quantised(plain, 3, 1)
+        forms = [made.struct.form for made in map(given, (coded, raw, plain, few)) if made is not None]
+        assert forms == [CELLS, RAW, RAW, QUANTIZED]
         half = replace(plain, keys=plain.keys.half(), values=plain.values.half())  # type: ignore[union-attr]
-        for other in (
-            draw.raw([0], 5, dim=8),
-            half,
-            replace(raw, bias=draw(1, HEADS, 9)),
-            replace(coded, out_map=None),
-        ):
+        assert plain.values is not None and few.keys is not None
+        mixed, mapless = replace(plain, keys=few.keys), replace(coded, q_map=None)
+        grouped = replace(plain, values=GroupedRows.pack(plain.values, 4, 4, along_tokens=False))  # type: ignore[arg-type]
+        for other in (half, mixed, mapless, grouped):
             assert given(other) is None
 
 
@@ -220,9 +216,9 @@ def test_gradients_are_the_references() -> None:
     segment = draw.transform([0, 1], 9, (1, 3), (1, 4))
     assert segment.score_map is not None
     gradients = []
-    for attend in (reference.attend, native.attend):
+    for by in (reference.attend, attend):
         map_ = segment.score_map.clone().requires_grad_()
-        attend(query_of(batch=2), [replace(segment, score_map=map_)], 0.3).square().sum().backward()
+        by(query_of(batch=2), [replace(segment, score_map=map_)], 0.3).square().sum().backward()
         gradients.append(map_.grad)
     assert gradients[0] is not None and gradients[0].norm() > 0
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
@@ -240,31 +236,18 @@ def test_parameters_that_change_or_move_are_read() -> None:
     ):
         change()
         assert error(query, [segment]) < SINGLE
-        before.append(native.attend(query, [segment], 0.3))
+        before.append(attend(query, [segment], 0.3))
     assert not torch.allclose(before[0], before[1]) and not torch.allclose(before[1], before[2])
 
 
-def test_what_is_read_is_told_each_time() -> None:
-    segment = Draw().transform([0], 6, (1, 3), (2, 3))
-    for _ in range(2):
-        told: list[int] = []
-        with watched(lambda tensor, told=told: told.append(tensor.data_ptr())):
-            native.attend(query_of(batch=1), [segment], 0.3)
-        assert segment.keys.packed.data_ptr() in told and segment.out_map.data_ptr() in told  # type: ignore[union-attr]
-
-
-@jit
-def _exponentials(x, out):
-    for i in range(U(0), U(len(x)), U(16)):
-        wide.store(out, i, wide.exp(wide.load(x, i)))
-
-
-def test_exponentials() -> None:
-    x = np.concatenate([np.linspace(-86, 0, 4096), np.full(16, -88.0), np.full(16, -np.inf)]).astype(np.float32)
+def test_exponentials(probe: ctypes.CDLL) -> None:
+    x = np.concatenate([np.linspace(-86, 0, 4096), np.full(16, -88.0), np.full(16, -np.inf), np.full(16, np.nan)])
+    x = x.astype(np.float32)
     out = np.empty_like(x)
-    _exponentials(x, out)
+    for i in range(0, len(x), 16):
+        probe.probe_exp(ctypes.c_void_p(x[i:].ctypes.data), ctypes.c_void_p(out[i:].ctypes.data))
     np.testing.assert_allclose(out[:4096], np.exp(x[:4096].astype(np.float64)), rtol=3e-7)
-    assert not out[4096:].any()
+    assert not out[4096:4128].any() and np.isnan(out[4128:]).all()
 
 
 @pytest.mark.parametrize("joint_heads", [1, 2])
@@ -278,7 +261,7 @@ def test_a_stack_is_read_in_one_pass_by_each_of_its_layers(joint_heads: int, thr
     for p, (visual, text) in zip(of, done, strict=True):
         assert visual[0].keys is visual[0].values and given(visual[0]) is not None
         assert error(p.query[:, :, -1:].contiguous(), [*visual, *text], scale=p.scale) < SINGLE
-        outputs.append(native.attend(of[0].query[:, :, -1:].contiguous(), [visual[0], *text], p.scale))
+        outputs.append(attend(of[0].query[:, :, -1:].contiguous(), [visual[0], *text], p.scale))
     assert not torch.allclose(*outputs, atol=1e-2)
 
 

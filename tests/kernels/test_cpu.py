@@ -1,4 +1,4 @@
-"""The kernels that Numba compiles agree with the reference in double precision, for any number of threads.
+"""The kernels of the CPU agree with the reference in double precision, for any number of threads.
 
 Whatever is allocated and not written holds NaN throughout this file.
 """
@@ -6,10 +6,7 @@ Whatever is allocated and not written holds NaN throughout this file.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
-import numba
-import numpy as np
 import pytest
 import torch
 from support.random_segments import (
@@ -25,9 +22,7 @@ from support.random_segments import (
 )
 
 from kvcapsule.kernels import reference
-from kvcapsule.kernels.native import dense, read, share
-from kvcapsule.kernels.native.flat import watched
-from kvcapsule.kernels.native.jit import U, jit
+from kvcapsule.kernels.cpu.attend import attend
 from kvcapsule.policy.kivi import GroupedRows
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.segment import Segment
@@ -38,15 +33,9 @@ SINGLE = 1e-5
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raw rows are read by kernels however few they are."""
-    monkeypatch.setattr(read, "_LEAST", 1)
-
-
 def attended(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
-        return reference.attend(query, segments, SCALE, visible, read.COMPILED)
+        return attend(query, segments, SCALE, visible)
 
 
 def error(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None) -> float:
@@ -73,8 +62,7 @@ def test_each_kind(kind: str, random_segment: Callable[..., Segment], threads: i
     segments = [random_segment(kind, owner, seed, torch.float32) for seed, owner in enumerate(OWNERS)]
     with torch.no_grad():
         attended(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)])
-    # Coded cells are read in one pass over their tiles (test_numba_tiles.py), or by the reference.
-    assert ("products" in left) == (kind in ("coded", "joint", "stack", "mlp"))
+    assert ("products" in left) == (kind == "mlp")
     assert error(query_of(), [*segments, random_segment("raw", [0, 1, 2, 3], 7, torch.float32)]) < SINGLE
 
 
@@ -106,7 +94,8 @@ def test_nan_that_a_query_sees_is_not_hidden() -> None:
 
 
 def test_rows_of_other_strides(left: list[str]) -> None:
-    """Parts of a buffer, expanded rows and heads that lie behind tokens are read where they are; channels that are not dense are left."""
+    """Parts of a buffer, expanded rows and heads that lie behind tokens are read where they are; channels that are not
+    dense are left to the reference."""
     draw = Draw()
     wide = draw.raw([0, 1], 30)
     assert isinstance(wide.keys, torch.Tensor) and isinstance(wide.values, torch.Tensor)
@@ -119,10 +108,10 @@ def test_rows_of_other_strides(left: list[str]) -> None:
         attended(query_of(batch=2), [segment])
         assert not left
         assert error(query_of(batch=2), [segment]) < SINGLE
-    left.clear()
+        left.clear()
     across = replace(part, keys=part.keys.transpose(2, 3).contiguous().transpose(2, 3))
     attended(query_of(batch=2), [across])
-    assert left == ["products"]
+    assert left == ["products", "sums"]
     assert error(query_of(batch=2), [across]) < SINGLE
 
 
@@ -135,7 +124,7 @@ def test_what_no_kernel_covers_is_the_reference_itself(random_segment: Callable[
         (query_of(dtype=torch.float64), segment, ["products", "sums"]),
         (query_of(queries=33), segment, ["products", "sums"]),
         (query_of(), half, ["products", "sums"]),
-        (query_of(), grouped, ["products"]),
+        (query_of(), grouped, ["products", "sums"]),
     ):
         left.clear()
         out = attended(query, [rows])
@@ -143,22 +132,12 @@ def test_what_no_kernel_covers_is_the_reference_itself(random_segment: Callable[
         torch.testing.assert_close(out, reference.attend(query, [rows], SCALE), rtol=0, atol=1e-6)
 
 
-def test_few_raw_rows_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, left: list[str]) -> None:
-    """By their number alone: 2 heads of 2 queries, 8 channels."""
-    monkeypatch.setattr(read, "_LEAST", 2 * 2 * 8 * 100)
-    draw = Draw()
-    for tokens, calls in ((99, ["products", "sums"]), (100, [])):
-        left.clear()
-        attended(query_of(batch=1), [draw.raw([0], tokens)])
-        assert left == calls
-
-
 def test_gradients_are_the_references(random_segment: Callable[..., Segment]) -> None:
     segment = random_segment("coded", [0, 1, 2, 3], 0, torch.float32)
     gradients = []
-    for reading in (None, read.COMPILED):
+    for by in (reference.attend, attend):
         query = query_of().requires_grad_()
-        reference.attend(query, [segment], SCALE, reading=reading).square().sum().backward()
+        by(query, [segment], SCALE).square().sum().backward()
         gradients.append(query.grad)
     assert gradients[0] is not None and gradients[0].norm() > 0 and torch.equal(*gradients)
 
@@ -173,36 +152,3 @@ def test_many_threads_may_attend_at_once(threads: int) -> None:
             pool.map(lambda query: attended(query, segments), queries * 5), alone * 5, strict=True
         ):
             assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("units", "tokens", "threads"), [(1, 1000, 4), (4, 1000, 4), (7, 10, 3), (2, 64, 8), (5, 0, 2), (1, 100, 1)]
-)
-def test_pieces_are_all_of_it_once(units: int, tokens: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = share.pieces(units, tokens, units * tokens * share._LEAST)
-    places = [(unit, token) for p in found for unit in range(p.begin, p.end) for token in range(p.since, p.until)]
-    assert sorted(places) == [(unit, token) for unit in range(units) for token in range(tokens)]
-    assert len(found) <= threads
-    assert all(p.since % 64 == 0 for p in found)
-    assert share.pieces(units, tokens, 10) == [share.Piece(0, units, 0, tokens, 0)], "too little to share"
-
-
-@pytest.mark.parametrize("kernel", [dense.dots, dense.sums])
-def test_loops_become_vector_instructions(kernel: Any) -> None:
-    """With a position that Numba takes for a signed number they do not, and are twenty times slower, which nothing else shows."""
-    # What comes out of the cache cannot be looked at.
-    fresh = numba.njit(**{**jit.keywords, "cache": False})(kernel.py_func)
-    numbers, one = np.ones(64, np.float32), U(1)
-    fresh(numbers, U(0), U(8), one, numbers, U(0), U(8), U(8), U(8), numbers.copy(), U(0), U(8))
-    assert "x float>" in "".join(fresh.inspect_llvm().values())
-
-
-def test_what_is_read_is_told() -> None:
-    draw = Draw()
-    segment = quantised(draw.raw([0], 77), 4, 4)
-    told: list[int] = []
-    with watched(lambda tensor: told.append(tensor.untyped_storage().data_ptr())):
-        attended(query_of(batch=1), [segment])
-    attended(query_of(batch=1), [segment])
-    assert {told.count(rows.codes.untyped_storage().data_ptr()) for rows in (segment.keys, segment.values)} == {1}  # type: ignore[union-attr]

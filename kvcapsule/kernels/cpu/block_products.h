@@ -1,0 +1,113 @@
+// Matrix products in blocks whose sums stay in registers: rows times a map, and rows times rows.
+//
+// A block of A rows and V vectors needs A * V + V + 1 registers; AVX-512 has 32. 8 x 2 is bound by multiply-adds alone.
+#pragma once
+
+#include "simd.h"
+
+namespace kvcapsule {
+
+// sum[a][v] += the sum over k < count of x[row a][k] times map[k][16 v : ...]. `ahead`: fetches so far behind in map.
+// PAIR 1: row a is x + a * stride. PAIR 2: rows lie side by side in twos, x + a / 2 * stride + a % 2.
+template <int A, int V, int PAIR>
+INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, const float* map, int64_t line,
+                       int64_t count, int64_t ahead = 0) {
+    for (int64_t k = 0; k < count; ++k, map += line, x += PAIR) {
+        Floats lanes[V];
+        EACH(v, V) {
+            if (ahead) prefetch(map + ahead + v * LANES);
+            lanes[v] = held(load(map + v * LANES));
+        }
+        EACH(a, A) {
+            const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
+            EACH(v, V) sum[a][v] += number * lanes[v];
+        }
+    }
+}
+
+// Where the sums of a product belong: row a, columns 16 v, at out + a * stride.
+struct ByRow {
+    float* out;
+    int64_t stride;
+
+    template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t row, int64_t column) const {
+        EACH(a, A) EACH(v, V) store(out + (row + a) * stride + column + v * LANES, sum[a][v]);
+    }
+};
+
+// x [rows, count] times map [count, width], width a multiple of 16; rows are filled up to a multiple of 8.
+template <int PAIR, class Place>
+void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t count, int64_t width,
+             const Place& place) {
+    const auto block = [&](auto vectors, int64_t row, int64_t column) INLINE_LAMBDA {
+        Floats sum[8][decltype(vectors)::value] = {};
+        accumulate<8, decltype(vectors)::value, PAIR>(sum, x + row / PAIR * stride, stride, map + column, width, count);
+        place.put(sum, row, column);
+    };
+    int64_t column = 0;
+    for (; column + 2 * LANES <= width; column += 2 * LANES)
+        for (int64_t row = 0; row < rows; row += 8) block(Constant<2>(), row, column);
+    for (int64_t row = 0; column < width && row < rows; row += 8) block(Constant<1>(), row, column);
+}
+
+// out[a * stride + n] = row a of x times row n of y; both dense along `length` numbers, a multiple of 16.
+template <int A, int N>
+INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out,
+                      int64_t stride, int64_t ahead) {
+    if constexpr (A > 4) {
+        // What is loaded of y serves all rows while it is in the nearest cache.
+        dot_block<4, N>(x, x_stride, y, y_stride, length, out, stride, ahead);
+        return dot_block<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride, 0);
+    }
+    Floats sum[A][N] = {};
+    for (int64_t k = 0; k < length; k += LANES) {
+        Floats lanes[N];
+        EACH(n, N) {
+            if (ahead) prefetch(y + n * y_stride + k + ahead);
+            lanes[n] = held(load(y + n * y_stride + k));
+        }
+        EACH(a, A) {
+            const Floats row = held(load(x + a * x_stride + k));
+            EACH(n, N) sum[a][n] += row * lanes[n];
+        }
+    }
+    EACH(a, A) {
+        if (N == 1) out[a * stride] = sum_of_lanes(sum[a][0]);
+        UNROLL for (int n = 0; n + 4 <= N; n += 4) store_four_sums(out + a * stride + n, &sum[a][n]);
+    }
+}
+
+// The same for `count` rows of y. `ahead`: fetches so far behind in y.
+template <int A>
+INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t count, int64_t length,
+                 float* out, int64_t stride, int64_t ahead) {
+    const auto block = [&](auto many, int64_t n) INLINE_LAMBDA {
+        dot_block<A, many>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride, ahead);
+    };
+    constexpr int N = A == 1 ? 8 : 4;
+    int64_t n = 0;
+    for (; n + N <= count; n += N) block(Constant<N>(), n);
+    for (; N > 4 && n + 4 <= count; n += 4) block(Constant<4>(), n);
+    // Of fewer than four rows, those before them are taken again.
+    if (n < count && count >= 4) return block(Constant<4>(), count - 4);
+    for (; n < count; ++n) block(Constant<1>(), n);
+}
+
+// out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.
+inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out,
+                     int64_t width) {
+    const int64_t whole = line == 1 && step != 1 ? lines / LANES * LANES : 0;  // lines that blocks are transposed of
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int64_t k = 0; k < width; k += LANES) {
+            Floats block[LANES];
+            EACH(n, LANES) block[n] = k + n < count ? load(x + i + (k + n) * step) : Floats{};
+            store_transposed(block, out + i * width + k, width);
+        }
+    for (int64_t i = whole; i < lines; ++i)
+        for (int64_t k = 0; k < width; k += LANES)
+            store(out + i * width + k, step == 1 && k < count ? load_part(x + i * line + k, count - k) : Floats{});
+    for (int64_t k = 0; step != 1 && k < count; ++k)
+        for (int64_t i = whole; i < lines; ++i) out[i * width + k] = x[i * line + k * step];
+}
+
+}  // namespace kvcapsule

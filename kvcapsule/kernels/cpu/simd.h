@@ -1,0 +1,178 @@
+// Sixteen fp32 numbers as one vector, and what a softmax needs of them.
+//
+// GCC's and clang's vector extensions make these one register with AVX-512, two with AVX2 and four with NEON or SSE.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define AVX512 1
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)  // lanes of x and y, counted through
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
+#endif
+// A loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
+#define EACH(i, count) UNROLL for (int i = 0; i < (count); ++i)
+
+namespace kvcapsule {
+
+// A number that is known when the kernels are compiled.
+template <int NUMBER> struct Constant {
+    static constexpr int value = NUMBER;
+    constexpr operator int() const { return NUMBER; }
+};
+
+constexpr int LANES = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+INLINE void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
+INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
+INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
+
+// Holds what several instructions need in a register: GCC would have each of them load it again.
+INLINE Floats held(Floats x) {
+#if AVX512
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
+
+// The first `count` numbers, at most sixteen; 0 behind them.
+INLINE Floats load_part(const float* from, int64_t count) {
+    if (count >= LANES) return load(from);
+#if AVX512
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#else
+    Floats x = {};
+    memcpy(&x, from, count * sizeof(float));
+    return x;
+#endif
+}
+
+// from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
+INLINE Floats splat_pair(const void* from) {
+    double both;
+    memcpy(&both, from, sizeof both);
+    return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
+}
+
+// Sixteen bytes as numbers.
+INLINE Ints from_bytes(const uint8_t* bytes) {
+#if AVX512
+    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#else
+    Ints numbers;
+    for (int i = 0; i < LANES; ++i) numbers[i] = bytes[i];
+    return numbers;
+#endif
+}
+
+// The greater one in each lane; y where x is not a number.
+INLINE Floats maximum(Floats x, Floats y) {
+#if AVX512
+    return _mm512_max_ps(x, y);
+#else
+    return x > y ? x : y;
+#endif
+}
+
+// The first `count` lanes of x, and a number in the others.
+INLINE Floats first_lanes(Floats x, int64_t count, float other) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < static_cast<int32_t>(count) ? x : splat(other);
+}
+
+// All lanes joined, by sums or by maxima: in each lane.
+template <class Join> INLINE Floats fold(Floats x, const Join& join) {
+    x = join(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = join(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = join(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return join(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+}
+INLINE float sum_of_lanes(Floats x) { return fold(x, [](Floats a, Floats b) INLINE_LAMBDA { return a + b; })[0]; }
+INLINE float max_of_lanes(Floats x) { return fold(x, maximum)[0]; }
+
+// Numbers of x and y in turn, those of the lower or of the upper half of each quarter; and the same by twos.
+#define EACH_QUARTER(x, y, a, b, c, d) \
+    SHUFFLE(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12)
+INLINE Floats lower_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 16, 1, 17); }
+INLINE Floats upper_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 18, 3, 19); }
+INLINE Floats lower_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1, 16, 17); }
+INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 18, 19); }
+
+// to[i] = the sum of the lanes of x[i], of four vectors.
+INLINE void store_four_sums(float* to, const Floats* x) {
+    const Floats ab = lower_in_turn(x[0], x[1]) + upper_in_turn(x[0], x[1]);
+    const Floats cd = lower_in_turn(x[2], x[3]) + upper_in_turn(x[2], x[3]);
+    Floats sums = lower_twos(ab, cd) + upper_twos(ab, cd);  // of each quarter
+    sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    memcpy(to, &sums, 4 * sizeof(float));
+}
+
+// x0, y0, x1, y1, ...: the lower and the upper half of it.
+INLINE Floats lower_interleaved(Floats x, Floats y) {
+    return SHUFFLE(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE Floats upper_interleaved(Floats x, Floats y) {
+    return SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// Line i of out becomes the i-th lanes of the sixteen vectors.
+INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line) {
+    Floats y[LANES];  // y[4 g + i], quarter q: of vectors 4 g to 4 g + 3 the lane 4 q + i
+    UNROLL for (int g = 0; g < LANES; g += 4) {
+        const Floats low[2] = {lower_in_turn(x[g], x[g + 1]), lower_in_turn(x[g + 2], x[g + 3])};
+        const Floats high[2] = {upper_in_turn(x[g], x[g + 1]), upper_in_turn(x[g + 2], x[g + 3])};
+        y[g] = lower_twos(low[0], low[1]), y[g + 1] = upper_twos(low[0], low[1]);
+        y[g + 2] = lower_twos(high[0], high[1]), y[g + 3] = upper_twos(high[0], high[1]);
+    }
+    EACH(i, 4) {
+        const auto low = [&](int g) INLINE_LAMBDA {
+            return SHUFFLE(y[g + i], y[g + 4 + i], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        };
+        const auto high = [&](int g) INLINE_LAMBDA {
+            return SHUFFLE(y[g + i], y[g + 4 + i], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        };
+        const Floats a[2] = {low(0), high(0)}, b[2] = {low(8), high(8)};
+        EACH(q, 2) {
+            store(out + (i + 8 * q) * line,
+                  SHUFFLE(a[q], b[q], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+            store(out + (i + 8 * q + 4) * line,
+                  SHUFFLE(a[q], b[q], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+        }
+    }
+}
+
+// e^x for x <= 0, within 2e-7 of it; below -87, and so for -inf, 0. Cephes (S. Moshier), expf.
+INLINE Floats exp_of_negative(Floats x) {
+    const Floats large = splat(12582912.0f);
+    // Adding a large number rounds to a whole one; what is not a number goes on in `rest`.
+    const Floats count = maximum((x * splat(1.44269504088896341f) + large) - large, splat(-127.0f));
+    const Floats rest = (x - count * splat(0.693359375f)) + count * splat(2.12194440e-4f);
+    Floats series = splat(1.9875691500e-4f) * rest + splat(1.3981999507e-3f);
+    series = series * rest + splat(8.3334519073e-3f);
+    series = series * rest + splat(4.1665795894e-2f);
+    series = series * rest + splat(1.6666665459e-1f);
+    series = series * rest + splat(5.0000001201e-1f);
+    series = series * (rest * rest) + rest + splat(1.0f);
+    const Ints power = (__builtin_convertvector(count, Ints) + 127) << 23, nothing = x < splat(-87.0f);
+    const Floats found = series * reinterpret_cast<Floats>(power);
+    return reinterpret_cast<Floats>(~nothing & reinterpret_cast<Ints>(found));
+}
+
+}  // namespace kvcapsule
