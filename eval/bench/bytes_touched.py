@@ -48,7 +48,7 @@ def read_by_kernels(query: torch.Tensor, segments: Sequence[Segment], scale: flo
     """The query, and all tensors of the segments that the CPU's kernels cover; nothing where they do not run."""
     if backend_for(query.device.type) != "cpu":
         return []
-    covered = [segment for segment, made in split(query, segments, scale) if made is not None]
+    covered = [segment for segment, args in split(query, segments, scale) if args is not None]
     return [query, *(t for s in covered for t in (*s.entry_tensors(), *s.parameter_tensors()))] if covered else []
 
 

@@ -25,7 +25,7 @@ RAW, QUANTIZED, CELLS = range(3)
 def _structs() -> dict[str, type[ctypes.Structure]]:
     """The structs of structs.h by name, so that their fields are written once."""
     kinds: dict[str, Any] = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
-    found: dict[str, type[ctypes.Structure]] = {}
+    structs: dict[str, type[ctypes.Structure]] = {}
     text = re.sub("//.*", "", Path(__file__).with_name("structs.h").read_text())
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
         fields = []
@@ -33,8 +33,8 @@ def _structs() -> dict[str, type[ctypes.Structure]]:
             for field in names.split(","):
                 pointer = "*" in field
                 fields.append((re.sub(r"\*|const|\s", "", field), ctypes.c_void_p if pointer else kinds[kind]))
-        found[name] = kinds[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
-    return found
+        structs[name] = kinds[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return structs
 
 
 _STRUCTS = _structs()
@@ -59,17 +59,17 @@ memory, for parameters may be put elsewhere."""
 def arguments(segment: Segment, heads: int) -> Arguments | None:
     """What kernels are given of a segment for a layer of so many KV heads; None where they do not cover it."""
     number = id(segment)
-    known, tensors, places, made = _known.get(number, (None, (), [], None))
+    known, tensors, places, args = _known.get(number, (None, (), [], None))
     if known is None or known() is not segment or [t.data_ptr() for t in tensors] != places:
-        tensors, made = (*segment.entry_tensors(), *segment.parameter_tensors()), None
+        tensors, args = (*segment.entry_tensors(), *segment.parameter_tensors()), None
         form = _form(segment)
         if form is not None and segment.tokens and len(segment.owner):
             builder = Builder()
-            made = builder.arguments(segment, form, heads)
+            args = builder.arguments(segment, form, heads)
             if not builder.copied:  # of a copy nobody would know when it is out of date
                 places = [t.data_ptr() for t in tensors]
-                _known[number] = weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, places, made
-    return None if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else made
+                _known[number] = weakref.ref(segment, lambda _: _known.pop(number, None)), tensors, places, args
+    return None if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else args
 
 
 def _form(s: Segment) -> int | None:

@@ -21,14 +21,14 @@ def attend(
 ) -> torch.Tensor:
     """As kvcapsule.kernels.reference.attend."""
     read = split(query, segments, scale)
-    covered = [made for _, made in read if made is not None]
+    covered = [args for _, args in read if args is not None]
     if not covered:
         return reference.attend(query, [segment for segment, _ in read], scale, visible)
     batch, query_heads, queries, dim = query.shape
     heads = _kv_heads(segments)
     rows = query_heads // heads * queries
-    pieces = threads.count(rows * sum(made.work for made in covered))
-    rest = [segment for segment, made in read if made is None and segment.tokens and len(segment.owner)]
+    pieces = threads.count(rows * sum(args.work for args in covered))
+    rest = [segment for segment, args in read if args is None and segment.tokens and len(segment.owner)]
     last_is_covered = read[-1][1] is not None
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -40,7 +40,7 @@ def attend(
         for part, other in zip(parts, reference.summed(query, rest, scale, shown), strict=True):
             part[-1].copy_(other)
     visible = visible.contiguous() if visible is not None and last_is_covered else None
-    addresses = (ctypes.c_void_p * len(covered))(*(ctypes.addressof(made.struct) for made in covered))
+    addresses = (ctypes.c_void_p * len(covered))(*(ctypes.addressof(args.struct) for args in covered))
     call = CCall(
         query.data_ptr(), out.data_ptr(), batch, heads, rows, queries, dim, ctypes.addressof(addresses), len(covered),
         None if visible is None else visible.data_ptr(), *(part.data_ptr() for part in parts), len(parts[0]), pieces,
@@ -74,7 +74,7 @@ def split(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> lis
         if type(segment).for_query is not Segment.for_query:
             segment = segment.for_query(query.unflatten(1, (heads, -1)), scale)
         read.append((segment, arguments(segment, heads)))
-    rest = [segment for segment, made in read if made is None]
+    rest = [segment for segment, args in read if args is None]
     if rest and all(segment.head is not None for segment in rest):
         # How many KV heads there are, the reference learns from a segment that holds all of them.
         i = max(i for i, (segment, _) in enumerate(read) if segment.head is None)

@@ -66,11 +66,11 @@ def _addresses(widths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ranges[:, place] = torch.stack([starts, ends, word], dim=1)
         number = cells.cumsum(1) - 1  # of a cell among those of its set and width
         if width == 8:
-            found = starts[:, None] + 8 * number
+            address = starts[:, None] + 8 * number
         else:
             many = PER_WORD[width]
-            found = word[:, None] + number // many + ((FIRST_KIND[width] + number % many) << 24)
+            address = word[:, None] + number // many + ((FIRST_KIND[width] + number % many) << 24)
             word = word + -(-cells.sum(1) // (4 * many)) * 4
-        addresses = torch.where(widths == width, found.view(widths.shape), addresses)
+        addresses = torch.where(widths == width, address.view(widths.shape), addresses)
         begin = int(ends[-1])
     return addresses, ranges
