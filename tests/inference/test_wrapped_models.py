@@ -56,7 +56,7 @@ class TestPeft:
             except ValueError as error:
                 if "version of PEFT" not in str(error):
                     raise
-                pytest.skip(f"add_adapter: this transformers does not take the installed PEFT ({error})")
+                pytest.skip("add_adapter of this transformers needs a newer PEFT than the installed one")
             return own_model.eval()
         get_peft_model(copy.deepcopy(own_model), LoraConfig(**LORA)).save_pretrained(tmp_path)
         own_model.load_adapter(str(tmp_path))

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -43,7 +44,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         for reason, count in sorted(outcome.skipped.items()):
             reasons.setdefault(reason, []).append(f"{outcome.transformers} ({count})")
-    notes = [f"- {reason}. Skipped on {', '.join(versions)}." for reason, versions in reasons.items()]
+    notes = [
+        fill(f"- {reason}. Skipped on {', '.join(versions)}.", 120, subsequent_indent="  ", break_on_hyphens=False)
+        for reason, versions in reasons.items()
+    ]
     return "\n".join([*rows, *([""] if notes else []), *notes])
 
 
