@@ -1,5 +1,4 @@
-"""What the project ships: the demo VLM and demo capsules, one folder each, and FORMAT.md, which describes a capsule's
-files."""
+"""Shipped folders: the demo VLM and the demo capsules, and FORMAT.md, which describes the files of a capsule."""
 
 from pathlib import Path
 

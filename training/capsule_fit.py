@@ -84,6 +84,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
     @property
     def task(self) -> Task[R]:
+        """The recipe of the run and what it names, loaded: model, data, geometry."""
         return self._frozen[0]
 
     has_kl = False

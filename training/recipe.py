@@ -69,7 +69,7 @@ class Recipe:
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     dtype: str = "auto"
-    """Precision of the frozen VLM: auto, float32, float16 or bfloat16."""
+    """Precision of the frozen VLM: auto (as saved), float32, float16 or bfloat16."""
     device: str | None = None
     """Device of the model, such as cpu or cuda:1. Default: CUDA if present."""
     family: str = "cross-layer"

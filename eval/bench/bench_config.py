@@ -53,7 +53,7 @@ class BenchConfig:
     rounds: int = 15
     """Readings of each time; their median is reported."""
     seconds: float = 5.0
-    """A method that took so many seconds takes no more readings, after at least three."""
+    """Seconds of readings after which a method gets no more; each gets at least three readings."""
     steps: int = 32
     """Tokens that are written at step level and above."""
     images: list[int] = field(default_factory=lambda: [8])

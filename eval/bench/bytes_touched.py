@@ -17,7 +17,7 @@ _MANY = 2**16
 
 
 class Touched(NamedTuple):
-    """Bytes of one call."""
+    """Bytes that one attention call reads and writes."""
 
     stored: int
     """Bytes that it reads of the stored tensors, each byte once."""

@@ -1,5 +1,5 @@
-"""Encode level: the time of a method's pass over one layer against the time of that layer's prefill, which is its share
-of the time to the first token.
+"""Encode level: how long a method takes to compress one layer, relative to the prefill of that layer; this ratio is
+what it adds to the time to the first token.
 
 The prefill is a decoder layer of a 7B-class model as its matrix products: projections, causal attention, gated MLP.
 Without norms, rotations and residuals the layer is a little faster, and the share a little larger, than in a model.

@@ -1,4 +1,4 @@
-"""Reading the entries of a suite's YAML file into Specs."""
+"""Parser of a suite's YAML file: its entries as Specs (see suite/entries.py)."""
 
 import math
 import re

@@ -1,5 +1,4 @@
-"""How a capsule compresses a prefill: its tiles in their canonical frames, and layer groups whose tiles have one
-codec."""
+"""Compression passes of a capsule: tiles in canonical frames, and layer groups that are coded at their last layer."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a command does with input that it cannot use: one line on stderr and an exit code, never a traceback."""
+"""Printing a KVCapsuleError: one line on stderr and an exit code, no traceback."""
 
 import argparse
 import re

@@ -10,8 +10,8 @@ group's heads concatenated along the channels (D in all):
 Decoders are linear along both axes, so attention reads C^ itself: A' is the score map (or value map), and each head's
 part of P' the map of its query (or of its output). Coding the heads of a group jointly stores redundancy between them
 once. Bits are assigned to coefficients by reverse water-filling, in the metric of the answers' logits
-(kvcapsule.training.fisher, allocation); the codes of a tile are chosen jointly (kvcapsule.codec.noise_shaping); the
-byte layout is in kvcapsule.segments.coefficient_rows.
+(kvcapsule.training.fisher, kvcapsule.codec.bit_allocation); the codes of a tile are chosen jointly
+(kvcapsule.codec.noise_shaping); the byte layout is in kvcapsule.segments.coefficient_rows.
 
 Transform coding with reverse water-filling is the textbook's (Goyal, IEEE Signal Processing Magazine, 2001); KVTC
 (arXiv 2511.01815) and SVDq (arXiv 2502.15304) code the channels of text KV with it. The token axis, reading without

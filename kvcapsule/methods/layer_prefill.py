@@ -1,4 +1,4 @@
-"""What a method sees of one layer when its prefill ends, and what it gives back."""
+"""One layer as a method sees it when its prefill ends: queries, keys, values and visual spans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -84,9 +84,9 @@ class AkvqVl(Policy, DecodeTimeMethod):
     of which may be of one token; counted by tokens, the bytes do not depend on that.
     """
     bits: int = 2
-    """Of a code."""
+    """Bits of one code."""
     text_bits: int = 4
-    """Of a code of text in a text-salient layer; more than `bits`."""
+    """Bits of one code of text in a text-salient layer; more than `bits`."""
     clip: float = 0.8
     """Factor of a group's least and greatest value, which are then the range of its codes of `bits` (applied so in
     RotateKV's code)."""

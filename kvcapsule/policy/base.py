@@ -1,5 +1,5 @@
-"""What policies derive from: rules for the visual tokens, and for visual tokens that are kept or dropped, for all heads
-alike or head by head."""
+"""Bases of policies: training-free rules for the tokens of a layer; some act on visual tokens alone, some only keep or
+drop tokens, for all heads alike or head by head."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace

@@ -79,7 +79,7 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
     theta: float = 0.90
     """Attention mass S from which a head is static; 0 makes all heads static, a number above 1 all dynamic."""
     dynamic: float = 0.75
-    """r: budget of a dynamic head / that of a mean head."""
+    """r: budget of a dynamic head, as a multiple of the mean head's."""
     uniform: float = 0.5
     """a, in (0, 1]: share of the static heads' budget that is the same for all of them; not in the paper, so half."""
     top: float = 0.05

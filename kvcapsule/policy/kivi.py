@@ -30,7 +30,7 @@ class Kivi(VisualPolicy):
     """
 
     bits: int = 2
-    """Of a code; the paper's are 2 and 4."""
+    """Bits of one code; the paper's are 2 and 4."""
     group: int = 32
     """Elements that share a step and a zero."""
 

@@ -18,7 +18,7 @@ class Quantized(VisualPolicy):
     here)."""
 
     bits: int
-    """Of a code: 1, 2, 3, 4 or 8."""
+    """Bits of one code: 1, 2, 3, 4 or 8."""
 
     def __post_init__(self) -> None:
         check_bits(self.bits)

@@ -18,8 +18,8 @@ class CoefficientOptions:
     joint_heads: int = 0
     """KV heads that are coded together; 0 takes as many as have 128 channels in all."""
     query_metric: bool = True
-    """Weight the channels of keys by the queries that read them where attention's output is what counts; False weighs
-    all alike."""
+    """Weigh the channels of keys by the queries that read them, in the round that minimises the error of attention's
+    output. false: all channels alike."""
     query_bank: int = 64
     """Training queries of each KV head whose attention tells the encoder how much each token matters; 0 treats all
     alike."""

@@ -33,7 +33,7 @@ class CompactOptions:
     """How tokens are ranked: "attention" (of the query bank) or "learned" (a network that imitates the greedy
     choice)."""
     passes: int = 2
-    """Times that the ranking is reordered by what each token adds to those above it."""
+    """How many times tokens are ranked again by what each adds to the tokens ranked above it."""
     hidden: int = 64
     """Width of the learned selector."""
     steps: int = 200
