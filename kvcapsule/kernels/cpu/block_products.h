@@ -44,10 +44,12 @@ void product(const float* x, int64_t stride, int64_t rows, const float* map, int
         accumulate<8, decltype(vectors)::value, PAIR>(sum, x + row / PAIR * stride, stride, map + column, width, count);
         place.put(sum, row, column);
     };
-    int64_t column = 0;
-    for (; column + 2 * LANES <= width; column += 2 * LANES)
-        for (int64_t row = 0; row < rows; row += 8) block(Constant<2>(), row, column);
-    for (int64_t row = 0; column < width && row < rows; row += 8) block(Constant<1>(), row, column);
+    // Rows outside: eight of them and the map fit into the first cache, all rows and a part of the map often do not.
+    for (int64_t row = 0; row < rows; row += 8) {
+        int64_t column = 0;
+        for (; column + 2 * LANES <= width; column += 2 * LANES) block(Constant<2>(), row, column);
+        if (column < width) block(Constant<1>(), row, column);
+    }
 }
 
 // out[a * stride + n] = row a of x times row n of y; both dense along `length` numbers, a multiple of 16.
