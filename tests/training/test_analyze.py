@@ -15,7 +15,7 @@ import pytest
 from kvcapsule.cli import results
 from kvcapsule.cli.results import write_whole
 from kvcapsule.errors import InputError
-from kvcapsule.training.analysis import passes, questions
+from kvcapsule.training.analysis import passes
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.analysis.distortion import BITS
 from kvcapsule.training.analysis.drift import REFERENCES
@@ -270,7 +270,7 @@ def test_refused_unknown_columns(vlm: str, tmp_path: Path, capsys: pytest.Captur
 def test_refused_no_visual_tokens(
     vlm: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tile: str
 ) -> None:
-    monkeypatch.setattr(questions, "images_of", lambda row, index: [])
+    monkeypatch.setattr("kvcapsule.data.batches.images_of", lambda row, index: [])
     assert main(["--model", vlm, *QUICK, "--tile", tile]) == 2
     assert "llava: its prompts hold no visual tokens, so there is nothing to study." in capsys.readouterr().err
 
