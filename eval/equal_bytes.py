@@ -14,6 +14,7 @@ import torch
 
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
+from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.spans import VisualSpan
 
 TOLERANCE = 0.02
@@ -37,9 +38,14 @@ class PerLayer(Method):
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = methods
+        self.needs_hidden_states = any(method.needs_hidden_states for method in methods)
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
         return self.methods[prefill.layer].compress(prefill)
+
+    def require_geometry(self, geometry: KVGeometry) -> None:
+        for method in self.methods:
+            method.require_geometry(geometry)
 
 
 Build = Callable[[float], Method]

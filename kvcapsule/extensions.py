@@ -65,7 +65,8 @@ class Registry(Generic[T]):
         """
         if name in self.names() and self.find(name) is not thing:
             raise ConfigError(f"there is a {self.noun} {name!r} already: choose another name.")
-        self.builtin.setdefault(name, thing)
+        if not self._installed(name):
+            self.builtin.setdefault(name, thing)
 
     def names(self) -> list[str]:
         """All names, kvcapsule's own first; nothing is imported for them."""
@@ -103,10 +104,10 @@ class Registry(Generic[T]):
             loaded: Any = import_module(module)
             for part in attribute.split("."):
                 loaded = getattr(loaded, part)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:
             raise ConfigError(
-                f"the {self.noun} {path!r} cannot be imported ({error}): write module:ATTRIBUTE, and install the module"
-                " or add its folder to PYTHONPATH."
+                f"the {self.noun} {path!r} cannot be imported ({type(error).__name__}: {error}): write"
+                " module:ATTRIBUTE, and install the module or add its folder to PYTHONPATH."
             ) from error
         return self._checked(loaded, f"the {self.noun} {path!r}")
 

@@ -109,6 +109,7 @@ def test_by_path_without_an_installed_package(package: Path, tmp_path: Path) -> 
     done = run(["train", "--family", "kvc_example.codec:FAMILY", *quick], tmp_path, tmp_path / "bare")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "c" / "config.json").read_text())["family"] == "strided"
+    assert "can be loaded where an entry point" in done.stderr
     done = run(["train", "--family", "kvc_example.codec:FAMILY", "--optim.lr", "1"], tmp_path, tmp_path / "bare")
     assert done.returncode == 2 and "--optim.lr is an option of the family kvcapsule" in done.stderr
 
@@ -164,6 +165,12 @@ def test_a_selection_iterates_over_its_own_and_looks_up_others(installed: Path, 
     assert list(chosen) == ["one"] and len(chosen) == 1
     assert chosen["text"] == "str" and chosen["builtins:str"] == "str"
     assert "data" not in chosen and "two" not in chosen and "nothing" not in chosen
+
+
+def test_what_an_entry_point_names_can_be_added_again(installed: Path, registry: Registry[type]) -> None:
+    install(installed, "kvc-a", {registry.group: {"three": "builtins:str"}})
+    registry.add("three", str)
+    assert registry.find("three") is str
 
 
 def test_one_can_be_made_known_without_an_entry_point(registry: Registry[type]) -> None:

@@ -29,6 +29,7 @@ from .harvest_memory import HARVEST_MEMORY, HarvestMemory
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe, flat, group_names
+from .saved_recipe import upgraded
 
 R = TypeVar("R", bound=Recipe, covariant=True)
 
@@ -113,7 +114,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         segments = []
         for index, layer in enumerate(layers):
             codec = self.codec(index)
-            assert isinstance(codec, LayerCodec), "a codec of several layers overrides this"
+            if not isinstance(codec, LayerCodec):
+                raise TypeError(f"{type(self).__name__} trains codecs of several layers: it must override `segments`.")
             encoded = codec.encode(layer.keys.float(), layer.values.float())
             segments.append(encoded.segment(layer.owner, layer.frame))
         return segments
@@ -133,7 +135,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         meaning."""
         recipe = self.task.recipe
         groups = group_names(type(recipe))
-        before, now = (dict(flat(r, groups)) for r in (checkpoint.get("recipe", {}), asdict(recipe)))
+        before, now = (dict(flat(r, groups)) for r in (upgraded(checkpoint.get("recipe", {})), asdict(recipe)))
         other = [name for name, value in now.items() if name not in recipe.RESUMABLE and before.get(name) != value]
         if other:
             raise ConfigError(

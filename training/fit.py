@@ -47,6 +47,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     _quiet()
     output = Path(recipe.output)
     family = REGISTRY.find(recipe.family)
+    _require_loadable(family, recipe.family, console)
     fit_of = fit_class(family)
     if not isinstance(recipe, fit_of.recipe_class):
         raise ConfigError(
@@ -98,6 +99,26 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         console.print(_summary(metrics))
         console.print(f"capsule saved to {output} ({seconds:.0f} s)", highlight=False)
     return capsule
+
+
+def _require_loadable(family: CodecFamily, given_as: str, console: Console) -> None:
+    """Say where a capsule of this family can be loaded, if it is not known by its name here.
+
+    Raises:
+        ConfigError: if an entry point has another name than its family, so that no process could load the capsule.
+    """
+    if family.name in REGISTRY.names() and REGISTRY.find(family.name) is family:
+        return
+    if ":" not in given_as:
+        raise ConfigError(
+            f"--family {given_as}: the family's own name is {family.name!r}, and its capsule could not be loaded under"
+            f" it. Give the entry point in the group {REGISTRY.group} the family's name."
+        )
+    console.print(
+        f"The capsule can be loaded where an entry point in the group {REGISTRY.group} names {family.name!r}, or after"
+        f" kvcapsule.codec.REGISTRY.add({family.name!r}, ...).",
+        highlight=False,
+    )
 
 
 def _check_output(recipe: Recipe, output: Path) -> None:

@@ -20,6 +20,14 @@ from .entries import Capsules, Spec
 
 _RECORD = ".train"
 """Suffix of the file beside a capsule's folder that records the arguments of its training."""
+_RENAMED = {
+    "--ratio": "--compression",
+    "--codec.key_ratio": "--codec.key-retention",
+    "--codec.value_ratio": "--codec.value-retention",
+    "--transform.maps": "--transform.max-map-mib",
+    "--transform.readers": "--transform.query-bank",
+}
+"""Options of `kvcapsule train` before 0.1.0, and their names now."""
 
 
 def open_trained(wanted: Sequence[Spec], folder: Path, config: EvalConfig, console: Console) -> Capsules:
@@ -92,11 +100,22 @@ def _record(spec: Spec, config: EvalConfig) -> str:
     return shlex.join([*spec.arguments, "--model", shown_path(config.model), *revision]) + "\n"
 
 
+def _upgraded(record: str) -> str:
+    """A record with today's names of the options; before 0.1.0 a ratio up to 1 was the share that is stored."""
+    words = shlex.split(record)
+    for i, word in enumerate(words[:-1]):
+        if word == "--ratio" and float(words[i + 1]) <= 1:
+            words[i + 1] = f"{1 / float(words[i + 1]):.5g}"
+    return shlex.join(_RENAMED.get(word, word) for word in words) + "\n"
+
+
 def _require_same(spec: Spec, folder: Path, config: EvalConfig) -> None:
     """Refuse a capsule that an earlier run trained with other arguments; one that a person copied here has no
     record."""
     record = folder / f"{spec.name}{_RECORD}"
-    if record.is_file() and (recorded := record.read_text(encoding="utf-8")) != (wanted := _record(spec, config)):
+    if record.is_file() and (recorded := _upgraded(record.read_text(encoding="utf-8"))) != (
+        wanted := _record(spec, config)
+    ):
         raise InputError(
             f"{folder / spec.name} was trained with `{recorded.strip()}`, but the suite asks for `{wanted.strip()}`: "
             "delete the folder to train it again, or name another one with --suite-capsules."

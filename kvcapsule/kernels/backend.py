@@ -4,6 +4,8 @@ import logging
 import os
 from importlib.util import find_spec
 
+import torch
+
 from .cpu import library
 
 VARIABLE = "KVCAPSULE_KERNELS"
@@ -15,6 +17,7 @@ _chosen: dict[str, str] = {}
 """Backend by device type, filled at first use."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_for(device: str) -> str:
     """The member of BACKENDS that serves tensors of a type of device ("cpu", "cuda").
 

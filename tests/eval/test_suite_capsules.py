@@ -95,6 +95,10 @@ def test_a_capsule_that_was_trained_with_other_arguments(vlm, tmp_path, suite_fi
     path = suite_file([{**CAPSULE, "train": ["kvcapsule", "--compression", 2.5]}])
     refused = refused_line(capsys, "--model", vlm, "--suite", path, "--suite-capsules", str(folder))
     assert "--compression 2 " in refused and "--compression 2.5" in refused and "delete the folder" in refused
+    # Records of before 0.1.0 have the old names.
+    record = folder / "half.train"
+    record.write_text(record.read_text().replace("--compression 2", "--ratio 0.5"))
+    rows_of(vlm, tmp_path, "--suite", suite_file([CAPSULE]), "--suite-capsules", str(folder))
     # Where it was not this command that trained it, nobody can tell.
     (folder / "half.train").unlink()
     rows_of(vlm, tmp_path, "--suite", path, "--suite-capsules", str(folder))

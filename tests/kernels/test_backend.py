@@ -7,12 +7,15 @@ import pytest
 import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
+from kvcapsule import kernels
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.kernels import backend as choice
+from kvcapsule.kernels import reference
 from kvcapsule.kernels.cpu import library
 from kvcapsule.kernels.triton import arguments
 from kvcapsule.policy import EvenlySpaced
+from kvcapsule.segments.segment import Segment
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +74,14 @@ def test_numba_is_refused_and_cpu_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(choice.VARIABLE, "numba")
     with pytest.raises(ValueError, match="set KVCAPSULE_KERNELS=cpu"):
         choice.backend_for("cpu")
+
+
+def test_the_first_call_of_a_process_may_be_compiled(random_segment: Callable[..., Segment]) -> None:
+    """The choice is made while the step is traced, and is no part of it."""
+    segment, query = random_segment("raw", [0], dtype=torch.float32), torch.randn(1, 4, 1, 8)
+    step = torch.compile(lambda q: kernels.attend(q, [segment], 0.2), fullgraph=True, backend="eager")
+    assert not choice._chosen
+    torch.testing.assert_close(step(query), reference.attend(query, [segment], 0.2))
 
 
 @pytest.mark.parametrize("method", ["transform", "spaced"])

@@ -142,6 +142,18 @@ def test_gradients_are_the_references(random_segment: Callable[..., Segment]) ->
     assert gradients[0] is not None and gradients[0].norm() > 0 and torch.equal(*gradients)
 
 
+def test_the_default_dtype_and_device_do_not_matter() -> None:
+    draw = Draw()
+    query, segments = query_of(batch=1), [draw.raw([0], 300)]
+    expected = attended(query, segments)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(attended(query, segments), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_many_threads_may_attend_at_once(threads: int) -> None:
     draw = Draw()
     segments = [draw.transform([0, 1], 40, (3, 5), (4, 7)), quantised(draw.raw([0, 1], 70), 4, 4), draw.raw([0, 1], 9)]

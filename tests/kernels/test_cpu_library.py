@@ -56,6 +56,19 @@ def test_a_second_process_uses_what_the_first_has_compiled(calls: Path, tmp_path
     assert len(paths) == 1 and count(calls) == 1
 
 
+def test_without_a_home_the_folder_is_a_temporary_one(
+    calls: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(library.CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert library.built().is_file()
+    assert "cannot be written (Could not determine home directory.)" in caplog.text
+
+
 def test_another_compiler_or_version_has_its_own(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = library.built()
     changed = tmp_path / "bin" / "c++"

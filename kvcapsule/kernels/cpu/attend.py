@@ -48,7 +48,7 @@ def attend(
     call.scale = scale
     kernels, place = library(), ctypes.addressof(call)
     call.workspace_size = kernels.kvcapsule_workspace_size(place)
-    workspace = torch.empty(pieces * call.workspace_size + 16)
+    workspace = torch.empty(pieces * call.workspace_size + 16, dtype=torch.float32, device=query.device)
     # Vectors begin with lines of the cache.
     call.workspace = (workspace.data_ptr() + 63) // 64 * 64
     if pieces == 1:

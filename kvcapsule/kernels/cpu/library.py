@@ -1,5 +1,6 @@
 """Compile the C++ of this folder at first use, keep the library in the user's cache folder, and load it."""
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -53,7 +54,13 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _load() -> ctypes.CDLL:
-    kernels = ctypes.CDLL(str(built()))
+    try:
+        kernels = ctypes.CDLL(str(built()))
+    except OSError as error:
+        raise RuntimeError(
+            f"the CPU kernels cannot be written or loaded ({error}): name another folder in {CACHE}, or set"
+            " KVCAPSULE_KERNELS=reference."
+        ) from error
     kernels.kvcapsule_workspace_size.restype = ctypes.c_int64
     kernels.kvcapsule_workspace_size.argtypes = kernels.kvcapsule_finish.argtypes = (ctypes.c_void_p,)
     kernels.kvcapsule_run_piece.argtypes = (ctypes.c_void_p, ctypes.c_int64)
@@ -76,16 +83,21 @@ def built() -> Path:
 
 def _cache_folder() -> Path:
     """The folder for libraries; a temporary one, for this process alone, where the user's cannot be written."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcapsule"
-    folder = Path(os.environ.get(CACHE) or default)
     try:
+        folder = Path(os.environ.get(CACHE) or _default_folder())
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         what = "the CPU kernels are compiled for this process alone"
-        _logger.warning("kvcapsule: %s cannot be written (%s): %s.", folder, error.strerror, what)
-        return Path(tempfile.mkdtemp(prefix="kvcapsule-"))
+        _logger.warning("kvcapsule: the cache folder cannot be written (%s): %s.", error, what)
+        folder = Path(tempfile.mkdtemp(prefix="kvcapsule-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _default_folder() -> Path:
+    """Raises RuntimeError where the user has no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcapsule"
 
 
 def _cpu() -> str:
