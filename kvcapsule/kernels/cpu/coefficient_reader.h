@@ -105,7 +105,7 @@ class CoefficientReader {
         : src_(src), s_(src.s), query_map_(src, arena), keys_(s_.keys, s_.sets, false, arena),
           values_(s_.values, s_.sets, true, arena), columns_(padded(s_.values.channels)),
           weight_count_(src.rows * src.value_line * 2) {
-        queries_ = arena.take(TILES * src.rows * query_map_.width);
+        queries_ = arena.take(TILES * query_map_.width);
         weights_ = arena.take(weight_count_);
         row_weights_ = arena.take((src.rows + 8) * src.value_line);
         sums_ = arena.take(src.blocks * s_.values.channels * 8);
@@ -115,24 +115,20 @@ class CoefficientReader {
     void open_set(int64_t set) {
         const int64_t rows = s_.values.rows, channels = s_.values.channels;
         set_ = set;
-        query_map_.open_set(set);
         keys_.open_set(set);
         values_.open_set(set);
         copy_map(s_.values.offset + set * rows * channels, rows, channels, channels, 1, offset_, columns_);
     }
 
     void load_queries(const float* query) {
-        query_map_.load(query);
+        query_map_.load_queries(query, set_);
         memset(weights_, 0, weight_count_ * sizeof(float));
         memset(sums_, 0, src_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {
-        const int64_t line = 2 * query_map_.width, pairs = (tiles + 1) / 2;
-        query_map_.rotate(tile, tiles);
-        const int64_t rows = src_.call.rows;
-        for (int64_t head = 0; head < s_.heads; ++head)
-            query_map_.map(head, tiles, SideBySide{queries_ + head * rows * line, rows, src_.rows * line, line, LANES});
+        const int64_t pairs = (tiles + 1) / 2;
+        query_map_.map(tile, tiles, SideBySide{queries_, 1, 2 * query_map_.width, 0, LANES});
         keys_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
             constexpr int R = decltype(size)::value, P = R <= 4 ? 4 : 2;
@@ -193,13 +189,13 @@ class CoefficientReader {
     // Products of a block of R queries of P pairs of tiles from p on with a group of key rows.
     template <int R, int P> INLINE void score_group(int64_t block, int64_t group, int64_t p, float* z) const {
         Floats sum[P][R] = {};
-        const int64_t line = 2 * query_map_.width, apart = src_.rows * line;
-        const float* const queries = queries_ + p * apart + block * R * line;
+        const int64_t apart = 2 * query_map_.width;
+        const float* const queries = queries_ + p * apart + block * R * s_.keys.channels * 2;
         keys_.each_cell(set_, group, [&](int64_t cell, int64_t channel, const auto& numbers) INLINE_LAMBDA {
             const Floats shift = load(keys_.shift + LANES * cell);
             EACH(pair, P) {
                 const Floats found = numbers(2 * (p + pair)) + shift;
-                EACH(r, R) sum[pair][r] += found * splat_pair(queries + pair * apart + r * line + channel * 2);
+                EACH(r, R) sum[pair][r] += found * splat_pair(queries + pair * apart + (channel * R + r) * 2);
             }
         });
         float* const to = z + ((p * src_.rows + block * R) * s_.keys.rows + 8 * group) * 2;
@@ -229,10 +225,10 @@ class CoefficientReader {
 
     const Source& src_;
     const Segment& s_;
-    Queries query_map_;
+    QueryMap query_map_;
     Cells keys_, values_;
     int64_t set_ = 0, columns_, weight_count_;
-    float *queries_, *weights_;             // [pairs, rows, width, 2]; [M / 8, rows, 8, 2]: of all tiles
+    float *queries_, *weights_;             // [pairs, width, 2]; [M / 8, rows, 8, 2]: of all tiles
     float *sums_, *offset_, *row_weights_;  // [blocks, C, 8], [M, columns], [rows, M filled up]
 };
 
