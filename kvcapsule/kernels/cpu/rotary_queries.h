@@ -128,8 +128,8 @@ class QueryMap {
 
     // A block's columns; numbers that come over those of the next channel are replaced by its own.
     void load_block(const float* q_map, float* out, bool add) {
-        const int64_t half = src_.s.half, channels = src_.s.keys.channels, size = src_.block, line = src_.s.q_map.second;
-        const int64_t step = size == 1 ? LANES : 1;
+        const int64_t half = src_.s.half, channels = src_.s.keys.channels, line = src_.s.q_map.second;
+        const int64_t size = src_.block, step = size == 1 ? LANES : 1;
         const auto number = [&](const float* from, int64_t c) INLINE_LAMBDA {
             return step == 1 ? splat(from[c]) : load_part(from + c, channels - c);
         };
@@ -155,7 +155,7 @@ class QueryMap {
 
     const Source& src_;
     int64_t features_;
-    float *map_, *features_of_tiles_, *lanes_;  // [features, width], [TILES, features]
+    float *map_, *features_of_tiles_, *lanes_;  // [features, width], [TILES, features], [D, 16]
 };
 
 }  // namespace kvcapsule
