@@ -118,11 +118,12 @@ class QueryMap {
 
     // lanes_ [D, 16]: a block's query rows of a head, 0 for others; of blocks of one row, that row in all lanes.
     void load_lanes(const float* query, int64_t block, int64_t head) {
-        memset(lanes_, 0, src_.call.dim * LANES * sizeof(float));
-        for (int64_t lane = 0; lane < (src_.block == 1 ? LANES : src_.block); ++lane) {
-            const int64_t row = block * src_.block + (src_.block == 1 ? 0 : lane), dim = src_.call.dim;
-            if (row >= src_.real_rows || row / src_.call.rows != head) continue;
-            for (int64_t d = 0; d < dim; ++d) lanes_[d * LANES + lane] = query[row * dim + d] * src_.call.scale;
+        const int64_t dim = src_.call.dim, size = src_.block;
+        const float* const rows = query + block * size * dim;
+        for (int64_t d = 0; d < dim; ++d) {
+            store(lanes_ + d * LANES, size == 1 ? splat(rows[d] * src_.call.scale) : Floats{});
+            for (int64_t lane = 0, row = block * size; size > 1 && lane < size && row < src_.real_rows; ++lane, ++row)
+                if (row / src_.call.rows == head) lanes_[d * LANES + lane] = rows[lane * dim + d] * src_.call.scale;
         }
     }
 
