@@ -60,19 +60,31 @@ struct Cells {
                     prefetch(static_cast<const uint8_t*>(rows.data) + next[tile].entry * rows.entry + at);
     }
 
-    // Calls body(cell, what it meets, numbers) for each cell of a block; numbers(tile): of two tiles from `tile` on.
-    template <class Body> INLINE void each_cell(int64_t set, int64_t block, const Body& body) const {
+    // Whether a block and the next one have a cell of few bits for each thing they meet, so that each_cell reads both.
+    bool alike(int64_t set, int64_t block) const {
+        const int64_t all = of_channels ? rows.rows / 8 : rows.channels;
+        const auto plain = [&](const int32_t* bound) { return bound[1] - bound[0] == all && bound[2] == bound[1]; };
+        return block + 1 < blocks && plain(bounds(set, block)) && plain(bounds(set, block + 1));
+    }
+
+    // Calls body(cell, what it meets, numbers) for each cell of a block, or of two that are alike;
+    // numbers(tile, g): of two tiles from `tile` on, of the first or the second block.
+    template <int BLOCKS, class Body> INLINE void each_cell(int64_t set, int64_t block, const Body& body) const {
         const int32_t* const bound = bounds(set, block);
         const uint8_t* const data = static_cast<const uint8_t*>(rows.data);
         for (int64_t i = bound[0]; i < bound[2]; ++i) {
             const int64_t met = rows.cells[i] >> 32, place = rows.cells[i] & 0xffffffff;
             const float factor = scale[i - first];
             if (i < bound[1]) {
-                const Decoder decoder(place >> 24, factor);
+                const int64_t other = i + (BLOCKS - 1) * (bound[1] - bound[0]), place2 = rows.cells[other] & 0xffffffff;
+                const Decoder decoder(place >> 24, factor), decoder2(place2 >> 24, scale[other - first]);
                 const uint32_t* const at = words + (place & 0xffffff) * TILES;
-                body(i - first, met, [&](int64_t tile) INLINE_LAMBDA { return decoder.numbers(at + tile); });
-            } else {
-                body(i - first, met, [&](int64_t tile) INLINE_LAMBDA {
+                const uint32_t* const at2 = words + (place2 & 0xffffff) * TILES;
+                body(i - first, met, [&](int64_t tile, int g) INLINE_LAMBDA {
+                    return g ? decoder2.numbers(at2 + tile) : decoder.numbers(at + tile);
+                });
+            } else if (BLOCKS == 1) {
+                body(i - first, met, [&](int64_t tile, int) INLINE_LAMBDA {
                     return eight_bit_numbers(data + base[tile] + place, data + base[tile + 1] + place, factor);
                 });
             }
@@ -105,7 +117,7 @@ class CoefficientReader {
         : src_(src), s_(src.s), query_map_(src, arena), keys_(s_.keys, s_.sets, false, arena),
           values_(s_.values, s_.sets, true, arena), columns_(padded(s_.values.channels)),
           weight_count_(src.rows * src.value_line * 2) {
-        queries_ = arena.take(TILES * src.rows * query_map_.width);
+        queries_ = arena.take(TILES * query_map_.width);
         weights_ = arena.take(weight_count_);
         row_weights_ = arena.take((src.rows + 8) * src.value_line);
         sums_ = arena.take(src.blocks * s_.values.channels * 8);
@@ -115,33 +127,32 @@ class CoefficientReader {
     void open_set(int64_t set) {
         const int64_t rows = s_.values.rows, channels = s_.values.channels;
         set_ = set;
-        query_map_.open_set(set);
         keys_.open_set(set);
         values_.open_set(set);
         copy_map(s_.values.offset + set * rows * channels, rows, channels, channels, 1, offset_, columns_);
     }
 
     void load_queries(const float* query) {
-        query_map_.load(query);
+        query_map_.load_queries(query, set_);
         memset(weights_, 0, weight_count_ * sizeof(float));
         memset(sums_, 0, src_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {
-        const int64_t line = 2 * query_map_.width, pairs = (tiles + 1) / 2;
-        query_map_.rotate(tile, tiles);
-        const int64_t rows = src_.call.rows;
-        for (int64_t head = 0; head < s_.heads; ++head)
-            query_map_.map(head, tiles, SideBySide{queries_ + head * rows * line, rows, src_.rows * line, line, LANES});
+        const int64_t pairs = (tiles + 1) / 2;
+        query_map_.map(tile, tiles, SideBySide{queries_, 1, 2 * query_map_.width, 0, LANES});
         keys_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
-            constexpr int R = decltype(size)::value, P = R <= 4 ? 4 : 2;
+            constexpr int R = decltype(size)::value, P = R <= 2 ? 4 : 2;
             for (int64_t block = 0; block < src_.blocks; ++block)
-                for (int64_t group = 0; group < keys_.blocks; ++group) {
-                    if (!block) keys_.expect(tile + tiles, next, set_, group);
+                for (int64_t group = 0, two; group < keys_.blocks; group += 1 + two) {
+                    two = R < 8 && keys_.alike(set_, group);
+                    for (int64_t i = group; !block && i <= group + two; ++i) keys_.expect(tile + tiles, next, set_, i);
                     int64_t p = 0;
-                    for (; p + P <= pairs; p += P) score_group<R, P>(block, group, p, z);
-                    for (; p < pairs; ++p) score_group<R, 1>(block, group, p, z);
+                    for (; two && p + P <= pairs; p += P) score_groups<R, P, 2>(block, group, p, z);
+                    for (; !two && p + P <= pairs; p += P) score_groups<R, P, 1>(block, group, p, z);
+                    for (; p < pairs; ++p)
+                        for (int64_t i = group; i <= group + two; ++i) score_groups<R, 1, 1>(block, i, p, z);
                 }
         });
     }
@@ -190,49 +201,58 @@ class CoefficientReader {
     }
 
   private:
-    // Products of a block of R queries of P pairs of tiles from p on with a group of key rows.
-    template <int R, int P> INLINE void score_group(int64_t block, int64_t group, int64_t p, float* z) const {
-        Floats sum[P][R] = {};
-        const int64_t line = 2 * query_map_.width, apart = src_.rows * line;
-        const float* const queries = queries_ + p * apart + block * R * line;
-        keys_.each_cell(set_, group, [&](int64_t cell, int64_t channel, const auto& numbers) INLINE_LAMBDA {
-            const Floats shift = load(keys_.shift + LANES * cell);
+    // Products of a block of R queries of P pairs of tiles from p on with one or two groups of key rows.
+    template <int R, int P, int G> INLINE void score_groups(int64_t block, int64_t group, int64_t p, float* z) const {
+        Floats sum[G][P][R] = {};
+        const int64_t apart = 2 * query_map_.width, channels = s_.keys.channels;
+        const float* const queries = queries_ + p * apart + block * R * channels * 2;
+        keys_.each_cell<G>(set_, group, [&](int64_t cell, int64_t channel, const auto& numbers) INLINE_LAMBDA {
+            const float* const shift = keys_.shift + LANES * cell;
             EACH(pair, P) {
-                const Floats found = numbers(2 * (p + pair)) + shift;
-                EACH(r, R) sum[pair][r] += found * splat_pair(queries + pair * apart + r * line + channel * 2);
+                Floats found[G];
+                EACH(g, G) found[g] = held(numbers(2 * (p + pair), g) + load(shift + g * channels * LANES));
+                EACH(r, R) {
+                    const Floats query = held(splat_pair(queries + pair * apart + (channel * R + r) * 2));
+                    EACH(g, G) sum[g][pair][r] += found[g] * query;
+                }
             }
         });
         float* const to = z + ((p * src_.rows + block * R) * s_.keys.rows + 8 * group) * 2;
-        EACH(pair, P) EACH(r, R) store(to + (pair * src_.rows + r) * s_.keys.rows * 2, sum[pair][r]);
+        EACH(g, G) EACH(pair, P) EACH(r, R)
+            store(to + (pair * src_.rows + r) * s_.keys.rows * 2 + g * LANES, sum[g][pair][r]);
     }
 
     // Adds a channel of the value rows of some pairs of tiles; P pairs have their own sums, so none waits for another.
     template <int R> INLINE void add_channel(int64_t block, int64_t channel, int64_t pairs, const float* weights) {
         constexpr int P = R <= 2 ? 4 : R == 4 ? 2 : 1, ROUND = (R + 3) / 4 * 4;
         Floats sum[P][ROUND] = {};
-        values_.each_cell(set_, channel, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
-            const float* here = weights + (group * src_.rows + block * R) * LANES;
+        const int64_t apart = src_.rows * LANES, count = weight_count_;
+        const float* const from = weights + block * R * LANES;
+        values_.each_cell<1>(set_, channel, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
+            const float* const here = from + group * apart;
             const auto add = [&](int i, int64_t p) INLINE_LAMBDA {
-                const Floats found = numbers(2 * p);
-                EACH(r, R) sum[i][r] += found * load(here + p * weight_count_ + r * LANES);
+                const Floats found = numbers(2 * p, 0);
+                EACH(r, R) sum[i][r] += found * load(here + p * count + r * LANES);
             };
-            int64_t p = 0;
-            for (; p + P <= pairs; p += P) EACH(i, P) add(i, p + i);
-            for (; p < pairs; ++p) add(0, p);
+            if (pairs == TILES / 2) {
+                EACH(p, TILES / 2) add(p % P, p);
+            } else {
+                for (int64_t p = 0; p < pairs; ++p) add(0, p);
+            }
         });
         EACH(i, P - 1) EACH(r, R) sum[0][r] += sum[i + 1][r];
         float found[ROUND];
         EACH(i, ROUND / 4) store_four_sums(found + 4 * i, sum[0] + 4 * i);
         float* const to = sums_ + (block * s_.values.channels + channel) * 8;
-        for (int r = 0; r < R; ++r) to[r] += found[r];
+        EACH(r, ROUND) to[r] += found[r];
     }
 
     const Source& src_;
     const Segment& s_;
-    Queries query_map_;
+    QueryMap query_map_;
     Cells keys_, values_;
     int64_t set_ = 0, columns_, weight_count_;
-    float *queries_, *weights_;             // [pairs, rows, width, 2]; [M / 8, rows, 8, 2]: of all tiles
+    float *queries_, *weights_;             // [pairs, width, 2]; [M / 8, rows, 8, 2]: of all tiles
     float *sums_, *offset_, *row_weights_;  // [blocks, C, 8], [M, columns], [rows, M filled up]
 };
 
