@@ -28,8 +28,8 @@ class PyramidOptions(TileOptions):
     """Shape of the codecs."""
 
     pyramid: float = 0.0
-    """How much more the first layer keeps than the mean, as a fraction of it (and the last layer less): 0 is
-    uniform."""
+    """Slope of the budget over the layers. 0.5: the first layer keeps 1.5 times the mean and the last 0.5 times, linear
+    between; 0: all alike."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Recipe:
     held_out: int = 64
     """Questions on which reconstruction is measured: the last ones of the source, which are never trained on."""
     batch: int = 16
-    """Questions of one step."""
+    """Questions in one training batch."""
     moment_batches: int = 40
     """Batches for the closed-form parts (PCA, first reconstruction)."""
     harvests: str | None = None

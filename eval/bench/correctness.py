@@ -1,4 +1,4 @@
-"""Every contender's output is compared with attention in double precision before it is timed."""
+"""Check of each method's output against attention in double precision, before it is timed."""
 
 from collections.abc import Sequence
 

@@ -93,6 +93,7 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _point(row: Mapping[str, Any], key: str) -> tuple[float, float]:
+    """A row's bytes (or other figure named by key) and its mean accuracy over the tasks."""
     return float(row[key]), mean(row["accuracy"].values())
 
 

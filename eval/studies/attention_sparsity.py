@@ -1,5 +1,6 @@
-"""The sparsity of each layer's post-vision attention, by which VL-Cache shares its budget: `python -m
-kvcapsule.eval.studies.attention_sparsity`."""
+"""Sparsity of each layer's post-vision attention, the measure by which VL-Cache shares its budget among the layers.
+
+`python -m kvcapsule.eval.studies.attention_sparsity` prints it."""
 
 import sys
 from dataclasses import asdict, dataclass, field

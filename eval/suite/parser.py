@@ -188,6 +188,7 @@ def _amount(method: str, among: Mapping[str, Any], entry: Mapping[str, Any]) -> 
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an entry; raises InputError where they are no mapping of names to values."""
     settings = entry.get("settings") or {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise InputError(f"settings {settings!r}: expected keys and values, those of the policy.")

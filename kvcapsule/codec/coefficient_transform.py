@@ -78,7 +78,7 @@ def split_heads(channels_SWC: torch.Tensor, heads: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CoefficientCodecConfig(CodecConfig):
-    """Settings of both transform codes."""
+    """Settings that the families transform and cross-layer share."""
 
     joint_heads: int = field(default=1, kw_only=True)
     """KV heads per head group, which are coded together; divides the number of KV heads."""

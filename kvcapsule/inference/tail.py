@@ -25,6 +25,7 @@ class Tail:
         self._owner: torch.Tensor | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write new tokens [B, H, N, D] behind the others; the buffer grows where they do not fit."""
         needed = self.length + keys.shape[2]
         if needed > self.keys.shape[2]:
             capacity = max(needed, self.keys.shape[2] + max(_STEP, self.keys.shape[2] // 2))

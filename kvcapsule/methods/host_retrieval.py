@@ -1,4 +1,5 @@
-"""Segments whose rows lie in the host's memory, and of which each decode step loads the chunks that its query asks for.
+"""Host retrieval, for HybridKV: segments whose rows lie in the memory of the host; each decode step loads the chunks
+(runs of tokens) that match its query best.
 
 Shapes: E entries, S slots of the host's store, C chunks of T tokens, K chunks that are loaded, D head dim; n tokens of
 an entry.

@@ -68,6 +68,7 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
 
 
 def _small_tensors(segment: Segment) -> list[torch.Tensor]:
+    """Per-entry tensors and rotary frame, which the kernels need contiguous."""
     frame = () if segment.frame is None else (segment.frame.cos, segment.frame.sin)
     return [t for t in (segment.owner, segment.head, segment.bias, segment.mask, *frame) if t is not None]
 
