@@ -1,5 +1,7 @@
 """Work of the CPU's kernels in the threads of PyTorch's own team."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,21 +38,32 @@ def test_each_piece_is_done_once(many: int, teamed: bool, monkeypatch: pytest.Mo
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_team_is_pytorchs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its workers are there already when it is entered, so no thread is added."""
-    if team.openmp() is None:
-        pytest.skip("this build of PyTorch has no OpenMP team that can be entered")
-    was = torch.get_num_threads()
-    request.addfinalizer(lambda: torch.set_num_threads(was))
-    torch.set_num_threads(2)
-    torch.ones(2**22).sum()
-    before = _threads()
-    monkeypatch.setattr(team, "count", lambda work: 2)
-    monkeypatch.delattr(team, "pool")
-    attend(query_of(), [Draw().raw([0, 1, 2, 3], 300)], SCALE)
-    assert _threads() == before
+_ALONE = """
+import torch
+from kvcapsule.kernels.cpu import threads
+from kvcapsule.kernels.cpu.attend import attend
+from kvcapsule.segments.segment import Segment
 
-
-def _threads() -> int:
+def count():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
+
+torch.set_num_threads(2)
+keys, values = torch.randn(4, 2, 300, 16), torch.randn(4, 2, 300, 16)
+segment = Segment(keys, values, torch.arange(4))
+torch.ones(2**22).sum()
+before = count()
+threads.count = lambda work: 2
+del threads.pool
+attend(torch.randn(4, 2, 1, 16), [segment], 0.25)
+print(before, count())
+"""
+
+
+def test_the_team_is_pytorchs() -> None:
+    """Its workers are there already when it is entered, so no thread is added. In a process without other teams."""
+    if team.openmp() is None:
+        pytest.skip("this build of PyTorch has no OpenMP team that can be entered")
+    done = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True, check=True)
+    before, after = done.stdout.split()
+    assert after == before
