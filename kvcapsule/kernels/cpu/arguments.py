@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ...segments.coefficient_rows import CodedRows
+from ...segments.pooled_segment import PooledSegment
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Segment
 from .cell_words import cell_tables
 
 RAW, QUANTIZED, CELLS = range(3)
 """Form of structs.h."""
+_LANES = 16
+"""LANES of simd.h."""
 
 
 def _structs() -> dict[str, type[ctypes.Structure]]:
@@ -91,6 +94,9 @@ def _form(s: Segment) -> int | None:
     else:
         return None
     dense = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in rows)
+    if form == RAW and isinstance(keys, torch.Tensor) and not dense:
+        # Keys of a block may lie channel by channel, in whole vectors of tokens.
+        dense = keys.stride(2) == 1 and keys.shape[2] % _LANES == 0 and s.score_map is None and rows[1].stride(-1) == 1
     # Each set of heads has one map along the tokens.
     mapped = all(map_ is None or len(map_) in (1, sets) for map_ in (s.score_map, s.value_map))
     return form if dense and mapped and all(t is None or t.dtype == torch.float32 for t in floats) else None
@@ -110,6 +116,7 @@ class Builder:
             sets, heads_of_a_set = len(keys.coding.widths), keys.coding.heads
         struct = CSegment(
             form, len(s.owner), sets, heads_of_a_set, s.tokens, self.dense(s.owner), self.dense(s.head),
+            *(map(self.dense, (s.place, s.counts)) if isinstance(s, PooledSegment) else (None, None)),
             self.dense(s.mask), *(self.dense(t) for t in (frame.tensors() if frame else (None, None))),
             frame.cos.shape[1] if frame else 0, frame is not None and frame.interleaved,
             self.strided(s.bias), self.strided(s.q_map, True), self.strided(s.score_map), self.strided(s.value_map),
@@ -134,13 +141,13 @@ class Builder:
     def rows(self, rows: Any, of_channels: bool) -> ctypes.Structure:
         count, channels = rows.shape[2:]
         if isinstance(rows, torch.Tensor):
-            return CRows(self.place(rows), count, channels, *_steps(rows)[:3])
+            return CRows(self.place(rows), count, channels, *_steps(rows)[:3], rows.stride(3) if channels > 1 else 1)
         if isinstance(rows, QuantizedRows):
             scales = self.dense(rows.scale), self.dense(rows.minimum)
-            return CRows(self.place(rows.codes), count, channels, *_steps(rows.codes)[:3], *scales, rows.bits)
+            return CRows(self.place(rows.codes), count, channels, *_steps(rows.codes)[:3], 1, *scales, rows.bits)
         coding, packed = rows.coding, rows.packed
         return CRows(
-            self.place(packed), count, channels, packed.stride(0), 0, 0, self.dense(coding.scale),
+            self.place(packed), count, channels, packed.stride(0), 0, 0, 1, self.dense(coding.scale),
             self.dense(coding.offset), 0, packed.stride(0) * (len(packed) - 1) + packed.shape[1],
             self.dense(coding.widths), *map(self.place, cell_tables(coding, of_channels)),
         )  # fmt: skip

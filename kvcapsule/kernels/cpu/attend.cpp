@@ -30,17 +30,17 @@ template <class Reader> class Pass {
         const int64_t end = total * (piece + 1) / call_.pieces;
         int64_t open = -1;
         for (int64_t i = total * piece / call_.pieces; i < end;) {
-            const int64_t set = set_of(i), owner = s_.owner[tile_at(i).entry];
+            const int64_t set = set_of(i), owner = s_.owner[tile_at(i).index];
             if (set != open) open_set(set), open = set;
             reader_.load_queries(call_.query + place(set, owner) * call_.dim);
             softmax_.begin(src_.rows);
             // Tiles of one set and batch row.
-            const auto same = [&] { return i < end && set_of(i) == set && s_.owner[tile_at(i).entry] == owner; };
+            const auto same = [&] { return i < end && set_of(i) == set && s_.owner[tile_at(i).index] == owner; };
             while (same()) {
                 Tile tile[2 * TILES];
                 int64_t tiles = 0, next = 0;
                 for (; tiles < TILES && same(); ++i)
-                    if (has_tokens(tile_at(i).entry)) tile[tiles++] = tile_at(i);
+                    if (has_tokens(tile_at(i))) tile[tiles++] = tile_at(i);
                 for (; next < TILES && i + next < end && set_of(i + next) == set; ++next)
                     tile[tiles + next] = tile_at(i + next);
                 if (tiles) read_tiles(set, tile, tiles, next);
@@ -52,10 +52,13 @@ template <class Reader> class Pass {
   private:
     int64_t set_of(int64_t i) const { return s_.head ? s_.head[i / src_.chunks] : i / (src_.chunks * s_.entries); }
     Tile tile_at(int64_t i) const {
-        const int64_t token = i % src_.chunks * src_.tokens, rest = s_.tokens - token;
-        return {i / src_.chunks % s_.entries, token, rest < src_.tokens ? rest : src_.tokens};
+        const int64_t index = i / src_.chunks % s_.entries, token = i % src_.chunks * src_.tokens;
+        const int64_t rest = (s_.counts ? s_.counts[index] : s_.tokens) - token;
+        return {index, s_.place ? s_.place[index] : index, token, rest < src_.tokens ? rest : src_.tokens};
     }
-    bool has_tokens(int64_t entry) const { return !s_.mask || memchr(s_.mask + entry * s_.tokens, 1, s_.tokens); }
+    bool has_tokens(const Tile& tile) const {
+        return tile.count > 0 && (!s_.mask || memchr(s_.mask + tile.index * s_.tokens, 1, s_.tokens));
+    }
     int64_t place(int64_t set, int64_t owner) const { return (owner * s_.sets + set) * s_.heads * call_.rows; }
 
     void open_set(int64_t set) {
@@ -81,7 +84,7 @@ template <class Reader> class Pass {
             product<Reader::PAIR>(products_, Reader::PAIR * src_.key_line, lines, to_tokens_, s_.keys.rows,
                                   src_.score_line, ByRow{scores_, src_.score_line});
         for (int64_t j = 0; j < even; ++j) {
-            const Tile& mine = j < tiles ? tile[j] : Tile{0, 0, 0};
+            const Tile& mine = j < tiles ? tile[j] : Tile{0, 0, 0, 0};
             if (mine.count < src_.score_line || s_.bias.data || src_.hides())
                 add_bias_and_mask(scores_ + src_.line(j, 0) * src_.score_line, mine, set, src_);
         }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...segments.pooled_segment import PooledSegment
 from ...segments.segment import Segment
 from .. import reference
 from . import threads
@@ -71,9 +72,10 @@ def split(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> lis
         return [(segment, None) for segment in segments]
     read = []
     for segment in segments:
-        if type(segment).for_query is not Segment.for_query:
+        args = arguments(segment, heads) if isinstance(segment, PooledSegment) else None
+        if args is None and type(segment).for_query is not Segment.for_query:
             segment = segment.for_query(query.unflatten(1, (heads, -1)), scale)
-        read.append((segment, arguments(segment, heads)))
+        read.append((segment, args or arguments(segment, heads)))
     rest = [segment for segment, args in read if args is None]
     if rest and all(segment.head is not None for segment in rest):
         # How many KV heads there are, the reference learns from a segment that holds all of them.

@@ -71,7 +71,7 @@ class RowReader {
                     float* const to = z + src_.line(i, row) * line;
                     constexpr int R = decltype(size)::value, V = R <= 4 ? 4 : 2;
                     int64_t n = 0;
-                    if (s_.form == RAW) {
+                    if (s_.form == RAW && s_.keys.column == 1) {
                         dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line, ahead(s_.keys));
                     } else {
                         for (; n + V * LANES <= line; n += V * LANES) score_codes<R, V>(query, keys, n, to);
@@ -127,7 +127,8 @@ class RowReader {
         int64_t apart;
     };
 
-    // A tile's rows as they are; or in `buffer`: copied [count, padded(C)], or made of codes [C, line].
+    // A tile's rows as they are, [count, C] or [C, line]; or in `buffer`: copied [count, padded(C)], or made of codes
+    // [C, line].
     Stored read(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t line) const {
         const int64_t first = tile.entry * rows.entry + set_ * rows.head, width = padded(rows.channels);
         if (s_.form == QUANTIZED) {
@@ -147,6 +148,7 @@ class RowReader {
             return {buffer, line};
         }
         const float* const from = static_cast<const float*>(rows.data) + first + tile.token * rows.row;
+        if (rows.column != 1) return {from, rows.column};
         if (!copied && rows.channels == width) return {from, rows.row};
         copy_map(from, count, rows.row, rows.channels, 1, buffer, width);
         return {buffer, width};

@@ -21,8 +21,9 @@ struct Strided {
 struct Rows {
     const void* data;  // fp32 rows, codes or packed cells
     int64_t rows, channels;
-    // RAW: strides. QUANTIZED: those of the codes [E, H, C, bytes], `row` of channels. CELLS: `entry` alone.
-    int64_t entry, head, row;
+    // RAW: strides, of which `row` or `column` is 1. QUANTIZED: those of the codes [E, H, C, bytes], `row` of channels.
+    // CELLS: `entry` alone.
+    int64_t entry, head, row, column;
     // QUANTIZED: scale and minimum [E, H, 1, C]. CELLS: scale [S, M / 8, C], and offset of all entries [S, M, C].
     const float *scale, *offset;
     int64_t bits;           // QUANTIZED: of a code
@@ -36,6 +37,7 @@ struct Rows {
 struct Segment {
     int64_t form, entries, sets, heads, tokens;  // heads: KV heads of a set
     const int64_t *owner, *head;                 // [E]: batch rows; KV heads, where entries hold one each
+    const int64_t *place, *counts;               // [E]: where rows, bias and frame are in a pool; tokens that are written
     const uint8_t* mask;                         // [E, N]: which tokens there are
     const float *cos, *sin;                      // [E, half]: rotations of the tiles' frames
     int64_t half, interleaved;                   // interleaved: channels 2 i and 2 i + 1 rotate together

@@ -23,7 +23,7 @@ struct Arena {
 
 // Some tokens of an entry, or all of it.
 struct Tile {
-    int64_t entry, token, count;
+    int64_t index, entry, token, count;  // index: of the entry; entry: where its rows, bias and frame are
 };
 
 // A segment in a call. A query row of two neighbouring tiles is two lines of scores, one behind the other (`line`).
@@ -54,8 +54,8 @@ struct Source {
     bool hides() const { return s.mask || visible; }
     bool sees(const Tile& tile, int64_t query, int64_t n) const {
         const int64_t token = tile.token + n;
-        return !(s.mask && !s.mask[tile.entry * s.tokens + token]) &&
-               !(visible && !visible[(tile.entry * call.queries + query) * s.tokens + token]);
+        return !(s.mask && !s.mask[tile.index * s.tokens + token]) &&
+               !(visible && !visible[(tile.index * call.queries + query) * s.tokens + token]);
     }
     int64_t line(int64_t tile, int64_t row) const { return (tile / 2 * rows + row) * 2 + tile % 2; }
 };
