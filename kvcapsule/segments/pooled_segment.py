@@ -25,9 +25,7 @@ class PooledSegment(Segment):
     """
 
     @classmethod
-    def of(
-        cls, pool: Segment, owner: torch.Tensor, place: torch.Tensor, counts: torch.Tensor | None = None
-    ) -> Self:
+    def of(cls, pool: Segment, owner: torch.Tensor, place: torch.Tensor, counts: torch.Tensor | None = None) -> Self:
         """Entries `place` of a pool, owned by the batch rows `owner`."""
         return cls(
             **{f.name: getattr(pool, f.name) for f in fields(Segment)} | {"owner": owner, "each_row": False},

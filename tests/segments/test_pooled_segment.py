@@ -64,7 +64,10 @@ def test_blocks_that_fill_up(block: int, columns: bool) -> None:
     query = torch.randn(2, 2 * HEADS, 1, DIM)
     ((_, args),) = split(query, [segment], 0.2)
     assert args is not None, "the kernels cover it"
-    rows = [torch.cat([pool.keys[4], pool.keys[1, :, :1]], 1), torch.cat([pool.keys[4], pool.keys[3, :, : block - 1]], 1)]
+    rows = [
+        torch.cat([pool.keys[4], pool.keys[1, :, :1]], 1),
+        torch.cat([pool.keys[4], pool.keys[3, :, : block - 1]], 1),
+    ]
     values = [
         torch.cat([pool.values[4], pool.values[1, :, :1]], 1),
         torch.cat([pool.values[4], pool.values[3, :, : block - 1]], 1),

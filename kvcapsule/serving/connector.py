@@ -1,0 +1,122 @@
+"""CapsuleConnector: vLLM's KV connector as the control plane of capsules, one object in the scheduler and one in each
+worker."""
+
+from typing import Any
+
+from vllm.config import set_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.logger import init_logger
+
+from ..capsule.capsule import Capsule
+from ..errors import ConfigError
+from ..inference.transformers_api import require_supported as require_transformers
+from ..vlm.geometry import KVGeometry, full_attention_layers
+from .manager import CapsuleManager
+from .pool import one_tile, slot_bytes
+from .rotation import RotaryEmbedding
+from .scheduler_half import SchedulerHalf, Step, images_of
+from .settings import Settings, refuse_unsupported
+from .version import require_supported
+from .worker_half import WorkerHalf
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class StepMetadata(KVConnectorMetadata):
+    """What workers are told of a step, as vLLM carries it."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+
+class CapsuleConnector(KVConnectorBase_V1):
+    """Says when an image is computed, has it compressed, and forgets it with its request."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        require_supported()
+        require_transformers()
+        refuse_unsupported(vllm_config)
+        groups = kv_cache_config.kv_cache_groups
+        config = vllm_config.model_config.hf_config
+        layers = full_attention_layers(config)
+        if len(groups) != 1 or len(groups[0].layer_names) != len(layers):
+            raise ConfigError(
+                f"capsules in vLLM do not work with models of several kinds of layers yet: {config.model_type}."
+            )
+        settings = Settings.of(vllm_config)
+        capsule = Capsule.from_pretrained(settings.capsule)
+        capsule.require_geometry(KVGeometry.from_config(config))
+        tile, block = capsule.config.codec.tile, vllm_config.cache_config.block_size
+        if tile % block:
+            raise ConfigError(
+                f"the capsule's tiles of {tile} tokens are no multiple of the engine's block size {block}, so that no"
+                f" block could be given back: pass --block-size, or train a capsule with --codec.align {block}."
+            )
+        # Where vLLM runs transformers' own model, it has wrapped the model's class, which asks for this.
+        with set_current_vllm_config(vllm_config):
+            rotary = RotaryEmbedding(config) if capsule.config.geometry.rotary != "none" else None
+        form = one_tile(capsule, layers, vllm_config.model_config.dtype, rotary and rotary.first(tile))
+        slots = settings.pool_bytes // slot_bytes(form)
+        if slots < 1:
+            raise ConfigError(f"pool_bytes {settings.pool_bytes}: one tile takes {slot_bytes(form)} bytes.")
+        self.scheduler: SchedulerHalf | None = None
+        self.worker: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerHalf(block, tile, slots)
+        else:
+            self.worker = WorkerHalf(capsule, layers, form, slots, rotary, block)
+
+    # In the scheduler.
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        (manager,) = kv_cache_manager.coordinator.single_type_managers
+        if not isinstance(manager, CapsuleManager):
+            raise ConfigError(
+                f"vLLM manages this model's KV cache with {type(manager).__name__}, not with kvcapsule's manager: is the"
+                " plug-in kvcapsule loaded (VLLM_PLUGINS), and the attention backend the CPU's?"
+            )
+        manager.capsules = self.scheduler
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self.scheduler is not None
+        self.scheduler.begin(request.request_id, images_of(request))
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        assert self.scheduler is not None
+        scheduled, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        return StepMetadata(self.scheduler.step({name: n + scheduled[name] for name, n in computed.items()}))
+
+    # In a worker.
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        assert self.worker is not None
+        self.worker.register(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert self.worker is not None and isinstance(connector_metadata, StepMetadata)
+        self.worker.begin_step(connector_metadata.step)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        assert self.worker is not None
+        self.worker.end_step()
