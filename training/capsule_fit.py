@@ -177,11 +177,11 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     def _harvest(self, batch: Batch) -> list[LayerHarvest]:
         task = self.task
         if task.recipe.harvests is None:
-            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame)
+            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, batch.alignment)
         if self._store is None:
             canonical = task.recipe.codec.canonical_frame
             self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, canonical, self.show)
-        return self._store.harvest(batch.inputs)
+        return self._store.harvest(batch.inputs, batch.alignment)
 
     def read(self, batch: Batch, with_kl: bool) -> "Read":
         """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its
@@ -190,9 +190,9 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             layers = self.harvest(batch)
             return Read(layers, self.segments(layers), None)
         task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
-        layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last)
+        layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last, batch.alignment)
         segments = self.segments(layers)
-        through = logits_through(task.model, batch.inputs, task.tile, canonical, segments, last)
+        through = logits_through(task.model, batch.inputs, task.tile, canonical, segments, last, batch.alignment)
         return Read(layers, segments, divergence(logits, through, batch.answers))
 
     @rank_zero_only

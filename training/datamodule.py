@@ -1,6 +1,6 @@
 """Batches of questions with their answers, as a frozen VLM's inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -13,6 +13,11 @@ from kvcapsule.data.batches import read_question
 from kvcapsule.data.prompts import encode
 from kvcapsule.errors import ConfigError
 
+from .harvest import AT_SPANS, Alignment
+
+_SEEDS = 1_000_003
+"""Between the random numbers of two seeds."""
+
 
 class Batch(NamedTuple):
     """Left-padded inputs over prompt and answer."""
@@ -20,6 +25,8 @@ class Batch(NamedTuple):
     inputs: BatchFeature
     answers: torch.Tensor
     """[B]: how many tokens the answer has, at the end of each row, what closes the turn included."""
+    alignment: Alignment = AT_SPANS
+    """Where its tiles begin."""
 
 
 class Questions(L.LightningDataModule):
@@ -39,10 +46,12 @@ class Questions(L.LightningDataModule):
         seed: int = 0,
         dtype: torch.dtype | None = None,
         fixed: bool = False,
+        align: int = 1,
     ) -> None:
-        """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares."""
+        """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares. align: multiples at
+        which tiles begin; tiles are then cut as if a random number of tokens stood before each row."""
         super().__init__()
-        self.fixed = fixed
+        self.fixed, self.align = fixed, align
         self.rows, self.held_out, self.processor = rows, held_out, processor
         self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
 
@@ -59,7 +68,15 @@ class Questions(L.LightningDataModule):
         questions = [read_question(row, row["index"]) for row in rows]
         inputs = encode(self.processor, [question.conversation(answered=True) for question in questions], self.dtype)
         prompts = encode(self.processor, [question.conversation() for question in questions])
-        return Batch(inputs, inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1))
+        answers = inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
+        return Batch(inputs, answers, self._alignment([row["index"] for row in rows]))
+
+    def _alignment(self, numbers: Sequence[int]) -> Alignment:
+        """Of the rows with these numbers: the same in every epoch, pass and process."""
+        if self.align == 1:
+            return AT_SPANS
+        draws = [torch.Generator().manual_seed(self.seed * _SEEDS + number) for number in numbers]
+        return Alignment(self.align, tuple(int(torch.randint(self.align, (), generator=draw)) for draw in draws))
 
     def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
         indexed = _Indexed(rows)
@@ -110,7 +127,7 @@ class Shares(Sampler[list[int]]):
 
     def _shuffled(self, count: int, epoch: int) -> torch.Tensor:
         assert self.seed is not None
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * _SEEDS + epoch))
 
 
 class _Indexed:

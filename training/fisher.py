@@ -76,7 +76,7 @@ def gradients(
     last = int(batch.answers.max()) + 1
     tiles = [Segment(k, v, layer.owner, frame=layer.frame) for (k, v), layer in zip(leaves, layers, strict=True)]
     with torch.enable_grad():
-        logits = logits_through(model, batch.inputs, tile, canonical, tiles, last)
+        logits = logits_through(model, batch.inputs, tile, canonical, tiles, last, batch.alignment)
         log_p = logits[answer_mask(batch.answers.to(logits.device), last)].float().log_softmax(-1)
         drawn = [
             torch.rand(int(n), generator=torch.Generator().manual_seed(s))

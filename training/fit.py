@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,11 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         seed=recipe.seed,
         dtype=model.dtype,
         fixed=fixed,
+        align=recipe.codec.align,
     )
-    fit = fit_of(Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data), console))
+    fit = fit_of(
+        Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data, recipe.codec.align), console)
+    )
     trainer = _run(recipe, fit, data)
     (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
     capsule = _capsule(recipe, family, fit, geometry)
@@ -131,11 +134,12 @@ def _check_output(recipe: Recipe, output: Path) -> None:
         require_replaceable(output.resolve())
 
 
-def _whole_image(model: PreTrainedModel, data: Questions) -> int:
-    """Visual tokens of one image, where all images of a batch have equally many.
+def _whole_image(model: PreTrainedModel, data: Questions, align: int) -> int:
+    """Visual tokens of one image, where all images of a batch have equally many; those in whole blocks of `align`
+    tokens wherever the image begins.
 
     Raises:
-        DataError: where they differ: a whole-image map has one size.
+        DataError: where they differ: a whole-image map has one size. And where an image may hold no whole block.
     """
     batch = next(iter(data.val_dataloader()))
     lengths = sorted({span.length for span in find_spans(model.config, batch.inputs["input_ids"], batch.inputs)})
@@ -145,7 +149,13 @@ def _whole_image(model: PreTrainedModel, data: Questions) -> int:
             f"a whole-image capsule needs images of one size, but a batch has {shown}: give a tile, as in"
             " --codec.tile 64."
         )
-    return lengths[0]
+    tile = (lengths[0] - align + 1) // align * align
+    if tile < 1:
+        raise DataError(
+            f"an image of {lengths[0]} visual tokens does not hold a whole block of {align} wherever it begins: choose"
+            f" a --codec.align of at most {(lengths[0] + 1) // 2}."
+        )
+    return tile
 
 
 def _run(recipe: Recipe, fit: AnyFit, data: Questions) -> L.Trainer:
@@ -221,7 +231,8 @@ def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeome
     package = REGISTRY.package_of(family.name)
     config = CapsuleConfig(
         family=family.name,
-        codec=fit.codec_config(),
+        # Where tiles begin is the recipe's, whatever the family.
+        codec=replace(fit.codec_config(), align=recipe.codec.align),
         geometry=geometry,
         base_model=recipe.model,
         base_revision=recipe.revision,

@@ -14,7 +14,7 @@ from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
 
-from .harvest import Recorder
+from .harvest import AT_SPANS, Alignment, Recorder
 
 
 class _ReadingLayer(CapsuleLayer):
@@ -44,14 +44,22 @@ class _ReadingLayer(CapsuleLayer):
 
 
 def logits_through(
-    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, segments: Sequence[Segment], last: int
+    model: PreTrainedModel,
+    inputs: BatchFeature,
+    tile: int,
+    canonical: bool,
+    segments: Sequence[Segment],
+    last: int,
+    alignment: Alignment = AT_SPANS,
 ) -> torch.Tensor:
     """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs that read `segments`, the tiles of each
     layer."""
     with attach(model):
-        cache = CapsuleCache(model.config, Recorder(tile, canonical))
+        cache = CapsuleCache(model.config, Recorder(tile, canonical, alignment))
         cache.layers = [
-            _ReadingLayer(i, Recorder(tile, canonical), segments[i]) if isinstance(layer, CapsuleLayer) else layer
+            _ReadingLayer(i, Recorder(tile, canonical, alignment), segments[i])
+            if isinstance(layer, CapsuleLayer)
+            else layer
             for i, layer in enumerate(cache.layers)
         ]
         logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits

@@ -4,7 +4,8 @@ The VLM runs one ordinary forward over question and answer (teacher-forced). A m
 compressing sees the same layer prefills as a capsule at inference.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from transformers import BatchFeature, PreTrainedModel
@@ -18,6 +19,19 @@ from kvcapsule.methods.method import Compressed, Method
 from kvcapsule.methods.tiles import cut_tiles, tiled
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
+
+
+class Alignment(NamedTuple):
+    """Where the tiles of a batch begin (kvcapsule.methods.tiles.tile_starts)."""
+
+    align: int = 1
+    """At multiples of so many tokens; 1: at a visual span's first token."""
+    before: tuple[int, ...] | None = None
+    """[B]: tokens that are counted before each row's own, though there are none. A served prompt has any text before
+    its image, so tiles begin at any phase of the image; positions of the keys are not changed."""
+
+
+AT_SPANS = Alignment()
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class LayerHarvest:
     reads: torch.Tensor
     """[B, Q] bool: False at padding of `query`."""
     rest: Segment
-    """All other tokens, raw: text, and visual tokens that fill no tile."""
+    """All other tokens, raw: text, and visual tokens that are in no tile."""
     visible: torch.Tensor
     """[B, Q, R]: which tokens of `rest` each query sees."""
     scale: float
@@ -46,15 +60,21 @@ class LayerHarvest:
 class Recorder(Method):
     """Method that records layer prefills instead of compressing them."""
 
-    def __init__(self, tile: int, canonical: bool = True) -> None:
-        self.tile, self.canonical = tile, canonical
+    def __init__(self, tile: int, canonical: bool = True, alignment: Alignment = AT_SPANS) -> None:
+        self.tile, self.canonical, self.alignment = tile, canonical, alignment
         self.layers: list[LayerHarvest] = []
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
-        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, derotated=True)
+        align = self.alignment.align
+        if self.alignment.before is not None:
+            prefill = replace(prefill, before=self.alignment.before)
+        tiles = cut_tiles(prefill, self.tile, frames=self.canonical, derotated=True, align=align)
         if tiles is None:
+            longest = (
+                f"{self.tile} visual tokens or more" if align == 1 else f"{self.tile} visual tokens in whole blocks"
+            )
             raise DataError(
-                f"a batch has no image of {self.tile} visual tokens or more, so nothing fills a tile: choose a smaller"
+                f"a batch has no image of {longest}, so nothing fills a tile: choose a smaller"
                 " --codec.tile, or data whose prompts hold images of the size that the capsule is for."
             )
         ends = [
@@ -64,7 +84,7 @@ class Recorder(Method):
         first = min(ends)
         positions = torch.arange(prefill.valid.shape[1], device=prefill.valid.device)
         reads = prefill.valid[:, first:] & (positions[first:] >= torch.tensor(ends, device=positions.device)[:, None])
-        rest, order = _rest(prefill, prefill.valid & ~tiled(prefill, self.tile))
+        rest, order = _rest(prefill, prefill.valid & ~tiled(prefill, self.tile, align))
         visible = order[:, None, :] <= positions[first:, None]
         self.layers.append(
             LayerHarvest(
@@ -93,18 +113,25 @@ def _rest(prefill: LayerPrefill, kept: torch.Tensor) -> tuple[Segment, torch.Ten
     return Segment(keys, values, rows, mask=mask), order
 
 
-def harvest(model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool = True) -> list[LayerHarvest]:
+def harvest(
+    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool = True, alignment: Alignment = AT_SPANS
+) -> list[LayerHarvest]:
     """Run the frozen model over a batch and record every layer."""
-    return harvest_with_logits(model, inputs, tile, canonical, 1)[0]
+    return harvest_with_logits(model, inputs, tile, canonical, 1, alignment)[0]
 
 
 @torch.no_grad()
 def harvest_with_logits(
-    model: PreTrainedModel, inputs: BatchFeature, tile: int, canonical: bool, last: int
+    model: PreTrainedModel,
+    inputs: BatchFeature,
+    tile: int,
+    canonical: bool,
+    last: int,
+    alignment: Alignment = AT_SPANS,
 ) -> tuple[list[LayerHarvest], torch.Tensor]:
     """Record every layer of a forward over a batch, and return the logits [B, last, vocabulary] of the last tokens
     too."""
-    recorder = Recorder(tile, canonical)
+    recorder = Recorder(tile, canonical, alignment)
     with attach(model):
         cache = CapsuleCache(model.config, recorder)
         out = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last)

@@ -1,8 +1,8 @@
 """Harvest store: harvests on disk, so that the frozen VLM runs once per batch for any number of capsules.
 
 A file holds the harvest of one batch, all layers, as safetensors. Its name is a digest of everything that the harvest
-depends on: the model's weights, the batch's inputs, the tile and the frame. A file can therefore never be out of date,
-and capsules of all families and compressions share one folder.
+depends on: the model's weights, the batch's inputs, the tile, its alignment and the frame. A file can therefore never
+be out of date, and capsules of all families and compressions share one folder.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from kvcapsule.errors import InputError
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 
-from .harvest import LayerHarvest, harvest
+from .harvest import AT_SPANS, Alignment, LayerHarvest, harvest
 
 FORMAT = 1
 """Version of the file format; part of every digest."""
@@ -42,13 +42,13 @@ class HarvestStore:
         for name, tensor in model.state_dict().items():
             _add(self._begun, name, tensor)
 
-    def harvest(self, inputs: BatchFeature) -> list[LayerHarvest]:
+    def harvest(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> list[LayerHarvest]:
         """The harvest of a batch, read from its file; computed and written if there is none.
 
         Raises:
             InputError: if a file cannot be written or read.
         """
-        path = self.path(inputs)
+        path = self.path(inputs, alignment)
         if path.is_file():
             try:
                 return _read(path, self.model.device)
@@ -56,7 +56,7 @@ class HarvestStore:
                 raise InputError(
                     f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
                 ) from error
-        layers = harvest(self.model, inputs, self.tile, self.canonical)
+        layers = harvest(self.model, inputs, self.tile, self.canonical, alignment)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(layers, path)
@@ -70,11 +70,13 @@ class HarvestStore:
             self.report = None
         return layers
 
-    def path(self, inputs: BatchFeature) -> Path:
+    def path(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> Path:
         """Path of the file for the harvest of these inputs."""
         digest = self._begun.copy()
         for name in sorted(inputs):
             _add(digest, name, inputs[name])
+        if alignment != AT_SPANS:
+            _add(digest, "alignment", tuple(alignment))
         return self.folder / f"{digest.hexdigest()}{_SUFFIX}"
 
 

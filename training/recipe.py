@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvcapsule.codec.base import require_whole_blocks
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.errors import ConfigError
 
@@ -18,9 +19,16 @@ class TileOptions:
 
     tile: int = 0
     """Visual tokens of a tile, which one map covers. 0: the whole image, as in the KVCapsule paper; the capsule then
-    fits one image size."""
+    fits one image size. With --codec.align: the largest tile that such an image holds wherever it begins."""
+    align: int = 1
+    """Tiles begin at positions of the sequence that are multiples of this, and --codec.tile must be one of them: the
+    block size of an engine whose paged cache gives back the blocks that lie wholly within an image (32 or 16 in most).
+    Training then cuts each question's image at a random phase. 1: tiles begin at an image's first token."""
     canonical_frame: bool = True
     """Store keys as if their tile began at position 0."""
+
+    def __post_init__(self) -> None:
+        require_whole_blocks(self.tile, self.align)
 
 
 @dataclass(frozen=True)

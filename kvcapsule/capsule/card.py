@@ -61,7 +61,7 @@ with attach(model, Capsule.from_pretrained("{name}")):
 
 {_table(["KV geometry", ""], config.geometry.to_dict().items())}
 
-Visual tokens are coded in tiles of {config.codec.tile}; what is left at an image's end is stored raw.
+Visual tokens are coded in tiles of {config.codec.tile}{_where(config)}; what is in no full tile is stored raw.
 
 {MEASURED_TITLE}
 
@@ -113,6 +113,12 @@ def measured_section(metrics: Mapping[str, Any], name: str) -> str:
     else:
         text = f"Not measured yet: run {command}."
     return f"{text}\n\nAt the end of training:\n\n{_table(['metric', 'value'], scalars.items())}" if scalars else text
+
+
+def _where(config: CapsuleConfig) -> str:
+    """Where tiles begin, unless it is at an image's first token."""
+    align = config.codec.align
+    return "" if align == 1 else f" that begin at multiples of {align} tokens of the sequence"
 
 
 def _table(head: list[str], body: Iterable[Iterable[Any]]) -> str:

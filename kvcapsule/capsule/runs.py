@@ -31,7 +31,9 @@ def canonical_tiles(
     Raises:
         RuntimeError: if the model rotates its keys and the rotation is not known.
     """
-    tiles = cut_tiles(prefill, config.tile, config.canonical_frame, derotated=True, borrowed=borrowed)
+    tiles = cut_tiles(
+        prefill, config.tile, config.canonical_frame, derotated=True, borrowed=borrowed, align=config.align
+    )
     visual = prefill.visual()
     text = gather_kept(prefill, prefill.valid & ~visual)
     if tiles is None:
@@ -41,7 +43,7 @@ def canonical_tiles(
             "no rotation of the prompt's positions reached the capsule: run the model inside `with"
             " kvcapsule.attach(model, ...):`."
         )
-    return tiles, Compressed(gather_kept(prefill, visual & ~tiled(prefill, config.tile)), text)
+    return tiles, Compressed(gather_kept(prefill, visual & ~tiled(prefill, config.tile, config.align)), text)
 
 
 def require_copies(codec: nn.Module, encoded: Iterable[Encoded], tiles: Tiles) -> None:

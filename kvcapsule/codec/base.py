@@ -133,20 +133,35 @@ class LayerGroupCodec(nn.Module, ABC):
         """Begin the encoding of one forward's tiles."""
 
 
+def require_whole_blocks(tile: int, align: int) -> None:
+    """Raises ConfigError unless tiles of `tile` tokens that begin at multiples of `align` also end there."""
+    if align < 1:
+        raise ConfigError(f"align {align} must be at least 1 token; 1 lets tiles begin at an image's first token.")
+    if tile % align:
+        raise ConfigError(
+            f"tile {tile} is no multiple of align {align}, so a tile that begins with a block would end within one:"
+            f" choose a tile of {max(align, tile // align * align)}."
+        )
+
+
 @dataclass(frozen=True)
 class CodecConfig(ABC):
     """Settings that determine the tensor shapes of a family's codecs. Subclasses add fields."""
 
     tile: int
-    """Visual tokens per tile; tokens at an image's end that fill no tile are stored raw."""
+    """Visual tokens per tile; tokens of an image that are in no full tile are stored raw."""
     canonical_frame: bool = True
     """Encode keys as if their tile began at position 0."""
     latent_bits: int = field(default=0, kw_only=True)
     """Bits of each stored latent, 1, 2, 3, 4 or 8; 0 stores latents in the cache's own precision."""
+    align: int = field(default=1, kw_only=True)
+    """Tiles begin at positions of the sequence that are multiples of this, such as the blocks of a paged cache; 1:
+    at an image's first token."""
 
     def __post_init__(self) -> None:
         if self.tile < 1:
             raise ConfigError(f"tile {self.tile} must be at least 1 token.")
+        require_whole_blocks(self.tile, self.align)
         if self.latent_bits:
             check_bits(self.latent_bits)
 

@@ -1,7 +1,7 @@
 """CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from ..vlm.spans import find_spans
 from . import attention_interface
 from .cache_layer import CapsuleLayer
 from .forward_context import ForwardContext
-from .masks import valid_tokens
+from .masks import tokens_before, valid_tokens
 
 
 class CacheBytes(NamedTuple):
@@ -119,7 +119,10 @@ class CapsuleCache(Cache):
                 )
         elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
             valid = valid_tokens(attention_mask, *input_ids.shape)
-            context = context._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
+            spans = find_spans(self.config, input_ids, inputs)
+            past = int(self.get_seq_length()) if spans else 0
+            before = tokens_before(attention_mask, input_ids.shape[0], input_ids.shape[1], past) if past else None
+            context = context._replace(spans=spans, valid=valid, before=before)
         self._set_context(context)
 
     def fill(self, prefills: Sequence[LayerPrefill], compression: CompressionPass | None = None) -> None:
@@ -141,7 +144,7 @@ class CapsuleCache(Cache):
         if compression is None:
             compression = self.method.begin_pass(list(layers))
         self._set_context(ForwardContext([], None, None, {}, compression, layers))
-        shared: dict[tuple[int, bool, torch.device], Any] = {}
+        shared: dict[Hashable, Any] = {}
         for prefill in prefills:
             hidden = prefill.hidden if self.method.needs_hidden_states else None
             layers[prefill.layer].store_prefill(replace(prefill, shared=shared, hidden=hidden))

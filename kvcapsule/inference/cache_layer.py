@@ -145,6 +145,7 @@ class CapsuleLayer(CacheLayerMixin):
             scale=scale,
             position_embeddings=rotation,
             shared=context.shared,
+            before=context.before,
             hidden=hidden,
         )
 

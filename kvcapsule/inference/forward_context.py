@@ -1,6 +1,6 @@
 """What one forward brings to the layers of a CapsuleCache."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,12 +26,14 @@ class ForwardContext(NamedTuple):
     """[B, N] bool: False at padding; None: no padding."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     """The rotary cos and sin of the forward's positions, each [B or 1, N, R]."""
-    shared: dict[tuple[int, bool, torch.device], Any]
+    shared: dict[Hashable, Any]
     """What the layers have in common (LayerPrefill.shared)."""
     compression: CompressionPass
     """Compresses the layers' prefills."""
     layers: Mapping[int, SegmentStore]
     """Where compressed prefills go, by the layer's index in the model."""
+    before: Sequence[int] | None = None
+    """[B]: tokens of each row before the forward's (LayerPrefill.before)."""
 
     def compress(self, prefill: LayerPrefill) -> None:
         """Compress a layer's prefill, and store what the method gives back: of this layer, none, or several."""

@@ -14,9 +14,7 @@ def valid_tokens(mask: Any, batch: int, new: int) -> torch.Tensor | None:
     Raises:
         NotImplementedError: for a mask that padding cannot be read from.
     """
-    if isinstance(mask, Mapping):
-        # One for each kind of layer: of layers with full attention, the last query sees every token but padding.
-        mask = mask.get("full_attention")
+    mask = _of_full_attention(mask)
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):
@@ -25,12 +23,40 @@ def valid_tokens(mask: Any, batch: int, new: int) -> torch.Tensor | None:
             ' ones and zeros, and for a CapsuleCache with tail_capacity choose model.set_attn_implementation("sdpa") or'
             ' "eager", before attaching.'
         )
+    # One mask may stand for all rows.
+    valid: torch.Tensor = _present(mask)[:, -new:].expand(batch, -1)
+    return valid
+
+
+def tokens_before(mask: Any, batch: int, new: int, past: int) -> list[int]:
+    """How many tokens each row has before a forward's `new` ones, padding not counted.
+
+    Args:
+        mask: of the forward, in any form that models take. Where it does not reach back over all `past` tokens (the
+            four-dimensional masks of a static tail), their padding is not known and counts.
+        batch: number of rows.
+        new: tokens of the forward.
+        past: tokens that the cache has been given, padding included.
+    """
+    mask = _of_full_attention(mask)
+    if not isinstance(mask, torch.Tensor) or mask.shape[-1] != past + new:
+        return [past] * batch
+    counts: list[int] = _present(mask)[:, :past].sum(1).expand(batch).tolist()
+    return counts
+
+
+def _of_full_attention(mask: Any) -> Any:
+    """One mask of those for each kind of layer: of layers with full attention, the last query sees every token but
+    padding."""
+    return mask.get("full_attention") if isinstance(mask, Mapping) else mask
+
+
+def _present(mask: torch.Tensor) -> torch.Tensor:
+    """[B or 1, N] bool: False at padding, of a mask with two dimensions or four."""
     if mask.dim() == 4:
         last = mask[:, 0, -1]
         mask = last if last.dtype == torch.bool else last == 0
-    # One mask may stand for all rows.
-    valid: torch.Tensor = mask[:, -new:].bool().expand(batch, -1)
-    return valid
+    return mask.bool()
 
 
 def visible_new_tokens(mask: torch.Tensor | None, new: int, device: torch.device) -> torch.Tensor:

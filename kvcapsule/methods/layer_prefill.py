@@ -1,6 +1,6 @@
 """One layer as a method sees it when its prefill ends: queries, keys, values and visual spans."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,8 +31,10 @@ class LayerPrefill:
     """Factor of the attention scores."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     """The model's rotary cos and sin, each [B or 1, N, R]; None for models without RoPE."""
-    shared: dict[tuple[int, bool, torch.device], Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
     """What the layers of one forward (those of one device) have in common, so that it is computed and stored once."""
+    before: Sequence[int] | None = None
+    """[B]: tokens of each row before this forward's, padding not counted; None: none."""
     hidden: torch.Tensor | None = None
     """[B, N, C]: the residual stream as it enters the layer, for a method that asks
     (Method.needs_hidden_states); None otherwise."""
@@ -43,6 +45,12 @@ class LayerPrefill:
         for span in self.spans:
             marked[span.row, span.start : span.start + span.length] = True
         return marked
+
+    def position(self, span: VisualSpan) -> int:
+        """Position of a span's first token in its row's sequence: padding does not count, tokens before this forward
+        do."""
+        before = 0 if self.before is None else self.before[span.row]
+        return before + int(self.valid[span.row, : span.start].sum())
 
     def without_queries(self) -> "LayerPrefill":
         """The same without queries and hidden states, for those who hold it longer than they need them."""

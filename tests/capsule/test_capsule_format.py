@@ -22,9 +22,11 @@ def test_golden_capsule_of_version_1() -> None:
     this one."""
     assert set(os.listdir(GOLDEN)) == FILES
     assert hub.read_config(GOLDEN) == configure()
-    # Written before the key was known: its absence means its default.
-    assert "latent_bits" not in (GOLDEN / "config.json").read_text()
-    assert hub.read_config(GOLDEN).codec.latent_bits == 0
+    # Written before the keys were known: their absence means their defaults.
+    written = (GOLDEN / "config.json").read_text()
+    assert "latent_bits" not in written and "align" not in written
+    codec = hub.read_config(GOLDEN).codec
+    assert (codec.latent_bits, codec.align) == (0, 1)
     capsule = Capsule.from_pretrained(GOLDEN)
     shapes = {"keys.kept": (4,), "keys.theta": (2, 8, 4), "values.basis": (2, 6, 8), "values.mean": (2, 4)}
     expected = {f"layers.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
@@ -52,7 +54,8 @@ def test_the_format_is_that_of_the_golden_capsule(saved: Path) -> None:
     Only keys with a default that means what their absence meant may join (checkpoints/FORMAT.md).
     """
     golden = (GOLDEN / "config.json").read_text()
-    joined = golden.replace('    "canonical_frame": true,\n', '    "canonical_frame": true,\n    "latent_bits": 0,\n')
+    before = '    "canonical_frame": true,\n'
+    joined = golden.replace(before, before + '    "latent_bits": 0,\n    "align": 1,\n')
     assert joined != golden
     assert (saved / "config.json").read_text() == joined
     with safe_open(saved / "model.safetensors", "pt") as new, safe_open(GOLDEN / "model.safetensors", "pt") as old:

@@ -31,6 +31,7 @@ class KVCapsuleShape(PyramidOptions):
     """Width of the MLP's inner layer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.key_share < 1:
             raise ConfigError(f"--codec.key_share {self.key_share} is outside (0, 1).")
         if self.pyramid and self.layer_weights is not None:
