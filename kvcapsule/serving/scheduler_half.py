@@ -34,6 +34,8 @@ class _Request:
     slots: list[int] = field(default_factory=list)
     exact_tokens: int | None = None
     """Tokens that were computed before any of the request's images was compressed; None: all so far."""
+    refused: TileRun | None = None
+    """The image that last found the pool full."""
 
 
 class SchedulerHalf:
@@ -44,7 +46,7 @@ class SchedulerHalf:
         self.requests: dict[str, _Request] = {}
         self.forget: list[str] = []
         self.refused = 0
-        """Images that stayed in their blocks because the pool was full when they were computed."""
+        """Images that stayed in their blocks because the pool was full when they were computed, each counted once."""
 
     def begin(self, request: str, images: Sequence[tuple[int, int]]) -> None:
         """A request begins, or begins anew after it was preempted.
@@ -86,7 +88,8 @@ class SchedulerHalf:
                 run = known.pending[0]
                 slots = self.slots.take(run.tiles)
                 if slots is None:
-                    self.refused += 1
+                    self.refused += known.refused != run
+                    known.refused = run
                     break
                 known.pending.pop(0)
                 known.slots += slots
