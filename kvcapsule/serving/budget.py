@@ -109,7 +109,18 @@ def divide(total: int, sizes: Sizes, form: Form, share: float | None = None) -> 
             f"{total:,} bytes hold no sequence of {form.image_tokens} visual and {form.text_tokens} other tokens: give"
             f" --memory-bytes {least} at least{'' if share is None else ', or another --pool-share'}."
         )
-    return Budget(blocks, slots, most, max(0, total // sizes.block_bytes - NULL_BLOCKS) // form.blocks(sizes))
+    return Budget(blocks, slots, most, _without(total, sizes, form))
+
+
+def of_engine(blocks: int, slots: int, sizes: Sizes, form: Form) -> Budget:
+    """The budget of an engine that has so many blocks and slots."""
+    total = blocks * sizes.block_bytes + slots * sizes.slot_bytes
+    return Budget(blocks, slots, sequences(blocks, slots, sizes, form), _without(total, sizes, form))
+
+
+def _without(total: int, sizes: Sizes, form: Form) -> int:
+    """Sequences at once in so many bytes of blocks alone."""
+    return max(0, total // sizes.block_bytes - NULL_BLOCKS) // form.blocks(sizes)
 
 
 def sequences(blocks: int, slots: int, sizes: Sizes, form: Form) -> int:
@@ -126,3 +137,22 @@ def _best_slots(total: int, sizes: Sizes, form: Form) -> int:
     spare = total - (NULL_BLOCKS + form.blocks(sizes) - form.blocks_left(sizes)) * sizes.block_bytes
     count = max(0, spare // form.bytes_left(sizes))
     return count * form.tiles(sizes)
+
+
+def summary(sizes: Sizes, form: Form, budget: Budget, layers: tuple[int, int]) -> list[str]:
+    """Lines about a memory budget, for logs.
+
+    Args:
+        sizes: of a block and a slot.
+        form: of the sequences that are expected.
+        budget: what there is.
+        layers: how many are compressed, and how many the model has.
+    """
+    return [
+        f"{layers[0]} of {layers[1]} layers are compressed",
+        f"{budget.slots:,} capsule slots of {sizes.tile} tokens take {budget.pool_bytes(sizes):,} bytes, beside"
+        f" {budget.blocks:,} blocks of {sizes.block} tokens in {budget.block_bytes(sizes):,} bytes",
+        f"a sequence of {form.image_tokens} visual and {form.text_tokens} other tokens takes"
+        f" {form.bytes_left(sizes):,} bytes, and {form.bytes(sizes):,} without capsules",
+        f"{budget.sequences:,} such sequences run at once, and {budget.without:,} in the same memory without capsules",
+    ]

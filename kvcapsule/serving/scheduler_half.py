@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .image_blocks import TileRun, tile_runs
 from .slots import SlotAllocator
+from .stats import Tally
 
 
 class Compress(NamedTuple):
@@ -45,6 +46,7 @@ class SchedulerHalf:
         self.block, self.tile, self.slots = block, tile, SlotAllocator(slots)
         self.requests: dict[str, _Request] = {}
         self.forget: list[str] = []
+        self.tally = Tally()
         self.refused = 0
         """Images that stayed in their blocks because the pool was full when they were computed, each counted once."""
 
@@ -88,8 +90,10 @@ class SchedulerHalf:
                 run = known.pending[0]
                 slots = self.slots.take(run.tiles)
                 if slots is None:
-                    self.refused += known.refused != run
-                    known.refused = run
+                    if known.refused != run:
+                        known.refused = run
+                        self.refused += 1
+                        self.tally.add("images_left_raw")
                     break
                 known.pending.pop(0)
                 known.slots += slots

@@ -19,7 +19,7 @@ OPENING = "<|user|><image>{}<|assistant|>"
 
 def two_images() -> list[dict[str, Any]]:
     """Two images side by side, with the question behind both."""
-    rows = pages("test", 8, seed=5)
+    rows = list(pages("test", 8, seed=5))
     pairs = zip(rows[::2], rows[1::2], strict=True)
     return [
         {
@@ -32,7 +32,7 @@ def two_images() -> list[dict[str, Any]]:
 
 def turns() -> list[dict[str, Any]]:
     """A first turn about one image, and a second one about another."""
-    rows = pages("test", 8, seed=6)
+    rows = list(pages("test", 8, seed=6))
     return [
         {
             "prompt": OPENING.format(first["prompt"]) + f"{first['answer']}<|end|>" + OPENING.format(second["prompt"]),
@@ -207,7 +207,7 @@ class TestPrefixCaching:
 
     @pytest.fixture
     def rows(self) -> list[dict[str, Any]]:
-        return pages("test", 4, seed=8)
+        return list(pages("test", 4, seed=8))
 
     @staticmethod
     def conversation(row: dict[str, Any], answer: str) -> dict[str, Any]:
