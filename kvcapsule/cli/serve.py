@@ -122,7 +122,7 @@ def serve(words: Sequence[str]) -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class OneLine(FlexibleArgumentParser):  # type: ignore[misc]
+    class OneLine(FlexibleArgumentParser):
         """vLLM's parser prints all of its options before it says what is wrong."""
 
         def error(self, message: str) -> Any:

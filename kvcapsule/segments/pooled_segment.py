@@ -1,5 +1,5 @@
-"""PooledSegment: a segment whose entries lie anywhere in a pool that outlives them, as an engine that serves many requests
-holds them: capsules in slots, raw rows in the blocks of a paged cache. A step of all requests is then one segment, and
+"""PooledSegment: a segment whose entries lie anywhere in a pool that outlives them, as an engine of many requests holds
+them: capsules in slots, raw rows in the blocks of a paged cache. A step of all requests is then one segment, and
 nothing is copied for it."""
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class PooledSegment(Segment):
     place: torch.Tensor | None = None
     """[E] int64."""
     counts: torch.Tensor | None = None
-    """[E] int64: tokens of each entry that are written, where blocks fill up; the others may hold anything. None: all N.
+    """[E] int64: tokens of each entry that are written, where blocks fill up; the rest may hold anything. None: all N.
     """
 
     @classmethod

@@ -76,21 +76,17 @@ class CapsuleImpl(CPUAttentionBackendImpl):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        **outputs: Any,
     ) -> torch.Tensor:
-        """As CPUAttentionBackendImpl.forward."""
+        """As CPUAttentionBackendImpl.forward. outputs: `output`, and scales of it that the CPU does not use."""
 
         def engine(metadata: CPUAttentionMetadata | None) -> torch.Tensor:
-            return super(CapsuleImpl, self).forward(
-                layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
-            )
+            return super(CapsuleImpl, self).forward(layer, query, key, value, kv_cache, metadata, **outputs)
 
         worker = _worker()
         if attn_metadata is None or worker is None or layer.layer_name not in worker.index:
             return engine(attn_metadata)
-        plan = _plan(worker, attn_metadata)
+        plan, output = _plan(worker, attn_metadata), outputs["output"]
         if plan.engine is not None:
             engine(plan.engine)
         if plan.batch is None and not plan.single:

@@ -88,8 +88,8 @@ class CapsuleConnector(KVConnectorBase_V1):
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         if not isinstance(manager, CapsuleManager):
             raise ConfigError(
-                f"vLLM manages this model's KV cache with {type(manager).__name__}, not with kvcapsule's manager: is the"
-                " worker class kvcapsule.serving.worker.CapsuleWorker (--worker-cls), the plug-in kvcapsule loaded"
+                f"vLLM manages this model's KV cache with {type(manager).__name__}, not with kvcapsule's manager: is"
+                " the worker class kvcapsule.serving.worker.CapsuleWorker (--worker-cls), the plug-in kvcapsule loaded"
                 " (VLLM_PLUGINS), and the attention backend the CPU's?"
             )
         manager.capsules = self.scheduler

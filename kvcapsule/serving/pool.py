@@ -26,7 +26,7 @@ def compress_tiles(
         tiles: keys and values [B, H, N, D] of a layer, asked for one layer at a time.
         rotation: the model's cos and sin [B or 1, N, R] at these tokens; None for models without RoPE.
     """
-    found: dict[int, Segment] = {}
+    segments: dict[int, Segment] = {}
     run, shared = capsule.begin_pass(layers), {}
     for layer in layers:
         keys, values = tiles[layer]
@@ -43,8 +43,8 @@ def compress_tiles(
             shared=shared,
         )
         for index, compressed in run.add(prefill):
-            (found[index],) = compressed.visual
-    return found
+            (segments[index],) = compressed.visual
+    return segments
 
 
 def one_tile(
