@@ -105,13 +105,16 @@ def _shaped(
     diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True))
     # Not `cholesky`, which waits for the device to check for failures; the ridge rules them out.
     root = torch.linalg.cholesky_ex(metric, upper=True).L
-    targets, errors = torch.empty_like(coefficients_ESMC), torch.empty_like(coefficients_ESMC)
+    # What a group is moved by for each unit of error in a row behind it: its own block of the root is divided out.
+    groups = root.unflatten(2, (-1, GROUP))
+    blocks = groups.unflatten(4, (-1, GROUP)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
+    gains = torch.linalg.solve_triangular(blocks, groups, upper=True).flatten(2, 3)
+    targets, errors = coefficients_ESMC.clone(), torch.empty_like(coefficients_ESMC)
+    nearest = coding.rounding(work)
     for first in range(coefficients_ESMC.shape[2] - GROUP, -1, -GROUP):
         rows, later = slice(first, first + GROUP), slice(first + GROUP, None)
-        target = coefficients_ESMC[:, :, rows]
+        target = targets[:, :, rows]
         if first + GROUP < coefficients_ESMC.shape[2]:
-            error = root[:, :, rows, later] @ errors[:, :, later]
-            target = target + torch.linalg.solve_triangular(root[:, :, rows, rows], error, upper=True)
-        targets[:, :, rows] = target
-        errors[:, :, rows] = coefficients_ESMC[:, :, rows] - coding.rounded(target, first // GROUP)
+            target += gains[:, :, rows, later] @ errors[:, :, later]
+        torch.sub(coefficients_ESMC[:, :, rows], nearest(target, rows), out=errors[:, :, rows])
     return targets
