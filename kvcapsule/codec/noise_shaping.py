@@ -82,6 +82,8 @@ def shaped(
 ) -> torch.Tensor:
     """Shift coefficients so that rounding each to its nearest code makes the weighted error small, [E, S, M, C].
 
+    Without gradients: what is rounded afterwards has none.
+
     Args:
         coefficients_ESMC: the encoder's output.
         tokens_STM: the decoder's map along tokens, A'.
@@ -89,7 +91,7 @@ def shaped(
         coding: the coding that rounds them.
     """
     # The metric is never factorised in half precision.
-    with torch.autocast(coefficients_ESMC.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(coefficients_ESMC.device.type, enabled=False):
         return _shaped(coefficients_ESMC, tokens_STM, weights_EST, coding)
 
 

@@ -114,21 +114,18 @@ class Coding:
         return scale, minimum
 
     def rounding(self, dtype: torch.dtype) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-        """The function that rounds coefficients [E, S, m, C] of a slice of m rows to the values of their nearest codes."""
-        scale, width, offset = (
-            self._rows(self.scale.to(dtype)),
-            self._rows(self.widths.to(dtype)),
-            self.offset.to(dtype),
-        )
+        """The function that rounds coefficients [E, S, m, C] of a slice of m rows to the nearest codes' values."""
+        scale, width = self._rows(self.scale.to(dtype)), self._rows(self.widths.to(dtype))
+        offset = self.offset.to(dtype)
         # Codes count from the lowest value; half of them lie below the offset.
         inverse, most = 1 / scale, 2.0**width - 1
         lowest = offset - most / 2 * scale
         shift = 2.0 ** (width - 1) - offset * inverse
-        none, most = torch.zeros((), dtype=dtype, device=scale.device), most
+        none = torch.zeros((), dtype=dtype, device=scale.device)
 
         def nearest(coefficients: torch.Tensor, rows: slice) -> torch.Tensor:
-            codes = torch.addcmul(shift[:, rows], coefficients, inverse[:, rows]).floor_()
-            return torch.clamp(codes, none, most[:, rows], out=codes).mul_(scale[:, rows]).add_(lowest[:, rows])
+            codes = torch.addcmul(shift[:, rows], coefficients, inverse[:, rows]).floor_().clamp(none, most[:, rows])
+            return codes.mul_(scale[:, rows]).add_(lowest[:, rows])
 
         return nearest
 

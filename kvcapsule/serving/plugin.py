@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes (entry point vllm.general_plugins): registers what can be chosen by options."""
+"""What vLLM calls in each of its processes (entry point vllm.general_plugins): registers what options can choose."""
 
 
 def register() -> None:

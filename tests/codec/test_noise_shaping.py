@@ -47,7 +47,7 @@ def basis(sets: int, tokens: int, rows: int, seed: int = 1) -> torch.Tensor:
 
 def loss(x: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, code: Coding) -> torch.Tensor:
     """What reading rounded coefficients misses of x, token by token times its weight: [E, S]."""
-    error = tokens @ (code.rounding(x.dtype)(x[1], slice(None)) - x[0])
+    error = tokens @ (code.rounding(x[0].dtype)(x[1], slice(None)) - x[0])
     return (weights[..., None] * error.square()).sum((2, 3))
 
 
