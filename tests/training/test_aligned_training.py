@@ -86,7 +86,7 @@ def test_a_question_has_the_same_phase_in_every_pass() -> None:
     rows = source.load(SourceConfig(source="pages", split="train", size=64))
 
     def phases(epoch: int, batch: int, seed: int = 0, align: int = 32) -> dict[int, int]:
-        data = Questions(rows, rows, None, batch=batch, seed=seed, align=align)
+        data = Questions(rows, rows, None, batch=batch, seed=seed).served(align)
         loader = data.train_dataloader()
         loader.batch_sampler.set_epoch(epoch)
         found: dict[int, int] = {}
@@ -143,3 +143,32 @@ def test_a_whole_image_is_the_blocks_that_it_always_holds(vlm, tmp_path: Path, c
     assert "choose a --codec.align of at most 98" in " ".join(capsys.readouterr().err.split())
     assert run("compact", "--codec.align", "16", "--codec.tile", "40", "--model", vlm) == 2
     assert "tile 40 is no multiple of align 16" in " ".join(capsys.readouterr().err.split())
+
+
+def test_text_stands_before_the_image_of_a_question(processor) -> None:
+    """Any number of words up to the most, of the training questions; with and without the answer the same."""
+    rows = source.load(SourceConfig(source="pages", split="train", size=16))
+    data = Questions(rows, rows.select([0, 1]), processor, batch=16).served(words_before=12)
+    plain = Questions(rows, rows, processor, batch=16)
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    (batch,), (bare,) = list(data.train_dataloader()), list(plain.train_dataloader())
+
+    def places(of: Batch) -> list[int]:
+        """Of the images, counted within each row's own tokens."""
+        ids, mask = of.inputs["input_ids"], of.inputs["attention_mask"].bool()
+        return [row[kept].tolist().index(image) for row, kept in zip(ids, mask, strict=True)]
+
+    assert set(places(bare)) == {1} and len(set(places(batch))) > 5
+    assert torch.equal(batch.answers, bare.answers) and batch.alignment == AT_SPANS
+    again = next(iter(data.train_dataloader()))
+    assert torch.equal(batch.inputs["input_ids"], again.inputs["input_ids"])
+    words = {word for prompt in rows["prompt"] for word in prompt.split()}
+    texts = [data._text_before(number) for number in range(40)]
+    assert all(set(text.split()) <= words for text in texts)
+    assert {len(text.split()) for text in texts} == set(range(13))
+    assert data._text_before(3) == data._text_before(3)
+
+
+def test_a_number_of_words_below_zero_is_refused(capsys) -> None:
+    assert main(["transform", "--words_before", "-1"]) == 2
+    assert "--words-before -1: it is a number of words, 0 or more" in " ".join(capsys.readouterr().err.split())
