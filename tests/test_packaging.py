@@ -212,7 +212,7 @@ def test_constraints_pin_what_pyproject_names() -> None:
 def test_ci_runs_the_tests_and_both_ends_of_the_range() -> None:
     script = ROOT / ".ci" / "run"
     made = [line for line in script.read_text().splitlines() if line.startswith("make ")]
-    assert made == ["make test", "make test-lower", "make test-newest"]
+    assert made == ["make test", "make test-vllm", "make test-lower", "make test-newest"]
     assert os.access(script, os.X_OK)
 
 
@@ -221,7 +221,7 @@ def test_the_workflow_has_an_entry_for_each_minor_version_of_transformers() -> N
     (bound,) = (r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "transformers")
     minors = [f"5.{minor}" for minor in range(100) if bound.specifier.contains(f"5.{minor}")]
     assert minors[0] == "5.16" and len(minors) > 1
-    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["target"] == ["test", *(f"test-{m}" for m in minors)]
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["target"] == ["test", "test-vllm", *(f"test-{m}" for m in minors)]
 
 
 def test_version_is_the_same_in_both_places() -> None:

@@ -20,6 +20,7 @@ STARTS = {
     "analyze": "kvcapsule.training.analysis.main.run",
     "eval": "kvcapsule.eval.main.run",
     "bench": "kvcapsule.eval.bench.main.run",
+    "serve": "kvcapsule.cli.serve.command_line",
 }
 """Of commands that take minutes: the function that they start with what their command line says."""
 RUN = ("models", "methods", "estimate", "generate")

@@ -93,12 +93,15 @@ class CapsuleImpl(CPUAttentionBackendImpl):
         plan = _plan(worker, attn_metadata)
         if plan.engine is not None:
             engine(plan.engine)
-        if plan.batch is not None:
-            out = worker.attend(layer.layer_name, query[plan.batch.tokens], plan.batch, self.scale)
-            output[plan.batch.tokens] = out.reshape(len(out), *output.shape[1:])
-        for row, held, first, last, length in plan.single:
-            out = worker.attend_row(layer.layer_name, query[first:last], row, held, length, self.scale)
-            output[first:last] = out.reshape(len(out), *output.shape[1:])
+        if plan.batch is None and not plan.single:
+            return output
+        with worker.tally.seconds("reading_seconds"):
+            if plan.batch is not None:
+                out = worker.attend(layer.layer_name, query[plan.batch.tokens], plan.batch, self.scale)
+                output[plan.batch.tokens] = out.reshape(len(out), *output.shape[1:])
+            for row, held, first, last, length in plan.single:
+                out = worker.attend_row(layer.layer_name, query[first:last], row, held, length, self.scale)
+                output[first:last] = out.reshape(len(out), *output.shape[1:])
         return output
 
 

@@ -15,7 +15,9 @@ from ..capsule.capsule import Capsule
 from ..errors import ConfigError
 from ..inference.transformers_api import require_supported as require_transformers
 from ..vlm.geometry import KVGeometry, full_attention_layers
+from .budget import Form, Sizes, of_engine, summary
 from .manager import CapsuleManager
+from .metrics import CapsuleMetrics, CapsuleStats
 from .pool import one_tile, slot_bytes
 from .rotation import RotaryEmbedding
 from .scheduler_half import SchedulerHalf, Step, images_of
@@ -60,16 +62,24 @@ class CapsuleConnector(KVConnectorBase_V1):
         # Where vLLM runs transformers' own model, it has wrapped the model's class, which asks for this.
         with set_current_vllm_config(vllm_config):
             rotary = RotaryEmbedding(config) if capsule.config.geometry.rotary != "none" else None
-        form = one_tile(capsule, layers, vllm_config.model_config.dtype, rotary and rotary.first(tile))
-        slots = settings.pool_bytes // slot_bytes(form)
+        empty = one_tile(capsule, layers, vllm_config.model_config.dtype, rotary and rotary.first(tile))
+        self.slot_bytes = slot_bytes(empty)
+        slots = settings.pool_bytes // self.slot_bytes
         if slots < 1:
-            raise ConfigError(f"pool_bytes {settings.pool_bytes}: one tile takes {slot_bytes(form)} bytes.")
+            raise ConfigError(f"pool_bytes {settings.pool_bytes}: one tile takes {self.slot_bytes} bytes.")
+        if role == KVConnectorRole.SCHEDULER:
+            sizes = Sizes(block, len(layers) * groups[0].kv_cache_spec.page_size_bytes, tile, self.slot_bytes)
+            form = Form(max(settings.image_tokens, tile + block - 1), settings.text_tokens)
+            budget = of_engine(kv_cache_config.num_blocks, slots, sizes, form)
+            counts = len(layers), config.get_text_config(decoder=True).num_hidden_layers
+            for line in summary(sizes, form, budget, counts):
+                logger.info("Capsules: %s.", line)
         self.scheduler: SchedulerHalf | None = None
         self.worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = SchedulerHalf(block, tile, slots)
         else:
-            self.worker = WorkerHalf(capsule, layers, form, slots, rotary, block)
+            self.worker = WorkerHalf(capsule, layers, empty, slots, rotary, block)
 
     # In the scheduler.
 
@@ -79,7 +89,8 @@ class CapsuleConnector(KVConnectorBase_V1):
         if not isinstance(manager, CapsuleManager):
             raise ConfigError(
                 f"vLLM manages this model's KV cache with {type(manager).__name__}, not with kvcapsule's manager: is the"
-                " plug-in kvcapsule loaded (VLLM_PLUGINS), and the attention backend the CPU's?"
+                " worker class kvcapsule.serving.worker.CapsuleWorker (--worker-cls), the plug-in kvcapsule loaded"
+                " (VLLM_PLUGINS), and the attention backend the CPU's?"
             )
         manager.capsules = self.scheduler
 
@@ -96,6 +107,29 @@ class CapsuleConnector(KVConnectorBase_V1):
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         return StepMetadata(self.scheduler.step({name: n + scheduled[name] for name, n in computed.items()}))
+
+    # Metrics, in both, and in the process that answers /metrics.
+
+    def get_kv_connector_stats(self) -> CapsuleStats | None:
+        if self.scheduler is not None:
+            slots, tally = self.scheduler.slots, self.scheduler.tally
+            tally.level("pool_used_bytes", slots.used * self.slot_bytes)
+            tally.level("pool_total_bytes", slots.count * self.slot_bytes)
+        else:
+            assert self.worker is not None
+            tally = self.worker.tally
+        counted = tally.take()
+        return CapsuleStats(data=counted) if counted else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CapsuleStats:
+        return CapsuleStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> CapsuleMetrics:
+        return CapsuleMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # In a worker.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .image_blocks import TileRun, tile_runs
 from .slots import SlotAllocator
+from .stats import Tally
 
 
 class Compress(NamedTuple):
@@ -34,6 +35,8 @@ class _Request:
     slots: list[int] = field(default_factory=list)
     exact_tokens: int | None = None
     """Tokens that were computed before any of the request's images was compressed; None: all so far."""
+    refused: TileRun | None = None
+    """The image that last found the pool full."""
 
 
 class SchedulerHalf:
@@ -43,8 +46,9 @@ class SchedulerHalf:
         self.block, self.tile, self.slots = block, tile, SlotAllocator(slots)
         self.requests: dict[str, _Request] = {}
         self.forget: list[str] = []
+        self.tally = Tally()
         self.refused = 0
-        """Images that stayed in their blocks because the pool was full when they were computed."""
+        """Images that stayed in their blocks because the pool was full when they were computed, each counted once."""
 
     def begin(self, request: str, images: Sequence[tuple[int, int]]) -> None:
         """A request begins, or begins anew after it was preempted.
@@ -86,7 +90,10 @@ class SchedulerHalf:
                 run = known.pending[0]
                 slots = self.slots.take(run.tiles)
                 if slots is None:
-                    self.refused += 1
+                    if known.refused != run:
+                        known.refused = run
+                        self.refused += 1
+                        self.tally.add("images_left_raw")
                     break
                 known.pending.pop(0)
                 known.slots += slots

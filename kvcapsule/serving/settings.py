@@ -17,6 +17,10 @@ class Settings:
     """A folder, the name of a shipped capsule, or a Hub id."""
     pool_bytes: int = 256 * 2**20
     """Memory for capsules of all layers, beside the blocks of the KV cache."""
+    image_tokens: int = 0
+    """Visual tokens of the image that the lines logged at start-up are about; 0: the smallest that holds a tile."""
+    text_tokens: int = 128
+    """Other tokens of that sequence."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Settings":
@@ -30,6 +34,9 @@ class Settings:
         settings = cls(**values)
         if not isinstance(settings.pool_bytes, int) or settings.pool_bytes < 1:
             raise ConfigError(f"pool_bytes {settings.pool_bytes!r}: give the bytes of the capsule pool, at least 1.")
+        for name in ("image_tokens", "text_tokens"):
+            if not isinstance(value := getattr(settings, name), int) or value < 0:
+                raise ConfigError(f"{name} {value!r}: give a number of tokens.")
         return settings
 
 

@@ -16,6 +16,7 @@ from .paged_cache import PagedCache, check_layout
 from .pool import CapsulePool, compress_tiles
 from .rotation import RotaryEmbedding
 from .scheduler_half import Compress, Step
+from .stats import Tally
 
 
 class Held(NamedTuple):
@@ -61,6 +62,7 @@ class WorkerHalf:
         self.index: dict[str, int] = {}
         """Index in the model of each of vLLM's attention layers, by name."""
         self.step = Step()
+        self.tally = Tally()
         self.runner: Any = None
         """vLLM's model runner; set by the worker."""
 
@@ -82,8 +84,11 @@ class WorkerHalf:
     def end_step(self) -> None:
         """The step's tokens are computed: compress the images that end in it."""
         jobs = sorted(self.step.compress, key=lambda job: job.run.tiles)
-        for _, alike in groupby(jobs, key=lambda job: job.run.tiles):
-            self._compress(list(alike))
+        for _, same in groupby(jobs, key=lambda job: job.run.tiles):
+            alike = list(same)
+            with self.tally.seconds("compression_seconds"):
+                self._compress(alike)
+            self.tally.add("images_compressed", len(alike))
         self.step = Step()
 
     def _compress(self, jobs: list[Compress]) -> None:

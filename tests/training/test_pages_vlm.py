@@ -88,6 +88,18 @@ def test_the_shipped_model_is_what_was_promised(shipped_vlm) -> None:
     assert (inputs["input_ids"] == model.config.image_token_id).sum() >= 196
 
 
+def test_crop_size_changes_no_pixel(shipped_vlm) -> None:
+    """vLLM counts an image's tokens by it; images are resized to the same size, and nothing is left to crop."""
+    _, processor = shipped_vlm
+    images = [page("test", index).image for index in range(6)]
+    images += [images[0].resize((90, 200)), images[1].resize((300, 140))]
+    plain = copy.deepcopy(processor.image_processor)
+    assert plain.crop_size is not None
+    plain.crop_size = None
+    found, before = (each(images, return_tensors="pt")["pixel_values"] for each in (processor.image_processor, plain))
+    assert torch.equal(found, before)
+
+
 @pytest.mark.parametrize(
     ("name", "smaller", "agreeing"),
     [

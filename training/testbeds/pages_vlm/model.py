@@ -65,9 +65,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    images = SiglipImageProcessorPil(
-        size={"height": SIDE, "width": SIDE}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
-    )
+    size = {"height": SIDE, "width": SIDE}
+    # SigLIP's processor crops nothing; vLLM counts an image's tokens by its crop_size.
+    images = SiglipImageProcessorPil(size=size, crop_size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
     return LlavaProcessor(
         images, build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE
     )
