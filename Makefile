@@ -40,7 +40,7 @@ BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
 .PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results rate-distortion policies long-answer bench bench-gpu gpu-check pages wheel clean
+	smol-vlm-results rate-distortion aligned policies long-answer bench bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -129,6 +129,10 @@ $(VENV)/.smol-ready: $(READY)
 rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \
 		--plot eval/results/rate-distortion.png --report docs/results-tables.md $(SUITE_FLAGS)
+
+aligned: $(READY) ## compare tiles at an image's first token with tiles at blocks; trains the capsules that are missing in runs/
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite aligned --json eval/results/aligned.json --report docs/results-tables.md $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.studies.phases --data.size 48 --step 3 --batch 48 --json eval/results/phases.json
 
 long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
 	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.studies.long_answer --json eval/results/long-answer.json \

@@ -51,9 +51,11 @@ def _front(page: Path, result: Mapping[str, Any], file: str) -> None:
     markdown.put(page, FRONT_NAME, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
 
 
-def _suite(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
-    """The full table of a suite, with its picture."""
-    return lambda page, result, file: markdown.refresh(page, name, result, file, str(Path(file).with_suffix(".png")))
+def _suite(name: str, picture: bool = True) -> Callable[[Path, Mapping[str, Any], str], None]:
+    """The full table of a suite, with its picture if it has one."""
+    return lambda page, result, file: markdown.refresh(
+        page, name, result, file, str(Path(file).with_suffix(".png")) if picture else None
+    )
 
 
 def _data_sets(page: Path, result: Mapping[str, Any], file: str) -> None:
@@ -73,6 +75,7 @@ def _long_answer(page: Path, result: Mapping[str, Any], file: str) -> None:
 PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "pages.json": ("README.md", _front),
     "rate-distortion.json": ("docs/results-tables.md", _suite("rate-distortion")),
+    "aligned.json": ("docs/results-tables.md", _suite("aligned", picture=False)),
     "smol-vlm.json": ("docs/results-tables.md", _suite("smol-vlm")),
     "smol-transfer.json": ("docs/results-tables.md", _data_sets),
     "policies.json": ("docs/policies-tables.md", _suite("policies")),

@@ -25,7 +25,7 @@ from kvcapsule.policy import POLICIES, TEXT_POLICIES
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "surface.json"
-CAPSULES = ("pages-vlm-cross-layer", "pages-vlm-kvcapsule", "pages-vlm-transform")
+CAPSULES = ("pages-vlm-cross-layer", "pages-vlm-kvcapsule", "pages-vlm-transform", "pages-vlm-blocks")
 _OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w.-]*")
 _DEFINITION = re.compile(r"^ {2,4}(-\w, )?--[A-Za-z][\w.-]*", re.MULTILINE)
 

@@ -1,7 +1,7 @@
 """Batches of questions with their answers, as a frozen VLM's inputs."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import datasets
 import lightning as L
@@ -46,14 +46,22 @@ class Questions(L.LightningDataModule):
         seed: int = 0,
         dtype: torch.dtype | None = None,
         fixed: bool = False,
-        align: int = 1,
     ) -> None:
-        """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares. align: multiples at
-        which tiles begin; tiles are then cut as if a random number of tokens stood before each row."""
+        """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares."""
         super().__init__()
-        self.fixed, self.align = fixed, align
+        self.fixed, self.align, self.words_before = fixed, 1, 0
         self.rows, self.held_out, self.processor = rows, held_out, processor
         self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
+
+    def served(self, align: int = 1, words_before: int = 0) -> Self:
+        """From now on as an engine serves them: at any place of a sequence.
+
+        Args:
+            align: multiples at which tiles begin; they are cut as if a random number of tokens stood before each row.
+            words_before: most words of training questions before each row's image; there may be any number, or none.
+        """
+        self.align, self.words_before = align, words_before
+        return self
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's share of every step, shuffled anew in each epoch."""
@@ -66,8 +74,12 @@ class Questions(L.LightningDataModule):
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         questions = [read_question(row, row["index"]) for row in rows]
-        inputs = encode(self.processor, [question.conversation(answered=True) for question in questions], self.dtype)
-        prompts = encode(self.processor, [question.conversation() for question in questions])
+        before = [self._text_before(row["index"]) for row in rows]
+        unanswered, answered = (
+            [question.conversation(with_answer, text) for question, text in zip(questions, before, strict=True)]
+            for with_answer in (False, True)
+        )
+        inputs, prompts = encode(self.processor, answered, self.dtype), encode(self.processor, unanswered)
         answers = inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
         return Batch(inputs, answers, self._alignment([row["index"] for row in rows]))
 
@@ -75,12 +87,28 @@ class Questions(L.LightningDataModule):
         """Of the rows with these numbers: the same in every epoch, pass and process."""
         if self.align == 1:
             return AT_SPANS
-        draws = [torch.Generator().manual_seed(self.seed * _SEEDS + number) for number in numbers]
-        return Alignment(self.align, tuple(int(torch.randint(self.align, (), generator=draw)) for draw in draws))
+        return Alignment(self.align, tuple(_drawn(self.align, self._random(number)) for number in numbers))
+
+    def _text_before(self, number: int) -> str:
+        """Words of other questions, for the row with this number."""
+        if not self.words_before:
+            return ""
+        random, words = self._random(number + 1), list[str]()
+        count = _drawn(self.words_before + 1, random)
+        while len(words) < count:
+            words += str(self.rows[_drawn(len(self.rows), random)]["prompt"]).split()
+        return " ".join(words[:count])
+
+    def _random(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * _SEEDS + number)
 
     def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
         indexed = _Indexed(rows)
         return DataLoader(indexed, batch_sampler=shares, collate_fn=self.collate, num_workers=self.workers)  # type: ignore[arg-type]
+
+
+def _drawn(below: int, random: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=random))
 
 
 class Shares(Sampler[list[int]]):

@@ -83,8 +83,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         seed=recipe.seed,
         dtype=model.dtype,
         fixed=fixed,
-        align=recipe.codec.align,
-    )
+    ).served(recipe.codec.align, recipe.words_before)
     fit = fit_of(
         Task(recipe, model, data, geometry, recipe.codec.tile or _whole_image(model, data, recipe.codec.align), console)
     )

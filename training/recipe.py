@@ -95,6 +95,9 @@ class Recipe:
     """Questions on which reconstruction is measured: the last ones of the source, which are never trained on."""
     batch: int = 16
     """Questions in one training batch."""
+    words_before: int = 0
+    """Most words before the image of each training question: a random number of them, taken from other questions. For
+    capsules that will read images behind other text than the data's: keys and values of visual tokens depend on it."""
     moment_batches: int = 40
     """Batches for the closed-form parts (PCA, first reconstruction)."""
     harvests: str | None = None
@@ -125,6 +128,8 @@ class Recipe:
         ):
             if count < 1:
                 raise ConfigError(f"--{name} {count}: at least 1 is needed.")
+        if self.words_before < 0:
+            raise ConfigError(f"--words_before {self.words_before}: it is a number of words, 0 or more.")
 
     @property
     def retention(self) -> float:

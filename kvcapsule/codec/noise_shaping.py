@@ -82,6 +82,8 @@ def shaped(
 ) -> torch.Tensor:
     """Shift coefficients so that rounding each to its nearest code makes the weighted error small, [E, S, M, C].
 
+    Without gradients: what is rounded afterwards has none.
+
     Args:
         coefficients_ESMC: the encoder's output.
         tokens_STM: the decoder's map along tokens, A'.
@@ -89,7 +91,7 @@ def shaped(
         coding: the coding that rounds them.
     """
     # The metric is never factorised in half precision.
-    with torch.autocast(coefficients_ESMC.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(coefficients_ESMC.device.type, enabled=False):
         return _shaped(coefficients_ESMC, tokens_STM, weights_EST, coding)
 
 
@@ -105,13 +107,16 @@ def _shaped(
     diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True))
     # Not `cholesky`, which waits for the device to check for failures; the ridge rules them out.
     root = torch.linalg.cholesky_ex(metric, upper=True).L
-    targets, errors = torch.empty_like(coefficients_ESMC), torch.empty_like(coefficients_ESMC)
+    # What a group is moved by for each unit of error in a row behind it: its own block of the root is divided out.
+    groups = root.unflatten(2, (-1, GROUP))
+    blocks = groups.unflatten(4, (-1, GROUP)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
+    gains = torch.linalg.solve_triangular(blocks, groups, upper=True).flatten(2, 3)
+    targets, errors = coefficients_ESMC.clone(), torch.empty_like(coefficients_ESMC)
+    nearest = coding.rounding(work)
     for first in range(coefficients_ESMC.shape[2] - GROUP, -1, -GROUP):
         rows, later = slice(first, first + GROUP), slice(first + GROUP, None)
-        target = coefficients_ESMC[:, :, rows]
+        target = targets[:, :, rows]
         if first + GROUP < coefficients_ESMC.shape[2]:
-            error = root[:, :, rows, later] @ errors[:, :, later]
-            target = target + torch.linalg.solve_triangular(root[:, :, rows, rows], error, upper=True)
-        targets[:, :, rows] = target
-        errors[:, :, rows] = coefficients_ESMC[:, :, rows] - coding.rounded(target, first // GROUP)
+            target += gains[:, :, rows, later] @ errors[:, :, later]
+        torch.sub(coefficients_ESMC[:, :, rows], nearest(target, rows), out=errors[:, :, rows])
     return targets

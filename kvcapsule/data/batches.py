@@ -21,9 +21,10 @@ class Question(NamedTuple):
     answer: str
     task: str
 
-    def conversation(self, answered: bool = False) -> list[dict[str, Any]]:
-        """In transformers' chat form; answered: with the answer as the assistant's turn."""
-        return conversation(self.images, self.prompt, self.answer if answered else None)
+    def conversation(self, answered: bool = False, before: str = "") -> list[dict[str, Any]]:
+        """In transformers' chat form; answered: with the answer as the assistant's turn; before: text in front of the
+        images."""
+        return conversation(self.images, self.prompt, self.answer if answered else None, before)
 
 
 def read_question(row: Mapping[str, Any], index: int) -> Question:

@@ -10,9 +10,12 @@ from transformers import BatchFeature, ProcessorMixin
 from ..errors import ModelError
 
 
-def conversation(images: Sequence[Image.Image], prompt: str, answer: str | None = None) -> list[dict[str, Any]]:
-    """One question (and its answer) in transformers' chat form, the images before the text."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+def conversation(
+    images: Sequence[Image.Image], prompt: str, answer: str | None = None, before: str = ""
+) -> list[dict[str, Any]]:
+    """One question (and its answer) in transformers' chat form, the images before the prompt and behind other text."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
+    content += [{"type": "image", "image": image} for image in images]
     turns = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     if answer is not None:
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

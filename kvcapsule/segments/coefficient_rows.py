@@ -13,6 +13,7 @@ neighbouring scores.
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -112,25 +113,27 @@ class Coding:
         )
         return scale, minimum
 
+    def rounding(self, dtype: torch.dtype) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+        """The function that rounds coefficients [E, S, m, C] of a slice of m rows to the nearest codes' values."""
+        scale, width = self._rows(self.scale.to(dtype)), self._rows(self.widths.to(dtype))
+        offset = self.offset.to(dtype)
+        # Codes count from the lowest value; half of them lie below the offset.
+        inverse, most = 1 / scale, 2.0**width - 1
+        lowest = offset - most / 2 * scale
+        shift = 2.0 ** (width - 1) - offset * inverse
+        none = torch.zeros((), dtype=dtype, device=scale.device)
+
+        def nearest(coefficients: torch.Tensor, rows: slice) -> torch.Tensor:
+            codes = torch.addcmul(shift[:, rows], coefficients, inverse[:, rows]).floor_().clamp(none, most[:, rows])
+            return codes.mul_(scale[:, rows]).add_(lowest[:, rows])
+
+        return nearest
+
     def codes(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Nearest codes [E, S, 8 G, C] uint8 of coefficients (offset included); 0 where the width is 0."""
-        return self._nearest(coefficients, 0)[0].flatten(2, 3).to(torch.uint8)
-
-    def rounded(self, coefficients: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Coefficients [E, S, 8 g, C] of g row groups, starting at group `first`, rounded to the values of their
-        nearest codes."""
-        codes, scale, width, offset = self._nearest(coefficients, first)
-        return ((codes - (2.0**width - 1) / 2) * scale).flatten(2, 3) + offset
-
-    def _nearest(
-        self, coefficients: torch.Tensor, first: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes [E, S, g, 8, C], scale and width [S, g, 1, C], and offset [S, 8 g, C], in the coefficients' dtype."""
-        groups = slice(first, first + coefficients.shape[2] // GROUP)
-        scale, width = (x[:, groups, None].to(coefficients.dtype) for x in (self.scale, self.widths))
-        offset = self.offset[:, groups.start * GROUP : groups.stop * GROUP].to(coefficients.dtype)
-        scaled = (coefficients - offset).unflatten(2, (-1, GROUP)) / scale + 2.0 ** (width - 1)
-        return torch.minimum(scaled.floor().clamp_min(0), 2.0**width - 1), scale, width, offset
+        scale, width = self._rows(self.scale.to(coefficients.dtype)), self._rows(self.widths.to(coefficients.dtype))
+        scaled = (coefficients - self.offset.to(coefficients.dtype)) / scale + 2.0 ** (width - 1)
+        return torch.minimum(scaled.floor().clamp_min(0), 2.0**width - 1).to(torch.uint8)
 
     def _rows(self, cells: torch.Tensor) -> torch.Tensor:
         """[S, G, C] to [S, 8 G, C]."""

@@ -1,6 +1,8 @@
-"""PooledSegment: a segment whose entries lie anywhere in a pool that outlives them, as an engine of many requests holds
-them: capsules in slots, raw rows in the blocks of a paged cache. A step of all requests is then one segment, and
-nothing is copied for it."""
+"""PooledSegment: a segment whose entries lie anywhere in a pool that outlives them.
+
+An engine that serves many requests holds them so: capsules in slots, raw rows in the blocks of a paged cache. A step of
+all requests is then one segment, and nothing is copied for it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -21,8 +23,7 @@ class PooledSegment(Segment):
     place: torch.Tensor | None = None
     """[E] int64."""
     counts: torch.Tensor | None = None
-    """[E] int64: tokens of each entry that are written, where blocks fill up; the rest may hold anything. None: all N.
-    """
+    """[E] int64: tokens of each entry that are written, where blocks fill up; others may hold anything. None: all."""
 
     @classmethod
     def of(cls, pool: Segment, owner: torch.Tensor, place: torch.Tensor, counts: torch.Tensor | None = None) -> Self:

@@ -47,7 +47,7 @@ def basis(sets: int, tokens: int, rows: int, seed: int = 1) -> torch.Tensor:
 
 def loss(x: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, code: Coding) -> torch.Tensor:
     """What reading rounded coefficients misses of x, token by token times its weight: [E, S]."""
-    error = tokens @ (code.rounded(x[1]) - x[0])
+    error = tokens @ (code.rounding(x[0].dtype)(x[1], slice(None)) - x[0])
     return (weights[..., None] * error.square()).sum((2, 3))
 
 
@@ -73,7 +73,9 @@ def test_groups_make_up_for_what_those_behind_them_lost() -> None:
                 left = target - design[:, first + 8 :] @ read[first + 8 :]
                 free = torch.linalg.lstsq(design[:, : first + 8], left).solution[first:]
                 expected[entry, own, first : first + 8] = free
-                read[first : first + 8] = code.rounded(free.expand(1, 2, 8, 5), first // 8)[0, own]
+                read[first : first + 8] = code.rounding(free.dtype)(free.expand(1, 2, 8, 5), slice(first, first + 8))[
+                    0, own
+                ]
     # The ridge, a ten-thousandth, is all the difference, unless it carries a number over the edge between two codes.
     assert ((found - expected).abs() < 0.01).double().mean() > 0.99
     assert torch.equal(found[..., -8:, :].isfinite(), torch.ones(3, 2, 8, 5, dtype=torch.bool))
@@ -103,8 +105,9 @@ def test_what_is_rounded_is_what_is_read(width: int) -> None:
     code = coding(2, 3, 7, width)
     x = 4 * rand(4, 2, 24, 7, seed=7)
     read = CodedRows.encode(x, code).read(torch.float64)
-    torch.testing.assert_close(code.rounded(x), read)
-    torch.testing.assert_close(code.rounded(x[:, :, 8:16], 1), read[:, :, 8:16])
+    nearest = code.rounding(x.dtype)
+    torch.testing.assert_close(nearest(x, slice(None)), read)
+    torch.testing.assert_close(nearest(x[:, :, 8:16], slice(8, 16)), read[:, :, 8:16])
 
 
 def test_rows_that_fill_up_the_last_group_do_no_harm() -> None:

@@ -102,7 +102,12 @@ def test_crop_size_changes_no_pixel(shipped_vlm) -> None:
 
 @pytest.mark.parametrize(
     ("name", "smaller", "agreeing"),
-    [("pages-vlm-kvcapsule", 2.4, 17), ("pages-vlm-transform", 40, 22), ("pages-vlm-cross-layer", 40, 23)],
+    [
+        ("pages-vlm-kvcapsule", 2.4, 17),
+        ("pages-vlm-transform", 40, 22),
+        ("pages-vlm-cross-layer", 40, 23),
+        ("pages-vlm-blocks", 3.7, 23),
+    ],
 )
 def test_the_shipped_model_and_capsules_read(shipped_vlm, name: str, smaller: float, agreeing: int) -> None:
     """On 24 held-out questions: most are right, and the capsule, at so many times fewer bytes (of float32), mostly
