@@ -44,4 +44,5 @@ class CapsuleManager(FullAttentionManager):
         """A request that ends, or is preempted, gives its slots back with its blocks."""
         if self.capsules is not None:
             self.capsules.end(request_id)
-        return super().pop_blocks_for_free(request_id)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        return blocks

@@ -63,7 +63,7 @@ def save_llava(folder: Path) -> None:
         projection_dim=64,
     )
     token = words.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision, text, image_token_index=token, vision_feature_layer=-1)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token, vision_feature_layer=-1)
     torch.manual_seed(0)
     _save(LlavaForConditionalGeneration(config).float(), folder)
     side = {"height": 168, "width": 168}
@@ -95,7 +95,7 @@ def save_qwen(folder: Path) -> None:
 
     words = tokenizer()
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    words.add_special_tokens({"additional_special_tokens": marks}, replace_additional_special_tokens=False)
+    words.add_tokens(marks, special_tokens=True)
     start, end, image, video = words.convert_tokens_to_ids(marks)
     text = {
         "vocab_size": len(words),
