@@ -1,6 +1,7 @@
 """CapsulePool: the tiles of all requests in slots of fixed size, layer by layer, as segments that attention reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ def compress_tiles(
         rotation: the model's cos and sin [B or 1, N, R] at these tokens; None for models without RoPE.
     """
     segments: dict[int, Segment] = {}
-    run, shared = capsule.begin_pass(layers), {}
+    run = capsule.begin_pass(layers)
+    shared: dict[Hashable, Any] = {}
     for layer in layers:
         keys, values = tiles[layer]
         batch, _, count, dim = keys.shape
