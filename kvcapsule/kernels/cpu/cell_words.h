@@ -15,19 +15,23 @@ constexpr int KIND_WIDTH[KINDS] = {1, 1, 1, 1, 2, 2, 3, 4}, KIND_PLACE[KINDS] = 
 struct KindTables {
     alignas(64) int32_t shift[KINDS][LANES] = {};  // from the word's lowest bit to each lane's code: two tiles in turn
     alignas(64) float levels[KINDS][LANES] = {};   // a code less the middle of all, whatever stands above its bits
+    int32_t codes[KINDS] = {};                     // the greatest code
 
     constexpr KindTables() {
-        for (int kind = 0; kind < KINDS; ++kind)
+        for (int kind = 0; kind < KINDS; ++kind) {
+            codes[kind] = (1 << KIND_WIDTH[kind]) - 1;
             for (int lane = 0; lane < LANES; ++lane) {
                 const int width = KIND_WIDTH[kind];
                 shift[kind][lane] = (width == 3 ? 4 : width) * (lane / 2) + 8 * width * KIND_PLACE[kind];
-                levels[kind][lane] = static_cast<float>(lane % (1 << width)) - static_cast<float>((1 << width) - 1) / 2;
+                levels[kind][lane] = static_cast<float>(lane % (1 << width)) - static_cast<float>(codes[kind]) / 2;
             }
+        }
     }
 };
 constexpr KindTables TABLES;
 
 // The numbers of cells of a kind, times a step: the same instructions whatever their width.
+#if AVX512
 struct Decoder {
     Ints shift;
     Floats levels;
@@ -38,15 +42,24 @@ struct Decoder {
     INLINE Floats numbers(const uint32_t* words) const {
         typedef uint32_t Words __attribute__((vector_size(64)));
         const Words code = reinterpret_cast<Words>(splat_pair(words)) >> reinterpret_cast<Words>(shift);
-#if AVX512
         return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(code), levels);
-#else
-        Floats found;
-        for (int i = 0; i < LANES; ++i) found[i] = levels[code[i] & 15];
-        return found;
-#endif
     }
 };
+#else
+// No register has sixteen levels to look up: bits are cut off and made numbers.
+struct Decoder {
+    Ints shift, codes;
+    Floats step, least;
+
+    INLINE Decoder(int64_t kind, float step_)
+        : shift(as_ints(load(reinterpret_cast<const float*>(TABLES.shift[kind])))), codes(TABLES.codes[kind]),
+          step(step_), least(TABLES.levels[kind][0] * step_) {}
+
+    INLINE Floats numbers(const uint32_t* words) const {
+        return to_floats((as_ints(splat_pair(words)) >> shift) & codes) * step + least;
+    }
+};
+#endif
 
 // Cells of 8 bits of two tiles.
 INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, float step) {
@@ -55,8 +68,9 @@ INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, flo
     const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second));
     const Floats codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
 #else
-    Floats codes;
-    for (int i = 0; i < 8; ++i) codes[2 * i] = first[i], codes[2 * i + 1] = second[i];
+    uint8_t both[LANES];
+    for (int i = 0; i < 8; ++i) both[2 * i] = first[i], both[2 * i + 1] = second[i];
+    const Floats codes = to_floats(from_bytes(both));
 #endif
     return (codes - splat(127.5f)) * splat(step);
 }
@@ -98,7 +112,7 @@ INLINE void lay_four(const uint8_t* const (&from)[TILES], bool three, uint32_t* 
     for (int i = 0; i < 4 * TILES; ++i) memcpy(out + i, from[i % TILES] + i / TILES * (three ? 3 : 4), 4);
     float* const words = reinterpret_cast<float*>(out);
     for (int i = 0; three && i < 4 * TILES; i += LANES)
-        store(words + i, reinterpret_cast<Floats>(fields_of_three(reinterpret_cast<Ints>(load(words + i)))));
+        store(words + i, as_floats(fields_of_three(as_ints(load(words + i)))));
 #endif
 }
 

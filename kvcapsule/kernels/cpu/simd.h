@@ -1,27 +1,7 @@
-// Sixteen fp32 numbers as one vector, and what a softmax needs of them.
-//
-// GCC's and clang's vector extensions make these one register with AVX-512, two with AVX2 and four with NEON or SSE.
+// What kernels need of vectors: rearranging lanes, sums and maxima over them, and the exponential.
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define AVX512 1
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)  // lanes of x and y, counted through
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
-#endif
-// A loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
-#define EACH(i, count) UNROLL for (int i = 0; i < (count); ++i)
+#include "vectors.h"
 
 namespace kvcapsule {
 
@@ -31,15 +11,11 @@ template <int NUMBER> struct Constant {
     constexpr operator int() const { return NUMBER; }
 };
 
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
-
-INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
-INLINE void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
-INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+// How many vectors, at most `most`, fill registers with so many sums each; without AVX-512 there are 16 of them.
+constexpr int fitting(int sums, int most) {
+    const int found = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
+    return found > most ? most : found > 1 ? found : 1;
+}
 INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
 INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
 
@@ -57,27 +33,24 @@ INLINE Floats load_part(const float* from, int64_t count) {
 #if AVX512
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
 #else
-    Floats x = {};
-    memcpy(&x, from, count * sizeof(float));
-    return x;
+    float x[LANES] = {};
+    memcpy(x, from, count * sizeof(float));
+    return load(x);
 #endif
-}
-
-// from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
-INLINE Floats splat_pair(const void* from) {
-    double both;
-    memcpy(&both, from, sizeof both);
-    return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
 }
 
 // Sixteen bytes as numbers.
 INLINE Ints from_bytes(const uint8_t* bytes) {
 #if AVX512
     return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#elif __AVX2__
+    return each_register<Ints>([&](int i) INLINE_LAMBDA {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8 * i)));
+    });
 #else
-    Ints numbers;
+    int32_t numbers[LANES];
     for (int i = 0; i < LANES; ++i) numbers[i] = bytes[i];
-    return numbers;
+    return as_ints(load(reinterpret_cast<const float*>(numbers)));
 #endif
 }
 
@@ -86,14 +59,14 @@ INLINE Floats maximum(Floats x, Floats y) {
 #if AVX512
     return _mm512_max_ps(x, y);
 #else
-    return x > y ? x : y;
+    return select(y < x, x, y);
 #endif
 }
 
 // The first `count` lanes of x, and a number in the others.
 INLINE Floats first_lanes(Floats x, int64_t count, float other) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < static_cast<int32_t>(count) ? x : splat(other);
+    const Ints lane = ints<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>();
+    return select(lane < static_cast<int32_t>(count), x, splat(other));
 }
 
 // All lanes joined, by sums or by maxima: in each lane.
@@ -170,9 +143,9 @@ INLINE Floats exp_of_negative(Floats x) {
     series = series * rest + splat(1.6666665459e-1f);
     series = series * rest + splat(5.0000001201e-1f);
     series = series * (rest * rest) + rest + splat(1.0f);
-    const Ints power = (__builtin_convertvector(count, Ints) + 127) << 23, nothing = x < splat(-87.0f);
-    const Floats found = series * reinterpret_cast<Floats>(power);
-    return reinterpret_cast<Floats>(~nothing & reinterpret_cast<Ints>(found));
+    const Ints power = (to_ints(count) + 127) << 23, nothing = x < splat(-87.0f);
+    const Floats found = series * as_floats(power);
+    return as_floats(~nothing & as_ints(found));
 }
 
 }  // namespace kvcapsule
