@@ -17,9 +17,9 @@ namespace kvcapsule {
 // Sixteen codes of a channel, of which eight fill BITS bytes; `count` are there to be read, a multiple of 8.
 template <int BITS> INLINE Ints codes_of_channel(const uint8_t* from, int64_t count) {
     if constexpr (BITS == 8) {
-        if (count >= LANES) return from_bytes(from);
-        uint8_t codes[LANES] = {};
-        if (count > 0) memcpy(codes, from, 8);
+        Bytes codes = {};
+        if (count >= LANES) memcpy(&codes, from, LANES);
+        else if (count > 0) memcpy(&codes, from, 8);
         return from_bytes(codes);
     } else {
         uint64_t bytes = 0;

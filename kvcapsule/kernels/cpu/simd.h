@@ -22,7 +22,7 @@ INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LA
 // Holds what several instructions need in a register: GCC would have each of them load it again.
 INLINE Floats held(Floats x) {
 #if AVX512
-    asm("" : "+v"(x));
+    asm("" : "+v"(x.part[0]));
 #endif
     return x;
 }
@@ -31,7 +31,8 @@ INLINE Floats held(Floats x) {
 INLINE Floats load_part(const float* from, int64_t count) {
     if (count >= LANES) return load(from);
 #if AVX512
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    return each_register<Floats>([&](int) INLINE_LAMBDA { return _mm512_maskz_loadu_ps(mask, from); });
 #else
     float x[LANES] = {};
     memcpy(x, from, count * sizeof(float));
@@ -40,24 +41,28 @@ INLINE Floats load_part(const float* from, int64_t count) {
 }
 
 // Sixteen bytes as numbers.
-INLINE Ints from_bytes(const uint8_t* bytes) {
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+INLINE Ints from_bytes(Bytes bytes) {
 #if AVX512
-    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+    return each_register<Ints>([&](int) INLINE_LAMBDA {
+        return _mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes));
+    });
 #elif __AVX2__
+    const __m128i low = reinterpret_cast<__m128i>(bytes);
     return each_register<Ints>([&](int i) INLINE_LAMBDA {
-        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8 * i)));
+        return _mm256_cvtepu8_epi32(i ? _mm_unpackhi_epi64(low, low) : low);
     });
 #else
     int32_t numbers[LANES];
     for (int i = 0; i < LANES; ++i) numbers[i] = bytes[i];
-    return as_ints(load(reinterpret_cast<const float*>(numbers)));
+    return load(numbers);
 #endif
 }
 
 // The greater one in each lane; y where x is not a number.
 INLINE Floats maximum(Floats x, Floats y) {
 #if AVX512
-    return _mm512_max_ps(x, y);
+    return each_register<Floats>([&](int i) INLINE_LAMBDA { return _mm512_max_ps(x.part[i], y.part[i]); });
 #else
     return select(y < x, x, y);
 #endif
@@ -86,6 +91,12 @@ INLINE Floats lower_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1
 INLINE Floats upper_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 18, 3, 19); }
 INLINE Floats lower_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1, 16, 17); }
 INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 18, 19); }
+
+// x in the first eight lanes, y in the others.
+INLINE Ints halves(int32_t x, int32_t y) {
+    const Floats low = as_floats(x), high = as_floats(y);
+    return as_ints(SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+}
 
 // to[i] = the sum of the lanes of x[i], of four vectors.
 INLINE void store_four_sums(float* to, const Floats* x) {

@@ -1,7 +1,7 @@
 // Sixteen fp32 or int32 numbers as one vector: Floats and Ints.
 //
-// With AVX-512 a vector is one register, and a type of the compiler's. Elsewhere it is two registers (AVX2) or four: a
-// struct of them, for GCC keeps vectors in memory that are wider than a register.
+// A vector is one register with AVX-512, two with AVX2 and four with NEON or SSE. It is a struct of them, for GCC keeps
+// what is wider than a register in memory.
 #pragma once
 
 #include <stdint.h>
@@ -37,36 +37,6 @@ namespace kvcapsule {
 constexpr int LANES = 16;
 constexpr int REGISTERS = 64 / REGISTER;  // of a vector
 
-#if AVX512
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
-
-// Lanes of x and y, counted through.
-#define SHUFFLE(x, y, ...) SHUFFLE_REGISTERS(Ints, x, y, __VA_ARGS__)
-
-template <int... NUMBERS> INLINE Ints ints() { return Ints{NUMBERS...}; }
-INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
-INLINE void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
-INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-INLINE Ints halves(int32_t x, int32_t y) { return Ints{x, x, x, x, x, x, x, x, y, y, y, y, y, y, y, y}; }
-INLINE Floats select(Ints which, Floats x, Floats y) { return which ? x : y; }
-INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
-INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
-INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
-
-// from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
-INLINE Floats splat_pair(const void* from) {
-    double both;
-    memcpy(&both, from, sizeof both);
-    return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
-}
-
-#else
-
 constexpr int SIZE = REGISTER / 4;  // numbers of a register
 
 template <class T> struct Vector {
@@ -88,7 +58,6 @@ template <class T> struct Vector {
 };
 typedef Vector<float> Floats;
 typedef Vector<int32_t> Ints;
-typedef float LooseRegister __attribute__((vector_size(REGISTER), aligned(4), may_alias));
 
 // Calls of body(i) for each register of a vector, whose results are the registers of another one.
 template <class To, class Body> INLINE To each_register(const Body& body) {
@@ -104,13 +73,13 @@ INLINE Ints operator<(const Ints& x, const Ints& y) {
 INLINE Ints operator<(const Floats& x, const Floats& y) {
     return each_register<Ints>([&](int i) INLINE_LAMBDA { return x.part[i] < y.part[i]; });
 }
-INLINE Floats load(const float* from) {
-    return each_register<Floats>([&](int i) INLINE_LAMBDA {
-        return *reinterpret_cast<const LooseRegister*>(from + i * SIZE);
-    });
+template <class T> INLINE Vector<T> load(const T* from) {
+    typedef T Loose __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+    return each_register<Vector<T>>([&](int i) INLINE_LAMBDA { return *reinterpret_cast<const Loose*>(from + i * SIZE); });
 }
-INLINE void store(float* to, const Floats& x) {
-    EACH(i, REGISTERS) *reinterpret_cast<LooseRegister*>(to + i * SIZE) = x.part[i];
+template <class T> INLINE void store(T* to, const Vector<T>& x) {
+    typedef T Loose __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+    EACH(i, REGISTERS) *reinterpret_cast<Loose*>(to + i * SIZE) = x.part[i];
 }
 INLINE Floats splat(float x) { return x; }
 INLINE Floats as_floats(const Ints& x) {
@@ -130,12 +99,9 @@ INLINE Ints to_ints(const Floats& x) {
 INLINE Floats select(const Ints& which, const Floats& x, const Floats& y) {
     return each_register<Floats>([&](int i) INLINE_LAMBDA { return which.part[i] ? x.part[i] : y.part[i]; });
 }
-INLINE Ints halves(int32_t x, int32_t y) {
-    return each_register<Ints>([&](int i) INLINE_LAMBDA { return (i < REGISTERS / 2 ? x : y) - Ints::Register{}; });
-}
 template <int... NUMBERS> INLINE Ints ints() {
     static constexpr int32_t numbers[] = {NUMBERS...};
-    return as_ints(load(reinterpret_cast<const float*>(numbers)));
+    return load(numbers);
 }
 INLINE Floats splat_pair(const void* from) {
     typedef int64_t Longs __attribute__((vector_size(REGISTER)));
@@ -176,7 +142,5 @@ template <int... FROM> struct Shuffle {
         return all(x, y, std::make_integer_sequence<int, REGISTERS>());
     }
 };
-
-#endif
 
 }  // namespace kvcapsule
