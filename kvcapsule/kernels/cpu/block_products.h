@@ -19,7 +19,7 @@ INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, cons
             lanes[v] = held(load(map + v * LANES));
         }
         EACH(a, A) {
-            const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
+            const Floats number = x[a / PAIR * stride + a % PAIR];
             EACH(v, V) sum[a][v] += number * lanes[v];
         }
     }

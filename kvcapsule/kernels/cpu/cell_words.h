@@ -36,18 +36,18 @@ struct Decoder {
     Floats levels, step;
 
     INLINE Decoder(int64_t kind, float step_)
-        : shift(load(TABLES.shift[kind])), codes(TABLES.codes[kind]), levels(load(TABLES.levels[kind]) * splat(step_)),
+        : shift(load(TABLES.shift[kind])), codes(TABLES.codes[kind]), levels(load(TABLES.levels[kind]) * step_),
           step(step_) {}
 
     INLINE Floats numbers(const uint32_t* words) const {
-        const Ints code = as_ints(splat_pair(words)) >> shift;
+        const Ints code = bits_as<Ints>(splat_pair(words)) >> shift;
 #if AVX512
         return each_register<Floats>([&](int i) INLINE_LAMBDA {
             return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(code.part[i]), levels.part[i]);
         });
 #else
         // No register has sixteen levels to look up: bits are cut off and made numbers.
-        return to_floats(code & codes) * step + splat(levels[0]);
+        return convert<Floats>(code & codes) * step + levels[0];
 #endif
     }
 };
@@ -59,7 +59,7 @@ INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, flo
     typedef uint64_t Longs __attribute__((vector_size(16)));
     const Bytes x = reinterpret_cast<Bytes>(Longs{low}), y = reinterpret_cast<Bytes>(Longs{high});
     const Bytes both = SHUFFLE_REGISTERS(Bytes, x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    return (to_floats(from_bytes(both)) - splat(127.5f)) * splat(step);
+    return (convert<Floats>(from_bytes(both)) - 127.5f) * step;
 }
 
 // Words that begin with three bytes, [eight fields of 2 bits | eight of 1 bit], as eight fields of 4 bits.

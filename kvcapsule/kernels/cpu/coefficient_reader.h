@@ -183,7 +183,7 @@ class CoefficientReader {
         float* const sums = sums_ + row / src_.block * s_.values.channels * 8 + row % src_.block;
         for (int64_t c = 0; c < s_.values.channels; ++c) sums[c * 8] *= factor;
         for (int64_t at = row * LANES; at < weight_count_; at += src_.rows * LANES)
-            store(weights_ + at, load(weights_ + at) * splat(factor));
+            store(weights_ + at, load(weights_ + at) * factor);
     }
 
     void finish(float* out) {

@@ -139,8 +139,8 @@ class RowReader {
                 for (int64_t c = 0; c < channels; ++c, from += apart)
                     for (int64_t n = 0; n < line; n += LANES) {
                         const Ints code = codes_of_channel<bits>(from + n / 8 * bits, written - n);
-                        const Floats number = to_floats(code);
-                        store(buffer + c * line + n, number * splat(scale[c]) + splat(minimum[c]));
+                        const Floats number = convert<Floats>(code);
+                        store(buffer + c * line + n, number * scale[c] + minimum[c]);
                     }
             });
             return {buffer, line};

@@ -71,7 +71,7 @@ INLINE Floats maximum(Floats x, Floats y) {
 // The first `count` lanes of x, and a number in the others.
 INLINE Floats first_lanes(Floats x, int64_t count, float other) {
     const Ints lane = ints<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>();
-    return select(lane < static_cast<int32_t>(count), x, splat(other));
+    return select(lane < Ints(static_cast<int32_t>(count)), x, other);
 }
 
 // All lanes joined, by sums or by maxima: in each lane.
@@ -94,8 +94,8 @@ INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 1
 
 // x in the first eight lanes, y in the others.
 INLINE Ints halves(int32_t x, int32_t y) {
-    const Floats low = as_floats(x), high = as_floats(y);
-    return as_ints(SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+    const Floats low = bits_as<Floats>(Ints(x)), high = bits_as<Floats>(Ints(y));
+    return bits_as<Ints>(SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
 }
 
 // to[i] = the sum of the lanes of x[i], of four vectors.
@@ -144,19 +144,18 @@ INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line)
 
 // e^x for x <= 0, within 2e-7 of it; below -87, and so for -inf, 0. Cephes (S. Moshier), expf.
 INLINE Floats exp_of_negative(Floats x) {
-    const Floats large = splat(12582912.0f);
+    const float large = 12582912.0f;
     // Adding a large number rounds to a whole one; what is not a number goes on in `rest`.
-    const Floats count = maximum((x * splat(1.44269504088896341f) + large) - large, splat(-127.0f));
-    const Floats rest = (x - count * splat(0.693359375f)) + count * splat(2.12194440e-4f);
-    Floats series = splat(1.9875691500e-4f) * rest + splat(1.3981999507e-3f);
-    series = series * rest + splat(8.3334519073e-3f);
-    series = series * rest + splat(4.1665795894e-2f);
-    series = series * rest + splat(1.6666665459e-1f);
-    series = series * rest + splat(5.0000001201e-1f);
-    series = series * (rest * rest) + rest + splat(1.0f);
-    const Ints power = (to_ints(count) + 127) << 23, nothing = x < splat(-87.0f);
-    const Floats found = series * as_floats(power);
-    return as_floats(~nothing & as_ints(found));
+    const Floats count = maximum((x * 1.44269504088896341f + large) - large, -127.0f);
+    const Floats rest = (x - count * 0.693359375f) + count * 2.12194440e-4f;
+    Floats series = 1.9875691500e-4f * rest + 1.3981999507e-3f;
+    series = series * rest + 8.3334519073e-3f;
+    series = series * rest + 4.1665795894e-2f;
+    series = series * rest + 1.6666665459e-1f;
+    series = series * rest + 5.0000001201e-1f;
+    series = series * (rest * rest) + rest + 1.0f;
+    const Ints power = (convert<Ints>(count) + 127) << 23;
+    return select(x < Floats(-87.0f), 0.0f, series * bits_as<Floats>(power));
 }
 
 }  // namespace kvcapsule

@@ -36,14 +36,15 @@ namespace kvcapsule {
 
 constexpr int LANES = 16;
 constexpr int REGISTERS = 64 / REGISTER;  // of a vector
+constexpr int SIZE = REGISTER / 4;        // numbers of a register
 
-constexpr int SIZE = REGISTER / 4;  // numbers of a register
-
+// Sixteen numbers; one number stands for sixteen equal ones.
 template <class T> struct Vector {
     typedef T Register __attribute__((vector_size(REGISTER)));
     Register part[REGISTERS];
 
     Vector() = default;
+    template <class... R> INLINE Vector(Register x, R... others) : part{x, others...} {}
     INLINE Vector(T x) { EACH(i, REGISTERS) part[i] = x - Register{}; }
     INLINE T operator[](int i) const { return part[i / SIZE][i % SIZE]; }
 
@@ -66,12 +67,20 @@ template <class To, class Body> INLINE To each_register(const Body& body) {
     return found;
 }
 
-INLINE Ints operator~(const Ints& x) { return each_register<Ints>([&](int i) INLINE_LAMBDA { return ~x.part[i]; }); }
-INLINE Ints operator<(const Ints& x, const Ints& y) {
+template <class T> INLINE Ints operator<(const Vector<T>& x, const Vector<T>& y) {
     return each_register<Ints>([&](int i) INLINE_LAMBDA { return x.part[i] < y.part[i]; });
 }
-INLINE Ints operator<(const Floats& x, const Floats& y) {
-    return each_register<Ints>([&](int i) INLINE_LAMBDA { return x.part[i] < y.part[i]; });
+INLINE Floats select(const Ints& which, const Floats& x, const Floats& y) {
+    return each_register<Floats>([&](int i) INLINE_LAMBDA { return which.part[i] ? x.part[i] : y.part[i]; });
+}
+// The bits of x as numbers of another type; and the numbers of x.
+template <class To, class T> INLINE To bits_as(const Vector<T>& x) {
+    return each_register<To>([&](int i) INLINE_LAMBDA { return x.part[i]; });
+}
+template <class To, class T> INLINE To convert(const Vector<T>& x) {
+    return each_register<To>([&](int i) INLINE_LAMBDA {
+        return __builtin_convertvector(x.part[i], typename To::Register);
+    });
 }
 template <class T> INLINE Vector<T> load(const T* from) {
     typedef T Loose __attribute__((vector_size(REGISTER), aligned(4), may_alias));
@@ -81,28 +90,11 @@ template <class T> INLINE void store(T* to, const Vector<T>& x) {
     typedef T Loose __attribute__((vector_size(REGISTER), aligned(4), may_alias));
     EACH(i, REGISTERS) *reinterpret_cast<Loose*>(to + i * SIZE) = x.part[i];
 }
-INLINE Floats splat(float x) { return x; }
-INLINE Floats as_floats(const Ints& x) {
-    return each_register<Floats>([&](int i) INLINE_LAMBDA { return x.part[i]; });
-}
-INLINE Ints as_ints(const Floats& x) {
-    return each_register<Ints>([&](int i) INLINE_LAMBDA { return x.part[i]; });
-}
-INLINE Floats to_floats(const Ints& x) {
-    return each_register<Floats>([&](int i) INLINE_LAMBDA {
-        return __builtin_convertvector(x.part[i], Floats::Register);
-    });
-}
-INLINE Ints to_ints(const Floats& x) {
-    return each_register<Ints>([&](int i) INLINE_LAMBDA { return __builtin_convertvector(x.part[i], Ints::Register); });
-}
-INLINE Floats select(const Ints& which, const Floats& x, const Floats& y) {
-    return each_register<Floats>([&](int i) INLINE_LAMBDA { return which.part[i] ? x.part[i] : y.part[i]; });
-}
 template <int... NUMBERS> INLINE Ints ints() {
     static constexpr int32_t numbers[] = {NUMBERS...};
     return load(numbers);
 }
+// from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
 INLINE Floats splat_pair(const void* from) {
     typedef int64_t Longs __attribute__((vector_size(REGISTER)));
     int64_t both;
@@ -111,35 +103,29 @@ INLINE Floats splat_pair(const void* from) {
 }
 
 // Lanes of x and y, counted through. Those of a register come from two registers at most.
-#define SHUFFLE(x, y, ...) Shuffle<__VA_ARGS__>::of(x, y)
+#define SHUFFLE(x, y, ...) Shuffle<__VA_ARGS__>::all(x, y, std::make_integer_sequence<int, REGISTERS>())
 template <int... FROM> struct Shuffle {
     static constexpr int from[] = {FROM...};
 
-    static constexpr int source(int i, bool second) {
-        const int first = from[i * SIZE] / SIZE;
-        int other = first;
+    // The registers that register i comes from, and where its lane comes from among theirs.
+    static constexpr int first(int i) { return from[i * SIZE] / SIZE; }
+    static constexpr int second(int i) {
+        int found = first(i);
         for (int lane = i * SIZE; lane < (i + 1) * SIZE; ++lane)
-            if (from[lane] / SIZE != first) other = from[lane] / SIZE;
-        return second ? other : first;
-    }
-    static constexpr int lane(int i) {
-        return from[i] % SIZE + (from[i] / SIZE == source(i / SIZE, false) ? 0 : SIZE);
-    }
-    template <int I> static INLINE auto part(const Floats& x, const Floats& y) {
-        return I < REGISTERS ? x.part[I % REGISTERS] : y.part[I % REGISTERS];
-    }
-    template <int I, int... LANE> static INLINE auto one(const Floats& x, const Floats& y,
-                                                         std::integer_sequence<int, LANE...>) {
-        return SHUFFLE_REGISTERS(Ints::Register, (part<source(I, false)>(x, y)), (part<source(I, true)>(x, y)),
-                                 lane(I * SIZE + LANE)...);
-    }
-    template <int... I> static INLINE Floats all(const Floats& x, const Floats& y, std::integer_sequence<int, I...>) {
-        Floats found;
-        ((found.part[I] = one<I>(x, y, std::make_integer_sequence<int, SIZE>())), ...);
+            if (from[lane] / SIZE != first(i)) found = from[lane] / SIZE;
         return found;
     }
-    static INLINE Floats of(const Floats& x, const Floats& y) {
-        return all(x, y, std::make_integer_sequence<int, REGISTERS>());
+    static constexpr int place(int lane) {
+        return from[lane] % SIZE + (from[lane] / SIZE == first(lane / SIZE) ? 0 : SIZE);
+    }
+    template <int I, int... LANE>
+    static INLINE auto one(const Floats& x, const Floats& y, std::integer_sequence<int, LANE...>) {
+        constexpr int a = first(I), b = second(I);
+        return SHUFFLE_REGISTERS(Ints::Register, (a < REGISTERS ? x : y).part[a % REGISTERS],
+                                 (b < REGISTERS ? x : y).part[b % REGISTERS], place(I * SIZE + LANE)...);
+    }
+    template <int... I> static INLINE Floats all(const Floats& x, const Floats& y, std::integer_sequence<int, I...>) {
+        return {one<I>(x, y, std::make_integer_sequence<int, SIZE>())...};
     }
 };
 
