@@ -6,7 +6,6 @@
 
 #include <stdint.h>
 #include <string.h>
-#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define AVX512 1
@@ -102,8 +101,13 @@ INLINE Floats splat_pair(const void* from) {
     return each_register<Floats>([&](int) INLINE_LAMBDA { return both - Longs{}; });
 }
 
+// The numbers 0 to N - 1. C++'s own header is not there for every compiler.
+template <int... NUMBERS> struct Counted {};
+template <int N, int... NUMBERS> struct CountTo : CountTo<N - 1, N - 1, NUMBERS...> {};
+template <int... NUMBERS> struct CountTo<0, NUMBERS...> : Counted<NUMBERS...> {};
+
 // Lanes of x and y, counted through. Those of a register come from two registers at most.
-#define SHUFFLE(x, y, ...) Shuffle<__VA_ARGS__>::all(x, y, std::make_integer_sequence<int, REGISTERS>())
+#define SHUFFLE(x, y, ...) Shuffle<__VA_ARGS__>::all(x, y, CountTo<REGISTERS>())
 template <int... FROM> struct Shuffle {
     static constexpr int from[] = {FROM...};
 
@@ -119,13 +123,13 @@ template <int... FROM> struct Shuffle {
         return from[lane] % SIZE + (from[lane] / SIZE == first(lane / SIZE) ? 0 : SIZE);
     }
     template <int I, int... LANE>
-    static INLINE auto one(const Floats& x, const Floats& y, std::integer_sequence<int, LANE...>) {
+    static INLINE auto one(const Floats& x, const Floats& y, Counted<LANE...>) {
         constexpr int a = first(I), b = second(I);
         return SHUFFLE_REGISTERS(Ints::Register, (a < REGISTERS ? x : y).part[a % REGISTERS],
                                  (b < REGISTERS ? x : y).part[b % REGISTERS], place(I * SIZE + LANE)...);
     }
-    template <int... I> static INLINE Floats all(const Floats& x, const Floats& y, std::integer_sequence<int, I...>) {
-        return {one<I>(x, y, std::make_integer_sequence<int, SIZE>())...};
+    template <int... I> static INLINE Floats all(const Floats& x, const Floats& y, Counted<I...>) {
+        return {one<I>(x, y, CountTo<SIZE>())...};
     }
 };
 
