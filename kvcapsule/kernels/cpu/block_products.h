@@ -1,6 +1,7 @@
 // Matrix products in blocks whose sums stay in registers: rows times a map, and rows times rows.
 //
 // A block of A rows and V vectors needs A * V + V + 1 registers; AVX-512 has 32. 8 x 2 is bound by multiply-adds alone.
+// Elsewhere a vector is several registers, of which there are 16: blocks are 4 x 1, and 1 x 4 of rows times rows.
 #pragma once
 
 #include "simd.h"

@@ -11,7 +11,8 @@ template <int NUMBER> struct Constant {
     constexpr operator int() const { return NUMBER; }
 };
 
-// How many vectors, at most `most`, fill registers with so many sums each; without AVX-512 there are 16 of them.
+// How many vectors a block has, at most `most`, so that its sums stay in registers: so many sums for each of them.
+// Without AVX-512 there are 16 registers: eight hold sums, or as many as one vector needs.
 constexpr int fitting(int sums, int most) {
     const int found = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
     return found > most ? most : found > 1 ? found : 1;
