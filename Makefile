@@ -37,8 +37,9 @@ SUITE_FLAGS ?=
 SMOL_FLAGS ?=
 GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
+SOAK_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm style format demo demo-vlm smol-vlm smol-vlm-training \
+.PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
 	smol-vlm-results rate-distortion aligned policies long-answer bench bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
@@ -77,6 +78,9 @@ $(MINORS:%=.venv-%/.ready): .venv-%/.ready: $(READY)
 
 test-vllm: .venv-vllm/.ready ## run the tests of serving inside vLLM's CPU backend, in .venv-vllm
 	$(VLLM_RUN) -m pytest tests/serving $(PYTEST_FLAGS)
+
+serving-soak: .venv-vllm/.ready ## 2,000 requests by 16 clients to `kvcapsule serve` with little memory (eval/results/serving-soak.json)
+	$(VLLM_RUN) tests/serving/soak.py --json eval/results/serving-soak.json $(SOAK_FLAGS)
 
 .venv-vllm/.ready: pyproject.toml tests/serving/mend_torchvision.py
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found (looked for: $(PYTHONS)). Name one: make PYTHON=/path/to/python3" >&2; exit 1; }

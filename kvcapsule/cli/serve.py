@@ -122,7 +122,7 @@ def serve(words: Sequence[str]) -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class OneLine(FlexibleArgumentParser):  # type: ignore[misc]
+    class OneLine(FlexibleArgumentParser):
         """vLLM's parser prints all of its options before it says what is wrong."""
 
         def error(self, message: str) -> Any:
@@ -165,7 +165,7 @@ def _sizes(options: Options) -> tuple["Sizes", "Form", tuple[int, int]]:
     options.dtype = named.removeprefix("torch.")
     dtype = getattr(torch, options.dtype)
     rotary = RotaryEmbedding(config) if geometry.rotary != "none" else None
-    slot = slot_bytes(one_tile(capsule, layers, dtype, rotary and rotary.first(codec.tile)))
+    slot = slot_bytes(one_tile(capsule, layers, dtype, rotary.first(codec.tile) if rotary else None))
     token = 2 * len(layers) * geometry.kv_heads * geometry.head_dim * dtype.itemsize
     visual = options.image_tokens
     if visual is None:

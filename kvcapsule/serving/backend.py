@@ -43,7 +43,7 @@ class CapsuleMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.builder = self  # type: ignore[attr-defined]
+        metadata.builder = self
         return metadata
 
     def for_lengths(self, metadata: CPUAttentionMetadata, lengths: torch.Tensor) -> CPUAttentionMetadata:
@@ -76,21 +76,21 @@ class CapsuleImpl(CPUAttentionBackendImpl):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        **outputs: Any,
     ) -> torch.Tensor:
-        """As CPUAttentionBackendImpl.forward."""
+        """As CPUAttentionBackendImpl.forward. outputs: `output`, and scales of it that the CPU does not use."""
 
         def engine(metadata: CPUAttentionMetadata | None) -> torch.Tensor:
-            return super(CapsuleImpl, self).forward(
-                layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
+            out: torch.Tensor = super(CapsuleImpl, self).forward(
+                layer, query, key, value, kv_cache, metadata, **outputs
             )
+            return out
 
         worker = _worker()
         if attn_metadata is None or worker is None or layer.layer_name not in worker.index:
             return engine(attn_metadata)
         plan = _plan(worker, attn_metadata)
+        output: torch.Tensor = outputs["output"]
         if plan.engine is not None:
             engine(plan.engine)
         if plan.batch is None and not plan.single:
@@ -138,7 +138,7 @@ def _plan(worker: WorkerHalf, metadata: CPUAttentionMetadata) -> _Plan:
     """Made by the first layer of a step, for all."""
     known: _Plan | None = getattr(metadata, "plan", None)
     if known is None:
-        known = metadata.plan = _make_plan(worker, metadata)  # type: ignore[attr-defined]
+        known = metadata.plan = _make_plan(worker, metadata)
     return known
 
 
@@ -160,5 +160,5 @@ def _make_plan(worker: WorkerHalf, metadata: CPUAttentionMetadata) -> _Plan:
         shorter = metadata.seq_lens.clone()
         for row, _ in rows:
             shorter[row] = starts[row + 1] - starts[row]
-        engine = metadata.builder.for_lengths(metadata, shorter)  # type: ignore[attr-defined]
+        engine = metadata.builder.for_lengths(metadata, shorter)
     return _Plan(engine, worker.batch(one, lengths, starts) if one else None, several)

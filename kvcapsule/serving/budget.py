@@ -35,8 +35,8 @@ class Form:
 
     def tiles(self, sizes: Sizes) -> int:
         """Tiles of its images at least, wherever in a block they begin."""
-        each = self.image_tokens // self.images
-        return self.images * max(0, (each - sizes.block + 1) // sizes.tile)
+        image = self.image_tokens // self.images
+        return self.images * max(0, (image - sizes.block + 1) // sizes.tile)
 
     def blocks(self, sizes: Sizes) -> int:
         """Blocks without capsules."""

@@ -62,7 +62,8 @@ class CapsuleConnector(KVConnectorBase_V1):
         # Where vLLM runs transformers' own model, it has wrapped the model's class, which asks for this.
         with set_current_vllm_config(vllm_config):
             rotary = RotaryEmbedding(config) if capsule.config.geometry.rotary != "none" else None
-        empty = one_tile(capsule, layers, vllm_config.model_config.dtype, rotary and rotary.first(tile))
+        rotation = rotary.first(tile) if rotary else None
+        empty = one_tile(capsule, layers, vllm_config.model_config.dtype, rotation)
         self.slot_bytes = slot_bytes(empty)
         slots = settings.pool_bytes // self.slot_bytes
         if slots < 1:
@@ -88,8 +89,8 @@ class CapsuleConnector(KVConnectorBase_V1):
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         if not isinstance(manager, CapsuleManager):
             raise ConfigError(
-                f"vLLM manages this model's KV cache with {type(manager).__name__}, not with kvcapsule's manager: is the"
-                " worker class kvcapsule.serving.worker.CapsuleWorker (--worker-cls), the plug-in kvcapsule loaded"
+                f"vLLM manages this model's KV cache with {type(manager).__name__}, not with kvcapsule's manager: is"
+                " the worker class kvcapsule.serving.worker.CapsuleWorker (--worker-cls), the plug-in kvcapsule loaded"
                 " (VLLM_PLUGINS), and the attention backend the CPU's?"
             )
         manager.capsules = self.scheduler

@@ -35,7 +35,7 @@ class CapsuleManager(FullAttentionManager):
     def cache_blocks(
         self, request: Any, num_tokens: int, retention_interval: int | None = None, *, replay_boundaries: Sequence[int]
     ) -> None:
-        """What was computed behind a compressed image never enters the prefix cache, whose hashes stand for exact KV."""
+        """What was computed behind a compressed image never enters the prefix cache: its hashes stand for exact KV."""
         exact = None if self.capsules is None else self.capsules.exact_tokens(request.request_id)
         tokens = num_tokens if exact is None else min(num_tokens, exact)
         super().cache_blocks(request, tokens, retention_interval, replay_boundaries=replay_boundaries)
@@ -44,4 +44,5 @@ class CapsuleManager(FullAttentionManager):
         """A request that ends, or is preempted, gives its slots back with its blocks."""
         if self.capsules is not None:
             self.capsules.end(request_id)
-        return super().pop_blocks_for_free(request_id)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        return blocks

@@ -16,7 +16,7 @@ class CapsuleStats(KVConnectorStats):
     """What the scheduler and the workers counted, on its way to the process that answers /metrics."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         return CapsuleStats(data=merge(self.data, other.data))

@@ -26,12 +26,14 @@ class PagedCache:
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of whole blocks [B, n], one after the other: [B, H, n * block, D] each."""
-        keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (self.segment.keys, self.segment.values))
+        rows = self.segment.keys, self.segment.values
+        assert isinstance(rows[0], torch.Tensor) and isinstance(rows[1], torch.Tensor)
+        keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in rows)
         return keys, values
 
 
 def check_layout(dtype: torch.dtype, heads: int, block: int, dim: int) -> None:
-    """Raises ModelError if vLLM lays out a block otherwise than PagedCache reads it: writes numbered tokens, and looks."""
+    """Write numbered tokens into a block, and raise ModelError if PagedCache does not read them."""
     isa = _get_attn_isa(dtype, block, dim, "auto")
     numbers = torch.arange(2 * block * heads * dim, dtype=torch.float64) % 251
     keys, values = numbers.to(dtype).view(2, block, heads, dim)
@@ -41,6 +43,6 @@ def check_layout(dtype: torch.dtype, heads: int, block: int, dim: int) -> None:
     read = PagedCache(cache).read(torch.tensor([[1]]))
     if any(not torch.equal(x[0], y.transpose(0, 1)) for x, y in zip(read, (keys, values), strict=True)):
         raise ModelError(
-            f"vLLM's CPU backend ({isa}, {dtype}, blocks of {block} tokens, head size {dim}) lays out its KV cache in an"
-            " order that is not known here: kvcapsule cannot read it."
+            f"vLLM's CPU backend ({isa}, {dtype}, blocks of {block} tokens, head size {dim}) lays out its KV cache in"
+            " an order that is not known here: kvcapsule cannot read it."
         )

@@ -1,6 +1,7 @@
 """CapsulePool: the tiles of all requests in slots of fixed size, layer by layer, as segments that attention reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -26,8 +27,9 @@ def compress_tiles(
         tiles: keys and values [B, H, N, D] of a layer, asked for one layer at a time.
         rotation: the model's cos and sin [B or 1, N, R] at these tokens; None for models without RoPE.
     """
-    found: dict[int, Segment] = {}
-    run, shared = capsule.begin_pass(layers), {}
+    segments: dict[int, Segment] = {}
+    run = capsule.begin_pass(layers)
+    shared: dict[Hashable, Any] = {}
     for layer in layers:
         keys, values = tiles[layer]
         batch, _, count, dim = keys.shape
@@ -43,8 +45,8 @@ def compress_tiles(
             shared=shared,
         )
         for index, compressed in run.add(prefill):
-            (found[index],) = compressed.visual
-    return found
+            (segments[index],) = compressed.visual
+    return segments
 
 
 def one_tile(

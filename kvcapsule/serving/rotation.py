@@ -17,10 +17,10 @@ class RotaryEmbedding:
         self.text = config.get_text_config(decoder=True)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-        found = [m for name, m in model.get_decoder().named_modules() if name.rpartition(".")[2] == "rotary_emb"]
-        if not found:
+        modules = [m for name, m in model.get_decoder().named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+        if not modules:
             raise ModelError(f"{config.model_type}: its language part has no rotary embedding that could be found.")
-        self.module = type(found[0])(config=getattr(found[0], "config", self.text))
+        self.module = type(modules[0])(config=getattr(modules[0], "config", self.text))
         self.axes = 3 if (getattr(self.text, "rope_parameters", None) or {}).get("mrope_section") else 1
         """Axes of a position: 3 (time, height, width) with M-RoPE."""
 

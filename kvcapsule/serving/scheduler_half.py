@@ -107,8 +107,8 @@ class SchedulerHalf:
 
 def images_of(request: Any) -> list[tuple[int, int]]:
     """(first token, number of tokens) of each image of one of vLLM's requests; separators cut an image into parts."""
-    found: list[tuple[int, int]] = []
+    images: list[tuple[int, int]] = []
     for feature in request.mm_features:
         place = feature.mm_position
-        found += [(begin, end + 1 - begin) for begin, end in place.extract_embeds_range()]
-    return found
+        images += [(begin, end + 1 - begin) for begin, end in place.extract_embeds_range()]
+    return images

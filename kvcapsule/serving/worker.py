@@ -8,7 +8,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from ..errors import ConfigError
 from .backend import CapsuleBackend
 from .connector import CapsuleConnector
-from .settings import CONNECTOR, is_chosen
+from .settings import CONNECTOR, is_chosen, refuse_unsupported
+from .version import require_supported
 
 
 class CapsuleWorker(CPUWorker):
@@ -19,6 +20,9 @@ class CapsuleWorker(CPUWorker):
             raise ConfigError(
                 f"CapsuleWorker serves with the connector {CONNECTOR} alone: name it in --kv-transfer-config."
             )
+        # The connector is made once the model is loaded and compiled: too late to say what does not work.
+        require_supported()
+        refuse_unsupported(vllm_config)
         CapsuleBackend.chosen = True
         super().__init__(vllm_config, *args, **kwargs)
 

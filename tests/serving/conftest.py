@@ -14,6 +14,8 @@ HAS_VLLM = find_spec("vllm") is not None
 if HAS_VLLM:
     # One process, so that tests see the scheduler and the worker; read when vLLM is first imported.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    # Compiling small functions of the sampler takes longer than all tests that run them.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
     # It would count for more than the bytes that the tests give.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -11,7 +11,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from kvcapsule.serving.pool import CapsulePool
 from kvcapsule.testbeds.pages import pages
 
-COUNT = 24
+COUNT = 16
 SMALL = 33
 """Blocks that hold four prompts with their images as they are."""
 OPENING = "<|user|><image>{}<|assistant|>"
@@ -55,7 +55,7 @@ def mixed() -> list[dict[str, Any]]:
     return every
 
 
-MAX_TOKENS = 48
+MAX_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,6 @@ def test_same_answers_and_blocks_given_back(
     engines: Engines, tile32: str, prompts: list[dict[str, Any]], expected: list[str]
 ) -> None:
     engine = engines(tile32)
-    lowest = engine.free_blocks
-    allocate = engine.scheduler.kv_cache_manager.allocate_slots
-
     same(engine.texts(prompts, max_tokens=MAX_TOKENS), expected)
     engine.require_empty()
     # While an answer is written, a prompt of seven blocks holds two.
@@ -94,7 +91,6 @@ def test_same_answers_and_blocks_given_back(
         held.append(engine.blocks - engine.free_blocks)
     assert held[0] == 7 and set(held[2:-1]) == {2} and held[-1] == 0
     engine.require_empty()
-    assert lowest == engine.blocks and allocate is not None
 
 
 def test_answers_come_from_the_capsules(
@@ -121,27 +117,25 @@ def test_prefill_in_chunks(
     engine.require_empty()
 
 
-def test_preemption_and_resumption(
-    engines: Engines, tile32: str, prompts: list[dict[str, Any]], expected: list[str]
-) -> None:
+def test_preemption_and_resumption(engines: Engines, tile32: str) -> None:
     """Long answers outgrow a small pool of blocks."""
     engine = engines(num_gpu_blocks_override=SMALL, max_num_seqs=32)
-    one = prompts[:1] * 1 + questions(12, seed=3)
-    full = engine.texts(one, max_tokens=150, min_tokens=150)
+    one = questions(12, seed=3)
+    full = engine.texts(one, max_tokens=110, min_tokens=110)
     assert max(engine.running) <= 6
     engine = engines(tile32, num_gpu_blocks_override=SMALL, max_num_seqs=32)
-    same(engine.texts(one, max_tokens=150, min_tokens=150), full)
+    same(engine.texts(one, max_tokens=110, min_tokens=110), full)
     assert engine.preempted > 0 and max(engine.running) > 6
     engine.require_empty()
 
 
 def test_more_sequences_at_once(engines: Engines, tile32: str) -> None:
-    rows = questions(40, seed=4)
+    rows = questions(24, seed=4)
     full = engines(num_gpu_blocks_override=SMALL)
     texts, before = full.texts(rows), max(full.running)
     engine = engines(tile32, num_gpu_blocks_override=SMALL)
     same(engine.texts(rows), texts)
-    assert before <= 4 and max(engine.running) >= 10
+    assert before <= 4 and max(engine.running) >= 8
     engine.require_empty()
 
 

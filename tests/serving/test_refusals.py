@@ -1,15 +1,15 @@
 """What the plug-in does not do is refused by name, before anything is served."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from support.serving_engine import WORKER, Engines, identity_capsule
 from vllm.config import VllmConfig
 
+from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import ConfigError, GeometryError
 from kvcapsule.serving.backend import CapsuleBackend
-from kvcapsule.serving.connector import CapsuleConnector
 
 
 def test_vllms_config_has_what_is_looked_at() -> None:
@@ -30,17 +30,10 @@ def test_a_capsule_of_other_tiles(engines: Engines, tmp_path: Any) -> None:
     raises(engines, "tiles of 49 tokens are no multiple of the engine's block size 32", odd)
 
 
-def test_a_capsule_of_another_model(engines: Engines, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvcapsule.capsule.capsule import Capsule
-
-    capsule = identity_capsule("pages-vlm", 32, tmp_path / "own")
-    read = Capsule.require_geometry
-    monkeypatch.setattr(
-        Capsule,
-        "require_geometry",
-        lambda self, geometry: read(self, SimpleNamespace(**{**vars(geometry), "layers": 5})),
-    )
-    raises(engines, "layers", capsule, error=GeometryError)
+def test_a_capsule_of_another_model(engines: Engines, tile32: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = Capsule.require_geometry
+    monkeypatch.setattr(Capsule, "require_geometry", lambda self, geometry: fits(self, replace(geometry, layers=5)))
+    raises(engines, "layers", tile32, error=GeometryError)
 
 
 def test_too_small_a_pool(engines: Engines, tile32: str) -> None:
@@ -53,10 +46,12 @@ def test_the_worker_without_the_connector(engines: Engines) -> None:
 
 def test_the_connector_without_the_worker(engines: Engines, tile32: str) -> None:
     """Nothing would compress: said before the first request."""
-    raises(engines, "worker", tile32, worker_cls="auto")
+    raises(
+        engines, "FullAttentionManager, not with kvcapsule's manager: is the worker class", tile32, worker_cls="auto"
+    )
     assert not CapsuleBackend.chosen
 
 
 def test_an_option_that_is_refused_stops_a_real_engine(engines: Engines, tile32: str) -> None:
+    """Before the model is loaded and compiled."""
     raises(engines, "--enforce-eager", tile32, enforce_eager=False)
-    assert CapsuleConnector is not None

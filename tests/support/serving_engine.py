@@ -145,10 +145,10 @@ class Engines:
         return self.now
 
     def close(self) -> None:
-        if self.now is None:
-            return
-        self.now.llm.llm_engine.engine_core.shutdown()
-        self.now = None
+        """Shut the engine down, or clear away what one that did not start has left."""
+        if self.now is not None:
+            self.now.llm.llm_engine.engine_core.shutdown()
+            self.now = None
         ensure_kv_transfer_shutdown()
         CapsuleBackend.chosen = False
         cleanup_dist_env_and_memory()
