@@ -35,11 +35,11 @@ def wrap_generate(model: PreTrainedModel, method: Method | None) -> Callable[...
                 tail_capacity = _tail_capacity(model, args, kwargs)
                 del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            made = CapsuleCache(model.config, method, tail_capacity)
+            new = CapsuleCache(model.config, method, tail_capacity)
             if _option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
-                made.activate_past_recording()  # type: ignore[no-untyped-call]
-            set_cache(kwargs, made)
+                new.activate_past_recording()  # type: ignore[no-untyped-call]
+            set_cache(kwargs, new)
         cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
             _refuse_options(model, args, kwargs)
