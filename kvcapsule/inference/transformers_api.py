@@ -60,6 +60,14 @@ def set_cache(arguments: dict[str, Any], cache: Any) -> None:
     arguments[CACHE_ARGUMENT] = cache
 
 
+def forget_rope_deltas(model: torch.nn.Module) -> None:
+    """Make a model with M-RoPE compute positions from the next prompt: its modules keep by how far those of text lie
+    behind the count of tokens, for the last prompt that they saw."""
+    for module in model.modules():
+        if "rope_deltas" in vars(module):
+            module.rope_deltas = None  # type: ignore[assignment]
+
+
 def output_cache(output: Any) -> Any:
     """The cache in what a forward or a generate returned; None if it holds none."""
     return getattr(output, CACHE_ARGUMENT)
