@@ -19,6 +19,7 @@ COMMANDS = {
     "methods": "kvcapsule.cli.methods:main",
     "models": "kvcapsule.cli.models:main",
     "push": "kvcapsule.cli.push:main",
+    "store": "kvcapsule.cli.store:main",
 }
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when
 it is chosen."""
@@ -32,6 +33,7 @@ HELP = {
     "methods": "list the codec families and policies, with their papers and settings",
     "models": "list the model families that work, and those that are refused",
     "push": "upload a capsule to the Hub",
+    "store": "list, check or prune a folder of compressed images (ImageStore)",
 }
 EXTRAS = {
     "train": ("datasets", "lightning", "matplotlib", "sklearn", "tensorboard"),
