@@ -12,7 +12,8 @@ from ..errors import ConfigError
 from ..kernels import attend
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, DecodeState, LayerByLayerPass, Method
-from ..segments.segment import Memo, Segment
+from ..segments.memo import Memo
+from ..segments.segment import Segment
 from . import attention_interface
 from .forward_context import ForwardContext
 from .masks import present_tokens, visible_new_tokens
@@ -163,6 +164,13 @@ class CapsuleLayer(CacheLayerMixin):
         """Append what the method made of a prefill."""
         self.visual += compressed.visual
         self.text += compressed.text
+
+    def take_in(self, compressed: Compressed, tokens: int, like: torch.Tensor) -> None:
+        """Hold what a prefill of `tokens` tokens was compressed to elsewhere; the layer is empty. like: keys
+        [B, H, 0, D] of the tokens behind it."""
+        self.lazy_initialization(like, like)
+        self.add_segments(compressed)
+        self.tail_start = tokens
 
     def activate_past_recording(self) -> None:
         """From now on compress a prefill only at the next `crop` or forward: drafted tokens can be removed before.
