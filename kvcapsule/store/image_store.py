@@ -6,7 +6,7 @@ in one line.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -111,9 +111,15 @@ class ImageStore:
         return True
 
     def discard(self, key: StoreKey) -> None:
-        """Remove an entry whose data turned out to be of no use to whoever read it; counted as damaged."""
-        self.count("damaged")
-        self._remove(key.digest)
+        """Remove an entry whose data, just got, turned out to be unusable: the hit becomes a miss."""
+        self.count("hits", -1)
+        self.count("misses")
+        self._discard(key.digest)
+
+    def touch(self, keys: Iterable[StoreKey]) -> None:
+        """Make entries the most recently used, the last key's above all."""
+        for key in keys:
+            self._shelf.touch(key.digest)
 
     def total_bytes(self) -> int:
         """Of all entries, headers included.
@@ -192,14 +198,15 @@ class ImageStore:
                 raise DamagedEntryError("its key has the same digest and is another one")
         except DamagedEntryError as error:
             self.log_once("damage", f"the entry {key.digest} is not used: {error}")
-            self.discard(key)
+            self._discard(key.digest)
             return None
         except OSError as error:
             self.log_once("read", f"an entry of {self.path} cannot be read: {error.strerror or error}")
             return None
         return data
 
-    def _remove(self, digest: str) -> None:
+    def _discard(self, digest: str) -> None:
+        self.count("damaged")
         try:
             self._shelf.remove(digest)
         except OSError as error:
