@@ -36,7 +36,8 @@ class Capsule(nn.Module, Method):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Moved and cast tensors may come to lie where others lay before.
         self.computed.forget()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         """Raises GeometryError, with both geometries, unless the capsule fits."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .capsule import Capsule
 
 T = TypeVar("T")
+_FACTS = ("metadata", "base_revision")
+"""Keys of a capsule's config that are for the reader: they change nothing of what is stored."""
 
 
 class _State(NamedTuple):
@@ -69,7 +72,7 @@ class Computed:
 
 def capsule_digest(capsule: "Capsule") -> str:
     """SHA-256, in hex, of what a capsule's config and tensors are: equal capsules have the same, wherever they lie and
-    however they were loaded. `metadata` and the base model's revision, facts for the reader, do not count.
+    however they were loaded. `metadata`, the base model's revision and codec settings at their default do not count.
 
     It is computed once for as long as the tensors stay what they are (see Computed).
     """
@@ -77,8 +80,10 @@ def capsule_digest(capsule: "Capsule") -> str:
 
 
 def _digest(capsule: "Capsule") -> str:
-    facts = ("metadata", "base_revision")
-    config = {name: value for name, value in capsule.config.to_dict().items() if name not in facts}
+    config = {name: value for name, value in capsule.config.to_dict().items() if name not in _FACTS}
+    # A setting that a later version adds has a default that means what its absence meant before.
+    defaults = {field.name: field.default for field in fields(capsule.config.codec)}
+    config["codec"] = {name: value for name, value in config["codec"].items() if value != defaults[name]}
     digest = hashlib.sha256(json.dumps(atomic_files.plain(config, "config"), sort_keys=True).encode())
     for name, tensor in sorted(capsule.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

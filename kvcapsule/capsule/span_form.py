@@ -7,7 +7,7 @@ do not depend on the tile; one whose maps do is found when a span is written (`r
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -54,13 +54,16 @@ class SpanForm:
             ("family", header.family, config.family),
             ("base_model", header.base_model, config.base_model),
             ("tile", header.tile, config.codec.tile),
-            ("frame", header.frame != "none", rotated),
         ):
             if value != expected:
                 raise CapsuleError(
-                    f"{name} {getattr(header, name)!r} in the header of a stored span does not fit the capsule, which"
-                    f" asks for {'a frame' if value is False else 'none' if value is True else repr(expected)}."
+                    f"{name} {value!r} in the header of a stored span does not fit the capsule, which has {expected!r}."
                 )
+        if (header.frame != "none") != rotated:
+            raise CapsuleError(
+                f"frame {header.frame!r} in the header of a stored span of {header.tiles} tiles does not fit the"
+                f" capsule, which {'stores tiles in canonical frames' if rotated else 'has no frames here'}."
+            )
         if header.layers[-1] >= config.geometry.layers:
             raise CapsuleError(
                 f"layer {header.layers[-1]} in the header of a stored span: the model has {config.geometry.layers}."
@@ -96,7 +99,9 @@ class SpanForm:
             channels = rotation.shape[1] if rotation is not None and len(rotation.shape) == 2 else 0
             # Channels that rotate, and their dtype, are the model's and in no config of the capsule.
             wide = rotation is not None and rotation.dtype == torch.float64
-            form = Form(torch.float64 if wide else torch.float32, (header.tiles, min(channels, self.head_dim // 2)))
+            form = Form(
+                torch.float64 if wide else torch.float32, (header.tiles, max(1, min(channels, self.head_dim // 2)))
+            )
             forms |= {COS: form, SIN: form}
         for part, tokens in (("rest", header.rest), ("text", header.text)):
             if tokens:
@@ -140,9 +145,9 @@ class SpanForm:
                 template_of = self.template[layer]
                 if owner is None:
                     owner = torch.zeros(header.tiles, dtype=torch.int64, device=stored(parts[layer]["keys"])[0].device)
-                maps = {name: getattr(template_of, name) for name in MAPS}
+                keys, values = parts[layer]["keys"], parts[layer]["values"]
                 bias = tensors.get(f"layers.{layer}.bias")
-                tiles = Segment(owner=owner, frame=frame, bias=bias, tag=TILES, **parts[layer], **maps)
+                tiles = replace(template_of, keys=keys, values=values, owner=owner, bias=bias, frame=frame)
                 visual[layer].append(tiles)
             if header.rest:
                 visual[layer].append(raw(tensors[f"layers.{layer}.rest.keys"], tensors[f"layers.{layer}.rest.values"]))

@@ -54,11 +54,7 @@ class SpanHeader:
     format_version: int = SPAN_FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version != SPAN_FORMAT_VERSION:
-            raise CapsuleError(
-                f"format version {self.format_version!r} of a stored span; this version of kvcapsule reads"
-                f" {SPAN_FORMAT_VERSION}. Upgrade kvcapsule, or encode the image again."
-            )
+        require_version(self.format_version)
         for name in ("capsule", "family", "base_model", "weights", "adapter"):
             value = getattr(self, name)
             self._require(isinstance(value, str) and len(value) <= _LONGEST_TEXT, name, "a string")
@@ -116,18 +112,23 @@ class SpanHeader:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SpanHeader":
         """Raises CapsuleError for another format version, and for missing, unknown and wrong values."""
-        version = values.get("format_version")
-        if type(version) is not int or version != SPAN_FORMAT_VERSION:
-            raise CapsuleError(
-                f"format version {str(version)[:80]} of a stored span; this version of kvcapsule reads"
-                f" {SPAN_FORMAT_VERSION}. Upgrade kvcapsule, or encode the image again."
-            )
+        require_version(values.get("format_version"))
         names = {field.name for field in fields(cls)}
         if missing := sorted(names - values.keys()):
             raise CapsuleError(f"the header of a stored span lacks {', '.join(missing)}: it is damaged.")
         if unknown := sorted(values.keys() - names):
-            raise CapsuleError(f"the header of a stored span has unknown keys {', '.join(unknown)[:200]}.")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            raise CapsuleError(f"the header of a stored span has unknown keys {', '.join(map(repr, unknown))[:200]}.")
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
+
+
+def require_version(version: Any) -> None:
+    """Raises CapsuleError unless this is the format version that this code reads."""
+    if type(version) is not int or version != SPAN_FORMAT_VERSION:
+        raise CapsuleError(
+            f"format version {repr(version)[:80]} of a stored span; this version of kvcapsule reads"
+            f" {SPAN_FORMAT_VERSION}. Upgrade kvcapsule, or encode the image again."
+        )
 
 
 def frame_name(frame: Frame | None) -> str:

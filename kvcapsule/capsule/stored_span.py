@@ -19,7 +19,7 @@ from . import tensor_bytes
 from .capsule import Capsule
 from .digest import capsule_digest
 from .span_form import COS, SIN, SpanForm, require_template
-from .span_header import SPAN_FORMAT_VERSION, SpanHeader, frame_name
+from .span_header import SPAN_FORMAT_VERSION, SpanHeader, frame_name, require_version
 
 __all__ = ["SPAN_FORMAT_VERSION", "SpanHeader", "StoredSpan", "capsule_digest", "from_bytes", "read_header", "to_bytes"]
 
@@ -92,13 +92,13 @@ def read_header(data: bytes) -> SpanHeader:
 
 def _opened(data: bytes) -> tuple[tensor_bytes.Contents, SpanHeader]:
     contents = tensor_bytes.read(KEY, data, WHAT)
-    header = SpanHeader.from_dict(contents.values)
+    require_version(contents.values.get("format_version"))
     if contents.checksum != contents.actual_checksum:
         raise CapsuleError(
             f"this {WHAT} is damaged: its {tensor_bytes.CHECKSUM} is {contents.actual_checksum[:16]}... where it says"
             f" {contents.checksum[:16]}.... Encode the image again."
         )
-    return contents, header
+    return contents, SpanHeader.from_dict(contents.values)
 
 
 def _require_capsule(header: SpanHeader, capsule: Capsule) -> None:
@@ -111,7 +111,8 @@ def _require_capsule(header: SpanHeader, capsule: Capsule) -> None:
 
 
 def _device(span: StoredSpan) -> torch.device:
-    return next((t.device for segments in span.visual.values() for s in segments for t in s.entry_tensors()))
+    owners = [s.owner for segments in span.visual.values() for s in segments]
+    return owners[0].device if owners else torch.device("cpu")
 
 
 def _tensors(span: StoredSpan, form: SpanForm) -> dict[str, torch.Tensor]:

@@ -20,6 +20,8 @@ from ..errors import CapsuleError
 MOST_HEAD_BYTES = 4 * 2**20
 """Largest head that is read or written: some ten thousand tensors."""
 CHECKSUM = "sha256"
+_MOST_DIMENSIONS = 8
+_LARGEST_SIZE = 2**40
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,7 +51,7 @@ class Contents(NamedTuple):
     """Bytes whose head was read, and whose tensors were not."""
 
     values: dict[str, Any]
-    """The JSON object."""
+    """The JSON object; it holds no fractions."""
     forms: dict[str, Form]
     """Of the tensors, by name."""
     checksum: str
@@ -77,7 +79,7 @@ def write(key: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
 
     Args:
         key: of the metadata, under which the object stands.
-        values: the object, in JSON's types.
+        values: the object, in JSON's types without fractions.
         tensors: of dtypes in DTYPES.
 
     Raises:
@@ -125,7 +127,7 @@ def read(key: str, content: bytes, what: str) -> Contents:
     data = view[8 + size :]
     if not isinstance(checksum, str):
         raise CapsuleError(f"this {what} has no {CHECKSUM}: it is damaged.")
-    if _head(key, values, _in_order(forms), checksum) != view[8 : 8 + size]:
+    if list(forms) != list(_in_order(forms)) or _head(key, values, forms, checksum) != view[8 : 8 + size]:
         raise CapsuleError(f"the head of this {what} is not in the form in which kvcapsule writes it: it is damaged.")
     return Contents(values, forms, checksum, _checksum(values, forms, data), data)
 
@@ -169,12 +171,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text[:20]} is no whole number")
 
 
 def _loads(text: str | bytes) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_no_number)
 
 
 def _parsed(key: str, head: bytes, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,6 +185,8 @@ def _parsed(key: str, head: bytes, what: str) -> tuple[dict[str, Any], dict[str,
         document = _loads(head)
         metadata = document.pop("__metadata__") if isinstance(document, dict) else None
         values = _loads(metadata[key]) if isinstance(metadata, dict) and list(metadata) == [key] else None
+        # Nested more deeply than can be written again.
+        _json(values)
     except (RecursionError, TypeError, ValueError) as error:
         raise CapsuleError(f"the head of this {what} is not JSON ({error}): it is damaged.") from error
     except KeyError:
@@ -193,8 +197,10 @@ def _parsed(key: str, head: bytes, what: str) -> tuple[dict[str, Any], dict[str,
 
 
 def _form(name: str, entry: Any, what: str) -> Form:
-    if isinstance(entry, dict) and isinstance(entry.get("dtype"), str):
-        dtype, shape = DTYPES.get(entry["dtype"]), entry.get("shape")
-        if dtype is not None and isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape):
-            return Form(dtype, tuple(shape))
-    raise CapsuleError(f"tensor {name[:80]!r} of this {what} has no form that kvcapsule knows: it is damaged.")
+    dtype: Any
+    shape: Any
+    dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
+    known = isinstance(dtype, str) and dtype in DTYPES and isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS
+    if not known or not all(type(n) is int and 0 <= n < _LARGEST_SIZE for n in shape):
+        raise CapsuleError(f"tensor {name[:80]!r} of this {what} has no form that kvcapsule knows: it is damaged.")
+    return Form(DTYPES[dtype], tuple(shape))

@@ -4,49 +4,26 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..capsule.capsule import Capsule
 from ..capsule.stored_span import StoredSpan
 from ..errors import ConfigError
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import CompressionPass, Method
 from ..segments.memo import Memo
-from ..segments.segment import storage_bytes
 from ..vlm.geometry import KVGeometry
-from ..vlm.spans import VisualSpan, find_spans
+from ..vlm.spans import find_spans
 from . import attention_interface
+from .cache_bytes import CacheBytes, measured
 from .cache_layer import CapsuleLayer
 from .forward_context import ForwardContext
 from .masks import valid_tokens
-from .span_exchange import StoredForward, forward_of, give_out, joined_spans, require_row_of_pieces
-
-
-class CacheBytes(NamedTuple):
-    """Bytes of the storages that a cache holds."""
-
-    visual: int
-    """Segments of the visual spans."""
-    text: int
-    """Segments of the prompt's text."""
-    tail: int
-    """Buffers of the tokens written since, with their unwritten part, and the latest queries where a method asks for
-    them."""
-    other: int
-    """The model's own layers (sliding window, linear attention)."""
-    parameters: int
-    """Maps of the codecs that the segments read: stored once, whatever the batch."""
-    host: int = 0
-    """What methods keep in the host's memory, beside the device's."""
-
-    @property
-    def total(self) -> int:
-        """All that is on the device, but the parameters."""
-        return self.visual + self.text + self.tail + self.other
+from .span_exchange import fill_layers, forward_of, give_out, require_exchangeable
+from .span_record import SpanRecord
 
 
 class CapsuleCache(Cache):
@@ -88,10 +65,9 @@ class CapsuleCache(Cache):
             ]
         )
         self.config, self.method = config, method
-        self._forwards: list[StoredForward] = []
-        """The forwards whose visual spans are stored."""
-        self._arriving: StoredForward | None = None
-        """The present forward, if it brings visual spans."""
+        self._spans = SpanRecord()
+        self.taken_in = False
+        """Whether spans were taken in and `generate` was not called since: the model saw another prompt last."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapsuleCache":
         """An independent cache of the same content; the method, and the codec maps of its segments, are not copied."""
@@ -129,7 +105,8 @@ class CapsuleCache(Cache):
             valid = valid_tokens(attention_mask, *input_ids.shape)
             context = context._replace(spans=find_spans(self.config, input_ids, inputs), valid=valid)
         self._set_context(context)
-        self._announce(context.spans, context.valid, 0 if input_ids is None else input_ids.shape[0])
+        if input_ids is not None:
+            self._spans.announce(context.spans, context.valid, len(input_ids), next(iter(layers.values())))
 
     def fill(self, prefills: Sequence[LayerPrefill], compression: CompressionPass | None = None) -> None:
         """Store recorded prefills in an empty cache, as the forward that they were recorded from would have.
@@ -150,7 +127,8 @@ class CapsuleCache(Cache):
         if compression is None:
             compression = self.method.begin_pass(list(layers))
         self._set_context(ForwardContext([], None, None, {}, compression, layers))
-        self._announce(prefills[0].spans, prefills[0].valid, prefills[0].keys.shape[0])
+        first = prefills[0]
+        self._spans.announce(first.spans, first.valid, len(first.keys), layers[first.layer])
         shared: dict[tuple[int, bool, torch.device], Any] = {}
         for prefill in prefills:
             hidden = prefill.hidden if self.method.needs_hidden_states else None
@@ -161,9 +139,7 @@ class CapsuleCache(Cache):
         """Drop the context of the forward, but for pending prefills; called by the hook that `attach` sets."""
         for layer in self.capsule_layers():
             layer.context = layer.context._replace(spans=[]) if layer.pending_tensors() else layer.idle()
-        if self._arriving is not None:
-            self._forwards.append(self._arriving)
-            self._arriving = None
+        self._spans.arrive()
 
     def stored_spans(self, row: int = 0, weights: str = "", adapter: str = "") -> list[StoredSpan]:
         """The visual spans of one batch row, each with the text right before it, in their order: what
@@ -178,13 +154,9 @@ class CapsuleCache(Cache):
             ConfigError: if the method is no capsule, the model has layers with a cache of their own (a window, linear
                 attention), or there is no such row.
         """
-        capsule = self._require_exchangeable()
+        capsule = require_exchangeable(self.method, self.layers)
         self._flush_pending()
-        layers = self.capsule_layers()
-        rows = layers[0].tail.keys.shape[0] if layers[0].is_initialized else 0
-        if not 0 <= row < rows:
-            raise ConfigError(f"row {row} of a cache of {rows} rows: there is none.")
-        return give_out(layers, self._forwards, row, capsule, weights, adapter)
+        return give_out(self.capsule_layers(), self._spans.forwards, row, capsule, weights, adapter)
 
     def take_in(self, spans: Sequence[StoredSpan]) -> None:
         """Fill an empty cache with the beginning of a prompt, up to the end of its last span, as a batch of one row.
@@ -201,46 +173,10 @@ class CapsuleCache(Cache):
             ConfigError: if the cache is not empty, or cannot take in spans (see `stored_spans`).
             GeometryError: if the capsule is of another model.
         """
-        capsule = self._require_exchangeable()
-        layers = self.capsule_layers()
-        if any(not layer.is_empty for layer in layers):
-            raise ConfigError(
-                f"a cache that holds {self.get_seq_length()} tokens takes in no spans: give an empty one."
-            )
-        geometry = KVGeometry.from_config(self.config)
-        capsule.require_geometry(geometry)
-        require_row_of_pieces(spans, capsule, [layer.index for layer in layers])
-        header, segments = spans[-1].header, joined_spans(spans)
-        for layer in layers:
-            compressed = segments[layer.index]
-            device = next(compressed.visual[0].entry_tensors()).device
-            like = torch.empty(1, geometry.kv_heads, 0, geometry.head_dim, dtype=header.kv_dtype, device=device)
-            layer.take_in(compressed, header.end, like)
-        self._forwards = [forward_of(spans)]
-
-    def _require_exchangeable(self) -> Capsule:
-        """The capsule; raises ConfigError unless spans can be given out and taken in."""
-        if not isinstance(self.method, Capsule):
-            raise ConfigError(
-                f"{type(self.method).__name__} is no capsule: what it stores of an image depends on the prompt, so its"
-                " spans are not given out or taken in. Use a CapsuleCache of a capsule."
-            )
-        others = [i for i, layer in enumerate(self.layers) if not isinstance(layer, CapsuleLayer)]
-        if others:
-            raise ConfigError(
-                f"layers {others} of this model have a cache of the model's own (a window, linear attention), which"
-                " stored spans do not hold: spans of its cache are not given out or taken in."
-            )
-        return self.method
-
-    def _announce(self, spans: Sequence[VisualSpan], valid: torch.Tensor | None, batch: int) -> None:
-        """Remember the spans of a forward that begins."""
-        self._arriving = None
-        if spans:
-            # The tail becomes a text segment when an image comes.
-            first = self.capsule_layers()[0]
-            before = len(first.text) + (first.tail_length > 0)
-            self._arriving = StoredForward.of(spans, valid, batch, before)
+        capsule = require_exchangeable(self.method, self.layers)
+        capsule.require_geometry(KVGeometry.from_config(self.config))
+        fill_layers(self.capsule_layers(), spans, capsule)
+        self._spans.forwards, self.taken_in = [forward_of(spans)], True
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must
@@ -277,8 +213,8 @@ class CapsuleCache(Cache):
             super().batch_select_indices(indices)
 
     def reset(self) -> None:
-        super().reset()
-        self._forwards, self._arriving = [], None
+        super().reset()  # type: ignore[no-untyped-call]
+        self._spans, self.taken_in = SpanRecord(), False
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         self._flush_pending()
@@ -294,7 +230,7 @@ class CapsuleCache(Cache):
         """Within the block all layers select the same rows of the batch, and tensors that they share only once; choose
         does so with a number for each row."""
         self._flush_pending()
-        self._forwards = [forward.select(choose) for forward in self._forwards]
+        self._spans.select(choose)
         memo = Memo()
         for layer in self.capsule_layers():
             layer.memo = memo
@@ -306,32 +242,7 @@ class CapsuleCache(Cache):
 
     def bytes(self) -> CacheBytes:
         """Measured from storages; a storage that layers share counts once."""
-        layers = self.capsule_layers()
-        visual = [s for layer in layers for s in layer.visual]
-        text = [s for layer in layers for s in layer.text]
-        tails = [
-            t
-            for layer in layers
-            if layer.is_initialized
-            for t in (*layer.tail.tensors(), layer.queries)
-            if t is not None
-        ]
-        tails += [t for layer in layers for t in layer.pending_tensors()]
-        others = [
-            t
-            for layer in self.layers
-            if not isinstance(layer, CapsuleLayer)
-            for t in vars(layer).values()
-            if isinstance(t, torch.Tensor)
-        ]
-        return CacheBytes(
-            visual=storage_bytes(t for s in visual for t in s.entry_tensors()),
-            text=storage_bytes(t for s in text for t in s.entry_tensors()),
-            tail=storage_bytes(iter(tails)),
-            other=storage_bytes(iter(others)),
-            parameters=storage_bytes(t for s in (*visual, *text) for t in s.parameter_tensors()),
-            host=storage_bytes(t for s in (*visual, *text) for t in s.host_tensors()),
-        )
+        return measured(self.layers)
 
     def _set_context(self, context: ForwardContext) -> None:
         for layer in self.capsule_layers():

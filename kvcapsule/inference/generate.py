@@ -7,10 +7,11 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..methods.method import Method
+from ..vlm.geometry import KVGeometry
 from .cache import CapsuleCache
 from .generate_options import option
 from .stored_prompt import StoredPrompts
-from .transformers_api import passed_cache, set_cache
+from .transformers_api import forget_rope_deltas, passed_cache, set_cache
 
 
 def wrap_generate(
@@ -40,13 +41,18 @@ def wrap_generate(
                 tail_capacity = _tail_capacity(model, args, kwargs)
                 del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            cache = CapsuleCache(model.config, method, tail_capacity)
+            empty = CapsuleCache(model.config, method, tail_capacity)
             if option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
-                cache.activate_past_recording()  # type: ignore[no-untyped-call]
-            set_cache(kwargs, cache)
-        if isinstance(passed_cache(kwargs), CapsuleCache):
+                empty.activate_past_recording()  # type: ignore[no-untyped-call]
+            set_cache(kwargs, empty)
+        cache = passed_cache(kwargs)
+        if isinstance(cache, CapsuleCache):
             _refuse_options(model, args, kwargs)
+            if cache.taken_in:
+                _require_positions(cache, kwargs)
+                forget_rope_deltas(model)
+                cache.taken_in = False
         return generate(*args, **kwargs)
 
     return generate_with_capsule
@@ -82,4 +88,15 @@ def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
         raise NotImplementedError(
             "output_attentions: attention over segments makes no weights of the tokens that they stand for. Leave the"
             " option out, or generate outside the `with attach(...)` block."
+        )
+
+
+def _require_positions(cache: CapsuleCache, kwargs: dict[str, Any]) -> None:
+    """Refuse a prompt behind stored spans whose M-RoPE positions the model cannot compute: it would count tokens."""
+    names = ("image_grid_thw", "video_grid_thw", "position_ids")
+    if KVGeometry.from_config(cache.config).rotary.startswith("mrope") and all(kwargs.get(n) is None for n in names):
+        raise ConfigError(
+            "this cache took in stored spans, and positions of a model with M-RoPE depend on their grids: give generate"
+            " the whole prompt's input_ids and attention_mask, with mm_token_type_ids and image_grid_thw as the"
+            " processor makes them (the images' pixels are not needed)."
         )

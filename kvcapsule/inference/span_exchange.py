@@ -1,14 +1,8 @@
-"""Stored spans out of a cache and into one: which entries of its segments are of which span, and how spans are joined.
+"""Stored spans out of a cache and into one: segments are split by span, and joined as after one prefill."""
 
-A cache's segments hold the entries of several spans and batch rows together. Within a row, tiles stand in the order of
-its spans, as raw rows do in the order of its tokens, and selecting rows of the batch keeps both orders. So the spans of
-each forward with images, and how many rows of text lay before each, tell all.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
@@ -18,55 +12,15 @@ from ..capsule.span_form import raw
 from ..capsule.span_header import SpanHeader, dtype_name, frame_name
 from ..capsule.stored_span import StoredSpan
 from ..codec.base import TILES
-from ..errors import CapsuleError
-from ..methods.method import Compressed
+from ..errors import CapsuleError, ConfigError
+from ..methods.method import Compressed, Method
 from ..segments.memo import Memo
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Segment
 from ..segments.storable_rows import joined
 from ..vlm.spans import VisualSpan
 from .cache_layer import CapsuleLayer
-
-
-class StoredForward(NamedTuple):
-    """A forward whose visual spans are in the cache."""
-
-    spans: Sequence[VisualSpan]
-    text: torch.Tensor
-    """[spans] int64: tokens of this forward's text before each span, in its row."""
-    text_segments: int
-    """Text segments that each layer had before the forward's own."""
-    rows: torch.Tensor
-    """[B] int64: the row of the forward that each row of the cache was."""
-
-    @classmethod
-    def of(
-        cls, spans: Sequence[VisualSpan], valid: torch.Tensor | None, batch: int, text_segments: int
-    ) -> "StoredForward":
-        """A forward over `batch` rows; valid [B, N] bool: False at padding, None: no padding."""
-        if valid is None:
-            end = max(span.start + span.length for span in spans)
-            valid = torch.ones(batch, end, dtype=torch.bool)
-        text = valid.clone()
-        for span in spans:
-            text[span.row, span.start : span.start + span.length] = False
-        before = text.cumsum(1) - text.to(torch.int64)
-        rows, starts = ([getattr(span, name) for span in spans] for name in ("row", "start"))
-        return cls(tuple(spans), before[rows, starts], text_segments, torch.arange(batch))
-
-    def select(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> "StoredForward":
-        """The forward once rows of the batch were selected."""
-        return self._replace(rows=choose(self.rows))
-
-
-class _Place(NamedTuple):
-    """A span of one row of a cache."""
-
-    span: VisualSpan
-    start: int
-    """Its logical position."""
-    text: int
-    """Rows of text between the span before and it."""
+from .span_record import StoredForward, places_in, raw_rows
 
 
 def give_out(
@@ -86,8 +40,14 @@ def give_out(
         capsule: that made the segments.
         weights: see SpanHeader.
         adapter: see SpanHeader.
+
+    Raises:
+        ConfigError: if there is no such row.
     """
-    places = _places(forwards, row, layers[0].text)
+    rows = layers[0].tail.keys.shape[0] if layers[0].is_initialized else 0
+    if not 0 <= row < rows:
+        raise ConfigError(f"row {row} of a cache of {rows} rows: there is none.")
+    places = places_in(forwards, row, layers[0].text)
     if not places:
         return []
     tile, memos = capsule.config.codec.tile, [Memo() for _ in places]
@@ -125,20 +85,6 @@ def give_out(
     ]
 
 
-def _places(forwards: Sequence[StoredForward], row: int, text: Sequence[Segment]) -> list[_Place]:
-    """The spans of a row; text: the text segments of any layer."""
-    places, text_so_far, visual_so_far = [], 0, 0
-    for forward in forwards:
-        earlier = sum(part.shape[2] for part in _parts(text[: forward.text_segments], row))
-        row_then, before = int(forward.rows[row]), forward.text.tolist()
-        for span, count in zip(forward.spans, before, strict=True):
-            if span.row == row_then:
-                behind = earlier + count
-                places.append(_Place(span, behind + visual_so_far, behind - text_so_far))
-                text_so_far, visual_so_far = behind, visual_so_far + span.length
-    return places
-
-
 class _Tiles:
     """The tiles of one row and layer, in their order, which may lie in several segments."""
 
@@ -159,28 +105,9 @@ class _Tiles:
         return [segment.entries(*chosen, memo)]
 
 
-def _parts(segments: Sequence[Segment], row: int) -> list[torch.Tensor]:
-    """Keys of one row, [1, H, N, D], of each segment of raw rows that has an entry of it."""
-    return [keys for keys, _ in _raw_rows(segments, row)]
-
-
-def _raw_rows(segments: Sequence[Segment], row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values [1, H, N, D] of one row, without padding, of each segment of raw rows that has an entry of it."""
-    found = []
-    for segment in segments:
-        for entry in [row] if segment.each_row else (segment.owner == row).nonzero()[:, 0].tolist():
-            keys, values = segment.keys, segment.values
-            assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
-            keys, values = keys[entry, None], values[entry, None]
-            if segment.mask is not None:
-                keys, values = keys[:, :, segment.mask[entry]], values[:, :, segment.mask[entry]]
-            found.append((keys, values))
-    return found
-
-
 def _cut(segments: Sequence[Segment], row: int, lengths: Sequence[int]) -> list[list[Segment]]:
     """Raw rows of one batch row, cut into pieces of these lengths; what is behind them is left out."""
-    rows = _raw_rows(segments, row)
+    rows = raw_rows(segments, row)
     if not any(lengths):
         return [[] for _ in lengths]
     keys, values = (torch.cat(parts, dim=2) for parts in zip(*rows, strict=True)) if rows else (None, None)
@@ -193,48 +120,73 @@ def _cut(segments: Sequence[Segment], row: int, lengths: Sequence[int]) -> list[
     ]
 
 
-def require_row_of_pieces(spans: Sequence[StoredSpan], capsule: Capsule, layers: Sequence[int]) -> None:
-    """Raises CapsuleError unless the spans, in this order, are the beginning of one prompt for a cache of these layers
-    and this capsule."""
+def require_exchangeable(method: Method, layers: Sequence[object]) -> Capsule:
+    """The method of a cache of these layers as the capsule that it is.
+
+    Raises:
+        ConfigError: if it is none, or layers have a cache of the model's own.
+    """
+    if not isinstance(method, Capsule):
+        raise ConfigError(
+            f"{type(method).__name__} is no capsule, and only a capsule's spans are given out and taken in: what it"
+            " stores of an image needs no more than the image and the prompt before it. Make the CapsuleCache with a"
+            " Capsule."
+        )
+    others = [index for index, layer in enumerate(layers) if not isinstance(layer, CapsuleLayer)]
+    if others:
+        raise ConfigError(
+            f"layers {others} of this model have a cache of the model's own (a window, linear attention), which stored"
+            " spans do not hold: spans of its cache are not given out or taken in."
+        )
+    return method
+
+
+def fill_layers(layers: Sequence[CapsuleLayer], spans: Sequence[StoredSpan], capsule: Capsule) -> None:
+    """Fill a cache's empty layers with spans, as one prefill of one batch row would have.
+
+    Raises:
+        CapsuleError: unless the spans, in this order, are the beginning of one prompt, made by this capsule.
+        ConfigError: if the layers are not empty.
+    """
+    if any(not layer.is_empty for layer in layers):
+        raise ConfigError("this cache holds tokens: spans are taken in by an empty one.")
+    _require_beginning(spans, capsule, [layer.index for layer in layers])
+    header, geometry, memo = spans[-1].header, capsule.config.geometry, Memo()
+    for layer in layers:
+        visual = [s for span in spans for s in span.visual[layer.index]]
+        compressed = Compressed(
+            [
+                *_joined_tiles([s for s in visual if s.tag == TILES], memo),
+                *_joined_raw([s for s in visual if s.tag != TILES]),
+            ],
+            _joined_raw([s for span in spans for s in span.text[layer.index]]),
+        )
+        device = compressed.visual[0].owner.device
+        like = torch.empty(1, geometry.kv_heads, 0, geometry.head_dim, dtype=header.kv_dtype, device=device)
+        layer.take_in(compressed, header.end, like)
+
+
+def _require_beginning(spans: Sequence[StoredSpan], capsule: Capsule, layers: Sequence[int]) -> None:
     if not spans:
         raise CapsuleError("no spans were given: a cache takes in one at least.")
-    digest, position = capsule_digest(capsule), 0
-    first = spans[0].header
+    frames = {header.frame for header, _, _ in spans if header.tiles}
+    if len(frames) > 1:
+        raise CapsuleError(f"spans with frames of the kinds {' and '.join(sorted(frames))} are not of one model.")
+    first, position = spans[0].header, 0
+    expected = replace(first, capsule=capsule_digest(capsule), layers=tuple(layers))
     for number, (header, _, _) in enumerate(spans):
-        for name, value, expected in (
-            ("capsule", header.capsule, digest),
-            ("layers", header.layers, tuple(layers)),
-            ("dtype", header.dtype, first.dtype),
-            ("weights", header.weights, first.weights),
-            ("adapter", header.adapter, first.adapter),
-            ("frame of the tiles", header.tiles and header.frame, header.tiles and first.tiles and first.frame),
-        ):
-            if value != expected and not (name.startswith("frame") and not first.tiles):
+        for name in ("capsule", "layers", "dtype", "weights", "adapter"):
+            if getattr(header, name) != getattr(expected, name):
                 raise CapsuleError(
-                    f"span {number} was stored with the {name} {value!r} and not {expected!r}: the cache cannot take it"
-                    " in."
+                    f"span {number} was stored with {name} {getattr(header, name)!r} and not"
+                    f" {getattr(expected, name)!r}: the cache cannot take it in."
                 )
         if header.start - header.text != position:
             raise CapsuleError(
-                f"span {number} and its text begin at position {header.start - header.text} and not {position}: give"
-                " all spans of the prompt's beginning, in their order."
+                f"span {number} and the text before it begin at position {header.start - header.text} and not"
+                f" {position}: give all spans of a prompt's beginning, in their order."
             )
         position = header.end
-
-
-def joined_spans(spans: Sequence[StoredSpan]) -> dict[int, Compressed]:
-    """The segments of each layer, as one prefill of all spans would have made them."""
-    memo = Memo()
-    return {
-        layer: Compressed(
-            [
-                *_joined_tiles([s for span in spans for s in span.visual[layer] if s.tag == TILES], memo),
-                *_joined_raw([s for span in spans for s in span.visual[layer] if s.tag != TILES]),
-            ],
-            _joined_raw([s for span in spans for s in span.text[layer]]),
-        )
-        for layer in spans[0].header.layers
-    }
 
 
 def forward_of(spans: Sequence[StoredSpan]) -> StoredForward:

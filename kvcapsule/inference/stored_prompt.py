@@ -118,6 +118,8 @@ class StoredPrompts:
         cache = CapsuleCache(self.model.config, self.capsule)
         if spans:
             cache.take_in(spans)
+            # Positions are passed with every forward: the model has none to compute.
+            cache.taken_in = False
         return cache
 
     def _prefill(self, cache: CapsuleCache, prompt: PiecedPrompt, piece: Piece, positions: torch.Tensor | None) -> None:
