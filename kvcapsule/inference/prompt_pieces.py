@@ -57,10 +57,10 @@ class Piece(NamedTuple):
 
 
 class PiecedPrompt(NamedTuple):
-    """A prompt whose images can be stored; on the model's device."""
+    """A prompt whose images can be stored."""
 
     input_ids: torch.Tensor
-    """[1, N]."""
+    """[1, N], on the model's device."""
     inputs: dict[str, torch.Tensor]
     """The model's inputs beside them, of all images."""
     pieces: list[Piece]
@@ -86,7 +86,7 @@ def pieced_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         raise UnservedError("a batch of several prompts")
     if not all(isinstance(value, torch.Tensor) for value in inputs.values()) or PIXELS not in inputs:
         raise UnservedError("images that are no tensors of pixels")
-    input_ids, inputs = input_ids.to(model.device), {name: value.to(model.device) for name, value in inputs.items()}
+    input_ids = input_ids.to(model.device)
     if MASK in inputs and (inputs[MASK].shape != input_ids.shape or not bool(inputs[MASK].bool().all())):
         raise UnservedError("a prompt with padding")
     spans = _spans(model, input_ids, inputs)

@@ -56,7 +56,9 @@ class StoredPrompts:
             self.store.count("skipped")
             self.store.log_once(f"skipped {reason}", f"not used for a call of generate: {reason}")
             return None
-        positions = prompt_positions(self.model, prompt.input_ids, prompt.inputs)
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in prompt.inputs.items() if name != PIXELS}
+        positions = prompt_positions(self.model, prompt.input_ids, inputs)
         images = [(piece.end, piece.inputs) for piece in prompt.pieces]
         keys = image_keys(self._facts(identity), prompt.input_ids, positions, images)
         spans = self._known(keys, prompt.pieces)
@@ -68,7 +70,9 @@ class StoredPrompts:
         # An image is of no use without those before it, which therefore go last.
         self.store.touch(list(reversed(keys)))
         rest = {name: value for name, value in kwargs.items() if name not in (PIXELS, GRIDS, SIZES, TOKEN_TYPES)}
-        rest |= {MASK: torch.ones_like(prompt.input_ids), "position_ids": positions}
+        rest[MASK] = torch.ones_like(prompt.input_ids)
+        if positions is not None:
+            rest["position_ids"] = positions
         set_cache(rest, self._cache(spans))
         return rest
 
@@ -124,12 +128,13 @@ class StoredPrompts:
 
     def _prefill(self, cache: CapsuleCache, prompt: PiecedPrompt, piece: Piece, positions: torch.Tensor | None) -> None:
         """Read a piece behind what the cache holds; the cache compresses it."""
-        arguments: dict[str, Any] = {**piece.inputs, **keeps_last_logits(self.model)}
+        device = self.model.device
+        arguments: dict[str, Any] = {name: value.to(device) for name, value in piece.inputs.items()}
         for name, tensor in ((TOKEN_TYPES, prompt.inputs.get(TOKEN_TYPES)), ("position_ids", positions)):
             if tensor is not None:
-                arguments[name] = tensor[..., piece.start : piece.end]
+                arguments[name] = tensor[..., piece.start : piece.end].to(device)
         ids = prompt.input_ids[:, piece.start : piece.end]
-        self.model(input_ids=ids, use_cache=True, **arguments, **cache_argument(cache))
+        self.model(input_ids=ids, use_cache=True, **arguments, **keeps_last_logits(self.model), **cache_argument(cache))
 
     def _put(self, key: StoreKey, span: StoredSpan) -> None:
         config = self.model.config

@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ import torch
 
 _SAMPLES = 64
 """Elements of a tensor that are looked at in every call."""
-_ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged_adapters", "scaling")
-"""What layers with adapters (PEFT's) say of themselves."""
+_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
+"""Attributes that every module has: parameters, hooks."""
 
 
 class UnreadableError(ValueError):
@@ -94,19 +95,26 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def adapter_state(model: torch.nn.Module) -> str:
     """Which adapters a model's layers have, and what they do with them; "" without any."""
-    layers: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "disable_adapters"):
-            state = {attribute: getattr(module, attribute, None) for attribute in _ADAPTER_STATE}
-            layers[name] = [f"{type(module).__module__}.{type(module).__qualname__}", _plain(state)]
-    if not layers:
-        return ""
-    configs = {name: _config_values(config) for name, config in dict(getattr(model, "peft_config", {})).items()}
-    return json.dumps({"layers": layers, "configs": _plain(configs)}, sort_keys=True, default=str)
+    layers = {
+        name: [f"{type(module).__module__}.{type(module).__qualname__}", _settings(module)]
+        for name, module in model.named_modules()
+        # In layers with adapters this is a switch; models of transformers have a method of this name.
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    }
+    return json.dumps(layers, sort_keys=True) if layers else ""
 
 
-def _config_values(config: Any) -> Any:
-    return config.to_dict() if hasattr(config, "to_dict") else config
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's attributes of JSON's types: names, switches, factors."""
+    settings = {}
+    for name, value in vars(module).items():
+        if name in _OF_MODULES:
+            continue
+        plain = _plain(value)
+        with suppress(TypeError, ValueError):
+            json.dumps(plain)
+            settings[name] = plain
+    return settings
 
 
 def _plain(value: Any) -> Any:
