@@ -11,12 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from ..vlm.families import FAMILIES, WORKS
 from ..vlm.spans import VisualSpan, find_spans
 from .generate_options import option
 from .transformers_api import passed_cache
 
 PIXELS, GRIDS, SIZES = "pixel_values", "image_grid_thw", "image_sizes"
 MASK, TOKEN_TYPES = "attention_mask", "mm_token_type_ids"
+_TYPES = {
+    kind for family in FAMILIES if (family.status, family.span) == (WORKS, "image") for kind in family.model_types
+}
+"""Types of models in which an image is one span."""
 _ONE = {"num_beams": "beams", "num_return_sequences": "several answers to one prompt"}
 """Options that must be 1, and what they ask for."""
 _NONE = {
@@ -77,6 +82,10 @@ def pieced_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
     if not set(inputs) - {MASK, TOKEN_TYPES}:
         return None
     _require_options(model, args, kwargs)
+    if model.config.model_type not in _TYPES:
+        raise UnservedError(
+            f"models of the type {model.config.model_type}, whose images are not one span, or not known"
+        )
     unknown = sorted(set(inputs) - {MASK, TOKEN_TYPES, PIXELS, GRIDS, SIZES})
     if unknown:
         raise UnservedError(f"inputs of the kind {', '.join(unknown)}")
@@ -86,6 +95,8 @@ def pieced_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         raise UnservedError("a batch of several prompts")
     if not all(isinstance(value, torch.Tensor) for value in inputs.values()) or PIXELS not in inputs:
         raise UnservedError("images that are no tensors of pixels")
+    if model.device.type == "meta":
+        raise UnservedError("weights that are not in memory")
     input_ids = input_ids.to(model.device)
     if MASK in inputs and (inputs[MASK].shape != input_ids.shape or not bool(inputs[MASK].bool().all())):
         raise UnservedError("a prompt with padding")

@@ -25,7 +25,17 @@ TILE = 5
 ROOM = 10**8
 SERVED = {
     *("llava", "llava_next", "llava_onevision", "llava_next_video", "vipllava"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v", "got_ocr2"),
+    *(
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "glm4v",
+        "glm4v_moe",
+        "glm46v",
+        "got_ocr2",
+        "granite4_vision",
+    ),
 }
 """Model types whose prompts with images are cut into pieces; the others run without the store."""
 QUESTION = [3, 8, 9]
@@ -214,7 +224,8 @@ def another_parameter(setting: Setting, prompt: Any) -> None:
 
 
 def another_setting(setting: Setting, prompt: Any) -> None:
-    setting.model.config.vision_feature_layer = -1
+    # The other of the tiny tower's two.
+    setting.model.config.vision_feature_layer = -3 - setting.model.config.vision_feature_layer
 
 
 CHANGES = [another_image, another_prefix, another_dtype, another_weight, another_weight_through_data, another_parameter]
@@ -286,7 +297,7 @@ def test_adapters_are_told_apart(llava: Setting, capsule: Capsule, store: ImageS
     ask(model)
     with model.disable_adapter():
         ask(model)
-    layer = next(module for module in model.modules() if hasattr(module, "scaling"))
+    layer = next(module for module in model.modules() if hasattr(module, "lora_alpha"))
     layer.scaling["two"] *= 2
     ask(model)
     model.merge_adapter()
