@@ -83,9 +83,7 @@ def pieced_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         return None
     _require_options(model, args, kwargs)
     if model.config.model_type not in _TYPES:
-        raise UnservedError(
-            f"models of the type {model.config.model_type}, whose images are not one span, or not known"
-        )
+        raise UnservedError(f"a model of the type {model.config.model_type}, whose images are not known to be one span")
     unknown = sorted(set(inputs) - {MASK, TOKEN_TYPES, PIXELS, GRIDS, SIZES})
     if unknown:
         raise UnservedError(f"inputs of the kind {', '.join(unknown)}")

@@ -5,17 +5,17 @@ A piece reads the images before it through the capsule, as the answer does. Befo
 from stored spans alone, so what follows is the same whichever of them were known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
 from ..capsule.capsule import Capsule
 from ..capsule.stored_span import StoredSpan, capsule_digest, from_bytes, to_bytes
-from ..errors import CapsuleError, ConfigError
+from ..errors import CapsuleError, ConfigError, KVCapsuleError
 from ..methods.method import Method
 from ..store.entry import StoreKey
 from ..store.image_store import ImageStore
@@ -25,6 +25,9 @@ from .cache import CapsuleCache
 from .cache_layer import CapsuleLayer
 from .prompt_pieces import GRIDS, MASK, PIXELS, SIZES, TOKEN_TYPES, Piece, PiecedPrompt, UnservedError, pieced_prompt
 from .transformers_api import cache_argument, keeps_last_logits, prompt_positions, set_cache
+
+_ROPE_BY_LENGTH = {"dynamic", "longrope"}
+"""Kinds of rotary positions whose frequencies change with the prompt's length."""
 
 
 class StoredPrompts:
@@ -59,7 +62,11 @@ class StoredPrompts:
         device = self.model.device
         inputs = {name: value.to(device) for name, value in prompt.inputs.items() if name != PIXELS}
         positions = prompt_positions(self.model, prompt.input_ids, inputs)
-        images = [(piece.end, piece.inputs) for piece in prompt.pieces]
+        types = {name: value for name, value in inputs.items() if name == TOKEN_TYPES}
+        images = [
+            (piece.end, {**piece.inputs, **{name: value[:, : piece.end] for name, value in types.items()}})
+            for piece in prompt.pieces
+        ]
         keys = image_keys(self._facts(identity), prompt.input_ids, positions, images)
         spans = self._known(keys, prompt.pieces)
         for key, piece in list(zip(keys, prompt.pieces, strict=True))[len(spans) :]:
@@ -86,6 +93,8 @@ class StoredPrompts:
         devices = {str(parameter.device) for parameter in model.parameters()}
         if len(devices) > 1 or len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
             raise UnservedError("a model on several devices")
+        if _ROPE_BY_LENGTH & set(_rope_types(model.config.get_text_config(decoder=True))):
+            raise UnservedError("rotations that depend on the prompt's length")
         if any(not isinstance(layer, CapsuleLayer) for layer in self._cache([]).layers):
             raise UnservedError("layers with a cache of the model's own")
 
@@ -111,7 +120,7 @@ class StoredPrompts:
                 if (span.header.start, span.header.length) != (piece.span.start, piece.span.length):
                     raise CapsuleError("it is of another place of the prompt.")
                 self._cache([*spans, span])
-            except CapsuleError as error:
+            except KVCapsuleError as error:
                 self.store.log_once("unusable", f"an entry is not used: {str(error).rstrip('.')}")
                 self.store.discard(key)
                 break
@@ -152,3 +161,11 @@ class StoredPrompts:
             self.store.log_once("unstorable", f"an image is not stored: {str(error).rstrip('.')}")
             return
         self.store.put(key, data, about)
+
+
+def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
+    """Kinds of rotary positions of a language model; some have one for each kind of layer."""
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    for values in (parameters, *parameters.values()):
+        if isinstance(values, Mapping) and "rope_type" in values:
+            yield str(values["rope_type"])

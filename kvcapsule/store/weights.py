@@ -148,26 +148,31 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, model: torch.nn.Module, adapter: str) -> "_State":
-        named = _tensors(model)
+        tensors = [*model.parameters(), *model.buffers()]
         facts: list[Any] = [adapter]
-        for name, t in named.items():
-            facts.append((name, t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape, t.device))
-        return cls([weakref.ref(t) for t in named.values()], facts, _samples(list(named.values())))
+        facts += [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape, t.device) for t in tensors]
+        return cls([weakref.ref(t) for t in tensors], facts, _samples(tensors))
 
     def equals(self, other: "_State") -> bool:
         return (
-            self.facts == other.facts
+            len(self.tensors) == len(other.tensors)
+            and self.facts == other.facts
             and self.samples == other.samples
             and all(one() is two() for one, two in zip(self.tensors, other.tensors, strict=True))
         )
 
 
+@torch.no_grad()
 def _samples(tensors: list[torch.Tensor]) -> bytes:
     """Bytes of a few elements of each tensor."""
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        if not tensor.is_meta and tensor.layout == torch.strided and tensor.numel():
-            flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[..., 0].reshape(-1)
-            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: -(-flat.numel() // _SAMPLES)])
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+            continue
+        if not tensor.is_contiguous():
+            tensor = tensor[..., 0].contiguous()
+        step = -(-tensor.numel() // _SAMPLES)
+        chosen = tensor.as_strided((-(-tensor.numel() // step),), (step,))
+        groups.setdefault((tensor.device, tensor.dtype), []).append(chosen)
     parts = [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in groups.values()]
     return b"".join(parts)

@@ -409,6 +409,15 @@ def test_what_cannot_be_served_runs_without_the_store(
     assert len([m for m in caplog.messages if "image store" in m]) == (name != "no cache")
 
 
+def test_rotations_by_the_prompts_length_run_without_the_store(
+    llava: Setting, capsule: Capsule, store: ImageStore
+) -> None:
+    text = llava.model.config.get_text_config()
+    text.rope_parameters = {**text.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    llava.ask(store, capsule, llava.prompt(0))
+    assert store.statistics.skipped == 1 and store.statistics.puts == 0
+
+
 def test_a_model_in_training_or_under_autocast_runs_without_the_store(
     llava: Setting, capsule: Capsule, store: ImageStore
 ) -> None:
