@@ -203,7 +203,7 @@ def _answer(
 
     tokenizer = processor.tokenizer
     # transformers declares `generate` on a mixin that PreTrainedModel's type does not name.
-    generate = cast("Any", model).generate
+    untyped = cast("Any", model)
     # Both answers of a comparison draw the same random numbers.
     torch.manual_seed(options.seed)
     arguments: dict[str, Any] = {
@@ -215,12 +215,12 @@ def _answer(
         **_sampling(options),
     }
     if capsule is None:
-        output = generate(**arguments)
+        output = untyped.generate(**arguments)
     else:
         # A store puts the cache together itself.
         cache = {} if store is not None else cache_argument(CapsuleCache(model.config, capsule))
         with attach(model, capsule, store):
-            output = generate(**arguments, **cache)
+            output = untyped.generate(**arguments, **cache)
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True), output_cache(output))
 

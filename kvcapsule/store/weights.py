@@ -1,9 +1,10 @@
 """What identifies a model: its config, the values of all its tensors, and its adapters.
 
 The digest reads every tensor, which takes seconds for a model of some billions of parameters; it is computed at the
-first call and again whenever something changed. A change is noticed by the tensors themselves, by PyTorch's count of
-writes to them, by the adapters' state, and, as a write through `.data` is not counted (adapters are merged by such), by
-some elements of each tensor. A write through `.data` to single elements can go unnoticed: call `forget` after it.
+first call and again whenever something changed. A change is noticed by the config, by the tensors themselves, by
+PyTorch's count of writes to them, by the adapters' state, and, as a write through `.data` is not counted (adapters are
+merged by such), by some elements of each tensor. A write through `.data` to single elements can go unnoticed: call
+`forget` after it.
 """
 
 import hashlib
@@ -68,9 +69,7 @@ class ModelIdentity:
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256, in hex, of a model's class, config and tensors; the attention implementation does not count."""
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}\n".encode())
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        digest.update(json.dumps(_plain(config.to_dict()), sort_keys=True, default=str).encode())
+    digest.update(_config_text(model).encode())
     tensors = sorted(_tensors(model).items())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for (name, _), one in zip(tensors, pool.map(tensor_digest, (t for _, t in tensors)), strict=True):
@@ -89,7 +88,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     if type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
         raise UnreadableError(f"its weights are of the kind {type(tensor.data).__name__}, which has no plain bytes")
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -115,6 +114,11 @@ def _settings(module: torch.nn.Module) -> dict[str, Any]:
             json.dumps(plain)
             settings[name] = plain
     return settings
+
+
+def _config_text(model: torch.nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    return "" if config is None else json.dumps(_plain(config.to_dict()), sort_keys=True, default=str)
 
 
 def _plain(value: Any) -> Any:
@@ -149,7 +153,7 @@ class _State(NamedTuple):
     @classmethod
     def of(cls, model: torch.nn.Module, adapter: str) -> "_State":
         tensors = [*model.parameters(), *model.buffers()]
-        facts: list[Any] = [adapter]
+        facts: list[Any] = [adapter, _config_text(model)]
         facts += [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape, t.device) for t in tensors]
         return cls([weakref.ref(t) for t in tensors], facts, _samples(tensors))
 

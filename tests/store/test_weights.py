@@ -61,7 +61,13 @@ def swapped(model: Small) -> None:
     model.second.weight.data = model.second.weight.data.T.contiguous()
 
 
-@pytest.mark.parametrize("change", [in_place, through_data, replaced, in_an_unsaved_buffer, in_another_dtype, swapped])
+def in_its_config(model: Small) -> None:
+    model.config.values["width"] = 6
+
+
+@pytest.mark.parametrize(
+    "change", [in_its_config, in_place, through_data, replaced, in_an_unsaved_buffer, in_another_dtype, swapped]
+)
 def test_a_change_is_noticed(change: Callable[[Small], None]) -> None:
     model = Small()
     identity = ModelIdentity(model)
