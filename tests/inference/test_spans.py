@@ -275,7 +275,9 @@ class TestGivingOut:
             logits = []
             with attach(of.model), torch.no_grad():
                 for one in (cache, taken):
-                    logits.append(of.model(input_ids=torch.tensor([[tiny_vlm.END, 31]]), **cache_argument(one)).logits[:, -1])
+                    logits.append(
+                        of.model(input_ids=torch.tensor([[tiny_vlm.END, 31]]), **cache_argument(one)).logits[:, -1]
+                    )
                     of.model(**new_image, **cache_argument(one))
                     last = one.stored_spans()[3]
                     assert (last.header.text, last.header.start, one.get_seq_length()) == (4, 64, 80)
