@@ -68,7 +68,7 @@ class StoredPrompts:
             for piece in prompt.pieces
         ]
         keys = image_keys(self._facts(identity), prompt.input_ids, positions, images)
-        spans = self._known(keys, prompt.pieces)
+        spans = self._known(keys, prompt.pieces, identity)
         for key, piece in list(zip(keys, prompt.pieces, strict=True))[len(spans) :]:
             cache = self._cache(spans)
             self._prefill(cache, prompt, piece, positions)
@@ -108,7 +108,7 @@ class StoredPrompts:
             "kvcapsule": __version__,
         }
 
-    def _known(self, keys: Sequence[StoreKey], pieces: Sequence[Piece]) -> list[StoredSpan]:
+    def _known(self, keys: Sequence[StoreKey], pieces: Sequence[Piece], identity: Identity) -> list[StoredSpan]:
         """The spans of the longest chain of images that the store knows."""
         spans: list[StoredSpan] = []
         for key, piece in zip(keys, pieces, strict=True):
@@ -117,15 +117,22 @@ class StoredPrompts:
                 break
             try:
                 span = from_bytes(data, self.capsule, self.model.device)
-                if (span.header.start, span.header.length) != (piece.span.start, piece.span.length):
-                    raise CapsuleError("it is of another place of the prompt.")
-                self._cache([*spans, span])
+                _require_place(span, piece, identity)
             except KVCapsuleError as error:
-                self.store.log_once("unusable", f"an entry is not used: {str(error).rstrip('.')}")
-                self.store.discard(key)
+                self._discard([key], error)
                 break
             spans.append(span)
+        try:
+            self._cache(spans)
+        except KVCapsuleError as error:
+            self._discard(keys[: len(spans)], error)
+            return []
         return spans
+
+    def _discard(self, keys: Sequence[StoreKey], error: KVCapsuleError) -> None:
+        self.store.log_once("unusable", f"an entry is not used: {str(error).rstrip('.')}")
+        for key in keys:
+            self.store.discard(key)
 
     def _cache(self, spans: Sequence[StoredSpan]) -> CapsuleCache:
         cache = CapsuleCache(self.model.config, self.capsule)
@@ -161,6 +168,19 @@ class StoredPrompts:
             self.store.log_once("unstorable", f"an image is not stored: {str(error).rstrip('.')}")
             return
         self.store.put(key, data, about)
+
+
+def _require_place(span: StoredSpan, piece: Piece, identity: Identity) -> None:
+    """Raises CapsuleError for a span of another model, or of another place of a prompt."""
+    header = span.header
+    if (header.start, header.length, header.text) != (
+        piece.span.start,
+        piece.span.length,
+        piece.span.start - piece.start,
+    ):
+        raise CapsuleError("it is of another place of a prompt.")
+    if (header.weights, header.adapter) != identity:
+        raise CapsuleError("it is of another model or adapter.")
 
 
 def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
