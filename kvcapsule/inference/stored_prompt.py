@@ -45,6 +45,7 @@ class StoredPrompts:
             )
         self.model, self.capsule, self.store = model, method, store
         self._identity = ModelIdentity(model)
+        self._compresses_all = all(isinstance(layer, CapsuleLayer) for layer in self._cache([]).layers)
 
     @torch.no_grad()
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -68,19 +69,19 @@ class StoredPrompts:
             for piece in prompt.pieces
         ]
         keys = image_keys(self._facts(identity), prompt.input_ids, positions, images)
-        spans = self._known(keys, prompt.pieces, identity)
+        spans, cache = self._known(keys, prompt.pieces, identity)
         for key, piece in list(zip(keys, prompt.pieces, strict=True))[len(spans) :]:
-            cache = self._cache(spans)
             self._prefill(cache, prompt, piece, positions)
             spans.append(cache.stored_spans(0, identity.weights, identity.adapter)[-1])
             self._put(key, spans[-1])
+            cache = self._cache(spans)
         # An image is of no use without those before it, which therefore go last.
         self.store.touch(list(reversed(keys)))
         rest = {name: value for name, value in kwargs.items() if name not in (PIXELS, GRIDS, SIZES, TOKEN_TYPES)}
         rest[MASK] = torch.ones_like(prompt.input_ids)
         if positions is not None:
             rest["position_ids"] = positions
-        set_cache(rest, self._cache(spans))
+        set_cache(rest, cache)
         return rest
 
     def _require_readable(self) -> None:
@@ -95,7 +96,7 @@ class StoredPrompts:
             raise UnservedError("a model on several devices")
         if _ROPE_BY_LENGTH & set(_rope_types(model.config.get_text_config(decoder=True))):
             raise UnservedError("rotations that depend on the prompt's length")
-        if any(not isinstance(layer, CapsuleLayer) for layer in self._cache([]).layers):
+        if not self._compresses_all:
             raise UnservedError("layers with a cache of the model's own")
 
     def _facts(self, identity: Identity) -> dict[str, Any]:
@@ -108,8 +109,10 @@ class StoredPrompts:
             "kvcapsule": __version__,
         }
 
-    def _known(self, keys: Sequence[StoreKey], pieces: Sequence[Piece], identity: Identity) -> list[StoredSpan]:
-        """The spans of the longest chain of images that the store knows."""
+    def _known(
+        self, keys: Sequence[StoreKey], pieces: Sequence[Piece], identity: Identity
+    ) -> tuple[list[StoredSpan], CapsuleCache]:
+        """The spans of the longest chain of images that the store knows, and a cache that holds them."""
         spans: list[StoredSpan] = []
         for key, piece in zip(keys, pieces, strict=True):
             data = self.store.get(key)
@@ -123,11 +126,10 @@ class StoredPrompts:
                 break
             spans.append(span)
         try:
-            self._cache(spans)
+            return spans, self._cache(spans)
         except KVCapsuleError as error:
             self._discard(keys[: len(spans)], error)
-            return []
-        return spans
+            return [], self._cache([])
 
     def _discard(self, keys: Sequence[StoreKey], error: KVCapsuleError) -> None:
         self.store.log_once("unusable", f"an entry is not used: {str(error).rstrip('.')}")
