@@ -37,6 +37,8 @@ def test_commands() -> None:
         "push",
         "serve",
     ]
+    names = "analyze train eval bench estimate generate methods models push store"
+    assert list(COMMANDS) == names.split()
     assert HELP.keys() == COMMANDS.keys()
 
 
@@ -92,6 +94,7 @@ def test_sub_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("genrate", "did you mean 'generate'?"),
         ("--verison", "did you mean '--version'?"),
         ("xyz", "the commands are analyze, train, eval, bench, estimate, generate, methods, models, push, serve."),
+        ("xyz", "the commands are analyze, train, eval, bench, estimate, generate, methods, models, push, store."),
     ],
 )
 def test_unknown_command(given: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
