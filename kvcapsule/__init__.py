@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .inference.attach import attach
     from .inference.cache import CapsuleCache
     from .segments.segment import Segment
+    from .store.image_store import ImageStore
     from .vlm.geometry import KVGeometry
     from .vlm.spans import VisualSpan, find_spans
 
@@ -27,6 +28,7 @@ _HOME = {
     "CapsuleConfig": "capsule.config",
     "CapsuleError": "errors",
     "GeometryError": "errors",
+    "ImageStore": "store.image_store",
     "KVCapsuleError": "errors",
     "KVGeometry": "vlm.geometry",
     "Segment": "segments.segment",
@@ -41,6 +43,7 @@ __all__ = [
     "CapsuleConfig",
     "CapsuleError",
     "GeometryError",
+    "ImageStore",
     "KVCapsuleError",
     "KVGeometry",
     "Segment",

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 import kvcapsule
 from kvcapsule import CapsuleConfig
+from kvcapsule.capsule.span_header import SpanHeader
 from kvcapsule.cli import COMMANDS, main
 from kvcapsule.codec import FAMILIES
 from kvcapsule.policy import POLICIES, TEXT_POLICIES
@@ -71,6 +72,7 @@ SURFACE: dict[str, Callable[[], Any]] = {
         keys_of(json.loads(printed("estimate", "--model", "pages-vlm", "--visual-tokens", "196", "--json", "-")))
     ),
     "capsule config": lambda: sorted(field.name for field in fields(CapsuleConfig)),
+    "span header": lambda: sorted(field.name for field in fields(SpanHeader)),
     "codec configs": lambda: {
         name: sorted(field.name for field in fields(family.config)) for name, family in FAMILIES.items()
     },

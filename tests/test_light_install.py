@@ -38,7 +38,7 @@ import torch
 
 import kvcapsule
 
-for folder in ("segments", "codec", "methods", "policy", "capsule"):
+for folder in ("segments", "codec", "methods", "policy", "capsule", "store"):
     package = importlib.import_module(f"kvcapsule.{folder}")
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)

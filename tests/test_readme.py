@@ -23,7 +23,7 @@ STARTS = {
     "serve": "kvcapsule.cli.serve.command_line",
 }
 """Of commands that take minutes: the function that they start with what their command line says."""
-RUN = ("models", "methods", "estimate", "generate")
+RUN = ("models", "methods", "estimate", "generate", "store")
 OF_THE_NETWORK = ("push",)
 
 
@@ -66,5 +66,6 @@ def test_a_long_command_is_understood(words: list[str], monkeypatch) -> None:
 def test_a_short_command_runs(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     page("test", 0).image.save("page.png")
+    Path("runs/images").mkdir(parents=True)
     assert main(words) == 0
     assert capsys.readouterr().out

@@ -2,8 +2,8 @@
 with them."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Meth
 from ..vlm.geometry import KVGeometry
 from . import hub
 from .config import CapsuleConfig
+from .digest import Computed
 from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
 from .runs import LayerGroupPass, canonical_tiles, require_copies
 from .write import contents_of, save_folder
@@ -29,6 +30,14 @@ class Capsule(nn.Module, Method):
         self.independent_layers = not config.codec.layer_group
         first = range(0, config.geometry.layers, max(1, config.codec.layer_group))
         self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
+        self.computed = Computed()
+        """What was computed from the tensors: the digest, and the codecs' maps (kvcapsule.capsule.span_form)."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Moved and cast tensors may come to lie where others lay before.
+        self.computed.forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def require_geometry(self, geometry: KVGeometry) -> None:
         """Raises GeometryError, with both geometries, unless the capsule fits."""

@@ -20,6 +20,7 @@ COMMANDS = {
     "models": "kvcapsule.cli.models:main",
     "push": "kvcapsule.cli.push:main",
     "serve": "kvcapsule.cli.serve:main",
+    "store": "kvcapsule.cli.store:main",
 }
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when
 it is chosen."""
@@ -34,6 +35,7 @@ HELP = {
     "models": "list the model families that work, and those that are refused",
     "push": "upload a capsule to the Hub",
     "serve": "serve a model with capsules through vLLM's OpenAI server",
+    "store": "list, check or prune a folder of compressed images (ImageStore)",
 }
 EXTRAS = {
     "train": ("datasets", "lightning", "matplotlib", "sklearn", "tensorboard"),

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import InputError, KVCapsuleError
 from .errors import Parser, complain
-from .generate_report import Answer, show_bytes, show_comparison
+from .generate_report import Answer, show_bytes, show_comparison, show_store
+from .sizes import byte_count, shown_bytes
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
     from ..capsule.capsule import Capsule
+    from ..store.image_store import ImageStore
 
 PROG = "kvcapsule generate"
+_STORE_BYTES = 2 * 10**9
+"""Room of a store for which none is named."""
 
 
 class Options(argparse.Namespace):
@@ -24,6 +28,8 @@ class Options(argparse.Namespace):
 
     model: str
     capsule: str | None
+    store: str | None
+    store_max_bytes: int | None
     image: list[str]
     prompt: str
     max_new_tokens: int
@@ -59,6 +65,7 @@ def run(options: Options) -> None:
     from ..capsule.capsule import Capsule
     from ..data.prompts import conversation, encode
     from ..data.source import open_image
+    from ..store.image_store import ImageStore
     from ..vlm.geometry import KVGeometry
     from ..vlm.loading import load_vlm
 
@@ -66,6 +73,8 @@ def run(options: Options) -> None:
         logging.disable_progress_bar()
     _require_consistent(options)
     images = [open_image(path) for path in options.image]
+    room = _STORE_BYTES if options.store_max_bytes is None else options.store_max_bytes
+    store = ImageStore(options.store, max_bytes=room) if options.store else None
     capsule = Capsule.from_pretrained(options.capsule) if options.capsule else None
     model, processor = load_vlm(options.model, dtype=options.dtype, device=options.device)
     # Refused without a capsule too: the cache of an encoder-decoder is of another kind, and is not measured.
@@ -76,12 +85,14 @@ def run(options: Options) -> None:
         inputs = encode(processor, [conversation(images, options.prompt)], model.dtype).to(model.device)
     except ValueError as error:
         raise InputError(f"{options.model!r} cannot take this prompt: {error}") from error
-    answer = _answer(model, processor, inputs, options, capsule, stream=True)
+    answer = _answer(model, processor, inputs, options, capsule, stream=True, store=store)
     full = answer if capsule is None else None
     if options.compare:
         full = _answer(model, processor, inputs, options, None, stream=False)
         show_comparison(answer, full)
     show_bytes(model, answer, full)
+    if store is not None:
+        show_store(store)
 
 
 def _parser() -> Parser:
@@ -101,6 +112,18 @@ def _parser() -> Parser:
         help="a shipped model, a folder or an id on the Hub (default: %(default)s)",
     )
     add("--capsule", metavar="ID", help="a shipped capsule, a folder or an id on the Hub (default: the full cache)")
+    add(
+        "--store",
+        metavar="PATH",
+        help="a folder that keeps the capsules of images (`kvcapsule store`): an image seen before behind the same"
+        " prefix is not read again",
+    )
+    add(
+        "--store-max-bytes",
+        metavar="SIZE",
+        type=byte_count,
+        help=f"with --store: the most that the folder may hold, such as 500MB (default: {shown_bytes(_STORE_BYTES)})",
+    )
     add(
         "--dtype",
         metavar="NAME",
@@ -140,6 +163,10 @@ def _require_consistent(options: Options) -> None:
 
     if options.compare and options.capsule is None:
         raise InputError("--compare sets a capsule against the full cache: give a --capsule too.")
+    if options.store is not None and options.capsule is None:
+        raise InputError("--store keeps what a capsule makes of images: give a --capsule too.")
+    if options.store_max_bytes is not None and options.store is None:
+        raise InputError("--store-max-bytes has an effect only with --store.")
     sampling = [name for name in ("temperature", "top_p", "top_k") if getattr(options, name) is not None]
     if sampling and not options.do_sample:
         raise InputError(f"--{sampling[0].replace('_', '-')} has an effect only with --do-sample.")
@@ -160,6 +187,7 @@ def _answer(
     options: Options,
     capsule: "Capsule | None",
     stream: bool,
+    store: "ImageStore | None" = None,
 ) -> Answer:
     """Generate with a capsule's cache, or without a capsule with the model's default cache.
 
@@ -175,7 +203,7 @@ def _answer(
 
     tokenizer = processor.tokenizer
     # transformers declares `generate` on a mixin that PreTrainedModel's type does not name.
-    generate = cast("Any", model).generate
+    untyped = cast("Any", model)
     # Both answers of a comparison draw the same random numbers.
     torch.manual_seed(options.seed)
     arguments: dict[str, Any] = {
@@ -187,10 +215,12 @@ def _answer(
         **_sampling(options),
     }
     if capsule is None:
-        output = generate(**arguments)
+        output = untyped.generate(**arguments)
     else:
-        with attach(model, capsule):
-            output = generate(**arguments, **cache_argument(CapsuleCache(model.config, capsule)))
+        # A store puts the cache together itself.
+        cache = {} if store is not None else cache_argument(CapsuleCache(model.config, capsule))
+        with attach(model, capsule, store):
+            output = untyped.generate(**arguments, **cache)
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True), output_cache(output))
 

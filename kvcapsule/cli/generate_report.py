@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
     from ..inference.cache import CapsuleCache
+    from ..store.image_store import ImageStore
 
 
 class Answer(NamedTuple):
@@ -79,6 +80,18 @@ def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) ->
     console = Console(stderr=True, highlight=False)
     console.print()
     console.print(table)
+
+
+def show_store(store: "ImageStore") -> None:
+    """Print how many of the images the store knew, and what it holds."""
+    from .sizes import shown_bytes
+
+    counted = store.statistics
+    print(
+        f"\nimage store: {counted.hits} of {counted.hits + counted.puts + counted.refused} images known,"
+        f" {counted.puts} stored; {shown_bytes(store.total_bytes())} in {store.path}",
+        file=sys.stderr,
+    )
 
 
 def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:

@@ -14,6 +14,9 @@ from ..segments.rotary_frame import Frame
 from ..segments.segment import Rows, Segment, stored
 from ..vlm.geometry import KVGeometry
 
+TILES = "tiles"
+"""Segment.tag of encoded tiles; the other visual segments of a capsule are raw rows."""
+
 
 class KeyPart(NamedTuple):
     """Encoded keys, with the maps by which attention reads them (see Segment)."""
@@ -70,7 +73,8 @@ class Encoded(NamedTuple):
 
     def segment(self, owner: torch.Tensor, frame: Frame | None) -> Segment:
         """The tiles as a segment that attention reads."""
-        return Segment(owner=owner, frame=frame, bias=self.bias, **self.keys._asdict(), **self.values._asdict())
+        parts = {**self.keys._asdict(), **self.values._asdict()}
+        return Segment(owner=owner, frame=frame, bias=self.bias, tag=TILES, **parts)
 
     def quantised(self, bits: int) -> "Encoded":
         """The encoded tiles with latents quantised to `bits` bits (QuantizedRows)."""

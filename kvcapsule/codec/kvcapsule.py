@@ -88,6 +88,11 @@ class MlpRows:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.rows,)
 
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "MlpRows":
+        """See kvcapsule.segments.storable_rows."""
+        (rows,) = tensors
+        return MlpRows(rows, self.codec)
+
     def shared(self) -> tuple[torch.Tensor, ...]:
         return tuple(self.codec.parameters())
 

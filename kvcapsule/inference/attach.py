@@ -11,10 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from ..methods.method import Method
+from ..store.image_store import ImageStore
 from ..vlm.geometry import KVGeometry
 from .attention_interface import IMPLEMENTATION, clear_pending_layer, prefill_attention, set_mask_over_segments
 from .cache import CapsuleCache
 from .generate import wrap_generate
+from .stored_prompt import StoredPrompts
 from .transformers_api import passed_cache, require_supported, rotation_per_token
 
 _FULL_ATTENTION = "full_attention"
@@ -28,7 +30,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @contextmanager
-def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
+def attach(model: Model, method: Method | None = None, store: ImageStore | None = None) -> Iterator[Model]:
     """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is
     passed.
 
@@ -42,14 +44,17 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
         model: a decoder-only VLM of transformers, or a PEFT wrapper around one.
         method: a Capsule or a policy. None: caches are passed by hand (`cache=CapsuleCache(model.config, method)`;
             `past_key_values=` before transformers 5.24).
+        store: where the capsules of images are kept: an image seen before behind the same prefix is not read again
+            (docs/store.md). Prompts with images are then read in pieces, so answers are those of a question that is
+            asked once the images are compressed.
 
     Raises:
         GeometryError: if the method was made for another KV geometry.
         ModelError: if the installed transformers is not of a supported version.
         RuntimeError: if the model is attached already.
         TypeError: for what is no model of transformers.
-        ConfigError: for an attention that cannot run prefill, and for adapters that put tokens of their own before the
-        prompt.
+        ConfigError: for an attention that cannot run prefill, for adapters that put tokens of their own before the
+        prompt, and for a store with a method that is no capsule.
     """
     require_supported()
     inner = _unwrapped(model)
@@ -60,6 +65,7 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
     geometry = KVGeometry.from_config(inner.config)
     if method is not None:
         method.require_geometry(geometry)
+    prompts = None if store is None else StoredPrompts(inner, method, store)
     with ExitStack() as stack:
         stack.callback(_clear)
         stack.enter_context(prefill_attention(_attention_configs(inner, before), before))
@@ -72,7 +78,7 @@ def attach(model: Model, method: Method | None = None) -> Iterator[Model]:
                 f"{type(inner).__name__} does not let its attention be chosen, so it cannot read a CapsuleCache."
             )
         previous = inner.__dict__.get("generate")
-        inner.__dict__["generate"] = wrap_generate(inner, method)
+        inner.__dict__["generate"] = wrap_generate(inner, method, prompts)
         if previous is None:
             stack.callback(inner.__dict__.pop, "generate", None)
         else:

@@ -1,48 +1,29 @@
 """CapsuleCache: a transformers Cache whose full-attention layers hold segments and a raw tail."""
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..capsule.stored_span import StoredSpan
 from ..errors import ConfigError
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import CompressionPass, Method
-from ..segments.segment import Memo, storage_bytes
+from ..segments.memo import Memo
 from ..vlm.geometry import KVGeometry
 from ..vlm.spans import find_spans
 from . import attention_interface
+from .cache_bytes import CacheBytes, measured
 from .cache_layer import CapsuleLayer
 from .forward_context import ForwardContext
 from .masks import tokens_before, valid_tokens
-
-
-class CacheBytes(NamedTuple):
-    """Bytes of the storages that a cache holds."""
-
-    visual: int
-    """Segments of the visual spans."""
-    text: int
-    """Segments of the prompt's text."""
-    tail: int
-    """Buffers of the tokens written since, with their unwritten part, and the latest queries where a method asks for
-    them."""
-    other: int
-    """The model's own layers (sliding window, linear attention)."""
-    parameters: int
-    """Maps of the codecs that the segments read: stored once, whatever the batch."""
-    host: int = 0
-    """What methods keep in the host's memory, beside the device's."""
-
-    @property
-    def total(self) -> int:
-        """All that is on the device, but the parameters."""
-        return self.visual + self.text + self.tail + self.other
+from .span_exchange import fill_layers, forward_of, give_out, require_exchangeable
+from .span_record import SpanRecord
 
 
 class CapsuleCache(Cache):
@@ -84,6 +65,9 @@ class CapsuleCache(Cache):
             ]
         )
         self.config, self.method = config, method
+        self._spans = SpanRecord()
+        self.taken_in = False
+        """Whether spans were taken in and `generate` was not called since: the model saw another prompt last."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapsuleCache":
         """An independent cache of the same content; the method, and the codec maps of its segments, are not copied."""
@@ -124,6 +108,8 @@ class CapsuleCache(Cache):
             before = tokens_before(attention_mask, input_ids.shape[0], input_ids.shape[1], past) if past else None
             context = context._replace(spans=spans, valid=valid, before=before)
         self._set_context(context)
+        if input_ids is not None:
+            self._spans.announce(context.spans, context.valid, len(input_ids), next(iter(layers.values())))
 
     def fill(self, prefills: Sequence[LayerPrefill], compression: CompressionPass | None = None) -> None:
         """Store recorded prefills in an empty cache, as the forward that they were recorded from would have.
@@ -144,6 +130,8 @@ class CapsuleCache(Cache):
         if compression is None:
             compression = self.method.begin_pass(list(layers))
         self._set_context(ForwardContext([], None, None, {}, compression, layers))
+        first = prefills[0]
+        self._spans.announce(first.spans, first.valid, len(first.keys), layers[first.layer])
         shared: dict[Hashable, Any] = {}
         for prefill in prefills:
             hidden = prefill.hidden if self.method.needs_hidden_states else None
@@ -154,6 +142,44 @@ class CapsuleCache(Cache):
         """Drop the context of the forward, but for pending prefills; called by the hook that `attach` sets."""
         for layer in self.capsule_layers():
             layer.context = layer.context._replace(spans=[]) if layer.pending_tensors() else layer.idle()
+        self._spans.arrive()
+
+    def stored_spans(self, row: int = 0, weights: str = "", adapter: str = "") -> list[StoredSpan]:
+        """The visual spans of one batch row, each with the text right before it, in their order: what
+        kvcapsule.capsule.stored_span.to_bytes stores. Text behind the last span is in none of them.
+
+        Args:
+            row: of the batch.
+            weights: digest of the model's weights, for the header; "" if it is not known.
+            adapter: digest or name of the model's adapter, for the header.
+
+        Raises:
+            ConfigError: if the method is no capsule, the model has layers with a cache of their own (a window, linear
+                attention), or there is no such row.
+        """
+        capsule = require_exchangeable(self.method, self.layers)
+        self._flush_pending()
+        return give_out(self.capsule_layers(), self._spans.forwards, row, capsule, weights, adapter)
+
+    def take_in(self, spans: Sequence[StoredSpan]) -> None:
+        """Fill an empty cache with the beginning of a prompt, up to the end of its last span, as a batch of one row.
+
+        Generation goes on behind it: give `generate` the prompt's token ids, and of its images only those that are not
+        among the spans.
+
+        Args:
+            spans: all of the prompt's beginning, in their order, on the device of the model.
+
+        Raises:
+            CapsuleError: if another capsule made a span, one is missing or out of order, or they differ in dtype,
+                weights or adapter.
+            ConfigError: if the cache is not empty, or cannot take in spans (see `stored_spans`).
+            GeometryError: if the capsule is of another model.
+        """
+        capsule = require_exchangeable(self.method, self.layers)
+        capsule.require_geometry(KVGeometry.from_config(self.config))
+        fill_layers(self.capsule_layers(), spans, capsule)
+        self._spans.forwards, self.taken_in = [forward_of(spans)], True
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must
@@ -178,16 +204,20 @@ class CapsuleCache(Cache):
             layer.hidden = hidden
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        with self._select_rows():
+        with self._select_rows(lambda rows: rows.to(beam_idx.device)[beam_idx]):
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        with self._select_rows():
+        with self._select_rows(lambda rows: rows.repeat_interleave(repeats)):
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        with self._select_rows():
+        with self._select_rows(lambda rows: rows.to(indices.device)[indices]):
             super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[no-untyped-call]
+        self._spans, self.taken_in = SpanRecord(), False
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         self._flush_pending()
@@ -199,9 +229,11 @@ class CapsuleCache(Cache):
             layer.flush_pending()
 
     @contextmanager
-    def _select_rows(self) -> Iterator[None]:
-        """Within the block all layers select the same rows of the batch, and tensors that they share only once."""
+    def _select_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within the block all layers select the same rows of the batch, and tensors that they share only once; choose
+        does so with a number for each row."""
         self._flush_pending()
+        self._spans.select(choose)
         memo = Memo()
         for layer in self.capsule_layers():
             layer.memo = memo
@@ -213,32 +245,7 @@ class CapsuleCache(Cache):
 
     def bytes(self) -> CacheBytes:
         """Measured from storages; a storage that layers share counts once."""
-        layers = self.capsule_layers()
-        visual = [s for layer in layers for s in layer.visual]
-        text = [s for layer in layers for s in layer.text]
-        tails = [
-            t
-            for layer in layers
-            if layer.is_initialized
-            for t in (*layer.tail.tensors(), layer.queries)
-            if t is not None
-        ]
-        tails += [t for layer in layers for t in layer.pending_tensors()]
-        others = [
-            t
-            for layer in self.layers
-            if not isinstance(layer, CapsuleLayer)
-            for t in vars(layer).values()
-            if isinstance(t, torch.Tensor)
-        ]
-        return CacheBytes(
-            visual=storage_bytes(t for s in visual for t in s.entry_tensors()),
-            text=storage_bytes(t for s in text for t in s.entry_tensors()),
-            tail=storage_bytes(iter(tails)),
-            other=storage_bytes(iter(others)),
-            parameters=storage_bytes(t for s in (*visual, *text) for t in s.parameter_tensors()),
-            host=storage_bytes(t for s in (*visual, *text) for t in s.host_tensors()),
-        )
+        return measured(self.layers)
 
     def _set_context(self, context: ForwardContext) -> None:
         for layer in self.capsule_layers():

@@ -12,7 +12,8 @@ from ..errors import ConfigError
 from ..kernels import attend
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, DecodeState, LayerByLayerPass, Method
-from ..segments.segment import Memo, Segment
+from ..segments.memo import Memo
+from ..segments.segment import Segment
 from . import attention_interface
 from .forward_context import ForwardContext
 from .masks import present_tokens, visible_new_tokens
@@ -165,6 +166,11 @@ class CapsuleLayer(CacheLayerMixin):
         self.visual += compressed.visual
         self.text += compressed.text
 
+    def take_in(self, compressed: Compressed, tokens: int, like: torch.Tensor) -> None:
+        """Hold in an empty layer what a prefill of `tokens` tokens was compressed to; like [B, H, 0, D]: for a tail."""
+        self.lazy_initialization(like, like)
+        self.visual, self.text, self.tail_start = compressed.visual, compressed.text, tokens
+
     def activate_past_recording(self) -> None:
         """From now on compress a prefill only at the next `crop` or forward: drafted tokens can be removed before.
 
@@ -196,8 +202,7 @@ class CapsuleLayer(CacheLayerMixin):
         if self._closed_length + self.tail_length < interval or self.tail_length < min(window, interval):
             return
         assert self.queries is not None
-        keys, values = self.tail.written()
-        tail_mask = self._tail_mask
+        (keys, values), tail_mask = self.tail.written(), self._tail_mask
         if tail_mask is None:
             tail_mask = torch.ones(keys.shape[0], self.tail_length, dtype=torch.bool, device=keys.device)
         state = DecodeState(self.index, self.visual, self.text, keys, values, tail_mask, self.queries, scale)

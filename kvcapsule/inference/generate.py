@@ -7,13 +7,18 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..methods.method import Method
+from ..vlm.geometry import KVGeometry
 from .cache import CapsuleCache
-from .transformers_api import passed_cache, set_cache
+from .generate_options import option
+from .stored_prompt import StoredPrompts
+from .transformers_api import forget_rope_deltas, passed_cache, set_cache
 
 
-def wrap_generate(model: PreTrainedModel, method: Method | None) -> Callable[..., Any]:
+def wrap_generate(
+    model: PreTrainedModel, method: Method | None, prompts: StoredPrompts | None = None
+) -> Callable[..., Any]:
     """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it
-    adds none.
+    adds none. prompts: what reads prompts with images through a store; None: there is no store.
 
     With cache_implementation="static" the CapsuleCache has a static tail of max_new_tokens.
 
@@ -24,37 +29,44 @@ def wrap_generate(model: PreTrainedModel, method: Method | None) -> Callable[...
     generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
+        if prompts is not None and option(model, args, kwargs, "use_cache") is not False:
+            kwargs = prompts.read(args, kwargs) or kwargs
         if (
             passed_cache(kwargs) is None
             and method is not None
-            and _option(model, args, kwargs, "use_cache") is not False
+            and option(model, args, kwargs, "use_cache") is not False
         ):
             tail_capacity = None
             if kwargs.get("cache_implementation") == "static":
                 tail_capacity = _tail_capacity(model, args, kwargs)
                 del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            cache = CapsuleCache(model.config, method, tail_capacity)
-            if _option(model, args, kwargs, "is_assistant"):
+            empty = CapsuleCache(model.config, method, tail_capacity)
+            if option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
-                cache.activate_past_recording()  # type: ignore[no-untyped-call]
-            set_cache(kwargs, cache)
-        if isinstance(passed_cache(kwargs), CapsuleCache):
+                empty.activate_past_recording()  # type: ignore[no-untyped-call]
+            set_cache(kwargs, empty)
+        cache = passed_cache(kwargs)
+        if isinstance(cache, CapsuleCache):
             _refuse_options(model, args, kwargs)
+            if cache.taken_in:
+                _require_positions(cache, kwargs)
+                forget_rope_deltas(model)
+                cache.taken_in = False
         return generate(*args, **kwargs)
 
     return generate_with_capsule
 
 
 def _tail_capacity(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    tokens = _option(model, args, kwargs, "max_new_tokens")
+    tokens = option(model, args, kwargs, "max_new_tokens")
     if tokens is None:
         raise ConfigError('cache_implementation="static" needs max_new_tokens, the capacity of the static tail.')
     return int(tokens)
 
 
 def _refuse_another_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    kind = _option(model, args, kwargs, "cache_implementation")
+    kind = option(model, args, kwargs, "cache_implementation")
     # "hybrid" stands in older generation configs of the Hub; transformers drops it by itself.
     if kind not in (None, "hybrid"):
         raise ConfigError(
@@ -66,21 +78,25 @@ def _refuse_another_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs:
 
 
 def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    chunk = _option(model, args, kwargs, "prefill_chunk_size")
+    chunk = option(model, args, kwargs, "prefill_chunk_size")
     if chunk is not None:
         raise ConfigError(
             f"prefill_chunk_size={chunk} feeds the prompt in pieces, of which all but the first would be computed from"
             " what is compressed already. Leave the option out: a CapsuleCache takes a prompt in one forward."
         )
-    if _option(model, args, kwargs, "output_attentions"):
+    if option(model, args, kwargs, "output_attentions"):
         raise NotImplementedError(
             "output_attentions: attention over segments makes no weights of the tokens that they stand for. Leave the"
             " option out, or generate outside the `with attach(...)` block."
         )
 
 
-def _option(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """An option of this call of generate: its own, then that of its generation config, then that of the model's."""
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    options = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
-    return next((option for option in options if option is not None), None)
+def _require_positions(cache: CapsuleCache, kwargs: dict[str, Any]) -> None:
+    """Refuse a prompt behind stored spans whose M-RoPE positions the model cannot compute: it would count tokens."""
+    names = ("image_grid_thw", "video_grid_thw", "position_ids")
+    if KVGeometry.from_config(cache.config).rotary.startswith("mrope") and all(kwargs.get(n) is None for n in names):
+        raise ConfigError(
+            "this cache took in stored spans, and positions of a model with M-RoPE depend on their grids: give generate"
+            " the whole prompt's input_ids and attention_mask, with mm_token_type_ids and image_grid_thw as the"
+            " processor makes them (the images' pixels are not needed)."
+        )

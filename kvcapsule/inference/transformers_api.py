@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.specifiers import SpecifierSet
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import ModelError
 from ..vlm.families import TRANSFORMERS
@@ -58,6 +58,29 @@ def set_cache(arguments: dict[str, Any], cache: Any) -> None:
     """Make `cache` the one that these keyword arguments hand to forward or generate."""
     arguments.pop(_OLD_ARGUMENT, None)
     arguments[CACHE_ARGUMENT] = cache
+
+
+def prompt_positions(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The positions that generate would give to the tokens of a prompt [1, N] without padding, [..., 1, N]; the model
+    remembers by how far those of the answer lie behind the count of tokens. None: it takes none."""
+    if "position_ids" not in signature(model.forward).parameters:
+        return None
+    named = {**inputs, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    positions: torch.Tensor = model._prepare_position_ids_for_generation(input_ids, named)  # type: ignore[operator]
+    return positions
+
+
+def keeps_last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The argument that makes a forward compute the logits of the last token alone, if the model takes it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+
+
+def forget_rope_deltas(model: torch.nn.Module) -> None:
+    """Make a model with M-RoPE compute positions from the next prompt: its modules keep by how far those of text lie
+    behind the count of tokens, for the last prompt that they saw."""
+    for module in model.modules():
+        if "rope_deltas" in vars(module):
+            module.rope_deltas = None  # type: ignore[assignment]
 
 
 def output_cache(output: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..segments.segment import Memo, Segment
+from ..segments.memo import Memo
+from ..segments.segment import Segment
 from .layer_prefill import LayerPrefill
 
 

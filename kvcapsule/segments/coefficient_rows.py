@@ -13,7 +13,7 @@ neighbouring scores.
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -201,6 +201,11 @@ class CodedRows:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.packed,)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "CodedRows":
+        """See kvcapsule.segments.storable_rows."""
+        (packed,) = tensors
+        return CodedRows(packed, self.coding)
 
     def shared(self) -> tuple[torch.Tensor, ...]:
         return (self.coding.widths, self.coding.scale, self.coding.offset)

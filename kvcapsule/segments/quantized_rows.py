@@ -1,6 +1,6 @@
 """Quantised rows: asymmetric codes with one scale and one minimum per channel of an entry, packed into bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,11 @@ class QuantizedRows:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.codes, self.scale, self.minimum)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "QuantizedRows":
+        """See kvcapsule.segments.storable_rows."""
+        codes, scale, minimum = tensors
+        return QuantizedRows(codes, scale, minimum, self.bits, self.tokens)
 
     def shared(self) -> tuple[torch.Tensor, ...]:
         return ()

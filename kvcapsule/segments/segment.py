@@ -5,15 +5,14 @@ H KV heads, S groups of neighbouring KV heads, G query heads per KV head, Q quer
 M stored rows, D head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from .memo import Memo
 from .rotary_frame import Frame
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -183,13 +182,17 @@ class Segment:
         """N: logical tokens of an entry, padding included."""
         return int(self.keys.shape[2] if self.score_map is None else self.score_map.shape[1])
 
-    def select(self, rows: torch.Tensor, memo: "Memo | None" = None) -> "Segment":
+    def select(self, rows: torch.Tensor, memo: Memo | None = None) -> "Segment":
         """The segment of a batch whose row i is row rows[i] of this one (beam search; repeated or selected rows).
 
         memo: passed to the segments of all layers, it keeps tensors that they share in one place.
         """
         memo = Memo() if memo is None else memo
         owner, index = memo.get_or_make(self.owner, lambda: _owner_and_index(self.owner, rows.to(self.owner.device)))
+        return self.entries(index, owner, memo)
+
+    def entries(self, index: torch.Tensor, owner: torch.Tensor, memo: Memo) -> "Segment":
+        """The entries `index` [n], now of the batch rows `owner` [n]; memo: as in `select`."""
 
         def chosen(rows: Rows) -> Rows:
             if isinstance(rows, torch.Tensor):
@@ -262,21 +265,6 @@ class Segment:
         if self.out_map is not None:
             values = values @ self.out_map.to(dtype)
         return keys, values
-
-
-class Memo:
-    """Memo of copies already made, so that tensors that several segments share stay shared."""
-
-    def __init__(self) -> None:
-        self.copies: dict[int, tuple[object, Any]] = {}
-
-    def get_or_make(self, original: object, make: Callable[[], T]) -> T:
-        """The copy of `original`: `make()` at the first call, the same object at later ones."""
-        if id(original) not in self.copies:
-            # The original is held too: its id is unique only while it lives.
-            self.copies[id(original)] = (original, make())
-        copy: T = self.copies[id(original)][1]
-        return copy
 
 
 def _owner_and_index(owner: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,18 +25,8 @@ def add_command(monkeypatch: pytest.MonkeyPatch, name: str, run: object) -> None
 
 def test_commands() -> None:
     """The command line is public: a command is added or renamed on purpose."""
-    assert list(COMMANDS) == [
-        "analyze",
-        "train",
-        "eval",
-        "bench",
-        "estimate",
-        "generate",
-        "methods",
-        "models",
-        "push",
-        "serve",
-    ]
+    names = "analyze train eval bench estimate generate methods models push serve store"
+    assert list(COMMANDS) == names.split()
     assert HELP.keys() == COMMANDS.keys()
 
 
@@ -91,7 +81,7 @@ def test_sub_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate", "did you mean 'eval'?"),
         ("genrate", "did you mean 'generate'?"),
         ("--verison", "did you mean '--version'?"),
-        ("xyz", "the commands are analyze, train, eval, bench, estimate, generate, methods, models, push, serve."),
+        ("xyz", "the commands are analyze, train, eval, bench, estimate, generate, methods, models, push, serve, store."),
     ],
 )
 def test_unknown_command(given: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:

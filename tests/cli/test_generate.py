@@ -149,6 +149,17 @@ def test_compare_with_an_identity_capsule(saved: Saved, capsys: pytest.CaptureFi
     assert "measured" in err and "computed" not in err
 
 
+def test_an_image_is_kept_in_a_store(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--capsule", saved.path("identity"), "--store", str(tmp_path / "images"), "--store-max-bytes", "5MB"]
+    for line in ("0 of 1 images known, 1 stored", "1 of 1 images known, 0 stored"):
+        assert main(saved.arguments(*words)) == 0
+        out, err = capsys.readouterr()
+        assert out == saved.plain.text + "\n"
+        assert f"image store: {line};" in err and str(tmp_path / "images") in err
+    assert main(["store", str(tmp_path / "images"), "list"]) == 0
+    assert "1x14x14" in capsys.readouterr().out
+
+
 def test_compare_with_a_lossy_capsule(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     """An untrained codec: keys are rebuilt as zeros, so the answer is another one and the verdict says so."""
     assert main(saved.arguments("--capsule", saved.path("lossy"), "--compare")) == 0
@@ -279,6 +290,8 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no chat template": (without_chat_template, r"no chat template"),
     "unknown dtype": (lambda folder: ["--dtype", "float8"], r"unknown dtype 'float8': choose auto"),
     "unknown device": (lambda folder: ["--device", "abacus"], r"--device abacus cannot be used here"),
+    "store without capsule": (lambda folder: ["--store", f"{folder}/images"], r"give a --capsule too"),
+    "room without store": (lambda folder: ["--store-max-bytes", "1GB"], r"only with --store"),
     "compare without capsule": (lambda folder: ["--compare"], r"give a --capsule too"),
     "temperature without sampling": (
         lambda folder: ["--temperature", "0.5"],

@@ -26,7 +26,8 @@ from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
 from kvcapsule.policy import Combined, TextPruning
 from kvcapsule.segments.coefficient_rows import CodedRows
-from kvcapsule.segments.segment import Memo, Segment, storage_bytes
+from kvcapsule.segments.memo import Memo
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.geometry import KVGeometry
 
 FOUR = dataclasses.replace(GEOMETRY, layers=4)

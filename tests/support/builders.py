@@ -1,12 +1,16 @@
 """Prefills and capsules drawn at random for a small geometry, where a test needs no model."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.codec.compact import CompactConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
+from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.codec.transform import Transform, TransformConfig
 from kvcapsule.methods.layer_prefill import LayerPrefill
@@ -128,3 +132,37 @@ def cross_layer_capsule(
     for stack in capsule.layers:
         randomise(stack.transform, generator)
     return capsule.requires_grad_(False)
+
+
+def compact_capsule(geometry: KVGeometry = GEOMETRY, tile: int = TILE, ratio: float = 0.5, **options: Any) -> Capsule:
+    """A capsule of the family "compact" whose query bank is drawn at random."""
+    config = CompactConfig(tile, ratios=(ratio,) * geometry.layers, bank=16, **options)
+    capsule = Capsule(CapsuleConfig("compact", config, geometry, "tiny"))
+    generator = torch.Generator().manual_seed(0)
+    for codec in capsule.layers:
+        codec.bank.copy_(torch.randn(codec.bank.shape, generator=generator))
+    return capsule.requires_grad_(False)
+
+
+def identity_capsule(geometry: KVGeometry = GEOMETRY, tile: int = TILE, **options: Any) -> Capsule:
+    """A capsule that stores everything."""
+    return Capsule(CapsuleConfig("identity", IdentityConfig(tile, **options), geometry, "tiny"))
+
+
+EVERY_FAMILY: dict[str, Callable[..., Capsule]] = {
+    "cross-layer": cross_layer_capsule,
+    "cross-layer, no frames": partial(cross_layer_capsule, canonical_frame=False),
+    "cross-layer, head groups, layers apart": partial(cross_layer_capsule, joint_layers=1, joint_heads=2, channels=10),
+    "transform": transform_capsule,
+    "transform, no frames": partial(transform_capsule, canonical_frame=False),
+    "kvcapsule": kv_capsule,
+    "kvcapsule in 4 bits": partial(kv_capsule, latent_bits=4),
+    "kvcapsule with an MLP": partial(kv_capsule, key_decoder="mlp", hidden=6),
+    "compact": compact_capsule,
+    "compact in 3 bits": partial(compact_capsule, latent_bits=3),
+    "compact, no frames": partial(compact_capsule, canonical_frame=False),
+    "identity": identity_capsule,
+    "identity in 8 bits": partial(identity_capsule, latent_bits=8),
+    "identity, no frames": partial(identity_capsule, canonical_frame=False),
+}
+"""Capsules of all families with their main settings, by what is special; each builds from a geometry and a tile."""

@@ -1,6 +1,7 @@
 // Matrix products in blocks whose sums stay in registers: rows times a map, and rows times rows.
 //
 // A block of A rows and V vectors needs A * V + V + 1 registers; AVX-512 has 32. 8 x 2 is bound by multiply-adds alone.
+// Elsewhere a vector is several registers, of which there are 16: blocks are 4 x 1, and 1 x 4 of rows times rows.
 #pragma once
 
 #include "simd.h"
@@ -19,7 +20,7 @@ INLINE void accumulate(Floats (&sum)[A][V], const float* x, int64_t stride, cons
             lanes[v] = held(load(map + v * LANES));
         }
         EACH(a, A) {
-            const Floats number = splat(x[a / PAIR * stride + a % PAIR]);
+            const Floats number = x[a / PAIR * stride + a % PAIR];
             EACH(v, V) sum[a][v] += number * lanes[v];
         }
     }
@@ -39,15 +40,19 @@ struct ByRow {
 template <int PAIR, class Place>
 void product(const float* x, int64_t stride, int64_t rows, const float* map, int64_t count, int64_t width,
              const Place& place) {
+    constexpr int ROWS = REGISTERS == 1 ? 8 : 4, MOST = fitting(ROWS, 2);
     const auto block = [&](auto vectors, int64_t row, int64_t column) INLINE_LAMBDA {
-        Floats sum[8][decltype(vectors)::value] = {};
-        accumulate<8, decltype(vectors)::value, PAIR>(sum, x + row / PAIR * stride, stride, map + column, width, count);
-        place.put(sum, row, column);
+        constexpr int V = decltype(vectors)::value;
+        UNROLL for (int a = 0; a < 8; a += ROWS) {
+            Floats sum[ROWS][V] = {};
+            accumulate<ROWS, V, PAIR>(sum, x + (row + a) / PAIR * stride, stride, map + column, width, count);
+            place.put(sum, row + a, column);
+        }
     };
     // Rows outside: eight of them and the map fit into the first cache, all rows and a part of the map often do not.
     for (int64_t row = 0; row < rows; row += 8) {
         int64_t column = 0;
-        for (; column + 2 * LANES <= width; column += 2 * LANES) block(Constant<2>(), row, column);
+        for (; column + MOST * LANES <= width; column += MOST * LANES) block(Constant<MOST>(), row, column);
         if (column < width) block(Constant<1>(), row, column);
     }
 }
@@ -56,10 +61,11 @@ void product(const float* x, int64_t stride, int64_t rows, const float* map, int
 template <int A, int N>
 INLINE void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t length, float* out,
                       int64_t stride, int64_t ahead) {
-    if constexpr (A > 4) {
+    constexpr int MOST = REGISTERS == 1 ? 4 : 1;
+    if constexpr (A > MOST) {
         // What is loaded of y serves all rows while it is in the nearest cache.
-        dot_block<4, N>(x, x_stride, y, y_stride, length, out, stride, ahead);
-        return dot_block<A - 4, N>(x + 4 * x_stride, x_stride, y, y_stride, length, out + 4 * stride, stride, 0);
+        dot_block<MOST, N>(x, x_stride, y, y_stride, length, out, stride, ahead);
+        return dot_block<A - MOST, N>(x + MOST * x_stride, x_stride, y, y_stride, length, out + MOST * stride, stride, 0);
     }
     Floats sum[A][N] = {};
     for (int64_t k = 0; k < length; k += LANES) {
@@ -86,7 +92,7 @@ INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_str
     const auto block = [&](auto many, int64_t n) INLINE_LAMBDA {
         dot_block<A, many>(x, x_stride, y + n * y_stride, y_stride, length, out + n, stride, ahead);
     };
-    constexpr int N = A == 1 ? 8 : 4;
+    constexpr int N = A == 1 && REGISTERS == 1 ? 8 : 4;
     int64_t n = 0;
     for (; n + N <= count; n += N) block(Constant<N>(), n);
     for (; N > 4 && n + 4 <= count; n += 4) block(Constant<4>(), n);

@@ -15,50 +15,51 @@ constexpr int KIND_WIDTH[KINDS] = {1, 1, 1, 1, 2, 2, 3, 4}, KIND_PLACE[KINDS] = 
 struct KindTables {
     alignas(64) int32_t shift[KINDS][LANES] = {};  // from the word's lowest bit to each lane's code: two tiles in turn
     alignas(64) float levels[KINDS][LANES] = {};   // a code less the middle of all, whatever stands above its bits
+    int32_t codes[KINDS] = {};                     // the greatest code
 
     constexpr KindTables() {
-        for (int kind = 0; kind < KINDS; ++kind)
+        for (int kind = 0; kind < KINDS; ++kind) {
+            codes[kind] = (1 << KIND_WIDTH[kind]) - 1;
             for (int lane = 0; lane < LANES; ++lane) {
                 const int width = KIND_WIDTH[kind];
                 shift[kind][lane] = (width == 3 ? 4 : width) * (lane / 2) + 8 * width * KIND_PLACE[kind];
-                levels[kind][lane] = static_cast<float>(lane % (1 << width)) - static_cast<float>((1 << width) - 1) / 2;
+                levels[kind][lane] = static_cast<float>(lane % (1 << width)) - static_cast<float>(codes[kind]) / 2;
             }
+        }
     }
 };
 constexpr KindTables TABLES;
 
 // The numbers of cells of a kind, times a step: the same instructions whatever their width.
 struct Decoder {
-    Ints shift;
-    Floats levels;
+    Ints shift, codes;
+    Floats levels, step;
 
-    INLINE Decoder(int64_t kind, float step)
-        : shift(reinterpret_cast<const Ints&>(TABLES.shift[kind])), levels(load(TABLES.levels[kind]) * splat(step)) {}
+    INLINE Decoder(int64_t kind, float step_)
+        : shift(load(TABLES.shift[kind])), codes(TABLES.codes[kind]), levels(load(TABLES.levels[kind]) * step_),
+          step(step_) {}
 
     INLINE Floats numbers(const uint32_t* words) const {
-        typedef uint32_t Words __attribute__((vector_size(64)));
-        const Words code = reinterpret_cast<Words>(splat_pair(words)) >> reinterpret_cast<Words>(shift);
+        const Ints code = bits_as<Ints>(splat_pair(words)) >> shift;
 #if AVX512
-        return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(code), levels);
+        return each_register<Floats>([&](int i) INLINE_LAMBDA {
+            return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(code.part[i]), levels.part[i]);
+        });
 #else
-        Floats found;
-        for (int i = 0; i < LANES; ++i) found[i] = levels[code[i] & 15];
-        return found;
+        // No register has sixteen levels to look up: bits are cut off and made numbers.
+        return convert<Floats>(code & codes) * step + levels[0];
 #endif
     }
 };
 
 // Cells of 8 bits of two tiles.
 INLINE Floats eight_bit_numbers(const uint8_t* first, const uint8_t* second, float step) {
-#if AVX512
-    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
-    const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second));
-    const Floats codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
-#else
-    Floats codes;
-    for (int i = 0; i < 8; ++i) codes[2 * i] = first[i], codes[2 * i + 1] = second[i];
-#endif
-    return (codes - splat(127.5f)) * splat(step);
+    uint64_t low, high;
+    memcpy(&low, first, sizeof low), memcpy(&high, second, sizeof high);
+    typedef uint64_t Longs __attribute__((vector_size(16)));
+    const Bytes x = reinterpret_cast<Bytes>(Longs{low}), y = reinterpret_cast<Bytes>(Longs{high});
+    const Bytes both = SHUFFLE_REGISTERS(Bytes, x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return (convert<Floats>(from_bytes(both)) - 127.5f) * step;
 }
 
 // Words that begin with three bytes, [eight fields of 2 bits | eight of 1 bit], as eight fields of 4 bits.
@@ -89,16 +90,15 @@ INLINE void lay_four(const uint8_t* const (&from)[TILES], bool three, uint32_t* 
     const __m512i low = four(0), high = four(4);
     EACH(half, 2) {
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-        Ints words = reinterpret_cast<Ints>(
+        Ints words;
+        words.part[0] = reinterpret_cast<Ints::Register>(
             _mm512_permutex2var_epi32(low, _mm512_add_epi32(order, _mm512_set1_epi32(2 * half)), high));
-        if (three) words = fields_of_three(words);
-        _mm512_storeu_si512(out + 2 * TILES * half, reinterpret_cast<__m512i>(words));
+        store(reinterpret_cast<int32_t*>(out) + half * LANES, three ? fields_of_three(words) : words);
     }
 #else
     for (int i = 0; i < 4 * TILES; ++i) memcpy(out + i, from[i % TILES] + i / TILES * (three ? 3 : 4), 4);
-    float* const words = reinterpret_cast<float*>(out);
-    for (int i = 0; three && i < 4 * TILES; i += LANES)
-        store(words + i, reinterpret_cast<Floats>(fields_of_three(reinterpret_cast<Ints>(load(words + i)))));
+    int32_t* const words = reinterpret_cast<int32_t*>(out);
+    for (int i = 0; three && i < 4 * TILES; i += LANES) store(words + i, fields_of_three(load(words + i)));
 #endif
 }
 

@@ -143,10 +143,10 @@ class CoefficientReader {
         query_map_.map(tile, tiles, SideBySide{queries_, 1, 2 * query_map_.width, 0, LANES});
         keys_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
-            constexpr int R = decltype(size)::value, P = R <= 2 ? 4 : 2;
+            constexpr int R = decltype(size)::value, P = fitting(R, R <= 2 ? 4 : 2);
             for (int64_t block = 0; block < src_.blocks; ++block)
                 for (int64_t group = 0, two; group < keys_.blocks; group += 1 + two) {
-                    two = R < 8 && keys_.alike(set_, group);
+                    two = REGISTERS == 1 && R < 8 && keys_.alike(set_, group);
                     for (int64_t i = group; !block && i <= group + two; ++i) keys_.expect(tile + tiles, next, set_, i);
                     int64_t p = 0;
                     for (; two && p + P <= pairs; p += P) score_groups<R, P, 2>(block, group, p, z);
@@ -183,7 +183,7 @@ class CoefficientReader {
         float* const sums = sums_ + row / src_.block * s_.values.channels * 8 + row % src_.block;
         for (int64_t c = 0; c < s_.values.channels; ++c) sums[c * 8] *= factor;
         for (int64_t at = row * LANES; at < weight_count_; at += src_.rows * LANES)
-            store(weights_ + at, load(weights_ + at) * splat(factor));
+            store(weights_ + at, load(weights_ + at) * factor);
     }
 
     void finish(float* out) {
@@ -224,7 +224,7 @@ class CoefficientReader {
 
     // Adds a channel of the value rows of some pairs of tiles; P pairs have their own sums, so none waits for another.
     template <int R> INLINE void add_channel(int64_t block, int64_t channel, int64_t pairs, const float* weights) {
-        constexpr int P = R <= 2 ? 4 : R == 4 ? 2 : 1, ROUND = (R + 3) / 4 * 4;
+        constexpr int P = fitting(R, R <= 2 ? 4 : R == 4 ? 2 : 1), ROUND = (R + 3) / 4 * 4;
         Floats sum[P][ROUND] = {};
         const int64_t apart = src_.rows * LANES, count = weight_count_;
         const float* const from = weights + block * R * LANES;

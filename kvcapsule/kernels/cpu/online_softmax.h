@@ -38,16 +38,16 @@ struct Softmax {
                     for (int64_t n = 0; n < src.score_line; n += LANES) body(line + n);
                 }
             };
-            Floats high = splat(NONE), sum = {};
+            Floats high = NONE, sum = {};
             each([&](float* score) INLINE_LAMBDA { high = maximum(load(score), high); });
             const float found = max_of_lanes(high), before = top[row];
             factors[row] = 1;
             if (found > before) {
                 // Nothing has been added to a row whose greatest score is still -inf.
-                if (before > NONE) factors[row] = exp_of_negative(splat(before - found))[0], grew = true;
+                if (before > NONE) factors[row] = exp_of_negative(before - found)[0], grew = true;
                 top[row] = found;
             }
-            const Floats level = splat(top[row] > NONE ? top[row] : 0.0f);
+            const Floats level = top[row] > NONE ? top[row] : 0.0f;
             each([&](float* score) INLINE_LAMBDA {
                 const Floats weight = exp_of_negative(load(score) - level);
                 store(score, weight);

@@ -121,7 +121,7 @@ class QueryMap {
         const int64_t dim = src_.call.dim, size = src_.block;
         const float* const rows = query + block * size * dim;
         for (int64_t d = 0; d < dim; ++d) {
-            store(lanes_ + d * LANES, size == 1 ? splat(rows[d] * src_.call.scale) : Floats{});
+            store(lanes_ + d * LANES, size == 1 ? Floats(rows[d] * src_.call.scale) : Floats{});
             for (int64_t lane = 0, row = block * size; size > 1 && lane < size && row < src_.real_rows; ++lane, ++row)
                 if (row / src_.call.rows == head) lanes_[d * LANES + lane] = rows[lane * dim + d] * src_.call.scale;
         }
@@ -132,7 +132,7 @@ class QueryMap {
         const int64_t half = src_.s.half, channels = src_.s.keys.channels, line = src_.s.q_map.second;
         const int64_t size = src_.block, step = size == 1 ? LANES : 1;
         const auto number = [&](const float* from, int64_t c) INLINE_LAMBDA {
-            return step == 1 ? splat(from[c]) : load_part(from + c, channels - c);
+            return step == 1 ? Floats(from[c]) : load_part(from + c, channels - c);
         };
         const auto put = [&](float* to, Floats x) INLINE_LAMBDA { store(to, add ? load(to) + x : x); };
         for (int64_t i = 0; i < half; ++i) {

@@ -17,9 +17,9 @@ namespace kvcapsule {
 // Sixteen codes of a channel, of which eight fill BITS bytes; `count` are there to be read, a multiple of 8.
 template <int BITS> INLINE Ints codes_of_channel(const uint8_t* from, int64_t count) {
     if constexpr (BITS == 8) {
-        if (count >= LANES) return from_bytes(from);
-        uint8_t codes[LANES] = {};
-        if (count > 0) memcpy(codes, from, 8);
+        Bytes codes = {};
+        if (count >= LANES) memcpy(&codes, from, LANES);
+        else if (count > 0) memcpy(&codes, from, 8);
         return from_bytes(codes);
     } else {
         uint64_t bytes = 0;
@@ -27,8 +27,7 @@ template <int BITS> INLINE Ints codes_of_channel(const uint8_t* from, int64_t co
         else if (count > 0) memcpy(&bytes, from, BITS);
         // Each lane gets the word of eight codes that its own is in.
         const int32_t low = static_cast<int32_t>(bytes), high = static_cast<int32_t>(bytes >> 8 * BITS);
-        const Ints words = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
-        const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+        const Ints words = halves(low, high), lane = ints<0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7>();
         // Of 3 bits: two bytes of low bits, one of high ones.
         if (BITS == 3) return ((words >> (2 * lane)) & 3) | (((words >> (16 + lane)) & 1) << 2);
         return (words >> (BITS * lane)) & ((1 << BITS) - 1);
@@ -69,7 +68,7 @@ class RowReader {
                 for (int64_t row = 0; row < src_.rows; row += size) {
                     const float* const query = queries + ((i / 2 * src_.call.rows + row) * 2 + i % 2) * width;
                     float* const to = z + src_.line(i, row) * line;
-                    constexpr int R = decltype(size)::value, V = R <= 4 ? 4 : 2;
+                    constexpr int R = decltype(size)::value, V = fitting(R, R <= 4 ? 4 : 2);
                     int64_t n = 0;
                     if (s_.form == RAW && s_.keys.column == 1) {
                         dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line, ahead(s_.keys));
@@ -96,7 +95,7 @@ class RowReader {
                 if (query == src_.call.queries) memset(values_ + n * width_, 0, width_ * sizeof(float));
             }
             with_block(src_.block, [&](auto size) {
-                constexpr int R = decltype(size)::value, V = R <= 2 ? 8 : R == 4 ? 4 : 2;
+                constexpr int R = decltype(size)::value, V = fitting(R, R <= 2 ? 8 : R == 4 ? 4 : 2);
                 for (int64_t row = 0; row < src_.rows; row += R) {
                     const float* const w = weights + src_.line(i, row) * line;
                     int64_t c = 0;
@@ -141,8 +140,8 @@ class RowReader {
                 for (int64_t c = 0; c < channels; ++c, from += apart)
                     for (int64_t n = 0; n < line; n += LANES) {
                         const Ints code = codes_of_channel<bits>(from + n / 8 * bits, written - n);
-                        const Floats number = __builtin_convertvector(code, Floats);
-                        store(buffer + c * line + n, number * splat(scale[c]) + splat(minimum[c]));
+                        const Floats number = convert<Floats>(code);
+                        store(buffer + c * line + n, number * scale[c] + minimum[c]);
                     }
             });
             return {buffer, line};

@@ -1,27 +1,7 @@
-// Sixteen fp32 numbers as one vector, and what a softmax needs of them.
-//
-// GCC's and clang's vector extensions make these one register with AVX-512, two with AVX2 and four with NEON or SSE.
+// What kernels need of vectors: rearranging lanes, sums and maxima over them, and the exponential.
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define AVX512 1
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)  // lanes of x and y, counted through
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
-#endif
-// A loop of constant length over an array of vectors: unrolled early, so that these are registers and no memory.
-#define EACH(i, count) UNROLL for (int i = 0; i < (count); ++i)
+#include "vectors.h"
 
 namespace kvcapsule {
 
@@ -31,22 +11,19 @@ template <int NUMBER> struct Constant {
     constexpr operator int() const { return NUMBER; }
 };
 
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
-
-INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
-INLINE void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
-INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+// How many vectors a block has, at most `most`, so that its sums stay in registers: so many sums for each of them.
+// Without AVX-512 there are 16 registers: eight hold sums, or as many as one vector needs.
+constexpr int fitting(int sums, int most) {
+    const int found = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
+    return found > most ? most : found > 1 ? found : 1;
+}
 INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
 INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
 
 // Holds what several instructions need in a register: GCC would have each of them load it again.
 INLINE Floats held(Floats x) {
 #if AVX512
-    asm("" : "+v"(x));
+    asm("" : "+v"(x.part[0]));
 #endif
     return x;
 }
@@ -55,45 +32,47 @@ INLINE Floats held(Floats x) {
 INLINE Floats load_part(const float* from, int64_t count) {
     if (count >= LANES) return load(from);
 #if AVX512
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    return each_register<Floats>([&](int) INLINE_LAMBDA { return _mm512_maskz_loadu_ps(mask, from); });
 #else
-    Floats x = {};
-    memcpy(&x, from, count * sizeof(float));
-    return x;
+    float x[LANES] = {};
+    memcpy(x, from, count * sizeof(float));
+    return load(x);
 #endif
 }
 
-// from[0], from[1], from[0], ...: one number of each of two tiles that lie side by side.
-INLINE Floats splat_pair(const void* from) {
-    double both;
-    memcpy(&both, from, sizeof both);
-    return reinterpret_cast<Floats>(Doubles{both, both, both, both, both, both, both, both});
-}
-
 // Sixteen bytes as numbers.
-INLINE Ints from_bytes(const uint8_t* bytes) {
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+INLINE Ints from_bytes(Bytes bytes) {
 #if AVX512
-    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+    return each_register<Ints>([&](int) INLINE_LAMBDA {
+        return _mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes));
+    });
+#elif __AVX2__
+    const __m128i low = reinterpret_cast<__m128i>(bytes);
+    return each_register<Ints>([&](int i) INLINE_LAMBDA {
+        return _mm256_cvtepu8_epi32(i ? _mm_unpackhi_epi64(low, low) : low);
+    });
 #else
-    Ints numbers;
+    int32_t numbers[LANES];
     for (int i = 0; i < LANES; ++i) numbers[i] = bytes[i];
-    return numbers;
+    return load(numbers);
 #endif
 }
 
 // The greater one in each lane; y where x is not a number.
 INLINE Floats maximum(Floats x, Floats y) {
 #if AVX512
-    return _mm512_max_ps(x, y);
+    return each_register<Floats>([&](int i) INLINE_LAMBDA { return _mm512_max_ps(x.part[i], y.part[i]); });
 #else
-    return x > y ? x : y;
+    return select(y < x, x, y);
 #endif
 }
 
 // The first `count` lanes of x, and a number in the others.
 INLINE Floats first_lanes(Floats x, int64_t count, float other) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < static_cast<int32_t>(count) ? x : splat(other);
+    const Ints lane = ints<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>();
+    return select(lane < Ints(static_cast<int32_t>(count)), x, other);
 }
 
 // All lanes joined, by sums or by maxima: in each lane.
@@ -113,6 +92,12 @@ INLINE Floats lower_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1
 INLINE Floats upper_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 18, 3, 19); }
 INLINE Floats lower_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1, 16, 17); }
 INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 18, 19); }
+
+// x in the first eight lanes, y in the others.
+INLINE Ints halves(int32_t x, int32_t y) {
+    const Floats low = bits_as<Floats>(Ints(x)), high = bits_as<Floats>(Ints(y));
+    return bits_as<Ints>(SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+}
 
 // to[i] = the sum of the lanes of x[i], of four vectors.
 INLINE void store_four_sums(float* to, const Floats* x) {
@@ -160,19 +145,18 @@ INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line)
 
 // e^x for x <= 0, within 2e-7 of it; below -87, and so for -inf, 0. Cephes (S. Moshier), expf.
 INLINE Floats exp_of_negative(Floats x) {
-    const Floats large = splat(12582912.0f);
+    const float large = 12582912.0f;
     // Adding a large number rounds to a whole one; what is not a number goes on in `rest`.
-    const Floats count = maximum((x * splat(1.44269504088896341f) + large) - large, splat(-127.0f));
-    const Floats rest = (x - count * splat(0.693359375f)) + count * splat(2.12194440e-4f);
-    Floats series = splat(1.9875691500e-4f) * rest + splat(1.3981999507e-3f);
-    series = series * rest + splat(8.3334519073e-3f);
-    series = series * rest + splat(4.1665795894e-2f);
-    series = series * rest + splat(1.6666665459e-1f);
-    series = series * rest + splat(5.0000001201e-1f);
-    series = series * (rest * rest) + rest + splat(1.0f);
-    const Ints power = (__builtin_convertvector(count, Ints) + 127) << 23, nothing = x < splat(-87.0f);
-    const Floats found = series * reinterpret_cast<Floats>(power);
-    return reinterpret_cast<Floats>(~nothing & reinterpret_cast<Ints>(found));
+    const Floats count = maximum((x * 1.44269504088896341f + large) - large, -127.0f);
+    const Floats rest = (x - count * 0.693359375f) + count * 2.12194440e-4f;
+    Floats series = 1.9875691500e-4f * rest + 1.3981999507e-3f;
+    series = series * rest + 8.3334519073e-3f;
+    series = series * rest + 4.1665795894e-2f;
+    series = series * rest + 1.6666665459e-1f;
+    series = series * rest + 5.0000001201e-1f;
+    series = series * (rest * rest) + rest + 1.0f;
+    const Ints power = (convert<Ints>(count) + 127) << 23;
+    return select(x < Floats(-87.0f), 0.0f, series * bits_as<Floats>(power));
 }
 
 }  // namespace kvcapsule

@@ -1,0 +1,140 @@
+"""The identity of a model: equal for equal models, another one for whatever changes what it computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kvcapsule.store.keys import image_keys
+from kvcapsule.store.weights import ModelIdentity, UnreadableError, tensor_digest, weights_digest
+
+
+class Config:
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(300, 5), nn.Linear(5, 5, bias=False)
+        self.register_buffer("saved", torch.arange(5.0))
+        self.register_buffer("unsaved", torch.arange(7), persistent=False)
+        self.config = Config(width=5, _attn_implementation="sdpa", kinds={"b", "a"})
+
+
+def test_equal_models_have_one_identity() -> None:
+    assert ModelIdentity(Small()).get() == ModelIdentity(Small()).get()
+    other = Small()
+    other.config.values["_attn_implementation"] = "eager"
+    assert weights_digest(other) == weights_digest(Small())
+
+
+@torch.no_grad()
+def in_place(model: Small) -> None:
+    model.first.weight[3, 1] += 1
+
+
+def through_data(model: Small) -> None:
+    model.first.weight.data *= 1.001
+
+
+def replaced(model: Small) -> None:
+    model.second.weight = nn.Parameter(model.second.weight.detach() * 2)
+
+
+def in_an_unsaved_buffer(model: Small) -> None:
+    model.unsaved[0] = 1
+
+
+def in_another_dtype(model: Small) -> None:
+    model.to(torch.float16)
+
+
+def swapped(model: Small) -> None:
+    model.second.weight.data = model.second.weight.data.T.contiguous()
+
+
+def in_its_config(model: Small) -> None:
+    model.config.values["width"] = 6
+
+
+@pytest.mark.parametrize(
+    "change", [in_its_config, in_place, through_data, replaced, in_an_unsaved_buffer, in_another_dtype, swapped]
+)
+def test_a_change_is_noticed(change: Callable[[Small], None]) -> None:
+    model = Small()
+    identity = ModelIdentity(model)
+    before = identity.get()
+    change(model)
+    assert identity.get() != before
+    assert identity.get() == ModelIdentity(model).get()
+
+
+def test_config_and_class_count() -> None:
+    class Other(Small):
+        pass
+
+    changed = Small()
+    changed.config.values["width"] = 6
+    assert len({weights_digest(model) for model in (Small(), changed, Other())}) == 3
+
+
+def test_values_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = Small(), []
+    identity = ModelIdentity(model)
+    expected = identity.get()
+    monkeypatch.setattr("kvcapsule.store.weights.tensor_digest", lambda t: calls.append(t) or tensor_digest(t))
+    assert identity.get() == expected and not calls
+    identity.forget()
+    assert identity.get() == expected and calls
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    with torch.device("meta"):
+        model = Small()
+    with pytest.raises(UnreadableError, match="not in memory"):
+        ModelIdentity(model).get()
+    with pytest.raises(UnreadableError, match="plain bytes"):
+        tensor_digest(torch.eye(3).to_sparse())
+
+
+def test_a_tensors_digest_is_of_type_shape_and_values() -> None:
+    one = torch.arange(6.0)
+    different = [one, one.view(2, 3), one.view(3, 2), one.double(), one.view(torch.int32), one + 1, one[:0], one[0]]
+    assert len({tensor_digest(tensor) for tensor in different}) == len(different)
+    assert tensor_digest(one.view(2, 3).T) == tensor_digest(one.view(2, 3).T.contiguous())
+    assert tensor_digest(torch.tensor([True, False])) != tensor_digest(torch.tensor([1, 0], dtype=torch.uint8))
+
+
+def keys(**changed: Any) -> list[str]:
+    """Digests of the keys of two images, of 4 and 3 tokens, in a prompt of 10."""
+    values: dict[str, Any] = {
+        "facts": {"weights": "w", "capsule": "c"},
+        "input_ids": torch.tensor([[1, 9, 9, 9, 9, 2, 9, 9, 9, 3]]),
+        "position_ids": torch.arange(10)[None],
+        "images": [(5, {"pixel_values": torch.ones(4, 3)}), (9, {"pixel_values": torch.zeros(3, 3)})],
+    }
+    return [key.digest for key in image_keys(**{**values, **changed})]
+
+
+def test_keys_are_a_chain() -> None:
+    first, second = keys()
+    assert first != second and keys() == [first, second]
+    ids = torch.tensor([[1, 9, 9, 9, 9, 2, 9, 9, 9, 4]])
+    assert keys(input_ids=ids) == [first, second], "what follows the last image counts"
+    ids = torch.tensor([[1, 9, 9, 9, 9, 5, 9, 9, 9, 3]])
+    assert keys(input_ids=ids)[0] == first and keys(input_ids=ids)[1] != second
+    other = [(5, {"pixel_values": torch.full((4, 3), 2.0)}), (9, {"pixel_values": torch.zeros(3, 3)})]
+    assert not {*keys(images=other)} & {first, second}
+    moved = torch.arange(10)[None] + (torch.arange(10) > 6)
+    assert keys(position_ids=moved)[0] == first and keys(position_ids=moved)[1] != second
+    assert not {*keys(facts={"weights": "v", "capsule": "c"})} & {first, second}
+    grid = [(5, {"pixel_values": torch.ones(4, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])})]
+    assert keys(images=grid) != [first]
