@@ -26,9 +26,9 @@ class PagedCache:
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of whole blocks [B, n], one after the other: [B, H, n * block, D] each."""
-        rows = self.segment.keys, self.segment.values
-        assert isinstance(rows[0], torch.Tensor) and isinstance(rows[1], torch.Tensor)
-        keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in rows)
+        all_keys, all_values = self.segment.keys, self.segment.values
+        assert isinstance(all_keys, torch.Tensor) and isinstance(all_values, torch.Tensor)
+        keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (all_keys, all_values))
         return keys, values
 
 
