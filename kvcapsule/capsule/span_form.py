@@ -66,7 +66,8 @@ class SpanForm:
             )
         if header.layers[-1] >= config.geometry.layers:
             raise CapsuleError(
-                f"layer {header.layers[-1]} in the header of a stored span: the model has {config.geometry.layers}."
+                f"layers in the header of a stored span go up to {header.layers[-1]}: the model has"
+                f" {config.geometry.layers}, counted from 0."
             )
         template: dict[int, Segment] = {}
         if header.tiles:
@@ -111,15 +112,15 @@ class SpanForm:
                 }
         return forms
 
-    def require(self, found: Mapping[str, Form]) -> None:
+    def require(self, actual: Mapping[str, Form]) -> None:
         """Raises CapsuleError that names each tensor that is missing, unexpected or of another form."""
-        expected = self.forms(found.get(COS))
-        faults = [f"{name} is missing" for name in expected if name not in found]
-        faults += [f"{name[:80]} is unexpected" for name in found if name not in expected]
+        expected = self.forms(actual.get(COS))
+        faults = [f"{name} is missing" for name in expected if name not in actual]
+        faults += [f"{name[:80]} is unexpected" for name in actual if name not in expected]
         faults += [
-            f"{name} is {found[name]} and not {form}"
+            f"{name} is {actual[name]} and not {form}"
             for name, form in expected.items()
-            if name in found and found[name] != form
+            if name in actual and actual[name] != form
         ]
         if faults:
             listed = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
@@ -155,11 +156,11 @@ class SpanForm:
 
     def text(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, list[Segment]]:
         """The text segments of each layer, from tensors of `forms`."""
-        found: dict[int, list[Segment]] = {layer: [] for layer in self.header.layers}
+        segments: dict[int, list[Segment]] = {layer: [] for layer in self.header.layers}
         if self.header.text:
             for layer in self.header.layers:
-                found[layer] = [raw(tensors[f"layers.{layer}.text.keys"], tensors[f"layers.{layer}.text.values"])]
-        return found
+                segments[layer] = [raw(tensors[f"layers.{layer}.text.keys"], tensors[f"layers.{layer}.text.values"])]
+        return segments
 
 
 def raw(keys: torch.Tensor, values: torch.Tensor) -> Segment:

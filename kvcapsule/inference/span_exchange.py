@@ -17,7 +17,7 @@ from ..methods.method import Compressed, Method
 from ..segments.memo import Memo
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Segment
-from ..segments.storable_rows import joined
+from ..segments.storable_rows import join_rows
 from ..vlm.spans import VisualSpan
 from .cache_layer import CapsuleLayer
 from .span_record import StoredForward, places_in, raw_rows
@@ -214,8 +214,8 @@ def _joined_tiles(segments: Sequence[Segment], memo: Memo) -> list[Segment]:
     return [
         replace(
             first,
-            keys=memo.get_or_make(first.keys, lambda: joined([s.keys for s in segments])),
-            values=memo.get_or_make(first.values, lambda: joined([s.values for s in segments])),
+            keys=memo.get_or_make(first.keys, lambda: join_rows([s.keys for s in segments])),
+            values=memo.get_or_make(first.values, lambda: join_rows([s.values for s in segments])),
             owner=memo.get_or_make(first.owner, lambda: torch.cat([s.owner for s in segments])),
             bias=torch.cat(biases) if biases else None,
             frame=memo.get_or_make(first.frame, frame) if frames else None,

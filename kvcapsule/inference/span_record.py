@@ -100,7 +100,7 @@ def places_in(forwards: Sequence[StoredForward], row: int, text: Sequence[Segmen
 
 def raw_rows(segments: Sequence[Segment], row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values [1, H, N, D] of one row, without padding, of each segment of raw rows that has an entry of it."""
-    found = []
+    parts = []
     for segment in segments:
         for entry in [row] if segment.each_row else (segment.owner == row).nonzero()[:, 0].tolist():
             keys, values = segment.keys, segment.values
@@ -108,5 +108,5 @@ def raw_rows(segments: Sequence[Segment], row: int) -> list[tuple[torch.Tensor, 
             keys, values = keys[entry, None], values[entry, None]
             if segment.mask is not None:
                 keys, values = keys[:, :, segment.mask[entry]], values[:, :, segment.mask[entry]]
-            found.append((keys, values))
-    return found
+            parts.append((keys, values))
+    return parts

@@ -36,7 +36,7 @@ def with_stored(rows: Rows, tensors: Sequence[torch.Tensor]) -> Rows:
     return rows.with_tensors(tensors)
 
 
-def joined(pieces: Sequence[Rows]) -> Rows:
+def join_rows(pieces: Sequence[Rows]) -> Rows:
     """The entries of all pieces, one after the other; they share their parameters.
 
     Raises:
