@@ -101,7 +101,7 @@ def plan(options: Options) -> list[tuple[Asked, bool]]:
 class Retries:
     """How often vLLM asked for a retry. An image whose first request is given up before the engine has seen it counts
     as known to the engine all the same; the next request about it gets a 500 ("P0/P1 cache drift; returning a retryable
-    response" in the log), and the one after that an answer. So it is without capsules too."""
+    response" in the log), and the one after that an answer. That cache of preprocessed images is vLLM's own."""
 
     count = 0
 
