@@ -1,13 +1,13 @@
 """One cell of the bench: an engine of vLLM in a process of its own, and what was seen while it answered.
 
-    python -m kvcapsule.eval.bench.engine.cell FILE     reads a Cell as JSON from FILE, and writes what was seen to it
+python -m kvcapsule.eval.bench.engine.cell FILE     reads a Cell as JSON from FILE, and writes what was seen to it
 """
 
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,6 @@ def main() -> int:
     result = run(Cell(**json.loads(file.read_text())))
     file.write_text(json.dumps(result))
     return 0
-
-
-def asdict_of(cell: Cell) -> dict[str, Any]:
-    return asdict(cell)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,26 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.capsule.hub import find
+from kvcapsule.codec.compact import CompactConfig
 from kvcapsule.testbeds.pages import pages
 from kvcapsule.vlm.geometry import KVGeometry
 
-from ..random_transform import capsule as random_capsule
+from .. import random_transform
 
-PAGES = "pages-vlm"
+PAGES, RANDOM = "pages-vlm", "random-llava"
+COMPRESSION = 20
 _PATCH = 4
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -63,7 +74,7 @@ def random_llava(side: int, count: int, answer: int, folder: Path) -> Subject:
         for _ in range(count)
     ]
     text = len(AutoProcessor.from_pretrained(folder).tokenizer(prompts[0]["prompt"])["input_ids"]) - 1
-    return Subject("random-llava", folder, side * side, "auto", prompts, answer, False, text + answer)
+    return Subject(RANDOM, folder, side * side, "auto", prompts, answer, False, text + answer)
 
 
 def _make(side: int, folder: Path) -> None:
@@ -102,10 +113,27 @@ def _make(side: int, folder: Path) -> None:
     save_file(renamed, weights, metadata={"format": "pt"})
 
 
-def make_capsule(folder: Path, tile: int, compression: float, into: Path) -> None:
-    """A random transform code of `compression` times fewer bytes than 16 bits a number, for a model on disk."""
-    from transformers import AutoConfig
+def make_capsule(folder: Path, family: str, tile: int, into: Path) -> None:
+    """A random capsule for a model on disk.
 
+    Args:
+        folder: of the model.
+        family: "transform": a code of 20 times fewer bytes than 16 bits a number; "compact": one row in 20.
+        tile: tokens of a tile.
+        into: the capsule's folder.
+    """
     geometry = KVGeometry.from_config(AutoConfig.from_pretrained(folder))
-    tile_bytes = int(2 * 2 * tile * geometry.kv_heads * geometry.head_dim / compression)
-    random_capsule(geometry, tile, tile_bytes, torch.Generator().manual_seed(0)).save_pretrained(into)
+    drawn = torch.Generator().manual_seed(0)
+    if family == "transform":
+        capsule = random_transform.capsule(geometry, tile, tile_bytes(geometry, tile), drawn)
+    else:
+        config = CompactConfig(tile, ratios=(1 / COMPRESSION,) * geometry.layers)
+        capsule = Capsule(CapsuleConfig("compact", config, geometry, "random")).requires_grad_(False)
+        for bank in (buffer for name, buffer in capsule.named_buffers() if name.endswith("bank")):
+            bank.copy_(torch.randn(bank.shape, generator=drawn))
+    capsule.save_pretrained(into)
+
+
+def tile_bytes(geometry: KVGeometry, tile: int) -> int:
+    """Bytes of a layer's tile, keys and values, at 16 bits a number, COMPRESSION times fewer."""
+    return 2 * 2 * tile * geometry.kv_heads * geometry.head_dim // COMPRESSION
