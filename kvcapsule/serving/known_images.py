@@ -23,6 +23,8 @@ from .model_files import ModelFiles
 from .prompt_images import PromptImage, plain_bytes, prompt_images
 from .scheduler_half import parts_of
 
+_ELSEWHERE = "address"
+"""What vLLM puts in place of an image's values where its processes share memory (--mm-processor-cache-type shm)."""
 _HASHES = 1 << 16
 """Hashes of images that are remembered, more than an engine holds anything of."""
 
@@ -116,10 +118,11 @@ class KnownImages:
 
     def _content(self, feature: Any) -> bytes | None:
         """What tells an image's values from all others; None where there is a doubt."""
-        if feature.data is None:
+        values = {} if feature.data is None else feature.data.get_data()
+        if not values or _ELSEWHERE in values:
             return None
         parts = [feature.modality.encode()]
-        for name, value in sorted(feature.data.get_data().items()):
+        for name, value in sorted(values.items()):
             part = _value(value)
             if part is None:
                 return None

@@ -227,7 +227,8 @@ class TestKnownImages:
         for name, value in (("cache_salt", "s"), ("lora_request", object()), ("prompt_embeds", tokens)):
             assert known.images(self.request(name, **{name: value})) == []
         assert known.images(self.request("d", data=None)) == []
-        assert known.images(self.request("e", data=SimpleNamespace(get_data=lambda: {"f": object()}))) == []
+        for values in ({}, {"f": object()}, {"address": 5, "monotonic_id": 1}):
+            assert known.images(self.request(str(values), data=SimpleNamespace(get_data=values.copy))) == []
         assert len(known.find(self.request("f"))) == 1
 
     def test_a_hash_that_came_with_other_pixels_is_in_doubt(self, known: KnownImages) -> None:
