@@ -86,14 +86,14 @@ def run(config: ServingStoreConfig, command: str) -> dict[str, Any]:
                 measured[store is not None] = pool.apply(_measure, (config, store))
     reference = {store: cell["passes"][0]["answers"] for store, cell in measured.items()}
     rows = []
-    for store, cell in measured.items():
+    for with_store, cell in measured.items():
         for name, one in zip(PASSES, cell["passes"], strict=True):
             answers = one.pop("answers")
             same = {
                 f"same_as_{other}": sum(map(str.__eq__, answers, reference[of])) / len(answers)
-                for other, of in (("first", store), ("no_store", False))
+                for other, of in (("first", with_store), ("no_store", False))
             }
-            rows.append({"store": store, "pass": name, **one, **same})
+            rows.append({"store": with_store, "pass": name, **one, **same})
     sizes = measured[True]["sizes"]
     return {
         "model": shown_path(config.model),

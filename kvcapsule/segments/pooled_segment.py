@@ -63,9 +63,9 @@ class PooledSegment(Segment):
         if self.counts is None:
             return segment
         written = torch.arange(self.tokens, device=place.device) < self.counts[:, None]
-        raw = segment.keys, segment.values
-        assert isinstance(raw[0], torch.Tensor) and isinstance(raw[1], torch.Tensor)
-        keys, values = (torch.where(written[:, None, :, None], rows, rows[:, :, :1]) for rows in raw)
+        keys, values = segment.keys, segment.values
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
+        keys, values = (torch.where(written[:, None, :, None], rows, rows[:, :, :1]) for rows in (keys, values))
         return replace(segment, keys=keys, values=values, mask=written)
 
     def keys_pool(self) -> torch.Tensor:
