@@ -59,6 +59,11 @@ class SpanForm:
                 raise CapsuleError(
                     f"{name} {value!r} in the header of a stored span does not fit the capsule, which has {expected!r}."
                 )
+        if header.align % config.codec.align or header.tile % header.align:
+            raise CapsuleError(
+                f"align {header.align} in the header of a stored span does not fit the capsule, whose tiles of"
+                f" {header.tile} tokens begin at multiples of {config.codec.align}."
+            )
         if (header.frame != "none") != rotated:
             raise CapsuleError(
                 f"frame {header.frame!r} in the header of a stored span of {header.tiles} tiles does not fit the"
@@ -127,7 +132,7 @@ class SpanForm:
             raise CapsuleError(f"the tensors are not those that the header and the capsule ask for: {listed}.")
 
     def segments(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, list[Segment]]:
-        """The visual segments of each layer, from tensors of `forms`: tiles, then what fills none."""
+        """The visual segments of each layer, from tensors of `forms`: tiles, then what is in none."""
         header = self.header
         frame = None
         if header.frame != "none":

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import CapsuleError
+from ..methods.tiles import tile_starts
 from ..segments.rotary_frame import Frame
 
 SPAN_FORMAT_VERSION = 1
@@ -36,6 +37,9 @@ class SpanHeader:
     """Token grid (t, h, w) of the span."""
     tile: int
     """Visual tokens of a tile."""
+    align: int
+    """Tiles begin at the span's first multiple of so many tokens of the prompt; 1: at its first token. A multiple of
+    the capsule's: an engine's tiles begin at its blocks."""
     frame: str
     """How keys of tiles are stored: "none", as the model rotated them; "half-split" or "interleaved", as if each tile
     began at position 0, with the rotation of its first position beside them."""
@@ -62,7 +66,7 @@ class SpanHeader:
             isinstance(self.dtype, str) and self.dtype in _KV_DTYPES, "dtype", f"one of {', '.join(_KV_DTYPES)}"
         )
         self._require(self.frame in FRAMES, "frame", f"one of {', '.join(FRAMES)}")
-        for name, least in (("tile", 1), ("start", 0), ("length", 1), ("text", 0)):
+        for name, least in (("tile", 1), ("align", 1), ("start", 0), ("length", 1), ("text", 0)):
             self._require(_is_count(getattr(self, name), least), name, f"a whole number of {least} or more")
         self._require(self.text <= self.start, "text", f"at most start, {self.start}")
         self._require(
@@ -70,9 +74,13 @@ class SpanHeader:
             "grid",
             "three whole numbers of 1 or more",
         )
+<<<<<<< HEAD
         self._require(
             self.grid[0] * self.grid[1] * self.grid[2] == self.length, "grid", f"a product of length, {self.length}"
         )
+=======
+        self._require(self.grid[0] * self.grid[1] * self.grid[2] == self.length, "grid", f"of length {self.length}")
+>>>>>>> engine-store
         ascending = (
             isinstance(self.layers, tuple)
             and len(self.layers) > 0
@@ -90,12 +98,17 @@ class SpanHeader:
     @property
     def tiles(self) -> int:
         """Full tiles of the span."""
-        return self.length // self.tile
+        return len(self.tile_starts)
+
+    @property
+    def tile_starts(self) -> range:
+        """Logical positions of the tiles' first tokens."""
+        return tile_starts(self.start, self.length, self.tile, self.align)
 
     @property
     def rest(self) -> int:
-        """Tokens at its end that fill no tile."""
-        return self.length % self.tile
+        """Tokens that are in no tile, at its beginning and its end."""
+        return self.length - self.tiles * self.tile
 
     @property
     def end(self) -> int:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KVCapsuleError
@@ -23,6 +24,7 @@ WORKER = "kvcapsule.serving.worker.CapsuleWorker"
 OWN = {
     "--kv-transfer-config": "--capsule and --memory-bytes say what goes into it",
     "--worker-cls": "it is kvcapsule's own",
+    "--scheduler-cls": "it is kvcapsule's own where there is an image store",
     "--kv-cache-memory-bytes": "--memory-bytes is divided between the KV cache and the capsule pool",
     "--num-gpu-blocks-override": "--memory-bytes is divided between the KV cache and the capsule pool",
 }
@@ -41,6 +43,8 @@ class Options(argparse.Namespace):
     image_tokens: int | None
     text_tokens: int
     images: int
+    store: str | None
+    store_max_bytes: int
     block_size: int | None
     dtype: str
     dry_run: bool
@@ -82,7 +86,7 @@ def command_line(options: Options, rest: Sequence[str]) -> list[str]:
 
     from kvcapsule.checkpoints import shipped
 
-    from ..serving.settings import CONNECTOR
+    from ..serving.settings import CONNECTOR, SCHEDULER
     from ..serving.version import require_supported
 
     require_supported()
@@ -99,12 +103,16 @@ def command_line(options: Options, rest: Sequence[str]) -> list[str]:
         "image_tokens": form.image_tokens,
         "text_tokens": form.text_tokens,
     }
+    if options.store is not None:
+        extra |= {"store": str(Path(options.store).expanduser().absolute()), "store_max_bytes": options.store_max_bytes}
     transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra}
     words = [
         str(shipped(options.model) or options.model),
         *("--dtype", options.dtype, "--block-size", str(sizes.block), "--worker-cls", WORKER),
         *("--kv-cache-memory-bytes", str(budget.block_bytes(sizes)), "--kv-transfer-config", json.dumps(transfer)),
     ]
+    if options.store is not None:
+        words += ["--scheduler-cls", SCHEDULER]
     if not names & {"--enforce-eager", "--no-enforce-eager"}:
         words.append("--enforce-eager")
     if shipped(options.model) is not None and "--served-model-name" not in names:
@@ -232,6 +240,15 @@ def _parser() -> Parser:
         type=_count,
         default=128,
         help="other tokens, the answer's too (default: %(default)s)",
+    )
+    add = parser.add_argument_group("an image store, by which an image seen before is not read again").add_argument
+    add("--store", metavar="PATH", help="its folder, made if missing, which several servers may share (default: none)")
+    add(
+        "--store-max-bytes",
+        metavar="BYTES",
+        type=_bytes,
+        default=2 * 10**9,
+        help="most bytes in it; what was used least recently goes first (default: 2GB)",
     )
     add = parser.add_argument_group("options of vLLM that are looked at").add_argument
     add("--block-size", metavar="N", type=_count, help="tokens of a block (default: the smallest that fits the tiles)")

@@ -14,6 +14,7 @@ from ..capsule.stored_span import StoredSpan
 from ..codec.base import TILES
 from ..errors import CapsuleError, ConfigError
 from ..methods.method import Compressed, Method
+from ..methods.tiles import tile_starts
 from ..segments.memo import Memo
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Segment
@@ -50,15 +51,17 @@ def give_out(
     places = places_in(forwards, row, layers[0].text)
     if not places:
         return []
-    tile, memos = capsule.config.codec.tile, [Memo() for _ in places]
+    tile, align, memos = capsule.config.codec.tile, capsule.config.codec.align, [Memo() for _ in places]
+    counts = [len(tile_starts(place.start, place.span.length, tile, align)) for place in places]
+    rests = [place.span.length - count * tile for place, count in zip(places, counts, strict=True)]
     visual: list[dict[int, list[Segment]]] = [{} for _ in places]
     text: list[dict[int, list[Segment]]] = [{} for _ in places]
     for layer in layers:
         tiles = _Tiles([s for s in layer.visual if s.tag == TILES], row)
-        rest = _cut([s for s in layer.visual if s.tag != TILES], row, [p.span.length % tile for p in places])
+        rest = _cut([s for s in layer.visual if s.tag != TILES], row, rests)
         before = _cut(layer.text, row, [p.text for p in places])
-        for i, place in enumerate(places):
-            visual[i][layer.index] = [*tiles.take(place.span.length // tile, memos[i]), *rest[i]]
+        for i in range(len(places)):
+            visual[i][layer.index] = [*tiles.take(counts[i], memos[i]), *rest[i]]
             text[i][layer.index] = before[i]
     digest, config = capsule_digest(capsule), capsule.config
     return [
@@ -70,6 +73,7 @@ def give_out(
                 dtype=dtype_name(layers[0].dtype),
                 grid=place.span.grid,
                 tile=tile,
+                align=align,
                 frame=frame_name(visual[i][layers[0].index][0].frame),
                 start=place.start,
                 length=place.span.length,
@@ -173,9 +177,9 @@ def _require_beginning(spans: Sequence[StoredSpan], capsule: Capsule, layers: Se
     if len(frames) > 1:
         raise CapsuleError(f"spans with frames of the kinds {' and '.join(sorted(frames))} are not of one model.")
     first, position = spans[0].header, 0
-    expected = replace(first, capsule=capsule_digest(capsule), layers=tuple(layers))
+    expected = replace(first, capsule=capsule_digest(capsule), align=capsule.config.codec.align, layers=tuple(layers))
     for number, (header, _, _) in enumerate(spans):
-        for name in ("capsule", "layers", "dtype", "weights", "adapter"):
+        for name in ("capsule", "align", "layers", "dtype", "weights", "adapter"):
             if getattr(header, name) != getattr(expected, name):
                 raise CapsuleError(
                     f"span {number} was stored with {name} {getattr(header, name)!r} and not"

@@ -12,16 +12,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from ..capsule.capsule import Capsule
+from ..capsule.span_header import dtype_name
 from ..errors import ConfigError
 from ..inference.transformers_api import require_supported as require_transformers
 from ..vlm.geometry import KVGeometry, full_attention_layers
 from .budget import Form, Sizes, of_engine, summary
+from .known_images import KnownImages
 from .manager import CapsuleManager
 from .metrics import CapsuleMetrics, CapsuleStats
 from .pool import one_tile, slot_bytes
 from .rotation import RotaryEmbedding
 from .scheduler_half import SchedulerHalf, Step, images_of
 from .settings import Settings, refuse_unsupported
+from .store_settings import open_store, require_cuts, store_facts
+from .store_writer import StoreWriter
 from .version import require_supported
 from .worker_half import WorkerHalf
 
@@ -77,10 +81,19 @@ class CapsuleConnector(KVConnectorBase_V1):
                 logger.info("Capsules: %s.", line)
         self.scheduler: SchedulerHalf | None = None
         self.worker: WorkerHalf | None = None
+        self.known: KnownImages | None = None
+        opened = open_store(settings, vllm_config)
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = SchedulerHalf(block, tile, slots)
+            if opened is not None:
+                require_cuts(vllm_config)
+                dtype, facts = dtype_name(vllm_config.model_config.dtype), store_facts(vllm_config)
+                store, files = opened
+                self.known = KnownImages(store, capsule, block, layers, dtype, facts, files)
         else:
             self.worker = WorkerHalf(capsule, layers, empty, slots, rotary, block)
+            if opened is not None:
+                self.worker.store = StoreWriter(opened[0], opened[1].digest, config.model_type)
 
     # In the scheduler.
 
@@ -96,11 +109,29 @@ class CapsuleConnector(KVConnectorBase_V1):
         manager.capsules = self.scheduler
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        assert self.scheduler is not None
+        if self.known is None or not request.mm_features:
+            return 0, False
+        # Who asks for the probabilities of the prompt's tokens has to have them computed.
+        data = [] if request.skip_reading_prefix_cache else self.known.find(request)
+        left = range(num_computed_tokens, request.num_tokens)
+        return self.scheduler.plan(
+            request.request_id, images_of(request), self.known.images(request), data, left
+        ), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        self.scheduler.begin(request.request_id, images_of(request))
+        self.scheduler.begin(request.request_id, images_of(request), num_external_tokens)
+        if self.known is not None:
+            self.known.forget(request.request_id)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Also of requests that end while they wait."""
+        assert self.scheduler is not None
+        if self.known is not None:
+            self.known.forget(request.request_id)
+            self.scheduler.plans.pop(request.request_id, None)
+        return False, None
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         assert self.scheduler is not None
@@ -144,7 +175,8 @@ class CapsuleConnector(KVConnectorBase_V1):
         self.worker.begin_step(connector_metadata.step)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        return
+        assert self.worker is not None
+        self.worker.load()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -155,3 +187,7 @@ class CapsuleConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         assert self.worker is not None
         self.worker.end_step()
+
+    def shutdown(self) -> None:
+        if self.worker is not None and self.worker.store is not None:
+            self.worker.store.close()

@@ -26,9 +26,34 @@ class PagedCache:
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of whole blocks [B, n], one after the other: [B, H, n * block, D] each."""
+<<<<<<< HEAD
         all_keys, all_values = self.segment.keys, self.segment.values
         assert isinstance(all_keys, torch.Tensor) and isinstance(all_values, torch.Tensor)
         keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (all_keys, all_values))
+=======
+        keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in self._rows())
+        return keys, values
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._rows()[0].dtype
+
+    def rows(self, blocks: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values of single tokens, each given by block and place in it: [1, H, N, D] each."""
+        keys, values = (x[blocks, :, offsets].transpose(0, 1)[None] for x in self._rows())
+        return keys, values
+
+    def write(self, blocks: torch.Tensor, offsets: torch.Tensor, rows: Segment, first: int = 0) -> None:
+        """Overwrite the keys and values of single tokens with raw rows [1, H, N, D], from row `first` on."""
+        for x, new in zip(self._rows(), (rows.keys, rows.values), strict=True):
+            assert isinstance(new, torch.Tensor)
+            x[blocks, :, offsets] = new[0, :, first:].transpose(0, 1)
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.segment.keys, self.segment.values
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
+>>>>>>> engine-store
         return keys, values
 
 

@@ -1,11 +1,12 @@
 """The connector's half in the scheduler's process: which images are compressed, into which slots, and which blocks that
 frees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .image_blocks import TileRun, tile_runs
+from .prompt_images import Load, Plan, PromptImage, Save
 from .slots import SlotAllocator
 from .stats import Tally
 
@@ -23,6 +24,9 @@ class Step:
     """What workers are told of a step."""
 
     compress: list[Compress] = field(default_factory=list)
+    load: list[Load] = field(default_factory=list)
+    """Before the step's tokens are computed; the others are for when they are."""
+    save: list[Save] = field(default_factory=list)
     forget: list[str] = field(default_factory=list)
     """Requests that are gone, or begin anew: what is known of their capsules no longer holds."""
 
@@ -35,8 +39,13 @@ class _Request:
     slots: list[int] = field(default_factory=list)
     exact_tokens: int | None = None
     """Tokens that were computed before any of the request's images was compressed; None: all so far."""
+    limit: int | None = None
+    """Most tokens that may pass as exact, whatever was computed; None: all."""
     refused: TileRun | None = None
     """The image that last found the pool full."""
+    unsaved: list[PromptImage] = field(default_factory=list)
+    """Images that the store is to get, in their order: each as what the model computes behind the capsules of those
+    before it."""
 
 
 class SchedulerHalf:
@@ -46,23 +55,95 @@ class SchedulerHalf:
         self.block, self.tile, self.slots = block, tile, SlotAllocator(slots)
         self.requests: dict[str, _Request] = {}
         self.forget: list[str] = []
+        self.plans: dict[str, Plan] = {}
+        """Of requests that wait, where there is an image store."""
+        self.loads: list[Load] = []
         self.tally = Tally()
         self.refused = 0
         """Images that stayed in their blocks because the pool was full when they were computed, each counted once."""
 
-    def begin(self, request: str, images: Sequence[tuple[int, int]]) -> None:
+    def plan(
+        self,
+        request: str,
+        places: Sequence[tuple[int, int]],
+        images: Sequence[PromptImage],
+        data: Sequence[bytes],
+        tokens: range,
+    ) -> int:
+        """A request that waits may be admitted with images from the store; how many tokens they spare it.
+
+        Nothing is taken for it before `begin`: until then it may be planned again.
+
+        Args:
+            request: its id.
+            places: (first token, number of tokens) of each of its images.
+            images: the same, as the store knows them; none where it is not used.
+            data: of the first ones, which the store has.
+            tokens: those that are not computed; one is left to compute.
+        """
+        self.plans.pop(request, None)
+        runs = tile_runs(places, self.block, self.tile)
+        if not runs:
+            return 0
+        missed, free = len(images) - len(data), self.slots.count - self.slots.used
+        count, end = 0, 0
+        for number, image in enumerate(images[: len(data)], 1):
+            free -= image.run.tiles if image.run else 0
+            if free < 0 or image.end >= tokens.stop:
+                break
+            if image.run is not None:
+                count, end = number, image.end
+        # Of the block in which an image ends another request could take all tokens of the image without its capsule.
+        exact = runs[0].end - 1
+        if end <= tokens.start:
+            self.plans[request] = Plan(images, [], exact, missed)
+            return 0
+        self.plans[request] = Plan(images, data[:count], 0, missed)
+        return end - tokens.start
+
+    def loading(self, request: str) -> Sequence[TileRun]:
+        """The tiles that a request gets from the store when it is admitted: their blocks are not needed."""
+        plan = self.plans.get(request)
+        return plan.runs if plan else ()
+
+    def begin(self, request: str, places: Sequence[tuple[int, int]], loaded: int = 0) -> None:
         """A request begins, or begins anew after it was preempted.
 
         Args:
             request: its id.
-            images: (first token, number of tokens) of each of its images.
+            places: (first token, number of tokens) of each of its images.
+            loaded: tokens that it gets from the store, as planned; 0: none.
         """
+        plan = self.plans.pop(request, None)
         self.end(request)
-        if runs := tile_runs(images, self.block, self.tile):
-            self.requests[request] = _Request(runs)
+        runs = tile_runs(places, self.block, self.tile)
+        if not runs:
+            return
+        known = self.requests[request] = _Request(runs)
+        if plan is None:
+            return
+        known.unsaved = list(plan.images)
+        known.limit = plan.exact_tokens
+        if loaded:
+            taken = plan.runs
+            slots = self.slots.take(sum(run.tiles for run in taken))
+            assert slots is not None, "slots were free when the request was planned"
+            known.compressed, known.slots, known.exact_tokens = list(taken), slots, 0
+            known.pending = [run for run in runs if run not in taken]
+            del known.unsaved[: len(plan.data)]
+            images = plan.images[: len(plan.data)]
+            self.loads.append(Load(request, images, plan.data, list(slots), images[-1].end - loaded))
+            self.tally.add("store_hits", len(plan.data))
+            self.tally.add("store_read_bytes", sum(map(len, plan.data)))
+        if plan.images:
+            self.tally.add("store_misses", plan.missed)
+        else:
+            self.tally.add("store_skipped")
 
     def end(self, request: str) -> None:
         """A request ends, or loses its blocks."""
+        self.plans.pop(request, None)
+        self.loads = [load for load in self.loads if load.request != request]
         if (known := self.requests.pop(request, None)) is not None:
             self.slots.give_back(known.slots)
             self.forget.append(request)
@@ -74,8 +155,12 @@ class SchedulerHalf:
 
     def exact_tokens(self, request: str) -> int | None:
         """How many of a request's tokens may pass as what the model computes without capsules; None: all."""
+        if (plan := self.plans.get(request)) is not None:
+            return plan.exact_tokens
         known = self.requests.get(request)
-        return known.exact_tokens if known else None
+        if known is None or known.exact_tokens is None:
+            return known.limit if known else None
+        return known.exact_tokens if known.limit is None else min(known.exact_tokens, known.limit)
 
     def step(self, computed: dict[str, int]) -> Step:
         """What workers are to do in the next step.
@@ -83,9 +168,10 @@ class SchedulerHalf:
         Args:
             computed: of each request in the step, its tokens that are computed when the step ends.
         """
-        compress = []
+        compress: list[Compress] = []
+        save: list[Save] = []
         for request, tokens in computed.items():
-            known = self.requests.get(request)
+            known, before = self.requests.get(request), len(compress)
             while known and known.pending and known.pending[0].end <= tokens:
                 run = known.pending[0]
                 slots = self.slots.take(run.tiles)
@@ -101,14 +187,32 @@ class SchedulerHalf:
                 if known.exact_tokens is None:
                     known.exact_tokens = tokens
                 compress.append(Compress(request, run, slots))
+            if known and known.unsaved:
+                save += _saves(request, known, tokens, compress[before:])
         forget, self.forget = self.forget, []
-        return Step(compress, forget)
+        loads, self.loads = self.loads, []
+        return Step(compress, loads, save, forget)
+
+
+def _saves(request: str, known: _Request, tokens: int, now: Sequence[Compress]) -> Iterator[Save]:
+    """The images that the store gets when the step ends. An image that was not compressed in the step that ended with
+    it is none of them, nor is any behind it: they were not computed behind its capsule alone."""
+    slots = {job.run: job.slots for job in now}
+    while known.unsaved and known.unsaved[0].end <= tokens:
+        image = known.unsaved.pop(0)
+        if image.run is None:
+            yield Save(request, image, [])
+        elif image.run in slots and image.end == tokens:
+            yield Save(request, image, slots[image.run])
+        else:
+            known.unsaved.clear()
 
 
 def images_of(request: Any) -> list[tuple[int, int]]:
     """(first token, number of tokens) of each image of one of vLLM's requests; separators cut an image into parts."""
-    images: list[tuple[int, int]] = []
-    for feature in request.mm_features:
-        place = feature.mm_position
-        images += [(begin, end + 1 - begin) for begin, end in place.extract_embeds_range()]
-    return images
+    return [part for feature in request.mm_features for part in parts_of(feature)]
+
+
+def parts_of(feature: Any) -> list[tuple[int, int]]:
+    """The same of one image."""
+    return [(begin, end + 1 - begin) for begin, end in feature.mm_position.extract_embeds_range()]

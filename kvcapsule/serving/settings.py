@@ -7,6 +7,8 @@ from ..errors import ConfigError
 
 CONNECTOR = "CapsuleConnector"
 """The connector's name in vLLM's --kv-transfer-config."""
+SCHEDULER = "kvcapsule.serving.scheduler.CapsuleScheduler"
+"""For vLLM's --scheduler-cls, where there is an image store."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Settings:
     """Visual tokens of the image that the lines logged at start-up are about; 0: the smallest that holds a tile."""
     text_tokens: int = 128
     """Other tokens of that sequence."""
+
+    store: str | None = None
+    """Folder of an image store; None: there is none."""
+    store_max_bytes: int = 2 * 10**9
+    """Most bytes of it."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Settings":
@@ -37,6 +44,11 @@ class Settings:
         for name in ("image_tokens", "text_tokens"):
             if not isinstance(value := getattr(settings, name), int) or value < 0:
                 raise ConfigError(f"{name} {value!r}: give a number of tokens.")
+        if settings.store is not None and not (isinstance(settings.store, str) and settings.store):
+            raise ConfigError(f"store {settings.store!r}: name a folder for the image store.")
+        most = settings.store_max_bytes
+        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+            raise ConfigError(f"store_max_bytes {most!r}: give the most bytes that the image store may hold.")
         return settings
 
 

@@ -10,8 +10,12 @@ COUNTS = {
     "images_left_raw": "Images that stayed in their blocks because the capsule pool was full.",
     "compression_seconds": "Seconds of compressing images.",
     "reading_seconds": "Seconds of attention over capsules, and over the blocks of the same sequences.",
-    "store_hits": "Images whose capsule was found in the store.",
-    "store_misses": "Images that were looked up in the store and not found.",
+    "store_hits": "Images whose capsule came from the store.",
+    "store_misses": "Images that the store did not know.",
+    "store_skipped": "Requests with images that did not use the store: something about them was in doubt.",
+    "store_read_bytes": "Bytes of capsules that came from the store.",
+    "store_written_bytes": "Bytes of capsules that the store was given.",
+    "store_seconds": "Seconds of making and taking such bytes in the workers.",
 }
 """What only grows, and its description."""
 LEVELS = {

@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 import torch
 
 from ..capsule.capsule import Capsule
+from ..capsule.stored_span import from_bytes, to_bytes
+from ..errors import CapsuleError
 from ..kernels import attend
 from ..segments.pooled_segment import PooledSegment
 from ..segments.segment import Segment
 from .image_blocks import TileRun
 from .paged_cache import PagedCache, check_layout
 from .pool import CapsulePool, compress_tiles
+from .prompt_images import Save
 from .rotation import RotaryEmbedding
 from .scheduler_half import Compress, Step
+from .span_bytes import SpanBytes
 from .stats import Tally
+from .store_writer import StoreWriter
 
 
 class Held(NamedTuple):
@@ -59,18 +64,21 @@ class WorkerHalf:
         self.pool = CapsulePool(form, slots)
         self.held: dict[str, Held] = {}
         self.caches: dict[int, PagedCache] = {}
+        self.spans = SpanBytes(capsule, self.layers, self.pool, self.caches, block)
         self.index: dict[str, int] = {}
         """Index in the model of each of vLLM's attention layers, by name."""
         self.step = Step()
         self.tally = Tally()
         self.runner: Any = None
         """vLLM's model runner; set by the worker."""
+        self.store: StoreWriter | None = None
+        """Where images go, if there is an image store; set by the connector."""
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Take vLLM's caches, by the names of its layers."""
         names = sorted(kv_caches, key=lambda name: int(next(iter(re.findall(r"\d+", name)))))
         self.index = dict(zip(names, self.layers, strict=True))
-        self.caches = {self.index[name]: PagedCache(kv_caches[name]) for name in names}
+        self.caches.update({self.index[name]: PagedCache(kv_caches[name]) for name in names})
         _, heads, block, both = kv_caches[names[0]].shape
         check_layout(kv_caches[names[0]].dtype, heads, block, both // 2)
 
@@ -81,6 +89,22 @@ class WorkerHalf:
             self.held.pop(request, None)
 
     @torch.inference_mode()
+    def load(self) -> None:
+        """The step's tokens are about to be computed: put what comes from the store where attention reads it."""
+        for job in self.step.load:
+            with self.tally.seconds("store_seconds"):
+                blocks, slots, held = self._blocks(job.request), list(job.slots), Held([], [])
+                for image, data in zip(job.images, job.data, strict=True):
+                    tiles = image.run.tiles if image.run is not None else 0
+                    span = from_bytes(data, self.capsule)
+                    self.spans.put(image, span, slots[:tiles], blocks, job.first)
+                    if image.run is not None:
+                        held.runs.append(image.run)
+                        held.slots.extend(slots[:tiles])
+                    slots = slots[tiles:]
+                self.held[job.request] = held
+
+    @torch.inference_mode()
     def end_step(self) -> None:
         """The step's tokens are computed: compress the images that end in it."""
         jobs = sorted(self.step.compress, key=lambda job: job.run.tiles)
@@ -89,7 +113,23 @@ class WorkerHalf:
             with self.tally.seconds("compression_seconds"):
                 self._compress(alike)
             self.tally.add("images_compressed", len(alike))
+        for save in self.step.save:
+            self._save(save)
         self.step = Step()
+
+    def _save(self, job: Save) -> None:
+        weights = self.store.weights() if self.store is not None else None
+        if self.store is None or weights is None:
+            return
+        with self.tally.seconds("store_seconds"):
+            try:
+                span = self.spans.take(job.image, job.slots, self._blocks(job.request), weights)
+                data = to_bytes(span, self.capsule)
+            except CapsuleError as error:
+                self.store.refuse(error)
+                return
+        if self.store.put(job.image, data):
+            self.tally.add("store_written_bytes", len(data))
 
     def _compress(self, jobs: list[Compress]) -> None:
         blocks = torch.stack([self._blocks(job.request)[job.run.first_block : job.run.last_block] for job in jobs])

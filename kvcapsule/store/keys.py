@@ -32,10 +32,23 @@ def image_keys(
         images: of each image the position behind its last token, and its tensors as the vision tower gets them: pixels,
             grid, size.
     """
+    contents = [
+        (end, "".join(f"{name} {tensor_digest(tensor)}\n" for name, tensor in sorted(tensors.items())).encode())
+        for end, tensors in images
+    ]
+    return chained_keys(facts, input_ids, position_ids, contents)
+
+
+def chained_keys(
+    facts: Mapping[str, Any],
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    images: Sequence[tuple[int, bytes]],
+) -> list[StoreKey]:
+    """`image_keys` of images of which each is given by bytes that tell its contents from all others."""
     keys, chain = [], hashlib.sha256()
-    for end, tensors in images:
-        for name, tensor in sorted(tensors.items()):
-            chain.update(f"{name} {tensor_digest(tensor)}\n".encode())
+    for end, content in images:
+        chain.update(content)
         # The image behind this one does not have to hash the pixels again.
         chain.update(f"end {end}\n".encode())
         parts = {

@@ -25,6 +25,7 @@ HEADER = SpanHeader(
     dtype="float16",
     grid=(1, 3, 6),
     tile=8,
+    align=1,
     frame="half-split",
     start=7,
     length=18,

@@ -66,6 +66,17 @@ class TestBytesAndBack:
         assert_equal(from_bytes(to_bytes(span, capsule), capsule), span)
         assert [len(span.visual[0]), len(span.text[0])] == [(length >= TILE) + (length % TILE > 0), int(text > 0)]
 
+    @pytest.mark.parametrize(("length", "text", "tiles"), [(24, 3, 2), (20, 5, 2), (23, 1, 1), (11, 2, 0), (3, 1, 0)])
+    def test_tiles_at_blocks(self, family: Callable[..., Capsule], length: int, text: int, tiles: int) -> None:
+        """Raw tokens before the first tile and behind the last are one piece."""
+        capsule = family(GEOMETRY, align=5)
+        span = stored_span(capsule, length, text)
+        assert (span.header.tiles, span.header.rest) == (tiles, length - tiles * TILE)
+        data = to_bytes(span, capsule)
+        assert_equal(from_bytes(data, capsule), span)
+        with pytest.raises(CapsuleError, match=r"made by the capsule"):
+            from_bytes(data, family(GEOMETRY))
+
     def test_another_loaded_copy_of_the_capsule_reads_it(self, family: Callable[..., Capsule], tmp_path: Path) -> None:
         capsule = family(GEOMETRY)
         span = stored_span(capsule)
@@ -315,6 +326,7 @@ class TestSpansThatAreNotWhatTheirHeaderSays:
             ({"text": 0}, "2 visual and 1 text segments where the header asks for 2 and 0"),
             ({"text": 2}, r"layers\.0\.text\.keys is float32 \[1, 2, 3, 8\] and not float32 \[1, 2, 2, 8\]"),
             ({"tile": 12}, "tile 12 in the header of a stored span does not fit the capsule, which has 10"),
+            ({"align": 4}, "align 4 in the header of a stored span does not fit the capsule, whose tiles of 10 tokens"),
             ({"family": "transform"}, "family 'transform' in the header"),
             ({"base_model": "other"}, "base_model 'other' in the header"),
             ({"dtype": "bfloat16"}, "rest.*is float32 .* and not bfloat16"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,17 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = printed.err.splitlines()
     assert line.startswith("kvcapsule serve: ")
     return line
+
+
+def test_an_image_store(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, _ = started([], capsys)
+    assert "--scheduler-cls" not in words and "store" not in value(words, "--kv-transfer-config")
+    monkeypatch.chdir(tmp_path)
+    words, _ = started(["--store", "images", "--store_max_bytes", "3GB"], capsys)
+    assert value(words, "--scheduler-cls") == "kvcapsule.serving.scheduler.CapsuleScheduler"
+    extra = json.loads(value(words, "--kv-transfer-config"))["kv_connector_extra_config"]
+    assert (extra["store"], extra["store_max_bytes"]) == (str(tmp_path / "images"), 3 * 10**9)
+    assert "--scheduler-cls cannot be given" in refused([*WORDS, "--scheduler-cls", "x", "--dry-run"], capsys)
 
 
 def test_the_command_line_for_vllm(capsys: pytest.CaptureFixture[str]) -> None:

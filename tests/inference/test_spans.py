@@ -145,6 +145,28 @@ class TestAnswers:
             assert [span.header.tiles for span in spans] == [span.header.length // tile for span in spans]
             assert_same_answer(asked.generate(new_cache(asked.of, capsule, spans)), asked.generate(cache))
 
+    @pytest.mark.parametrize("align", [2, 4, 8])
+    def test_tiles_at_blocks(self, model: int, align: int) -> None:
+        """Raw rows at both ends of a span, by where in its prompt it lies."""
+        asked = prompt(model, 0, 1)
+        capsule = transform_capsule(asked.of.geometry, tile=8, align=align)
+        with attach(asked.of.model):
+            cache = asked.read(CapsuleCache(asked.of.model.config, capsule))
+            spans = through_bytes(cache.stored_spans(), capsule)
+            for header in (span.header for span in spans):
+                before = -header.start % align
+                assert header.tiles == max(0, header.length - before) // 8
+                assert header.rest == header.length - header.tiles * 8
+            assert any(span.header.start % align for span in spans) and any(span.header.tiles for span in spans)
+            taken = new_cache(asked.of, capsule, spans)
+            for one, other in zip(segments(cache), segments(taken), strict=True):
+                assert all(map(torch.equal, one.entry_tensors(), other.entry_tensors()))
+            expected = asked.generate(cache)
+            assert_same_answer(asked.generate(taken), expected)
+            # Taken in, they are given out again as they were.
+            again = new_cache(asked.of, capsule, spans).stored_spans()
+            assert [to_bytes(span, capsule) for span in again] == [to_bytes(span, capsule) for span in spans]
+
     def test_one_span_of_several(self, model: int) -> None:
         """A cache of the first alone is that of a prompt which ends with it."""
         asked, longer = prompt(model, 0), prompt(model, 0, 1)

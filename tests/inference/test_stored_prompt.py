@@ -142,6 +142,17 @@ def test_a_hit_answers_as_the_miss_did(setting: Setting, codec: str, store: Imag
     assert_identical(answered, setting.ask(ImageStore(None, max_bytes=0), capsule, other)[0])
 
 
+def test_tiles_that_begin_at_blocks(setting: Setting, store: ImageStore) -> None:
+    """The same image at another place of a block is another prompt, with tiles of its own."""
+    capsule = transform_capsule(setting.of.geometry, 8, align=4)
+    for before in (5, 6):
+        prompt = setting.prompt(0, 1, before=before)
+        missed, seen = setting.ask(store, capsule, prompt)
+        known, again = setting.ask(store, capsule, prompt)
+        assert (seen, again) == (2, 0)
+        assert_identical(known, missed)
+
+
 def test_the_answer_is_that_of_a_question_asked_later(setting: Setting, store: ImageStore) -> None:
     """Against a run without the store, the question reads the capsule: the very cache of a turn of its own."""
     capsule, prompt = transform_capsule(setting.of.geometry, TILE), setting.prompt(0)

@@ -66,6 +66,8 @@ def test_each_option_that_is_not_supported(name: str, value: Any, says: str) -> 
     [
         ({"capsule": "x", "tile": 3}, "has no tile; it has capsule, pool_bytes"),
         ({}, "names no capsule"),
+        ({"capsule": "x", "store": 3}, "store 3: name a folder"),
+        ({"capsule": "x", "store_max_bytes": -1}, "store_max_bytes -1: give the most bytes"),
         ({"capsule": "x", "pool_bytes": 0}, "pool_bytes 0: give the bytes"),
         ({"capsule": "x", "image_tokens": -1}, "image_tokens -1: give a number of tokens"),
         ({"capsule": "x", "pool_bytes": "4GB"}, "pool_bytes '4GB': give the bytes"),

@@ -16,7 +16,7 @@ from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.checkpoints import shipped
 from kvcapsule.codec.identity import IdentityConfig
 from kvcapsule.serving.backend import CapsuleBackend
-from kvcapsule.serving.settings import CONNECTOR
+from kvcapsule.serving.settings import CONNECTOR, SCHEDULER
 from kvcapsule.testbeds.pages import pages
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -44,7 +44,8 @@ def capsule_options(capsule: str, pool_bytes: int = POOL, **more: Any) -> dict[s
     """The options of vLLM that choose capsules."""
     extra = {"capsule": capsule, "pool_bytes": pool_bytes, **more}
     transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    return {"worker_cls": WORKER, "kv_transfer_config": transfer}
+    scheduler = {"scheduler_cls": SCHEDULER} if "store" in more else {}
+    return {"worker_cls": WORKER, "kv_transfer_config": transfer, **scheduler}
 
 
 def question(row: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +98,11 @@ class Engine:
         return get_kv_transfer_group().worker
 
     @property
+    def known(self) -> Any:
+        """The image store as the scheduler asks it."""
+        return self.scheduler.connector.known
+
+    @property
     def free_blocks(self) -> int:
         return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
@@ -115,7 +121,7 @@ class Engine:
     def require_empty(self) -> None:
         """Every block and every slot is free, and nothing is remembered of any request."""
         assert self.free_blocks == self.blocks
-        assert self.half.slots.used == 0 and self.half.requests == {}
+        assert self.half.slots.used == 0 and self.half.requests == {} and self.half.plans == {}
 
 
 class Engines:
@@ -124,10 +130,13 @@ class Engines:
     def __init__(self) -> None:
         self.now: Engine | None = None
 
-    def __call__(self, capsule: str | None = None, pool_bytes: int = POOL, **options: Any) -> Engine:
-        """An engine for pages-vlm; capsule: None for vLLM as it is."""
+    def __call__(
+        self, capsule: str | None = None, pool_bytes: int = POOL, store: Path | None = None, **options: Any
+    ) -> Engine:
+        """An engine for pages-vlm; capsule: None for vLLM as it is; store: folder of an image store."""
         self.close()
-        chosen = {} if capsule is None else capsule_options(capsule, pool_bytes)
+        more = {} if store is None else {"store": str(store), "store_max_bytes": 10**9}
+        chosen = {} if capsule is None else capsule_options(capsule, pool_bytes, **more)
         defaults: dict[str, Any] = {
             "model": str(shipped("pages-vlm")),
             "model_impl": "transformers",
@@ -142,6 +151,9 @@ class Engines:
             "seed": 0,
         }
         self.now = Engine(LLM(**{**defaults, **chosen, **options}))
+        if store is not None:
+            # Until then every image is a miss.
+            assert self.now.known.files.wait() is not None
         return self.now
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ def stored_span(
         dtype=dtype_name(dtype),
         grid=(1, 1, length),
         tile=capsule.config.codec.tile,
+        align=capsule.config.codec.align,
         frame=frame_name(visual[0][0].frame),
         start=text,
         length=length,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 _WATERMARK = 0.05
 """Share of the blocks that stays free when a request is admitted: without it vLLM admits requests that it has to take
 back when those before them grow."""
@@ -74,8 +73,8 @@ def run(cell: Cell) -> dict[str, Any]:
     llm = LLM(
         model=str(subject.folder), model_impl=subject.implementation, dtype="float32", enforce_eager=True,
         max_model_len=length, max_num_batched_tokens=max(2048, length), max_num_seqs=cell.most, block_size=cell.block,
-        num_gpu_blocks_override=cell.blocks, enable_prefix_caching=False, watermark=_WATERMARK, limit_mm_per_prompt={"image": 1},
-        seed=cell.seed, **options,
+        num_gpu_blocks_override=cell.blocks, enable_prefix_caching=False, watermark=_WATERMARK,
+        limit_mm_per_prompt={"image": 1}, seed=cell.seed, **options,
     )  # fmt: skip
     sampling = SamplingParams(max_tokens=subject.answer, temperature=0, ignore_eos=not subject.ends)
     llm.generate(subject.prompts[:2], sampling, use_tqdm=False)

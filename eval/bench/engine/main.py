@@ -1,4 +1,4 @@
-"""The command of the bench: `python -m kvcapsule.eval.bench.engine --json FILE`, in the environment of `make test-vllm`."""
+"""The bench's command, in an environment with vLLM: `python -m kvcapsule.eval.bench.engine --json FILE`."""
 
 import argparse
 import json
@@ -25,6 +25,8 @@ from .cell import Cell
 BLOCK = 32
 CAPSULE = "pages-vlm-blocks-20x"
 _PAGES_BLOCKS = 33
+_PAGES_SEQUENCES = 16
+"""Sequences whose capsules the pool holds: more than ever run at once."""
 _TEXT = 120
 """Text tokens of a sequence of the random model, prompt and answer."""
 _SIDES = {32: 300, 48: 620}
@@ -95,8 +97,8 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
 def pages_cells(count: int) -> list[tuple[str, Cell, int]]:
     """Method, cell, and bytes of the budget: 33 blocks, with the capsule pool beside them and among them."""
     sizes = sizes_of(find(CAPSULE), BLOCK)
-    beside, budget = divide(_PAGES_BLOCKS * sizes.block_bytes, sizes, Form(196, 40)), _PAGES_BLOCKS * sizes.block_bytes
-    pool = beside.pool_bytes(sizes)
+    budget, tiles = _PAGES_BLOCKS * sizes.block_bytes, Form(196, 0).tiles(sizes)
+    pool = _PAGES_SEQUENCES * tiles * sizes.slot_bytes
     among = _PAGES_BLOCKS - -(-pool // sizes.block_bytes)
 
     def cell(method: str, blocks: int, pool: int) -> Cell:

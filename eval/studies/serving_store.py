@@ -1,0 +1,232 @@
+"""vLLM asked twice about the same images, with an image store and without one:
+`python -m kvcapsule.eval.studies.serving_store`, in an environment with vLLM (make test-vllm sets one up).
+
+vLLM's prefix cache is off, and before each pass its caches of processed and encoded images are emptied. Measured are
+the seconds of a pass, whole and up to the first tokens, the images that the vision tower reads, the answers that are
+those of the first pass, and the bytes of an entry against the KV of the prefix that it stands for.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jsonargparse import ArgumentError
+from rich.table import Table
+
+from kvcapsule.checkpoints import shipped
+from kvcapsule.cli.errors import complain
+from kvcapsule.cli.options import instance, option_parser
+from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json
+from kvcapsule.cli.tables import print_table
+from kvcapsule.environment import machine, versions
+from kvcapsule.errors import ConfigError, KVCapsuleError
+from kvcapsule.testbeds.pages import pages
+
+PROG = "python -m kvcapsule.eval.studies.serving_store"
+PASSES = ("first", "second")
+_BLOCK, _POOL, _CACHE, _ROOM = 32, 2**26, 2**26, 10**9
+
+
+@dataclass(frozen=True)
+class ServingStoreConfig:
+    """What is measured, and where the result is written."""
+
+    model: str = "pages-vlm"
+    """The VLM: a shipped name or a folder."""
+    capsule: str = "pages-vlm-blocks"
+    """The capsule, whose tiles are whole blocks of 32 tokens."""
+    questions: int = 100
+    """Images of the test split of pages, with a question about each, all asked at once."""
+    max_new_tokens: int = 120
+    """Most tokens of an answer."""
+    json: str | None = None
+    """File for the result as JSON; - prints it in place of the table."""
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)}: at least 1 is needed.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the table or the JSON, and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = option_parser(
+            ServingStoreConfig,
+            PROG,
+            usage=f"{PROG} [--capsule NAME] [--questions N] [--json FILE] [options]",
+            description="Ask vLLM twice about the same images, with an image store and without one.",
+        )
+        config = instance(ServingStoreConfig, parser, parser.read(words))
+        require_writable([config.json])
+        result = run(config, command_line(PROG, words))
+        if config.json != STDOUT:
+            _print(result)
+        write_json(config.json, result)
+    except (ArgumentError, KVCapsuleError) as error:
+        return complain(PROG, error)
+    return 0
+
+
+def run(config: ServingStoreConfig, command: str) -> dict[str, Any]:
+    """Measure in a process for each engine, and return the measurements."""
+    # One process for an engine and its model, so that the vision tower can be watched.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    measured = {}
+    with TemporaryDirectory() as folder:
+        for store in (None, folder):
+            with get_context("spawn").Pool(1) as pool:
+                measured[store is not None] = pool.apply(_measure, (config, store))
+    reference = {store: cell["passes"][0]["answers"] for store, cell in measured.items()}
+    rows = []
+    for with_store, cell in measured.items():
+        for name, one in zip(PASSES, cell["passes"], strict=True):
+            answers = one.pop("answers")
+            same = {
+                f"same_as_{other}": sum(map(str.__eq__, answers, reference[of])) / len(answers)
+                for other, of in (("first", with_store), ("no_store", False))
+            }
+            rows.append({"store": with_store, "pass": name, **one, **same})
+    sizes = measured[True]["sizes"]
+    return {
+        "model": shown_path(config.model),
+        "capsule": shown_path(config.capsule),
+        "questions": config.questions,
+        "versions": versions(),
+        "machine": machine(),
+        "dtype": "float32",
+        "rows": rows,
+        "entry": {
+            **sizes,
+            "raw_over_entry": sizes["raw_bytes_float32"] / sizes["bytes"],
+            "raw_16_bits_over_entry": sizes["raw_bytes_float32"] / 2 / sizes["bytes"],
+        },
+        "seconds_second_pass_over_no_store": rows[3]["seconds"] / rows[1]["seconds"],
+        "first_tokens_second_pass_over_no_store": rows[3]["first_tokens_s"] / rows[1]["first_tokens_s"],
+        "command": command,
+    }
+
+
+def _measure(config: ServingStoreConfig, store: str | None) -> dict[str, Any]:
+    """The two passes of one engine, and the sizes of what is stored."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from kvcapsule.serving.settings import CONNECTOR, SCHEDULER
+
+    extra: dict[str, Any] = {"capsule": config.capsule, "pool_bytes": _POOL}
+    if store is not None:
+        extra |= {"store": store, "store_max_bytes": _ROOM}
+    options: dict[str, Any] = {} if store is None else {"scheduler_cls": SCHEDULER}
+    llm = LLM(
+        model=str(shipped(config.model) or config.model),
+        model_impl="transformers",
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=64,
+        enforce_eager=True,
+        block_size=_BLOCK,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=_CACHE,
+        seed=0,
+        worker_cls="kvcapsule.serving.worker.CapsuleWorker",
+        kv_transfer_config={
+            "kv_connector": CONNECTOR,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        },
+        **options,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    encoded = _watched(core.model_executor.driver_worker.worker.model_runner.model)
+    known, writer = core.scheduler.connector.known, get_kv_transfer_group().worker.store
+    if known is not None:
+        # Misses before the model's files are read would be the start-up's.
+        known.files.wait()
+
+    def ask(rows: list[dict[str, Any]], tokens: int) -> tuple[list[str], float, int]:
+        llm.reset_mm_cache()
+        core.reset_encoder_cache()
+        encoded.clear()
+        prompts = [
+            {
+                "prompt": f"<|user|><image>{row['prompt']}<|assistant|>",
+                "multi_modal_data": {"image": row["image"]},
+            }
+            for row in rows
+        ]
+        begin = time.perf_counter()
+        out = llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0), use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        if writer is not None:
+            writer.flush()
+        return [one.outputs[0].text for one in out], seconds, sum(encoded)
+
+    warm, rows = list(pages("test", 4, seed=1)), list(pages("test", config.questions, seed=0))
+    ask(warm, config.max_new_tokens)
+    folder = Path(store) if store is not None else None
+    passes: list[dict[str, Any]] = []
+    for _ in PASSES:
+        first_tokens = None
+        if passes or folder is None:
+            first_tokens = ask(rows, 1)[1]
+        answers, seconds, images = ask(rows, config.max_new_tokens)
+        passes.append(
+            {"seconds": seconds, "first_tokens_s": first_tokens, "images_encoded": images, "answers": answers}
+        )
+    sizes = {}
+    if known is not None:
+        entries = known.store.entries()
+        about = entries[0].header.about
+        tokens = about["tokens"] + about["text"]
+        geometry = known.capsule.config.geometry
+        sizes = {
+            "tokens": tokens,
+            "bytes": sum(entry.header.bytes for entry in entries) / len(entries),
+            "bytes_on_disk": sum(entry.bytes for entry in entries) / len(entries),
+            "raw_bytes_float32": tokens * 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * 4,
+        }
+    return {"passes": passes, "sizes": sizes}
+
+
+def _watched(model: Any) -> list[int]:
+    """Gets the number of images of each call of the model's vision tower."""
+    calls: list[int] = []
+    encode = model.embed_multimodal
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        out = encode(*args, **kwargs)
+        calls.append(len(out))
+        return out
+
+    model.embed_multimodal = watched
+    return calls
+
+
+def _print(result: dict[str, Any]) -> None:
+    columns = ("store", "pass", "seconds", "to first tokens", "images encoded", "as first pass", "as no store")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in result["rows"]:
+        first = "" if row["first_tokens_s"] is None else f"{row['first_tokens_s']:.2f}"
+        shares = [f"{row[name]:.2f}" for name in ("same_as_first", "same_as_no_store")]
+        table.add_row(
+            str(row["store"]), row["pass"], f"{row['seconds']:.2f}", first, str(row["images_encoded"]), *shares
+        )
+    entry = result["entry"]
+    print_table(
+        table,
+        120,
+        f"{result['questions']} images; {entry['bytes']:,.0f} bytes an entry of {entry['tokens']} tokens, 1 /"
+        f" {entry['raw_over_entry']:.1f} of their KV in float32, 1 / {entry['raw_16_bits_over_entry']:.1f} in 16 bits",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

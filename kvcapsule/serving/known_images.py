@@ -1,0 +1,164 @@
+"""The image store as vLLM's scheduler asks it: which images of a request it knows. Needs no vLLM.
+
+Any doubt about an image is a miss. A key has the values that the vision tower gets, not vLLM's hash of the image, which
+a user may set (multi_modal_uuids). As vLLM itself goes by that hash, and computes with what it has of an earlier image
+of the same hash, an image whose hash has come with other values is never looked up nor stored.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..capsule.capsule import Capsule
+from ..capsule.digest import capsule_digest
+from ..capsule.stored_span import from_bytes
+from ..errors import CapsuleError, KVCapsuleError
+from ..store.image_store import ImageStore
+from ..store.keys import chained_keys
+from ..store.weights import UnreadableError, tensor_digest
+from .model_files import ModelFiles
+from .prompt_images import PromptImage, plain_bytes, prompt_images
+from .scheduler_half import parts_of
+
+_ELSEWHERE = "address"
+"""What vLLM puts in place of an image's values where its processes share memory (--mm-processor-cache-type shm)."""
+_HASHES = 1 << 16
+"""Hashes of images that are remembered, more than an engine holds anything of."""
+
+
+@dataclass
+class _Asked:
+    """A request that waits."""
+
+    images: list[PromptImage]
+    found: list[bytes]
+
+
+class KnownImages:
+    """Looks up the images of requests.
+
+    Args:
+        store: where.
+        capsule: that made the entries.
+        block: tokens of the engine's blocks.
+        layers: that are compressed.
+        dtype: of the engine's keys and values, as spans name it.
+        facts: what else all entries depend on, in JSON's types.
+        files: the model's; until their digest is known all images are misses.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        capsule: Capsule,
+        block: int,
+        layers: Sequence[int],
+        dtype: str,
+        facts: Mapping[str, Any],
+        files: ModelFiles,
+    ) -> None:
+        self.store, self.capsule, self.block = store, capsule, block
+        self.layers, self.dtype, self.facts, self.files = tuple(layers), dtype, facts, files
+        self._asked: dict[str, _Asked] = {}
+        self._hashes: OrderedDict[str, str] = OrderedDict()
+        """Digest of the values that came with each hash; "" where others came later."""
+
+    def images(self, request: Any) -> list[PromptImage]:
+        """The images of one of vLLM's requests; none where the store is not used for it."""
+        return self._known(request).images
+
+    def find(self, request: Any) -> list[bytes]:
+        """The data of the first images, up to the first that the store does not know."""
+        asked = self._known(request)
+        if not asked.found:
+            for image in asked.images:
+                data = self.store.get(image.key)
+                if data is None or not self._is_sound(image, data):
+                    break
+                asked.found.append(data)
+            # An image is of no use without those before it, which therefore go last.
+            if asked.found:
+                self.store.touch([image.key for image in reversed(asked.images[: len(asked.found)])])
+        return asked.found
+
+    def forget(self, request: str) -> None:
+        """A request does not wait any more."""
+        self._asked.pop(request, None)
+
+    def _known(self, request: Any) -> _Asked:
+        asked = self._asked.get(request.request_id)
+        if asked is None:
+            asked = _Asked(self._images(request), [])
+            # Until the weights are known it is worth asking again.
+            if asked.images or self.files.digest() is not None:
+                self._asked[request.request_id] = asked
+        return asked
+
+    def _images(self, request: Any) -> list[PromptImage]:
+        weights, tokens = self.files.digest(), request.prompt_token_ids
+        private = getattr(request, "cache_salt", None) or getattr(request, "lora_request", None)
+        if weights is None or tokens is None or private or getattr(request, "prompt_embeds", None) is not None:
+            return []
+        places, contents = [], []
+        # Each feature is asked about, so that hashes which come with other values are noticed.
+        digests = [self._content(feature) for feature in request.mm_features]
+        for feature, content in zip(request.mm_features, digests, strict=True):
+            if content is None:
+                return []
+            for start, length in parts_of(feature):
+                places.append((start, length))
+                contents.append((start + length, content))
+                content = b""
+        facts = {**self.facts, "weights": weights, "capsule": capsule_digest(self.capsule), "block": self.block}
+        keys = chained_keys(facts, torch.tensor([tokens]), None, contents)
+        return prompt_images(places, keys, self.block, self.capsule.config.codec.tile)
+
+    def _content(self, feature: Any) -> bytes | None:
+        """What tells an image's values from all others; None where there is a doubt."""
+        values = {} if feature.data is None else feature.data.get_data()
+        if not values or _ELSEWHERE in values:
+            return None
+        parts = [feature.modality.encode()]
+        for name, value in sorted(values.items()):
+            part = _value(value)
+            if part is None:
+                return None
+            parts += [name.encode(), part]
+        content = b"\n".join(parts)
+        digest = tensor_digest(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        if self._hashes.setdefault(feature.identifier, digest) != digest:
+            self._hashes[feature.identifier] = ""
+        self._hashes.move_to_end(feature.identifier)
+        if len(self._hashes) > _HASHES:
+            self._hashes.popitem(last=False)
+        return content if self._hashes[feature.identifier] == digest else None
+
+    def _is_sound(self, image: PromptImage, data: bytes) -> bool:
+        """Whether data is what workers can take; an entry of other data is removed."""
+        try:
+            header = from_bytes(data, self.capsule).header
+            found = header.start, header.length, header.text, header.align, header.layers, header.dtype
+            if found != (image.start, image.length, image.text, self.block, self.layers, self.dtype):
+                raise CapsuleError("it is of another place of a prompt, or of another engine.")
+            if header.weights != self.files.digest():
+                raise CapsuleError("it is of another model.")
+        except KVCapsuleError as error:
+            self.store.log_once("unusable", f"an entry is not used: {str(error).rstrip('.')}")
+            self.store.discard(image.key)
+            return False
+        return True
+
+
+def _value(value: Any) -> bytes | None:
+    if isinstance(value, torch.Tensor):
+        try:
+            return tensor_digest(value).encode()
+        except UnreadableError:
+            return None
+    if isinstance(value, list | tuple):
+        parts = [_value(item) for item in value]
+        return None if None in parts else b"[" + b",".join(part for part in parts if part is not None) + b"]"
+    return plain_bytes(value)
