@@ -26,11 +26,6 @@ class PagedCache:
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of whole blocks [B, n], one after the other: [B, H, n * block, D] each."""
-<<<<<<< HEAD
-        all_keys, all_values = self.segment.keys, self.segment.values
-        assert isinstance(all_keys, torch.Tensor) and isinstance(all_values, torch.Tensor)
-        keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (all_keys, all_values))
-=======
         keys, values = (x[blocks].transpose(1, 2).flatten(2, 3) for x in self._rows())
         return keys, values
 
@@ -53,7 +48,6 @@ class PagedCache:
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.segment.keys, self.segment.values
         assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
->>>>>>> engine-store
         return keys, values
 
 
