@@ -7,7 +7,8 @@ import torch
 
 from ..capsule.capsule import Capsule
 from ..methods.layer_prefill import LayerPrefill
-from ..segments.segment import Memo, Segment, storage_bytes
+from ..segments.memo import Memo
+from ..segments.segment import Segment, storage_bytes
 from ..vlm.spans import VisualSpan
 
 Rotation = tuple[torch.Tensor, torch.Tensor]

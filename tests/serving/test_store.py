@@ -185,11 +185,11 @@ def test_aborted_while_it_waits(engines: Engines, folder: Path, prompts: list[di
         engine.llm.llm_engine.add_request(str(number), prompt, SamplingParams(max_tokens=60, ignore_eos=True))
     for _ in range(3):
         engine.llm.llm_engine.step()
-    engine.llm.llm_engine.abort_request([out for out in engine.scheduler.requests], internal=True)
+    engine.llm.llm_engine.abort_request(list(engine.scheduler.requests), internal=True)
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.llm.llm_engine.step()
     engine.require_empty()
-    assert engine.known._asked == {}
+    assert engine.known._waiting == {}
 
 
 def test_vllms_own_scheduler_is_refused(engines: Engines, folder: Path) -> None:
