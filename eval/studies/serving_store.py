@@ -2,8 +2,9 @@
 `python -m kvcapsule.eval.studies.serving_store`, in an environment with vLLM (make test-vllm sets one up).
 
 vLLM's prefix cache is off, and before each pass its caches of processed and encoded images are emptied. Measured are
-the seconds of a pass, those of the CPU (other programs do not count), whole and up to the first tokens, the images that the vision tower reads, the answers that are
-those of the first pass, and the bytes of an entry against the KV of the prefix that it stands for.
+the seconds of a pass and the CPU's (those of other programs do not count), whole and up to the first tokens, the images
+that the vision tower reads, the answers that are those of the first pass, and the bytes of an entry against the KV of
+the prefix that it stands for.
 """
 
 import os
