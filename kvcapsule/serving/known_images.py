@@ -30,11 +30,12 @@ _HASHES = 1 << 16
 
 
 @dataclass
-class _Asked:
+class _Waiting:
     """A request that waits."""
 
     images: list[PromptImage]
-    found: list[bytes]
+    data: list[bytes]
+    """Of the first images, which the store has."""
 
 
 class KnownImages:
@@ -62,7 +63,7 @@ class KnownImages:
     ) -> None:
         self.store, self.capsule, self.block = store, capsule, block
         self.layers, self.dtype, self.facts, self.files = tuple(layers), dtype, facts, files
-        self._asked: dict[str, _Asked] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._hashes: OrderedDict[str, str] = OrderedDict()
         """Digest of the values that came with each hash; "" where others came later."""
 
@@ -72,30 +73,29 @@ class KnownImages:
 
     def find(self, request: Any) -> list[bytes]:
         """The data of the first images, up to the first that the store does not know."""
-        asked = self._known(request)
-        if not asked.found:
-            for image in asked.images:
+        waiting = self._known(request)
+        if not waiting.data:
+            for image in waiting.images:
                 data = self.store.get(image.key)
                 if data is None or not self._is_sound(image, data):
                     break
-                asked.found.append(data)
+                waiting.data.append(data)
             # An image is of no use without those before it, which therefore go last.
-            if asked.found:
-                self.store.touch([image.key for image in reversed(asked.images[: len(asked.found)])])
-        return asked.found
+            self.store.touch([image.key for image in reversed(waiting.images[: len(waiting.data)])])
+        return waiting.data
 
     def forget(self, request: str) -> None:
         """A request does not wait any more."""
-        self._asked.pop(request, None)
+        self._waiting.pop(request, None)
 
-    def _known(self, request: Any) -> _Asked:
-        asked = self._asked.get(request.request_id)
-        if asked is None:
-            asked = _Asked(self._images(request), [])
-            # Until the weights are known it is worth asking again.
-            if asked.images or self.files.digest() is not None:
-                self._asked[request.request_id] = asked
-        return asked
+    def _known(self, request: Any) -> _Waiting:
+        waiting = self._waiting.get(request.request_id)
+        if waiting is None:
+            waiting = _Waiting(self._images(request), [])
+            # Until the weights are known it is worth looking again.
+            if waiting.images or self.files.digest() is not None:
+                self._waiting[request.request_id] = waiting
+        return waiting
 
     def _images(self, request: Any) -> list[PromptImage]:
         weights, tokens = self.files.digest(), request.prompt_token_ids
@@ -140,8 +140,8 @@ class KnownImages:
         """Whether data is what workers can take; an entry of other data is removed."""
         try:
             header = from_bytes(data, self.capsule).header
-            found = header.start, header.length, header.text, header.align, header.layers, header.dtype
-            if found != (image.start, image.length, image.text, self.block, self.layers, self.dtype):
+            place = header.start, header.length, header.text, header.align, header.layers, header.dtype
+            if place != (image.start, image.length, image.text, self.block, self.layers, self.dtype):
                 raise CapsuleError("it is of another place of a prompt, or of another engine.")
             if header.weights != self.files.digest():
                 raise CapsuleError("it is of another model.")

@@ -21,10 +21,10 @@ class CapsuleScheduler(AsyncScheduler):
         """vLLM asks this of each request with images: how many of its next tokens may be computed in the step."""
         end = self._image_end(request, num_computed_tokens)
         tokens = num_new_tokens if end is None else min(num_new_tokens, end - num_computed_tokens)
-        found: tuple[list[int], int, int, list[int], list[int]] = super()._try_schedule_encoder_inputs(
+        scheduled: tuple[list[int], int, int, list[int], list[int]] = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, tokens, *args, **kwargs
         )
-        return found
+        return scheduled
 
     def _image_end(self, request: Any, computed: int) -> int | None:
         """Where the next image ends that holds a tile."""

@@ -125,11 +125,11 @@ class SchedulerHalf:
         known.unsaved = list(plan.images)
         known.limit = plan.exact_tokens
         if loaded:
-            taken = plan.runs
-            slots = self.slots.take(sum(run.tiles for run in taken))
+            stored = plan.runs
+            slots = self.slots.take(sum(run.tiles for run in stored))
             assert slots is not None, "slots were free when the request was planned"
-            known.compressed, known.slots, known.exact_tokens = list(taken), slots, 0
-            known.pending = [run for run in runs if run not in taken]
+            known.compressed, known.slots, known.exact_tokens = list(stored), slots, 0
+            known.pending = [run for run in runs if run not in stored]
             del known.unsaved[: len(plan.data)]
             images = plan.images[: len(plan.data)]
             self.loads.append(Load(request, images, plan.data, list(slots), images[-1].end - loaded))

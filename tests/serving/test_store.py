@@ -109,7 +109,7 @@ def test_lossless_answers_are_those_of_vllm_alone(
     rows = two_images()
     mixed = [
         {**one, "multi_modal_data": {"image": [one["multi_modal_data"]["image"][0], other]}}
-        for one, other in zip(rows, [p["multi_modal_data"]["image"] for p in prompts], strict=False)
+        for one, other in zip(rows, [p["multi_modal_data"]["image"] for p in questions(len(rows))], strict=True)
     ]
     assert ask(engine, mixed)[1] == len(mixed)
     assert ask(engine, mixed)[1] == 0
@@ -179,17 +179,18 @@ def test_blocks_of_known_images_are_never_taken(engines: Engines, folder: Path) 
 
 
 def test_aborted_while_it_waits(engines: Engines, folder: Path, prompts: list[dict[str, Any]]) -> None:
-    engine = engines(BLOCKS, store=folder, num_gpu_blocks_override=9)
+    engine = engines(BLOCKS, store=folder, num_gpu_blocks_override=18)
     ask(engine, prompts)
     for number, prompt in enumerate(prompts):
         engine.llm.llm_engine.add_request(str(number), prompt, SamplingParams(max_tokens=60, ignore_eos=True))
     for _ in range(3):
         engine.llm.llm_engine.step()
-    engine.llm.llm_engine.abort_request([out for out in engine.scheduler.requests], internal=True)
+    assert engine.half.plans and engine.scheduler.waiting
+    engine.llm.llm_engine.abort_request(list(engine.scheduler.requests), internal=True)
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.llm.llm_engine.step()
     engine.require_empty()
-    assert engine.known._asked == {}
+    assert engine.known._waiting == {}
 
 
 def test_vllms_own_scheduler_is_refused(engines: Engines, folder: Path) -> None:
