@@ -40,7 +40,7 @@ BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
 .PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results rate-distortion aligned policies long-answer bench bench-gpu gpu-check pages wheel clean
+	smol-vlm-results rate-distortion aligned policies long-answer bench bench-engine bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -146,6 +146,9 @@ bench: $(READY) ## time attention, decode steps and serving on the CPU; takes ha
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --geometry qwen2.5-vl-7b,llava-next-vicuna-7b,llava-next-mistral-7b \
 		--visual-tokens 576,2880,16384 --batch 1,4,8 --rounds 7 --seconds 1 --threads 1 --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
 		--report docs/bench-tables.md $(BENCH_FLAGS)
+
+bench-engine: .venv-vllm/.ready ## vLLM with capsules against vLLM without, in one memory budget; ten minutes, and wants the machine for itself
+	$(VLLM_RUN) -m kvcapsule.eval.bench.engine --json eval/results/serving-cpu.json
 
 bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --device cuda --images 1,16,64 --rounds 100 --steps 100 --memory-mib 40960 --encode-tokens 4096 \

@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             answers = None
             for method, cell, budget in make:
                 seen = run(cell, Path(folder))
-                found = seen.pop("answers")
-                answers = answers or found
-                same = sum(a == b for a, b in zip(answers, found, strict=False)) / min(len(answers), len(found))
+                token_ids = seen.pop("answers")
+                answers = answers or token_ids
+                same = sum(a == b for a, b in zip(answers, token_ids, strict=False)) / min(len(answers), len(token_ids))
                 rows.append(
                     {
                         "model": cell.model,
@@ -115,9 +115,9 @@ def random_cells(side: int, folder: Path) -> list[tuple[str, Cell, int]]:
     """Method, cell, and bytes of the budget, which holds blocks and pool."""
     model = folder / f"random-{side}"
     subject = subjects.random_llava(side, 1, 0, model)
-    answer, made = _TEXT - subject.text_tokens, folder / f"transform-{side}"
-    subjects.make_capsule(model, "transform", BLOCK, made)
-    sizes = sizes_of(made, BLOCK)
+    answer, capsule = _TEXT - subject.text_tokens, folder / f"transform-{side}"
+    subjects.make_capsule(model, "transform", BLOCK, capsule)
+    sizes = sizes_of(capsule, BLOCK)
     total, form = _SIDES[side] * sizes.block_bytes, Form(side * side, _TEXT)
     budget = divide(total, sizes, form)
 
@@ -127,7 +127,7 @@ def random_cells(side: int, folder: Path) -> list[tuple[str, Cell, int]]:
 
     cells = [
         ("full", cell("full", _SIDES[side], 0, budget.without), total),
-        ("capsule", cell(str(made), budget.blocks, budget.pool_bytes(sizes), budget.sequences), total),
+        ("capsule", cell(str(capsule), budget.blocks, budget.pool_bytes(sizes), budget.sequences), total),
     ]
     if _reads_fp8():
         cells.append(("fp8", cell("fp8", 4 * _SIDES[side], 0, 4 * budget.without), total))
