@@ -12,12 +12,14 @@ import vllm._custom_ops as ops
 from support.serving_engine import Engines, questions
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.multimodal.cache import shm
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_general_plugins
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -27,6 +29,7 @@ from kvcapsule.errors import ModelError
 from kvcapsule.serving import paged_cache, plugin, version
 from kvcapsule.serving.backend import CapsuleBackend, CapsuleImpl, CapsuleMetadataBuilder
 from kvcapsule.serving.connector import CapsuleConnector
+from kvcapsule.serving.known_images import _ELSEWHERE
 from kvcapsule.serving.manager import CapsuleManager, CapsuleSpec
 from kvcapsule.serving.paged_cache import PagedCache, check_layout
 from kvcapsule.serving.scheduler_half import images_of
@@ -169,6 +172,28 @@ def test_ranges_of_embeddings_include_their_ends() -> None:
     cut = PlaceholderRange(offset=2, length=5, is_embed=torch.tensor([False, True, False, True, True]))
     request = SimpleNamespace(mm_features=[SimpleNamespace(mm_position=place) for place in (whole, cut)])
     assert images_of(request) == [(1, 196), (3, 1), (5, 2)]
+
+
+def test_what_an_image_store_overrides() -> None:
+    """vllm/v1/core: the scheduler asks how many tokens of a request with images a step may have; the manager counts and
+    takes the blocks of what a connector loads."""
+    asks = ["self", "request", "num_computed_tokens", "num_new_tokens"]
+    assert parameters(AsyncScheduler._try_schedule_encoder_inputs)[:4] == asks
+    assert parameters(SingleTypeKVCacheManager.get_num_blocks_to_allocate)[:6] == [
+        "self",
+        "request_id",
+        "num_tokens",
+        "new_computed_blocks",
+        "total_computed_tokens",
+        "num_local_computed_tokens",
+    ]
+    counts = ["self", "request_id", "num_local_computed_tokens", "num_external_computed_tokens", "record_for_zeroing"]
+    assert parameters(SingleTypeKVCacheManager.allocate_external_computed_blocks) == counts
+
+
+def test_values_that_are_elsewhere_are_known_by_name() -> None:
+    """vllm/multimodal/cache/shm.py: what stands in place of an image's values in memory that processes share."""
+    assert f'"{_ELSEWHERE}"' in inspect.getsource(shm)
 
 
 def test_a_step_calls_the_connector_in_this_order(
