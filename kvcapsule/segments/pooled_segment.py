@@ -35,12 +35,15 @@ class PooledSegment(Segment):
         )
 
     def __post_init__(self) -> None:
-        if self.place is None or self.place.shape != self.owner.shape:
-            raise ValueError(f"{len(self.owner)} entries of a pool need as many places.")
+        if self.place is None or self.place.shape != self.owner.shape or self.place.dtype != torch.int64:
+            raise ValueError(f"{len(self.owner)} entries of a pool need as many places, int64.")
         if self.counts is not None and (
-            self.counts.shape != self.owner.shape or self.score_map is not None or self.value_map is not None
+            self.counts.shape != self.owner.shape
+            or self.counts.dtype != torch.int64
+            or any(m is not None for m in (self.score_map, self.value_map))
+            or not all(isinstance(rows, torch.Tensor) for rows in (self.keys, self.values))
         ):
-            raise ValueError("counts are one number an entry, and for entries without maps along the tokens.")
+            raise ValueError("counts are one int64 an entry, and for raw rows without maps along the tokens.")
         if self.mask is not None or self.head is not None:
             raise ValueError("a pool's entries hold all KV heads and are not masked: pass counts.")
 

@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
+from ..errors import ConfigError
 from .connector import CapsuleConnector
 from .manager import CapsuleSpec
 from .worker_half import Batch, Held, WorkerHalf
@@ -67,6 +68,16 @@ class CapsuleMetadataBuilder(CPUAttentionMetadataBuilder):
 
 class CapsuleImpl(CPUAttentionBackendImpl):
     """Attention of one layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        unread = {
+            "softcapping": self.logits_soft_cap or None,
+            "ALiBi": self.alibi_slopes,
+            "attention sinks": self.sinks,
+        }
+        if CapsuleBackend.chosen and (names := [name for name, value in unread.items() if value is not None]):
+            raise ConfigError(f"capsules in vLLM do not work with models whose attention has {names[0]} yet.")
 
     def forward(
         self,

@@ -73,8 +73,10 @@ class RowReader {
                     if (s_.form == RAW && s_.keys.column == 1) {
                         dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line, ahead(s_.keys));
                     } else {
-                        for (; n + V * LANES <= line; n += V * LANES) score_codes<R, V>(query, keys, n, to);
-                        for (; n < line; n += LANES) score_codes<R, 1>(query, keys, n, to);
+                        // Rows in memory end with a block's last whole vector; those in the buffer fill the line.
+                        const int64_t end = s_.form == RAW ? padded(count) : line;
+                        for (; n + V * LANES <= end; n += V * LANES) score_codes<R, V>(query, keys, n, to);
+                        for (; n < end; n += LANES) score_codes<R, 1>(query, keys, n, to);
                     }
                 }
             });
