@@ -89,18 +89,3 @@ def test_what_a_pool_cannot_hold() -> None:
         PooledSegment.of(pool, torch.tensor([0]), torch.tensor([2], dtype=torch.int32))
     with pytest.raises(ValueError, match="raw rows"):
         PooledSegment.of(pools()["4 bits"], torch.tensor([0]), torch.tensor([2]), torch.tensor([1]))
-
-
-def test_the_last_block_of_a_pool_is_not_read_beyond() -> None:
-    """Channel by channel, a last chunk of fewer tokens than a whole one: what is behind it in memory is not read."""
-    memory = torch.full((1, HEADS, DIM * 80 + 48), torch.nan)
-    keys = memory[:, :, : DIM * 80].unflatten(2, (DIM, 80)).transpose(2, 3)
-    keys.copy_(raw_pool(1, 80).keys)
-    values = raw_pool(1, 80, seed=3).values
-    query, owner = torch.randn(1, 2 * HEADS, 1, DIM), torch.zeros(1, dtype=torch.int64)
-    segment = Segment(keys, values, owner)
-    ((_, args),) = split(query, [segment], 0.2)
-    assert args is not None, "the kernels cover it"
-    torch.testing.assert_close(
-        attend(query, [segment], 0.2), reference.attend(query, [segment], 0.2), rtol=1e-4, atol=1e-5
-    )
