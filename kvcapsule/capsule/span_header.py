@@ -74,7 +74,9 @@ class SpanHeader:
             "grid",
             "three whole numbers of 1 or more",
         )
-        self._require(self.grid[0] * self.grid[1] * self.grid[2] == self.length, "grid", f"of length {self.length}")
+        self._require(
+            self.grid[0] * self.grid[1] * self.grid[2] == self.length, "grid", f"a product of length, {self.length}"
+        )
         ascending = (
             isinstance(self.layers, tuple)
             and len(self.layers) > 0

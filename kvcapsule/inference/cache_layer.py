@@ -32,8 +32,7 @@ class CapsuleLayer(CacheLayerMixin):
         tail_capacity: tokens of a tail at a fixed address; None: the tail grows.
     """
 
-    is_sliding = False
-    is_croppable = True
+    is_sliding, is_croppable = False, True
     tail: Tail
     """Made by the first `update`."""
 

@@ -41,11 +41,11 @@ def wrap_generate(
                 tail_capacity = _tail_capacity(model, args, kwargs)
                 del kwargs["cache_implementation"]
             _refuse_another_cache(model, args, kwargs)
-            empty = CapsuleCache(model.config, method, tail_capacity)
+            new = CapsuleCache(model.config, method, tail_capacity)
             if option(model, args, kwargs, "is_assistant"):
                 # What this model drafts for another is taken back where that disagrees.
-                empty.activate_past_recording()  # type: ignore[no-untyped-call]
-            set_cache(kwargs, empty)
+                new.activate_past_recording()  # type: ignore[no-untyped-call]
+            set_cache(kwargs, new)
         cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
             _refuse_options(model, args, kwargs)

@@ -63,9 +63,9 @@ class PooledSegment(Segment):
         if self.counts is None:
             return segment
         written = torch.arange(self.tokens, device=place.device) < self.counts[:, None]
-        keys, values = segment.keys, segment.values
-        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
-        keys, values = (torch.where(written[:, None, :, None], rows, rows[:, :, :1]) for rows in (keys, values))
+        raw_keys, raw_values = segment.keys, segment.values
+        assert isinstance(raw_keys, torch.Tensor) and isinstance(raw_values, torch.Tensor)
+        keys, values = (torch.where(written[:, None, :, None], x, x[:, :, :1]) for x in (raw_keys, raw_values))
         return replace(segment, keys=keys, values=values, mask=written)
 
     def keys_pool(self) -> torch.Tensor:

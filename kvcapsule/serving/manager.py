@@ -91,6 +91,17 @@ class CapsuleManager(FullAttentionManager):
             blocks[i] = self._null_block
         self.block_pool.free_blocks(freed)
 
+    def new_step_starts(self) -> None:
+        """Free them before any request is scheduled: one that comes earlier may need them, and would otherwise preempt
+        the request whose blocks they are. No step is in flight here, as steps are not scheduled ahead
+        (settings.refuse_unsupported)."""
+        super().new_step_starts()
+        if self.capsules is None:
+            return
+        for request in self.capsules.requests:
+            for run in self.capsules.compressed(request):
+                self._remove_blocks_in_range(request, run.first_block, run.last_block)
+
     def cache_blocks(
         self, request: Any, num_tokens: int, retention_interval: int | None = None, *, replay_boundaries: Sequence[int]
     ) -> None:

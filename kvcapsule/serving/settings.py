@@ -70,6 +70,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         "a quantised KV cache (--kv-cache-dtype)": cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
         "CUDA graphs and compilation (pass --enforce-eager)": not vllm_config.model_config.enforce_eager,
         "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        "steps that are scheduled ahead (pass --no-async-scheduling)": vllm_config.scheduler_config.async_scheduling,
         "models that are no vision-language models": vllm_config.model_config.multimodal_config is None,
     }
     for what, is_asked in refused.items():

@@ -81,10 +81,7 @@ def test_sub_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate", "did you mean 'eval'?"),
         ("genrate", "did you mean 'generate'?"),
         ("--verison", "did you mean '--version'?"),
-        (
-            "xyz",
-            "the commands are analyze, train, eval, bench, estimate, generate, methods, models, push, serve, store.",
-        ),
+        ("xyz", f"the commands are {', '.join(COMMANDS)}."),
     ],
 )
 def test_unknown_command(given: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:

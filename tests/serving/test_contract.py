@@ -111,6 +111,7 @@ def test_what_the_manager_overrides() -> None:
         "processed_computed_tokens",
         "num_prompt_tokens",
     ]
+    assert parameters(of.new_step_starts) == ["self"]
     assert parameters(of._remove_blocks_in_range) == ["self", "request_id", "first_block", "last_block"]
     assert parameters(of.pop_blocks_for_free) == ["self", "request_id"]
     expected = ["self", "request", "num_tokens", "retention_interval", "replay_boundaries"]

@@ -15,7 +15,14 @@ from kvcapsule.serving.backend import CapsuleBackend
 def test_vllms_config_has_what_is_looked_at() -> None:
     """vllm/config: the names that refuse_unsupported reads."""
     names = set(VllmConfig.__dataclass_fields__) | set(dir(VllmConfig))
-    assert {"parallel_config", "cache_config", "model_config", "speculative_config", "lora_config"} <= names
+    assert {
+        "parallel_config",
+        "cache_config",
+        "model_config",
+        "speculative_config",
+        "lora_config",
+        "scheduler_config",
+    } <= names
     assert "use_v2_model_runner" in names
 
 

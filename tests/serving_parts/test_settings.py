@@ -17,6 +17,7 @@ def config(**changed: Any) -> Any:
         "parallel_config.pipeline_parallel_size": 1,
         "parallel_config.decode_context_parallel_size": 1,
         "cache_config.cache_dtype": "auto",
+        "scheduler_config.async_scheduling": False,
         "model_config.enforce_eager": True,
         "model_config.multimodal_config": object(),
         "speculative_config": None,
@@ -25,7 +26,10 @@ def config(**changed: Any) -> Any:
     }
     assert set(changed) <= set(values)
     built = SimpleNamespace(
-        parallel_config=SimpleNamespace(), cache_config=SimpleNamespace(), model_config=SimpleNamespace()
+        parallel_config=SimpleNamespace(),
+        cache_config=SimpleNamespace(),
+        model_config=SimpleNamespace(),
+        scheduler_config=SimpleNamespace(),
     )
     for name, value in {**values, **changed}.items():
         part, _, last = name.rpartition(".")
@@ -47,6 +51,7 @@ def test_what_is_served_is_not_refused() -> None:
         ("lora_config", object(), "--enable-lora"),
         ("cache_config.cache_dtype", "fp8", "--kv-cache-dtype"),
         ("model_config.enforce_eager", False, "--enforce-eager"),
+        ("scheduler_config.async_scheduling", True, "--no-async-scheduling"),
         ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER"),
         ("model_config.multimodal_config", None, "no vision-language models"),
     ],
