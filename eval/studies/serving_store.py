@@ -39,7 +39,7 @@ class ServingStoreConfig:
 
     model: str = "pages-vlm"
     """The VLM: a shipped name or a folder."""
-    capsule: str = "pages-vlm-blocks"
+    capsule: str = "pages-vlm-blocks-20x"
     """The capsule, whose tiles are whole blocks of 32 tokens."""
     questions: int = 100
     """Images of the test split of pages, with a question about each, all asked at once."""
