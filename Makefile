@@ -76,7 +76,7 @@ $(MINORS:%=.venv-%/.ready): .venv-%/.ready: $(READY)
 	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-test-vllm: .venv-vllm/.ready ## run the tests of serving inside vLLM's CPU backend, in .venv-vllm
+test-vllm: .venv-vllm/.ready ## run the tests of serving inside vLLM's CPU backend, in .venv-vllm; those of the server with PYTEST_FLAGS="-m slow"
 	$(VLLM_RUN) -m pytest tests/serving $(PYTEST_FLAGS)
 
 serving-soak: .venv-vllm/.ready ## 2,000 requests by 16 clients to `kvcapsule serve` with little memory (eval/results/serving-soak.json)

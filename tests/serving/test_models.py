@@ -10,6 +10,8 @@ from support.serving_models import save_llava, save_qwen
 
 from kvcapsule.testbeds.pages import page
 
+pytestmark = pytest.mark.slow  # engines of several models
+
 
 def prompts(before: str, behind: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """An image each, and one prompt with two."""

@@ -11,6 +11,8 @@ from support.serving_server import Server, command, serving
 
 OPTIONS = soak.Options(requests=100, clients=16)
 
+pytestmark = pytest.mark.slow  # a server in several processes, and many requests
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
