@@ -108,6 +108,10 @@ class CapsuleConnector(KVConnectorBase_V1):
             )
         manager.capsules = self.scheduler
 
+    def on_new_request(self, request: Any) -> None:
+        if self.known is not None and request.mm_features:
+            self.known.see(request)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
         if self.known is None or not request.mm_features:
@@ -129,7 +133,7 @@ class CapsuleConnector(KVConnectorBase_V1):
         """Also of requests that end while they wait."""
         assert self.scheduler is not None
         if self.known is not None:
-            self.known.forget(request.request_id)
+            self.known.end(request.request_id)
             self.scheduler.plans.pop(request.request_id, None)
         return False, None
 

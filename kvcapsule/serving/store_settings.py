@@ -23,10 +23,14 @@ def open_store(settings: Settings, vllm_config: Any) -> tuple[ImageStore, ModelF
     """The store, and the digest of the model's files, if a store was asked for and can serve the model.
 
     Raises:
-        ConfigError: for a folder that cannot be used.
+        ConfigError: for a folder that cannot be used, or an engine that gets images from elsewhere.
     """
     if settings.store is None:
         return None
+    if vllm_config.ec_transfer_config is not None:
+        raise ConfigError(
+            "an image store does not work with encoder outputs of other engines (--ec-transfer-config): leave one out."
+        )
     model = vllm_config.model_config
     folder = model_folder(model.model, model.revision)
     if folder is None or vllm_config.load_config.load_format in _MADE_UP:

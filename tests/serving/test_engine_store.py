@@ -190,7 +190,7 @@ def test_aborted_while_it_waits(engines: Engines, folder: Path, prompts: list[di
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.llm.llm_engine.step()
     engine.require_empty()
-    assert engine.known._waiting == {}
+    assert engine.known._waiting == {} and engine.known._seen == {}
 
 
 def test_vllms_own_scheduler_is_refused(engines: Engines, folder: Path) -> None:
