@@ -90,6 +90,7 @@ class CapsuleConnector(KVConnectorBase_V1):
                 dtype, facts = dtype_name(vllm_config.model_config.dtype), store_facts(vllm_config)
                 store, files = opened
                 self.known = KnownImages(store, capsule, block, layers, dtype, facts, files)
+                self.scheduler.trusts = self.known.trusts
         else:
             self.worker = WorkerHalf(capsule, layers, empty, slots, rotary, block)
             if opened is not None:

@@ -1,7 +1,7 @@
 """The connector's half in the scheduler's process: which images are compressed, into which slots, and which blocks that
 frees."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,6 +57,8 @@ class SchedulerHalf:
         self.forget: list[str] = []
         self.plans: dict[str, Plan] = {}
         """Of requests that wait, where there is an image store."""
+        self.trusts: Callable[[str], bool] | None = None
+        """Whether nothing casts doubt on a request's images (KnownImages.trusts); None: there is no image store."""
         self.loads: list[Load] = []
         self.tally = Tally()
         self.refused = 0
@@ -187,6 +189,8 @@ class SchedulerHalf:
                 if known.exact_tokens is None:
                     known.exact_tokens = tokens
                 compress.append(Compress(request, run, slots))
+            if known and known.unsaved and self.trusts is not None and not self.trusts(request):
+                known.unsaved.clear()
             if known and known.unsaved:
                 save += _saves(request, known, tokens, compress[before:])
         forget, self.forget = self.forget, []

@@ -69,6 +69,18 @@ def test_images_that_were_not_computed_behind_a_capsule_alone_are_not_saved(half
     assert half.step({"b": 406}).save == [] and half.refused == 1
 
 
+def test_images_that_are_in_doubt_by_then_are_not_saved(half: SchedulerHalf) -> None:
+    doubtful: set[str] = set()
+    half.trusts = lambda request: request not in doubtful
+    begin(half, "a", [])
+    assert len(half.step({"a": 197}).save) == 1
+    # Another request came with other values under the hash of one of its images.
+    doubtful.add("a")
+    assert half.step({"a": 406}).save == []
+    doubtful.clear()
+    assert half.step({"a": 430}).save == [] and half.requests["a"].unsaved == []
+
+
 def test_known_images_take_slots_and_are_not_computed(half: SchedulerHalf) -> None:
     assert half.plan("a", PLACES, images(), [b"one", b"two"], range(430)) == 406
     assert half.slots.used == 0 and [run.tiles for run in half.loading("a")] == list(RUNS)
@@ -238,6 +250,24 @@ class TestKnownImages:
         assert known.images(self.request("b", seed=1, identifier="mine")) == []
         assert known.images(self.request("c", identifier="mine")) == []
         assert len(known.images(self.request("d"))) == 1
+
+    def test_a_doubt_that_comes_while_a_request_waits_or_runs(self, known: KnownImages) -> None:
+        request = self.request("a", identifier="mine")
+        self.put(known, request)
+        assert len(known.find(request)) == 1 and known.trusts("a")
+        known.see(self.request("b", seed=1, identifier="mine"))
+        assert known.find(request) == [] and known.images(request) == [] and not known.trusts("a")
+        known.end("a")
+        known.end("b")
+        assert not known.trusts("a") and not known._seen and not known._waiting
+
+    def test_images_that_come_later_in_a_request_are_seen(self, known: KnownImages) -> None:
+        request = self.request("a", identifier="mine")
+        known.see(request)
+        request.mm_features += self.request("a", seed=1, identifier="mine").mm_features
+        assert known.trusts("a")
+        known.see(request)
+        assert not known.trusts("a")
 
     @pytest.mark.parametrize("how", ["start", "cache_salt", "prompt_embeds"])
     def test_hashes_of_requests_that_do_not_use_the_store_are_seen_too(self, known: KnownImages, how: str) -> None:
