@@ -126,8 +126,15 @@ class CapsuleConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        self.scheduler.begin(request.request_id, images_of(request), num_external_tokens)
+        if request.num_computed_tokens:
+            # It waited for the next piece of its input (vLLM's streaming input), and holds its blocks.
+            self.scheduler.resume(request.request_id, images_of(request))
+        else:
+            self.scheduler.begin(request.request_id, images_of(request), num_external_tokens)
         if self.known is not None:
+            if request.mm_features:
+                # A new piece may have brought more images.
+                self.known.see(request)
             self.known.forget(request.request_id)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

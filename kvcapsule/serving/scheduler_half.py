@@ -95,8 +95,7 @@ class SchedulerHalf:
                 break
             if image.run is not None:
                 count, end = number, image.end
-        # Of the block in which an image ends another request could take all tokens of the image without its capsule.
-        exact = runs[0].end - 1
+        exact = _exact(runs)
         if end <= tokens.start:
             self.plans[request] = Plan(images, [], exact, missed)
             return 0
@@ -141,6 +140,25 @@ class SchedulerHalf:
             self.tally.add("store_misses", plan.missed)
         else:
             self.tally.add("store_skipped")
+
+    def resume(self, request: str, places: Sequence[tuple[int, int]]) -> None:
+        """A request that gets its input piece by piece goes on with the next one. It has kept its blocks, so it keeps
+        its slots; the images of the new piece, none of which is looked up nor saved, are still to be compressed.
+
+        Args:
+            request: its id.
+            places: (first token, number of tokens) of each of its images, those of earlier pieces included.
+        """
+        known = self.requests.get(request)
+        if known is None:
+            self.begin(request, places)
+            known = self.requests.get(request)
+        if known is None:
+            return
+        runs = tile_runs(places, self.block, self.tile)
+        known.pending = [run for run in runs if run not in known.compressed]
+        if self.trusts is not None and known.limit is None:
+            known.limit = _exact(runs)
 
     def end(self, request: str) -> None:
         """A request ends, or loses its blocks."""
@@ -196,6 +214,12 @@ class SchedulerHalf:
         forget, self.forget = self.forget, []
         loads, self.loads = self.loads, []
         return Step(compress, loads, save, forget)
+
+
+def _exact(runs: Sequence[TileRun]) -> int:
+    """Tokens of a request that may enter the engine's prefix cache where there is an image store: of the block in which
+    an image ends another request could take all tokens of the image without its capsule."""
+    return runs[0].end - 1
 
 
 def _saves(request: str, known: _Request, tokens: int, now: Sequence[Compress]) -> Iterator[Save]:
