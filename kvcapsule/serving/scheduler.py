@@ -1,7 +1,8 @@
 """A scheduler of vLLM that ends a request's step with each image, for engines with an image store.
 
 What follows an image then reads its capsule whether the image is new or comes from the store, so that both give the
-same answer.
+same answer. Where the pool is full when an image ends, what follows reads the image as it is, and that answer may be
+another one.
 """
 
 from typing import Any
