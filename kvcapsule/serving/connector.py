@@ -90,6 +90,7 @@ class CapsuleConnector(KVConnectorBase_V1):
                 dtype, facts = dtype_name(vllm_config.model_config.dtype), store_facts(vllm_config)
                 store, files = opened
                 self.known = KnownImages(store, capsule, block, layers, dtype, facts, files)
+                self.scheduler.trusts = self.known.trusts
         else:
             self.worker = WorkerHalf(capsule, layers, empty, slots, rotary, block)
             if opened is not None:
@@ -108,6 +109,10 @@ class CapsuleConnector(KVConnectorBase_V1):
             )
         manager.capsules = self.scheduler
 
+    def on_new_request(self, request: Any) -> None:
+        if self.known is not None and request.mm_features:
+            self.known.see(request)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
         if self.known is None or not request.mm_features:
@@ -121,15 +126,22 @@ class CapsuleConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        self.scheduler.begin(request.request_id, images_of(request), num_external_tokens)
+        if request.num_computed_tokens:
+            # It waited for the next piece of its input (vLLM's streaming input), and holds its blocks.
+            self.scheduler.resume(request.request_id, images_of(request))
+        else:
+            self.scheduler.begin(request.request_id, images_of(request), num_external_tokens)
         if self.known is not None:
+            if request.mm_features:
+                # A new piece may have brought more images.
+                self.known.see(request)
             self.known.forget(request.request_id)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Also of requests that end while they wait."""
         assert self.scheduler is not None
         if self.known is not None:
-            self.known.forget(request.request_id)
+            self.known.end(request.request_id)
             self.scheduler.plans.pop(request.request_id, None)
         return False, None
 

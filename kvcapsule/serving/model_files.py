@@ -2,17 +2,20 @@
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from threading import Thread
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 22
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 class ModelFiles:
     """What identifies the weights that an engine has loaded: all files of the model's folder, by name and contents.
 
-    Files must stay what they are from before the engine loads them until they are read here, once.
+    Files must stay what they are from before the engine loads them until they are read here, once. Weights that an
+    engine is given later, while it runs, are not noticed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,13 +59,27 @@ def files_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def model_folder(model: str, revision: str | None) -> Path | None:
-    """The folder of a model's files on this machine; None if there is none."""
+def has_weights(folder: Path) -> bool:
+    """Whether there are files in a folder that an engine could load weights from."""
+    return any(any(folder.glob(f"*{suffix}")) for suffix in _WEIGHTS)
+
+
+def model_folder(model: str, revision: str | None, downloads: str | None = None) -> Path | None:
+    """The folder of a model's files on this machine; None if there is none.
+
+    Args:
+        model: a folder, or an id on the Hub.
+        revision: of the latter.
+        downloads: where the engine puts what it downloads; None: where the Hub's library does.
+    """
     if Path(model).is_dir():
         return Path(model)
+    # vLLM would take it from another hub.
+    if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("true", "1"):
+        return None
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+        return Path(snapshot_download(model, revision=revision, cache_dir=downloads, local_files_only=True))
     except (OSError, ValueError):
         return None

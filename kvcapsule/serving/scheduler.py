@@ -1,7 +1,8 @@
 """A scheduler of vLLM that ends a request's step with each image, for engines with an image store.
 
 What follows an image then reads its capsule whether the image is new or comes from the store, so that both give the
-same answer.
+same answer. Where the pool is full when an image ends, what follows reads the image as it is, and that answer may be
+another one.
 """
 
 from typing import Any
@@ -32,5 +33,8 @@ class CapsuleScheduler(AsyncScheduler):
         if self.connector is None or last is None or computed >= last.offset + last.length:
             return None
         half = self.connector.scheduler
+        if request.num_computed_tokens and request.request_id not in half.requests:
+            # Its first image came with a later piece of its input, and vLLM caches the step's blocks before it tells.
+            half.resume(request.request_id, images_of(request))
         runs = tile_runs(images_of(request), half.block, half.tile)
         return next((run.end for run in runs if run.end > computed), None)

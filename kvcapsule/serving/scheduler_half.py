@@ -1,7 +1,7 @@
 """The connector's half in the scheduler's process: which images are compressed, into which slots, and which blocks that
 frees."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,6 +57,8 @@ class SchedulerHalf:
         self.forget: list[str] = []
         self.plans: dict[str, Plan] = {}
         """Of requests that wait, where there is an image store."""
+        self.trusts: Callable[[str], bool] | None = None
+        """Whether nothing casts doubt on a request's images (KnownImages.trusts); None: there is no image store."""
         self.loads: list[Load] = []
         self.tally = Tally()
         self.refused = 0
@@ -93,8 +95,7 @@ class SchedulerHalf:
                 break
             if image.run is not None:
                 count, end = number, image.end
-        # Of the block in which an image ends another request could take all tokens of the image without its capsule.
-        exact = runs[0].end - 1
+        exact = _exact(runs)
         if end <= tokens.start:
             self.plans[request] = Plan(images, [], exact, missed)
             return 0
@@ -139,6 +140,25 @@ class SchedulerHalf:
             self.tally.add("store_misses", plan.missed)
         else:
             self.tally.add("store_skipped")
+
+    def resume(self, request: str, places: Sequence[tuple[int, int]]) -> None:
+        """A request that gets its input piece by piece goes on with the next one. It has kept its blocks, so it keeps
+        its slots; the images of the new piece, none of which is looked up nor saved, are still to be compressed.
+
+        Args:
+            request: its id.
+            places: (first token, number of tokens) of each of its images, those of earlier pieces included.
+        """
+        known = self.requests.get(request)
+        if known is None:
+            self.begin(request, places)
+            known = self.requests.get(request)
+        if known is None:
+            return
+        runs = tile_runs(places, self.block, self.tile)
+        known.pending = [run for run in runs if run not in known.compressed]
+        if self.trusts is not None and known.limit is None:
+            known.limit = _exact(runs)
 
     def end(self, request: str) -> None:
         """A request ends, or loses its blocks."""
@@ -187,11 +207,19 @@ class SchedulerHalf:
                 if known.exact_tokens is None:
                     known.exact_tokens = tokens
                 compress.append(Compress(request, run, slots))
+            if known and known.unsaved and self.trusts is not None and not self.trusts(request):
+                known.unsaved.clear()
             if known and known.unsaved:
                 save += _saves(request, known, tokens, compress[before:])
         forget, self.forget = self.forget, []
         loads, self.loads = self.loads, []
         return Step(compress, loads, save, forget)
+
+
+def _exact(runs: Sequence[TileRun]) -> int:
+    """Tokens of a request that may enter the engine's prefix cache where there is an image store: of the block in which
+    an image ends another request could take all tokens of the image without its capsule."""
+    return runs[0].end - 1
 
 
 def _saves(request: str, known: _Request, tokens: int, now: Sequence[Compress]) -> Iterator[Save]:

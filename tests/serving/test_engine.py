@@ -1,10 +1,11 @@
 """pages-vlm in vLLM with capsules that store everything: the same answers as vLLM alone, in fewer blocks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.serving_engine import Engines, questions
+from support.serving_engine import Engine, Engines, questions
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -169,6 +170,52 @@ def test_aborted_requests(engines: Engines, tile32: str, prompts: list[dict[str,
     assert set(kept) <= set(done)
     same([done[i] for i in kept], [expected[i] for i in kept])
     engine.require_empty()
+
+
+@pytest.mark.parametrize("budget", [2048, 100])
+def test_input_that_comes_piece_by_piece(engines: Engines, tile32: str, tmp_path: Path, budget: int) -> None:
+    """vLLM's streaming input: a request stops, keeps its blocks, and goes on with what comes next, images included."""
+    asked = questions(3)
+    more = {"prompt": "<|end|><|user|>Read line 1.<|assistant|>"}
+    pieces = [[asked[0], more, more], [more, asked[1], more], [asked[2], asked[1], more]]
+    options: dict[str, Any] = {"max_num_batched_tokens": budget, "max_num_seqs": 8, "enable_prefix_caching": True}
+    expected = streamed(engines(**options), pieces)
+    for store in (None, tmp_path / "store"):
+        engine = engines(tile32, store=store, **options)
+        for _ in range(2):
+            assert streamed(engine, pieces) == expected
+            engine.require_empty()
+
+
+def streamed(engine: Engine, sessions: list[list[dict[str, Any]]]) -> list[list[int]]:
+    """The tokens that answer all pieces of each session, which run at once."""
+    front = engine.llm.llm_engine
+    core = front.engine_core
+    tokens: list[list[int]] = [[] for _ in sessions]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+    def add(number: int, prompt: dict[str, Any], resumable: bool) -> None:
+        core.add_request(
+            front.input_processor.process_inputs(
+                str(number), prompt, sampling, supported_tasks=front.get_supported_tasks(), resumable=resumable
+            )
+        )
+
+    def run() -> None:
+        while sum(map(len, tokens)) < wanted:
+            for out in core.get_output().outputs:
+                tokens[int(out.request_id)] += out.new_token_ids
+
+    wanted = 0
+    for pieces in zip(*sessions, strict=True):
+        for number, piece in enumerate(pieces):
+            add(number, piece, True)
+        wanted += 12 * len(sessions)
+        run()
+    for number in range(len(sessions)):
+        add(number, {"prompt_token_ids": [0]}, False)
+    core.get_output()
+    return tokens
 
 
 def test_logprobs(engines: Engines, tile32: str) -> None:

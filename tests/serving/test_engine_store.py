@@ -44,11 +44,12 @@ def two_images() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def encoded(engine: Engine) -> Iterator[list[int]]:
-    """The images that the vision tower reads, with vLLM's own caches of images empty."""
+def encoded(engine: Engine, keep: bool = False) -> Iterator[list[int]]:
+    """The images that the vision tower reads, with vLLM's own caches of images empty; keep: not that of its output."""
     engine.llm.reset_mm_cache()
     core = engine.llm.llm_engine.engine_core.engine_core
-    core.reset_encoder_cache()
+    if not keep:
+        core.reset_encoder_cache()
     model = core.model_executor.driver_worker.worker.model_runner.model
     calls: list[int] = []
     encode = model.embed_multimodal
@@ -65,9 +66,9 @@ def encoded(engine: Engine) -> Iterator[list[int]]:
         model.embed_multimodal = encode
 
 
-def ask(engine: Engine, prompts: list[dict[str, Any]], **sampling: Any) -> tuple[list[str], int]:
+def ask(engine: Engine, prompts: list[dict[str, Any]], keep: bool = False, **sampling: Any) -> tuple[list[str], int]:
     """The answers, and how many images were encoded for them."""
-    with encoded(engine) as calls:
+    with encoded(engine, keep) as calls:
         texts = engine.texts(prompts, **{"max_tokens": 40, **sampling})
     engine.worker.store.flush()
     engine.require_empty()
@@ -142,6 +143,39 @@ def test_nothing_of_a_wrong_image_is_ever_used(engines: Engines, tile32: str, fo
     assert ask(engine, [prompt], prompt_logprobs=1)[1] == 1
 
 
+@pytest.mark.parametrize("how", ["salted", "early", "earlier", "at once"])
+def test_what_vllm_has_of_a_hash_is_never_stored_for_another_image(
+    engines: Engines, tile32: str, folder: Path, how: str
+) -> None:
+    """A user gives two images one hash, and vLLM still has its vision tower's output for the first, or its KV."""
+    one, two = ({**p, "multi_modal_uuids": {"image": ["mine"]}} for p in questions(2))
+    engine = engines(tile32, store=folder, enable_prefix_caching=True)
+    digest = engine.known.files._digest
+    if how == "at once":
+        # Both wait when the first is computed.
+        engine.llm.llm_engine.add_request("one", one, SamplingParams(max_tokens=8))
+        engine.llm.reset_mm_cache()
+        engine.llm.llm_engine.add_request("two", two, SamplingParams(max_tokens=8))
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.llm.llm_engine.step()
+        engine.worker.store.flush()
+    else:
+        if how == "early":
+            # The model's files are not read yet.
+            engine.known.files._digest = None
+        first = {**one, "cache_salt": "s"} if how == "salted" else one
+        assert ask(engine, [first])[1] == 1
+        engine.known.files._digest = digest
+        # That vLLM encodes nothing now is its own affair: it goes by the hash.
+        assert ask(engine, [two], keep=True)[1] == 0
+    stored = 1 if how == "earlier" else 0
+    assert len(list(folder.glob(f"*{SUFFIX}"))) == stored
+    # Under hashes of their own both are right, whatever came before.
+    expected = engines().texts(questions(2), max_tokens=40)
+    engine = engines(tile32, store=folder)
+    assert ask(engine, questions(2)) == (expected, 2 - stored)
+
+
 def test_damaged_entries_are_misses(engines: Engines, folder: Path, prompts: list[dict[str, Any]]) -> None:
     engine = engines(BLOCKS, store=folder)
     first, _ = ask(engine, prompts)
@@ -156,14 +190,14 @@ def test_damaged_entries_are_misses(engines: Engines, folder: Path, prompts: lis
 def test_preemption_and_a_full_pool(engines: Engines, tile32: str, folder: Path, prompts: list[dict[str, Any]]) -> None:
     """Requests that lose their blocks come back from the store; those that find no slot are computed."""
     expected = engines().texts(prompts, max_tokens=120, ignore_eos=True)
-    for blocks, pool in ((20, None), (64, 700_000)):
+    for blocks, pool in ((20, None), (64, 500_000)):
         more = {} if pool is None else {"pool_bytes": pool}
         engine = engines(tile32, store=folder, num_gpu_blocks_override=blocks, **more)
         for _ in range(2):
             found, _ = ask(engine, prompts, max_tokens=120, ignore_eos=True)
             assert found == expected
         assert engine.preempted or pool is not None
-        assert engine.half.refused or pool is None or engine.half.slots.count >= 5
+        assert pool is None or engine.half.refused > 0
 
 
 def test_blocks_of_known_images_are_never_taken(engines: Engines, folder: Path) -> None:
@@ -178,7 +212,9 @@ def test_blocks_of_known_images_are_never_taken(engines: Engines, folder: Path) 
     assert max(held) == 2 and held[-1] == 0
 
 
-def test_aborted_while_it_waits(engines: Engines, folder: Path, prompts: list[dict[str, Any]]) -> None:
+def test_aborted_while_it_waits(engines: Engines, folder: Path) -> None:
+    """Each takes two blocks and more, as its image is known, and so they do not all fit in."""
+    prompts = questions(12)
     engine = engines(BLOCKS, store=folder, num_gpu_blocks_override=18)
     ask(engine, prompts)
     for number, prompt in enumerate(prompts):
@@ -190,7 +226,7 @@ def test_aborted_while_it_waits(engines: Engines, folder: Path, prompts: list[di
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.llm.llm_engine.step()
     engine.require_empty()
-    assert engine.known._waiting == {}
+    assert engine.known._waiting == {} and engine.known._seen == {}
 
 
 def test_vllms_own_scheduler_is_refused(engines: Engines, folder: Path) -> None:

@@ -87,6 +87,43 @@ def test_a_preempted_request_begins_anew(half: SchedulerHalf) -> None:
     assert half.exact_tokens("a") == 230 and half.slots.used == 5
 
 
+def test_a_request_that_gets_more_input_keeps_what_it_has(half: SchedulerHalf) -> None:
+    half.begin("a", [IMAGE])
+    (first,) = half.step({"a": 200}).compress
+    half.resume("a", [IMAGE, (230, 196)])
+    step = half.step({"a": 300})
+    assert step.forget == [] and step.compress == [] and list(half.compressed("a")) == [RUN]
+    assert half.slots.used == 5 and half.exact_tokens("a") == 200
+    (second,) = half.step({"a": 430}).compress
+    assert second.run.end == 426 and not set(first.slots) & set(second.slots) and half.slots.used == 10
+    half.resume("a", [IMAGE, (230, 196)])
+    assert half.step({"a": 450}).compress == []
+    half.end("a")
+    assert half.slots.used == 0 and half.step({}).forget == ["a"]
+
+
+def test_an_image_that_found_no_slot_is_still_waited_for_when_more_input_comes(half: SchedulerHalf) -> None:
+    half.slots.take(10)
+    half.begin("a", [IMAGE])
+    assert half.step({"a": 200}).compress == [] and half.refused == 1
+    half.resume("a", [IMAGE])
+    half.slots.give_back(list(range(10)))
+    (job,) = half.step({"a": 230}).compress
+    assert job.run == RUN and half.refused == 1
+
+
+@pytest.mark.parametrize(("store", "exact"), [(False, None), (True, 425)])
+def test_the_first_image_may_come_with_later_input(half: SchedulerHalf, store: bool, exact: int | None) -> None:
+    half.trusts = (lambda request: True) if store else None
+    half.begin("a", [])
+    half.resume("a", [])
+    assert half.requests == {}
+    half.resume("a", [(230, 196)])
+    assert half.exact_tokens("a") == exact
+    (job,) = half.step({"a": 426}).compress
+    assert job.run.end == 426 and half.exact_tokens("a") == (exact or 426)
+
+
 def test_text_and_small_images_are_none_of_its_business(half: SchedulerHalf) -> None:
     half.begin("text", [])
     half.begin("icon", [(1, 20)])

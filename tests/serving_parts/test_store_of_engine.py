@@ -69,6 +69,18 @@ def test_images_that_were_not_computed_behind_a_capsule_alone_are_not_saved(half
     assert half.step({"b": 406}).save == [] and half.refused == 1
 
 
+def test_images_that_are_in_doubt_by_then_are_not_saved(half: SchedulerHalf) -> None:
+    doubtful: set[str] = set()
+    half.trusts = lambda request: request not in doubtful
+    begin(half, "a", [])
+    assert len(half.step({"a": 197}).save) == 1
+    # Another request came with other values under the hash of one of its images.
+    doubtful.add("a")
+    assert half.step({"a": 406}).save == []
+    doubtful.clear()
+    assert half.step({"a": 430}).save == [] and half.requests["a"].unsaved == []
+
+
 def test_known_images_take_slots_and_are_not_computed(half: SchedulerHalf) -> None:
     assert half.plan("a", PLACES, images(), [b"one", b"two"], range(430)) == 406
     assert half.slots.used == 0 and [run.tiles for run in half.loading("a")] == list(RUNS)
@@ -207,7 +219,7 @@ class TestKnownImages:
         values = {"weights": known.files.digest(), **header}
         (image,) = known.images(request)
         known.store.put(image.key, to_bytes(span._replace(header=replace(span.header, **values)), known.capsule))
-        known.forget(request.request_id)
+        known.end(request.request_id)
 
     def test_found_again(self, known: KnownImages) -> None:
         assert known.find(self.request()) == []
@@ -226,16 +238,46 @@ class TestKnownImages:
         assert known.find(self.request("c", prompt_token_ids=tokens)) == []
         for name, value in (("cache_salt", "s"), ("lora_request", object()), ("prompt_embeds", tokens)):
             assert known.images(self.request(name, **{name: value})) == []
-        assert known.images(self.request("d", data=None)) == []
-        for values in ({}, {"f": object()}, {"address": 5, "monotonic_id": 1}):
-            assert known.images(self.request(str(values), data=SimpleNamespace(get_data=values.copy))) == []
-        assert len(known.find(self.request("f"))) == 1
+        assert len(known.find(self.request("d"))) == 1
+        for values in (None, {}, {"f": object()}, {"address": 5, "monotonic_id": 1}):
+            data = None if values is None else SimpleNamespace(get_data=values.copy)
+            assert known.images(self.request(str(values), data=data, identifier=str(values))) == []
+            # Nor is anything else that comes with the hash, as nobody can tell what vLLM has of it.
+            assert known.images(self.request(f"{values} later", identifier=str(values))) == []
 
     def test_a_hash_that_came_with_other_pixels_is_in_doubt(self, known: KnownImages) -> None:
         assert len(known.images(self.request("a", identifier="mine"))) == 1
         assert known.images(self.request("b", seed=1, identifier="mine")) == []
         assert known.images(self.request("c", identifier="mine")) == []
         assert len(known.images(self.request("d"))) == 1
+
+    def test_a_doubt_that_comes_while_a_request_waits_or_runs(self, known: KnownImages) -> None:
+        request = self.request("a", identifier="mine")
+        self.put(known, request)
+        assert len(known.find(request)) == 1 and known.trusts("a")
+        known.see(self.request("b", seed=1, identifier="mine"))
+        assert known.find(request) == [] and known.images(request) == [] and not known.trusts("a")
+        known.end("a")
+        known.end("b")
+        assert not known.trusts("a") and not known._seen and not known._waiting
+
+    def test_images_that_come_later_in_a_request_are_seen(self, known: KnownImages) -> None:
+        request = self.request("a", identifier="mine")
+        known.see(request)
+        request.mm_features += self.request("a", seed=1, identifier="mine").mm_features
+        assert known.trusts("a")
+        known.see(request)
+        assert not known.trusts("a")
+
+    @pytest.mark.parametrize("how", ["start", "cache_salt", "prompt_embeds"])
+    def test_hashes_of_requests_that_do_not_use_the_store_are_seen_too(self, known: KnownImages, how: str) -> None:
+        digest = known.files._digest
+        if how == "start":
+            known.files._digest = None
+        known.see(self.request("a", identifier="mine", **({} if how == "start" else {how: "some"})))
+        known.end("a")
+        known.files._digest = digest
+        assert known.images(self.request("b", seed=1, identifier="mine")) == []
 
     @pytest.mark.parametrize("header", [{"weights": "other"}, {"start": 5, "text": 3}])
     def test_an_entry_that_is_not_what_its_key_says_is_removed(
