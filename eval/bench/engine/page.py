@@ -28,6 +28,7 @@ def refresh(page: Path, result: Mapping[str, Any], file: str) -> None:
         " against the budget but where the cache says otherwise. *Seconds* are of all answers, prefill included;"
         " *decoding tokens/s* of the steps that only decode. The random model's answers mean nothing.",
         *(f"Not run: {skipped['method']} ({skipped['reason']})." for skipped in result["skipped"]),
+        *([result["note"]] if "note" in result else []),
     )
     command = markdown.command_block(page, result["command"], file)
     markdown.put(page, NAME, "\n\n".join(["\n".join(lines), note, command]))
