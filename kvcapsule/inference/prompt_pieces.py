@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from ..vlm.families import FAMILIES, WORKS
 from ..vlm.spans import VisualSpan, find_spans
 from .generate_options import option
-from .transformers_api import passed_cache
+from .transformers_api import CACHE_NAMES, passed_cache
 
 PIXELS, GRIDS, SIZES = "pixel_values", "image_grid_thw", "image_sizes"
 MASK, TOKEN_TYPES = "attention_mask", "mm_token_type_ids"
@@ -117,7 +117,7 @@ def pieced_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
 def _options() -> frozenset[str]:
     """Arguments of generate that are no inputs of the model."""
     named = {*signature(GenerationMixin.generate).parameters, *vars(GenerationConfig())} - {"kwargs"}
-    return frozenset(named | {"use_model_defaults", "tokenizer", "assistant_tokenizer", "cache", "past_key_values"})
+    return frozenset(named | {"use_model_defaults", "tokenizer", "assistant_tokenizer", *CACHE_NAMES})
 
 
 def _require_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

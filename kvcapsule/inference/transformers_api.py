@@ -21,6 +21,8 @@ from ..vlm.families import TRANSFORMERS
 _OLD_ARGUMENT = "past_key_values"
 _TAKES_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
+CACHE_NAMES = ("cache", _OLD_ARGUMENT)
+"""The names that it has in any version."""
 CACHE_ARGUMENT = "cache" if _TAKES_CACHE else _OLD_ARGUMENT
 """The name under which forward and generate take a cache and return one."""
 
