@@ -264,7 +264,7 @@ def test_a_config_from_before_latent_bits_means_none() -> None:
 def test_config_refuses_what_it_does_not_know() -> None:
     values = capsule().config.to_dict()
     with pytest.raises(
-        ValueError, match=r"KVCapsuleConfig has no field bits, codebook; it has tile, .*latent_bits, key_ratios"
+        ValueError, match=r"KVCapsuleConfig has no field bits, codebook; it has tile, .*latent_bits, align, key_ratios"
     ):
         KVCapsuleConfig.from_dict({**values["codec"], "bits": 3, "codebook": 1})
     with pytest.raises(CapsuleError, match="no field bits"):

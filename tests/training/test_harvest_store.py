@@ -122,7 +122,7 @@ def test_capsules_of_all_families_learn_from_it(vlm, tmp_path, monkeypatch, fami
     own, *others = (Capsule.from_pretrained(tmp_path / name).state_dict() for name in runs)
     for other in others:
         for name, tensor in own.items():
-            # Tensors that were stored lie elsewhere in memory, by which the sums of some CPUs differ in their last bits.
+            # What was stored lies elsewhere in memory: on some CPUs sums differ in their last bits by that.
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
 
 
