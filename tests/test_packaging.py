@@ -209,11 +209,20 @@ def test_constraints_pin_what_pyproject_names() -> None:
     assert "torchvision" not in pins
 
 
-def test_ci_runs_the_tests_and_both_ends_of_the_range() -> None:
-    script = ROOT / ".ci" / "run"
-    made = [line for line in script.read_text().splitlines() if line.startswith("make ")]
-    assert made == ["make test", "make test-vllm", "make test-lower", "make test-newest"]
-    assert os.access(script, os.X_OK)
+@pytest.mark.parametrize("broken", [None, "test", "test-vllm", "test-lower", "test-newest"])
+def test_ci_runs_every_suite_and_fails_with_any(tmp_path: Path, broken: str | None) -> None:
+    """The script, with a make that notes what it is asked for and fails at one target."""
+    (tmp_path / ".ci").mkdir()
+    script = Path(shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci"))
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/made\ntest "$1" != "{broken}"\n')
+    make.chmod(0o755)
+    done = subprocess.run([script], env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
+    made = (tmp_path / "made").read_text().split()
+    assert made[0] == "venv" and (done.returncode == 0) == (broken is None)
+    if broken in (None, "test"):
+        assert sorted(made) == ["test", "test-lower", "test-newest", "test-vllm", "venv"]
+    assert "test" in made
 
 
 def test_the_workflow_has_an_entry_for_each_minor_version_of_transformers() -> None:

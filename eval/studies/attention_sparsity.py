@@ -7,25 +7,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
-from jsonargparse import ArgumentError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from kvcapsule.cli import session
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json
+from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import report_console
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import ConfigError, KVCapsuleError
+from kvcapsule.errors import ConfigError
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy.vl_cache import THRESHOLD, SparsityMeter
 from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import batches
+from .command import Study
 
 PROG = "python -m kvcapsule.eval.studies.attention_sparsity"
 
@@ -54,23 +52,14 @@ class SparsityConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table or the JSON, write the file, and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = option_parser(
-            SparsityConfig,
-            PROG,
-            usage=f"{PROG} [--model ID] [--data.source DATA] [--json FILE] [options]",
-            description="Measure how sparse the attention of a prompt's last queries to its tokens is, layer by layer.",
-        )
-        config = instance(SparsityConfig, parser, parser.read(words))
-        require_writable([config.json])
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            report_console().print(_table(result))
-        write_json(config.json, result)
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return Study(
+        PROG,
+        SparsityConfig,
+        usage="[--model ID] [--data.source DATA] [--json FILE]",
+        description="Measure how sparse the attention of a prompt's last queries to its tokens is, layer by layer.",
+        measure=lambda config, command: run(config, Console(stderr=True), command),
+        show=lambda result: report_console().print(_table(result)),
+    ).main(argv)
 
 
 def _table(result: dict[str, Any]) -> Table:

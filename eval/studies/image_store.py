@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from jsonargparse import ArgumentError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,21 +21,20 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json
+from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import print_table
 from kvcapsule.data import source
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.prompts import encode
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import ConfigError, KVCapsuleError
+from kvcapsule.errors import ConfigError
 from kvcapsule.inference.attach import attach
 from kvcapsule.store.image_store import ImageStore
 from kvcapsule.vlm.loading import load_vlm
 
 from ..metrics import accuracy
+from .command import Study
 
 PROG = "python -m kvcapsule.eval.studies.image_store"
 METHODS = ("full", "capsule", "store, image new", "store, image known")
@@ -69,23 +67,14 @@ class StoreConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table or the JSON, and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = option_parser(
-            StoreConfig,
-            PROG,
-            usage=f"{PROG} [--capsule NAME] [--questions N] [--json FILE] [options]",
-            description="Measure answers and first tokens with an image store.",
-        )
-        config = instance(StoreConfig, parser, parser.read(words))
-        require_writable([config.json])
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            _print(result)
-        write_json(config.json, result)
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return Study(
+        PROG,
+        StoreConfig,
+        usage="[--capsule NAME] [--questions N] [--json FILE]",
+        description="Measure answers and first tokens with an image store.",
+        measure=lambda config, command: run(config, Console(stderr=True), command),
+        show=_print,
+    ).main(argv)
 
 
 def run(config: StoreConfig, console: Console, command: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import ArgumentError
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -23,14 +22,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json, write_whole
+from kvcapsule.cli.results import STDOUT, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import ConfigError, KVCapsuleError
+from kvcapsule.errors import ConfigError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import RKV, Combined
@@ -42,6 +39,7 @@ from ..entries import Entry, capsule_settings, full_entry
 from ..report import markdown
 from ..report.picture import new_picture, require_picture_name, save_picture
 from ..watched_generate import GREEDY, held_bytes, new_cache
+from .command import Study
 
 _MODULE = "kvcapsule.eval.studies.long_answer"
 PROG = f"python -m {_MODULE}"
@@ -101,27 +99,24 @@ class LongAnswerConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table or the JSON, write the files, and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = option_parser(
-            LongAnswerConfig,
-            PROG,
-            usage=f"{PROG} [--tokens N] [--json FILE] [--plot FILE] [--report FILE.md] [options]",
-            description="Measure the bytes of the cache while a long answer is written, with and without R-KV.",
-        )
-        config = instance(LongAnswerConfig, parser, parser.read(words))
-        require_writable([config.json, config.plot, config.report])
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            print(table(result))
-        write_json(config.json, result)
-        if config.plot is not None:
-            save_picture(picture(result), Path(config.plot))
-        if config.report is not None:
-            write_whole(Path(config.report), page(result).encode())
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return Study(
+        PROG,
+        LongAnswerConfig,
+        usage="[--tokens N] [--json FILE] [--plot FILE] [--report FILE.md]",
+        description="Measure the bytes of the cache while a long answer is written, with and without R-KV.",
+        measure=lambda config, command: run(config, Console(stderr=True), command),
+        show=lambda result: print(table(result)),
+        files=("json", "plot", "report"),
+        write=_write,
+    ).main(argv)
+
+
+def _write(config: LongAnswerConfig, result: dict[str, Any]) -> None:
+    """The picture and the page, where they are wanted."""
+    if config.plot is not None:
+        save_picture(picture(result), Path(config.plot))
+    if config.report is not None:
+        write_whole(Path(config.report), page(result).encode())
 
 
 def run(config: LongAnswerConfig, console: Console, command: str) -> dict[str, Any]:

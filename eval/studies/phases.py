@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,14 +20,12 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json
+from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import report_console
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import ConfigError, KVCapsuleError
+from kvcapsule.errors import ConfigError
 from kvcapsule.inference.attach import attach
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, CompressionPass, Method
@@ -40,6 +37,7 @@ from ..equal_bytes import Layout
 from ..metrics import accuracy, divergence
 from ..quality import answered, texts
 from ..watched_generate import Generated, generate, new_cache
+from .command import Study
 
 PROG = "python -m kvcapsule.eval.studies.phases"
 WAYS = {"phase": "phase alone", "text": "text before the image"}
@@ -84,23 +82,14 @@ class PhasesConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table or the JSON, write the file, and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = option_parser(
-            PhasesConfig,
-            PROG,
-            usage=f"{PROG} [--capsule ID] [--data.size N] [--step N] [--json FILE] [options]",
-            description="Ask about images that begin at every phase of a block, and compare with the full cache.",
-        )
-        config = instance(PhasesConfig, parser, parser.read(words))
-        require_writable([config.json])
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            report_console().print(_table(result))
-        write_json(config.json, result)
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return Study(
+        PROG,
+        PhasesConfig,
+        usage="[--capsule ID] [--data.size N] [--step N] [--json FILE]",
+        description="Ask about images that begin at every phase of a block, and compare with the full cache.",
+        measure=lambda config, command: run(config, Console(stderr=True), command),
+        show=lambda result: report_console().print(_table(result)),
+    ).main(argv)
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -16,17 +16,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jsonargparse import ArgumentError
 from rich.table import Table
 
 from kvcapsule.checkpoints import shipped
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, require_writable, shown_path, write_json
+from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import print_table
 from kvcapsule.environment import machine, versions
-from kvcapsule.errors import ConfigError, KVCapsuleError
+from kvcapsule.errors import ConfigError
 from kvcapsule.testbeds.pages import pages
+
+from .command import Study
 
 PROG = "python -m kvcapsule.eval.studies.serving_store"
 PASSES = ("first", "second")
@@ -56,23 +55,14 @@ class ServingStoreConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table or the JSON, and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = option_parser(
-            ServingStoreConfig,
-            PROG,
-            usage=f"{PROG} [--capsule NAME] [--questions N] [--json FILE] [options]",
-            description="Ask vLLM twice about the same images, with an image store and without one.",
-        )
-        config = instance(ServingStoreConfig, parser, parser.read(words))
-        require_writable([config.json])
-        result = run(config, command_line(PROG, words))
-        if config.json != STDOUT:
-            _print(result)
-        write_json(config.json, result)
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return Study(
+        PROG,
+        ServingStoreConfig,
+        usage="[--capsule NAME] [--questions N] [--json FILE]",
+        description="Ask vLLM twice about the same images, with an image store and without one.",
+        measure=run,
+        show=_print,
+    ).main(argv)
 
 
 def run(config: ServingStoreConfig, command: str) -> dict[str, Any]:

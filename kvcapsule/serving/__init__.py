@@ -3,11 +3,16 @@
 Nothing here is imported by `import kvcapsule`. vLLM loads `plugin.register` in each of its processes (entry point
 vllm.general_plugins); the rest is chosen by vLLM's options, which `kvcapsule serve` sets:
 
-    plugin      registers the attention backend, the KV cache spec with its manager, and the connector
-    settings    what a user may set, and what is refused by name
-    connector   vLLM's KV connector: SchedulerHalf in the scheduler, WorkerHalf in each worker
-    manager     the KV cache manager that frees the blocks of compressed images
-    backend     attention that reads capsules and the blocks that are left in one pass
-    worker      a worker that tells the connector which request is in which row of a batch
-    pool        capsules of all requests in slots of fixed size
+What vLLM is told: plugin (registers the rest), version, settings (what a user may set, what is refused), budget (memory
+divided between blocks and capsules), worker (says which request is in which row), scheduler (with a store, ends a step
+with each image), metrics.
+
+In the scheduler's process: connector (vLLM's interface, in both), scheduler_half (which images are compressed, and
+into which slots), slots, image_blocks (which blocks lie in tiles), manager (frees blocks), stats.
+
+In a worker: worker_half (compresses, and says what attention reads), pool (capsules in slots of fixed size), rotation,
+paged_cache (vLLM's blocks as segments), backend (attention over both).
+
+With an image store: store_settings, model_files (the weights' digest), known_images (looks up), prompt_images (what is
+looked up, loaded and saved), span_bytes (a span between bytes, slots and blocks), store_writer.
 """

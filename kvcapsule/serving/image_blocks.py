@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..methods.tiles import tile_starts
 
-class TileRun(NamedTuple):
+
+class TileBlocks(NamedTuple):
     """The tiles of one image: whole blocks, one after the other."""
 
     first_block: int
@@ -20,7 +22,7 @@ class TileRun(NamedTuple):
         return self.first_block + self.blocks
 
 
-def tile_runs(images: Sequence[tuple[int, int]], block: int, tile: int) -> list[TileRun]:
+def tile_blocks(images: Sequence[tuple[int, int]], block: int, tile: int) -> list[TileBlocks]:
     """The tiles of each image that holds one.
 
     Args:
@@ -28,10 +30,8 @@ def tile_runs(images: Sequence[tuple[int, int]], block: int, tile: int) -> list[
         block: tokens of a block.
         tile: tokens of a tile, a multiple of block.
     """
-    runs = []
-    for start, length in images:
-        first = -(-start // block)
-        tiles = (start + length - first * block) // tile
-        if tiles > 0:
-            runs.append(TileRun(first, tiles * tile // block, tiles, start + length))
-    return runs
+    return [
+        TileBlocks(starts[0] // block, len(starts) * tile // block, len(starts), start + length)
+        for start, length in images
+        if (starts := tile_starts(start, length, tile, align=block))
+    ]

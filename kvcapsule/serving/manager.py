@@ -9,7 +9,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from .image_blocks import TileRun
+from .image_blocks import TileBlocks
 from .scheduler_half import SchedulerHalf
 
 
@@ -23,16 +23,6 @@ class CapsuleManager(FullAttentionManager):
 
     capsules: SchedulerHalf | None = None
     """Set by the connector."""
-
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
-    ) -> None:
-        """Free the blocks of the images that lie within these tokens and are compressed."""
-        if self.capsules is None:
-            return
-        for run in self.capsules.compressed(request_id):
-            if run.end <= processed_computed_tokens:
-                self._give_back(request_id, run)
 
     def get_num_blocks_to_allocate(
         self,
@@ -80,7 +70,7 @@ class CapsuleManager(FullAttentionManager):
         runs = self.capsules.loading(request_id) if self.capsules is not None and loads else ()
         return {block for run in runs for block in range(run.first_block, run.last_block) if block >= first}
 
-    def _give_back(self, request_id: str, run: TileRun) -> None:
+    def _give_back(self, request_id: str, run: TileBlocks) -> None:
         """Free an image's blocks. Those at its end may be null already, while others came from the prefix cache."""
         blocks = self.req_to_blocks.get(request_id)
         if blocks is None or len(blocks) <= run.first_block or blocks[run.first_block] is self._null_block:
@@ -100,7 +90,7 @@ class CapsuleManager(FullAttentionManager):
             return
         for request in self.capsules.requests:
             for run in self.capsules.compressed(request):
-                self._remove_blocks_in_range(request, run.first_block, run.last_block)
+                self._give_back(request, run)
 
     def cache_blocks(
         self, request: Any, num_tokens: int, retention_interval: int | None = None, *, replay_boundaries: Sequence[int]

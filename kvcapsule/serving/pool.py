@@ -1,6 +1,6 @@
 """CapsulePool: the tiles of all requests in slots of fixed size, layer by layer, as segments that attention reads."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 def compress_tiles(
     capsule: Capsule,
     layers: Sequence[int],
-    tiles: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    tiles: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     rotation: Rotation | None,
 ) -> dict[int, Segment]:
     """The segment of each layer that holds B images of N tokens each, N a multiple of the capsule's tile.
@@ -25,14 +25,14 @@ def compress_tiles(
     Args:
         capsule: whose codecs are used.
         layers: their indices in the model, in their order.
-        tiles: keys and values [B, H, N, D] of a layer, asked for one layer at a time.
+        tiles: gives a layer's keys and values [B, H, N, D] when it is due, so that those of one are held at a time.
         rotation: the model's cos and sin [B or 1, N, R] at these tokens; None for models without RoPE.
     """
     segments: dict[int, Segment] = {}
     run = capsule.begin_pass(layers)
     shared: dict[Hashable, Any] = {}
     for layer in layers:
-        keys, values = tiles[layer]
+        keys, values = tiles(layer)
         batch, _, count, dim = keys.shape
         prefill = LayerPrefill(
             layer=layer,
@@ -63,7 +63,7 @@ def one_tile(
     """
     geometry, tile = capsule.config.geometry, capsule.config.codec.tile
     zeros = torch.zeros(1, geometry.kv_heads, tile, geometry.head_dim, dtype=dtype)
-    return compress_tiles(capsule, layers, dict.fromkeys(layers, (zeros, zeros)), rotation)
+    return compress_tiles(capsule, layers, lambda _: (zeros, zeros), rotation)
 
 
 def slot_bytes(tile: Mapping[int, Segment]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..store.entry import StoreKey
-from .image_blocks import TileRun, tile_runs
+from .image_blocks import TileBlocks, tile_blocks
 
 
 class PromptImage(NamedTuple):
@@ -15,7 +15,7 @@ class PromptImage(NamedTuple):
     length: int
     text: int
     """Tokens of text right before it: all since the image before."""
-    run: TileRun | None
+    run: TileBlocks | None
     """Its tiles; None: it holds none, and all of it is raw."""
     key: StoreKey
 
@@ -50,7 +50,7 @@ def prompt_images(
     """
     images, behind = [], 0
     for (start, length), key in zip(places, keys, strict=True):
-        run = next(iter(tile_runs([(start, length)], block, tile)), None)
+        run = next(iter(tile_blocks([(start, length)], block, tile)), None)
         images.append(PromptImage(start, length, start - behind, run, key))
         behind = start + length
     return images
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     """Images that the store does not know."""
 
     @property
-    def runs(self) -> list[TileRun]:
+    def runs(self) -> list[TileBlocks]:
         """The tiles of what is loaded."""
         return [image.run for image, _ in zip(self.images, self.data, strict=False) if image.run is not None]
 

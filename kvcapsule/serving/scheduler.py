@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from .image_blocks import tile_runs
+from .image_blocks import tile_blocks
 from .scheduler_half import images_of
 
 
@@ -36,5 +36,5 @@ class CapsuleScheduler(AsyncScheduler):
         if request.num_computed_tokens and request.request_id not in half.requests:
             # Its first image came with a later piece of its input, and vLLM caches the step's blocks before it tells.
             half.resume(request.request_id, images_of(request))
-        runs = tile_runs(images_of(request), half.block, half.tile)
+        runs = tile_blocks(images_of(request), half.block, half.tile)
         return next((run.end for run in runs if run.end > computed), None)

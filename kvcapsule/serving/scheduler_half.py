@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .image_blocks import TileRun, tile_runs
+from .image_blocks import TileBlocks, tile_blocks
 from .prompt_images import Load, Plan, PromptImage, Save
 from .slots import SlotAllocator
 from .stats import Tally
@@ -15,7 +15,7 @@ class Compress(NamedTuple):
     """An image that is computed when the step ends: compress it."""
 
     request: str
-    run: TileRun
+    run: TileBlocks
     slots: list[int]
 
 
@@ -33,15 +33,15 @@ class Step:
 
 @dataclass
 class _Request:
-    pending: list[TileRun]
+    pending: list[TileBlocks]
     """Images not compressed yet, in their order."""
-    compressed: list[TileRun] = field(default_factory=list)
+    compressed: list[TileBlocks] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     exact_tokens: int | None = None
     """Tokens that were computed before any of the request's images was compressed; None: all so far."""
     limit: int | None = None
     """Most tokens that may pass as exact, whatever was computed; None: all."""
-    refused: TileRun | None = None
+    refused: TileBlocks | None = None
     """The image that last found the pool full."""
     unsaved: list[PromptImage] = field(default_factory=list)
     """Images that the store is to get, in their order: each as what the model computes behind the capsules of those
@@ -84,7 +84,7 @@ class SchedulerHalf:
             tokens: those that are not computed; one is left to compute.
         """
         self.plans.pop(request, None)
-        runs = tile_runs(places, self.block, self.tile)
+        runs = tile_blocks(places, self.block, self.tile)
         if not runs:
             return 0
         missed, free = len(images) - len(data), self.slots.count - self.slots.used
@@ -102,7 +102,7 @@ class SchedulerHalf:
         self.plans[request] = Plan(images, data[:count], 0, missed)
         return end - tokens.start
 
-    def loading(self, request: str) -> Sequence[TileRun]:
+    def loading(self, request: str) -> Sequence[TileBlocks]:
         """The tiles that a request gets from the store when it is admitted: their blocks are not needed."""
         plan = self.plans.get(request)
         return plan.runs if plan else ()
@@ -117,7 +117,7 @@ class SchedulerHalf:
         """
         plan = self.plans.pop(request, None)
         self.end(request)
-        runs = tile_runs(places, self.block, self.tile)
+        runs = tile_blocks(places, self.block, self.tile)
         if not runs:
             return
         known = self.requests[request] = _Request(runs)
@@ -155,7 +155,7 @@ class SchedulerHalf:
             known = self.requests.get(request)
         if known is None:
             return
-        runs = tile_runs(places, self.block, self.tile)
+        runs = tile_blocks(places, self.block, self.tile)
         known.pending = [run for run in runs if run not in known.compressed]
         if self.trusts is not None and known.limit is None:
             known.limit = _exact(runs)
@@ -168,7 +168,7 @@ class SchedulerHalf:
             self.slots.give_back(known.slots)
             self.forget.append(request)
 
-    def compressed(self, request: str) -> Iterable[TileRun]:
+    def compressed(self, request: str) -> Iterable[TileBlocks]:
         """The images whose blocks are not needed once the tokens up to their end are computed."""
         known = self.requests.get(request)
         return known.compressed if known else ()
@@ -216,7 +216,7 @@ class SchedulerHalf:
         return Step(compress, loads, save, forget)
 
 
-def _exact(runs: Sequence[TileRun]) -> int:
+def _exact(runs: Sequence[TileBlocks]) -> int:
     """Tokens of a request that may enter the engine's prefix cache where there is an image store: of the block in which
     an image ends another request could take all tokens of the image without its capsule."""
     return runs[0].end - 1

@@ -1,7 +1,7 @@
 """The connector's half in a worker's process: compresses images, and says which entries attention reads for a batch."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ..errors import CapsuleError
 from ..kernels import attend
 from ..segments.pooled_segment import PooledSegment
 from ..segments.segment import Segment
-from .image_blocks import TileRun
+from .image_blocks import TileBlocks
 from .paged_cache import PagedCache, check_layout
 from .pool import CapsulePool, compress_tiles
 from .prompt_images import Save
@@ -27,7 +27,7 @@ from .store_writer import StoreWriter
 class Held(NamedTuple):
     """What is compressed of a request."""
 
-    runs: list[TileRun]
+    runs: list[TileBlocks]
     slots: list[int]
 
     def blocks_left(self, count: int) -> list[int]:
@@ -137,8 +137,7 @@ class WorkerHalf:
         if self.rotary is not None:
             at = [self._positions(job.request, job.run) for job in jobs]
             rotation = self.rotary.at(torch.stack(at, dim=-2))
-        read = _Reader(lambda layer: self.caches[layer].read(blocks))
-        segments = compress_tiles(self.capsule, self.layers, read, rotation)
+        segments = compress_tiles(self.capsule, self.layers, lambda layer: self.caches[layer].read(blocks), rotation)
         self.pool.put([slot for job in jobs for slot in job.slots], segments)
         for job in jobs:
             held = self.held.setdefault(job.request, Held([], []))
@@ -149,7 +148,7 @@ class WorkerHalf:
         (blocks,) = self.runner.requests[request].block_ids
         return torch.tensor(blocks)
 
-    def _positions(self, request: str, run: TileRun) -> torch.Tensor:
+    def _positions(self, request: str, run: TileBlocks) -> torch.Tensor:
         """[N] or [3, N]: the positions of an image's tiles as the model counts them."""
         assert self.rotary is not None
         first, last = run.first_block * self.block, run.last_block * self.block
@@ -220,19 +219,3 @@ class WorkerHalf:
         slots = torch.tensor(held.slots)
         capsules = PooledSegment.of(self.pool.layers[index], torch.zeros_like(slots), slots)
         return attend(query.transpose(0, 1)[None], [capsules, tail], scale, visible[None])[0].transpose(0, 1)
-
-
-class _Reader(Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
-    """A layer's tiles, read when they are asked for, so that those of one layer are held at a time."""
-
-    def __init__(self, read: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.read = read
-
-    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.read(layer)
-
-    def __iter__(self) -> Any:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        raise NotImplementedError

@@ -105,18 +105,10 @@ def test_what_the_manager_overrides() -> None:
     """vllm/v1/core/single_type_kv_cache_manager.py: how blocks are freed from the middle, and when blocks enter the
     prefix cache."""
     of = SingleTypeKVCacheManager
-    assert parameters(of.remove_skipped_blocks) == [
-        "self",
-        "request_id",
-        "processed_computed_tokens",
-        "num_prompt_tokens",
-    ]
     assert parameters(of.new_step_starts) == ["self"]
-    assert parameters(of._remove_blocks_in_range) == ["self", "request_id", "first_block", "last_block"]
     assert parameters(of.pop_blocks_for_free) == ["self", "request_id"]
     expected = ["self", "request", "num_tokens", "retention_interval", "replay_boundaries"]
     assert parameters(FullAttentionManager.cache_blocks) == parameters(CapsuleManager.cache_blocks) == expected
-    assert "_remove_blocks_in_range" not in vars(FullAttentionManager)
 
 
 def test_what_the_connector_overrides() -> None:
@@ -210,7 +202,7 @@ def test_a_step_calls_the_connector_in_this_order(
         (CapsuleConnector, "build_connector_meta"),
         (CapsuleConnector, "bind_connector_metadata"),
         (CapsuleConnector, "wait_for_save"),
-        (CapsuleManager, "remove_skipped_blocks"),
+        (CapsuleManager, "new_step_starts"),
         (CapsuleManager, "cache_blocks"),
         (CapsuleManager, "pop_blocks_for_free"),
     ):
@@ -226,9 +218,9 @@ def test_a_step_calls_the_connector_in_this_order(
     calls.clear()
     engine.texts(questions(1), max_tokens=2)
     step = ["build_connector_meta", "bind_connector_metadata", "wait_for_save"]
-    first = ["get_num_new_matched_tokens", "remove_skipped_blocks", "cache_blocks", "update_state_after_alloc"]
+    first = ["new_step_starts", "get_num_new_matched_tokens", "cache_blocks", "update_state_after_alloc"]
     assert calls[: len(first) + 3] == [*first, *step]
-    assert calls[len(first) + 3 :][:5] == ["remove_skipped_blocks", "cache_blocks", *step]
+    assert calls[len(first) + 3 :][:5] == ["new_step_starts", "cache_blocks", *step]
     assert calls.count("pop_blocks_for_free") == 1
 
 

@@ -22,9 +22,9 @@ def test_hand_worked() -> None:
 
 @pytest.mark.parametrize("start", range(32))
 def test_tiles_are_those_of_any_phase(start: int) -> None:
-    from kvcapsule.serving.image_blocks import tile_runs
+    from kvcapsule.serving.image_blocks import tile_blocks
 
-    (run,) = tile_runs([(start, 196)], SIZES.block, SIZES.tile)
+    (run,) = tile_blocks([(start, 196)], SIZES.block, SIZES.tile)
     assert run.tiles >= FORM.tiles(SIZES)
 
 

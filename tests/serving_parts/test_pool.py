@@ -44,7 +44,7 @@ def tiles(batch: int, count: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]
 
 def test_what_is_put_into_slots_is_read_from_them(capsule: Capsule) -> None:
     count = 2 * TILE
-    made = compress_tiles(capsule, LAYERS, tiles(IMAGES, count), rotation(IMAGES, count, 5))
+    made = compress_tiles(capsule, LAYERS, tiles(IMAGES, count).__getitem__, rotation(IMAGES, count, 5))
     pool = CapsulePool(one_tile(capsule, LAYERS, torch.float32, rotation(1, TILE)), SLOTS)
     slots = [7, 2, 10, 0, 3, 5]
     pool.put(slots, made)
@@ -61,11 +61,11 @@ def test_what_is_put_into_slots_is_read_from_them(capsule: Capsule) -> None:
 
 
 def test_other_slots_stay_as_they_were(capsule: Capsule) -> None:
-    made = compress_tiles(capsule, LAYERS, tiles(1, TILE), rotation(1, TILE))
+    made = compress_tiles(capsule, LAYERS, tiles(1, TILE).__getitem__, rotation(1, TILE))
     pool = CapsulePool(one_tile(capsule, LAYERS, torch.float32, rotation(1, TILE)), SLOTS)
     pool.put([4], made)
     before = [t.clone() for layer in LAYERS for t in pool.layers[layer].entry_tensors()]
-    pool.put([5], compress_tiles(capsule, LAYERS, tiles(1, TILE), rotation(1, TILE, 3)))
+    pool.put([5], compress_tiles(capsule, LAYERS, tiles(1, TILE).__getitem__, rotation(1, TILE, 3)))
     after = [t for layer in LAYERS for t in pool.layers[layer].entry_tensors()]
     changed = 0
     for old, new in zip(before, after, strict=True):
@@ -84,10 +84,10 @@ def test_layers_are_asked_for_one_at_a_time(capsule: Capsule) -> None:
     asked: list[int] = []
     known = tiles(1, TILE)
 
-    class Reader(dict[int, tuple[torch.Tensor, torch.Tensor]]):
-        def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-            asked.append(layer)
-            return known[layer]
+    def read(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(layer)
+        return known[layer]
 
-    compress_tiles(capsule, LAYERS, Reader(), rotation(1, TILE))
+    assert asked == []
+    compress_tiles(capsule, LAYERS, read, rotation(1, TILE))
     assert asked == list(LAYERS)

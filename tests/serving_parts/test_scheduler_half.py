@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvcapsule.serving.image_blocks import TileRun
+from kvcapsule.serving.image_blocks import TileBlocks
 from kvcapsule.serving.scheduler_half import SchedulerHalf, images_of
 from kvcapsule.serving.slots import SlotAllocator
 
 IMAGE = (1, 196)
-RUN = TileRun(1, 5, 5, 197)
+RUN = TileBlocks(1, 5, 5, 197)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_two_images_of_a_request(half: SchedulerHalf) -> None:
     half.begin("a", [IMAGE, (210, 196)])
     assert len(half.step({"a": 300}).compress) == 1
     (second,) = half.step({"a": 410}).compress
-    assert second.run == TileRun(7, 5, 5, 406)
+    assert second.run == TileBlocks(7, 5, 5, 406)
     # The second image was computed from the first one's capsule.
     assert half.exact_tokens("a") == 300
     assert half.slots.used == 10
