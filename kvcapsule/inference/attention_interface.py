@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import ConfigError
+from .autocast import as_attention_reads, without_autocast
 
 IMPLEMENTATION = "kvcapsule"
 """The name under which this attention is registered with transformers."""
@@ -135,11 +136,13 @@ def capsule_attention(
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
-    if layer.is_empty:
+    first, read = layer.is_empty, as_attention_reads(query)
+    if first:
         out, weights = _run_model_attention(module, query, key, value, attention_mask, scaling, **kwargs)
-    else:
-        out = layer.attend(query, scale, attention_mask).transpose(1, 2).contiguous()
-    layer.commit(query, scale)
+    with without_autocast(query.device):
+        if not first:
+            out = layer.attend(read, scale, attention_mask).transpose(1, 2).contiguous()
+        layer.commit(read, scale)
     return out, weights
 
 

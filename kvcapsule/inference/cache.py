@@ -16,14 +16,15 @@ from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import CompressionPass, Method
 from ..segments.memo import Memo
 from ..vlm.geometry import KVGeometry
-from ..vlm.spans import find_spans
+from ..vlm.spans import find_spans, has_pictures
 from . import attention_interface
 from .cache_bytes import CacheBytes, measured
 from .cache_layer import CapsuleLayer
 from .forward_context import ForwardContext
-from .masks import tokens_before, valid_tokens
+from .masks import tokens_before, valid_tokens, without_hidden
 from .span_exchange import fill_layers, forward_of, give_out, require_exchangeable
 from .span_record import SpanRecord
+from .token_record import TokenRecord
 
 
 class CapsuleCache(Cache):
@@ -40,12 +41,12 @@ class CapsuleCache(Cache):
             compiles the decode step where it would for its own static cache. None: the tail grows.
 
     Raises:
-        GeometryError: for models without a KV geometry (see KVGeometry.from_config).
+        GeometryError: for models without a KV geometry (see KVGeometry.from_config), or of another than the method's.
         ConfigError: for a tail_capacity below 1, or beside a method that acts during decoding.
     """
 
     def __init__(self, config: PreTrainedConfig, method: Method, tail_capacity: int | None = None) -> None:
-        KVGeometry.from_config(config)
+        method.require_geometry(KVGeometry.from_config(config))
         if tail_capacity is not None and tail_capacity < 1:
             raise ConfigError(
                 f"tail_capacity {tail_capacity}: give the tokens to be written behind the prompt, at least 1, or None"
@@ -65,9 +66,12 @@ class CapsuleCache(Cache):
             ]
         )
         self.config, self.method = config, method
-        self._spans = SpanRecord()
+        self._spans, self.tokens = SpanRecord(), TokenRecord()
         self.taken_in = False
         """Whether spans were taken in and `generate` was not called since: the model saw another prompt last."""
+        self.rope_deltas: torch.Tensor | None = None
+        """[B, 1]: by how far positions of text lie behind the count of tokens, in a model with M-RoPE; None: not known
+        yet."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapsuleCache":
         """An independent cache of the same content; the method, and the codec maps of its segments, are not copied."""
@@ -94,22 +98,37 @@ class CapsuleCache(Cache):
         attention_interface.clear_pending_layer()
         self._flush_pending()
         layers = {layer.index: layer for layer in self.capsule_layers()}
+        first = next(iter(layers.values()))
+        if input_ids is None and first.is_empty:
+            raise ConfigError(
+                "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do not"
+                " show."
+            )
         context = ForwardContext([], None, None, {}, self.method.begin_pass(list(layers)), layers)
-        if input_ids is None:
-            if self.get_seq_length() == 0:
-                raise ConfigError(
-                    "pass input_ids: the cache finds the visual tokens by their placeholders, which inputs_embeds do"
-                    " not show."
-                )
-        elif input_ids.shape[1] > 1 or self.get_seq_length() == 0:
-            valid = valid_tokens(attention_mask, *input_ids.shape)
-            spans = find_spans(self.config, input_ids, inputs)
-            past = int(self.get_seq_length()) if spans else 0
-            before = tokens_before(attention_mask, input_ids.shape[0], input_ids.shape[1], past) if past else None
-            context = context._replace(spans=spans, valid=valid, before=before)
+        # What a decode step over a static tail is, the device alone knows.
+        if input_ids is not None and (input_ids.shape[1] > 1 or first.tail_capacity is None or first.is_empty):
+            batch, new = input_ids.shape
+            past = self._begin_record(input_ids, attention_mask)
+            if new > 1 or past == 0:
+                valid = valid_tokens(attention_mask, batch, new)
+                spans = find_spans(self.config, input_ids, inputs) if has_pictures(inputs) else []
+                spans = without_hidden(spans, valid)
+                before = tokens_before(attention_mask, batch, new, past) if spans and past else None
+                context = context._replace(spans=spans, valid=valid, before=before)
         self._set_context(context)
         if input_ids is not None:
-            self._spans.announce(context.spans, context.valid, len(input_ids), next(iter(layers.values())))
+            self._spans.announce(context.spans, context.valid, len(input_ids), first)
+
+    def _begin_record(self, input_ids: torch.Tensor, attention_mask: Any) -> int:
+        """Check the forward against what is cached, and note its tokens; returns how many came before."""
+        layers = self.capsule_layers()
+        past, new = int(layers[0].get_seq_length()), input_ids.shape[1]
+        self.tokens.require_whole([int(layer.get_seq_length()) for layer in layers])
+        # On an accelerator a decode step does not wait for the device to tell.
+        if layers[0].tail_start and (new > 1 or input_ids.device.type == "cpu"):
+            self.tokens.require_mask(attention_mask, past + new, layers[0].tail_start)
+        self.tokens.begin(input_ids, attention_mask, past, new)
+        return past
 
     def fill(self, prefills: Sequence[LayerPrefill], compression: CompressionPass | None = None) -> None:
         """Store recorded prefills in an empty cache, as the forward that they were recorded from would have.
@@ -136,6 +155,7 @@ class CapsuleCache(Cache):
         for prefill in prefills:
             hidden = prefill.hidden if self.method.needs_hidden_states else None
             layers[prefill.layer].store_prefill(replace(prefill, shared=shared, hidden=hidden))
+        self.tokens.hold(len(first.keys[0, 0]))
         self.end_forward()
 
     def end_forward(self) -> None:
@@ -143,6 +163,7 @@ class CapsuleCache(Cache):
         for layer in self.capsule_layers():
             layer.context = layer.context._replace(spans=[]) if layer.pending_tensors() else layer.idle()
         self._spans.arrive()
+        self.tokens.end()
 
     def stored_spans(self, row: int = 0, weights: str = "", adapter: str = "") -> list[StoredSpan]:
         """The visual spans of one batch row, each with the text right before it, in their order: what
@@ -180,6 +201,7 @@ class CapsuleCache(Cache):
         capsule.require_geometry(KVGeometry.from_config(self.config))
         fill_layers(self.capsule_layers(), spans, capsule)
         self._spans.forwards, self.taken_in = [forward_of(spans)], True
+        self.tokens.hold(int(self.get_seq_length()))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must
@@ -217,7 +239,12 @@ class CapsuleCache(Cache):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
-        self._spans, self.taken_in = SpanRecord(), False
+        self._spans, self.tokens = SpanRecord(), TokenRecord()
+        self.taken_in, self.rope_deltas = False, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.tokens.crop(-tokens_to_remove)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         self._flush_pending()
@@ -234,6 +261,10 @@ class CapsuleCache(Cache):
         does so with a number for each row."""
         self._flush_pending()
         self._spans.select(choose)
+        self.tokens.select(choose)
+        if self.rope_deltas is not None:
+            rows = choose(torch.arange(len(self.rope_deltas)))
+            self.rope_deltas = self.rope_deltas[rows.to(self.rope_deltas.device)]
         memo = Memo()
         for layer in self.capsule_layers():
             layer.memo = memo

@@ -15,6 +15,7 @@ from ..methods.method import Compressed, DecodeState, LayerByLayerPass, Method
 from ..segments.memo import Memo
 from ..segments.segment import Segment
 from . import attention_interface
+from .autocast import as_attention_reads
 from .forward_context import ForwardContext
 from .masks import present_tokens, visible_new_tokens
 from .tail import StaticTail, Tail, make_tail, raw_segment
@@ -85,10 +86,10 @@ class CapsuleLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Receive the new tokens' keys and values [B, H, N, D] and return them; attention asks for the rest."""
+        self._new_tokens = as_attention_reads(key_states), as_attention_reads(value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(*self._new_tokens)
         self.prefetch()
-        self._new_tokens = (key_states, value_states)
         attention_interface.set_pending_layer(self)
         return key_states, value_states
 
@@ -253,7 +254,8 @@ class CapsuleLayer(CacheLayerMixin):
         self.tail.crop(count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(beam_idx)
+        if self.is_initialized:
+            self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -279,8 +281,6 @@ class CapsuleLayer(CacheLayerMixin):
         self.tail.move(device)
 
     def _select(self, rows: torch.Tensor) -> None:
-        if not self.is_initialized:
-            return
         self.flush_pending()
         rows = rows.to(self.tail.keys.device)
         self.visual = [s.select(rows, self.memo) for s in self.visual]
@@ -294,7 +294,7 @@ class CapsuleLayer(CacheLayerMixin):
         if self.tail_length == 0:
             return
         keys, values = (rows.clone() for rows in self.tail.written())
-        self.text.append(raw_segment(keys, values, present_tokens(mask, keys.shape[0], self.tail_length)))
+        self.text.append(raw_segment(keys, values, present_tokens(mask, len(keys), self.tail_length)))
         self._closed_length += self.tail_length
         self.tail_start += self.tail_length
         self.tail.clear()

@@ -8,6 +8,7 @@ import torch
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, CompressionPass
 from ..vlm.spans import VisualSpan
+from .autocast import without_autocast
 
 
 class SegmentStore(Protocol):
@@ -37,5 +38,6 @@ class ForwardContext(NamedTuple):
 
     def compress(self, prefill: LayerPrefill) -> None:
         """Compress a layer's prefill, and store what the method gives back: of this layer, none, or several."""
-        for index, compressed in self.compression.add(prefill):
-            self.layers[index].add_segments(compressed)
+        with without_autocast(prefill.keys.device):
+            for index, compressed in self.compression.add(prefill):
+                self.layers[index].add_segments(compressed)

@@ -3,59 +3,50 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
-from ..methods.method import Method
 from ..vlm.geometry import KVGeometry
+from .attached import attached_here
 from .cache import CapsuleCache
 from .generate_options import option
-from .stored_prompt import StoredPrompts
-from .transformers_api import forget_rope_deltas, passed_cache, set_cache
+from .transformers_api import passed_cache, set_cache
 
 
-def wrap_generate(
-    model: PreTrainedModel, method: Method | None, prompts: StoredPrompts | None = None
-) -> Callable[..., Any]:
-    """The model's generate with a CapsuleCache of `method` wherever it uses a cache and is given none; method None: it
-    adds none. prompts: what reads prompts with images through a store; None: there is no store.
+def generate_with_capsule(model: PreTrainedModel, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the model's generate with a CapsuleCache of the method that this thread attached, wherever generate uses a
+    cache and is given none. With cache_implementation="static" its tail holds max_new_tokens at a fixed address.
 
-    With cache_implementation="static" the CapsuleCache has a static tail of max_new_tokens.
-
-    Raises (when called):
-        ConfigError: for options that ask for a cache of another kind, or that feed the prompt in pieces.
+    Raises:
+        ConfigError: for options that ask for a cache of another kind, or that feed the prompt in pieces, and for a
+            prompt that does not go on from the cache that is given.
         NotImplementedError: for attention weights, which attention over segments does not have.
     """
-    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
-
-    def generate_with_capsule(*args: Any, **kwargs: Any) -> Any:
-        if prompts is not None and option(model, args, kwargs, "use_cache") is not False:
-            kwargs = prompts.read(args, kwargs) or kwargs
-        if (
-            passed_cache(kwargs) is None
-            and method is not None
-            and option(model, args, kwargs, "use_cache") is not False
-        ):
-            tail_capacity = None
-            if kwargs.get("cache_implementation") == "static":
-                tail_capacity = _tail_capacity(model, args, kwargs)
-                del kwargs["cache_implementation"]
-            _refuse_another_cache(model, args, kwargs)
-            new = CapsuleCache(model.config, method, tail_capacity)
-            if option(model, args, kwargs, "is_assistant"):
-                # What this model drafts for another is taken back where that disagrees.
-                new.activate_past_recording()  # type: ignore[no-untyped-call]
-            set_cache(kwargs, new)
-        cache = passed_cache(kwargs)
-        if isinstance(cache, CapsuleCache):
-            _refuse_options(model, args, kwargs)
-            if cache.taken_in:
-                _require_positions(cache, kwargs)
-                forget_rope_deltas(model)
-                cache.taken_in = False
-        return generate(*args, **kwargs)
-
-    return generate_with_capsule
+    attached = attached_here(model)
+    method, prompts = (None, None) if attached is None else attached
+    uses_cache = option(model, args, kwargs, "use_cache") is not False
+    if prompts is not None and uses_cache:
+        kwargs = prompts.read(args, kwargs) or kwargs
+    if passed_cache(kwargs) is None and method is not None and uses_cache:
+        tail_capacity = None
+        if kwargs.get("cache_implementation") == "static":
+            tail_capacity = _tail_capacity(model, args, kwargs)
+            del kwargs["cache_implementation"]
+        _refuse_another_cache(model, args, kwargs)
+        new = CapsuleCache(model.config, method, tail_capacity)
+        if option(model, args, kwargs, "is_assistant"):
+            # What this model drafts for another is taken back where that disagrees.
+            new.activate_past_recording()  # type: ignore[no-untyped-call]
+        set_cache(kwargs, new)
+    cache = passed_cache(kwargs)
+    if isinstance(cache, CapsuleCache):
+        _refuse_options(model, args, kwargs)
+        if cache.taken_in:
+            _require_positions(cache, kwargs)
+            cache.taken_in = False
+        _require_continuation(cache, args, kwargs)
+    return generate(*args, **kwargs)
 
 
 def _tail_capacity(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -89,6 +80,14 @@ def _refuse_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
             "output_attentions: attention over segments makes no weights of the tokens that they stand for. Leave the"
             " option out, or generate outside the `with attach(...)` block."
         )
+
+
+def _require_continuation(cache: CapsuleCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a prompt that does not go on from what the cache holds."""
+    input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    past = int(cache.get_seq_length())
+    if past and isinstance(input_ids, torch.Tensor):
+        cache.tokens.require_continuation(input_ids, kwargs.get("attention_mask"), past)
 
 
 def _require_positions(cache: CapsuleCache, kwargs: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..vlm.spans import VisualSpan
+
 
 def valid_tokens(mask: Any, batch: int, new: int) -> torch.Tensor | None:
     """Which of a forward's tokens are not padding, [batch, new] bool, from a mask of any form that models take.
@@ -14,7 +16,7 @@ def valid_tokens(mask: Any, batch: int, new: int) -> torch.Tensor | None:
     Raises:
         NotImplementedError: for a mask that padding cannot be read from.
     """
-    mask = _of_full_attention(mask)
+    mask = full_attention_mask(mask)
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):
@@ -28,6 +30,18 @@ def valid_tokens(mask: Any, batch: int, new: int) -> torch.Tensor | None:
     return valid
 
 
+def without_hidden(spans: list[VisualSpan], valid: torch.Tensor | None) -> list[VisualSpan]:
+    """The visual spans of which no token is hidden; the tokens of others that are seen are stored as text is.
+
+    Args:
+        spans: of a forward.
+        valid: [B, N] bool: False at tokens that its mask hides; None: none.
+    """
+    if valid is None or not spans or bool(valid.all()):
+        return spans
+    return [span for span in spans if bool(valid[span.row, span.start : span.start + span.length].all())]
+
+
 def tokens_before(mask: Any, batch: int, new: int, past: int) -> list[int]:
     """How many tokens each row has before a forward's `new` ones, padding not counted.
 
@@ -38,25 +52,31 @@ def tokens_before(mask: Any, batch: int, new: int, past: int) -> list[int]:
         new: tokens of the forward.
         past: tokens that the cache has been given, padding included.
     """
-    mask = _of_full_attention(mask)
+    mask = full_attention_mask(mask)
     if not isinstance(mask, torch.Tensor) or mask.shape[-1] != past + new:
         return [past] * batch
     counts: list[int] = _present(mask)[:, :past].sum(1).expand(batch).tolist()
     return counts
 
 
-def _of_full_attention(mask: Any) -> Any:
+def full_attention_mask(mask: Any) -> Any:
     """One mask of those for each kind of layer: of layers with full attention, the last query sees every token but
     padding."""
     return mask.get("full_attention") if isinstance(mask, Mapping) else mask
 
 
-def _present(mask: torch.Tensor) -> torch.Tensor:
-    """[B or 1, N] bool: False at padding, of a mask with two dimensions or four."""
+def present_in(mask: torch.Tensor) -> torch.Tensor:
+    """[B or 1, Q or 1, N] bool: what each query sees, of a mask with two dimensions or four; one query where a mask of
+    two dimensions tells of all."""
     if mask.dim() == 4:
-        last = mask[:, 0, -1]
-        mask = last if last.dtype == torch.bool else last == 0
-    return mask.bool()
+        mask = mask[:, 0]
+        return mask if mask.dtype == torch.bool else mask == 0
+    return mask.bool()[:, None]
+
+
+def _present(mask: torch.Tensor) -> torch.Tensor:
+    """[B or 1, N] bool: False at padding: the last query sees every token but that."""
+    return present_in(mask)[:, -1]
 
 
 def visible_new_tokens(mask: torch.Tensor | None, new: int, device: torch.device) -> torch.Tensor:

@@ -77,14 +77,6 @@ def keeps_last_logits(model: PreTrainedModel) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 
 
-def forget_rope_deltas(model: torch.nn.Module) -> None:
-    """Make a model with M-RoPE compute positions from the next prompt: its modules keep by how far those of text lie
-    behind the count of tokens, for the last prompt that they saw."""
-    for module in model.modules():
-        if "rope_deltas" in vars(module):
-            module.rope_deltas = None  # type: ignore[assignment]
-
-
 def output_cache(output: Any) -> Any:
     """The cache in what a forward or a generate returned; None if it holds none."""
     return getattr(output, CACHE_ARGUMENT)

@@ -22,6 +22,16 @@ class VisualSpan(NamedTuple):
     """Token grid (t, h, w); (1, 1, length) if the inputs do not specify it."""
 
 
+_PICTURES = ("mm_encoder_outputs", "image_embeds", "video_embeds", "image_hidden_states", "image_features")
+
+
+def has_pictures(inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward's inputs bring images or videos: without any, placeholders are tokens as all others are."""
+    return any(
+        value is not None and (name.startswith("pixel_values") or name in _PICTURES) for name, value in inputs.items()
+    )
+
+
 def find_spans(
     config: "PreTrainedConfig", input_ids: torch.Tensor, inputs: Mapping[str, Any] | None = None
 ) -> list[VisualSpan]:
