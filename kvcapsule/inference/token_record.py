@@ -25,6 +25,8 @@ class TokenRecord:
         """Tokens of the forwards that ended, less those that were taken back."""
         self._chunks: list[torch.Tensor] = []
         """[B, N] int64 each."""
+        self._recorded = 0
+        """Tokens of all chunks."""
         self._mask: torch.Tensor | None = None
         """[B, N] bool: False at tokens that the mask hid; None: none."""
         self._arriving: tuple[int, int, torch.Tensor | None, torch.Tensor | None] | None = None
@@ -41,7 +43,7 @@ class TokenRecord:
         if self._arriving is not None:
             _, self.length, ids, mask = self._arriving
             if ids is not None:
-                self._chunks.append(ids)
+                self._add(ids)
             if mask is not None:
                 self._mask = mask
             self._arriving = None
@@ -135,6 +137,7 @@ class TokenRecord:
         ids = self._ids()
         if ids is not None:
             self._chunks = [ids[:, : self.length]]
+            self._recorded = self._chunks[0].shape[1]
 
     def select(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Rows of the batch are selected, as `choose` selects numbers of the rows."""
@@ -151,9 +154,12 @@ class TokenRecord:
 
     def _fill_up(self, past: int, rows: int | None) -> None:
         """Stand in for tokens that no forward of known ids brought."""
-        missing = past - sum(chunk.shape[1] for chunk in self._chunks)
-        if missing > 0 and rows is not None:
-            self._chunks.append(torch.full((rows, missing), _UNKNOWN))
+        if past > self._recorded and rows is not None:
+            self._add(torch.full((rows, past - self._recorded), _UNKNOWN))
+
+    def _add(self, ids: torch.Tensor) -> None:
+        self._chunks.append(ids)
+        self._recorded += ids.shape[1]
 
 
 def _whole(mask: Any, total: int) -> torch.Tensor | None:
