@@ -40,7 +40,7 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
-.PHONY: help venv test test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
+.PHONY: help venv test fuzz test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
 	smol-vlm-results rate-distortion aligned policies long-answer bench bench-engine bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
@@ -57,6 +57,11 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY) ## run the tests (offline, CPU)
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+FUZZ_MINUTES ?= 60
+FUZZ_SEED ?= 0
+fuzz: $(READY) ## random conversations with a cache for an hour (FUZZ_MINUTES=60 FUZZ_SEED=0; eval/results/fuzz-cache.json)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --json eval/results/fuzz-cache.json
 
 test-lower: test-$(firstword $(MINORS)) ## run the tests of cache, attention and generate on the lowest transformers of the range
 
