@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 
@@ -93,6 +93,8 @@ def _read(file: IO[bytes], name: str) -> Image.Image:
         raise DataError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large to be read ({error}): make it smaller.") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} cannot be read as an image: it is none, or of an unknown kind.") from error
     # Pillow's decoders raise errors of many kinds on damaged files.
     except Exception as error:
         raise DataError(
