@@ -1,5 +1,6 @@
 """Opens a source of rows: a file, a folder, or a data set on the Hub. What its columns mean is not known here."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +104,18 @@ def _of_datasets(config: SourceConfig, share: Share, opened: Callable[[Any], Any
 def _load(datasets: Any, config: SourceConfig, path: Path, share: Share) -> Any:
     if not path.is_dir():
         return datasets.load_dataset(config.source, config.subset, split=share.split)
-    images = any(any(path.rglob(name)) for name in _METADATA)
-    if images:
-        return datasets.load_dataset("imagefolder", data_dir=str(path))
-    return datasets.load_dataset(str(path), config.subset)
+    cache = str(_cache(datasets, path))
+    if any(any(path.rglob(name)) for name in _METADATA):
+        return datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache)
+    return datasets.load_dataset(str(path), config.subset, cache_dir=cache)
+
+
+def _cache(datasets: Any, folder: Path) -> Path:
+    """Where `datasets` keeps what it makes of a folder as it is now: by itself it takes two folders of one name, whose
+    README.md names configurations, for the same."""
+    states = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*"))
+    digest = hashlib.blake2b(repr((str(folder.resolve()), states)).encode(), digest_size=16).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE) / "kvcapsule" / digest
 
 
 def _stream(config: SourceConfig, share: Share, path: Path) -> Table:

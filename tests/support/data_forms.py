@@ -26,7 +26,7 @@ class Expected(NamedTuple):
 
 
 def colour(row: int) -> tuple[int, int, int]:
-    return 20 * row, 7, 99
+    return 5 * row, 7, 99
 
 
 def picture(row: int) -> Image.Image:
