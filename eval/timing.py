@@ -94,7 +94,11 @@ def _one_prompt_batches(
     result = []
     for start in range(0, min(len(rows), BATCHES * size), size):
         questions = [read_question(rows[i], i) for i in range(start, min(start + size, len(rows)))]
-        result.append(make_batch([q._replace(prompt=questions[0].prompt) for q in questions], model, processor))
+        first = questions[0]
+        # Images of as many as the prompt has places for, in turn.
+        images = [question.images for question in questions if len(question.images) == len(first.images)]
+        batch = [first._replace(images=images[i % len(images)]) for i in range(len(questions))]
+        result.append(make_batch(batch, model, processor))
     return result
 
 

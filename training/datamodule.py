@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import BatchFeature, ProcessorMixin
 
 from kvcapsule.data.batches import read_question
+from kvcapsule.data.places import words_alone
 from kvcapsule.data.prompts import encode
 from kvcapsule.errors import ConfigError
 
@@ -96,7 +97,7 @@ class Questions(L.LightningDataModule):
         random, words = self._random(number + 1), list[str]()
         count = _drawn(self.words_before + 1, random)
         while len(words) < count:
-            words += str(self.rows[_drawn(len(self.rows), random)]["prompt"]).split()
+            words += words_alone(self.rows[_drawn(len(self.rows), random)]["prompt"]).split()
         return " ".join(words[:count])
 
     def _random(self, number: int) -> torch.Generator:

@@ -66,6 +66,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
             " needs all to have it. Use a model without sliding-window or linear-attention layers."
         )
     rows = source.load(recipe.data)
+    session.tell(console, rows.info.description)
     if len(rows) <= recipe.held_out:
         raise DataError(
             f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data."

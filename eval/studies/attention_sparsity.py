@@ -76,6 +76,7 @@ def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any
     session.begin(console, threads=None, seed=0, device=None)
     model, processor = load_vlm(config.model)
     questions = source.load(config.data)
+    session.tell(console, questions.info.description)
     meter = SparsityMeter(config.threshold)
     sparsities: dict[int, list[torch.Tensor]] = {}
     with attach(model, meter):

@@ -23,6 +23,7 @@ from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import report_console
 from kvcapsule.data import source
+from kvcapsule.data.places import words_alone
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import ConfigError
@@ -120,7 +121,8 @@ def run(config: PhasesConfig, console: Console, command: str) -> dict[str, Any]:
         )
     study = _Study(*load_vlm(config.model, dtype=config.dtype), capsule, config.max_new_tokens)
     questions = source.load(config.data)
-    words = _tokens(study.processor, [str(prompt) for prompt in questions["prompt"]])
+    session.tell(console, questions.info.description)
+    words = _tokens(study.processor, [words_alone(prompt) for prompt in questions["prompt"]])
     prompts = [
         (batch, study.answer(batch, None)) for batch in batches(questions, study.model, study.processor, config.batch)
     ]

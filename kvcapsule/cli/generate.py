@@ -63,8 +63,8 @@ def run(options: Options) -> None:
     from transformers.utils import logging
 
     from ..capsule.capsule import Capsule
+    from ..data.images import open_image
     from ..data.prompts import conversation, encode
-    from ..data.source import open_image
     from ..store.image_store import ImageStore
     from ..vlm.geometry import KVGeometry
     from ..vlm.loading import load_vlm

@@ -1,4 +1,4 @@
-"""What every command that runs a model prepares first: the screen, threads, the seed, the device."""
+"""What every command that runs a model prepares first: the screen, threads, the seed, the device; and its lines."""
 
 from rich.console import Console
 
@@ -28,3 +28,9 @@ def begin(console: Console, *, threads: int | None, seed: int, device: str | Non
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
+
+
+def tell(console: Console, line: str) -> None:
+    """Print a line as it is, however narrow the screen; nothing for an empty one."""
+    if line:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

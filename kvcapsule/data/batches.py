@@ -9,8 +9,12 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..errors import DataError, InputError
 from ..vlm.spans import VisualSpan, find_spans
+from .images import images_of
+from .places import IMAGE, leading_dropped, pieces
 from .prompts import conversation, encode
-from .source import images_of
+
+ROW = "_row"
+"""The column that says how the user counts a row, such as "line 7 of data.jsonl"."""
 
 
 class Question(NamedTuple):
@@ -18,8 +22,14 @@ class Question(NamedTuple):
 
     images: list[Image.Image]
     prompt: str
+    """With <image> where the images stand, unless they all stand before it."""
     answer: str
+    """What is learned."""
     task: str
+    answers: tuple[str, ...]
+    """All that are right; the first is `answer`."""
+    choices: tuple[str, ...] = ()
+    """Texts of the options of a multiple-choice question, whose answer is a letter; else empty."""
 
     def conversation(self, answered: bool = False, before: str = "") -> list[dict[str, Any]]:
         """In transformers' chat form; answered: with the answer as the assistant's turn; before: text in front of the
@@ -28,15 +38,20 @@ class Question(NamedTuple):
 
 
 def read_question(row: Mapping[str, Any], index: int) -> Question:
-    """One row of a data set; index: its number, for messages.
+    """One row of `source.load`; index: its number, for messages about rows without the column ROW.
 
     Raises:
-        DataError: naming the row, if an image cannot be read or its prompt or answer is no text.
+        DataError: naming the row, if an image cannot be read, or if the prompt has other than its number of places.
     """
-    for column in ("prompt", "answer"):
-        if not isinstance(row[column], (str, int, float)):
-            raise DataError(f"row {index}: the {column} is of type {type(row[column]).__name__}, expected text.")
-    return Question(images_of(row, index), str(row["prompt"]), str(row["answer"]), str(row.get("task", "")))
+    label, prompt, answer = row.get(ROW) or f"row {index + 1}", row["prompt"], row["answer"]
+    images = images_of(row, label)
+    places = len(pieces(prompt)) - 1
+    if places not in (0, len(images)):
+        raise DataError(f"{label}: the prompt has {places} places {IMAGE}, but there are {len(images)} images.")
+    answers = tuple(row.get("answers") or (answer,))
+    return Question(
+        images, leading_dropped(prompt), answer, row.get("task") or "", answers, tuple(row.get("choices") or ())
+    )
 
 
 def question_batches(rows: datasets.Dataset, size: int) -> Iterator[list[Question]]:

@@ -1,22 +1,38 @@
 """Questions as a model's inputs, by its processor and chat template."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
+from .places import IMAGE, pieces
 
 
 def conversation(
     images: Sequence[Image.Image], prompt: str, answer: str | None = None, before: str = ""
 ) -> list[dict[str, Any]]:
-    """One question (and its answer) in transformers' chat form, the images before the prompt and behind other text."""
+    """One question (and its answer) in transformers' chat form, behind other text: the images at their places <image>,
+    or else before the prompt.
+
+    Raises:
+        InputError: if there are places for more or fewer images.
+    """
     content: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
-    content += [{"type": "image", "image": image} for image in images]
-    turns = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    parts = [{"type": "image", "image": image} for image in images]
+    texts = pieces(prompt)
+    if len(texts) == 1:
+        content += [*parts, {"type": "text", "text": prompt}]
+    elif len(texts) == len(images) + 1:
+        for text, part in zip_longest(texts, parts):
+            content += [{"type": "text", "text": text}] if text else []
+            content += [part] if part else []
+    else:
+        raise InputError(f"the prompt has {len(texts) - 1} places {IMAGE}, but there are {len(images)} images.")
+    turns = [{"role": "user", "content": content}]
     if answer is not None:
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return turns

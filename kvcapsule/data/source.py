@@ -1,23 +1,21 @@
-"""Any source of image, prompt and answer: the built-in ones, or whatever `datasets` can load."""
+"""Any source of image, prompt and answer: the built-in ones, or whatever can be read as questions about images."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from PIL import Image
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, PackageError
 from ..testbeds import easy_vqa, emoji, pages, words
 from ..testbeds.digits import SPLITS
+from .formats import format_of
+from .question_set import question_set
+from .source_config import PAGES as PAGES
+from .source_config import SourceConfig as SourceConfig
+from .table import open_table
 
 # `datasets` comes with the extras [train] and [eval]; reading an image file (`kvcapsule generate`) needs none of it.
 if TYPE_CHECKING:
     import datasets
 
-PAGES = "pages"
-"""The default source; kvcapsule.testbeds.pages.HEIGHTS names those with pages of other heights."""
 PICTURES: dict[str, "Callable[[str, int, int], datasets.Dataset]"] = {
     "emoji": emoji.emoji,
     "easy-vqa": easy_vqa.easy_vqa,
@@ -26,77 +24,47 @@ PICTURES: dict[str, "Callable[[str, int, int], datasets.Dataset]"] = {
 """The sources of smol-vlm, by name: functions of (split, size, seed). They are fetched as packages on first use."""
 MIXED = "pictures"
 """The name of these three in turn, question by question; its tasks begin with the source: emoji-place."""
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-@dataclass(frozen=True)
-class SourceConfig:
-    """Where questions come from."""
-
-    source: str = PAGES
-    """Source of the questions: pages, pages-short or pages-tall (built in); emoji, easy-vqa, words, or pictures, which
-    is all three (fetched as packages); a folder saved by `datasets`; a json, jsonl, csv or parquet file; a folder of
-    images with metadata; or a data set on the Hub."""
-    split: str = "train"
-    """Split of the source; built-in sources have train, validation and test."""
-    size: int = 10_000
-    """Most questions to use."""
-    seed: int = 0
-    """Random seed of the pages or pictures; for other sources, of the order of the rows."""
-    image: str = "image"
-    """Name of the column with the image, or with a list of images."""
-    prompt: str = "prompt"
-    """Name of the column with the question."""
-    answer: str = "answer"
-    """Name of the column with the right answer."""
-    task: str = "task"
-    """Name of the column with the kind of question; without such a column, all questions are of one kind."""
+def is_built_in(source: str) -> bool:
+    """Whether the questions of a source are kvcapsule's own, with its tasks and their rules of scoring."""
+    return source in pages.HEIGHTS or source in PICTURES or source == MIXED
 
 
 def load(config: SourceConfig) -> "datasets.Dataset":
-    """A data set with the columns image, prompt, answer and task, at most `size` rows.
+    """At most `size` questions, shuffled.
+
+    Returns:
+        A data set with the columns image (one or a list), prompt, answer and task. Where the source is not built in,
+        also answers (all accepted, the first is `answer`), choices (options of a multiple-choice question, or none) and
+        _row (how the user counts it); and `info.description` says in a line how the data were read.
 
     Raises:
-        DataError: if the source or its split is not found, or if a column is missing; the message names what there
-            is.
+        DataError: if the source, its subset or its split is not there, if it is of no known format, or if a row cannot
+            be used; the message names what there is.
     """
-    import datasets
-
     if config.size < 1:
         raise DataError(f"data size {config.size}: at least one question is needed.")
+    if is_built_in(config.source):
+        return _built_in(config)
+    table = open_table(config)
+    return question_set(table, format_of(table.columns, table.rows[0], config), config)
+
+
+def _built_in(config: SourceConfig) -> "datasets.Dataset":
+    if config.split not in SPLITS:
+        raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
+    for option, value in (("subset", config.subset), ("format", config.format), ("streaming", config.streaming)):
+        if value:
+            raise DataError(f"--data.{option} is for other data: {config.source} is built in.")
     if config.source in pages.HEIGHTS:
-        if config.split not in SPLITS:
-            raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
         return pages.pages(config.split, config.size, config.seed, height=pages.HEIGHTS[config.source])
-    if config.source in (*PICTURES, MIXED):
-        return _pictures(config)
-    rows = _open(config)
-    wanted = {config.image: "image", config.prompt: "prompt", config.answer: "answer"}
-    missing = [column for column in wanted if column not in rows.column_names]
-    if missing:
-        raise DataError(
-            f"{config.source} has no column {', '.join(map(repr, missing))}; it has {', '.join(rows.column_names)}. "
-            "Name the right ones with --data.image, --data.prompt and --data.answer."
-        )
-    if config.task in rows.column_names:
-        wanted[config.task] = "task"
-    else:
-        rows = rows.add_column("task", [Path(config.source).stem] * len(rows))
-        wanted["task"] = "task"
-    rows = rows.select_columns(list(wanted)).rename_columns({old: new for old, new in wanted.items() if old != new})
-    rows = rows.shuffle(seed=config.seed).select(range(min(config.size, len(rows))))
-    # Undecoded, so that an error about an image can name its row.
-    one = datasets.Image(decode=False)
-    feature = rows.features["image"]
-    several = isinstance(feature, (datasets.List, datasets.LargeList))
-    return rows.cast_column("image", datasets.List(one) if several else one)
+    return _pictures(config)
 
 
 def _pictures(config: SourceConfig) -> "datasets.Dataset":
     import datasets
 
-    if config.split not in SPLITS:
-        raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
     try:
         if config.source != MIXED:
             return PICTURES[config.source](config.split, config.size, config.seed)
@@ -112,85 +80,3 @@ def _of(name: str, rows: "datasets.Dataset") -> "datasets.Dataset":
     """The rows, with the source in front of their tasks."""
     tasks = [f"{name}-{task}" for task in rows["task"]]
     return rows.remove_columns("task").add_column("task", tasks, feature=rows.features["task"])
-
-
-def images_of(row: Mapping[str, Any], index: int) -> list[Image.Image]:
-    """The images of a row as RGB.
-
-    Raises:
-        DataError: naming the row, if an image cannot be read.
-    """
-    values = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    images = []
-    for image in values:
-        if isinstance(image, dict):
-            image = _decode(image, index)
-        if not isinstance(image, Image.Image):
-            raise DataError(
-                f"row {index}: the image column holds {type(image).__name__}, expected an image (or a list of them)."
-            )
-        images.append(image.convert("RGB"))
-    return images
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file.
-
-    Raises:
-        DataError: if there is no such file or it is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"there is no image {path}.") from error
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read as an image ({error}): give a complete PNG, JPEG, WebP, ... file."
-        ) from error
-
-
-def _decode(image: dict[str, Any], index: int) -> Image.Image:
-    """Decode an image of `datasets`, which is bytes or the path of a file."""
-    try:
-        if image.get("bytes") is None:
-            return open_image(image["path"])
-        return Image.open(BytesIO(image["bytes"]))
-    except DataError as error:
-        raise DataError(f"row {index}: {error}") from error
-    except OSError as error:
-        raise DataError(
-            f"row {index}: {image.get('path') or 'the image'} cannot be read as an image ({error})."
-        ) from error
-
-
-def _open(config: SourceConfig) -> "datasets.Dataset":
-    import datasets
-
-    path = Path(config.source)
-    try:
-        if path.is_file():
-            builder = _BUILDERS.get(path.suffix)
-            if builder is None:
-                raise DataError(
-                    f"{path}: data files end in {', '.join(_BUILDERS)}; for a folder of images, name the folder."
-                )
-            return datasets.load_dataset(builder, data_files=str(path), split="train")
-        if (path / "dataset_info.json").is_file():
-            return datasets.load_from_disk(str(path))
-        if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(path))[config.split]
-        if path.is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
-        return datasets.load_dataset(config.source, split=config.split)
-    except DataError:
-        raise
-    except (
-        FileNotFoundError,
-        ConnectionError,
-        LookupError,
-        ValueError,
-        OSError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        raise DataError(f"cannot load data from {config.source!r} (split {config.split!r}): {error}") from error

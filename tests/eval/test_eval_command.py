@@ -145,8 +145,8 @@ def questions_file(tmp_path, images) -> Callable[..., str]:
 
 def test_own_data_without_tasks(vlm, questions_file, tmp_path) -> None:
     source = questions_file(answer="x")
-    arguments = ["--data.source", source, "--budget", "0.5", "--methods", "int4", "--json", str(tmp_path / "eval.json")]
-    assert main(["--model", vlm, *QUICK, *arguments]) == 0
+    arguments = ["--data.source", source, "--data.split", "all", "--budget", "0.5", "--methods", "int4"]
+    assert main(["--model", vlm, *QUICK, *arguments, "--json", str(tmp_path / "eval.json")]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert [(row["accuracy"], row["n"]) for row in result["rows"]] == [({"own": 0.0}, 2)] * 2
     assert str(tmp_path) not in json.dumps(result)
@@ -215,14 +215,15 @@ def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:
     assert "at least one question" in _refused(capsys, *words, "--data.size", "0")
     assert "no split 'exam'" in _refused(capsys, *words, "--data.split", "exam")
     assert "no column 'answer'" in _refused(capsys, *words, "--data.source", questions_file(label="x"))
-    assert "answer" in _refused(capsys, *words, "--data.source", questions_file(answer=["x", "y"]))
+    words += ("--data.split", "all", "--data.source")
+    assert "line 1 of own.jsonl: the answer is missing" in _refused(capsys, *words, questions_file(answer=None))
     (tmp_path / "broken.png").write_text("this is no image")
-    assert "row 0" in _refused(
-        capsys, *words, "--data.source", questions_file(str(tmp_path / "broken.png"), answer="x")
-    )
-    assert "row 0" in _refused(capsys, *words, "--data.source", questions_file(str(tmp_path / "lost.png"), answer="x"))
+    broken = questions_file(str(tmp_path / "broken.png"), answer="x")
+    assert "line 1 of own.jsonl: " in (line := _refused(capsys, *words, broken)) and "broken.png" in line
+    lost = questions_file(str(tmp_path / "lost.png"), answer="x")
+    assert "line 1 of own.jsonl: there is no image" in _refused(capsys, *words, lost)
     (tmp_path / "empty.csv").write_text("image,prompt,answer\n")
-    assert "empty.csv" in _refused(capsys, *words, "--data.source", str(tmp_path / "empty.csv"))
+    assert "empty.csv" in _refused(capsys, *words, str(tmp_path / "empty.csv"))
 
 
 def test_no_questions(vlm, rows, capsys, monkeypatch) -> None:

@@ -62,6 +62,7 @@ MACHINE = {
     "accelerator": (str, type(None)),
 }
 DATA = {"source", "split", "size", "seed", "image", "prompt", "answer", "task"}
+DATA |= {"subset", "streaming", "format", "skip_broken"}
 VERSIONS = {"python", "kvcapsule", "torch", "transformers", "datasets"}
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from contextlib import redirect_stdout
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from kvcapsule.cli import results
 from kvcapsule.cli.results import write_whole
+from kvcapsule.data.source import SourceConfig
 from kvcapsule.errors import InputError
 from kvcapsule.training.analysis import passes
 from kvcapsule.training.analysis.config import AnalyzeConfig
@@ -63,7 +65,7 @@ def test_contract_keys(run) -> None:
     found, _, _ = run
     assert set(found) == TOP
     assert set(found["geometry"]) == {"model_type", "layers", "query_heads", "kv_heads", "head_dim", "rotary"}
-    assert set(found["data"]) == {"source", "split", "size", "seed", "image", "prompt", "answer", "task"}
+    assert set(found["data"]) == {field.name for field in fields(SourceConfig)}
     assert set(found["versions"]) == {"python", "kvcapsule", "torch", "transformers", "datasets"}
     assert set(found["machine"]) == {"cpu", "cores", "threads", "memory_gib", "accelerator"}
     assert (found["tile"], found["questions"], found["tiles"], found["frame"]) == (49, 21, 84, "canonical")
@@ -261,9 +263,9 @@ def test_refused_one_clear_line(
 
 def test_refused_unknown_columns(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "data.json"
-    source.write_text("\n".join([json.dumps({"image": "x.png", "question": "What?", "answer": "no"})] * 8))
+    source.write_text("\n".join([json.dumps({"image": "x.png", "text": "What?", "answer": "no"})] * 8))
     assert main(["--model", vlm, *QUICK, "--data.source", str(source)]) == 2
-    assert "no column 'prompt'; it has image, question, answer" in capsys.readouterr().err
+    assert "no column 'prompt'; it has image, text, answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tile", ["0", "49"])

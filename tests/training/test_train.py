@@ -271,12 +271,12 @@ def test_missing_column_and_unreadable_image_are_named(
     table = tmp_path / "data.json"
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
-    rows = [{"image": str(broken), "question": f"What is {i}?", "answer": "no"} for i in range(12)]
+    rows = [{"image": str(broken), "text": f"What is {i}?", "answer": "no"} for i in range(12)]
     table.write_text("\n".join(json.dumps(row) for row in rows))
     words = ["--model", vlm, "--output", str(tmp_path / "c"), *QUICK, "--data.source", str(table)]
     assert main(words) == 2
-    assert "no column 'prompt'; it has image, question, answer" in capsys.readouterr().err
-    assert main([*words, "--data.prompt", "question", "--held_out", "4"]) == 2
+    assert "no column 'prompt'; it has image, text, answer" in capsys.readouterr().err
+    assert main([*words, "--data.prompt", "text", "--data.split", "all", "--held_out", "4"]) == 2
     assert "broken.png" in capsys.readouterr().err
 
 
