@@ -7,6 +7,7 @@ from kvcapsule.data.source import SourceConfig
 from kvcapsule.errors import ConfigError
 
 from .report.picture import require_picture_name
+from .scores.scorer import AUTO, METRICS
 
 RENAMED = {"ratio": "--ratio is --budget now: the share of the tokens that policies keep, in (0, 1]."}
 """Options that no longer exist, and the sentence that refuses them."""
@@ -49,6 +50,11 @@ class EvalConfig:
     """Questions that are answered together."""
     max_new_tokens: int = 64
     """Most tokens of an answer, the end token included."""
+    metric: str = AUTO
+    """How answers are judged: exact, relaxed-exact (case, punctuation and articles aside), anls, vqa, relaxed-accuracy
+    (charts), cer, wer, multiple-choice or demo (by the tasks of the demo's data). auto: demo for the built-in sources;
+    else multiple-choice for questions with options, vqa for those with ten accepted answers, relaxed-exact for
+    others."""
     share_prefill: bool = True
     """Run the prefill of a batch once and give it to all methods, which needs memory for the queries, keys and values
     of all layers. false: run it for every method."""
@@ -87,6 +93,8 @@ class EvalConfig:
                 f"--max-new-tokens {self.max_new_tokens}: the first token comes from the prefill, so at least 2 are"
                 " needed."
             )
+        if self.metric not in (AUTO, *METRICS):
+            raise ConfigError(f"--metric {self.metric} is unknown: name one of {', '.join((AUTO, *METRICS))}.")
         for name, count in (("batch", self.batch), ("threads", self.threads)):
             if count is not None and count < 1:
                 raise ConfigError(f"--{name} {count}: at least 1 is needed.")

@@ -19,6 +19,7 @@ from .report import markdown, rate_curves, scatter
 from .report.picture import save_picture
 from .report.rows import tables
 from .run import run
+from .scores.scorer import DEMO
 from .suite.suite import load, name_of, shipped_suites
 
 PROG = "kvcapsule eval"
@@ -98,4 +99,5 @@ def _write(result: dict[str, Any], config: EvalConfig) -> None:
 
 
 def _title(result: dict[str, Any]) -> str:
-    return f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions"
+    metric = "" if result["metric"] == DEMO else f", judged by {result['metric']}"
+    return f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions{metric}"

@@ -16,10 +16,24 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.methods.method import Method
 
 from .batches import Batch, batches
+from .divergence import divergence
 from .entries import FULL, Entry
-from .metrics import accuracy, divergence
+from .scores.scorer import Scorer
 from .shared_prefill import CompressedLayers, Prefill
 from .watched_generate import Generated, Held, generate, new_cache, record
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How questions are answered, and how the answers are judged."""
+
+    batch: int
+    """Questions of a batch."""
+    max_new_tokens: int
+    """Most tokens of an answer."""
+    scorer: Scorer = Scorer()  # noqa: RUF009
+    share_prefill: bool = False
+    """Run the prefill of a batch once for all entries; the model must be `shared_prefill.replayable`."""
 
 
 @dataclass
@@ -27,7 +41,9 @@ class Tally:
     """Sums over the questions that a method has answered so far."""
 
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Accuracy of each answer, by task."""
+    """Score of each answer, by task."""
+    metrics: set[str] = field(default_factory=set)
+    """Names of the metrics that the scores are of."""
     same: int = 0
     """Answers that equal the full cache's, character by character."""
     divergence: float = 0.0
@@ -76,10 +92,8 @@ def evaluate(
     processor: ProcessorMixin,
     rows: datasets.Dataset,
     entries: Sequence[Entry],
-    size: int,
-    max_new_tokens: int,
+    answering: Answering,
     progress: Progress,
-    share: bool = False,
 ) -> dict[str, Tally]:
     """Let every entry answer every row.
 
@@ -88,10 +102,8 @@ def evaluate(
         processor: its processor.
         rows: with the columns image, prompt, answer and task.
         entries: the full cache is the first.
-        size: questions of a batch.
-        max_new_tokens: most tokens of an answer.
+        answering: the size of batches and answers, and the metric.
         progress: shows a bar.
-        share: run the prefill of a batch once for all entries; the model must be `shared_prefill.replayable`.
 
     Returns:
         Tallies by name of the entry.
@@ -101,24 +113,41 @@ def evaluate(
     tallies = {entry.name: Tally() for entry in entries}
     task = progress.add_task("answers", total=len(rows) * len(entries))
     hidden = any(entry.method is not None and entry.method.needs_hidden_states for entry in entries)
-    for batch in batches(by_task(rows), model, processor, size):
-        prefill = record(model, batch.inputs, batch.layout, hidden) if share else None
+    for batch in batches(by_task(rows), model, processor, answering.batch):
+        prefill = record(model, batch.inputs, batch.layout, hidden) if answering.share_prefill else None
         reference: Generated | None = None
         for entry in entries:
             compressed: CompressedLayers = {}
             with nullcontext() if entry.method is None else attach(model, entry.method):
                 cache = new_cache(model, entry.method)
                 generated = generate(
-                    model, batch.inputs, cache, batch.layout, max_new_tokens, prefill=prefill, compressed=compressed
+                    model,
+                    batch.inputs,
+                    cache,
+                    batch.layout,
+                    answering.max_new_tokens,
+                    prefill=prefill,
+                    compressed=compressed,
                 )
                 reference = reference or generated
                 teacher_forced = generated
                 if not torch.equal(generated.tokens, reference.tokens):
                     cache = new_cache(model, entry.method)
                     teacher_forced = generate(
-                        model, batch.inputs, cache, batch.layout, max_new_tokens, reference.tokens, prefill, compressed
+                        model,
+                        batch.inputs,
+                        cache,
+                        batch.layout,
+                        answering.max_new_tokens,
+                        reference.tokens,
+                        prefill,
+                        compressed,
                     )
-            _add(tallies[entry.name], model, processor, batch, generated, teacher_forced, reference)
+            tally = tallies[entry.name]
+            _add_answers(tally, model, processor, batch, generated, reference, answering.scorer)
+            _add_divergence(
+                tally, answered(reference.tokens, model.generation_config.eos_token_id), teacher_forced, reference
+            )
             progress.advance(task, len(batch.questions))
     return tallies
 
@@ -131,14 +160,14 @@ def by_task(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select(sorted(range(len(rows)), key=lambda i: order[tasks[i]]))
 
 
-def _add(
+def _add_answers(
     tally: Tally,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     batch: Batch,
     generated: Generated,
-    teacher_forced: Generated,
     reference: Generated,
+    scorer: Scorer,
 ) -> None:
     tally.add_bytes(generated.held)
     written = answered(generated.tokens, model.generation_config.eos_token_id)
@@ -149,10 +178,15 @@ def _add(
         texts(processor, model, reference.tokens),
         strict=True,
     ):
-        tally.scores[question.task].append(accuracy(question.task, answer, question.answer))
+        score = scorer.score(question, answer)
+        tally.scores[question.task].append(score.value)
+        tally.metrics.add(score.metric)
         tally.tokens[question.task] += int(ids.sum())
         tally.same += answer == full_answer
-    positions = answered(reference.tokens, model.generation_config.eos_token_id)
+
+
+def _add_divergence(tally: Tally, positions: torch.Tensor, teacher_forced: Generated, reference: Generated) -> None:
+    """positions: [B, A] bool, the tokens of the full cache's answers."""
     # The first token comes from the prefill, which is exact for every method: only the others depend on the cache.
     for step in range(1, positions.shape[1]):
         counted = positions[:, step]

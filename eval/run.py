@@ -26,9 +26,10 @@ from .batches import batches
 from .entries import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
 from .equal_bytes import TOLERANCE, Build, match
 from .eval_config import EvalConfig
-from .quality import evaluate, prompt_bytes
+from .quality import Answering, evaluate, prompt_bytes
 from .report import markdown
 from .report.rows import answer_tokens, rows
+from .scores.scorer import Scorer
 from .shared_prefill import replayable
 from .suite.capsules import open_trained
 from .suite.entries import Capsules, EntryContext
@@ -82,7 +83,9 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
             if entry.method is not None:
                 entry.method.require_geometry(KVGeometry.from_config(model.config))
         shared = config.share_prefill and replayable(model)
-        tallies = evaluate(model, processor, questions, methods, config.batch, config.max_new_tokens, progress, shared)
+        scorer = Scorer(config.metric, config.data.source)
+        answering = Answering(config.batch, config.max_new_tokens, scorer, shared)
+        tallies = evaluate(model, processor, questions, methods, answering, progress)
         timings = time_entries(model, processor, questions, methods, config.batch, progress) if config.timing else {}
     results = rows(methods, tallies, timings, model.dtype)
     _warn_unequal(results, console)
@@ -99,6 +102,7 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": config.batch,
         "max_new_tokens": config.max_new_tokens,
+        "metric": ", ".join(sorted(tallies[FULL].metrics)),
         "answer_tokens": answer_tokens(tallies[FULL]),
     }
 

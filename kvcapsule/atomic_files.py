@@ -1,10 +1,13 @@
 """Writing small files so that nothing is ever half written: to a temporary name first, then renamed."""
 
 import errno
+import glob
+import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -79,6 +82,7 @@ def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
         raise
     _sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+    remove_litter(target)
     if aside.exists():
         warnings.warn(
             f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4
@@ -86,8 +90,44 @@ def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def unique_name(target: Path) -> str:
-    """A hidden name for what lies beside `target` for a moment."""
-    return f".{target.name[:80]}.{uuid4().hex[:12]}"
+    """A hidden name for what lies beside `target` for a moment; it tells which process of which machine it is of."""
+    return f"{_litter_prefix(target)}{os.getpid()}.{uuid4().hex[:12]}"
+
+
+def remove_litter(target: Path) -> None:
+    """Delete what processes of this machine that were killed while they wrote to `target` left beside it.
+
+    It is for after `target` was written: of a process that was killed between its two renames, the litter is the only
+    copy of what was there.
+    """
+    for path in target.parent.glob(f"{glob.escape(_litter_prefix(target))}*"):
+        process = path.name.removeprefix(_litter_prefix(target)).partition(".")[0]
+        if process.isdecimal() and not _lives(int(process)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _litter_prefix(target: Path) -> str:
+    # The beginning alone may be that of another target.
+    name = target.name if len(target.name) <= 80 else f"{target.name[:60]}-{_short_digest(target.name)}"
+    return f".{name}.{_short_digest(socket.gethostname())}-"
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def write(path: Path, content: bytes) -> None:

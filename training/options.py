@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from kvcapsule.cli.options import OptionParser, normalized, require_current, require_current_words
 from kvcapsule.codec import REGISTRY
 from kvcapsule.errors import ConfigError, InputError
+from kvcapsule.yaml_files import read_yaml
 
 from .families import recipe_class, trainable
 from .recipe import Recipe, flat, group_names, option_names
@@ -132,7 +133,7 @@ def _parser(description: str) -> OptionParser:
 
 def _contents(path: Path) -> dict[str, Any]:
     try:
-        contents = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        contents = read_yaml(path) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(contents, dict):

@@ -33,7 +33,7 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.store.image_store import ImageStore
 from kvcapsule.vlm.loading import load_vlm
 
-from ..metrics import accuracy
+from ..scores.scorer import Scorer
 from .command import Study
 
 PROG = "python -m kvcapsule.eval.studies.image_store"
@@ -100,7 +100,7 @@ def run(config: StoreConfig, console: Console, command: str) -> dict[str, Any]:
                 seconds[name].append(_generate(model, inputs, 1)[1])
             text = processor.decode(tokens, skip_special_tokens=True)
             answers[name].append(text)
-            scores[name].append(accuracy(question.task, text, question.answer))
+            scores[name].append(Scorer().score(question, text).value)
 
     def same(name: str, other: str) -> float:
         return sum(a == b for a, b in zip(answers[name], answers[other], strict=True)) / len(table)

@@ -34,9 +34,10 @@ from kvcapsule.vlm.loading import load_vlm
 from kvcapsule.vlm.spans import find_spans
 
 from ..batches import Batch, batches
+from ..divergence import divergence
 from ..equal_bytes import Layout
-from ..metrics import accuracy, divergence
 from ..quality import answered, texts
+from ..scores.scorer import Scorer
 from ..watched_generate import Generated, generate, new_cache
 from .command import Study
 
@@ -162,7 +163,7 @@ class _Study(NamedTuple):
         behind = [_behind(self.model, batch, text) for batch, _ in prompts]
         answers = [(batch, self.answer(batch, None)) for batch in behind]
         right = [
-            accuracy(question.task, answer, question.answer)
+            Scorer().score(question, answer).value
             for batch, full in answers
             for question, answer in zip(batch.questions, self.texts(full), strict=True)
         ]

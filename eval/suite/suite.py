@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from kvcapsule.errors import InputError
+from kvcapsule.yaml_files import read_yaml
 
 from ..entries import FULL
 from .entries import Spec
@@ -91,7 +92,7 @@ def load(name: str) -> Suite:
             raise InputError(f"no suite {name!r}: give a YAML file, or one of {', '.join(shipped_suites())}.")
         path = Path(str(files(_PACKAGE) / f"{name}.yaml"))
     try:
-        return _suite(name_of(name), yaml.safe_load(path.read_text(encoding="utf-8")))
+        return _suite(name_of(name), read_yaml(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:
         raise InputError(f"the suite {name} cannot be used: {error}") from error
 

@@ -3,21 +3,25 @@ with them."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ..codec import LayerCodec, LayerGroupCodec
-from ..errors import CapsuleError
+from ..codec import FAMILIES, LayerCodec, LayerGroupCodec
+from ..codec.checked_tensors import CheckedTensors
+from ..errors import CapsuleError, ConfigError
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Method
 from ..vlm.geometry import KVGeometry
 from . import hub
 from .computed import Computed
 from .config import CapsuleConfig
-from .read import CONFIG_FILE, config_in, require_tensors, tensors_in
+from .read import CONFIG_FILE, WEIGHTS_FILE, config_in, header_in, require_tensors
 from .runs import LayerGroupPass, canonical_tiles, require_copies
+from .weights_file import read_tensors
 from .write import contents_of, save_folder
 
 
@@ -100,20 +104,24 @@ class Capsule(nn.Module, Method):
                 format version, or the tensors are not those that the config asks for.
         """
         folder = hub.find(name, revision)
-        config = config_in(folder)
-        try:
-            capsule = cls(config)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise CapsuleError(
-                f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for"
-                f" {config.geometry.layers} layers of {config.geometry.kv_heads} KV heads ({error}). The file is"
-                " damaged or was changed by hand."
-            ) from error
-        tensors = tensors_in(folder)
-        require_tensors(folder, tensors, capsule.state_dict())
+        config, header = config_in(folder), header_in(folder)
+        capsule = _empty(config, folder)
+        require_tensors(folder, header.forms, capsule.state_dict())
         # assign keeps the dtypes of the file; a copy would turn a bfloat16 capsule into a float32 one.
-        capsule.load_state_dict(tensors, assign=True)
+        capsule.load_state_dict(read_tensors(folder / WEIGHTS_FILE, header), assign=True)
+        capsule.require_sound_tensors(folder)
         return capsule.to(device).eval().requires_grad_(False)
+
+    def require_sound_tensors(self, folder: Path) -> None:
+        """Raises CapsuleError, naming the tensor, if a codec could not encode or read with the numbers in `folder`."""
+        for name, module in self.named_modules():
+            if isinstance(module, CheckedTensors):
+                try:
+                    module.check_tensors()
+                except ConfigError as error:
+                    raise CapsuleError(
+                        f"{folder / WEIGHTS_FILE}: {name}.{error} The file is damaged or was changed by hand."
+                    ) from error
 
     def push_to_hub(
         self,
@@ -133,3 +141,22 @@ class Capsule(nn.Module, Method):
         """
         to = hub.Destination(repo_id, private, revision, token, commit_message)
         return hub.upload(contents_of(self.config, self.state_dict(), recipe, metrics, repo_id), to)
+
+
+def _empty(config: CapsuleConfig, folder: Path) -> Capsule:
+    """A capsule whose tensors have shapes and no numbers, so that a config that asks for too many takes no memory.
+
+    A family of another package may compute as it builds its codecs: those get memory.
+
+    Raises:
+        CapsuleError: if there is no such capsule.
+    """
+    try:
+        with torch.device("meta") if config.family in FAMILIES else nullcontext():
+            return Capsule(config)
+    except (IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise CapsuleError(
+            f"{folder / CONFIG_FILE}: a {config.family} codec of these sizes cannot be built for"
+            f" {config.geometry.layers} layers of {config.geometry.kv_heads} KV heads ({error}). The file is damaged"
+            " or was changed by hand."
+        ) from error

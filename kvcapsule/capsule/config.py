@@ -5,7 +5,9 @@ from typing import Any
 
 from ..codec import REGISTRY, CodecConfig
 from ..errors import CapsuleError, ConfigError
+from ..field_checks import check_fields
 from ..vlm.geometry import KVGeometry
+from .limits import shortened
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
@@ -47,10 +49,10 @@ class CapsuleConfig:
     def from_dict(cls, values: dict[str, Any]) -> "CapsuleConfig":
         """Raises CapsuleError for another format version, an unknown family, or missing and unknown keys."""
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool | float):
             raise CapsuleError(
-                f"capsule format version {version!r}; this version of kvcapsule reads version {FORMAT_VERSION}. "
-                "Upgrade kvcapsule, or train the capsule again."
+                f"capsule format version {shortened(repr(version))}; this version of kvcapsule reads version"
+                f" {FORMAT_VERSION}. Upgrade kvcapsule, or train the capsule again."
             )
         family = values.get("family")
         metadata = values.get("metadata", {})
@@ -58,11 +60,15 @@ class CapsuleConfig:
         known = {"format_version", "family", "base_model", "base_revision", "geometry", "codec", "metadata"}
         if unknown := sorted(set(values) - known):
             raise CapsuleError(
-                f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}."
+                f"capsule config has unknown keys {shortened(', '.join(unknown))}; it may hold"
+                f" {', '.join(sorted(known))}."
             )
         codec_config = _codec_config(family, package)
         try:
-            return cls(
+            for key in ("codec", "geometry", "metadata"):
+                if not isinstance(values.get(key, {}), dict):
+                    raise ConfigError(f"{key} is no object of keys and values")
+            config = cls(
                 family=str(family),
                 codec=codec_config.from_dict(values["codec"]),
                 geometry=KVGeometry.from_dict(values["geometry"]),
@@ -70,6 +76,8 @@ class CapsuleConfig:
                 base_revision=values.get("base_revision"),
                 metadata=metadata,
             )
+            check_fields(config)
+            return config
         except KeyError as error:
             raise CapsuleError(
                 f"capsule config lacks {error.args[0]!r}: the file is damaged or was written by hand."
@@ -87,8 +95,12 @@ def _codec_config(family: Any, package: Any) -> type[CodecConfig]:
     # A file names an installed family, and never a module to import.
     if not isinstance(family, str) or family not in REGISTRY.names():
         raise CapsuleError(
-            f"unknown codec family {family!r}; this installation knows {', '.join(REGISTRY.names())}."
-            + ("" if package is None else f" Install the package {package}, which the capsule was trained with.")
+            f"unknown codec family {shortened(repr(family))}; this installation knows {', '.join(REGISTRY.names())}."
+            + (
+                ""
+                if package is None
+                else f" Install the package {shortened(package)}, which the capsule was trained with."
+            )
         )
     try:
         return REGISTRY.find(family).config

@@ -14,6 +14,7 @@ from ..errors import CapsuleError
 from .card import LIBRARY
 from .config import CapsuleConfig
 from .hub_errors import download_errors, upload_errors
+from .limits import existing_folder, shortened
 from .read import (
     CONFIG_FILE,
     FILES,
@@ -126,12 +127,10 @@ def upload(contents: Mapping[str, bytes | Path], to: Destination) -> str:
 def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | None:
     """The directory that `name` refers to, as a path or as a shipped name; None if it can only be a Hub id."""
     text = os.fspath(name)
-    folder = Path(text).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise CapsuleError(f"{folder} is a file: name the capsule's directory, which holds {', '.join(FILES)}.")
+    folder = existing_folder(text)
     # Imported by name: an installation maps the folder checkpoints/ into the package, which type checkers cannot see.
     checkpoints = import_module("kvcapsule.checkpoints")
-    local: Path | None = folder if text and folder.is_dir() else checkpoints.shipped(text)
+    local: Path | None = folder if text and folder else checkpoints.shipped(text)
     if local is not None:
         if revision is not None:
             raise CapsuleError(
@@ -142,8 +141,9 @@ def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | N
     if isinstance(name, str) and HUB_ID.fullmatch(name):
         return None
     raise CapsuleError(
-        f"no capsule {text!r}: there is no directory {folder.absolute()}, no shipped capsule of that name (shipped: "
-        f"{', '.join(checkpoints.shipped_names()) or 'none'}), and a name on the Hub has the form organisation/name."
+        f"no capsule {shortened(text)!r}: there is no directory {shortened(os.path.abspath(text))}, no shipped capsule"
+        f" of that name (shipped: {', '.join(checkpoints.shipped_names()) or 'none'}), and a name on the Hub has the form"
+        " organisation/name."
     )
 
 

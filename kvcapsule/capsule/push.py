@@ -7,7 +7,7 @@ from ..errors import CapsuleError
 from .capsule import Capsule
 from .card import CARD_LOADS
 from .hub import Destination, local_folder, upload
-from .read import CARD_FILE, FILES, require_files
+from .read import CARD_FILE, FILES, card_in, require_files
 
 
 def push_directory(directory: str | os.PathLike[str], to: Destination) -> str:
@@ -28,6 +28,6 @@ def push_directory(directory: str | os.PathLike[str], to: Destination) -> str:
     require_files(folder, FILES)
     Capsule.from_pretrained(folder)  # Refuses to upload a capsule that cannot be loaded.
     contents: dict[str, bytes | Path] = {name: folder / name for name in FILES}
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    card = card_in(folder)
     contents[CARD_FILE] = CARD_LOADS.sub(lambda _: f'Capsule.from_pretrained("{to.repo_id}")', card).encode()
     return upload(contents, to)

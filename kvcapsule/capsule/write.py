@@ -4,19 +4,19 @@ All five files are built in memory before the first byte is written, so their si
 metric leaves no partial files.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from .. import atomic_files
 from ..errors import CapsuleError
+from . import weights_file
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
 from .config import CapsuleConfig
+from .limits import new_folder, read_json
 from .read import (
     CARD_FILE,
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from .read import (
     RECIPE_FILE,
     WEIGHTS_FILE,
     WEIGHTS_METADATA,
+    card_in,
     require_files,
 )
 
@@ -54,7 +55,7 @@ def save_folder(
             remain, and the directory is unchanged.
         TypeError: if recipe or metrics hold objects that cannot be written as text.
     """
-    target = Path(directory).expanduser().resolve()
+    target = new_folder(directory)
     contents = contents_of(config, tensors, recipe, metrics, card_name or target.name)
     try:
         require_replaceable(target)
@@ -75,16 +76,16 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         CapsuleError: if the directory is no capsule, its metrics.json is damaged, or the files cannot be written.
         TypeError: if metrics holds objects that cannot be written as text.
     """
-    folder, plain = Path(directory).expanduser().resolve(), atomic_files.plain(metrics, "metrics")
+    folder, plain = new_folder(directory), atomic_files.plain(metrics, "metrics")
     require_files(folder, FILES)
     path = folder / METRICS_FILE
     try:
-        merged = {**json.loads(path.read_bytes()), **plain}
-    except (TypeError, ValueError) as error:
+        merged = {**read_json(path), **plain}
+    except (TypeError, CapsuleError) as error:
         raise CapsuleError(
             f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}."
         ) from error
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    card = card_in(folder)
     loads = CARD_LOADS.search(card)
     section = f"{MEASURED_TITLE}\n\n{measured_section(merged, loads['name'] if loads else folder.name)}\n\n"
     contents = {
@@ -102,6 +103,7 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
+        atomic_files.remove_litter(folder)
     except OSError as error:
         raise CapsuleError(atomic_files.write_failure(folder, sum(map(len, contents.values())), error)) from error
 
@@ -118,10 +120,9 @@ def contents_of(
         atomic_files.plain(recipe or {}, "recipe"),
         atomic_files.plain(metrics or {}, "metrics"),
     )
-    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     return {
         CONFIG_FILE: atomic_files.to_json(atomic_files.plain(config.to_dict(), "config")),
-        WEIGHTS_FILE: safetensors_bytes(stored, WEIGHTS_METADATA),
+        WEIGHTS_FILE: weights_file.write(tensors, WEIGHTS_METADATA),
         CARD_FILE: model_card(config, plain_recipe, plain_metrics, name).encode(),
         RECIPE_FILE: atomic_files.to_yaml(plain_recipe).encode(),
         METRICS_FILE: atomic_files.to_json(plain_metrics),
@@ -146,7 +147,7 @@ def require_replaceable(target: Path) -> None:
 def _holds_capsule(folder: Path) -> bool:
     """Whether the folder's config.json belongs to a capsule, of any format version."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        values = read_json(folder / CONFIG_FILE)
+    except CapsuleError:
         return False
     return isinstance(values, dict) and {"format_version", "family"} <= values.keys()

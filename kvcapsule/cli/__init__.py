@@ -39,7 +39,7 @@ HELP = {
 }
 EXTRAS = {
     "train": ("datasets", "lightning", "matplotlib", "sklearn", "tensorboard"),
-    "eval": ("datasets", "matplotlib", "sklearn"),
+    "eval": ("datasets", "matplotlib", "rapidfuzz", "sklearn"),
 }
 """The modules that each of pyproject's extras brings beside what every installation has."""
 EXTRA_OF = {"analyze": "train", "train": "train", "eval": "eval", "bench": "eval"}

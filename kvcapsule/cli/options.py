@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ..errors import ConfigError
+from ..yaml_files import LimitError, read_yaml
 from .errors import dashed
 
 Config = TypeVar("Config")
@@ -41,7 +42,9 @@ class OptionParser(ArgumentParser):
             ConfigError: if it has an option that was renamed.
         """
         try:
-            values = yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))
+            values = read_yaml(Path(cfg_path))
+        except LimitError as error:
+            raise ConfigError(f"{cfg_path} cannot be used: {error}.") from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             values = None  # The parser reads the file again and says what is wrong with it.
         require_current(values, self.renamed)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic_files import to_json, unique_name, write
+from ..atomic_files import remove_litter, to_json, unique_name, write
 from ..errors import InputError
 
 STDOUT = "-"
@@ -72,6 +72,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        remove_litter(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..field_checks import check_fields
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Rows, Segment, stored
@@ -163,6 +164,7 @@ class CodecConfig(ABC):
     at an image's first token."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.tile < 1:
             raise ConfigError(f"tile {self.tile} must be at least 1 token.")
         require_whole_blocks(self.tile, self.align)
@@ -184,7 +186,11 @@ class CodecConfig(ABC):
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(
-                f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(f.name for f in fields(cls))}."
+                f"{cls.__name__} has no field {', '.join(unknown)[:200]}; it has"
+                f" {', '.join(f.name for f in fields(cls))}."
             )
+        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in required if name not in values]:
+            raise ConfigError(f"{cls.__name__} lacks {', '.join(missing)}.")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**values)

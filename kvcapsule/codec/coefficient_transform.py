@@ -6,14 +6,16 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..field_checks import check_least
 from ..segments.bit_packing import GROUP
 from ..segments.coefficient_rows import Coding
 from ..vlm.geometry import KVGeometry
 from .base import CodecConfig
+from .checked_tensors import CheckedTensors, check_positive, check_widths
 from .noise_shaping import check_query_bank, shaped
 
 
-class CellTransform(nn.Module):
+class CellTransform(nn.Module, CheckedTensors):
     """Base of transform codes: bases along tokens, and the coding of the coefficients with their mean (`offset`).
 
     S head groups of `heads` KV heads; M rows (a multiple of 8) and C channels have at least one coded cell. Encoder and
@@ -35,6 +37,11 @@ class CellTransform(nn.Module):
         self.register_buffer("widths", torch.zeros(*cells, dtype=torch.uint8))
         self._coding: Coding | None = None
         self._coded_widths = 0
+
+    def check_tensors(self) -> None:
+        check_widths("widths", self.widths)
+        # Encoding divides by the step of every cell, uncoded ones included.
+        check_positive("step", self.step)
 
     def coding(self) -> Coding:
         """The coding of the coefficients. It is cached with its layout, and rebuilt when the parameters were replaced
@@ -91,6 +98,7 @@ class CoefficientCodecConfig(CodecConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_query_bank(self.readers)
+        check_least(self, {"bits": 0})
         if self.latent_bits:
             raise ConfigError(
                 f"latent_bits {self.latent_bits}: the coefficients of a transform code have bits of their own; leave"

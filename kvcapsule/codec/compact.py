@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError
+from ..field_checks import check_least
 from ..methods.ratios import check_ratio, retained
 from ..segments.quantized_rows import QuantizedRows
 from ..vlm.geometry import KVGeometry
@@ -52,6 +53,7 @@ from .attention_matching import (
     top_tokens,
 )
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
+from .checked_tensors import CheckedTensors, check_positive
 
 SELECTORS = ("attention", "learned")
 _SHORTLIST = 4
@@ -75,7 +77,7 @@ class Choice(NamedTuple):
     """A_kept^T A, [E, H, M, T], if the selection computed it."""
 
 
-class Selector(nn.Module):
+class Selector(nn.Module, CheckedTensors):
     """Token selector: ranks a tile's tokens by a two-layer network over a token's key and value with a position
     embedding, per KV head.
 
@@ -93,6 +95,9 @@ class Selector(nn.Module):
         self.place = nn.Parameter(torch.zeros(heads, tile, hidden))
         self.outer = nn.Parameter(torch.zeros(heads, hidden, 1))
         self.place_bias = nn.Parameter(torch.zeros(heads, tile))
+
+    def check_tensors(self) -> None:
+        check_positive("spread", self.spread)
 
     def forward(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
         """Ranking of the tokens, [E, H, T], higher for tokens to keep."""
@@ -259,9 +264,7 @@ class CompactConfig(CodecConfig):
             check_ratio(ratio)
         if self.selector not in SELECTORS:
             raise ConfigError(f"selector {self.selector!r} is neither {' nor '.join(map(repr, SELECTORS))}.")
-        for name, least in (("bank", 1), ("hidden", 1), ("passes", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} {getattr(self, name)}: at least {least} is needed.")
+        check_least(self, {"bank": 1, "hidden": 1, "passes": 0})
         if self.ridge <= 0 or self.scale < 0:
             raise ConfigError(
                 f"ridge {self.ridge} must be positive (the fit of the values needs it) and scale {self.scale} not"

@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..field_checks import check_least
 from ..methods.ratios import check_ratio, retained
 from ..vlm.geometry import KVGeometry
 from .base import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
+from .checked_tensors import CheckedTensors, check_places
 
 
-class RetainedKeys(KeyCodec):
+class RetainedKeys(KeyCodec, CheckedTensors):
     """Key codec with retained rows `kept` [m] and a linear reconstruction `theta` [H, T, m]."""
 
     borrows_tiles = True
@@ -35,11 +37,14 @@ class RetainedKeys(KeyCodec):
         self.register_buffer("kept", torch.arange(stored))
         self.theta = nn.Parameter(torch.zeros(heads, tile, stored))
 
+    def check_tensors(self) -> None:
+        check_places("kept", self.kept, self.theta.shape[1])
+
     def encode(self, k_EHTD: torch.Tensor) -> KeyPart:
         return KeyPart(k_EHTD[:, :, self.kept], score_map=self.theta.to(k_EHTD.dtype))
 
 
-class MlpKeys(KeyCodec):
+class MlpKeys(KeyCodec, CheckedTensors):
     """Key codec with retained rows `kept` [m] and a two-layer MLP along tokens, m -> hidden -> T, per KV head. Rebuilds
     the full keys at every read."""
 
@@ -53,6 +58,9 @@ class MlpKeys(KeyCodec):
         self.inner_bias = nn.Parameter(torch.zeros(heads, hidden, 1))
         self.outer = nn.Parameter(torch.zeros(heads, tile, hidden))
         self.outer_bias = nn.Parameter(torch.zeros(heads, tile, 1))
+
+    def check_tensors(self) -> None:
+        check_places("kept", self.kept, self.outer.shape[1])
 
     def decode(self, k_EHMD: torch.Tensor) -> torch.Tensor:
         """Expand retained keys [E, H, m, D] to all tokens, [E, H, T, D]."""
@@ -135,6 +143,7 @@ class KVCapsuleConfig(CodecConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, {"hidden": 1})
         if self.key_decoder not in ("linear", "mlp"):
             raise ConfigError(f"key_decoder {self.key_decoder!r} is neither 'linear' nor 'mlp'.")
         if self.key_decoder == "mlp" and not self.canonical_frame:

@@ -1,12 +1,17 @@
 """KV geometry: the layers, KV heads, head dim and rotary scheme of a model's language part."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GeometryError
+from ..field_checks import check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+ROTARY_SCHEMES = ("none", "1d", "mrope", "mrope-interleaved")
+_MOST = {"layers": 4096, "query_heads": 65536, "kv_heads": 65536, "head_dim": 65536}
+"""Far above any model; a file that asks for more is damaged."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,29 @@ class KVGeometry:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVGeometry":
-        return cls(**values)
+        """The geometry in a capsule's config.
+
+        Raises:
+            GeometryError, ConfigError: that names the key which is unknown, is missing, or has a value that no model
+                has.
+        """
+        names = [field.name for field in fields(cls)]
+        if wrong := sorted(set(values) ^ set(names)):
+            raise GeometryError(f"geometry has {', '.join(names)}; unknown or missing: {', '.join(wrong)[:200]}.")
+        geometry = cls(**values)
+        check_fields(geometry)
+        for name, most in _MOST.items():
+            if not 1 <= getattr(geometry, name) <= most:
+                raise GeometryError(f"geometry.{name} {getattr(geometry, name)} is outside 1 to {most:,}.")
+        if geometry.query_heads % geometry.kv_heads:
+            raise GeometryError(
+                f"geometry.query_heads {geometry.query_heads} is no multiple of kv_heads {geometry.kv_heads}."
+            )
+        if geometry.rotary not in ROTARY_SCHEMES:
+            raise GeometryError(
+                f"geometry.rotary {repr(geometry.rotary)[:80]} is unknown; it is one of {', '.join(ROTARY_SCHEMES)}."
+            )
+        return geometry
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -23,6 +23,7 @@ from support.capsule_files import (
     equal,
     fixed_capsule,
     limit_of_file_size,
+    loadable,
 )
 
 from kvcapsule import Capsule, CapsuleError, GeometryError, atomic_files
@@ -36,7 +37,7 @@ from kvcapsule.capsule.read import FILES as FILE_NAMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     family, codec = CODECS[name]
-    capsule = fixed_capsule(family=family, codec=codec).to(dtype)
+    capsule = loadable(fixed_capsule(family=family, codec=codec)).to(dtype)
     capsule.save_pretrained(tmp_path / "new" / "capsule")
     loaded = Capsule.from_pretrained(tmp_path / "new" / "capsule")
     assert loaded.config == capsule.config

@@ -226,8 +226,10 @@ def test_readers_are_saved_and_loaded(family: str, tmp_path: object) -> None:
 
 @pytest.mark.parametrize("kind", [TransformConfig, CrossLayerConfig])
 def test_no_fewer_readers_than_none(kind: type) -> None:
-    for count in (-1, 2.5, True, float("nan")):
-        with pytest.raises(ValueError, match=f"readers {count}: queries of each KV head, 0 or more"):
+    with pytest.raises(ValueError, match="readers -1: queries of each KV head, 0 or more"):
+        kind(TILE, readers=-1)
+    for count in (2.5, True, float("nan")):
+        with pytest.raises(ValueError, match=f"readers is {count}; it must be a whole number"):
             kind(TILE, readers=count)
     values = CapsuleConfig("transform", TransformConfig(TILE), GEOMETRY, "tiny").to_dict()
     values["codec"]["readers"] = "many"

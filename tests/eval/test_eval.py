@@ -7,9 +7,9 @@ from rich.progress import Progress
 from support.noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 
 from kvcapsule.eval.batches import Batch, batches
+from kvcapsule.eval.divergence import divergence
 from kvcapsule.eval.entries import FULL, Entry, full_entry
-from kvcapsule.eval.metrics import divergence
-from kvcapsule.eval.quality import Tally, answered, evaluate, prompt_bytes
+from kvcapsule.eval.quality import Answering, Tally, answered, evaluate, prompt_bytes
 from kvcapsule.eval.watched_generate import generate, held_bytes, new_cache
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.transformers_api import cache_argument
@@ -36,7 +36,7 @@ def tallies(model, processor, rows, make_capsule) -> dict[str, Tally]:
         Entry("identity", make_capsule(1, "identity", tile=50), "identity"),
         Entry("noise", make_capsule(0.2), "kvcapsule"),
     ]
-    return evaluate(model, processor, rows, compared, size=2, max_new_tokens=6, progress=Progress(disable=True))
+    return evaluate(model, processor, rows, compared, Answering(2, 6), progress=Progress(disable=True))
 
 
 def test_full_cache_is_its_own_yardstick(tallies) -> None:
@@ -104,9 +104,7 @@ def test_divergence_is_that_of_the_answer_of_the_full_cache(model, processor, ro
     """Against a loop that feeds this answer to the model by hand, for a method that would have answered otherwise."""
     destroyer = make_capsule(0.2)
     compared = [full_entry(), Entry("noise", destroyer, "kvcapsule")]
-    tally = evaluate(model, processor, rows, compared, size=4, max_new_tokens=5, progress=Progress(disable=True))[
-        "noise"
-    ]
+    tally = evaluate(model, processor, rows, compared, Answering(4, 5), progress=Progress(disable=True))["noise"]
     assert tally.same < 4
     inputs = dict(batch.inputs)
     answer = generate(model, batch.inputs, new_cache(model, None), batch.layout, max_new_tokens=5).tokens
@@ -139,7 +137,7 @@ def test_answers_end_with_their_first_end_token() -> None:
 
 def test_full_cache_must_come_first(model, processor, rows) -> None:
     with pytest.raises(ValueError, match="first entry"):
-        evaluate(model, processor, rows, [Entry("segments", Full(), FULL)], 2, 2, Progress(disable=True))
+        evaluate(model, processor, rows, [Entry("segments", Full(), FULL)], Answering(2, 2), Progress(disable=True))
 
 
 def test_prompts_are_weighed_as_the_run_weighs_them(model, rows, tallies, make_capsule, processor) -> None:

@@ -149,6 +149,7 @@ def test_own_data_without_tasks(vlm, questions_file, tmp_path) -> None:
     assert main(["--model", vlm, *QUICK, *arguments, "--json", str(tmp_path / "eval.json")]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert [(row["accuracy"], row["n"]) for row in result["rows"]] == [({"own": 0.0}, 2)] * 2
+    assert result["metric"] == "relaxed-exact"
     assert str(tmp_path) not in json.dumps(result)
 
 
@@ -179,6 +180,7 @@ def _refused(capsys, *arguments: str) -> str:
         (("--capsule", "/no/such/capsule"), "/no/such/capsule"),
         (("--budget", "0.5", "--model", "/no/such/model"), "cannot load"),
         (("--budget", "0.5", "--max-new-tokens", "1"), "at least 2"),
+        (("--budget", "0.5", "--metric", "bleu"), "--metric bleu is unknown: name one of auto, exact, "),
         (("--budget", "0.5", "--batch", "0"), "--batch 0"),
         (("--budget", "0.5", "--batch", "many"), "many"),
         (("--budget", "0.5", "--plot", "x.bmp"), ".png, .svg, .pdf"),
@@ -207,7 +209,8 @@ def test_options_may_have_dashes_or_underscores(capsys) -> None:
 
 def test_json_on_stdout_takes_the_place_of_the_tables(vlm, capsys) -> None:
     assert main(["--model", vlm, *QUICK, "--methods", "int4", "--json", "-"]) == 0
-    assert [row["method"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["full", "int4"]
+    result = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in result["rows"]] == ["full", "int4"] and result["metric"] == "demo"
 
 
 def test_wrong_data(vlm, questions_file, capsys, tmp_path) -> None:

@@ -35,6 +35,7 @@ TOP = {
     "dtype": str,
     "batch": int,
     "max_new_tokens": int,
+    "metric": str,
     "answer_tokens": dict,
 }
 ROW = {

@@ -13,7 +13,7 @@ from kvcapsule.eval import watched_generate
 from kvcapsule.eval.batches import batches
 from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.equal_bytes import Layout
-from kvcapsule.eval.quality import by_task, evaluate, prompt_bytes
+from kvcapsule.eval.quality import Answering, by_task, evaluate, prompt_bytes
 from kvcapsule.eval.shared_prefill import CompressedLayers, Keeper, Prefill, replayable, replaying
 from kvcapsule.eval.watched_generate import Generated, generate, new_cache, record
 from kvcapsule.inference.attach import attach
@@ -143,7 +143,8 @@ def test_a_run_is_the_same_with_and_without(model, processor: LlavaProcessor, ro
     prefills = []
     monkeypatch.setattr(watched_generate, "Keeper", lambda hidden: prefills.append(hidden) or Keeper(hidden))
     own, shared = (
-        evaluate(model, processor, rows, entries, 4, 6, Progress(disable=True), share) for share in (False, True)
+        evaluate(model, processor, rows, entries, Answering(4, 6, share_prefill=share), Progress(disable=True))
+        for share in (False, True)
     )
     assert own == shared
     # One a batch, with the hidden states that one of them asks for.
