@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .entry import StoreKey
-from .weights import tensor_digest
+from ..vlm.weights import tensor_digest
 
 KEY_FORMAT = 1
 """Raised whenever equal keys would no longer mean equal capsules."""
