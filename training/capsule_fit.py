@@ -29,8 +29,11 @@ from .harvest_memory import HARVEST_MEMORY, HarvestMemory
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe, flat, group_names
+from .rows_read import RowsRead
 from .saved_recipe import upgraded
 
+_ROWS_READ = "training_rows"
+"""Key of a checkpoint."""
 R = TypeVar("R", bound=Recipe, covariant=True)
 
 
@@ -82,6 +85,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         self._store: HarvestStore | None = None
         self._memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
         self.prepared = False
+        self.rows_read = RowsRead()
 
     @property
     def task(self) -> Task[R]:
@@ -129,6 +133,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = asdict(self.task.recipe)
+        checkpoint[_ROWS_READ] = self.rows_read.gather()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ConfigError for a checkpoint of another recipe: its tensors would have other shapes, or another
@@ -142,6 +147,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
                 f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
                 " true."
             )
+        self.rows_read.add(checkpoint.get(_ROWS_READ, ()))
 
     def setup(self, stage: str) -> None:
         if self.prepared:
@@ -162,7 +168,14 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         loader = self.task.data.train_dataloader()
         count = min(count, len(loader))
         batches = self._memory.batches(loader, count)
-        return iter(track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0))
+        shown = track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0)
+        return self.rows_read.noted(shown)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.rows_read.add(batch.digests)
+
+    def on_validation_end(self) -> None:
+        self.rows_read.gather()
 
     def numbers(self, step: int, count: int) -> list[int]:
         """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""

@@ -11,6 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.prompts import encode
+from kvcapsule.data.row_digest import row_digest
 from kvcapsule.errors import ConfigError
 
 from .harvest import AT_SPANS, Alignment
@@ -27,6 +28,8 @@ class Batch(NamedTuple):
     """[B]: how many tokens the answer has, at the end of each row, what closes the turn included."""
     alignment: Alignment = AT_SPANS
     """Where its tiles begin."""
+    digests: tuple[int, ...] = ()
+    """Of its rows (kvcapsule.data.row_digest)."""
 
 
 class Questions(L.LightningDataModule):
@@ -81,7 +84,8 @@ class Questions(L.LightningDataModule):
         )
         inputs, prompts = encode(self.processor, answered, self.dtype), encode(self.processor, unanswered)
         answers = inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
-        return Batch(inputs, answers, self._alignment([row["index"] for row in rows]))
+        digests = tuple(map(row_digest, questions))
+        return Batch(inputs, answers, self._alignment([row["index"] for row in rows]), digests)
 
     def _alignment(self, numbers: Sequence[int]) -> Alignment:
         """Of the rows with these numbers: the same in every epoch, pass and process."""

@@ -6,6 +6,7 @@ from typing import Any
 from ..codec import REGISTRY, CodecConfig
 from ..errors import CapsuleError, ConfigError
 from ..vlm.geometry import KVGeometry
+from .record import ModelRecord, data_record
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
@@ -25,12 +26,13 @@ class CapsuleConfig:
     geometry: KVGeometry
     """The KV geometry that the capsule fits."""
     base_model: str
-    """Hub id or name of the model that it was trained on."""
+    """Hub id or name of the model that it was trained on; of a folder its last part."""
     base_revision: str | None = None
-    """Revision of that model."""
+    """Revision of that model: the commit that was loaded."""
     format_version: int = FORMAT_VERSION
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Facts for the reader; PACKAGE among them where the family is another package's."""
+    """Facts beside what decoding needs: PACKAGE where the family is another package's, and what the capsule was
+    trained on (kvcapsule.capsule.record)."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +63,10 @@ class CapsuleConfig:
                 f"capsule config has unknown keys {', '.join(unknown)}; it may hold {', '.join(sorted(known))}."
             )
         codec_config = _codec_config(family, package)
+        if not isinstance(metadata, dict):
+            raise CapsuleError(f"metadata is {metadata!r}, expected names and values.")
+        ModelRecord.of(metadata)
+        data_record(metadata)
         try:
             return cls(
                 family=str(family),

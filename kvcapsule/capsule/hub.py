@@ -18,6 +18,7 @@ from .read import (
     CONFIG_FILE,
     FILES,
     NEEDED_TO_LOAD,
+    OPTIONAL_FILES,
     config_in,
     missing_files,
     require_files,
@@ -63,7 +64,7 @@ def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         require_files(folder, NEEDED_TO_LOAD)
         return folder
     with download_errors(str(name), revision):
-        patterns = list(FILES)
+        patterns = [*FILES, *OPTIONAL_FILES]
         folder = Path(
             snapshot_download(
                 str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__

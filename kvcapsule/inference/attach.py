@@ -30,7 +30,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @contextmanager
-def attach(model: Model, method: Method | None = None, store: ImageStore | None = None) -> Iterator[Model]:
+def attach(
+    model: Model, method: Method | None = None, store: ImageStore | None = None, strict: bool = False
+) -> Iterator[Model]:
     """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is
     passed.
 
@@ -47,8 +49,11 @@ def attach(model: Model, method: Method | None = None, store: ImageStore | None 
         store: where the capsules of images are kept: an image seen before behind the same prefix is not read again
             (docs/store.md). Prompts with images are then read in pieces, so answers are those of a question that is
             asked once the images are compressed.
+        strict: refuse a capsule of another model, and one of which that cannot be known, where otherwise a
+            ModelMismatchWarning says that the weights or the active adapter differ.
 
     Raises:
+        CapsuleError: with strict, if the capsule was trained on another model.
         GeometryError: if the method was made for another KV geometry.
         ModelError: if the installed transformers is not of a supported version.
         RuntimeError: if the model is attached already.
@@ -65,13 +70,14 @@ def attach(model: Model, method: Method | None = None, store: ImageStore | None 
     geometry = KVGeometry.from_config(inner.config)
     if method is not None:
         method.require_geometry(geometry)
+        method.check_model(inner, strict)
     prompts = None if store is None else StoredPrompts(inner, method, store)
     with ExitStack() as stack:
         stack.callback(_clear)
         stack.enter_context(prefill_attention(_attention_configs(inner, before), before))
         _set_text_attention(inner, IMPLEMENTATION)
         stack.callback(_set_text_attention, inner, before)
-        for handle in _hooks(model, inner, hidden=method is None or method.needs_hidden_states):
+        for handle in _hooks(model, inner, method, strict):
             stack.callback(handle.remove)
         if text_config._attn_implementation != IMPLEMENTATION:
             raise RuntimeError(
@@ -119,8 +125,13 @@ def _clear() -> None:
     _active.set(None)
 
 
-def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Hooks that hand the cache the forward's token ids, its rotation and, if `hidden`, each layer's input states."""
+def _hooks(
+    model: torch.nn.Module, inner: PreTrainedModel, method: Method | None, strict: bool
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Hooks that hand the cache the forward's token ids, its rotation and, where a method may read them, each layer's
+    input states. The methods of caches that are passed by hand are checked as `method` was."""
+    hidden = method is None or method.needs_hidden_states
+    checked = method
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -129,6 +140,10 @@ def _hooks(model: torch.nn.Module, inner: PreTrainedModel, hidden: bool) -> Iter
         _clear()
         cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
+            nonlocal checked
+            if cache.method is not checked:
+                cache.method.check_model(inner, strict)
+                checked = cache.method
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             cache.begin_forward(input_ids, kwargs.get("attention_mask"), kwargs)
             _active.set(cache)

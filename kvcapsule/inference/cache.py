@@ -40,12 +40,12 @@ class CapsuleCache(Cache):
             compiles the decode step where it would for its own static cache. None: the tail grows.
 
     Raises:
-        GeometryError: for models without a KV geometry (see KVGeometry.from_config).
+        GeometryError: for models without a KV geometry (see KVGeometry.from_config), and for another than the method's.
         ConfigError: for a tail_capacity below 1, or beside a method that acts during decoding.
     """
 
     def __init__(self, config: PreTrainedConfig, method: Method, tail_capacity: int | None = None) -> None:
-        KVGeometry.from_config(config)
+        method.require_geometry(KVGeometry.from_config(config))
         if tail_capacity is not None and tail_capacity < 1:
             raise ConfigError(
                 f"tail_capacity {tail_capacity}: give the tokens to be written behind the prompt, at least 1, or None"
