@@ -29,7 +29,6 @@ from .harvest_memory import HARVEST_MEMORY, HarvestMemory
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
 from .recipe import Recipe, flat, group_names
-from .rows_read import RowsRead
 from .saved_recipe import upgraded
 
 _ROWS_READ = "training_rows"
@@ -85,7 +84,6 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         self._store: HarvestStore | None = None
         self._memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
         self.prepared = False
-        self.rows_read = RowsRead()
 
     @property
     def task(self) -> Task[R]:
@@ -133,7 +131,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = asdict(self.task.recipe)
-        checkpoint[_ROWS_READ] = self.rows_read.gather()
+        checkpoint[_ROWS_READ] = self.task.data.rows_read.gather()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ConfigError for a checkpoint of another recipe: its tensors would have other shapes, or another
@@ -147,7 +145,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
                 f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
                 " true."
             )
-        self.rows_read.add(checkpoint.get(_ROWS_READ, ()))
+        self.task.data.rows_read.add(checkpoint.get(_ROWS_READ, ()))
 
     def setup(self, stage: str) -> None:
         if self.prepared:
@@ -169,13 +167,10 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         count = min(count, len(loader))
         batches = self._memory.batches(loader, count)
         shown = track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0)
-        return self.rows_read.noted(shown)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.rows_read.add(batch.digests)
+        return self.task.data.rows_read.noted(shown)
 
     def on_validation_end(self) -> None:
-        self.rows_read.gather()
+        self.task.data.rows_read.gather()
 
     def numbers(self, step: int, count: int) -> list[int]:
         """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""

@@ -15,6 +15,7 @@ from kvcapsule.data.row_digest import row_digest
 from kvcapsule.errors import ConfigError
 
 from .harvest import AT_SPANS, Alignment
+from .rows_read import RowsRead
 
 _SEEDS = 1_000_003
 """Between the random numbers of two seeds."""
@@ -53,6 +54,7 @@ class Questions(L.LightningDataModule):
         """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares."""
         super().__init__()
         self.fixed, self.align, self.words_before = fixed, 1, 0
+        self.rows_read = RowsRead()
         self.rows, self.held_out, self.processor = rows, held_out, processor
         self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
 
@@ -74,6 +76,12 @@ class Questions(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return self._loader(self.held_out, Shares(len(self.held_out), self.batch, None, rank, world))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Called by Lightning before each step."""
+        if self.trainer is not None and self.trainer.training:
+            self.rows_read.add(batch.digests)
+        return batch
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         questions = [read_question(row, row["index"]) for row in rows]

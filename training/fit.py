@@ -107,7 +107,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
             recipe=to_save(recipe),
             metrics={"train": metrics},
             card_name=shown_path(recipe.output),
-            training_rows=fit.rows_read.training_rows(),
+            training_rows=data.rows_read.training_rows(),
         )
         write_places(output, recipe.model, recipe.data.source)
         console.print(_summary(metrics))

@@ -1,12 +1,21 @@
 """The rows that a run trains on, noted as batches are read."""
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 
 from kvcapsule.capsule.training_rows import TrainingRows
 
-from .datamodule import Batch
+
+class Digested(Protocol):
+    """A batch that knows the digests of its rows."""
+
+    @property
+    def digests(self) -> tuple[int, ...]: ...
+
+
+B = TypeVar("B", bound=Digested)
 
 
 class RowsRead:
@@ -18,7 +27,7 @@ class RowsRead:
     def add(self, digests: Iterable[int]) -> None:
         self._digests.update(digests)
 
-    def noted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def noted(self, batches: Iterable[B]) -> Iterator[B]:
         """The same batches, each noted as it is read."""
         for batch in batches:
             self.add(batch.digests)

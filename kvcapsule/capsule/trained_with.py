@@ -7,15 +7,16 @@ OUTPUT.run/places.json, which stays on the machine that trained it.
 import json
 import os
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import atomic_files
 from ..data.source import SourceConfig
 from ..errors import CapsuleError, InputError
+from .config import CapsuleConfig
 from .hub import local_folder, read_config
-from .record import DATA, ModelRecord, data_record, is_local, portable
+from .record import DATA, MODEL, ModelRecord, data_record, is_local, portable
 
 RUN_SUFFIX = ".run"
 PLACES_FILE = "places.json"
@@ -25,14 +26,60 @@ _OTHER_SPLITS = ("test", "validation")
 """Splits to measure on, in order."""
 
 
-class TrainedWith(NamedTuple):
+@dataclass(frozen=True)
+class TrainedWith:
     """The model and the data of a capsule, as load_vlm and SourceConfig take them."""
 
-    model: str
-    revision: str | None
-    data: dict[str, Any]
-    """Fields of SourceConfig without size and seed, the split being one that was not trained on; empty where the data
-    are not recorded."""
+    capsule: str
+    """Its name, for messages."""
+    config: CapsuleConfig
+    places: dict[str, Any]
+    """Where folders and files lay, by MODEL and DATA."""
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the model on the Hub."""
+        return None if ModelRecord.of(self.config.metadata).local else self.config.base_revision
+
+    def model(self) -> str:
+        """The model's name or folder.
+
+        Raises:
+            InputError: if it lay in a folder that is not here.
+        """
+        name = self.config.base_model
+        if ModelRecord.of(self.config.metadata).local or Path(name).is_absolute():
+            return self._place(MODEL, name, "--model and its folder, or its id on the Hub")
+        return name
+
+    def data(self) -> dict[str, Any]:
+        """Fields of SourceConfig without size and seed, the split being another than the one that was trained on; empty
+        where the data are not recorded.
+
+        Raises:
+            InputError: if they lay in a folder or file that is not here.
+        """
+        record = data_record(self.config.metadata)
+        if not record:
+            return {}
+        source = str(record["source"])
+        if record.get("local"):
+            source = self._place(DATA, source, "--data.source and its place")
+        learned = str(record["split"]).partition("[")[0]
+        split = next(other for other in _OTHER_SPLITS if other != learned)
+        known = {field.name for field in fields(SourceConfig)}
+        return {**{key: value for key, value in record.items() if key in known}, "source": source, "split": split}
+
+    def _place(self, kind: str, recorded: str, option: str) -> str:
+        """Where a folder or file is that the capsule records by name."""
+        for place in (str(self.places.get(kind, "")), recorded):
+            with suppress(OSError, RuntimeError, ValueError):
+                if place and Path(place).exists():
+                    return place
+        raise InputError(
+            f"the capsule {self.capsule} was trained with the {kind} in {Path(recorded).name!r} of the machine that"
+            f" trained it, which is not here: give {option}."
+        )
 
 
 def trained_with(name: str | os.PathLike[str]) -> TrainedWith:
@@ -43,23 +90,9 @@ def trained_with(name: str | os.PathLike[str]) -> TrainedWith:
 
     Raises:
         CapsuleError: if there is no such capsule, or its config is damaged.
-        InputError: if its model or data lay in a folder or file that is not here; the message names the option to give.
     """
     config, folder = read_config(name), local_folder(name, None)
-    places = {} if folder is None else _places(folder)
-    record, data = ModelRecord.of(config.metadata), data_record(config.metadata)
-    model = config.base_model
-    if record.local or Path(model).is_absolute():
-        model = _place(name, "model", model, places, "--model and its folder, or its id on the Hub")
-    if data:
-        split = str(data["split"]).partition("[")[0]
-        source = data["source"]
-        if data.get("local"):
-            source = _place(name, "data", source, places, "--data.source and its place")
-        known = {field.name for field in fields(SourceConfig)}
-        other = next(other for other in _OTHER_SPLITS if other != split)
-        data = {**{key: value for key, value in data.items() if key in known}, "source": source, "split": other}
-    return TrainedWith(model, None if record.local else config.base_revision, data)
+    return TrainedWith(os.fspath(name), config, {} if folder is None else _places(folder))
 
 
 def record_of_data(data: SourceConfig) -> dict[str, Any]:
@@ -78,7 +111,7 @@ def write_places(capsule: Path, model: str, source: str) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    named = {"model": model, "data": source}
+    named = {MODEL: model, DATA: source}
     places = {key: str(Path(name).expanduser().resolve()) for key, name in named.items() if is_local(name)}
     path = _places_file(capsule)
     if places:
@@ -102,20 +135,3 @@ def _places(capsule: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CapsuleError(f"{path} cannot be read ({error}): delete it, and name model and data yourself.") from error
     return values if isinstance(values, dict) else {}
-
-
-def _place(name: str | os.PathLike[str], kind: str, recorded: str, places: dict[str, Any], option: str) -> str:
-    """Where a folder or file is that a capsule records by name.
-
-    Raises:
-        InputError: if it is not here.
-    """
-    for place in (str(places.get(kind, "")), recorded):
-        with suppress(OSError, RuntimeError, ValueError):
-            if place and Path(place).exists():
-                return place
-    last = Path(recorded).name
-    raise InputError(
-        f"the capsule {os.fspath(name)} was trained with the {kind} in {last!r} of the machine that trained it, which"
-        f" is not here: give {option}."
-    )

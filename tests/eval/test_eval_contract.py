@@ -36,6 +36,7 @@ TOP = {
     "batch": int,
     "max_new_tokens": int,
     "answer_tokens": dict,
+    "seen": dict,
 }
 ROW = {
     "method": str,

@@ -56,25 +56,27 @@ def test_its_own_model_is_taken_in_strict(trained: Path, vlm: str) -> None:
 
 def test_model_and_data_are_known_where_they_lay(trained: Path, vlm: str, tmp_path: Path) -> None:
     known = trained_with(trained)
-    assert known.model == vlm and known.revision is None
-    assert known.data["source"] == str(trained.parent / "own.jsonl") and known.data["prompt"] == "question"
-    assert known.data["split"] == "test" and not {"size", "seed"} & set(known.data)
+    data = known.data()
+    assert known.model() == vlm and known.revision is None
+    assert data["source"] == str(trained.parent / "own.jsonl") and data["prompt"] == "question"
+    assert data["split"] == "test" and not {"size", "seed"} & set(data)
     # The same capsule where the run's folder is not beside it.
     moved = tmp_path / "moved"
     moved.mkdir()
     for file in trained.iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InputError, match=rf"moved was trained with the model in '{Path(vlm).name}'.*give --model"):
-        trained_with(moved)
+        trained_with(moved).model()
     (tmp_path / "moved.run").mkdir()
     (tmp_path / "moved.run" / PLACES_FILE).write_text(json.dumps({"model": vlm}))
     with pytest.raises(InputError, match=r"the data in 'own\.jsonl'.*give --data\.source"):
-        trained_with(moved)
+        trained_with(moved).data()
+    assert trained_with(moved).model() == vlm
 
 
 def test_shipped_capsules_are_of_the_shipped_model() -> None:
     known = trained_with("pages-vlm-cross-layer")
-    assert known.model == "pages-vlm" and known.data.get("source", "pages") == "pages"
+    assert known.model() == "pages-vlm" and known.data().get("source", "pages") == "pages"
 
 
 def digests(rows: object) -> list[int]:
@@ -99,4 +101,3 @@ def test_a_resumed_run_records_what_it_read_before(vlm: str, tmp_path: Path) -> 
     after = TrainingRows.in_folder(tmp_path / "c")
     assert before is not None and after is not None
     assert before.seen(before.digests.tolist()).seen == after.seen(before.digests.tolist()).seen == before.total
-    assert after.total > before.total
