@@ -47,6 +47,10 @@ class PerLayer(Method):
         for method in self.methods:
             method.require_geometry(geometry)
 
+    def check_model(self, model: torch.nn.Module, strict: bool = False) -> None:
+        for method in self.methods:
+            method.check_model(model, strict)
+
 
 Build = Callable[[float], Method]
 """Builds a method that keeps a share of the tokens, in (0, 1]."""

@@ -18,7 +18,8 @@ class EvalConfig:
     """What is compared, on which questions, and where the result is written."""
 
     model: str = "pages-vlm"
-    """The VLM: a shipped name, a folder or an id on the Hub."""
+    """The VLM: a shipped name, a folder or an id on the Hub. With --capsule the default is the model that the first
+    capsule was trained with."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     dtype: str = "auto"
@@ -43,7 +44,12 @@ class EvalConfig:
     train: bool = True
     """Train the suite's capsules that are missing. false: refuse, and print the commands that train them."""
     data: SourceConfig = field(default_factory=lambda: SourceConfig(split="test", size=200))
-    """The questions."""
+    """The questions. With --capsule the defaults of source and columns are those that the first capsule was trained
+    with, and another split."""
+    allow_seen: bool = False
+    """Measure even where a capsule was trained on more than one in twenty of the questions."""
+    strict: bool = False
+    """Refuse a capsule of another model. false: say so in one line and go on."""
     resize: bool = True
     """Resize images to the size that the model's processor sets. false: keep their sizes."""
     batch: int = 16

@@ -14,6 +14,7 @@ from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
 from kvcapsule.cli.tables import report_console
 from kvcapsule.errors import InputError, KVCapsuleError
 
+from .capsule_defaults import set_defaults
 from .eval_config import RENAMED, EvalConfig
 from .report import markdown, rate_curves, scatter
 from .report.picture import save_picture
@@ -61,7 +62,7 @@ def build_parser() -> OptionParser:
 
 
 def _parse(words: list[str]) -> EvalConfig:
-    """The options: those of the command line, then those of a suite, then defaults.
+    """The options: those of the command line, then those of a suite or what a capsule was trained with, then defaults.
 
     Raises:
         ConfigError, InputError, ArgumentError: for unknown options, or values that they cannot have.
@@ -76,6 +77,9 @@ def _parse(words: list[str]) -> EvalConfig:
         except (ArgumentError, KVCapsuleError) as error:
             raise InputError(f"the suite {values.suite} cannot be used: options: {error}") from error
         parser.set_defaults(dict(options.items()))
+        values = parser.read(words)
+    elif values.capsule:
+        set_defaults(parser, words, values.capsule[0])
         values = parser.read(words)
     return instance(EvalConfig, parser, values)
 

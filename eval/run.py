@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
+from kvcapsule.cli.model_check import checked_models
 from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.environment import machine, versions
@@ -30,6 +31,7 @@ from .quality import Answering, evaluate, prompt_bytes
 from .report import markdown
 from .report.rows import answer_tokens, rows
 from .scores.scorer import Scorer
+from .seen import seen_shares
 from .shared_prefill import replayable
 from .suite.capsules import open_trained
 from .suite.entries import Capsules, EntryContext
@@ -46,8 +48,8 @@ SAMPLE = 32
 class Participants(NamedTuple):
     """The capsules and methods of a run."""
 
-    capsules: list[Capsule]
-    """Loaded, on the CPU."""
+    capsules: Capsules
+    """Loaded, on the CPU: by row or entry, the name and the capsule."""
     entries: Callable[[PreTrainedModel, ProcessorMixin, datasets.Dataset, Progress], list[Entry]]
     """Builds the methods, once the capsules are on the model's device; the full cache is the first."""
 
@@ -69,15 +71,19 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     participants = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device, config.resize)
-        for capsule in participants.capsules:
+        for _, capsule in participants.capsules.values():
             capsule.require_geometry(KVGeometry.from_config(model.config))
             capsule.to(model.device)
         questions = source.load(config.data)
     session.tell(console, questions.info.description)
     if len(questions) == 0:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
+    shares = seen_shares(participants.capsules, questions, config.allow_seen, console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with (
+        checked_models(participants.capsules.values(), model, config.strict, console),
+        Progress(*columns, console=console) as progress,
+    ):
         methods = participants.entries(model, processor, questions, progress)
         for entry in methods:
             if entry.method is not None:
@@ -104,6 +110,7 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "metric": ", ".join(sorted(tallies[FULL].metrics)),
         "answer_tokens": answer_tokens(tallies[FULL]),
+        "seen": shares,
     }
 
 
@@ -167,7 +174,7 @@ def _named(config: EvalConfig) -> Participants:
 
         return entries(names, capsules, build_policy, first)
 
-    return Participants([capsule for _, capsule in capsules.values()], build_all)
+    return Participants(capsules, build_all)
 
 
 def _of_suite(config: EvalConfig, name: str, console: Console) -> Participants:
@@ -199,7 +206,7 @@ def _of_suite(config: EvalConfig, name: str, console: Console) -> Participants:
         context = EntryContext(capsules, lambda row, build, name: meter.match(target(row), build, name))
         return [full_entry(), *(spec.entry(context) for spec in specs)]
 
-    return Participants([capsule for _, capsule in capsules.values()], build_all)
+    return Participants(capsules, build_all)
 
 
 def _warn_unequal(results: list[dict[str, Any]], console: Console) -> None:

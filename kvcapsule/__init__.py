@@ -13,12 +13,14 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .capsule.capsule import Capsule
     from .capsule.config import CapsuleConfig
-    from .errors import CapsuleError, GeometryError
+    from .data.prompts import conversation, encode
+    from .errors import CapsuleError, GeometryError, ModelMismatchWarning
     from .inference.attach import attach
     from .inference.cache import CapsuleCache
     from .segments.segment import Segment
     from .store.image_store import ImageStore
     from .vlm.geometry import KVGeometry
+    from .vlm.loading import load_vlm
     from .vlm.spans import VisualSpan, find_spans
 
 
@@ -31,10 +33,14 @@ _HOME = {
     "ImageStore": "store.image_store",
     "KVCapsuleError": "errors",
     "KVGeometry": "vlm.geometry",
+    "ModelMismatchWarning": "errors",
     "Segment": "segments.segment",
     "VisualSpan": "vlm.spans",
     "attach": "inference.attach",
+    "conversation": "data.prompts",
+    "encode": "data.prompts",
     "find_spans": "vlm.spans",
+    "load_vlm": "vlm.loading",
 }
 
 __all__ = [
@@ -46,11 +52,15 @@ __all__ = [
     "ImageStore",
     "KVCapsuleError",
     "KVGeometry",
+    "ModelMismatchWarning",
     "Segment",
     "VisualSpan",
     "__version__",
     "attach",
+    "conversation",
+    "encode",
     "find_spans",
+    "load_vlm",
 ]
 
 

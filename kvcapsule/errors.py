@@ -36,3 +36,7 @@ class ModelError(KVCapsuleError):
 
 class PackageError(KVCapsuleError):
     """A package that a test bed is made from cannot be fetched or is damaged."""
+
+
+class ModelMismatchWarning(UserWarning):
+    """A capsule is used with a model of the right geometry that is not the one that it was trained on."""

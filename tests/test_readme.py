@@ -4,10 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from kvcapsule import Capsule
+from kvcapsule.capsule.card import model_card
 from kvcapsule.cli import COMMANDS, main
 from kvcapsule.testbeds.pages import page
 
@@ -41,6 +44,35 @@ def test_the_python_block_answers_a_question(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 5
+
+
+def test_the_python_block_runs_for_another_model(
+    vlm: str, make_capsule: Callable[[float], Capsule], tmp_path: Path
+) -> None:
+    """With two words changed."""
+    (block,) = blocks("python")
+    make_capsule(0.5).save_pretrained(tmp_path / "mine")
+    for word, own in (('"pages-vlm"', vlm), ('"pages-vlm-cross-layer"', str(tmp_path / "mine"))):
+        assert block.count(word) == 1
+        block = block.replace(word, repr(own))
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_cards_code_and_commands_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As they stand, beside an image of the name that they give."""
+    monkeypatch.chdir(tmp_path)
+    page("test", 0).image.save("image.png")
+    capsule = Capsule.from_pretrained("pages-vlm-cross-layer")
+    card = model_card(capsule.config, None, None, "pages-vlm-cross-layer")
+    (block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    printed = {words.split()[1]: shlex.split(words)[1:] for words in re.findall(r"`(kvcapsule [^`]+)`", card)}
+    assert set(printed) == {"generate", "eval"}
+    assert main(printed["generate"]) == 0 and capsys.readouterr().out
+    quick = ["--data.size", "4", "--batch", "4", "--max-new-tokens", "4", "--timing", "false", "--methods", "int4"]
+    assert main([*printed["eval"], *quick]) == 0
 
 
 def test_every_command_is_shown() -> None:

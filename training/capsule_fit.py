@@ -31,6 +31,8 @@ from .losses import full_output, output_error, unexplained
 from .recipe import Recipe, flat, group_names
 from .saved_recipe import upgraded
 
+_ROWS_READ = "training_rows"
+"""Key of a checkpoint."""
 R = TypeVar("R", bound=Recipe, covariant=True)
 
 
@@ -129,6 +131,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = asdict(self.task.recipe)
+        checkpoint[_ROWS_READ] = self.task.data.rows_read.gather()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ConfigError for a checkpoint of another recipe: its tensors would have other shapes, or another
@@ -142,6 +145,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
                 f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
                 " true."
             )
+        self.task.data.rows_read.add(checkpoint.get(_ROWS_READ, ()))
 
     def setup(self, stage: str) -> None:
         if self.prepared:
@@ -162,7 +166,11 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         loader = self.task.data.train_dataloader()
         count = min(count, len(loader))
         batches = self._memory.batches(loader, count)
-        return iter(track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0))
+        shown = track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0)
+        return self.task.data.rows_read.noted(shown)
+
+    def on_validation_end(self) -> None:
+        self.task.data.rows_read.gather()
 
     def numbers(self, step: int, count: int) -> list[int]:
         """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""

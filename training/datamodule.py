@@ -12,9 +12,11 @@ from transformers import BatchFeature, ProcessorMixin
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.places import words_alone
 from kvcapsule.data.prompts import encode
+from kvcapsule.data.row_digest import row_digest
 from kvcapsule.errors import ConfigError
 
 from .harvest import AT_SPANS, Alignment
+from .rows_read import RowsRead
 
 _SEEDS = 1_000_003
 """Between the random numbers of two seeds."""
@@ -28,6 +30,8 @@ class Batch(NamedTuple):
     """[B]: how many tokens the answer has, at the end of each row, what closes the turn included."""
     alignment: Alignment = AT_SPANS
     """Where its tiles begin."""
+    digests: tuple[int, ...] = ()
+    """Of its rows (kvcapsule.data.row_digest)."""
 
 
 class Questions(L.LightningDataModule):
@@ -51,6 +55,7 @@ class Questions(L.LightningDataModule):
         """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares."""
         super().__init__()
         self.fixed, self.align, self.words_before = fixed, 1, 0
+        self.rows_read = RowsRead()
         self.rows, self.held_out, self.processor = rows, held_out, processor
         self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
 
@@ -73,6 +78,12 @@ class Questions(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return self._loader(self.held_out, Shares(len(self.held_out), self.batch, None, rank, world))
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Called by Lightning before each step."""
+        if self.trainer is not None and self.trainer.training:
+            self.rows_read.add(batch.digests)
+        return batch
+
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         questions = [read_question(row, row["index"]) for row in rows]
         before = [self._text_before(row["index"]) for row in rows]
@@ -82,7 +93,8 @@ class Questions(L.LightningDataModule):
         )
         inputs, prompts = encode(self.processor, answered, self.dtype), encode(self.processor, unanswered)
         answers = inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
-        return Batch(inputs, answers, self._alignment([row["index"] for row in rows]))
+        digests = tuple(map(row_digest, questions))
+        return Batch(inputs, answers, self._alignment([row["index"] for row in rows]), digests)
 
     def _alignment(self, numbers: Sequence[int]) -> Alignment:
         """Of the rows with these numbers: the same in every epoch, pass and process."""

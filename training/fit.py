@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
+from kvcapsule.capsule.record import MODEL, portable
+from kvcapsule.capsule.trained_with import record_of_data, write_places
 from kvcapsule.capsule.write import require_replaceable
 from kvcapsule.cli import session
+from kvcapsule.cli.results import shown_path
 from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
 from kvcapsule.errors import ConfigError, DataError, GeometryError, InputError
@@ -30,6 +34,7 @@ from .capsule_fit import CapsuleFit, Task
 from .datamodule import Questions
 from .families import fit_class
 from .recipe import Recipe
+from .saved_recipe import to_save
 
 AnyFit = CapsuleFit[Recipe]
 _NEVER = 10**9
@@ -98,7 +103,14 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
             "seconds": seconds,
             "questions": len(held_out),
         }
-        capsule.save_pretrained(output, recipe=asdict(recipe), metrics={"train": metrics})
+        capsule.save_pretrained(
+            output,
+            recipe=to_save(recipe),
+            metrics={"train": metrics},
+            card_name=shown_path(recipe.output),
+            training_rows=data.rows_read.training_rows(),
+        )
+        write_places(output, recipe.model, recipe.data.source)
         console.print(_summary(metrics))
         console.print(f"capsule saved to {output} ({seconds:.0f} s)", highlight=False)
     return capsule
@@ -228,15 +240,19 @@ def _quiet() -> None:
 
 
 def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeometry) -> Capsule:
-    package = REGISTRY.package_of(family.name)
+    package, model = REGISTRY.package_of(family.name), fit.task.model
     config = CapsuleConfig(
         family=family.name,
         # Where tiles begin is the recipe's, whatever the family.
         codec=replace(fit.codec_config(), align=recipe.codec.align),
         geometry=geometry,
-        base_model=recipe.model,
-        base_revision=recipe.revision,
-        metadata={} if package is None else {PACKAGE: package},
+        base_model=portable(recipe.model),
+        base_revision=commit_of(model) or recipe.revision,
+        metadata={
+            **({} if package is None else {PACKAGE: package}),
+            MODEL: record_of(recipe.model, model).to_dict(),
+            **record_of_data(recipe.data),
+        },
     )
     capsule = Capsule(config)
     for index, codec in enumerate(capsule.layers):

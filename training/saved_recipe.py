@@ -1,7 +1,13 @@
-"""Recipes that runs saved beside their capsules: known by their keys, and read with the names of today."""
+"""Recipes that runs save beside their capsules: written without this machine's paths, known by their keys, and read
+with the names of today."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
+
+from kvcapsule.capsule.record import portable
+
+from .recipe import Recipe
 
 _SAVED = frozenset(("output", "force", "resume", "trainer"))
 """Keys by which a saved recipe is known: it holds every option."""
@@ -35,3 +41,13 @@ def upgraded(contents: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name, convert = _RENAMED.get(f"{prefix}{key}", (key, lambda value: value))
         renamed[name] = upgraded(value, f"{prefix}{key}.") if isinstance(value, Mapping) else convert(value)
     return renamed
+
+
+def to_save(recipe: Recipe) -> dict[str, Any]:
+    """All options of a run; folders and files are named by their last part."""
+    values = asdict(recipe)
+    for name in ("model", "output", "harvests"):
+        if values[name] is not None:
+            values[name] = portable(values[name])
+    values["data"]["source"] = portable(recipe.data.source)
+    return values

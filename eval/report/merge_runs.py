@@ -25,7 +25,7 @@ from . import markdown, rate_curves
 from .picture import save_picture
 
 PROG = "python -m kvcapsule.eval.report.merge_runs"
-_MAY_DIFFER = ("rows", "command")
+_MAY_DIFFER = ("rows", "command", "seen")
 """Keys in which the parts may differ."""
 
 
@@ -72,7 +72,15 @@ def merge(parts: Sequence[dict[str, Any]], order: Sequence[str], replace: bool =
         rows[row["method"]] = row
     if missing := [name for name in order if name not in rows]:
         raise InputError(f"no part has {', '.join(missing)}: measure them with --methods {','.join(missing)}.")
-    return {**first, "rows": [rows[name] for name in order], "command": " && ".join(part["command"] for part in parts)}
+    merged = {
+        **first,
+        "rows": [rows[name] for name in order],
+        "command": " && ".join(part["command"] for part in parts),
+    }
+    # Results of earlier versions lack it.
+    if any("seen" in part for part in parts):
+        merged["seen"] = {name: share for part in parts for name, share in part.get("seen", {}).items()}
+    return merged
 
 
 def _full(part: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 with them."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,15 +13,17 @@ from torch import nn
 
 from ..codec import FAMILIES, LayerCodec, LayerGroupCodec
 from ..codec.checked_tensors import CheckedTensors
-from ..errors import CapsuleError, ConfigError
+from ..errors import CapsuleError, ConfigError, ModelMismatchWarning
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Method
 from ..vlm.geometry import KVGeometry
 from . import hub
+from .base_model import difference, unknown
 from .computed import Computed
 from .config import CapsuleConfig
 from .read import CONFIG_FILE, WEIGHTS_FILE, config_in, header_in, require_tensors
 from .runs import LayerGroupPass, canonical_tiles, require_copies
+from .training_rows import TrainingRows
 from .weights_file import read_tensors
 from .write import contents_of, save_folder
 
@@ -46,6 +49,20 @@ class Capsule(nn.Module, Method):
     def require_geometry(self, geometry: KVGeometry) -> None:
         """Raises GeometryError, with both geometries, unless the capsule fits."""
         self.config.geometry.require(geometry)
+
+    def check_model(self, model: nn.Module, strict: bool = False) -> None:
+        """Warn (ModelMismatchWarning) unless `model` has the weights and adapters that the capsule was trained on, as
+        far as the capsule records them.
+
+        Raises:
+            CapsuleError: with strict, if the model is another one or that cannot be known.
+        """
+        line = difference(self.config, model) or (unknown(self.config, model) if strict else None)
+        if line is None:
+            return
+        if strict:
+            raise CapsuleError(f"{line} (refused, as strict is set).")
+        warnings.warn(line, ModelMismatchWarning, stacklevel=2)
 
     def begin_pass(self, layers: Sequence[int]) -> CompressionPass:
         codecs = [codec for codec in self.layers if isinstance(codec, LayerGroupCodec)]
@@ -84,9 +101,10 @@ class Capsule(nn.Module, Method):
         recipe: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         card_name: str | None = None,
+        training_rows: TrainingRows | None = None,
     ) -> None:
         """Write the capsule to a directory; arguments and errors are those of kvcapsule.capsule.write.save_folder."""
-        save_folder(self.config, self.state_dict(), directory, recipe, metrics, card_name)
+        save_folder(self.config, self.state_dict(), directory, recipe, metrics, card_name, training_rows)
 
     @classmethod
     def from_pretrained(

@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from ..atomic_files import to_yaml
 from .config import CapsuleConfig
+from .record import ModelRecord
 
 CARD_TAGS = ["kv-cache", "compression", "vision-language"]
-LICENSE = "apache-2.0"
 LIBRARY = "kvcapsule"
-CARD_LOADS = re.compile(r'Capsule\.from_pretrained\("(?P<name>[^"\n]*)"\)')
+CARD_LOADS = re.compile(r'Capsule\.from_pretrained\("(?P<name>[^"\n]*)"')
 MEASURED_TITLE = "## Measured"
 CARD_MEASURED = re.compile(rf"^{MEASURED_TITLE}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
@@ -29,35 +30,50 @@ def model_card(
             measured.
         name: the name to pass to `from_pretrained`; by default the base model's name and the family.
     """
-    name = name or f"{config.base_model.rpartition('/')[2]}-{config.family}"
+    base, record = config.base_model, ModelRecord.of(config.metadata)
+    name = name or f"{base.rpartition('/')[2]}-{config.family}"
     data = ModelCardData(
-        # The Hub refuses a base_model that is not an id, e.g. the path of a folder. The text below names it anyway.
-        base_model=config.base_model if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", config.base_model) else None,
+        # The Hub refuses a base_model that is not an id. The text below names it anyway.
+        base_model=None if record.local or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base) else base,
         library_name=LIBRARY,
-        license=LICENSE,
         tags=CARD_TAGS,
+        license=record.license.get("license"),
+        license_name=record.license.get("license_name"),
+        license_link=record.license.get("license_link"),
     )
     at = f" at revision `{config.base_revision}`" if config.base_revision else ""
+    revision = f', revision="{config.base_revision}"' if config.base_revision and not record.local else ""
+    warned = ", and other weights are warned of" if record.weights else ""
     recipe_text = f"```yaml\n{to_yaml(recipe)}```" if recipe else "No recipe was saved with this capsule."
     return f"""---
 {data.to_yaml()}
 ---
 
-# {name}
+# {PurePath(name).name}
 
-A capsule for `{config.base_model}`{at}: codecs of the family `{config.family}` that store the visual part of its KV \
-cache as latents, which
+A capsule for `{base}`{at}: codecs of the family `{config.family}` that store the visual part of its KV cache as \
+latents, which
 attention reads as they are.
 
 ## Use
 
 ```python
-from kvcapsule import Capsule, attach
-with attach(model, Capsule.from_pretrained("{name}")):
-    output = model.generate(**inputs)
+from PIL import Image
+
+from kvcapsule import Capsule, attach, conversation, encode, load_vlm
+
+model, processor = load_vlm("{base}"{revision}){"  # the path of this folder" if record.local else ""}
+capsule = Capsule.from_pretrained("{name}", device=model.device)
+question = conversation([Image.open("image.png")], "What does the image show?")
+inputs = encode(processor, [question], model.dtype).to(model.device)
+with attach(model, capsule):
+    output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0], skip_special_tokens=True))
 ```
 
-`model` is `{config.base_model}`. A model of another KV geometry is refused; this one:
+or `kvcapsule generate --capsule {name} --image image.png --prompt "What does the image show?"`.
+
+A model of another KV geometry is refused{warned}. This one:
 
 {_table(["KV geometry", ""], config.geometry.to_dict().items())}
 
@@ -71,6 +87,16 @@ Visual tokens are coded in tiles of {config.codec.tile}{_where(config)}; what is
 
 {recipe_text}
 """
+
+
+def renamed(card: str, name: str) -> str:
+    """A card whose code and commands load the capsule by another name."""
+    loads = CARD_LOADS.search(card)
+    if loads is None:
+        return card
+    before = re.escape(loads["name"])
+    card = CARD_LOADS.sub(lambda _: f'Capsule.from_pretrained("{name}"', card)
+    return re.sub(rf"(?<=--capsule ){before}(?=[\s`])", lambda _: name, card)
 
 
 ROW_COLUMNS = {

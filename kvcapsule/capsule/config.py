@@ -8,6 +8,7 @@ from ..errors import CapsuleError, ConfigError
 from ..field_checks import check_fields
 from ..vlm.geometry import KVGeometry
 from .limits import shortened
+from .record import ModelRecord, data_record
 
 FORMAT_VERSION = 1
 """Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
@@ -27,12 +28,13 @@ class CapsuleConfig:
     geometry: KVGeometry
     """The KV geometry that the capsule fits."""
     base_model: str
-    """Hub id or name of the model that it was trained on."""
+    """Hub id or name of the model that it was trained on; of a folder its last part."""
     base_revision: str | None = None
-    """Revision of that model."""
+    """Revision of that model: the commit that was loaded."""
     format_version: int = FORMAT_VERSION
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Facts for the reader; PACKAGE among them where the family is another package's."""
+    """Facts beside what decoding needs: PACKAGE where the family is another package's, and what the capsule was
+    trained on (kvcapsule.capsule.record)."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -64,6 +66,10 @@ class CapsuleConfig:
                 f" {', '.join(sorted(known))}."
             )
         codec_config = _codec_config(family, package)
+        if not isinstance(metadata, dict):
+            raise CapsuleError(f"metadata is {metadata!r}, expected names and values.")
+        ModelRecord.of(metadata)
+        data_record(metadata)
         try:
             for key in ("codec", "geometry", "metadata"):
                 if not isinstance(values.get(key, {}), dict):

@@ -19,6 +19,7 @@ from .read import (
     CONFIG_FILE,
     FILES,
     NEEDED_TO_LOAD,
+    OPTIONAL_FILES,
     config_in,
     missing_files,
     require_files,
@@ -64,7 +65,7 @@ def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         require_files(folder, NEEDED_TO_LOAD)
         return folder
     with download_errors(str(name), revision):
-        patterns = list(FILES)
+        patterns = [*FILES, *OPTIONAL_FILES]
         folder = Path(
             snapshot_download(
                 str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__
@@ -142,8 +143,8 @@ def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | N
         return None
     raise CapsuleError(
         f"no capsule {shortened(text)!r}: there is no directory {shortened(os.path.abspath(text))}, no shipped capsule"
-        f" of that name (shipped: {', '.join(checkpoints.shipped_names()) or 'none'}), and a name on the Hub has the form"
-        " organisation/name."
+        f" of that name (shipped: {', '.join(checkpoints.shipped_names()) or 'none'}), and a name on the Hub has the"
+        " form organisation/name."
     )
 
 

@@ -1,4 +1,4 @@
-"""Reader of capsule folders: the five files, the config and the header of the weights (format: checkpoints/FORMAT.md).
+"""Reader of capsule folders: their files, the config and the header of the weights (format: checkpoints/FORMAT.md).
 
 Errors name the file that is missing, damaged or of another version, and what to do about it.
 """
@@ -13,6 +13,7 @@ from ..errors import CapsuleError
 from .config import FORMAT_VERSION, CapsuleConfig
 from .limits import read_file, read_json, shortened
 from .tensor_bytes import Form
+from .training_rows import ROWS_FILE
 from .weights_file import Header, read_header
 
 CONFIG_FILE = "config.json"
@@ -21,7 +22,9 @@ CARD_FILE = "README.md"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, RECIPE_FILE, METRICS_FILE)
-"""The files of a capsule directory; it has no others."""
+"""The files of every capsule directory."""
+OPTIONAL_FILES = (ROWS_FILE,)
+"""Files that a capsule directory may have beside them; it has no others."""
 NEEDED_TO_LOAD = (CONFIG_FILE, WEIGHTS_FILE)
 WEIGHTS_METADATA = {"format": "kvcapsule", "format_version": str(FORMAT_VERSION)}
 """Metadata of model.safetensors."""

@@ -1,6 +1,6 @@
 """Writer of capsule folders: a new capsule, or new measurements in an existing one.
 
-All five files are built in memory before the first byte is written, so their size is known, and an invalid recipe or
+All files are built in memory before the first byte is written, so their size is known, and an invalid recipe or
 metric leaves no partial files.
 """
 
@@ -22,12 +22,14 @@ from .read import (
     CONFIG_FILE,
     FILES,
     METRICS_FILE,
+    OPTIONAL_FILES,
     RECIPE_FILE,
     WEIGHTS_FILE,
     WEIGHTS_METADATA,
     card_in,
     require_files,
 )
+from .training_rows import ROWS_FILE, TrainingRows
 
 
 def save_folder(
@@ -37,6 +39,7 @@ def save_folder(
     recipe: Mapping[str, Any] | None,
     metrics: Mapping[str, Any] | None,
     card_name: str | None,
+    training_rows: TrainingRows | None = None,
 ) -> None:
     """Write a capsule directory; see Capsule.save_pretrained.
 
@@ -49,6 +52,7 @@ def save_folder(
         recipe: how the capsule was trained, in types that YAML knows.
         metrics: {"train": {name: number}, "eval": {"rows": [...]}}, see checkpoints/FORMAT.md.
         card_name: the name that the model card passes to `from_pretrained`; by default the directory's.
+        training_rows: what it was trained on; None writes no such file.
 
     Raises:
         CapsuleError: if the directory holds other files, cannot be written, or the disk is full. No partial files
@@ -57,6 +61,8 @@ def save_folder(
     """
     target = new_folder(directory)
     contents = contents_of(config, tensors, recipe, metrics, card_name or target.name)
+    if training_rows is not None:
+        contents[ROWS_FILE] = training_rows.to_bytes()
     try:
         require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +140,7 @@ def require_replaceable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise CapsuleError(f"{target} is a file: name a directory to save the capsule in.")
     entries = sorted(os.listdir(target)) if target.exists() else []
-    others = [entry for entry in entries if entry not in FILES]
+    others = [entry for entry in entries if entry not in (*FILES, *OPTIONAL_FILES)]
     if others or (entries and not _holds_capsule(target)):
         names = others or entries
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import InputError, KVCapsuleError
 from .errors import Parser, complain
 from .generate_report import Answer, show_bytes, show_comparison, show_store
+from .model_check import checked_models
 from .sizes import byte_count, shown_bytes
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..store.image_store import ImageStore
 
 PROG = "kvcapsule generate"
+DEFAULT_MODEL = "pages-vlm"
 _STORE_BYTES = 2 * 10**9
 """Room of a store for which none is named."""
 
@@ -26,8 +28,9 @@ _STORE_BYTES = 2 * 10**9
 class Options(argparse.Namespace):
     """The parsed command line; help texts are in `_parser`."""
 
-    model: str
+    model: str | None
     capsule: str | None
+    strict: bool
     store: str | None
     store_max_bytes: int | None
     image: list[str]
@@ -60,14 +63,17 @@ def run(options: Options) -> None:
         InputError, CapsuleError, DataError, GeometryError, ModelError: for input that cannot be used. What is quick to
             check comes before the model is loaded.
     """
+    from rich.console import Console
     from transformers.utils import logging
 
     from ..capsule.capsule import Capsule
+    from ..capsule.trained_with import trained_with
     from ..data.images import open_image
     from ..data.prompts import conversation, encode
     from ..store.image_store import ImageStore
     from ..vlm.geometry import KVGeometry
     from ..vlm.loading import load_vlm
+    from ..vlm.spans import find_spans
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -76,21 +82,29 @@ def run(options: Options) -> None:
     room = _STORE_BYTES if options.store_max_bytes is None else options.store_max_bytes
     store = ImageStore(options.store, max_bytes=room) if options.store else None
     capsule = Capsule.from_pretrained(options.capsule) if options.capsule else None
-    model, processor = load_vlm(options.model, dtype=options.dtype, device=options.device)
+    name, revision = options.model or DEFAULT_MODEL, None
+    if options.capsule and not options.model:
+        known = trained_with(options.capsule)
+        name, revision = known.model(), known.revision
+    model, processor = load_vlm(name, revision, dtype=options.dtype, device=options.device)
     # Refused without a capsule too: the cache of an encoder-decoder is of another kind, and is not measured.
-    KVGeometry.from_config(model.config)
+    geometry = KVGeometry.from_config(model.config)
     if capsule is not None:
+        capsule.require_geometry(geometry)
         capsule.to(model.device)
     try:
         inputs = encode(processor, [conversation(images, options.prompt)], model.dtype).to(model.device)
     except ValueError as error:
-        raise InputError(f"{options.model!r} cannot take this prompt: {error}") from error
-    answer = _answer(model, processor, inputs, options, capsule, stream=True, store=store)
+        raise InputError(f"{name!r} cannot take this prompt: {error}") from error
+    spans = find_spans(model.config, inputs["input_ids"], inputs)
+    named = [] if capsule is None else [(str(options.capsule), capsule)]
+    with checked_models(named, model, options.strict, Console(stderr=True)):
+        answer = _answer(model, processor, inputs, options, capsule, stream=True, store=store)
     full = answer if capsule is None else None
     if options.compare:
         full = _answer(model, processor, inputs, options, None, stream=False)
         show_comparison(answer, full)
-    show_bytes(model, answer, full)
+    show_bytes(model, answer, full, sum(span.length for span in spans))
     if store is not None:
         show_store(store)
 
@@ -108,10 +122,19 @@ def _parser() -> Parser:
     add(
         "--model",
         metavar="ID",
-        default="pages-vlm",
-        help="a shipped model, a folder or an id on the Hub (default: %(default)s)",
+        help="a shipped model, a folder or an id on the Hub (default: the model that the capsule was trained with;"
+        f" without a capsule {DEFAULT_MODEL})",
     )
     add("--capsule", metavar="ID", help="a shipped capsule, a folder or an id on the Hub (default: the full cache)")
+    add(
+        "--strict",
+        metavar="BOOL",
+        nargs="?",
+        type=_truth,
+        default=False,
+        const=True,
+        help="refuse a capsule of another model, which otherwise a line warns of",
+    )
     add(
         "--store",
         metavar="PATH",
@@ -157,12 +180,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
 def _require_consistent(options: Options) -> None:
     """Refuse options that would have no effect or cannot work, before the model is loaded."""
     from ..vlm.loading import require_device
 
     if options.compare and options.capsule is None:
         raise InputError("--compare sets a capsule against the full cache: give a --capsule too.")
+    if options.strict and options.capsule is None:
+        raise InputError("--strict compares the model with a capsule's: give a --capsule too.")
     if options.store is not None and options.capsule is None:
         raise InputError("--store keeps what a capsule makes of images: give a --capsule too.")
     if options.store_max_bytes is not None and options.store is None:

@@ -39,13 +39,15 @@ def show_comparison(answer: Answer, full: Answer) -> None:
     print(f"\nanswer with the full cache ({verdict}):\n{full.text}", file=sys.stderr)
 
 
-def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) -> None:
-    """Print the bytes of the answer's cache, and how many times fewer they are than those of the full cache.
+def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None, visual_tokens: int) -> None:
+    """Print the bytes of the answer's cache, and how many times fewer they are than those of the full cache: of the
+    visual tokens, which a capsule's compression is about, and of all.
 
     Args:
         model: that answered.
         answer: whose cache is shown.
         full: the answer with the full cache, whose bytes are measured; None computes them from the geometry.
+        visual_tokens: of the prompt.
     """
     from rich.console import Console
     from rich.table import Table
@@ -62,6 +64,7 @@ def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) ->
         else:
             full_bytes = _measured_bytes(full.cache)
             origin = f"measured, {full.cache.get_seq_length()} tokens"
+        visual_note = f"full cache of the {visual_tokens} visual tokens / visual"
         maps = "parameters, once for all sequences; not in the total"
         rows = [
             Row("visual", f"{stored.visual:,}"),
@@ -71,7 +74,12 @@ def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None) ->
             Row("total", f"{stored.total:,}", f"measured, {tokens}"),
             *([Row("codec maps", f"{stored.parameters:,}", maps)] if stored.parameters else []),
             Row("full cache", f"{full_bytes:,}", origin),
-            Row("compression", f"{full_bytes / stored.total:.2f}", "full cache / total"),
+            *(
+                [Row("visual compression", f"{_token_bytes(model) * visual_tokens / stored.visual:.2f}", visual_note)]
+                if stored.visual
+                else []
+            ),
+            Row("total compression", f"{full_bytes / stored.total:.2f}", "full cache / total"),
         ]
     table = Table("cache", "bytes", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
@@ -97,11 +105,16 @@ def show_store(store: "ImageStore") -> None:
 def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
     """Bytes of the model's default cache for the tokens of `cache`: computed for the layers with full attention,
     measured for the others, which are the same in both."""
+    return _token_bytes(model) * cache.get_seq_length() + cache.bytes().other
+
+
+def _token_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of a token in the full cache, in the layers with full attention."""
     from ..vlm.geometry import KVGeometry, full_attention_layers
 
     geometry = KVGeometry.from_config(model.config)
-    token: int = 2 * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize
-    return len(full_attention_layers(model.config)) * token * cache.get_seq_length() + cache.bytes().other
+    layer: int = 2 * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize
+    return len(full_attention_layers(model.config)) * layer
 
 
 def _measured_bytes(cache: "Cache") -> int:

@@ -20,7 +20,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @contextmanager
-def attach(model: Model, method: Method | None = None, store: ImageStore | None = None) -> Iterator[Model]:
+def attach(
+    model: Model, method: Method | None = None, store: ImageStore | None = None, strict: bool = False
+) -> Iterator[Model]:
     """Let `model` read CapsuleCaches, and with a method given, make `model.generate` use one wherever no cache is
     passed.
 
@@ -39,8 +41,11 @@ def attach(model: Model, method: Method | None = None, store: ImageStore | None 
         store: where the capsules of images are kept: an image seen before behind the same prefix is not read again
             (docs/store.md). Prompts with images are then read in pieces, so answers are those of a question that is
             asked once the images are compressed.
+        strict: refuse a capsule of another model, and one of which that cannot be known, where otherwise a
+            ModelMismatchWarning says that the weights or the active adapter differ.
 
     Raises:
+        CapsuleError: with strict, if the capsule was trained on another model.
         GeometryError: if the method was made for another KV geometry.
         ModelError: if the installed transformers is not of a supported version.
         RuntimeError: if this thread attached it already.
@@ -55,9 +60,10 @@ def attach(model: Model, method: Method | None = None, store: ImageStore | None 
     geometry = KVGeometry.from_config(inner.config)
     if method is not None:
         method.require_geometry(geometry)
+        method.check_model(inner, strict)
     prompts = None if store is None else StoredPrompts(inner, method, store)
     hidden = method is None or method.needs_hidden_states
-    with attachment(model, inner, hidden), attached_as(inner, Attached(method, prompts)):
+    with attachment(model, inner, hidden), attached_as(inner, Attached(method, prompts, strict)):
         yield model
 
 

@@ -25,6 +25,8 @@ class Attached(NamedTuple):
     """None: it is given no cache."""
     prompts: StoredPrompts | None
     """Reads prompts with images through a store."""
+    strict: bool
+    """Whether capsules of other models are refused."""
 
 
 _here: ContextVar[Mapping[int, Attached]] = ContextVar("kvcapsule_attached", default={})  # noqa: B039

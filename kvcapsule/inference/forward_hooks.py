@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..methods.method import Method
+from .attached import attached_here
 from .attention_interface import clear_pending_layer, set_mask_over_segments
 from .cache import CapsuleCache
 from .rope_deltas import RopeDeltas
@@ -31,6 +33,15 @@ def forward_hooks(called: torch.nn.Module, model: PreTrainedModel, deltas: RopeD
         deltas: of the model.
     """
 
+    checked: list[Method] = []
+
+    def check(method: Method) -> None:
+        """Of caches that are passed by hand, once each method."""
+        attached = attached_here(model)
+        if all(method is not one for one in checked) and (attached is None or method is not attached.method):
+            method.check_model(model, attached is not None and attached.strict)
+            checked.append(method)
+
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             # A compiled forward is a decode step over a static tail: there is nothing to prepare.
@@ -38,6 +49,7 @@ def forward_hooks(called: torch.nn.Module, model: PreTrainedModel, deltas: RopeD
         _clear()
         cache = passed_cache(kwargs)
         if isinstance(cache, CapsuleCache):
+            check(cache.method)
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             deltas.begin_forward(cache, kwargs)
             cache.begin_forward(input_ids, kwargs.get("attention_mask"), kwargs)

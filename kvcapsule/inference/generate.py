@@ -24,7 +24,7 @@ def generate_with_capsule(model: PreTrainedModel, generate: Callable[..., Any], 
         NotImplementedError: for attention weights, which attention over segments does not have.
     """
     attached = attached_here(model)
-    method, prompts = (None, None) if attached is None else attached
+    method, prompts = (None, None) if attached is None else (attached.method, attached.prompts)
     uses_cache = option(model, args, kwargs, "use_cache") is not False
     if prompts is not None and uses_cache:
         kwargs = prompts.read(args, kwargs) or kwargs

@@ -20,7 +20,7 @@ from ..methods.method import Method
 from ..store.entry import StoreKey
 from ..store.image_store import ImageStore
 from ..store.keys import image_keys
-from ..store.weights import Identity, ModelIdentity, UnreadableError
+from ..vlm.weights import Identity, ModelIdentity, UnreadableError
 from .cache import CapsuleCache
 from .cache_layer import CapsuleLayer
 from .prompt_pieces import GRIDS, MASK, PIXELS, SIZES, TOKEN_TYPES, Piece, PiecedPrompt, UnservedError, pieced_prompt

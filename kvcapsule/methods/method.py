@@ -93,6 +93,15 @@ class Method(ABC):
         """Raises GeometryError unless the method can serve a model of this KV geometry; here: it serves any."""
         return
 
+    def check_model(self, model: torch.nn.Module, strict: bool = False) -> None:
+        """Warn (ModelMismatchWarning) if the method was trained on another model; here: it was trained on none.
+
+        Args:
+            model: of transformers, without a wrapper.
+            strict: raise CapsuleError instead, and also where it cannot be known.
+        """
+        return
+
     def decode_time(self) -> DecodeTimeMethod | None:
         """What it does during decoding; here: nothing."""
         return None

@@ -36,6 +36,10 @@ class Combined(Method):
         self.visual.require_geometry(geometry)
         self.text.require_geometry(geometry)
 
+    def check_model(self, model: torch.nn.Module, strict: bool = False) -> None:
+        self.visual.check_model(model, strict)
+        self.text.check_model(model, strict)
+
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
         return Compressed(self.visual.compress(prefill).visual, self.text.compress(prefill).text)

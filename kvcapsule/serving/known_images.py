@@ -19,7 +19,7 @@ from ..capsule.stored_span import from_bytes
 from ..errors import CapsuleError, KVCapsuleError
 from ..store.image_store import ImageStore
 from ..store.keys import chained_keys
-from ..store.weights import UnreadableError, tensor_digest
+from ..vlm.weights import UnreadableError, tensor_digest
 from .model_files import ModelFiles
 from .prompt_images import PromptImage, plain_bytes, prompt_images
 from .scheduler_half import parts_of

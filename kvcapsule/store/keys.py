@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..vlm.weights import tensor_digest
 from .entry import StoreKey
-from .weights import tensor_digest
 
 KEY_FORMAT = 1
 """Raised whenever equal keys would no longer mean equal capsules."""

@@ -10,7 +10,7 @@ import yaml
 from support.capsule_files import FILES, RECIPE, ROW, configure, fixed_capsule, limit_of_file_size
 
 from kvcapsule import CapsuleError
-from kvcapsule.capsule.card import model_card
+from kvcapsule.capsule.card import model_card, renamed
 from kvcapsule.capsule.write import update_metrics
 
 
@@ -25,12 +25,12 @@ def test_card(saved: Path) -> None:
     assert front_matter(card) == {
         "base_model": "org/vlm",
         "library_name": "kvcapsule",
-        "license": "apache-2.0",
         "tags": ["kv-cache", "compression", "vision-language"],
     }
     snippet = card.split("```python\n")[1].split("```")[0]
     compile(snippet, "README.md", "exec")
-    assert len(snippet.splitlines()) == 3 and 'Capsule.from_pretrained("tiny")' in snippet
+    assert 'load_vlm("org/vlm", revision="a1b2c3")' in snippet and 'Capsule.from_pretrained("tiny", ' in snippet
+    assert "`kvcapsule generate --capsule tiny --image image.png" in card
     table = [line for line in card.splitlines() if line.startswith("| ")]
     assert (
         "| method | settings | accuracy, transcribe | accuracy, count | agreement | KL | visual KV bytes | KV bytes |"
@@ -89,5 +89,21 @@ def test_card_without_measurements_says_so(tmp_path: Path) -> None:
         card = model_card(configure(), None, metrics, "org/tiny")
         assert "Not measured yet: run `kvcapsule eval --capsule org/tiny`." in card
         assert "No recipe was saved" in card
-    local = model_card(configure(base_model=str(tmp_path)), None, None)
-    assert "base_model" not in front_matter(local) and str(tmp_path) in local
+    local = model_card(configure(base_model="mine", metadata={"model": {"local": True}}), None, None)
+    assert "base_model" not in front_matter(local) and 'load_vlm("mine")  # the path of this folder' in local
+
+
+def test_the_licence_is_the_base_models_or_none() -> None:
+    license = {"license": "other", "license_name": "gemma", "license_link": "https://example.org/terms"}
+    of_model = front_matter(model_card(configure(metadata={"model": {"license": license}}), None, None))
+    assert {key: of_model[key] for key in license} == license
+    assert not [key for key in front_matter(model_card(configure(), None, None)) if key.startswith("license")]
+
+
+def test_a_card_is_renamed_in_its_code_and_its_commands() -> None:
+    evaluation = {"command": "kvcapsule eval --capsule runs/c --capsule runs/c-2", "rows": [ROW]}
+    card = renamed(model_card(configure(), None, {"eval": evaluation}, "runs/c"), "org/new")
+    assert 'from_pretrained("org/new", device' in card and "generate --capsule org/new --image" in card
+    assert "`kvcapsule eval --capsule org/new --capsule runs/c-2`" in card
+    assert "run `kvcapsule eval --capsule org/new`" in renamed(model_card(configure(), None, None, "c"), "org/new")
+    assert renamed("no code", "org/new") == "no code"

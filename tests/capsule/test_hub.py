@@ -14,6 +14,7 @@ from support.capsule_files import FILES, METRICS, RECIPE, configure, fixed_capsu
 from support.hub_server import TOKEN, HubServer
 
 from kvcapsule import CapsuleError
+from kvcapsule.capsule.card import renamed
 from kvcapsule.capsule.hub import Destination
 from kvcapsule.capsule.push import push_directory
 from kvcapsule.cli import push as push_command
@@ -150,11 +151,7 @@ def test_what_is_pushed_is_the_directory(visit: Visit) -> None:
         assert files[name].content == (visit.first / name).read_bytes()
     assert files["model.safetensors"].lfs and not files["config.json"].lfs
     local = (visit.first / "README.md").read_text()
-    assert (
-        files["README.md"].content.decode()
-        == local.replace('Capsule.from_pretrained("first")', 'Capsule.from_pretrained("org/tiny")')
-        != local
-    )
+    assert files["README.md"].content.decode() == renamed(local, "org/tiny") != local
     branch = visit.server.files("org/tiny", "v2")
     assert json.loads(branch["metrics.json"].content) == {"train": {"loss": 2.0}}
     # The second push of the same files made no commit: the two branches' beginnings and one commit on each are all.

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
+from kvcapsule.capsule.base_model import record_of
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.cli import main
@@ -136,7 +137,7 @@ def test_identity_capsule_answers_as_the_model(saved: Saved, capsys: pytest.Capt
     assert held["tail"] >= (len(saved.plain.tokens) - 1) * TOKEN_BYTES
     assert held["total"] == held["visual"] + held["text"] + held["tail"]
     assert held["full cache"] == saved.plain.cached * TOKEN_BYTES
-    assert held["compression"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
+    assert held["total compression"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
     assert f"computed, {saved.plain.cached} tokens" in err
 
 
@@ -175,7 +176,10 @@ def test_compare_with_a_lossy_capsule(saved: Saved, capsys: pytest.CaptureFixtur
         if t.is_floating_point()
     )
     assert 0.5 * VISUAL * TOKEN_BYTES < held["visual"] < 0.52 * VISUAL * TOKEN_BYTES
-    assert held["compression"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
+    assert held["total compression"] == pytest.approx(held["full cache"] / held["total"], abs=0.005)
+    # Half of the rows are stored, beside the owner and the rotation of each tile; text and tail do not count.
+    assert held["visual compression"] == pytest.approx(VISUAL * TOKEN_BYTES / held["visual"], abs=0.005)
+    assert 1.9 < held["visual compression"] <= 2 and held["total compression"] < 1.9
 
 
 def test_without_a_capsule_the_full_cache_answers(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +194,7 @@ def test_without_an_image(saved: Saved, capsys: pytest.CaptureFixture[str]) -> N
     out, err = capsys.readouterr()
     assert out == saved.imageless.text + "\n"
     held = figures(err)
-    assert held["visual"] == 0
+    assert held["visual"] == 0 and "visual compression" not in held and "total compression" in held
     assert held["text"] >= saved.imageless.prompt * TOKEN_BYTES
 
 
@@ -230,6 +234,46 @@ def test_sampling_follows_the_seed(saved: Saved, capsys: pytest.CaptureFixture[s
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_a_capsule_brings_its_model(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --model the one that the capsule was trained with, which here lies where the capsule's name leads."""
+    words = ["generate", "--image", saved.path("page.png"), "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    capsule = Capsule.from_pretrained(saved.folder / "identity")
+    capsule.config = replace(capsule.config, base_model="model", metadata={"model": {"local": True}})
+    capsule.save_pretrained(tmp_path / "of-model")
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--capsule", "of-model"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "the model in 'model' of the machine that trained it, which is not here" in err
+    monkeypatch.chdir(saved.folder)
+    assert main([*words, "--capsule", str(tmp_path / "of-model")]) == 0
+    assert capsys.readouterr().out == saved.plain.text + "\n"
+
+
+def test_another_model_is_warned_of_in_one_line(
+    saved: Saved, model: LlavaForConditionalGeneration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsule = Capsule.from_pretrained(saved.folder / "identity")
+    record = record_of("org/vlm", model)
+    for name, weights in (("same", record.weights), ("other", dict.fromkeys(record.weights, "0"))):
+        known = replace(record, weights=weights).to_dict()
+        capsule.config = replace(capsule.config, base_model="org/vlm", metadata={"model": known})
+        capsule.save_pretrained(tmp_path / name)
+    for words in ([], ["--compare"]):
+        assert main(saved.arguments("--capsule", str(tmp_path / "other"), *words)) == 0
+        out, err = capsys.readouterr()
+        assert out == saved.plain.text + "\n"
+        assert [line for line in err.splitlines() if "Warning" in line or "warning" in line] == [err.splitlines()[0]]
+        assert err.startswith(f"warning: {tmp_path}/other: the capsule was trained on 'org/vlm', and the weights of")
+    for strict in (["--strict"], ["--strict", "true"]):
+        assert main(saved.arguments("--capsule", str(tmp_path / "other"), *strict)) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("kvcapsule generate: the capsule was trained on 'org/vlm'")
+    assert main(saved.arguments("--capsule", str(tmp_path / "same"), "--strict", "true")) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_compare_draws_alike(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(saved.arguments("--do-sample", "--temperature", "3", "--capsule", saved.path("identity"), "--compare"))
@@ -262,7 +306,8 @@ def test_as_a_process(saved: Saved) -> None:
         "tail",
         "total",
         "full cache",
-        "compression",
+        "visual compression",
+        "total compression",
     ]
 
 
@@ -291,6 +336,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown dtype": (lambda folder: ["--dtype", "float8"], r"unknown dtype 'float8': choose auto"),
     "unknown device": (lambda folder: ["--device", "abacus"], r"--device abacus cannot be used here"),
     "store without capsule": (lambda folder: ["--store", f"{folder}/images"], r"give a --capsule too"),
+    "strict without capsule": (lambda folder: ["--strict"], r"give a --capsule too"),
     "room without store": (lambda folder: ["--store-max-bytes", "1GB"], r"only with --store"),
     "compare without capsule": (lambda folder: ["--compare"], r"give a --capsule too"),
     "temperature without sampling": (

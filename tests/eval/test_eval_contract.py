@@ -37,6 +37,7 @@ TOP = {
     "max_new_tokens": int,
     "metric": str,
     "answer_tokens": dict,
+    "seen": dict,
 }
 ROW = {
     "method": str,

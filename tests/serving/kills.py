@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from kvcapsule.environment import machine, versions
 from kvcapsule.store.image_store import ImageStore
 
 STORE_BYTES = 10**9
-_SECONDS = 4.0
-"""Between the storm's beginning and the kill; a little more each time, so that it meets other moments."""
+_SECONDS = 0.15
+"""By how much later each kill comes, behind the first image that the server stores: so that they meet other moments."""
+_PATIENCE = 120.0
+"""Seconds within which a server must have stored an image."""
 
 
 def main() -> int:
@@ -72,17 +75,26 @@ def kill(folder: Path, words: list[str], number: int, planned: Any, shown: dict[
     with serving(folder / f"{number}.log", *words) as server:
         # Each time other images, so that entries are being written.
         mine = planned[number * len(planned) // 10 :]
-        timer = threading.Timer(_SECONDS + number / 3, os.killpg, (server.process.pid, signal.SIGKILL))
-        timer.start()
+        killer = threading.Thread(target=_kill, args=(server.process.pid, words[-1], before, number * _SECONDS))
+        killer.start()
         with contextlib.suppress(Exception):
             asyncio.run(soak.storm(server, soak.Options(clients=16), mine, shown))
-        timer.join()
+        killer.join()
     store = ImageStore(words[-1], max_bytes=STORE_BYTES)
     return {
         "entries": len(store.entries()),
         "bytes_written": store.total_bytes() - before,
         "damaged": len(store.check()),
     }
+
+
+def _kill(process: int, store: str, before: int, later: float) -> None:
+    """Kill a server and its processes once its store has grown, so many seconds later."""
+    end = time.monotonic() + _PATIENCE
+    while ImageStore(store, max_bytes=STORE_BYTES).total_bytes() <= before and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(later)
+    os.killpg(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":

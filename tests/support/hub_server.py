@@ -251,8 +251,8 @@ class Handler(BaseHTTPRequestHandler):
             data = yaml.safe_load(found[1]) if found else None
         except yaml.YAMLError:
             data = None
-        if not isinstance(data, dict) or not data.get("license"):
-            self.json({"errors": [{"message": "no sound front matter with a license"}], "warnings": []}, 400)
+        if not isinstance(data, dict) or not data.get("library_name"):
+            self.json({"errors": [{"message": "no sound front matter"}], "warnings": []}, 400)
         else:
             self.json({"errors": [], "warnings": []})
 

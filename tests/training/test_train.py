@@ -194,6 +194,7 @@ def test_a_run_leaves_a_capsule_and_can_be_resumed(
         "metrics.json",
         "model.safetensors",
         "recipe.yaml",
+        "training_rows.safetensors",
     ]
     metrics = json.loads((output / "metrics.json").read_text())["train"]
     assert 0 < metrics["keys_unexplained"] < 1 and 0 < metrics["values_unexplained"] < 1

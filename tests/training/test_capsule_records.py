@@ -1,0 +1,103 @@
+"""What a run records in its capsule: the model, the data, the rows that were read, and no path of this machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.own_data import jsonl_of_pages
+
+from kvcapsule import Capsule, attach
+from kvcapsule.capsule.trained_with import PLACES_FILE, trained_with
+from kvcapsule.capsule.training_rows import Seen, TrainingRows
+from kvcapsule.data import source
+from kvcapsule.data.batches import question_batches
+from kvcapsule.data.row_digest import row_digest
+from kvcapsule.data.source import SourceConfig
+from kvcapsule.errors import InputError
+from kvcapsule.testbeds import pages
+from kvcapsule.training.main import main
+from kvcapsule.vlm.loading import load_vlm
+
+QUICK = ["--held_out", "8", "--batch", "4", "--moment_batches", "2", "--device", "cpu", "--codec.tile", "49"]
+
+
+def train(output: Path, *words: str) -> Path:
+    steps = ["--optim.soft_steps", "2", "--optim.hard_steps", "1"]
+    assert main(["kvcapsule", "--output", str(output), *QUICK, *steps, *words]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(vlm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capsule of a model in a folder and of questions in a file."""
+    place = tmp_path_factory.mktemp("trained")
+    data = ["--data.source", jsonl_of_pages(place / "own.jsonl", 40), "--data.prompt", "question"]
+    return train(place / "capsule", "--model", vlm, *data)
+
+
+def test_no_file_names_a_place(trained: Path, vlm: str) -> None:
+    for file in trained.iterdir():
+        content = file.read_bytes()
+        for place in (str(trained.parent), vlm, str(Path.home())):
+            assert place.encode() not in content, file.name
+    config = json.loads((trained / "config.json").read_text())
+    assert config["base_model"] == Path(vlm).name and config["metadata"]["model"]["local"]
+    assert config["metadata"]["data"]["source"] == "own.jsonl" and config["metadata"]["data"]["prompt"] == "question"
+    recipe = (trained / "recipe.yaml").read_text()
+    assert f"model: {Path(vlm).name}\n" in recipe and "source: own.jsonl\n" in recipe and "output: capsule\n" in recipe
+    card = (trained / "README.md").read_text()
+    assert "license" not in card.split("---")[1] and "base_model" not in card.split("---")[1]
+
+
+def test_its_own_model_is_taken_in_strict(trained: Path, vlm: str) -> None:
+    with attach(load_vlm(vlm)[0], Capsule.from_pretrained(trained), strict=True):
+        pass
+
+
+def test_model_and_data_are_known_where_they_lay(trained: Path, vlm: str, tmp_path: Path) -> None:
+    known = trained_with(trained)
+    data = known.data()
+    assert known.model() == vlm and known.revision is None
+    assert data["source"] == str(trained.parent / "own.jsonl") and data["prompt"] == "question"
+    assert data["split"] == "test" and not {"size", "seed"} & set(data)
+    # The same capsule where the run's folder is not beside it.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in trained.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=rf"moved was trained with the model in '{Path(vlm).name}'.*give --model"):
+        trained_with(moved).model()
+    (tmp_path / "moved.run").mkdir()
+    (tmp_path / "moved.run" / PLACES_FILE).write_text(json.dumps({"model": vlm}))
+    with pytest.raises(InputError, match=r"the data in 'own\.jsonl'.*give --data\.source"):
+        trained_with(moved).data()
+    assert trained_with(moved).model() == vlm
+
+
+def test_shipped_capsules_are_of_the_shipped_model() -> None:
+    known = trained_with("pages-vlm-cross-layer")
+    assert known.model() == "pages-vlm" and known.data().get("source", "pages") == "pages"
+
+
+def digests(rows: object) -> list[int]:
+    return [row_digest(question) for batch in question_batches(rows, 16) for question in batch]
+
+
+def test_the_rows_that_were_read_are_recorded_and_no_others(trained: Path) -> None:
+    """3 steps of 4 rows, 2 batches of which the closed form reads too; 8 of 40 rows are held out."""
+    rows = TrainingRows.in_folder(trained)
+    assert rows is not None and rows.total == 12
+    config = SourceConfig(source=str(trained.parent / "own.jsonl"), prompt="question", size=40)
+    everything = digests(source.load(config))
+    assert rows.seen(everything) == Seen(12, 40) and rows.seen(everything[-8:]) == Seen(0, 8)
+    assert rows.seen(digests(pages.pages("test", 8))) == Seen(0, 8)
+
+
+def test_a_resumed_run_records_what_it_read_before(vlm: str, tmp_path: Path) -> None:
+    words = ["--model", vlm, "--data.size", "40", "--moment_batches", "1", "--optim.soft_steps", "2"]
+    train(tmp_path / "c", *words)
+    before = TrainingRows.in_folder(tmp_path / "c")
+    train(tmp_path / "c", *words, "--optim.hard_steps", "3", "--resume", "true")
+    after = TrainingRows.in_folder(tmp_path / "c")
+    assert before is not None and after is not None
+    assert before.seen(before.digests.tolist()).seen == after.seen(before.digests.tolist()).seen == before.total
