@@ -28,6 +28,8 @@ class Tally:
 
     scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Accuracy of each answer, by task."""
+    answers: list[str] = field(default_factory=list)
+    """All answers, in the order of `by_task`."""
     same: int = 0
     """Answers that equal the full cache's, character by character."""
     divergence: float = 0.0
@@ -150,6 +152,7 @@ def _add(
         strict=True,
     ):
         tally.scores[question.task].append(accuracy(question.task, answer, question.answer))
+        tally.answers.append(answer)
         tally.tokens[question.task] += int(ids.sum())
         tally.same += answer == full_answer
     positions = answered(reference.tokens, model.generation_config.eos_token_id)

@@ -53,7 +53,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if not self.pretrained:
-            raise ConfigError("--model_args names no model: add pretrained=MODEL, a name, a folder or a Hub id.")
+            raise ConfigError("model_args name no model: add pretrained=MODEL, a name, a folder or a Hub id.")
         if self.capsule is not None and self.policy is not None:
             raise ConfigError("capsule= and policy= are two methods: name one of them, or neither for the full cache.")
         if self.device_map not in (None, _AUTO):
@@ -84,7 +84,7 @@ class ModelArguments:
                 near = get_close_matches(name, [*known, *settings], n=1)
                 of_policy = f", and of {policy} {', '.join(settings)}" if settings else ""
                 raise ConfigError(
-                    f"--model_args has no argument {name!r}; {f'did you mean {near[0]!r}? T' if near else 't'}here are"
+                    f"model_args have no argument {name!r}; {f'did you mean {near[0]!r}? T' if near else 't'}here are"
                     f" {', '.join(known)}{of_policy}."
                 )
         # lmms-eval reads a name of digits as a number.

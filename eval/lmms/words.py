@@ -21,12 +21,12 @@ def read_words(words: str, options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         values: dict[str, Any] = simple_parse_args_string(words)
     except ValueError as error:
-        raise ConfigError(f"--model_args {words}: name=value,name=value is needed, and a word has no value.") from error
+        raise ConfigError(f"model_args {words}: name=value,name=value is needed, and a word has no value.") from error
     for name, value in options.items():
         if value is None:
             continue
         value = int(value) if str(value).isdigit() else value
         # lmms-eval always hands on a batch size, 1 by default.
         if values.setdefault(name, value) != value and (name, value) != ("batch_size", 1):
-            raise ConfigError(f"{name} is {values[name]} in --model_args and {value} as --{name}: give it once.")
+            raise ConfigError(f"{name} is {values[name]} in model_args and {value} as an option: give it once.")
     return values
