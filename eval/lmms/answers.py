@@ -23,6 +23,7 @@ from .arguments import ModelArguments
 from .chats import conversation
 from .generation import generation
 from .measures import BatchMeasure, PrefillWatch, full_token_bytes
+from .videos import load_videos
 
 
 class Answerer:
@@ -88,8 +89,7 @@ class Answerer:
 
     def _encode(self, chats: Sequence[Any]) -> tuple[BatchFeature, Layout]:
         conversations = [conversation(chat, self.processor) for chat in chats]
-        frames = {"num_frames": self.arguments.num_frames, "fps": self.arguments.fps}
-        options = {name: value for name, value in frames.items() if value is not None}
+        options = load_videos(conversations, self.processor, self.arguments.num_frames, self.arguments.fps)
         try:
             inputs = encode(self.processor, conversations, self.model.dtype, options)
             spans = find_spans(self.model.config, inputs["input_ids"], inputs)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,19 +168,25 @@ def test_the_command_writes_bytes_and_answers(tmp_path: Path) -> None:
 def test_the_study_compares_answer_by_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs: Callable[..., study.Answers] = study._theirs
+    theirs, words = study._theirs, ["--limit", "6", "--methods", "full", "--json", str(tmp_path / "r.json")]
+    said: list[study.Answers] = []
 
-    def altered(*words: Any) -> study.Answers:
-        answers = theirs(*words)
-        return answers._replace(texts=["x", *answers.texts[1:]], scores=[-1.0, *answers.scores[1:]])
+    def row() -> dict[str, Any]:
+        assert study.main(words) == 0
+        (only,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+        return dict(only)
 
-    words = ["--limit", "6", "--methods", "full", "--json", str(tmp_path / "r.json")]
-    assert study.main(words) == 0
-    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert (row["same_answers"], row["same_scores"], row["n"]) == (6, 6, 6)
-    assert row["accuracy"]["eval"] == row["accuracy"]["lmms"] and row["visual_kv_bytes"]["lmms"] == 401_408
-    monkeypatch.setattr(study, "_theirs", altered)
-    assert study.main(words) == 0
-    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert (row["same_answers"], row["same_scores"]) == (5, 5) and row["accuracy"]["eval"] != row["accuracy"]["lmms"]
+    def remembered(*arguments: Any) -> study.Answers:
+        said.append(theirs(*arguments))
+        return said[0]
+
+    monkeypatch.setattr(study, "_theirs", remembered)
+    same = row()
+    assert (same["same_answers"], same["same_scores"], same["n"]) == (6, 6, 6)
+    assert same["accuracy"]["eval"] == same["accuracy"]["lmms"] and same["visual_kv_bytes"]["lmms"] == 401_408
+    altered = said[0]._replace(texts=["x", *said[0].texts[1:]], scores=[-1.0, *said[0].scores[1:]])
+    monkeypatch.setattr(study, "_theirs", lambda *arguments: altered)
+    other = row()
+    assert (other["same_answers"], other["same_scores"]) == (5, 5)
+    assert other["accuracy"]["eval"] != other["accuracy"]["lmms"]
     assert study.main(["--methods", "policy=int4"]) == 2 and "the first is full" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """Questions about videos, for a family whose processor reads them."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from support.tiny_video_vlm import SIDE, save_video_vlm
 
+from kvcapsule.errors import DataError
 from kvcapsule.eval.lmms.answers import Answerer
 from kvcapsule.eval.lmms.arguments import ModelArguments
 from kvcapsule.vlm.geometry import KVGeometry
@@ -47,6 +49,13 @@ def test_a_video_has_as_many_frames_as_asked(vlm: str, video: str, frames: dict[
     geometry = KVGeometry.from_config(answerer.model.config)
     token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * 4
     assert measure.full_visual == 2 * 16 * steps * token and measure.held.visual < 0.5 * measure.full_visual
+
+
+def test_a_file_that_is_no_video_is_named(vlm: str, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    answerer = Answerer(ModelArguments(pretrained=vlm, device="cpu", num_frames=4))
+    with pytest.raises(DataError, match=r"text\.mp4 cannot be read"):
+        answerer.answer([asked(str(tmp_path / "text.mp4"), "w5")], SETTINGS)
 
 
 def test_what_keeps_everything_answers_as_the_full_cache(vlm: str, video: str) -> None:
