@@ -102,4 +102,6 @@ class Answerer:
         for name in names:
             if name not in self._unused:
                 self._unused.add(name)
-                sys.stderr.write(f"kvcapsule: generate has no setting {name}, which the task sets; it is not used.\n")
+                sys.stderr.write(
+                    f"kvcapsule: the task's generation setting {name} is no option here and is not used.\n"
+                )

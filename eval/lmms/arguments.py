@@ -94,11 +94,6 @@ class ModelArguments:
         }
         return cls(**arguments, settings={n: _parsed(value) for n, value in values.items() if n not in known})
 
-    @property
-    def method_name(self) -> str:
-        """Of the capsule or the policy; "full" for the full cache."""
-        return self.capsule or self.policy or FULL
-
     def method(self) -> Method | None:
         """The capsule, on the CPU, or the policy; None: the full cache.
 

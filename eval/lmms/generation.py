@@ -10,6 +10,9 @@ from ..watched_generate import GREEDY
 BLANK_LINE = "\n\n"
 """What lmms-eval puts in as `until` where a task names none. It is not used, as in lmms-eval's own Qwen models: answers
 that think first would be cut at their first paragraph."""
+_FIXED = {"cache_implementation", "num_return_sequences", "return_dict_in_generate", "use_cache"}
+"""Settings of generate that a task cannot change: there is one answer to a question, and always the cache that is
+measured."""
 
 
 class Generation(NamedTuple):
@@ -20,7 +23,7 @@ class Generation(NamedTuple):
     stops: list[str]
     """An answer ends before the first of these strings."""
     unused: list[str]
-    """Names of the task's settings that generate does not have, such as those of one model family."""
+    """Names of the task's settings that are not options, such as those of one model family."""
 
     def cut(self, answer: str) -> str:
         """The answer up to the first stop string."""
@@ -44,7 +47,7 @@ def generation(settings: Mapping[str, Any], max_new_tokens: int) -> Generation:
     temperature = values.pop("temperature", None)
     sampled = bool(values.pop("do_sample", (temperature or 0) > 0)) and temperature != 0
     top_p, top_k = values.pop("top_p", None), values.pop("top_k", None)
-    known = GenerationConfig().to_dict().keys()
+    known = GenerationConfig().to_dict().keys() - _FIXED
     options: dict[str, Any] = {
         **GREEDY,
         "max_new_tokens": max_new_tokens,

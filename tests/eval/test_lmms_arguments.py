@@ -96,6 +96,10 @@ def test_settings_reach_generate() -> None:
     assert how.options["max_new_tokens"] == 5 and how.options["num_beams"] == 3
     assert how.options["repetition_penalty"] == 1.1 and how.unused == ["image_aspect_ratio"]
     assert generation({}, 32).options["max_new_tokens"] == 32
+    assert generation({"use_cache": False, "num_return_sequences": 2}, 32).unused == [
+        "use_cache",
+        "num_return_sequences",
+    ]
     assert "top_p" not in generation({"temperature": 1.0, "top_p": 0}, 32).options
     assert generation({"temperature": 1.0, "top_p": 0.9}, 32).options["top_p"] == 0.9
 
