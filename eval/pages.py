@@ -22,7 +22,7 @@ from kvcapsule.errors import InputError, KVCapsuleError
 from .bench import bench_page
 from .bench.bench_config import LEVELS
 from .bench.engine import page as engine_page
-from .report import by_dataset, markdown
+from .report import by_dataset, lmms, markdown
 from .studies import long_answer
 
 PROG = "python -m kvcapsule.eval.pages"
@@ -83,6 +83,7 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "bench-cpu.json": ("docs/bench-tables.md", _bench),
     "serving-cpu.json": ("docs/serving.md", engine_page.refresh),
     "long-answer.json": ("docs/long-answer.md", _long_answer),
+    "lmms-pages.json": ("docs/benchmarks.md", lmms.refresh),
 }
 """By file of a result: the page that shows it, and the function that writes its table."""
 

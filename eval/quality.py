@@ -44,6 +44,8 @@ class Tally:
     """Score of each answer, by task."""
     metrics: set[str] = field(default_factory=set)
     """Names of the metrics that the scores are of."""
+    answers: list[str] = field(default_factory=list)
+    """All answers, in the order of `by_task`."""
     same: int = 0
     """Answers that equal the full cache's, character by character."""
     divergence: float = 0.0
@@ -181,6 +183,7 @@ def _add_answers(
         score = scorer.score(question, answer)
         tally.scores[question.task].append(score.value)
         tally.metrics.add(score.metric)
+        tally.answers.append(answer)
         tally.tokens[question.task] += int(ids.sum())
         tally.same += answer == full_answer
 

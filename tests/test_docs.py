@@ -29,6 +29,8 @@ OF_VLLM = ("kvcapsule.serving.worker.CapsuleWorker",)
 """Names in modules that import vLLM, which need not be installed."""
 OTHER_OPTIONS = {"--suite", "--parts", "--name", "--replace", "--work", "--help", "--version"}
 """Options of programs under `python -m`, and those of every command."""
+OF_LMMS_EVAL = {"--model_args", "--include_path", "--batch_size", "--gen_kwargs", "--output_path", "--log_samples"}
+OF_LMMS_EVAL |= {"--limit", "--use_cache"}
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`]+)`")
 _FILE = re.compile(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]+)")
@@ -110,7 +112,7 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
 def test_options_that_are_named_exist(page: Path) -> None:
     """Of code in the text: the commands that measured a result, in code blocks, say what was typed then."""
     golden = json.loads((ROOT / "tests" / "golden" / "surface.json").read_text())
-    known = OTHER_OPTIONS | {option for options in golden["options"].values() for option in options}
+    known = OTHER_OPTIONS | OF_LMMS_EVAL | {option for options in golden["options"].values() for option in options}
     known |= {option.replace("_", "-") for option in known}
     codes = _CODE.findall("\n".join(prose(page.read_text())))
     lines = [code for code in codes if "pip " not in code and "pytest" not in code and "python -m " not in code]

@@ -23,6 +23,7 @@ MAPPED = {package: ROOT / folder for package, folder in PYPROJECT["tool"]["setup
 DATA_FOLDERS = {
     "kvcapsule/training/recipes": "*.yaml",
     "kvcapsule/eval/suites": "*.yaml",
+    "kvcapsule/eval/lmms": "tasks/*",
     "kvcapsule/checkpoints": "*/**/*",
     "kvcapsule/kernels/cpu": "*",
 }
@@ -209,7 +210,7 @@ def test_constraints_pin_what_pyproject_names() -> None:
     assert "torchvision" not in pins
 
 
-@pytest.mark.parametrize("broken", [None, "test", "test-vllm", "test-lower", "test-newest"])
+@pytest.mark.parametrize("broken", [None, "test", "test-vllm", "test-lmms", "test-lower", "test-newest"])
 def test_ci_runs_every_suite_and_fails_with_any(tmp_path: Path, broken: str | None) -> None:
     """The script, with a make that notes what it is asked for and fails at one target."""
     (tmp_path / ".ci").mkdir()
@@ -221,7 +222,7 @@ def test_ci_runs_every_suite_and_fails_with_any(tmp_path: Path, broken: str | No
     made = (tmp_path / "made").read_text().split()
     assert made[0] == "venv" and (done.returncode == 0) == (broken is None)
     if broken in (None, "test"):
-        assert sorted(made) == ["test", "test-lower", "test-newest", "test-vllm", "venv"]
+        assert sorted(made) == ["test", "test-lmms", "test-lower", "test-newest", "test-vllm", "venv"]
     assert "test" in made
 
 
@@ -230,7 +231,7 @@ def test_the_workflow_has_an_entry_for_each_minor_version_of_transformers() -> N
     (bound,) = (r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "transformers")
     minors = [f"5.{minor}" for minor in range(100) if bound.specifier.contains(f"5.{minor}")]
     assert minors[0] == "5.16" and len(minors) > 1
-    targets = ["test", "test-vllm", *(f"test-{m}" for m in minors)]
+    targets = ["test", "test-vllm", "test-lmms", *(f"test-{m}" for m in minors)]
     assert workflow["jobs"]["tests"]["strategy"]["matrix"]["target"] == targets
 
 

@@ -16,4 +16,4 @@ class Target(NamedTuple):
 
 
 def target_of(question: Question) -> Target:
-    return Target((question.answer.strip(),), (), question.task)
+    return Target(tuple(answer.strip() for answer in question.answers), question.choices, question.task)

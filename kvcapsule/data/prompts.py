@@ -1,6 +1,6 @@
 """Questions as a model's inputs, by its processor and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -39,7 +39,10 @@ def conversation(
 
 
 def encode(
-    processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None
+    processor: ProcessorMixin,
+    conversations: Sequence[list[dict[str, Any]]],
+    dtype: torch.dtype | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> BatchFeature:
     """A left-padded batch of the model's inputs. After a user's last turn, the assistant's turn is opened.
 
@@ -47,6 +50,7 @@ def encode(
         processor: of the model.
         conversations: as `conversation` builds them; all end with a turn of the same role.
         dtype: of the inputs that are not integers; None keeps that of the processor.
+        options: of the processor, such as num_frames of a video.
 
     Raises:
         ModelError: if the processor has no chat template.
@@ -65,7 +69,7 @@ def encode(
         return_dict=True,
         return_tensors="pt",
         add_generation_prompt=opened,
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, **(options or {})},
     )
     if dtype is not None:
         batch = BatchFeature(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.skipped_modules import skipped_module
 
 HAS_VLLM = find_spec("vllm") is not None
 
@@ -21,13 +22,8 @@ if HAS_VLLM:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-class _Skipped(pytest.Module):
-    def collect(self) -> Any:
-        pytest.skip("vLLM is not installed: make test-vllm", allow_module_level=True)
-
-
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module | None:
-    return None if HAS_VLLM else _Skipped.from_parent(parent, path=module_path)
+    return None if HAS_VLLM else skipped_module(module_path, parent, "vLLM is not installed: make test-vllm")
 
 
 @pytest.fixture(autouse=True)

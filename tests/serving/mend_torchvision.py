@@ -1,11 +1,12 @@
 """Lets transformers import a torchvision that was built for another torch: declares the operators that it wants to see.
 
-pip brings torchvision as a CUDA build beside vLLM's CPU build of torch. Its library cannot be loaded there, and its
-import stops at `operator torchvision::nms does not exist`. To uninstall it is no way out: a module of transformers that
-vLLM's LLaVA needs imports it. Image processors need none of its compiled operators. (torchaudio and torchcodec come as
-CUDA builds too; nothing needs them, and the Makefile uninstalls them.)
+With vLLM and with lmms-eval, pip brings torchvision as a CUDA build beside a CPU build of torch. Its library cannot be
+loaded there, and its import stops at `operator torchvision::nms does not exist`. To uninstall it is no way out: a
+module of transformers that vLLM's LLaVA needs imports it, as does lmms-eval. Image processors need none of its compiled
+operators. (torchaudio and torchcodec come with vLLM as CUDA builds too; nothing needs them, and the Makefile uninstalls
+them.)
 
-Run by `make test-vllm` with the environment's Python; a second run changes nothing.
+Run by `make test-vllm` and `make test-lmms` with the environment's Python; a second run changes nothing.
 """
 
 from importlib.util import find_spec
