@@ -2,10 +2,10 @@
 
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import lightning as L
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
@@ -16,14 +16,17 @@ from kvcapsule.errors import ConfigError, DataError, GeometryError
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 
+from .answers import longest_sequence
 from .capsule_fit import Task
+from .checkpoints import diverged
 from .datamodule import Questions
 from .families import fit_class
-from .image_tokens import whole_image
-from .lightning_run import AnyFit, quiet, run
-from .output_folder import require_output
+from .image_tokens import first_images, raw_tokens_line, tile_of
+from .lightning_run import AnyFit, is_first_process, quiet, run
+from .output_folder import OutputFolder, output_folder
 from .recipe import Recipe
-from .summary import errors_table
+from .stored_size import stored_size
+from .summary import errors_table, summary
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Capsule:
@@ -34,15 +37,22 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
     """
     console = console or Console(stderr=True)
     quiet()
-    output = Path(recipe.output)
     family = REGISTRY.find(recipe.family)
-    _require_loadable(family, recipe.family, console)
     fit_of = fit_class(family)
     if not isinstance(recipe, fit_of.recipe_class):
         raise ConfigError(
             f"the family {family.name} takes a {fit_of.recipe_class.__name__}, not a {type(recipe).__name__}."
         )
-    require_output(recipe, output)
+    if not is_first_process():
+        # The first process of the run looks after its folders and the screen.
+        return _train(recipe, family, Console(quiet=True), None)
+    _require_loadable(family, recipe.family, console)
+    with output_folder(recipe) as folder:
+        return _train(recipe, family, console, folder)
+
+
+def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: OutputFolder | None) -> Capsule:
+    """folder: None in all processes but the first."""
     session.begin(console, threads=recipe.threads, seed=recipe.seed, device=recipe.device)
     L.seed_everything(recipe.seed, verbose=False)
     started = time.perf_counter()
@@ -72,24 +82,50 @@ def train(recipe: Recipe, console: Console | None = None) -> Capsule:
         seed=recipe.seed,
         dtype=model.dtype,
         fixed=fixed,
-    ).served(recipe.codec.align, recipe.words_before)
-    fit = fit_of(
-        Task(recipe, model, data, geometry, recipe.codec.tile or whole_image(model, data, recipe.codec.align), console)
-    )
-    trainer = run(recipe, fit, data)
-    (measured,) = trainer.validate(fit, datamodule=data, verbose=False)
+    ).served(recipe.codec.align, recipe.words_before, longest_sequence(model.config))
+    fit = _planned(recipe, family, model, data, console)
+    if folder is not None:
+        folder.start()
+    measured = run(recipe, fit, data)
     capsule = _capsule(recipe, family, fit, geometry)
-    if trainer.is_global_zero:
+    _require_finite(capsule, fit)
+    if folder is not None:
+        size = stored_size(capsule, model, next(iter(data.val_dataloader())).inputs, geometry)
         seconds = time.perf_counter() - started
         metrics = {
             **{k.removeprefix("validation/"): v for k, v in measured.items()},
             "seconds": seconds,
             "questions": len(held_out),
         }
-        capsule.save_pretrained(output, recipe=asdict(recipe), metrics={"train": metrics})
+        folder.require_unchanged()
+        capsule.cpu().save_pretrained(folder.capsule, recipe=asdict(recipe), metrics={"train": metrics})
+        folder.finish()
         console.print(errors_table(metrics))
-        console.print(f"capsule saved to {output} ({seconds:.0f} s)", highlight=False)
+        for line in summary(folder.capsule, metrics, size):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return capsule
+
+
+def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: Questions, console: Console) -> AnyFit:
+    """The fit of a run, after the checks that need no forward of the model."""
+    images = first_images(model, data)
+    tile = tile_of(images, recipe.codec.tile, recipe.codec.align)
+    task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, console)
+    fit: AnyFit = fit_class(family)(task)
+    questions = min(recipe.moment_batches, len(data.first_epoch())) * min(recipe.batch, len(data.rows))
+    tiles = images.most_tiles(tile, questions)
+    if tiles is not None:
+        fit.require_tiles(tiles)
+    if line := raw_tokens_line(images, tile, recipe.compression, model.dtype.itemsize * 8):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return fit
+
+
+def _require_finite(capsule: Capsule, fit: AnyFit) -> None:
+    """Raises ConfigError if a tensor of the capsule holds what is no number, as after a descent that diverged."""
+    for name, tensor in capsule.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise diverged(fit, f"{name} holds numbers that are not finite")
 
 
 def _require_loadable(family: CodecFamily, given_as: str, console: Console) -> None:

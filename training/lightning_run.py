@@ -1,25 +1,43 @@
 """Lightning's trainer as a run of `kvcapsule train` uses it: loggers, checkpoints, processes."""
 
 import logging
-import shutil
+import signal
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
 
 from .capsule_fit import CapsuleFit
+from .checkpoints import Checkpoints
 from .datamodule import Questions
+from .output_folder import CSV_FOLDER, TENSORBOARD_FOLDER
 from .progress import StepBar
 from .recipe import Recipe
+from .run_state import DESCENT_FILE
 
 AnyFit = CapsuleFit[Recipe]
+T = TypeVar("T")
 _NEVER = 10**9
-_CHECKPOINT_EVERY = 50
-"""Steps between checkpoints."""
 
 
-def run(recipe: Recipe, fit: AnyFit, data: Questions) -> L.Trainer:
+def is_first_process() -> bool:
+    """Whether this process is the only one or the first one of a run, as far as its environment says."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def run(recipe: Recipe, fit: AnyFit, data: Questions) -> dict[str, float]:
+    """Train, then measure on the held-out questions.
+
+    Returns:
+        The measurements by name.
+
+    Raises:
+        KeyboardInterrupt: for Ctrl-C, once the loggers are closed.
+    """
     trainer = L.Trainer(
         accelerator="cpu" if recipe.device == "cpu" else "auto",
         devices=recipe.trainer.devices,
@@ -28,19 +46,12 @@ def run(recipe: Recipe, fit: AnyFit, data: Questions) -> L.Trainer:
         max_steps=fit.steps,
         max_epochs=-1,
         logger=[
-            CSVLogger(recipe.work, name="", version="csv"),
-            TensorBoardLogger(recipe.work, name="", version="tensorboard"),
+            CSVLogger(recipe.work, name="", version=CSV_FOLDER),
+            TensorBoardLogger(recipe.work, name="", version=TENSORBOARD_FOLDER),
         ],
-        callbacks=[
-            ModelCheckpoint(
-                recipe.work,
-                save_last=True,
-                save_top_k=0,
-                every_n_train_steps=max(1, min(_CHECKPOINT_EVERY, fit.steps)),
-                enable_version_counter=False,
-            ),
-            StepBar(),
-        ],
+        callbacks=[StepBar(), Checkpoints(recipe.work / DESCENT_FILE)],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
         log_every_n_steps=5,
         # Measured once, when training is over.
         val_check_interval=_NEVER,
@@ -51,13 +62,27 @@ def run(recipe: Recipe, fit: AnyFit, data: Questions) -> L.Trainer:
         enable_model_summary=False,
         gradient_clip_val=1.0,
     )
-    if not recipe.resume and trainer.is_global_zero:
-        shutil.rmtree(recipe.work, ignore_errors=True)
     # A family in closed form is prepared by `validate`, which needs no gradients and wraps no module.
     if fit.steps:
-        trainer.fit(fit, datamodule=data, ckpt_path=recipe.work / "last.ckpt" if recipe.resume else None)
+        last = recipe.work / DESCENT_FILE
+        resumed = last if recipe.resume and last.is_file() else None
+        _interruptible(trainer, lambda: trainer.fit(fit, datamodule=data, ckpt_path=resumed, weights_only=True))
         fit.finish()
-    return trainer
+    (measured,) = _interruptible(trainer, lambda: trainer.validate(fit, datamodule=data, verbose=False))
+    return dict(measured)
+
+
+def _interruptible(trainer: L.Trainer, stage: Callable[[], T]) -> T:
+    """A stage whose Ctrl-C is a KeyboardInterrupt; Lightning ends the process with exit code 1, and lets no further one
+    through."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        return stage()
+    except SystemExit as error:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
 
 
 def _strategy(recipe: Recipe, fit: AnyFit) -> str:
@@ -75,3 +100,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*number of training batches.*")
+    # Questions begins a resumed run at its step.
+    warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")

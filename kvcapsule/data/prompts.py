@@ -23,7 +23,10 @@ def conversation(
 
 
 def encode(
-    processor: ProcessorMixin, conversations: Sequence[list[dict[str, Any]]], dtype: torch.dtype | None = None
+    processor: ProcessorMixin,
+    conversations: Sequence[list[dict[str, Any]]],
+    dtype: torch.dtype | None = None,
+    mark_answers: bool = False,
 ) -> BatchFeature:
     """A left-padded batch of the model's inputs. After a user's last turn, the assistant's turn is opened.
 
@@ -31,6 +34,7 @@ def encode(
         processor: of the model.
         conversations: as `conversation` builds them; all end with a turn of the same role.
         dtype: of the inputs that are not integers; None keeps that of the processor.
+        mark_answers: whether to give the chat template's mask of the assistant's tokens too, as "assistant_masks".
 
     Raises:
         ModelError: if the processor has no chat template.
@@ -50,6 +54,7 @@ def encode(
         return_tensors="pt",
         add_generation_prompt=opened,
         processor_kwargs={"padding": True},
+        return_assistant_tokens_mask=mark_answers,
     )
     if dtype is not None:
         batch = BatchFeature(
