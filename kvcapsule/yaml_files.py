@@ -5,7 +5,7 @@ than fit any memory, which whoever walks over them learns too late: they are cou
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -31,8 +31,15 @@ def read_yaml(path: Path) -> Any:
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise LimitError(f"it has more than {MOST_BYTES:,} bytes")
-    loader = yaml.SafeLoader(content.decode())
+        _too_large()
+    return parse_yaml(content.decode())
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of plain data in YAML. Raises yaml.YAMLError as `read_yaml` does."""
+    if len(text) > MOST_BYTES:
+        _too_large()
+    loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -45,6 +52,10 @@ def read_yaml(path: Path) -> Any:
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
     finally:
         loader.dispose()
+
+
+def _too_large() -> NoReturn:
+    raise LimitError(f"it has more than {MOST_BYTES:,} bytes")
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -2,7 +2,7 @@
 of its state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -12,13 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcapsule.codec import CodecConfig, LayerCodec, LayerGroupCodec
-from kvcapsule.errors import ConfigError
+from kvcapsule.cli.progress import tracked
+from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -28,8 +27,8 @@ from .harvest import LayerHarvest, harvest, harvest_with_logits
 from .harvest_memory import HARVEST_MEMORY, HarvestMemory
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
-from .recipe import Recipe, flat, group_names
-from .saved_recipe import upgraded
+from .recipe import Recipe
+from .run_state import load_closed_form, save_closed_form
 
 _ROWS_READ = "training_rows"
 """Key of a checkpoint."""
@@ -73,6 +72,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """The family's options: a subclass of Recipe."""
     has_unused_parameters: ClassVar[bool] = False
     """Whether a step may leave some parameters without a gradient, which DDP must then look for."""
+    rate_option: ClassVar[str] = ""
+    """The option of the learning rate, "transform.lr"; empty without a descent."""
     reuses_harvests: ClassVar[bool] = False
     """Whether `prepare` makes several passes over the same batches, whose harvests are then held in memory."""
     layers: nn.ModuleList
@@ -102,6 +103,16 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     def prepare(self) -> None:
         """Build `layers`, with all that has a closed form."""
 
+    def require_tiles(self, tiles: int) -> None:
+        """Refuse too few tiles before the model runs; called where their number is known.
+
+        Args:
+            tiles: most that `prepare` will see.
+
+        Raises:
+            ConfigError: if they are too few.
+        """
+
     @abstractmethod
     def codec_config(self) -> CodecConfig:
         """The sizes of the codecs, known once they are prepared."""
@@ -130,22 +141,23 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         """Called once, when no step is left."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["recipe"] = asdict(self.task.recipe)
         checkpoint[_ROWS_READ] = self.task.data.rows_read.gather()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ConfigError for a checkpoint of another recipe: its tensors would have other shapes, or another
-        meaning."""
-        recipe = self.task.recipe
-        groups = group_names(type(recipe))
-        before, now = (dict(flat(r, groups)) for r in (upgraded(checkpoint.get("recipe", {})), asdict(recipe)))
-        other = [name for name, value in now.items() if name not in recipe.RESUMABLE and before.get(name) != value]
-        if other:
-            raise ConfigError(
-                f"the run to resume had another {', '.join(other)}: give the same options, or start anew with --force"
-                " true."
-            )
         self.task.data.rows_read.add(checkpoint.get(_ROWS_READ, ()))
+
+    def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
+        """Build `layers` as `prepare` left them, without its passes over the data; where they are not the codecs that
+        the config builds, a family overrides it.
+
+        Args:
+            config: what `codec_config` was.
+            layers: the tensors of `layers`.
+        """
+        geometry = self.task.geometry
+        first = range(0, geometry.layers, max(1, config.layer_group))
+        self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first).to(self.task.model.device)
+        self.layers.load_state_dict(layers)
 
     def setup(self, stage: str) -> None:
         if self.prepared:
@@ -154,20 +166,31 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         if not getattr(model, "hf_device_map", None):
             to: Any = model.to
             to(self.trainer.strategy.root_device)
-        self.prepare()
+        self._prepare_or_restore()
         self._memory.close()
         self.prepared = True
         if not self.steps:
             self.finish()
         self.show(self.derived())
 
+    def _prepare_or_restore(self) -> None:
+        recipe = self.task.recipe
+        kept = load_closed_form(recipe.work) if recipe.resume else None
+        if kept is not None:
+            self.restore(REGISTRY.find(recipe.family).config.from_dict(kept["config"]), kept["layers"])
+            self.task.data.rows_read.add(kept["rows"])
+            return
+        self.prepare()
+        rows = self.task.data.rows_read.gather()
+        if self.global_rank == 0 and recipe.work.is_dir():
+            save_closed_form(recipe.work, asdict(self.codec_config()), self.layers.state_dict(), rows)
+
     def batches(self, count: int, title: str) -> Iterator[Batch]:
         """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
-        loader = self.task.data.train_dataloader()
+        loader = self.task.data.first_epoch()
         count = min(count, len(loader))
         batches = self._memory.batches(loader, count)
-        shown = track(batches, title, total=count, console=self.task.console, disable=self.global_rank != 0)
-        return self.task.data.rows_read.noted(shown)
+        return self.task.data.rows_read.noted(tracked(batches, title, count, self.task.console))
 
     def on_validation_end(self) -> None:
         self.task.data.rows_read.gather()

@@ -15,6 +15,7 @@ from kvcapsule.data.prompts import encode
 from kvcapsule.data.row_digest import row_digest
 from kvcapsule.errors import ConfigError
 
+from .answers import lengths_behind_prompts, marked_lengths, marks_answers, require_readable
 from .harvest import AT_SPANS, Alignment
 from .rows_read import RowsRead
 
@@ -54,25 +55,33 @@ class Questions(L.LightningDataModule):
     ) -> None:
         """dtype: of the model, which not every vision tower casts its pixels to. fixed: see Shares."""
         super().__init__()
-        self.fixed, self.align, self.words_before = fixed, 1, 0
+        self.fixed = fixed
+        self.served()
         self.rows_read = RowsRead()
         self.rows, self.held_out, self.processor = rows, held_out, processor
         self.batch, self.workers, self.seed, self.dtype = batch, workers, seed, dtype
 
-    def served(self, align: int = 1, words_before: int = 0) -> Self:
+    def served(self, align: int = 1, words_before: int = 0, longest: int | None = None) -> Self:
         """From now on as an engine serves them: at any place of a sequence.
 
         Args:
             align: multiples at which tiles begin; they are cut as if a random number of tokens stood before each row.
             words_before: most words of training questions before each row's image; there may be any number, or none.
+            longest: most tokens of a row; None sets no bound.
         """
-        self.align, self.words_before = align, words_before
+        self.align, self.words_before, self.longest = align, words_before, longest
         return self
 
+    def first_epoch(self) -> DataLoader[Any]:
+        """This rank's share of every step of the first epoch, shuffled."""
+        return self._loader(self.rows, self._shares())
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """This rank's share of every step, shuffled anew in each epoch."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(self.rows, Shares(len(self.rows), self.batch, self.seed, rank, world, self.fixed))
+        """This rank's share of every step that the trainer has left; without a trainer, the first epoch."""
+        shares = self._shares()
+        if self.trainer is not None and self.trainer.max_steps > 0:
+            shares.run(self.trainer.global_step, self.trainer.max_steps)
+        return self._loader(self.rows, shares)
 
     def val_dataloader(self) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -85,16 +94,20 @@ class Questions(L.LightningDataModule):
         return batch
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        numbers = [row["index"] for row in rows]
         questions = [read_question(row, row["index"]) for row in rows]
-        before = [self._text_before(row["index"]) for row in rows]
-        unanswered, answered = (
-            [question.conversation(with_answer, text) for question, text in zip(questions, before, strict=True)]
-            for with_answer in (False, True)
-        )
-        inputs, prompts = encode(self.processor, answered, self.dtype), encode(self.processor, unanswered)
-        answers = inputs["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
-        digests = tuple(map(row_digest, questions))
-        return Batch(inputs, answers, self._alignment([row["index"] for row in rows]), digests)
+        before = [self._text_before(number) for number in numbers]
+        pairs = list(zip(questions, before, strict=True))
+        answered = [question.conversation(True, text) for question, text in pairs]
+        marked = marks_answers(self.processor)
+        inputs = encode(self.processor, answered, self.dtype, mark_answers=marked)
+        if marked:
+            answers = marked_lengths(inputs, numbers)
+        else:
+            prompts = encode(self.processor, [question.conversation(False, text) for question, text in pairs])
+            answers = lengths_behind_prompts(inputs, prompts, numbers)
+        require_readable(inputs, self.longest, numbers)
+        return Batch(inputs, answers, self._alignment(numbers), tuple(map(row_digest, questions)))
 
     def _alignment(self, numbers: Sequence[int]) -> Alignment:
         """Of the rows with these numbers: the same in every epoch, pass and process."""
@@ -115,6 +128,10 @@ class Questions(L.LightningDataModule):
     def _random(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * _SEEDS + number)
 
+    def _shares(self) -> "Shares":
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return Shares(len(self.rows), self.batch, self.seed, rank, world, self.fixed)
+
     def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
         indexed = _Indexed(rows)
         return DataLoader(indexed, batch_sampler=shares, collate_fn=self.collate, num_workers=self.workers)  # type: ignore[arg-type]
@@ -125,10 +142,11 @@ def _drawn(below: int, random: torch.Generator) -> int:
 
 
 class Shares(Sampler[list[int]]):
-    """One rank's rows of every step: of each `batch` rows in order, every world-th.
+    """One rank's rows of every step: of each `batch` rows in order, every world-th; those of one epoch, or of a run.
 
     Whole steps only where the order is shuffled, so that all ranks take as many steps; the last step of a fixed order
-    may be short.
+    may be short. What a step's rows are depends on its number alone, so that a resumed run goes on with the rows that
+    an uninterrupted one would have had.
     """
 
     def __init__(
@@ -140,31 +158,43 @@ class Shares(Sampler[list[int]]):
             raise ConfigError(
                 f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}."
             )
-        self.length, self.batch, self.seed, self.rank, self.world = length, batch, seed, rank, world
-        self.epoch, self.fixed = 0, fixed
+        self.length, self.batch, self.seed, self.rank, self.world, self.fixed = length, batch, seed, rank, world, fixed
+        steps = length // batch if seed is not None else -(-length // batch)
+        self.epoch_steps = max(1, steps)
+        self.first, self.steps = 0, self.epoch_steps
 
-    @property
-    def sampler(self) -> "Shares":
-        """Where Lightning looks for set_epoch."""
-        return self
+    def run(self, first: int, steps: int) -> None:
+        """Give the steps of a run from here on, epoch after epoch, and not those of one epoch.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning as an epoch begins, a resumed one too."""
-        self.epoch = epoch
+        Args:
+            first: number of the next step.
+            steps: of the whole run, those that are done included.
+        """
+        self.first, self.steps = first, steps
 
     def __len__(self) -> int:
-        steps = self.length // self.batch if self.seed is not None else -(-self.length // self.batch)
-        return max(1, steps)
+        """Steps of the epoch, or of the whole run: Lightning counts those that are done itself."""
+        return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, steps = torch.arange(self.length), torch.arange(len(self))
-        if self.seed is not None:
-            order = self._shuffled(self.length, 0 if self.fixed else self.epoch)
-            steps = self._shuffled(len(self), self.epoch) if self.fixed and self.epoch else steps
-        for step in steps.tolist():
-            share = order[step * self.batch : (step + 1) * self.batch][self.rank :: self.world].tolist()
+        known = -1
+        for number in range(self.first, self.steps):
+            epoch, index = divmod(number, self.epoch_steps)
+            if epoch != known:
+                order, steps = self._order(epoch)
+                known = epoch
+            step = steps[index]
+            share = order[step * self.batch : (step + 1) * self.batch][self.rank :: self.world]
             # A rank that the last rows do not reach measures one of them again, so that no rank waits for another.
-            yield share or [int(order[-1])]
+            yield share or [order[-1]]
+
+    def _order(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Of the rows, and of the steps that they are cut into."""
+        order, steps = torch.arange(self.length), torch.arange(self.epoch_steps)
+        if self.seed is not None:
+            order = self._shuffled(self.length, 0 if self.fixed else epoch)
+            steps = self._shuffled(self.epoch_steps, epoch) if self.fixed and epoch else steps
+        return order.tolist(), steps.tolist()
 
     def _shuffled(self, count: int, epoch: int) -> torch.Tensor:
         assert self.seed is not None

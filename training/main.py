@@ -1,24 +1,35 @@
 """`kvcapsule train`."""
 
+import shlex
 import sys
 
-from kvcapsule.cli.errors import complain
+from kvcapsule.cli.errors import INTERRUPTED, complain
 from kvcapsule.errors import KVCapsuleError
 
+from .command_help import HELP, help_text
 from .fit import train
-from .options import full_help, parse
+from .options import parse
+from .output_folder import how_to_go_on
 
 PROG = "kvcapsule train"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train a capsule; returns the exit code: 2, and one line on stderr, for input that cannot be used."""
+    """Train a capsule; returns the exit code: 2, and one line on stderr, for input that cannot be used; 130 for an
+    interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words and words[0] in ("-h", "--help"):
-            print(full_help())
+        if any(word in HELP for word in words):
+            print(help_text(words))
             sys.exit(0)
-        train(parse(words, lambda line: print(f"{PROG}: {line}", file=sys.stderr)))
+        recipe = parse(words, lambda line: print(f"{PROG}: {line}", file=sys.stderr))
+        try:
+            train(recipe)
+        except KeyboardInterrupt:
+            print(
+                f"\n{PROG}: interrupted. {how_to_go_on(recipe, shlex.join([*PROG.split(), *words]))}", file=sys.stderr
+            )
+            return INTERRUPTED
     except KVCapsuleError as error:
         return complain(PROG, error)
     return 0

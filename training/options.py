@@ -6,18 +6,25 @@ told which.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
 
-from kvcapsule.cli.options import OptionParser, normalized, require_current, require_current_words
+from kvcapsule.cli.options import (
+    OptionParser,
+    normalized,
+    require_current,
+    require_current_words,
+    switched,
+    switches,
+)
+from kvcapsule.cli.parse_errors import plain_line
 from kvcapsule.codec import REGISTRY
 from kvcapsule.errors import ConfigError, InputError
-from kvcapsule.yaml_files import read_yaml
+from kvcapsule.yaml_files import LimitError, parse_yaml, read_yaml
 
 from .families import recipe_class, trainable
 from .recipe import Recipe, flat, group_names, option_names
@@ -26,6 +33,7 @@ from .saved_recipe import is_saved, upgraded
 DEFAULT_RECIPE = "cross-layer"
 """Recipe of `kvcapsule train` without arguments."""
 _USAGE = "kvcapsule train [RECIPE] [--compression C] [--model ID_OR_PATH] [--output DIR] [options]"
+RECIPE_HELP = "YAML file of these options (the same as RECIPE)"
 _RENAMED = {
     "ratio": "--ratio is --compression now, how many times fewer bytes are stored: give 20 where --ratio was 20 or"
     " 0.05.",
@@ -48,62 +56,60 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     Raises:
         ConfigError, InputError: for options or files that cannot be used.
     """
+    chosen = choose(words)
+    options = recipe_class(chosen.family)
+    parser = build_parser(chosen.family)
+    configs = [_own_options(path, c, chosen.family, options, show) for path, c in chosen.files]
+    rest = switched(chosen.rest, frozenset(switches(options)))
+    for word in rest:
+        if word.startswith("--"):
+            _require_known(word[2:].partition("=")[0], chosen.family, options)
+    _require_within_limits(rest, group_names(options))
+    try:
+        values = parser.parse_args([*(f"--recipe={c}" for c in configs), *_without("recipe", rest)])
+    except ArgumentError as error:
+        raise ConfigError(plain_line(str(error))) from error
+    values.pop("recipe", None)
+    built: Recipe = options(**{"family": chosen.family, **vars(parser.instantiate(values))})
+    return built
+
+
+class Choice(NamedTuple):
+    """What a command line says before its options are read."""
+
+    family: str
+    files: list[tuple[Path, dict[str, Any]]]
+    """Recipe files with their contents, each overriding those before it."""
+    rest: list[str]
+    """The words without RECIPE."""
+    recipe: str | None
+    """RECIPE; where there is none, the shipped recipe of the family, None where it has none."""
+
+
+def choose(words: Sequence[str]) -> Choice:
+    """Raises ConfigError, InputError: for a recipe that is missing or cannot be read."""
     require_current_words(words, _RENAMED)
     rest = normalized(words)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
     wanted = _value_of("family", rest)
     if named is None:
         named = DEFAULT_RECIPE if wanted is None else wanted if wanted in shipped_recipes() else None
-    # In the order in which they override each other.
     paths = [*([] if named is None else [find_recipe(named)]), *map(Path, _values_of("recipe", rest))]
-    contents = [_contents(path) for path in paths]
-    family = wanted or next((str(c["family"]) for c in reversed(contents) if "family" in c), DEFAULT_RECIPE)
-    options = recipe_class(family)
-    parser = build_parser(family)
-    configs = [_own_options(path, c, family, options, show) for path, c in zip(paths, contents, strict=True)]
-    for word in rest:
-        if word.startswith("--"):
-            _require_known(word[2:].partition("=")[0], family, options)
-    try:
-        values = parser.parse_args([*(f"--recipe={c}" for c in configs), *_without("recipe", rest)])
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    values.pop("recipe", None)
-    built: Recipe = options(**{"family": family, **vars(parser.instantiate(values))})
-    return built
+    files = [(path, recipe_contents(path)) for path in paths]
+    family = wanted or next((str(c["family"]) for _, c in reversed(files) if "family" in c), DEFAULT_RECIPE)
+    return Choice(family, files, rest, named)
 
 
 def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
     """Every option of a family's recipe, explained by its docstring. It raises ArgumentError and does not exit."""
-    parser = _parser(
+    parser = plain_parser(
         f"Train a capsule on the KV activations of a frozen VLM. RECIPE is a YAML file or the name of a shipped recipe"
         f" ({', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}); options override its fields. Families:"
-        f" {', '.join(dict.fromkeys([*trainable(), *REGISTRY.foreign()]))}."
+        f" {', '.join(dict.fromkeys([*trainable(), *REGISTRY.foreign()]))}. Defaults are those of the recipe."
     )
-    parser.add_argument("--recipe", action="config", help="YAML file of these options (the same as RECIPE)")
+    parser.add_argument("--recipe", action="config", help=RECIPE_HELP)
     parser.add_class_arguments(recipe_class(family), None)
     return parser
-
-
-def full_help() -> str:
-    """The help of `kvcapsule train` where no recipe is named: the shared options, and then each family's."""
-    shared = _parser(build_parser().description or "")
-    shared.add_argument("--recipe", action="config", help="YAML file of these options (the same as RECIPE)")
-    shared.add_class_arguments(Recipe, None)
-    return "\n".join([shared.format_help(), *map(_family_help, trainable())])
-
-
-def _family_help(family: str) -> str:
-    options, shared = recipe_class(family), set(option_names(Recipe))
-    parser = OptionParser(usage="", add_help=False, description=f"Options of the family {family}:")
-    for option in fields(options):
-        if isinstance(option.type, type) and is_dataclass(option.type):
-            others = {f.name for f in fields(option.type) if f"{option.name}.{f.name}" in shared}
-            if len(others) < len(fields(option.type)):
-                parser.add_class_arguments(option.type, option.name, skip=others)
-        elif option.name not in shared:
-            parser.add_class_arguments(options, None, skip={f.name for f in fields(options)} - {option.name})
-    return parser.format_help().partition("\n\n")[2]
 
 
 def shipped_recipes() -> list[str]:
@@ -126,12 +132,12 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
 
 
-def _parser(description: str) -> OptionParser:
+def plain_parser(description: str) -> OptionParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return OptionParser(prog="kvcapsule train", usage=_USAGE, description=description, exit_on_error=False)
 
 
-def _contents(path: Path) -> dict[str, Any]:
+def recipe_contents(path: Path) -> dict[str, Any]:
     try:
         contents = read_yaml(path) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -182,6 +188,20 @@ def _require_known(option: str, family: str, options: type[Recipe]) -> None:
     """Raises ConfigError for an option that only other families have; what no family has, the parser refuses."""
     if option not in set(option_names(options)) and (owners := _owners(option)):
         raise ConfigError(_not_of(option, owners, family))
+
+
+def _require_within_limits(words: Sequence[str], groups: frozenset[str]) -> None:
+    """Raises InputError if the value of a group of options, a YAML file or YAML itself, is past a limit."""
+    for group in groups:
+        for value in _values_of(group, words):
+            try:
+                path = Path(value)
+                parse_yaml(value) if not path.is_file() else read_yaml(path)
+            except LimitError as error:
+                raise InputError(f"--{group} cannot be used: {error}.") from error
+            # What is no path and no YAML is the parser's to refuse.
+            except (OSError, ValueError, yaml.YAMLError):
+                continue
 
 
 def _own_options(

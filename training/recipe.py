@@ -28,6 +28,8 @@ class TileOptions:
     """Store keys as if their tile began at position 0."""
 
     def __post_init__(self) -> None:
+        if self.tile < 0:
+            raise ConfigError(f"--codec.tile {self.tile}: it is a number of visual tokens; 0 takes the whole image.")
         require_whole_blocks(self.tile, self.align)
 
 
@@ -112,9 +114,9 @@ class Recipe:
     output: str = "runs/capsule"
     """Folder of the capsule. Logs and checkpoints are written to a folder of the same name plus .run."""
     force: bool = False
-    """Replace the capsule in the output folder."""
+    """Replace the capsule in the output folder, and the logs and checkpoints of the run that made it."""
     resume: bool = False
-    """Continue from the last checkpoint of an interrupted run with the same output."""
+    """Continue an interrupted run with the same output: from its last checkpoint, or behind its closed form."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.compression < float("inf"):
@@ -125,9 +127,16 @@ class Recipe:
             ("batch", self.batch),
             ("moment_batches", self.moment_batches),
             ("held_out", self.held_out),
+            ("trainer.devices", self.trainer.devices),
+            ("trainer.num_nodes", self.trainer.num_nodes),
         ):
             if count < 1:
                 raise ConfigError(f"--{name} {count}: at least 1 is needed.")
+        if self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: it is a number of processes, 0 or more.")
+        if not self.data.source:
+            raise ConfigError("--data.source is empty: name a source of questions.")
+        _ = self.folder
         if self.words_before < 0:
             raise ConfigError(f"--words_before {self.words_before}: it is a number of words, 0 or more.")
 
@@ -137,9 +146,26 @@ class Recipe:
         return 1 / self.compression
 
     @property
+    def folder(self) -> Path:
+        """Folder of the capsule, without ~, .. or a slash at its end.
+
+        Raises:
+            ConfigError: if `output` names no folder of its own.
+        """
+        try:
+            folder = Path(self.output).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"--output {self.output}: there is no such user; write the folder out.") from error
+        if ".." in folder.parts:
+            folder = folder.resolve()
+        if not self.output.strip() or not folder.name:
+            raise ConfigError(f"--output {self.output!r} names no folder of its own: give one, such as runs/capsule.")
+        return folder
+
+    @property
     def work(self) -> Path:
         """Folder of logs and checkpoints."""
-        return Path(self.output + ".run")
+        return self.folder.with_name(f"{self.folder.name}.run")
 
 
 def require_at_least_zero(options: object, prefix: str, *names: str) -> None:

@@ -44,7 +44,7 @@ def build_parser() -> OptionParser:
     return option_parser(
         BenchConfig,
         PROG,
-        usage=f"{PROG} [--level {'|'.join(LEVELS)}] [--quick true] [--json FILE] [--plot FILE] [options]",
+        usage=f"{PROG} [--level {'|'.join(LEVELS)}] [--quick] [--json FILE] [--plot FILE] [options]",
         description=(
             "Measure time and bytes of attention over segments against in-place full attention, of decode steps and"
             " generation against transformers' caches, and of serving within a memory limit. A method whose output is"
@@ -60,18 +60,12 @@ def parse(words: list[str]) -> BenchConfig:
     Raises:
         ConfigError, ArgumentError: for unknown options, or values that they cannot have.
     """
-    words = [f"{word}=true" if word == "--quick" and _is_last(words[i + 1 :]) else word for i, word in enumerate(words)]
     parser = build_parser()
     values = parser.read(words)
     if values.quick:
         parser.set_defaults(QUICK)
         values = parser.read(words)
     return instance(BenchConfig, parser, values)
-
-
-def _is_last(rest: list[str]) -> bool:
-    """Whether no value of an option follows: a --quick without a value means true."""
-    return not rest or rest[0].startswith("--")
 
 
 def _write(result: dict[str, Any], config: BenchConfig) -> None:

@@ -87,7 +87,8 @@ def _train(name: str, words: Sequence[str], console: Console) -> None:
 
 def _words(spec: Spec, folder: Path, config: EvalConfig) -> list[str]:
     options = {"revision": config.revision, "device": config.device, "threads": config.threads}
-    words = ["train", *spec.arguments, "--model", config.model, "--output", str(folder / spec.name)]
+    # What a training that was interrupted left beside the folder is no capsule.
+    words = ["train", *spec.arguments, "--model", config.model, "--output", str(folder / spec.name), "--force"]
     return [
         *words,
         *(word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))),

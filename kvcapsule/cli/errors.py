@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeVar
 
+from .parse_errors import plain_line
+
 WRONG_INPUT = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
@@ -50,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 def complain(prog: str, error: object) -> int:
     """Print an error of several lines as one, options spelled with dashes, and return the exit code."""
-    message = _NO_JSON_FILE.sub(_JSON_ADVICE, " ".join(str(error).split()))
+    message = plain_line(_NO_JSON_FILE.sub(_JSON_ADVICE, " ".join(str(error).split())))
     print(f"{prog}: {dashed(message)}", file=sys.stderr)
     return WRONG_INPUT
 

@@ -1,11 +1,12 @@
 """Commands whose options are the fields of a config class: the parser, and the config that a command line stands for.
 
 Options are shown with dashes (`--max-new-tokens`). Underscores, as the fields and the YAML files have them, are
-accepted as well.
+accepted as well. An option that is true or false needs no value to be true.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -13,8 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from ..errors import ConfigError
-from ..yaml_files import LimitError, read_yaml
+from ..errors import ConfigError, InputError
+from ..yaml_files import read_yaml
 from .errors import dashed
 
 Config = TypeVar("Config")
@@ -28,6 +29,9 @@ class OptionParser(ArgumentParser):
     renamed: Mapping[str, str] = MappingProxyType({})
     """Options that no longer exist, such as "ratio", and the sentence that names the new one."""
 
+    switches: Collection[str] = frozenset()
+    """Options that are true or false, such as "dry_run", and true where no value is given."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What is unambiguous today would not be after the next option.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -40,13 +44,12 @@ class OptionParser(ArgumentParser):
 
         Raises:
             ConfigError: if it has an option that was renamed.
+            InputError: if it cannot be read.
         """
         try:
             values = read_yaml(Path(cfg_path))
-        except LimitError as error:
-            raise ConfigError(f"{cfg_path} cannot be used: {error}.") from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            values = None  # The parser reads the file again and says what is wrong with it.
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{cfg_path} cannot be read: {' '.join(str(error).split())}.") from error
         require_current(values, self.renamed)
         parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
         return parsed
@@ -59,7 +62,7 @@ class OptionParser(ArgumentParser):
             ArgumentError: for an unknown option, or a value that it cannot have.
         """
         require_current_words(words, self.renamed)
-        parsed: Namespace = self.parse_args(normalized(words, self.lists))
+        parsed: Namespace = self.parse_args(switched(normalized(words, self.lists), self.switches))
         return parsed
 
 
@@ -86,7 +89,7 @@ def option_parser(
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = OptionParser(prog=prog, usage=usage, description=description, exit_on_error=False)
-    parser.lists, parser.renamed = lists or {}, renamed or {}
+    parser.lists, parser.renamed, parser.switches = lists or {}, renamed or {}, frozenset(switches(config))
     parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_class_arguments(config, None)
     return parser
@@ -127,6 +130,24 @@ def normalized(words: Sequence[str], lists: Mapping[str, bool] | None = None) ->
     for field, position in positions.items():
         result[position] = f"--{field}={json.dumps(values[field])}"
     return result
+
+
+def switches(config: type[Any], prefix: str = "") -> Iterator[str]:
+    """The options of a config class that are true or false, as a command line spells them with underscores."""
+    for option in fields(config):
+        if option.type is bool:
+            yield prefix + option.name
+        elif isinstance(option.type, type) and is_dataclass(option.type):
+            yield from switches(option.type, f"{prefix}{option.name}.")
+
+
+def switched(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """A command line with =true behind each of these options that no value follows."""
+    behind = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word.startswith("--") and word[2:] in names and after.startswith("--") else word
+        for word, after in zip(words, behind, strict=False)
+    ]
 
 
 def require_current_words(words: Sequence[str], renamed: Mapping[str, str]) -> None:

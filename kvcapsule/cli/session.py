@@ -1,6 +1,13 @@
 """What every command that runs a model prepares first: the screen, threads, the seed, the device; and its lines."""
 
+import os
+
 from rich.console import Console
+
+from ..errors import ConfigError
+
+_THREADS = max(64, 4 * (os.cpu_count() or 1))
+"""Most CPU threads of a process: PyTorch dies with a hundred thousand."""
 
 
 def begin(console: Console, *, threads: int | None, seed: int, device: str | None) -> None:
@@ -13,8 +20,10 @@ def begin(console: Console, *, threads: int | None, seed: int, device: str | Non
         device: the device of the run; None leaves the choice to whoever loads the model.
 
     Raises:
-        ModelError: if the device cannot be used here.
+        ConfigError: for a number of threads that cannot be used. ModelError: if the device cannot be used here.
     """
+    if threads is not None and not 1 <= threads <= _THREADS:
+        raise ConfigError(f"--threads {threads}: give 1 to {_THREADS}, or leave it out for PyTorch's choice.")
     import datasets
     import torch
     import transformers

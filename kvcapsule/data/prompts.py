@@ -43,6 +43,7 @@ def encode(
     conversations: Sequence[list[dict[str, Any]]],
     dtype: torch.dtype | None = None,
     options: Mapping[str, Any] | None = None,
+    mark_answers: bool = False,
 ) -> BatchFeature:
     """A left-padded batch of the model's inputs. After a user's last turn, the assistant's turn is opened.
 
@@ -51,6 +52,7 @@ def encode(
         conversations: as `conversation` builds them; all end with a turn of the same role.
         dtype: of the inputs that are not integers; None keeps that of the processor.
         options: of the processor, such as num_frames of a video.
+        mark_answers: whether to give the chat template's mask of the assistant's tokens too, as "assistant_masks".
 
     Raises:
         ModelError: if the processor has no chat template.
@@ -70,6 +72,7 @@ def encode(
         return_tensors="pt",
         add_generation_prompt=opened,
         processor_kwargs={"padding": True, **(options or {})},
+        return_assistant_tokens_mask=mark_answers,
     )
     if dtype is not None:
         batch = BatchFeature(

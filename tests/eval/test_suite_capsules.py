@@ -83,6 +83,7 @@ def test_the_training_is_told_what_the_run_is_told(vlm, tmp_path, suite_file, fa
         vlm,
         "--output",
         str(folder / "half"),
+        "--force",
         "--device",
         "cpu",
     ]

@@ -51,20 +51,6 @@ def test_a_short_training_gives_a_capsule_of_the_bytes_asked_for_and_moves_every
         parts = changed.flatten(1).amax(1) if name.startswith("channels") else changed.amax()[None]
         assert bool((parts > 0).all()), name
     assert max(before["kl"], after["kl"]) < 0.1
-    again = [
-        *QUICK,
-        "--compression",
-        "20",
-        "--output",
-        str(tmp_path / "moved"),
-        "--transform.steps",
-        "4",
-        "--resume",
-        "true",
-    ]
-    assert main(["cross-layer", *again, "--transform.joint_layers", "2"]) == 2
-    assert "had another transform.joint_layers" in capsys.readouterr().err
-    assert main(["cross-layer", *again]) == 0
 
 
 def test_layers_together_lose_less_than_apart(tmp_path: Path) -> None:

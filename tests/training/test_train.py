@@ -1,5 +1,5 @@
 """Training: closed forms against their definitions, the harvest against the real cache, and one whole run with its
-files and resume."""
+files."""
 
 import json
 from pathlib import Path
@@ -182,9 +182,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in text
 
 
-def test_a_run_leaves_a_capsule_and_can_be_resumed(
-    vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_leaves_a_capsule_with_its_logs(vlm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "capsule"
     words = ["--model", vlm, "--output", str(output), *QUICK, "--compression", "3.3333333", "--optim.soft_steps", "3"]
     assert main([*words, "--optim.hard_steps", "3"]) == 0
@@ -203,10 +201,8 @@ def test_a_run_leaves_a_capsule_and_can_be_resumed(
     checkpoint = torch.load(run / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 6
     assert not [name for name in checkpoint["state_dict"] if "language_model" in name or "vision" in name]
-    assert main([*words, "--optim.hard_steps", "5", "--resume", "true"]) == 0
-    assert torch.load(run / "last.ckpt", weights_only=False)["global_step"] == 8
-    assert main([*words, "--optim.hard_steps", "5", "--resume", "true", "--codec.tile", "14"]) == 2
-    assert "had another codec" in capsys.readouterr().err
+    assert main([*words, "--optim.hard_steps", "3", "--resume"]) == 2
+    assert "is finished" in capsys.readouterr().err
     ratios = Capsule.from_pretrained(output).config.codec.key_ratios
     assert sum(ratios) / len(ratios) == pytest.approx(0.3 * 2 * 0.6)
 

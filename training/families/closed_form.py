@@ -95,7 +95,7 @@ def closed_form(fit: Fit, heads: int) -> ClosedForm:
             )
     for sums in (*moments, *queries):
         fit.reduce(sums)
-    _require_samples(moments[0], task.tile, width)
+    require_samples(int(moments[0].count), task.tile, width)
     identity = torch.eye(width, dtype=torch.float64, device=device).expand(sets, width, width)
     metrics: list[torch.Tensor] = []
     for query in queries:
@@ -175,9 +175,15 @@ def read_back(codec: TransformLayer, layer: LayerHarvest, *, keys: bool = True, 
     return Segment(owner=layer.owner, frame=layer.frame, **key_part._asdict(), **value_part._asdict())
 
 
-def _require_samples(moments: Moments, tile: int, width: int) -> None:
-    """Raises ConfigError where the tiles are too few for the bases to be more than these tiles' own."""
-    tiles, needed = int(moments.count), -(-2 * tile // width) * 8
+def require_samples(tiles: int, tile: int, width: int) -> None:
+    """Raises ConfigError where the tiles are too few for the bases to be more than these tiles' own.
+
+    Args:
+        tiles: their number.
+        tile: tokens of each.
+        width: channels of a set of KV heads.
+    """
+    needed = -(-2 * tile // width) * 8
     if tiles < needed:
         raise ConfigError(
             f"{tiles} tiles are too few for stable bases of {tile} tokens: at least {needed} are needed. Give more"

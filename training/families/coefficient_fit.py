@@ -20,7 +20,7 @@ from ..harvest import LayerHarvest
 from ..losses import full_output, output_error
 from ..second_moments import Moments
 from .bit_budget import BitBudget
-from .closed_form import Tiles
+from .closed_form import Tiles, require_samples
 from .coding_source import LEAST_STEP
 from .coefficient_options import CoefficientRecipe
 from .grouping import joint_heads
@@ -37,6 +37,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
     """Closed forms, solved by `prepare`, then Adam on all that is continuous."""
 
     has_kl = True
+    rate_option = "transform.lr"
     reuses_harvests = True
 
     def __init__(self, task: Task[C]) -> None:
@@ -56,6 +57,9 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             max_map_mib=self.options.max_map_mib,
             show=self.show,
         )
+
+    def require_tiles(self, tiles: int) -> None:
+        require_samples(tiles, self.task.tile, self.task.geometry.head_dim * self.heads)
 
     @abstractmethod
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:

@@ -1,7 +1,6 @@
 """Options that the two families of coded coefficients share, transform and cross-layer."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from kvcapsule.errors import ConfigError
 
@@ -66,8 +65,6 @@ class CoefficientOptions:
 @dataclass(frozen=True)
 class CoefficientRecipe(Recipe):
     """A training run of a family of coded coefficients."""
-
-    RESUMABLE: ClassVar[frozenset[str]] = Recipe.RESUMABLE | {"transform.steps"}
 
     bits: float | None = None
     """In place of --compression: mean bits of an element of the keys and values, 16 / compression."""

@@ -1,14 +1,15 @@
 """Training of the compact family: a bank of queries for each layer, then a selector that imitates the greedy choice of
 tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
 from torch import nn
 
+from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.methods.ratios import pyramid, retained
 
@@ -49,8 +50,6 @@ class CompactOptions:
 class CompactRecipe(Recipe):
     """A training run of the family compact."""
 
-    RESUMABLE: ClassVar[frozenset[str]] = Recipe.RESUMABLE | {"compact.steps"}
-
     family: str = "compact"
     codec: PyramidOptions = field(default_factory=PyramidOptions)
     """Shape of the codecs."""
@@ -63,6 +62,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
     descent."""
 
     recipe_class = CompactRecipe
+    rate_option = "compact.lr"
 
     def __init__(self, task: Task[CompactRecipe]) -> None:
         super().__init__(task)
@@ -102,6 +102,11 @@ class CompactFit(CapsuleFit[CompactRecipe]):
             codec.bank.copy_(bank.bank())
             if codec.selector is not None:
                 initialise(codec.selector, layer.keys, layer.values, seed)
+
+    def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
+        assert isinstance(config, CompactConfig)
+        self.config = config
+        super().restore(config, layers)
 
     def codec_config(self) -> CompactConfig:
         return self.config

@@ -1,6 +1,7 @@
 """Training of the kvcapsule family: closed form, then a soft mask, then a hard mask."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
 from torch import nn
 
-from kvcapsule.codec import PairCodec
+from kvcapsule.codec import CodecConfig, PairCodec
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
 from kvcapsule.methods.ratios import retained
 from kvcapsule.vlm.geometry import KVGeometry
@@ -53,6 +54,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
     """The paper's training, with an attention-output loss beside it (training/NOTES.md)."""
 
     recipe_class = KVCapsuleRecipe
+    rate_option = "optim.lr"
     has_unused_parameters = True
     """Mask and reconstruction are trained one after the other, so that some parameters of a step have no gradient."""
 
@@ -70,13 +72,21 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
         return self.optim.soft_steps + self.optim.hard_steps
 
     def prepare(self) -> None:
-        geometry, tile, recipe = self.task.geometry, self.task.tile, self.task.recipe
+        self._build(self.task.recipe.moment_batches)
+
+    def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
+        # One batch gives everything its size.
+        self._build(1)
+        self.layers.load_state_dict(layers)
+
+    def _build(self, batches: int) -> None:
+        """Layers from the moments of so many batches."""
+        geometry, tile = self.task.geometry, self.task.tile
         moments = [
             TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device)
             for _ in range(geometry.layers)
         ]
-        # A resumed run takes them from its checkpoint.
-        for batch in self.batches(1 if recipe.resume else recipe.moment_batches, "moments of keys and values"):
+        for batch in self.batches(batches, "moments of keys and values"):
             for moment, layer in zip(moments, self.harvest(batch), strict=True):
                 moment.add(layer)
         for moment in moments:

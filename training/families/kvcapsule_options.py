@@ -1,7 +1,6 @@
 """Options of the family kvcapsule, and the retention ratios that they stand for."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.errors import ConfigError
@@ -82,8 +81,6 @@ class OptimOptions:
 @dataclass(frozen=True)
 class KVCapsuleRecipe(Recipe):
     """A training run of the family kvcapsule."""
-
-    RESUMABLE: ClassVar[frozenset[str]] = Recipe.RESUMABLE | {"optim.hard_steps"}
 
     family: str = "kvcapsule"
     codec: KVCapsuleShape = field(default_factory=KVCapsuleShape)
