@@ -195,8 +195,11 @@ def _require_within_limits(words: Sequence[str], groups: frozenset[str]) -> None
     for group in groups:
         for value in _values_of(group, words):
             try:
-                path = Path(value)
-                parse_yaml(value) if not path.is_file() else read_yaml(path)
+                # No path is as long as what limits are for.
+                if len(value) < 256 and Path(value).is_file():
+                    read_yaml(Path(value))
+                else:
+                    parse_yaml(value)
             except LimitError as error:
                 raise InputError(f"--{group} cannot be used: {error}.") from error
             # What is no path and no YAML is the parser's to refuse.

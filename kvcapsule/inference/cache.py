@@ -123,7 +123,7 @@ class CapsuleCache(Cache):
         """Check the forward against what is cached, and note its tokens; returns how many came before."""
         layers = self.capsule_layers()
         past, new = int(layers[0].get_seq_length()), input_ids.shape[1]
-        self.tokens.require_whole([int(layer.get_seq_length()) for layer in layers])
+        self._require_whole()
         # On an accelerator a decode step does not wait for the device to tell.
         if layers[0].tail_start and (new > 1 or input_ids.device.type == "cpu"):
             self.tokens.require_mask(attention_mask, past + new, layers[0].tail_start)
@@ -179,6 +179,7 @@ class CapsuleCache(Cache):
                 attention), or there is no such row.
         """
         capsule = require_exchangeable(self.method, self.layers)
+        self._require_whole()
         self._flush_pending()
         return give_out(self.capsule_layers(), self._spans.forwards, row, capsule, weights, adapter)
 
@@ -243,12 +244,17 @@ class CapsuleCache(Cache):
         self.taken_in, self.rope_deltas = False, None
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._require_whole()
         super().crop(tokens_to_remove)
         self.tokens.crop(-tokens_to_remove)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         self._flush_pending()
         super().offload(layer_idx, only_non_sliding)
+
+    def _require_whole(self) -> None:
+        """Raises ConfigError if the last forward broke off half-way."""
+        self.tokens.require_whole([int(layer.get_seq_length()) for layer in self.capsule_layers()])
 
     def _flush_pending(self) -> None:
         """Compress the pending prefills of all layers: a method may give back several layers at once."""
@@ -259,6 +265,7 @@ class CapsuleCache(Cache):
     def _select_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Within the block all layers select the same rows of the batch, and tensors that they share only once; choose
         does so with a number for each row."""
+        self._require_whole()
         self._flush_pending()
         self._spans.select(choose)
         self.tokens.select(choose)

@@ -125,9 +125,14 @@ def test_a_forward_that_breaks_off(
         monkeypatch.undo()
         if broken == 0:
             torch.testing.assert_close(forward(attached, copy.deepcopy(cache), [30, 31]), expected, rtol=0, atol=0)
+            cache.batch_select_indices(torch.tensor([0]))
     for _ in range(2):
         with pytest.raises(ConfigError, match="broke off half-way"):
             forward(attached, cache, [30, 31])
+    with pytest.raises(ConfigError, match="broke off half-way"):
+        cache.crop(-1)
+    with pytest.raises(ConfigError, match="broke off half-way"):
+        cache.batch_select_indices(torch.tensor([0]))
     cache.reset()
     with torch.no_grad():
         attached(**prompt, **cache_argument(cache))
