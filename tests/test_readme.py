@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,7 +89,10 @@ def start(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] in STARTS], ids=" ".join)
-def test_a_long_command_is_understood(words: list[str], monkeypatch) -> None:
+def test_a_long_command_is_understood(words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Those that are given a capsule read it for its model and data.
+    shutil.copytree(ROOT / "checkpoints" / "pages-vlm-cross-layer", tmp_path / "runs" / "my-capsule")
     monkeypatch.setattr(STARTS[words[0]], start)
     with pytest.raises(Started):
         main(words)
