@@ -1,8 +1,8 @@
 """Harvest store: harvests on disk, so that the frozen VLM runs once per batch for any number of capsules.
 
 A file holds the harvest of one batch, all layers, as safetensors. Its name is a digest of everything that the harvest
-depends on: the model's weights, the batch's inputs, the tile, its alignment and the frame. A file can therefore never
-be out of date, and capsules of all families and compressions share one folder.
+depends on: the model's weights, config and active adapters, the batch's inputs, the tile, its alignment and the frame.
+A file can therefore never be out of date, and capsules of all families and compressions share one folder.
 """
 
 import hashlib
@@ -20,10 +20,11 @@ from kvcapsule.atomic_files import unique_name
 from kvcapsule.errors import InputError
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.weights import ModelIdentity, UnreadableError
 
 from .harvest import AT_SPANS, Alignment, LayerHarvest, harvest
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format; part of every digest."""
 _SUFFIX = ".harvest.safetensors"
 _FRAME, _REST = ("frame.cos", "frame.sin"), ("rest.keys", "rest.values", "rest.owner", "rest.mask")
@@ -38,15 +39,13 @@ class HarvestStore:
         """report: called with a line on the size of the first harvest."""
         self.report: Callable[[str], None] | None = report
         self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
-        self._begun = hashlib.blake2b(f"{FORMAT} {tile} {canonical}".encode(), digest_size=20)
-        for name, tensor in model.state_dict().items():
-            _add(self._begun, name, tensor)
+        self._identity = ModelIdentity(model)
 
     def harvest(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> list[LayerHarvest]:
         """The harvest of a batch, read from its file; computed and written if there is none.
 
         Raises:
-            InputError: if a file cannot be written or read.
+            InputError: if a file cannot be written or read, or the model's weights cannot.
         """
         path = self.path(inputs, alignment)
         if path.is_file():
@@ -72,7 +71,12 @@ class HarvestStore:
 
     def path(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> Path:
         """Path of the file for the harvest of these inputs."""
-        digest = self._begun.copy()
+        try:
+            model = self._identity.get()
+        except UnreadableError as error:
+            raise InputError(f"harvests of this model cannot be told apart: {error}. Leave --harvests out.") from error
+        about = f"{FORMAT} {self.tile} {self.canonical} {model.weights} {model.adapter}"
+        digest = hashlib.blake2b(about.encode(), digest_size=20)
         for name in sorted(inputs):
             _add(digest, name, inputs[name])
         if alignment != AT_SPANS:

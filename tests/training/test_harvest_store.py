@@ -1,9 +1,11 @@
 """Harvests on disk: what is read back is what was written, and what is asked for is never another's."""
 
+import copy
 from dataclasses import fields
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import BatchFeature
 
 from kvcapsule.capsule.capsule import Capsule
@@ -52,6 +54,28 @@ def test_every_thing_that_a_harvest_depends_on_names_it(model, batch, tmp_path) 
         weight[0, 0] -= 1
     assert len(names) == 5
     assert HarvestStore(tmp_path, model, 50, True).path(batch) in names
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_model_of_equal_tensors_that_computes_otherwise_has_other_harvests(model, batch, tmp_path) -> None:
+    """Another rope theta or epsilon, another active adapter: the state dict says nothing of them."""
+    model = copy.deepcopy(model)
+    kept = HarvestStore(tmp_path, model, 50, True)
+    names = [kept.path(batch)]
+    text = model.config.get_text_config()
+    for change in ({"rms_norm_eps": 1e-3}, {"rope_parameters": {**text.rope_parameters, "rope_theta": 123.0}}):
+        for name, value in change.items():
+            setattr(text, name, value)
+        names.append(kept.path(batch))
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    tuned.add_adapter("other", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    kept = HarvestStore(tmp_path, model, 50, True)
+    for adapter in ("default", "other"):
+        tuned.set_adapter(adapter)
+        names.append(kept.path(batch))
+    with tuned.disable_adapter():
+        names.append(kept.path(batch))
+    assert len(set(names)) == len(names) == 6
 
 
 def test_half_of_a_file_is_never_there(model, batch, tmp_path, monkeypatch) -> None:
