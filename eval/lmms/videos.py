@@ -40,10 +40,12 @@ def load_videos(
     reader: Any = getattr(processor, "video_processor", None)
     sampled = num_frames is not None or fps is not None or bool(reader.do_sample_frames)
     choose = partial(reader.sample_frames, num_frames=num_frames, fps=fps) if sampled else None
+    # Its types have no paths.
+    load: Any = load_video
     metadata = []
     for part in parts:
         try:
-            part["video"], of_video = load_video(str(part["video"]), backend="pyav", sample_indices_fn=choose)
+            part["video"], of_video = load(str(part["video"]), backend="pyav", sample_indices_fn=choose)
         # PyAV's errors are OSErrors or ValueErrors, by their kind.
         except (OSError, ValueError, ImportError) as error:
             raise DataError(f"the video {part['video']} cannot be read: {error}") from error
