@@ -40,7 +40,7 @@ def load_videos(
     reader: Any = getattr(processor, "video_processor", None)
     sampled = num_frames is not None or fps is not None or bool(reader.do_sample_frames)
     choose = partial(reader.sample_frames, num_frames=num_frames, fps=fps) if sampled else None
-    # Its types have no paths.
+    # transformers' annotation leaves paths out.
     load: Any = load_video
     metadata = []
     for part in parts:
