@@ -73,6 +73,11 @@ def _long_answer(page: Path, result: Mapping[str, Any], file: str) -> None:
     write_whole(page, long_answer.page(result).encode())
 
 
+def _lmms(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
+    """What lmms-eval and `kvcapsule eval` say of the same questions."""
+    return lambda page, result, file: lmms.refresh(page, name, result, file)
+
+
 PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "pages.json": ("README.md", _front),
     "rate-distortion.json": ("docs/results-tables.md", _suite("rate-distortion")),
@@ -83,7 +88,7 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "bench-cpu.json": ("docs/bench-tables.md", _bench),
     "serving-cpu.json": ("docs/serving.md", engine_page.refresh),
     "long-answer.json": ("docs/long-answer.md", _long_answer),
-    "lmms-pages.json": ("docs/benchmarks.md", lmms.refresh),
+    "lmms-pages.json": ("docs/benchmarks.md", _lmms("lmms-pages")),
 }
 """By file of a result: the page that shows it, and the function that writes its table."""
 

@@ -6,9 +6,6 @@ from typing import Any
 
 from . import markdown
 
-NAME = "lmms-pages"
-"""Name in the markers of the table."""
-
 
 def table(result: Mapping[str, Any]) -> str:
     """A Markdown table with a row for each method."""
@@ -34,11 +31,11 @@ def table(result: Mapping[str, Any]) -> str:
     return markdown.grid(lines)
 
 
-def refresh(page: Path, result: Mapping[str, Any], file: str) -> None:
-    """Put the table, what it was measured with and its command between the markers.
+def refresh(page: Path, name: str, result: Mapping[str, Any], file: str) -> None:
+    """Put the table, what it was measured with and its command between the markers of this name.
 
     Raises:
         InputError: if the page has no such markers.
     """
     block = [table(result), markdown.paragraph(markdown.facts(result))]
-    markdown.put(page, NAME, "\n\n".join([*block, markdown.command_block(page, result["command"], file)]))
+    markdown.put(page, name, "\n\n".join([*block, markdown.command_block(page, result["command"], file)]))
