@@ -103,14 +103,14 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     def prepare(self) -> None:
         """Build `layers`, with all that has a closed form."""
 
-    def require_tiles(self, tiles: int) -> None:
-        """Refuse too few tiles before the model runs; called where their number is known.
+    def require_feasible(self, tiles: int | None) -> None:
+        """Refuse what cannot work before the model runs.
 
         Args:
-            tiles: most that `prepare` will see.
+            tiles: most that `prepare` will see; None where that is not known.
 
         Raises:
-            ConfigError: if they are too few.
+            ConfigError: if they are too few, or tiles of this size cannot be stored in so few bytes.
         """
 
     @abstractmethod

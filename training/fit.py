@@ -126,9 +126,7 @@ def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: 
     task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, console)
     fit: AnyFit = fit_class(family)(task)
     questions = min(recipe.moment_batches, len(data.first_epoch())) * min(recipe.batch, len(data.rows))
-    tiles = images.most_tiles(tile, questions)
-    if tiles is not None:
-        fit.require_tiles(tiles)
+    fit.require_feasible(images.most_tiles(tile, questions))
     if line := raw_tokens_line(images, tile, recipe.compression, model.dtype.itemsize * 8):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return fit

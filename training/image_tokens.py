@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from kvcapsule.errors import DataError
+from kvcapsule.errors import ConfigError, DataError
 from kvcapsule.vlm.spans import find_spans
 
 from .datamodule import Questions
@@ -70,6 +70,15 @@ def tile_of(images: ImageTokens, wanted: int, align: int) -> int:
             f" a --codec.align of at most {(sizes[0] + 1) // 2}."
         )
     return tile
+
+
+def require_one_row(compression: float, tile: int) -> None:
+    """Raises ConfigError for fewer bytes than those of one row of a tile of so many tokens."""
+    if compression > tile:
+        raise ConfigError(
+            f"a compression of {compression:g} cannot be reached: a tile of {tile} tokens stores one row at least:"
+            f" {tile}x is the most. Ask for less (--compression), or take a larger --codec.tile."
+        )
 
 
 def raw_tokens_line(images: ImageTokens, tile: int, compression: float, element_bits: int) -> str | None:

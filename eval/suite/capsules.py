@@ -60,7 +60,8 @@ def _train_all(missing: Sequence[Spec], folder: Path, config: EvalConfig, consol
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(missing))
         for spec in missing:
-            words = _words(spec, folder, config)
+            # What a training that was interrupted left beside the folder is replaced.
+            words = [*_words(spec, folder, config), "--force"]
             console.print(shlex.join(["kvcapsule", *words]), markup=False, highlight=False, soft_wrap=True)
             progress.update(task, description=f"training {spec.name}")
             _train(spec.name, words, console)
@@ -87,8 +88,7 @@ def _train(name: str, words: Sequence[str], console: Console) -> None:
 
 def _words(spec: Spec, folder: Path, config: EvalConfig) -> list[str]:
     options = {"revision": config.revision, "device": config.device, "threads": config.threads}
-    # What a training that was interrupted left beside the folder is no capsule.
-    words = ["train", *spec.arguments, "--model", config.model, "--output", str(folder / spec.name), "--force"]
+    words = ["train", *spec.arguments, "--model", config.model, "--output", str(folder / spec.name)]
     return [
         *words,
         *(word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))),

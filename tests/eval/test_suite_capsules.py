@@ -83,9 +83,9 @@ def test_the_training_is_told_what_the_run_is_told(vlm, tmp_path, suite_file, fa
         vlm,
         "--output",
         str(folder / "half"),
-        "--force",
         "--device",
         "cpu",
+        "--force",
     ]
     assert fake_training == [[sys.executable, "-m", "kvcapsule", *train]]
 

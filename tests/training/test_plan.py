@@ -52,12 +52,11 @@ def test_tiles_that_fit() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (
-            ["--codec.tile", "300"],
-            "nothing fills a tile of 300 visual tokens, the largest image of the first ones has 196",
-        ),
-        (["--moment-batches", "1"], "tiles are too few for stable bases of 196 tokens: at least 32 are needed"),
+        (["--codec.tile", "300"], "fills a tile of 300 visual tokens, the largest image of the first ones has 196"),
+        (["--moment-batches", "1"], "tiles are too few for stable bases of 196 tokens: at least 56 are needed"),
         (["--compression", "4000", "--codec.tile", "14"], "address and frame: store more"),
+        (["--family", "kvcapsule", "--compression", "50", "--codec.tile", "49"], "one row at least: 49x is the most"),
+        (["--family", "compact", "--compression", "50", "--codec.tile", "49"], "one row at least: 49x is the most"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_runs(
@@ -70,6 +69,7 @@ def test_what_cannot_work_is_refused_before_the_model_runs(
 ) -> None:
     monkeypatch.setattr("kvcapsule.training.capsule_fit.harvest", lambda *_: pytest.fail("ran the model"))
     quick = ["--data.size", "24", "--held-out", "8", "--batch", "4", "--device", "cpu"]
-    assert main(["transform", "--model", vlm, "--output", str(tmp_path / "c"), *quick, *words]) == 2
+    family = [] if "--family" in words else ["transform"]
+    assert main([*family, "--model", vlm, "--output", str(tmp_path / "c"), *quick, *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line and not list(tmp_path.iterdir())

@@ -69,7 +69,7 @@ def test_a_descent_that_diverges_is_not_saved(
     assert not list(output.iterdir())
 
 
-@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("name", [name for name in shipped_names() if name.startswith("pages-vlm-")])
 def test_shipped_capsules_are_finite(name: str) -> None:
     assert all(t.isfinite().all() for t in Capsule.from_pretrained(name).state_dict().values() if t.is_floating_point())
 

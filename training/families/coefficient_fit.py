@@ -58,8 +58,14 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             show=self.show,
         )
 
-    def require_tiles(self, tiles: int) -> None:
-        require_samples(tiles, self.task.tile, self.task.geometry.head_dim * self.heads)
+    def require_feasible(self, tiles: int | None) -> None:
+        self.require_budget()
+        if tiles is not None:
+            require_samples(tiles, self.task.tile, self.task.geometry.head_dim * self.heads)
+
+    def require_budget(self) -> None:
+        """Raises ConfigError if the compression leaves no byte for codes."""
+        self.budget.code_bytes(2 * self.task.geometry.layers)
 
     @abstractmethod
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:

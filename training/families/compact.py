@@ -16,6 +16,7 @@ from kvcapsule.methods.ratios import pyramid, retained
 from ..capsule_fit import CapsuleFit, Task, scheduled
 from ..datamodule import Batch
 from ..harvest import LayerHarvest
+from ..image_tokens import require_one_row
 from ..losses import require_finite
 from ..query_bank import QueryBank
 from ..recipe import PyramidOptions, Recipe, require_at_least_zero
@@ -81,6 +82,9 @@ class CompactFit(CapsuleFit[CompactRecipe]):
     @property
     def steps(self) -> int:
         return self.recipe.steps if self.recipe.selector == "learned" else 0
+
+    def require_feasible(self, tiles: int | None) -> None:
+        require_one_row(self.task.recipe.compression, self.task.tile)
 
     def prepare(self) -> None:
         geometry, seed = self.task.geometry, self.task.recipe.seed

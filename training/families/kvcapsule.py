@@ -16,6 +16,7 @@ from kvcapsule.vlm.geometry import KVGeometry
 
 from ..capsule_fit import CapsuleFit, Task, mean, scheduled
 from ..datamodule import Batch
+from ..image_tokens import require_one_row
 from ..losses import unexplained
 from ..second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
 from .kvcapsule_options import KVCapsuleRecipe, OptimOptions
@@ -70,6 +71,9 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
     @property
     def steps(self) -> int:
         return self.optim.soft_steps + self.optim.hard_steps
+
+    def require_feasible(self, tiles: int | None) -> None:
+        require_one_row(2 / sum(self.task.recipe.mean_ratios()), self.task.tile)
 
     def prepare(self) -> None:
         self._build(self.task.recipe.moment_batches)

@@ -106,6 +106,11 @@ class TransformFit(CoefficientFit[TransformRecipe]):
                 widths = self._widths([source.cells for source in sources])
         self.layers = self._code(sources, widths, form.queries)
 
+    def require_budget(self) -> None:
+        # Budgets of their own are in place of the compression.
+        if self.task.recipe.transform.key_bits is None:
+            super().require_budget()
+
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:
         return layer_sources(layers, self.heads)
 
