@@ -10,7 +10,6 @@ from ..errors import CapsuleError
 
 MOST_BYTES = {
     "config.json": 2**20,
-    "recipe.yaml": 2**20,
     "metrics.json": 16 * 2**20,
     "README.md": 16 * 2**20,
 }

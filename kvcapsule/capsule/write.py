@@ -85,15 +85,16 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
     folder, plain = new_folder(directory), atomic_files.plain(metrics, "metrics")
     require_files(folder, FILES)
     path = folder / METRICS_FILE
+    card = card_in(folder)
+    loads = CARD_LOADS.search(card)
     try:
         merged = {**read_json(path), **plain}
-    except (TypeError, CapsuleError) as error:
+        measured = measured_section(merged, loads["name"] if loads else folder.name)
+    except (AttributeError, TypeError, CapsuleError) as error:
         raise CapsuleError(
             f"{path} is damaged, so nothing was put into it ({error}): replace its content by {{}}."
         ) from error
-    card = card_in(folder)
-    loads = CARD_LOADS.search(card)
-    section = f"{MEASURED_TITLE}\n\n{measured_section(merged, loads['name'] if loads else folder.name)}\n\n"
+    section = f"{MEASURED_TITLE}\n\n{measured}\n\n"
     contents = {
         METRICS_FILE: atomic_files.to_json(merged),
         CARD_FILE: CARD_MEASURED.sub(lambda _: section, card).encode(),
