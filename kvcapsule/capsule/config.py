@@ -67,11 +67,11 @@ class CapsuleConfig:
             )
         codec_config = _codec_config(family, package)
         if not isinstance(metadata, dict):
-            raise CapsuleError(f"metadata is {metadata!r}, expected names and values.")
+            raise CapsuleError("metadata is no object of keys and values.")
         ModelRecord.of(metadata)
         data_record(metadata)
         try:
-            for key in ("codec", "geometry", "metadata"):
+            for key in ("codec", "geometry"):
                 if not isinstance(values.get(key, {}), dict):
                     raise ConfigError(f"{key} is no object of keys and values")
             config = cls(

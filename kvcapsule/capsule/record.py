@@ -13,6 +13,7 @@ from kvcapsule.checkpoints import shipped
 
 from ..errors import CapsuleError
 from ..vlm.fingerprint import Fingerprint
+from .limits import shortened
 
 MODEL, DATA = "model", "data"
 """Keys of `metadata`."""
@@ -45,10 +46,11 @@ class ModelRecord:
         for name in ("weights", "license"):
             texts = values.get(name, {})
             if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-                raise CapsuleError(f"metadata.{MODEL}.{name} is {texts!r}, expected names and texts.")
+                raise CapsuleError(f"metadata.{MODEL}.{name} is {shortened(repr(texts))}, expected names and texts.")
         for name, kind in allowed.items():
             if name in values and not isinstance(values[name], kind):
-                raise CapsuleError(f"metadata.{MODEL}.{name} is {values[name]!r}, which is of the wrong type.")
+                value = shortened(repr(values[name]))
+                raise CapsuleError(f"metadata.{MODEL}.{name} is {value}, which is of the wrong type.")
         return cls(**{name: values[name] for name in (*allowed, "weights", "license") if name in values})
 
     @property
@@ -70,7 +72,7 @@ def data_record(metadata: Mapping[str, Any]) -> dict[str, Any]:
     values = _mapping(metadata, DATA)
     for name in ("source", "split"):
         if values and not isinstance(values.get(name), str):
-            raise CapsuleError(f"metadata.{DATA}.{name} is {values.get(name)!r}, expected a text.")
+            raise CapsuleError(f"metadata.{DATA}.{name} is {shortened(repr(values.get(name)))}, expected a text.")
     return values
 
 
@@ -88,5 +90,5 @@ def portable(name: str) -> str:
 def _mapping(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
     values = metadata.get(key, {})
     if not isinstance(values, dict):
-        raise CapsuleError(f"metadata.{key} is {values!r}, expected names and values.")
+        raise CapsuleError(f"metadata.{key} is {shortened(repr(values))}, expected names and values.")
     return values
