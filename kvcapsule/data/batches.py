@@ -10,7 +10,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from ..errors import DataError, InputError
 from ..vlm.spans import VisualSpan, find_spans
 from .images import images_of
-from .places import IMAGE, leading_dropped, pieces
+from .places import leading_dropped, numbered_places, require_places
 from .prompts import conversation, encode
 
 ROW = "_row"
@@ -43,11 +43,13 @@ def read_question(row: Mapping[str, Any], index: int) -> Question:
     Raises:
         DataError: naming the row, if an image cannot be read, or if the prompt has other than its number of places.
     """
-    label, prompt, answer = row.get(ROW) or f"row {index + 1}", row["prompt"], row["answer"]
+    label, answer = row.get(ROW) or f"row {index + 1}", row["answer"]
     images = images_of(row, label)
-    places = len(pieces(prompt)) - 1
-    if places not in (0, len(images)):
-        raise DataError(f"{label}: the prompt has {places} places {IMAGE}, but there are {len(images)} images.")
+    prompt = numbered_places(row["prompt"], len(images))
+    try:
+        require_places(prompt, len(images))
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from error
     answers = tuple(row.get("answers") or (answer,))
     return Question(
         images, leading_dropped(prompt), answer, row.get("task") or "", answers, tuple(row.get("choices") or ())

@@ -1,6 +1,7 @@
 """Images that rows name by paths: where they lie, and what their content is."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,6 +13,8 @@ _BASE64 = {"iVBORw0KGgo": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp
 """How images in base64 begin, and their types."""
 BESIDE, WORKING, WITHIN = "images beside the file", "images in the working directory", "images in the data"
 _DIGEST = 16
+_LONGEST = 1_000
+"""Letters of a name that may be a path."""
 
 
 class ImageFile(TypedDict):
@@ -53,15 +56,18 @@ def located(value: Any, folder: Path | None) -> tuple[ImageFile, str]:
 
 def _on_disk(name: str, folder: Path | None) -> tuple[Path, str]:
     beside = None if folder is None else folder / name
-    if beside is not None and beside.is_file():
+    # Unlike Path.is_file, it is no error for what cannot be a name.
+    if beside is not None and os.path.isfile(beside):
         return beside, BESIDE
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name), WORKING
     tried = (
         ""
         if beside is None or Path(name).is_absolute()
         else f", beside the data ({beside}) or in the working directory"
     )
+    if len(name) > _LONGEST:
+        raise DataError(f"there is no image {name[:_LONGEST]}..., and it is no base64 of a PNG, JPEG, GIF or WebP.")
     raise DataError(f"there is no image {name}{tried}.")
 
 

@@ -2,6 +2,8 @@
 
 import re
 
+from ..errors import DataError
+
 IMAGE = "<image>"
 """The place of an image in a prompt; without one, the images stand before the prompt."""
 _NUMBERED = re.compile(r"<image (\d+)>")
@@ -22,6 +24,13 @@ def leading_dropped(prompt: str) -> str:
 def words_alone(prompt: str) -> str:
     """The prompt without places."""
     return " ".join(piece for piece in pieces(prompt) if piece)
+
+
+def require_places(prompt: str, images: int) -> None:
+    """Raises DataError if a prompt has places, but not for as many images as there are."""
+    places = len(pieces(prompt)) - 1
+    if places not in (0, images):
+        raise DataError(f"the prompt has {places} places {IMAGE}, but there are {images} images.")
 
 
 def numbered_places(prompt: str, images: int) -> str:

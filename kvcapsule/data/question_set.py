@@ -15,7 +15,7 @@ from . import shares
 from .batches import ROW, read_question
 from .formats.base import Format, Reading, text_of
 from .image_files import WITHIN, ImageFile, content_digest, located
-from .places import numbered_places
+from .places import numbered_places, require_places
 from .source_config import SourceConfig
 from .table import Table
 
@@ -52,6 +52,8 @@ def question_set(table: Table, form: Format, config: SourceConfig) -> "datasets.
         try:
             reading, task = _read(texts[index], form, config)
             images = None if pictures is None else list(_located(reading, pictures[index], form, table.folder, places))
+            if images is not None:
+                require_places(numbered_places(reading.prompt, len(images)), len(images))
             readable[index] = _Row(index, reading, task, images)
         except DataError as error:
             broken.append(f"{table.label(index)}: {error}")
@@ -172,9 +174,8 @@ def _data_set(table: Table, form: Format, rows: Sequence[_Row]) -> "datasets.Dat
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for row in rows:
         reading = row.reading
-        count = len(row.images) if row.images is not None else len(form.images)
         values = (
-            numbered_places(reading.prompt, count),
+            reading.prompt,
             reading.answers[0],
             row.task,
             list(reading.answers),

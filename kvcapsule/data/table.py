@@ -1,6 +1,7 @@
 """Opens a source of rows: a file, a folder, or a data set on the Hub. What its columns mean is not known here."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,14 @@ def open_table(config: SourceConfig) -> Table:
     Raises:
         DataError: if there is no such source, subset or split, or if it is damaged or empty.
     """
+    if not config.source.strip():
+        raise DataError("--data.source is empty: name a built-in source, a file, a folder or a data set on the Hub.")
     share, path = parse(config.split), Path(config.source)
     if config.streaming:
         table = _stream(config, share, path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         table = _file(config, share, path)
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    elif any(os.path.isfile(path / name) for name in ("dataset_info.json", "dataset_dict.json")):
         table = _of_datasets(config, share, lambda datasets: datasets.load_from_disk(str(path)))
     else:
         table = _of_datasets(config, share, lambda datasets: _load(datasets, config, path, share))
@@ -84,7 +87,7 @@ def _of_datasets(config: SourceConfig, share: Share, opened: Callable[[Any], Any
     def label(index: int) -> str:
         return f"row {index + 1} of {config.source}"
 
-    local = folder if folder.is_dir() else None
+    local = folder if os.path.isdir(folder) else None
     if isinstance(rows, datasets.DatasetDict) and not (local and list(rows) == ["train"]):
         if share.split not in rows:
             names = ", ".join(map(str, rows))
@@ -102,7 +105,7 @@ def _of_datasets(config: SourceConfig, share: Share, opened: Callable[[Any], Any
 
 
 def _load(datasets: Any, config: SourceConfig, path: Path, share: Share) -> Any:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return datasets.load_dataset(config.source, config.subset, split=share.split)
     cache = str(_cache(datasets, path))
     if any(any(path.rglob(name)) for name in _METADATA):
@@ -120,8 +123,8 @@ def _cache(datasets: Any, folder: Path) -> Path:
 
 def _stream(config: SourceConfig, share: Share, path: Path) -> Table:
     """As many rows of a stream as are wanted, in memory."""
-    if path.is_file() or not share.complete:
-        what = f"{path} is a file" if path.is_file() else f"a stream has no shares such as {config.split}"
+    if os.path.isfile(path) or not share.complete:
+        what = f"{path} is a file" if os.path.isfile(path) else f"a stream has no shares such as {config.split}"
         raise DataError(f"--data.streaming is for whole splits of data sets on the Hub: {what}.")
 
     def first_rows(datasets: Any) -> list[dict[str, Any]]:

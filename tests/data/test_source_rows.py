@@ -181,6 +181,8 @@ def test_images_lie_beside_the_file_or_in_the_working_directory(
         (5, "the image column holds int"),
         (None, "the image is missing"),
         ([], "there is no image"),
+        ("Qk" + "0" * 5_000, "it is no base64 of a PNG"),
+        ("a\0b.png", "there is no image"),
         ("data:image/png;base64,%%%", "no sound base64"),
     ],
 )
@@ -199,6 +201,25 @@ def test_one_column_under_two_names(write: Write) -> None:
     assert refused(write(2), **both).startswith("--data.prompt and --data.answer both name the column 'conversations'")
     line = refused(write(2), image="prompt", prompt="prompt")
     assert line.startswith("--data.image and --data.prompt both name the column 'prompt'")
+
+
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ([], "an empty list"),
+        ("What?", "expected a list of turns"),
+        ([{"role": "assistant", "content": "no"}], "the turns in messages are by assistant: expected a user's turn"),
+        ([{"role": "user", "content": "What?"}], "expected a user's turn (human, user) and then the answer"),
+        ([{"role": "user", "content": "What?"}, {"role": "assistant", "tool_calls": 1}], "the answer is missing"),
+        ([{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant"}], "neither text nor image"),
+        ([{"role": "user", "content": ["What?"]}, {"role": "assistant"}], "neither text nor image"),
+        ({"role": ["user", "assistant"], "content": ["What?"]}, "lists of several lengths"),
+    ],
+)
+def test_turns_without_question_and_answer(write: Write, turns: Any, says: str) -> None:
+    fine = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "no"}]
+    line = refused(write(2, messages=[fine, turns]), format="messages")
+    assert line.startswith("line 2 of own.jsonl: ") and says in line
 
 
 def test_turns_are_no_prompt(write: Write) -> None:
@@ -267,6 +288,11 @@ def test_the_right_option(write: Write, options: list[str], answer: Any, right: 
 def test_files_that_are_no_data(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert says in refused(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["", " ", "x" * 5_000, "no/such/thing", "a\0b"])
+def test_what_is_no_source(source: str) -> None:
+    assert "--data.source is empty" in (line := refused(source)) or "cannot load data from" in line
 
 
 def test_subsets_and_streams(tmp_path: Path, write: Write) -> None:

@@ -122,6 +122,8 @@ def items_of(value: Any, what: str) -> list[Mapping[str, Any]]:
         DataError: if it is neither.
     """
     if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
+        if len({len(part) for part in value.values()}) > 1:
+            raise DataError(f"the column {what} holds lists of several lengths, expected equally many of each.")
         value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise DataError(f"the column {what} holds {_kind(value)}, expected a list of turns.")

@@ -41,7 +41,7 @@ class Llava(Format):
     def read(self, row: Mapping[str, Any]) -> Reading:
         turns = items_of(row[self.turns], self.turns)
         roles = [str(turn.get(self.role)).lower() for turn in turns]
-        place = next((i for i in range(len(turns)) if roles[i : i + 1] and roles[i] in _USER), None)
+        place = next((i for i, role in enumerate(roles) if role in _USER), None)
         if place is None or place + 1 >= len(turns) or roles[place + 1] not in _ASSISTANT:
             raise DataError(
                 f"the turns in {self.turns} are by {', '.join(roles)}: expected a user's turn (human, user) and then"
@@ -56,7 +56,7 @@ class Llava(Format):
 
     def _text(self, turn: Mapping[str, Any], what: str, within: list[Any]) -> str:
         """The text of a turn with <image> where images stand; those that lie within it are added to `within`."""
-        return text_of(turn[self.content], what)
+        return text_of(turn.get(self.content), what)
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class Messages(Llava):
     column_names = ("messages", "conversations", "conversation")
 
     def _text(self, turn: Mapping[str, Any], what: str, within: list[Any]) -> str:
-        content = turn[self.content]
+        content = turn.get(self.content)
         if not isinstance(content, list):
             return text_of(content, what)
         parts, images = list[str](), list[Any]()
         for item in content:
-            kind = item.get("type") if isinstance(item, Mapping) else None
-            if kind is not None and _PLACE in kind:
+            kind = str(item.get("type")) if isinstance(item, Mapping) else ""
+            if _PLACE in kind:
                 parts.append(IMAGE)
                 images.append(_image(item))
-            elif kind is not None and "text" in kind:
+            elif "text" in kind:
                 parts.append(text_of(item.get("text"), what))
             else:
                 raise DataError(f"the {what} holds a part that is neither text nor image: {str(item)[:60]}.")

@@ -65,7 +65,7 @@ class MultipleChoice(Format):
             # CSV files, and MMMU, have the list as its Python text.
             try:
                 value = ast.literal_eval(value) if value.strip() else []
-            except (ValueError, SyntaxError) as error:
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
                 raise DataError(f"the options are the text {value[:40]!r}, expected a list.") from error
         if value is not None and not isinstance(value, list):
             raise DataError(f"the options are of type {type(value).__name__}, expected a list of texts.")
