@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from kvcapsule import Capsule
 from kvcapsule.capsule.card import model_card
+from kvcapsule.checkpoints import shipped
 from kvcapsule.cli import COMMANDS, main
 from kvcapsule.testbeds.pages import page
 
@@ -88,7 +90,10 @@ def start(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] in STARTS], ids=" ".join)
-def test_a_long_command_is_understood(words: list[str], monkeypatch) -> None:
+def test_a_long_command_is_understood(words: list[str], tmp_path: Path, monkeypatch) -> None:
+    """Beside the capsule that the commands before it train."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(str(shipped("pages-vlm-cross-layer")), "runs/my-capsule")
     monkeypatch.setattr(STARTS[words[0]], start)
     with pytest.raises(Started):
         main(words)
