@@ -78,10 +78,12 @@ def _parse(words: list[str]) -> EvalConfig:
             raise InputError(f"the suite {values.suite} cannot be used: options: {error}") from error
         parser.set_defaults(dict(options.items()))
         values = parser.read(words)
-    elif values.capsule:
-        set_defaults(parser, words, values.capsule[0])
-        values = parser.read(words)
-    return instance(EvalConfig, parser, values)
+    config = instance(EvalConfig, parser, values)
+    if not config.capsule:
+        return config
+    # What is wrong with the options themselves was said before a capsule is looked for.
+    set_defaults(parser, words, config.capsule[0])
+    return instance(EvalConfig, parser, parser.read(words))
 
 
 def _write(result: dict[str, Any], config: EvalConfig) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from kvcapsule import Capsule
 from kvcapsule.capsule.card import model_card
+from kvcapsule.checkpoints import shipped
 from kvcapsule.cli import COMMANDS, main
 from kvcapsule.testbeds.pages import page
 
@@ -90,9 +91,9 @@ def start(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] in STARTS], ids=" ".join)
 def test_a_long_command_is_understood(words: list[str], tmp_path: Path, monkeypatch) -> None:
+    """Beside the capsule that the commands before it train."""
     monkeypatch.chdir(tmp_path)
-    # Those that are given a capsule read it for its model and data.
-    shutil.copytree(ROOT / "checkpoints" / "pages-vlm-cross-layer", tmp_path / "runs" / "my-capsule")
+    shutil.copytree(str(shipped("pages-vlm-cross-layer")), "runs/my-capsule")
     monkeypatch.setattr(STARTS[words[0]], start)
     with pytest.raises(Started):
         main(words)

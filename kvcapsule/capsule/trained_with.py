@@ -109,16 +109,22 @@ def write_places(capsule: Path, model: str, source: str) -> None:
     """Note on this machine where a capsule's model and data lay, those that were folders or files.
 
     Raises:
-        OSError: if the file cannot be written.
+        InputError: if the file cannot be written; the capsule itself is not touched.
     """
     named = {MODEL: model, DATA: source}
     places = {key: str(Path(name).expanduser().resolve()) for key, name in named.items() if is_local(name)}
     path = _places_file(capsule)
-    if places:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_files.write(path, atomic_files.to_json(places))
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        if places:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_files.write(path, atomic_files.to_json(places))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the capsule is saved, but {path} cannot be written ({error.strerror or error}): eval and generate need"
+            " --model and --data.source for it."
+        ) from error
 
 
 def _places_file(capsule: Path) -> Path:

@@ -18,6 +18,7 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProce
 from kvcapsule import Capsule, CapsuleCache, CapsuleError, GeometryError, attach
 from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.record import ModelRecord, is_local, portable
+from kvcapsule.checkpoints import shipped_names
 from kvcapsule.errors import ModelMismatchWarning
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import Combined, SnapKV, TextPruning
@@ -49,6 +50,18 @@ def test_the_same_model_is_taken_without_a_word(capsule: Capsule, model: Model, 
         for same in (model, load_vlm(vlm)[0], copy.deepcopy(model).to(torch.bfloat16)):
             with attach(same, capsule, strict=True):
                 pass
+
+
+def test_shipped_capsules_know_the_shipped_model(model: Model) -> None:
+    shipped = load_vlm("pages-vlm", device="cpu")[0]
+    names = [name for name in shipped_names() if name.startswith("pages-vlm-")]
+    assert len(names) >= 5
+    for name in names:
+        capsule = Capsule.from_pretrained(name)
+        with attach(shipped, capsule, strict=True):
+            pass
+        with pytest.raises(CapsuleError, match="are others"), attach(model, capsule, strict=True):
+            pass
 
 
 def test_another_model_of_the_geometry_is_noticed(capsule: Capsule, model: Model, processor: LlavaProcessor) -> None:

@@ -126,7 +126,7 @@ def test_lists_of_the_command_line_replace_those_of_a_file(tmp_path) -> None:
     parse = lambda *words: command._parse([*options, *words])  # noqa: E731
     assert parse().methods == ["evenly-spaced", "int4"]
     assert parse("--methods", "int8", "--batch", "3", "--methods=int3,h2o").methods == ["int8", "int3", "h2o"]
-    assert command._parse(["--capsule", "a,b", "--capsule", "c"]).capsule == ["a,b", "c"]
+    assert command.build_parser().read(["--capsule", "a,b", "--capsule", "c"]).capsule == ["a,b", "c"]
 
 
 @pytest.fixture
