@@ -89,6 +89,7 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "serving-cpu.json": ("docs/serving.md", engine_page.refresh),
     "long-answer.json": ("docs/long-answer.md", _long_answer),
     "lmms-pages.json": ("docs/benchmarks.md", _lmms("lmms-pages")),
+    "lmms-smol-vlm.json": ("docs/benchmarks.md", _lmms("lmms-smol-vlm")),
 }
 """By file of a result: the page that shows it, and the function that writes its table."""
 
