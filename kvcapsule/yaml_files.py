@@ -17,7 +17,7 @@ MOST_DEPTH = 64
 """Mappings and lists within one another."""
 
 
-class LimitError(yaml.YAMLError):
+class LimitError(yaml.YAMLError):  # type: ignore[misc]  # PyYAML has no types
     """A YAML file is too large, too deep, or stands for too many values."""
 
 
