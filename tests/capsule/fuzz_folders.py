@@ -300,7 +300,7 @@ def fuzz(count: int, seed: int, sample: float = 1.0) -> Report:
                         if all((folder / name).is_file() for name in FILES):
                             try:
                                 MUTATIONS[kind](folder, draw)
-                            except (KeyError, TypeError, ValueError):
+                            except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
                                 # The file is no longer one that this mutation can read.
                                 flip_bytes(folder, draw)
                     folder_or_name = folder
