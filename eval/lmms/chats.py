@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from transformers import ProcessorMixin
 
-from kvcapsule.data.images import open_image
+from kvcapsule.data.images import open_image, upright_rgb
 from kvcapsule.errors import DataError, InputError
 
 
@@ -54,7 +54,7 @@ def _image(image: Any) -> Image.Image:
         return open_image(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"the task has an image of type {type(image).__name__}; a picture or its path is needed.")
-    return image.convert("RGB")
+    return upright_rgb(image)
 
 
 def _video(part: Mapping[str, Any], processor: ProcessorMixin) -> Any:

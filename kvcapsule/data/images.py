@@ -61,7 +61,7 @@ def refuse_url(name: str) -> None:
 def _decode(value: Any) -> Image.Image:
     """An image of `datasets`, decoded (built-in sources) or as its bytes or the path of a file."""
     if isinstance(value, Image.Image):
-        return _upright_rgb(value)
+        return upright_rgb(value)
     if not isinstance(value, dict):
         raise DataError(f"the image is missing: the column holds {type(value).__name__}, expected an image or a list.")
     path = value.get("path")
@@ -88,7 +88,7 @@ def _read(file: IO[bytes], name: str) -> Image.Image:
             # Below twice Pillow's limit, where it refuses an image, it warns.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                return _upright_rgb(image)
+                return upright_rgb(image)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
@@ -103,7 +103,7 @@ def _read(file: IO[bytes], name: str) -> Image.Image:
         ) from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
     """The first frame, turned as its EXIF data say, on white, with 8 bits a channel."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
