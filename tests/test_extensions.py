@@ -81,7 +81,7 @@ def test_commands_of_the_page(trained: Path) -> None:
     # Half of the tokens, and the owner and frame of each tile.
     assert 1.7 < second["full"]["visual_kv_bytes"] / second["strided"]["visual_kv_bytes"] < 2
     config = json.loads((trained / "runs" / "strided" / "config.json").read_text())
-    assert (config["family"], config["metadata"]) == ("strided", {"package": "kvc-example 0.1"})
+    assert (config["family"], config["metadata"]["package"]) == ("strided", "kvc-example 0.1")
     assert config["codec"]["every"] == 2
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic_files
-from ..data.source import SourceConfig
+from ..data.source_config import SourceConfig
 from ..errors import CapsuleError, InputError
 from .config import CapsuleConfig
 from .hub import local_folder, read_config

@@ -349,7 +349,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda folder: ["--max-new-tokens", "0"],
         r"--max-new-tokens: '0' is not a whole number of at least 1",
     ),
-    "unknown option": (lambda folder: ["--ratio", "10"], r"unrecognized arguments: --ratio 10"),
+    "unknown option": (lambda folder: ["--ratio", "10"], r"there is no option --ratio 10"),
 }
 
 

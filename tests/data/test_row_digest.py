@@ -35,9 +35,9 @@ def test_whatever_is_asked_counts_and_the_answer_does_not() -> None:
     dot.putpixel((3, 4), (1, 2, 3))
     wide = Image.frombytes("RGB", (image.height * 2, image.width // 2), image.tobytes())
     images = [[image], [dot], [wide], [image, dot], [dot, image], []]
-    assert len({row_digest(Question(i, "What?", "a", "")) for i in images}) == len(images)
+    assert len({row_digest(Question(i, "What?", "a", "", ("a",))) for i in images}) == len(images)
     assert of_row(image, "Why?") != of_row(image)
-    assert row_digest(Question([image], "What?", "b", "other")) == of_row(image)
+    assert row_digest(Question([image], "What?", "b", "other", ("b", "c"))) == of_row(image)
 
 
 def test_pages_have_digests_of_their_own_in_each_split() -> None:
@@ -47,4 +47,4 @@ def test_pages_have_digests_of_their_own_in_each_split() -> None:
 
 @pytest.mark.parametrize("prompt", ["\ud800", "ä", ""])
 def test_any_text_has_one(prompt: str) -> None:
-    row_digest(Question([], prompt, "", ""))
+    row_digest(Question([], prompt, "", "", ("",)))

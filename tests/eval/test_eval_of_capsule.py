@@ -26,7 +26,7 @@ QUICK = ("--batch", "4", "--max-new-tokens", "4", "--timing", "false", "--method
 @pytest.fixture
 def own(vlm: str, model, make_capsule: Callable[[float], Capsule], tmp_path: Path) -> tuple[Path, str]:
     """A capsule of the model in a folder and of 2 of the 8 questions in a file; and the file."""
-    data = SourceConfig(source=jsonl_of_pages(tmp_path / "own.jsonl", 8), prompt="question")
+    data = SourceConfig(source=jsonl_of_pages(tmp_path / "own.jsonl", 8), prompt="question", split="all")
     questions = [q for batch in question_batches(source.load(data), 8) for q in batch]
     capsule = make_capsule(0.2)
     capsule.config = replace(
@@ -73,13 +73,14 @@ def test_a_split_that_was_trained_on_is_not_measured(make_capsule, tmp_path: Pat
 
 def test_questions_that_were_trained_on_are_refused_unless_allowed(own: tuple[Path, str], capsys) -> None:
     folder, _ = own
-    assert main(["--capsule", str(folder), *QUICK]) == 2
+    every = ("--data.split", "all")
+    assert main(["--capsule", str(folder), *QUICK, *every]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.splitlines()[-1].startswith(
         f"kvcapsule eval: 2 of 8 questions were among those that {folder} was trained on: more than one in twenty"
     )
     result = folder.parent / "eval.json"
-    assert main(["--capsule", str(folder), *QUICK, "--allow-seen", "true", "--json", str(result)]) == 0
+    assert main(["--capsule", str(folder), *QUICK, *every, "--allow-seen", "true", "--json", str(result)]) == 0
     assert f"2 of 8 questions were among those that {folder} was trained on.\n" in capsys.readouterr().err
     assert json.loads(result.read_text())["seen"] == {"kvcapsule": 0.25}
     assert main(["--capsule", str(folder), *QUICK, "--data.source", "pages", "--data.size", "4", "--json", "-"]) == 0

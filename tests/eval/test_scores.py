@@ -207,7 +207,7 @@ def test_auto_chooses_by_the_source_and_the_question() -> None:
 
 def test_tasks_of_other_data_are_not_judged_by_the_demos_rules() -> None:
     """A task of a stranger that is named as one of the demo's."""
-    question = Question([], "How many?", "2", "count")
+    question = Question([], "How many?", "2", "count", ("2",))
     assert Scorer(source="my.jsonl").score(question, "There are 2") == (0.0, "relaxed-exact")
     assert Scorer(source="my.jsonl").score(question, "Two.") == (1.0, "relaxed-exact")
     assert Scorer(source="pages").score(question, "There are 2") == (1.0, "demo")

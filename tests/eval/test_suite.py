@@ -231,7 +231,7 @@ def test_wrong_suites(suite_file, tmp_path, capsys) -> None:
     for option, value, complaint in (
         ("bach", 3, "'bach' is not accepted"),
         ("ratio", 0.5, "options: --ratio is --budget now"),
-        ("batch", "many", "Got value: many"),
+        ("batch", "many", "--batch many: a whole number is expected"),
         ("data", {"sice": 3}, "'sice'"),
         ("suite", "other", "--suite excepted"),
     ):
