@@ -16,6 +16,7 @@ from ..timing import Timing
 QUALITY = {
     "agreement": ("agreement", "{:.3f}"),
     "kl": ("KL", "{:.2g}"),
+    "first_token_kl": ("KL, first", "{:.2g}"),
 }
 """Keys of a row in the first table, after the accuracies: title and format."""
 COST = {
@@ -54,8 +55,9 @@ def rows(
                 "settings": entry.settings,
                 "accuracy": {task: mean(scores) for task, scores in tally.scores.items()},
                 "agreement": tally.same / tally.count,
-                # JSON has no infinity, which is the KL where a method excludes a token that the full cache does not.
-                "kl": tally.divergence / tally.positions if tally.positions and isfinite(tally.divergence) else None,
+                "kl": _mean(tally.divergence, tally.positions),
+                "first_token_kl": _mean(tally.first_divergence, tally.count),
+                "reads_question": entry.method is not None and entry.method.reads_question,
                 "visual_kv_bytes": round(tally.visual / tally.count),
                 "kv_bytes": round(tally.total / tally.count),
                 "host_kv_bytes": round(tally.host / tally.count),
@@ -68,6 +70,11 @@ def rows(
             }
         )
     return results
+
+
+def _mean(total: float, count: int) -> float | None:
+    # JSON has no infinity, which is the KL where a method excludes a token that the full cache does not.
+    return total / count if count and isfinite(total) else None
 
 
 def answer_tokens(tally: Tally) -> dict[str, float]:
