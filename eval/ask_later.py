@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from kvcapsule.data.batches import Question, read_question
 from kvcapsule.data.row_digest import images_digest
+from kvcapsule.errors import InputError
 from kvcapsule.inference.transformers_api import cache_argument, keeps_last_logits
 from kvcapsule.methods.method import Method
 
@@ -24,23 +25,26 @@ from .block import Ask, Block, TimedRun
 from .equal_bytes import Layout
 from .image_groups import bundles, image_groups, runs
 from .prefixes import CutPrompt, Prefixes, cut_prompts, encode_prefixes, questions_behind
-from .shared_prefill import Prefill, replaying
+from .shared_prefill import Prefill, replayable, replaying
 from .watched_generate import Generated, generate, held_bytes, new_cache, recorded
+
+_ATTEND_AHEAD = {"paligemma"}
+"""Types of models whose whole prompt attends to the whole prompt."""
 
 
 class Part:
     """Questions that are answered together, each behind one of a block's prefixes."""
 
-    def __init__(self, asked: Sequence[tuple[int, CutPrompt]], prefixes: Prefixes, device: torch.device) -> None:
-        """asked: the number of its prefix, and the prompt."""
-        rows = [row for row, _ in asked]
-        self.questions = [prompt.question for _, prompt in asked]
+    def __init__(self, numbered: Sequence[tuple[int, CutPrompt]], prefixes: Prefixes, device: torch.device) -> None:
+        """numbered: the number of its prefix, and the prompt."""
+        rows = [row for row, _ in numbered]
+        self.questions = [prompt.question for _, prompt in numbered]
         self.rows = None if rows == list(range(len(prefixes.lengths))) else torch.tensor(rows)
         """[Q] int64: the prefix of each question; None: each prefix is of one question, in their order."""
         spans, valid = prefixes.layout
         of_rows = [span._replace(row=i) for i, row in enumerate(rows) for span in spans if span.row == row]
         self.layout = Layout(of_rows, valid[rows])
-        self.inputs = questions_behind([prompt for _, prompt in asked], valid.shape[1], device)
+        self.inputs = questions_behind([prompt for _, prompt in numbered], valid.shape[1], device)
 
     def cache(self, read: Cache) -> Cache:
         """A copy, for these questions, of a cache that has read the prefixes."""
@@ -64,8 +68,8 @@ class AskLater(Block):
     ) -> None:
         """groups: prompts by their prefix, of which the first one's question has its images; size: of a part."""
         self.prefixes = encode_prefixes([group[0] for group in groups], model, processor)
-        asked = [(row, prompt) for row, group in enumerate(groups) for prompt in group]
-        self._parts = [Part(part, self.prefixes, model.device) for part in runs(asked, size)]
+        numbered = [(row, prompt) for row, group in enumerate(groups) for prompt in group]
+        self._parts = [Part(part, self.prefixes, model.device) for part in runs(numbered, size)]
         self.prefill: Prefill | None = None
 
     @classmethod
@@ -80,9 +84,19 @@ class AskLater(Block):
         """All rows: questions about the same images side by side, and otherwise task by task. A block has up to `size`
         prefixes.
 
+        Layers with a window count the padding between a prefix and its question, and those with linear attention read
+        it: models that have such layers are asked one question at a time.
+
         Raises:
-            DataError, InputError: see `batches`; and where a prompt ends with an image.
+            DataError, InputError: see `batches`; for a prompt that ends with an image, and for a model whose image
+                tokens attend to the question.
         """
+        if model.config.model_type in _ATTEND_AHEAD:
+            raise InputError(
+                f"{model.config.model_type}: its image tokens attend to the question behind them, so they cannot be"
+                " read before it. Choose --protocol ask-first."
+            )
+        size = size if replayable(model) else 1
         for indices in bundles(image_groups(rows, progress), size):
             groups: dict[tuple[int, ...], list[CutPrompt]] = {}
             for some in runs(indices, size):

@@ -71,11 +71,11 @@ def encode_prefixes(prompts: Sequence[CutPrompt], model: PreTrainedModel, proces
     Raises:
         InputError: if none has visual tokens.
     """
-    whole, _ = encode_questions([prompt.question for prompt in prompts], model, processor)
-    valid, lengths = whole[_MASK].bool(), [prompt.end for prompt in prompts]
+    encoded, _ = encode_questions([prompt.question for prompt in prompts], model, processor)
+    valid, lengths = encoded[_MASK].bool(), [prompt.end for prompt in prompts]
     width = max(lengths)
     inputs: dict[str, Any] = {}
-    for name, value in whole.items():
+    for name, value in encoded.items():
         of_tokens = isinstance(value, torch.Tensor) and value.shape == valid.shape and not value.is_floating_point()
         inputs[name] = (
             _left_padded([row[kept][:end] for row, kept, end in zip(value, valid, lengths, strict=True)], width)
@@ -100,18 +100,18 @@ def questions_behind(prompts: Sequence[CutPrompt], width: int, device: torch.dev
     """
     longest = max(len(prompt.ids) - prompt.end for prompt in prompts)
 
-    def joined(rows: Sequence[torch.Tensor], batch: int = 0) -> torch.Tensor:
+    def concatenated(rows: Sequence[torch.Tensor], batch: int = 0) -> torch.Tensor:
         ends = [prompt.end for prompt in prompts]
         before = _left_padded([row[..., :end] for row, end in zip(rows, ends, strict=True)], width, batch)
         behind = _left_padded([row[..., end:] for row, end in zip(rows, ends, strict=True)], longest, batch)
         return torch.cat([before, behind], dim=-1).to(device)
 
     inputs = {
-        _IDS: joined([prompt.ids for prompt in prompts]),
-        _MASK: joined([torch.ones_like(prompt.ids) for prompt in prompts]),
+        _IDS: concatenated([prompt.ids for prompt in prompts]),
+        _MASK: concatenated([torch.ones_like(prompt.ids) for prompt in prompts]),
     }
     if prompts[0].positions is not None:
-        inputs[_POSITIONS] = joined([_known(prompt) for prompt in prompts], batch=-2)
+        inputs[_POSITIONS] = concatenated([_known(prompt) for prompt in prompts], batch=-2)
     return BatchFeature(inputs)
 
 

@@ -101,8 +101,8 @@ def _one_prompt_blocks(
         first = questions[0]
         # Images of as many as the prompt has places for, in turn.
         images = [question.images for question in questions if len(question.images) == len(first.images)]
-        asked = [first._replace(images=images[i % len(images)]) for i in range(len(questions))]
-        result.append(PROTOCOLS[answering.protocol].of(asked, model, processor))
+        prompts = [first._replace(images=images[i % len(images)]) for i in range(len(questions))]
+        result.append(PROTOCOLS[answering.protocol].of(prompts, model, processor))
     return result
 
 

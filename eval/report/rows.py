@@ -85,18 +85,32 @@ def answer_tokens(tally: Tally) -> dict[str, float]:
 def tables(results: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
     """Two tables for people: how good the methods' answers are, and their bytes and times."""
     tasks = list(results[0]["accuracy"])
+    qualities = {key: column for key, column in QUALITY.items() if key != "first_token_kl" or asked_later(results)}
     # In a run at 16 bits the two compressions are the same number, and few methods store anything on the host.
     shown = {"compression16": is_wide(results), "host_kv_bytes": any(row.get("host_kv_bytes") for row in results)}
     costs = {key: column for key, column in COST.items() if shown.get(key, True)}
     quality, cost = (
-        _table(title, [*tasks, *(name for name, _ in QUALITY.values())]),
+        _table(title, [*tasks, *(name for name, _ in qualities.values())]),
         _table(_UNITS, [name for name, _ in costs.values()]),
     )
     for row in results:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
-        quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in QUALITY.items()))
+        quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in qualities.items()))
         cost.add_row(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
+    quality.caption = unseen_question(results)
     return [quality, cost]
+
+
+def asked_later(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether anything compressed was read for the first tokens of the answers."""
+    # Results of earlier versions lack the key; null is an infinite KL.
+    return any(row.get("first_token_kl", 0) != 0 for row in results)
+
+
+def unseen_question(results: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which rows rank tokens by a question that they did not see, as a sentence; None: none."""
+    names = [row["method"] for row in results if row.get("reads_question")] if asked_later(results) else []
+    return f"The ranking by the text behind the images has none to see here: {', '.join(names)}." if names else None
 
 
 def is_wide(results: Sequence[Mapping[str, Any]]) -> bool:
@@ -105,7 +119,9 @@ def is_wide(results: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("method", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")

@@ -45,7 +45,12 @@ def table(*questions: tuple[Sequence[int], str]) -> datasets.Dataset:
 def rows() -> datasets.Dataset:
     """Three questions about one page and one about two others, in turns; prefixes of unlike length in a batch; text
     before an image."""
-    mixed = [((0,), PROMPTS[0]), ((1, 2), PROMPTS[1]), ((0,), PROMPTS[1]), ((3,), f"What stands here? <image> {PROMPTS[0]}")]
+    mixed = [
+        ((0,), PROMPTS[0]),
+        ((1, 2), PROMPTS[1]),
+        ((0,), PROMPTS[1]),
+        ((3,), f"What stands here? <image> {PROMPTS[0]}"),
+    ]
     return table(*mixed, ((0,), PROMPTS[2]))
 
 
@@ -196,7 +201,9 @@ def test_a_policy_that_ranks_by_the_question_stores_the_same_for_all(model, proc
                 class Noting:
                     def add(self, prefill):
                         added = passed.add(prefill)
-                        stored.extend(s.keys for _, one in added for s in one.visual if isinstance(s.keys, torch.Tensor))
+                        stored.extend(
+                            s.keys for _, one in added for s in one.visual if isinstance(s.keys, torch.Tensor)
+                        )
                         return added
 
                 return Noting()

@@ -143,4 +143,7 @@ def test_full_cache_must_come_first(model, processor, rows) -> None:
 
 def test_prompts_are_weighed_as_the_run_weighs_them(model, rows, tallies, make_capsule, processor) -> None:
     """Visual and text, of two batches of two."""
-    assert prompt_bytes(model, [AskFirst(batch) for batch in batches(rows, model, processor, 2)], make_capsule(0.2)) == tallies["noise"].total
+    assert (
+        prompt_bytes(model, [AskFirst(batch) for batch in batches(rows, model, processor, 2)], make_capsule(0.2))
+        == tallies["noise"].total
+    )

@@ -72,6 +72,8 @@ def test_prefill_and_decode_are_timed_apart(model, processor, rows, monkeypatch,
     clock = Late()
     monkeypatch.setattr(timing, "perf_counter", clock)
     compared = [full_entry(), Entry("slow", slow(clock), FULL)]
-    timed = time_entries(model, processor, rows, compared, Answering(2, 4), Progress(disable=True), rounds=1, steps=2)["slow"]
+    timed = time_entries(model, processor, rows, compared, Answering(2, 4), Progress(disable=True), rounds=1, steps=2)[
+        "slow"
+    ]
     assert (timed.prefill_ratio > 10) == (slow is SlowPrefill)
     assert (timed.tokens_per_s_ratio < 0.1) == (slow is SlowDecode)

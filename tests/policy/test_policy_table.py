@@ -50,7 +50,10 @@ TABLE = {
     "adakv": Case({"window": 6}),
     "quantized": Case({"bits": 8}, {EXACT: "all tokens are kept, but rounded"}),
     "kivi": Case({"bits": 4}, {EXACT: "all tokens are kept, but rounded"}),
-    "akvq-vl": Case({"pivots": 0, "recent": 8}, {EXACT: "all tokens are kept, but rounded", QUESTION: "it does by its pivots, of which there are none here"}),
+    "akvq-vl": Case(
+        {"pivots": 0, "recent": 8},
+        {EXACT: "all tokens are kept, but rounded", QUESTION: "it does by its pivots, of which there are none here"},
+    ),
 }
 
 
