@@ -40,3 +40,11 @@ def make_batch(questions: list[Question], model: PreTrainedModel, processor: Pro
         )
     layout = Layout(spans, inputs["attention_mask"].bool())
     return Batch(questions, inputs.to(model.device), layout)
+
+
+def by_task(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows sorted by task: a batch takes as many steps as its longest answer, and answers of a task have similar
+    lengths."""
+    tasks = list(rows["task"])
+    order = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
+    return rows.select(sorted(range(len(rows)), key=lambda i: order[tasks[i]]))

@@ -39,6 +39,7 @@ class PerLayer(Method):
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = methods
         self.needs_hidden_states = any(method.needs_hidden_states for method in methods)
+        self.reads_question = any(method.reads_question for method in methods)
 
     def compress(self, prefill: LayerPrefill) -> Compressed:
         return self.methods[prefill.layer].compress(prefill)

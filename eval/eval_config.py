@@ -6,6 +6,7 @@ from pathlib import Path
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.errors import ConfigError
 
+from .protocols import ASK_FIRST, PROTOCOLS
 from .report.picture import require_picture_name
 from .scores.scorer import AUTO, METRICS
 
@@ -56,6 +57,10 @@ class EvalConfig:
     """Questions that are answered together."""
     max_new_tokens: int = 64
     """Most tokens of an answer, the end token included."""
+    protocol: str = ASK_FIRST
+    """When the question is asked. ask-first: with the image; the whole prompt is compressed behind it. ask-later: after
+    the prompt up to its last visual token was compressed, once for all questions about the same images; policies that
+    rank by the question see none."""
     metric: str = AUTO
     """How answers are judged: exact, relaxed-exact (case, punctuation and articles aside), anls, vqa, relaxed-accuracy
     (charts), cer, wer, multiple-choice or demo (by the tasks of the demo's data). auto: demo for the built-in sources;
@@ -99,6 +104,8 @@ class EvalConfig:
                 f"--max-new-tokens {self.max_new_tokens}: the first token comes from the prefill, so at least 2 are"
                 " needed."
             )
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"--protocol {self.protocol} is unknown: name one of {', '.join(PROTOCOLS)}.")
         if self.metric not in (AUTO, *METRICS):
             raise ConfigError(f"--metric {self.metric} is unknown: name one of {', '.join((AUTO, *METRICS))}.")
         for name, count in (("batch", self.batch), ("threads", self.threads)):

@@ -16,6 +16,7 @@ from kvcapsule.errors import InputError, KVCapsuleError
 
 from .capsule_defaults import set_defaults
 from .eval_config import RENAMED, EvalConfig
+from .protocols import ASK_LATER
 from .report import markdown, rate_curves, scatter
 from .report.picture import save_picture
 from .report.rows import tables
@@ -106,4 +107,5 @@ def _write(result: dict[str, Any], config: EvalConfig) -> None:
 
 def _title(result: dict[str, Any]) -> str:
     metric = "" if result["metric"] == DEMO else f", judged by {result['metric']}"
-    return f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions{metric}"
+    later = ", asked later" if result["protocol"] == ASK_LATER else ""
+    return f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions{later}{metric}"

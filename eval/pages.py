@@ -27,8 +27,6 @@ from .studies import long_answer
 
 PROG = "python -m kvcapsule.eval.pages"
 RESULTS = "eval/results"
-FRONT_NAME = "pages"
-"""Name in the markers of the table in README.md."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,22 @@ class PagesConfig:
     """Root folder of the repository."""
 
 
-def _front(page: Path, result: Mapping[str, Any], file: str) -> None:
-    """The short table of the README."""
+def _short(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
+    """The short table of a run with times."""
+    return lambda page, result, file: _put_short(name, page, result, file)
+
+
+def _put_short(name: str, page: Path, result: Mapping[str, Any], file: str) -> None:
     note = markdown.paragraph(
         markdown.facts(result),
+        *markdown.protocol_notes(result["rows"]),
         "The task columns are accuracies, *same answers* the share of answers that equal the full cache's."
         f" *Compression as run* is of elements of {markdown.element_bits(result['rows'])} bits; *compression vs 16 bit*"
         " counts the full cache at 16 bits and the method as it was measured (pruned tokens, too, would take half the"
         " bytes there). Times: full cache = 1.",
     )
     command = markdown.command_block(page, result["command"], file)
-    markdown.put(page, FRONT_NAME, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
+    markdown.put(page, name, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
 
 
 def _suite(name: str, picture: bool = True) -> Callable[[Path, Mapping[str, Any], str], None]:
@@ -79,7 +82,8 @@ def _lmms(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
 
 
 PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
-    "pages.json": ("README.md", _front),
+    "pages.json": ("README.md", _short("pages")),
+    "pages-later.json": ("docs/results.md", _short("pages-later")),
     "rate-distortion.json": ("docs/results-tables.md", _suite("rate-distortion")),
     "aligned.json": ("docs/results-tables.md", _suite("aligned", picture=False)),
     "smol-vlm.json": ("docs/results-tables.md", _suite("smol-vlm")),

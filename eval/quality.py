@@ -5,22 +5,22 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import datasets
 import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
+from kvcapsule.data.batches import Question
 from kvcapsule.inference.attach import attach
 from kvcapsule.methods.method import Method
 
-from .batches import Batch, batches
+from .block import Block
 from .divergence import divergence
 from .entries import FULL, Entry
+from .protocols import ASK_FIRST, PROTOCOLS
 from .scores.scorer import Scorer
-from .shared_prefill import CompressedLayers, Prefill
-from .watched_generate import Generated, Held, generate, new_cache, record
+from .watched_generate import Generated, Held
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Answering:
     scorer: Scorer = Scorer()  # noqa: RUF009
     share_prefill: bool = False
     """Run the prefill of a batch once for all entries; the model must be `shared_prefill.replayable`."""
+    protocol: str = ASK_FIRST
+    """One of PROTOCOLS."""
 
 
 @dataclass
@@ -45,11 +47,13 @@ class Tally:
     metrics: set[str] = field(default_factory=set)
     """Names of the metrics that the scores are of."""
     answers: list[str] = field(default_factory=list)
-    """All answers, in the order of `by_task`."""
+    """All answers, in the order of the blocks."""
     same: int = 0
     """Answers that equal the full cache's, character by character."""
+    first_divergence: float = 0.0
+    """Sum of KL(full || method) of the first tokens of the answers."""
     divergence: float = 0.0
-    """Sum of KL(full || method) over positions."""
+    """Sum of KL(full || method) over positions; without the first of each answer where that is exact."""
     positions: int = 0
     """Positions in that sum."""
     tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -75,18 +79,10 @@ class Tally:
         self.parameters = max(self.parameters, held.parameters)
 
 
-def prompt_bytes(
-    model: PreTrainedModel, prompts: Sequence[Batch], method: Method, prefills: Sequence[Prefill | None] = ()
-) -> int:
-    """Bytes that a method stores of prompts, visual and text together, measured right after prefill.
-
-    prefills: recordings for all prompts, or none, which runs them.
-    """
+def prompt_bytes(model: PreTrainedModel, blocks: Sequence[Block], method: Method) -> int:
+    """Bytes that a method stores of blocks of questions, visual and text together."""
     with attach(model, method):
-        return sum(
-            generate(model, p.inputs, new_cache(model, method), p.layout, max_new_tokens=1, prefill=prefill).held.total
-            for p, prefill in zip_longest(prompts, prefills)
-        )
+        return sum(block.stored(model, method) for block in blocks)
 
 
 def evaluate(
@@ -104,7 +100,7 @@ def evaluate(
         processor: its processor.
         rows: with the columns image, prompt, answer and task.
         entries: the full cache is the first.
-        answering: the size of batches and answers, and the metric.
+        answering: the protocol, the size of batches and answers, and the metric.
         progress: shows a bar.
 
     Returns:
@@ -115,58 +111,33 @@ def evaluate(
     tallies = {entry.name: Tally() for entry in entries}
     task = progress.add_task("answers", total=len(rows) * len(entries))
     hidden = any(entry.method is not None and entry.method.needs_hidden_states for entry in entries)
-    for batch in batches(by_task(rows), model, processor, answering.batch):
-        prefill = record(model, batch.inputs, batch.layout, hidden) if answering.share_prefill else None
-        reference: Generated | None = None
+    blocks = PROTOCOLS[answering.protocol].blocks
+    for block in blocks(rows, model, processor, answering.batch, progress):
+        if answering.share_prefill:
+            block.record(model, hidden)
+        references: list[Generated] = []
         for entry in entries:
-            compressed: CompressedLayers = {}
             with nullcontext() if entry.method is None else attach(model, entry.method):
-                cache = new_cache(model, entry.method)
-                generated = generate(
-                    model,
-                    batch.inputs,
-                    cache,
-                    batch.layout,
-                    answering.max_new_tokens,
-                    prefill=prefill,
-                    compressed=compressed,
-                )
-                reference = reference or generated
-                teacher_forced = generated
-                if not torch.equal(generated.tokens, reference.tokens):
-                    cache = new_cache(model, entry.method)
-                    teacher_forced = generate(
-                        model,
-                        batch.inputs,
-                        cache,
-                        batch.layout,
-                        answering.max_new_tokens,
-                        reference.tokens,
-                        prefill,
-                        compressed,
-                    )
-            tally = tallies[entry.name]
-            _add_answers(tally, model, processor, batch, generated, reference, answering.scorer)
-            _add_divergence(
-                tally, answered(reference.tokens, model.generation_config.eos_token_id), teacher_forced, reference
-            )
-            progress.advance(task, len(batch.questions))
+                for number, ask in enumerate(block.asks(model, entry.method)):
+                    generated = ask(answering.max_new_tokens)
+                    if len(references) == number:
+                        references.append(generated)
+                    reference = references[number]
+                    same = torch.equal(generated.tokens, reference.tokens)
+                    teacher_forced = generated if same else ask(answering.max_new_tokens, reference.tokens)
+                    tally, questions = tallies[entry.name], block.parts[number]
+                    _add_answers(tally, model, processor, questions, generated, reference, answering.scorer)
+                    positions = answered(reference.tokens, model.generation_config.eos_token_id)
+                    _add_divergence(tally, positions, teacher_forced, reference, block.first_token_exact)
+                    progress.advance(task, len(questions))
     return tallies
-
-
-def by_task(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows sorted by task: a batch takes as many steps as its longest answer, and answers of a task have similar
-    lengths."""
-    tasks = list(rows["task"])
-    order = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
-    return rows.select(sorted(range(len(rows)), key=lambda i: order[tasks[i]]))
 
 
 def _add_answers(
     tally: Tally,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    batch: Batch,
+    questions: Sequence[Question],
     generated: Generated,
     reference: Generated,
     scorer: Scorer,
@@ -174,7 +145,7 @@ def _add_answers(
     tally.add_bytes(generated.held)
     written = answered(generated.tokens, model.generation_config.eos_token_id)
     for question, ids, answer, full_answer in zip(
-        batch.questions,
+        questions,
         written,
         texts(processor, model, generated.tokens),
         texts(processor, model, reference.tokens),
@@ -188,15 +159,22 @@ def _add_answers(
         tally.same += answer == full_answer
 
 
-def _add_divergence(tally: Tally, positions: torch.Tensor, teacher_forced: Generated, reference: Generated) -> None:
-    """positions: [B, A] bool, the tokens of the full cache's answers."""
-    # The first token comes from the prefill, which is exact for every method: only the others depend on the cache.
-    for step in range(1, positions.shape[1]):
+def _add_divergence(
+    tally: Tally, positions: torch.Tensor, teacher_forced: Generated, reference: Generated, first_token_exact: bool
+) -> None:
+    """positions: [B, A] bool, the tokens of the full cache's answers; first_token_exact: see Block."""
+    for step in range(positions.shape[1]):
         counted = positions[:, step]
-        if reference is not teacher_forced:
-            tally.divergence += float(
-                divergence(reference.logits[step][counted], teacher_forced.logits[step][counted]).sum()
-            )
+        total = (
+            0.0
+            if reference is teacher_forced
+            else float(divergence(reference.logits[step][counted], teacher_forced.logits[step][counted]).sum())
+        )
+        if step == 0:
+            tally.first_divergence += total
+            if first_token_exact:
+                continue
+        tally.divergence += total
         tally.positions += int(counted.sum())
 
 

@@ -23,10 +23,11 @@ from kvcapsule.methods.method import Method
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
-from .batches import batches
+from .block import Block
 from .entries import FULL, RIVALS, Entry, build, chosen, entries, full_entry, open_capsules
 from .equal_bytes import TOLERANCE, Build, match
 from .eval_config import EvalConfig
+from .protocols import PROTOCOLS
 from .quality import Answering, evaluate, prompt_bytes
 from .report import markdown
 from .report.rows import answer_tokens, rows
@@ -37,7 +38,6 @@ from .suite.capsules import open_trained
 from .suite.entries import Capsules, EntryContext
 from .suite.suite import load
 from .timing import time_entries
-from .watched_generate import record
 
 RUNS = Path("runs")
 """The folder of a suite's folder of capsules."""
@@ -90,9 +90,9 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
                 entry.method.require_geometry(KVGeometry.from_config(model.config))
         shared = config.share_prefill and replayable(model)
         scorer = Scorer(config.metric, config.data.source)
-        answering = Answering(config.batch, config.max_new_tokens, scorer, shared)
+        answering = Answering(config.batch, config.max_new_tokens, scorer, shared, config.protocol)
         tallies = evaluate(model, processor, questions, methods, answering, progress)
-        timings = time_entries(model, processor, questions, methods, config.batch, progress) if config.timing else {}
+        timings = time_entries(model, processor, questions, methods, answering, progress) if config.timing else {}
     results = rows(methods, tallies, timings, model.dtype)
     _warn_unequal(results, console)
     return {
@@ -108,6 +108,7 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": config.batch,
         "max_new_tokens": config.max_new_tokens,
+        "protocol": config.protocol,
         "metric": ", ".join(sorted(tallies[FULL].metrics)),
         "answer_tokens": answer_tokens(tallies[FULL]),
         "seen": shares,
@@ -130,16 +131,21 @@ class ByteMeter:
         self._matched = 0
         self.layers = KVGeometry.from_config(model.config).layers
         first = questions.select(range(min(SAMPLE, len(questions))))
-        # Read when they are first needed: not every run matches bytes.
-        self._prompts = cache(lambda: list(batches(first, model, processor, config.batch)))
-        shared = config.share_prefill and replayable(model)
-        # With hidden states: which methods will be measured is not known yet.
-        self._prefills = cache(
-            lambda: [record(model, p.inputs, p.layout, hidden=True) for p in self._prompts()] if shared else []
-        )
+        blocks, shared = PROTOCOLS[config.protocol].blocks, config.share_prefill and replayable(model)
+
+        @cache
+        def sample() -> list[Block]:
+            """Read when it is first needed: not every run matches bytes."""
+            read: list[Block] = list(blocks(first, model, processor, config.batch, progress))
+            for block in read if shared else []:
+                # With hidden states: which methods will be measured is not known yet.
+                block.record(model, hidden=True)
+            return read
+
+        self._sample = sample
 
     def measure(self, method: Method) -> int:
-        return prompt_bytes(self.model, self._prompts(), method, self._prefills())
+        return prompt_bytes(self.model, self._sample(), method)
 
     def match(self, target: int, build: Build, name: str) -> Method:
         """The method of `build` at the share of tokens with which it stores `target` bytes; `name` is for the

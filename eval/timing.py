@@ -7,7 +7,7 @@ only the full cache's attention.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from statistics import median
 from time import perf_counter
@@ -23,8 +23,10 @@ from kvcapsule.data.batches import read_question
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.transformers_api import cache_argument
 
-from .batches import Batch, make_batch
+from .block import Block
 from .entries import FULL, Entry
+from .protocols import PROTOCOLS
+from .quality import Answering
 from .watched_generate import GREEDY, new_cache
 
 BATCHES = 2
@@ -58,7 +60,7 @@ def time_entries(
     processor: ProcessorMixin,
     rows: datasets.Dataset,
     entries: Sequence[Entry],
-    size: int,
+    answering: Answering,
     progress: Progress,
     rounds: int = ROUNDS,
     steps: int = STEPS,
@@ -68,17 +70,18 @@ def time_entries(
     Returns:
         By name of the entry. The full cache's ratios are 1 by definition.
     """
-    timed = _one_prompt_batches(rows, model, processor, size)
+    timed = [block.timed_run(model) for block in _one_prompt_blocks(rows, model, processor, answering)]
     task = progress.add_task("timing", total=len(timed) * (rounds + 1) * len(entries))
     ratios: dict[str, list[Timing]] = defaultdict(list)
-    for batch in timed:
+    for inputs, begin in timed:
         for turn in range(rounds + 1):
             # The order rotates, so that no method always follows the same other one.
             order = [*entries[turn % len(entries) :], *entries[: turn % len(entries)]]
             seconds_of = {}
             for entry in order:
                 with nullcontext() if entry.method is None else attach(model, entry.method):
-                    seconds_of[entry.name] = run_timed(model, batch.inputs, new_cache(model, entry.method), steps)
+                    cache = new_cache(model, entry.method)
+                    seconds_of[entry.name] = run_timed(model, inputs, cache, steps, begin)
                 progress.advance(task)
             if turn == 0:
                 continue
@@ -88,27 +91,38 @@ def time_entries(
     return {name: Timing(*(median(column) for column in zip(*values, strict=True))) for name, values in ratios.items()}
 
 
-def _one_prompt_batches(
-    rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, size: int
-) -> list[Batch]:
-    result = []
+def _one_prompt_blocks(
+    rows: datasets.Dataset, model: PreTrainedModel, processor: ProcessorMixin, answering: Answering
+) -> list[Block]:
+    result: list[Block] = []
+    size = answering.batch
     for start in range(0, min(len(rows), BATCHES * size), size):
         questions = [read_question(rows[i], i) for i in range(start, min(start + size, len(rows)))]
         first = questions[0]
         # Images of as many as the prompt has places for, in turn.
         images = [question.images for question in questions if len(question.images) == len(first.images)]
-        batch = [first._replace(images=images[i % len(images)]) for i in range(len(questions))]
-        result.append(make_batch(batch, model, processor))
+        prompts = [first._replace(images=images[i % len(images)]) for i in range(len(questions))]
+        result.append(PROTOCOLS[answering.protocol].of(prompts, model, processor))
     return result
 
 
-def run_timed(model: PreTrainedModel, inputs: BatchFeature, cache: Cache, steps: int, **options: Any) -> Seconds:
+def run_timed(
+    model: PreTrainedModel,
+    inputs: BatchFeature,
+    cache: Cache,
+    steps: int,
+    begin: Callable[[Cache], None] | None = None,
+    **options: Any,
+) -> Seconds:
     """Write `steps` tokens after the first one with `generate`, through an empty cache.
 
-    A CapsuleCache needs `with attach(model):` around it. `options`: further options of generate.
+    A CapsuleCache needs `with attach(model):` around it. `begin`: fills the cache first, within the prefill's time.
+    `options`: further options of generate.
     """
     clock = _Clock(model.device, steps)
     started = clock.now()
+    if begin is not None:
+        begin(cache)
     cast("Any", model).generate(
         **inputs,
         **cache_argument(cache),

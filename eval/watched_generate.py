@@ -1,7 +1,7 @@
 """`model.generate` with a method's cache, which measures the bytes after the prefill and returns the logits of every
 step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -97,9 +97,14 @@ def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden:
 
     hidden: whether to record hidden states too.
     """
+    return recorded(model, hidden, lambda cache: generate(model, inputs, cache, layout, max_new_tokens=1))
+
+
+def recorded(model: PreTrainedModel, hidden: bool, run: Callable[[Cache], Any]) -> Prefill:
+    """As `record`, of the forward that `run` runs first; it is given the empty cache."""
     keeper = Keeper(hidden)
     with attach(model), recording(model) as outputs:
-        generate(model, inputs, CapsuleCache(model.config, keeper), layout, max_new_tokens=1)
+        run(CapsuleCache(model.config, keeper))
     return Prefill(keeper.layers, outputs[0])
 
 

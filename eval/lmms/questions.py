@@ -17,7 +17,7 @@ from kvcapsule.data.images import images_of
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.testbeds.pages import Page, page
 
-from ..quality import by_task
+from ..batches import by_task
 from ..scores.demo import demo_score
 from ..scores.target import Target
 

@@ -12,7 +12,7 @@ from typing import Any
 from kvcapsule.cli.results import shown_path, write_whole
 from kvcapsule.errors import InputError
 
-from .rows import is_wide
+from .rows import asked_later, is_wide, unseen_question
 
 _END = "<!-- end of table -->"
 _WIDTH = 120
@@ -25,6 +25,10 @@ _WIDE_NOTE = (
 _TIME_NOTE = (
     "*Prefill time* runs from the call to the first logits and includes the method's own pass: 1.10 is 10 % longer than"
     " the full cache's. *Tokens/s* is the decoding speed: above 1 is faster than the full cache."
+)
+_LATER_NOTE = (
+    "The questions were asked after the images were compressed (`--protocol ask-later`); bytes are those of the prompts"
+    " up to the last image."
 )
 _LOSS_NOTE = "*Loss* is that of the mean accuracy against the full cache."
 
@@ -72,7 +76,11 @@ def blank(title: str, names: Sequence[str]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All rows as a Markdown table, in the order of the run; times, and bytes on the host, where there are such."""
     tasks, wide = list(rows[0]["accuracy"]), is_wide(rows)
-    timed, hosted = rows[0]["prefill_ratio"] is not None, any(row["host_kv_bytes"] for row in rows)
+    later, timed, hosted = (
+        asked_later(rows),
+        rows[0]["prefill_ratio"] is not None,
+        any(row["host_kv_bytes"] for row in rows),
+    )
     full_mean = mean(rows[0]["accuracy"].values())
     compressions = ["compression as run", "compression vs 16 bit"] if wide else ["compression"]
     head = [
@@ -85,7 +93,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "mean accuracy",
         "loss in points",
         "same answers",
-        "KL in nats",
+        *_kl_heads(rows),
         "decoder bytes",
         *(["prefill time vs full", "tokens/s vs full"] if timed else []),
     ]
@@ -103,7 +111,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{score:.3f}",
                 # Adding 0 turns a negative zero into one without a sign.
                 f"{round(100 * (full_mean - score), 1) + 0:.1f}",
-                *_closeness(row),
+                *_closeness(row, later),
                 f"{row['parameter_bytes']:,}",
                 *(f"{row[key]:.2f}" for key in ("prefill_ratio", "tokens_per_s_ratio") if timed),
             ]
@@ -115,14 +123,15 @@ def short_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A run with times as a table of few columns, for a reader who sees only this one."""
     tasks = list(rows[0]["accuracy"])
     head = ["method", "visual KV bytes per question", "compression vs 16 bit", "compression as run", *tasks]
-    head += ["same answers", "KL in nats", "prefill time vs full", "tokens/s vs full"]
+    head += ["same answers", *_kl_heads(rows), "prefill time vs full", "tokens/s vs full"]
+    later = asked_later(rows)
     lines = [
         [
             row["method"],
             f"{row['visual_kv_bytes']:,}",
             *(f"{row[key]:.2f}x" for key in ("compression16", "compression")),
             *(f"{row['accuracy'][task]:.3f}" for task in tasks),
-            *_closeness(row),
+            *_closeness(row, later),
             *(f"{row[key]:.2f}" for key in ("prefill_ratio", "tokens_per_s_ratio")),
         ]
         for row in rows
@@ -136,15 +145,27 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))
 
 
-def _closeness(row: Mapping[str, Any]) -> list[str]:
-    """Share of answers that equal the full cache's, and the KL divergence."""
-    return [f"{row['agreement']:.3f}", "–" if row["kl"] is None else f"{row['kl']:.2g}"]
+def _kl_heads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["KL in nats", *(["KL of the first token"] if asked_later(rows) else [])]
+
+
+def _closeness(row: Mapping[str, Any], later: bool) -> list[str]:
+    """Share of answers that equal the full cache's, the KL divergence, and that of the first token in a run that asked
+    later."""
+    kls = [row[key] for key in ("kl", "first_token_kl")[: 1 + later]]
+    return [f"{row['agreement']:.3f}", *("–" if kl is None else f"{kl:.2g}" for kl in kls)]
+
+
+def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know of a run that asked later; empty for another."""
+    return [_LATER_NOTE, *filter(None, [unseen_question(rows)])] if asked_later(rows) else []
 
 
 def _block(path: Path, result: Mapping[str, Any], json: str | None, plot: str | None) -> str:
     """The table and all that its numbers depend on."""
     rows = result["rows"]
-    parts = [table(rows), paragraph(facts(result), _LOSS_NOTE), command_block(path, result["command"], json)]
+    facts_and_notes = paragraph(facts(result), *protocol_notes(rows), _LOSS_NOTE)
+    parts = [table(rows), facts_and_notes, command_block(path, result["command"], json)]
     if rows[0]["prefill_ratio"] is not None:
         parts.append(paragraph(_TIME_NOTE))
     if is_wide(rows):

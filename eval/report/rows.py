@@ -16,6 +16,7 @@ from ..timing import Timing
 QUALITY = {
     "agreement": ("agreement", "{:.3f}"),
     "kl": ("KL", "{:.2g}"),
+    "first_token_kl": ("KL, first", "{:.2g}"),
 }
 """Keys of a row in the first table, after the accuracies: title and format."""
 COST = {
@@ -54,8 +55,9 @@ def rows(
                 "settings": entry.settings,
                 "accuracy": {task: mean(scores) for task, scores in tally.scores.items()},
                 "agreement": tally.same / tally.count,
-                # JSON has no infinity, which is the KL where a method excludes a token that the full cache does not.
-                "kl": tally.divergence / tally.positions if tally.positions and isfinite(tally.divergence) else None,
+                "kl": _mean(tally.divergence, tally.positions),
+                "first_token_kl": _mean(tally.first_divergence, tally.count),
+                "reads_question": entry.method is not None and entry.method.reads_question,
                 "visual_kv_bytes": round(tally.visual / tally.count),
                 "kv_bytes": round(tally.total / tally.count),
                 "host_kv_bytes": round(tally.host / tally.count),
@@ -70,6 +72,11 @@ def rows(
     return results
 
 
+def _mean(total: float, count: int) -> float | None:
+    # JSON has no infinity, which is the KL where a method excludes a token that the full cache does not.
+    return total / count if count and isfinite(total) else None
+
+
 def answer_tokens(tally: Tally) -> dict[str, float]:
     """Mean tokens of an answer, the end token included, by task."""
     return {task: tally.tokens[task] / len(scores) for task, scores in tally.scores.items()}
@@ -78,18 +85,32 @@ def answer_tokens(tally: Tally) -> dict[str, float]:
 def tables(results: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
     """Two tables for people: how good the methods' answers are, and their bytes and times."""
     tasks = list(results[0]["accuracy"])
+    qualities = {key: column for key, column in QUALITY.items() if key != "first_token_kl" or asked_later(results)}
     # In a run at 16 bits the two compressions are the same number, and few methods store anything on the host.
     shown = {"compression16": is_wide(results), "host_kv_bytes": any(row.get("host_kv_bytes") for row in results)}
     costs = {key: column for key, column in COST.items() if shown.get(key, True)}
     quality, cost = (
-        _table(title, [*tasks, *(name for name, _ in QUALITY.values())]),
+        _table(title, [*tasks, *(name for name, _ in qualities.values())]),
         _table(_UNITS, [name for name, _ in costs.values()]),
     )
     for row in results:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
-        quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in QUALITY.items()))
+        quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in qualities.items()))
         cost.add_row(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
+    quality.caption = unseen_question(results)
     return [quality, cost]
+
+
+def asked_later(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether anything compressed was read for the first tokens of the answers."""
+    # Results of earlier versions lack the key; null is an infinite KL.
+    return any(row.get("first_token_kl", 0) != 0 for row in results)
+
+
+def unseen_question(results: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which rows rank tokens by a question that they did not see, as a sentence; None: none."""
+    names = [row["method"] for row in results if row.get("reads_question")] if asked_later(results) else []
+    return f"The ranking by the text behind the images has none to see here: {', '.join(names)}." if names else None
 
 
 def is_wide(results: Sequence[Mapping[str, Any]]) -> bool:
@@ -98,7 +119,9 @@ def is_wide(results: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("method", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")

@@ -63,11 +63,12 @@ def set_cache(arguments: dict[str, Any], cache: Any) -> None:
 
 
 def prompt_positions(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The positions that generate would give to the tokens of a prompt [1, N] without padding, [..., 1, N]; the model
-    remembers by how far those of the answer lie behind the count of tokens. None: it takes none."""
+    """The positions that generate would give to the tokens of prompts [B, N], [..., B, N]; without a mask among the
+    inputs there is no padding. The model remembers by how far those of the answer lie behind the count of tokens. None:
+    it takes none."""
     if "position_ids" not in signature(model.forward).parameters:
         return None
-    named = {**inputs, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    named = {"attention_mask": torch.ones_like(input_ids), **inputs, "input_ids": input_ids}
     positions: torch.Tensor = model._prepare_position_ids_for_generation(input_ids, named)  # type: ignore[operator]
     return positions
 

@@ -74,6 +74,9 @@ class Method(ABC):
     """Whether it reads the residual stream (LayerPrefill.hidden)."""
     independent_layers: bool = True
     """Whether `compress` of a layer depends on no other layer, so that each layer may have another method."""
+    reads_question: bool = False
+    """Whether what it makes of the visual tokens depends on the text behind them: where the question is asked later, it
+    sees none."""
     separable: ClassVar[bool] = True
     """Whether its visual segments and its text segments can be used one without the other (see Combined)."""
     budget_field: ClassVar[str | None] = None

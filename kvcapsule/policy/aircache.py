@@ -60,6 +60,7 @@ class AirCache(SharedBudget[EliteAttention], Policy):
     all layers are held until the last has run.
     """
 
+    reads_question = True
     budget_field = "retention"
     compresses_text = False
 

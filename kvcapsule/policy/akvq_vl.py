@@ -61,6 +61,7 @@ class AkvqVl(Policy, DecodeTimeMethod):
     precision: this saves memory, not time.
     """
 
+    reads_question = True
     needs_hidden_states = True
     window: ClassVar[int] = 0
     """It looks at no queries while it acts."""

@@ -30,6 +30,7 @@ class Combined(Method):
                 )
         self.visual, self.text = visual, text
         self.needs_hidden_states = visual.needs_hidden_states or text.needs_hidden_states
+        self.reads_question = visual.reads_question
         self.independent_layers = visual.independent_layers and text.independent_layers
 
     def require_geometry(self, geometry: KVGeometry) -> None:

@@ -21,5 +21,7 @@ class H2O(HeadPruning):
     read by. The cost is that of prefill's scores computed anew.
     """
 
+    reads_question = True
+
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         return attention_received(prefill, 0)

@@ -71,6 +71,7 @@ class HybridKV(SharedBudget[HeadAttention], Policy):
     last layer's prefill ends.
     """
 
+    reads_question = True
     budget_field = "budget"
     separable = False
 

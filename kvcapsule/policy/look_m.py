@@ -42,6 +42,7 @@ class LookM(Policy):
     at least. In a later turn all this is among the turn's own tokens.
     """
 
+    reads_question = True
     budget_field = "budget"
     separable = False
     """Evicted visual tokens are merged into text, too."""

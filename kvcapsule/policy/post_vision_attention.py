@@ -20,5 +20,7 @@ class PostVisionAttention(TokenPruning):
     is left out.
     """
 
+    reads_question = True
+
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
         return attention_from(prefill, behind_last_image(prefill)).sum(dim=1)

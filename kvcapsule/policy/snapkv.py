@@ -26,6 +26,8 @@ class SnapKV(HeadPruning):
     well). In a later turn the attention is that among the turn's own tokens.
     """
 
+    reads_question = True
+
     window: int = 32
     """Last prompt queries that rank."""
     kernel: int = 7

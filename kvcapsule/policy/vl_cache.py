@@ -89,6 +89,7 @@ class VLCache(SharedBudget[RankedTokens], Policy):
     the text.
     """
 
+    reads_question = True
     budget_field = "budget"
 
     budget: float

@@ -6,6 +6,7 @@ import torch
 from rich.progress import Progress
 from support.noise_capsules import LAYERS, TOKEN_BYTES, TOKENS
 
+from kvcapsule.eval.ask_first import AskFirst
 from kvcapsule.eval.batches import Batch, batches
 from kvcapsule.eval.divergence import divergence
 from kvcapsule.eval.entries import FULL, Entry, full_entry
@@ -142,4 +143,7 @@ def test_full_cache_must_come_first(model, processor, rows) -> None:
 
 def test_prompts_are_weighed_as_the_run_weighs_them(model, rows, tallies, make_capsule, processor) -> None:
     """Visual and text, of two batches of two."""
-    assert prompt_bytes(model, list(batches(rows, model, processor, 2)), make_capsule(0.2)) == tallies["noise"].total
+    assert (
+        prompt_bytes(model, [AskFirst(batch) for batch in batches(rows, model, processor, 2)], make_capsule(0.2))
+        == tallies["noise"].total
+    )

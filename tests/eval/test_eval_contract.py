@@ -35,6 +35,7 @@ TOP = {
     "dtype": str,
     "batch": int,
     "max_new_tokens": int,
+    "protocol": str,
     "metric": str,
     "answer_tokens": dict,
     "seen": dict,
@@ -46,6 +47,8 @@ ROW = {
     "accuracy": dict,
     "agreement": NUMBER,
     "kl": NUMBER,
+    "first_token_kl": NUMBER,
+    "reads_question": bool,
     "visual_kv_bytes": int,
     "kv_bytes": int,
     "host_kv_bytes": int,
@@ -96,7 +99,7 @@ def result(tmp_path_factory, model, processor) -> dict[str, Any]:
 def _check(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert set(found) == set(expected)
     for key, kind in expected.items():
-        assert isinstance(found[key], kind) and not isinstance(found[key], bool), key
+        assert isinstance(found[key], kind) and isinstance(found[key], bool) == (kind is bool), key
 
 
 def test_keys_and_types(result) -> None:

@@ -10,10 +10,11 @@ from support.run_vlm import MIXED, ready, tiny_gemma, tiny_qwen
 from transformers import BatchFeature, LlavaProcessor
 
 from kvcapsule.eval import watched_generate
-from kvcapsule.eval.batches import batches
+from kvcapsule.eval.ask_first import AskFirst
+from kvcapsule.eval.batches import batches, by_task
 from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.equal_bytes import Layout
-from kvcapsule.eval.quality import Answering, by_task, evaluate, prompt_bytes
+from kvcapsule.eval.quality import Answering, evaluate, prompt_bytes
 from kvcapsule.eval.shared_prefill import CompressedLayers, Keeper, Prefill, replayable, replaying
 from kvcapsule.eval.watched_generate import Generated, generate, new_cache, record
 from kvcapsule.inference.attach import attach
@@ -152,10 +153,12 @@ def test_a_run_is_the_same_with_and_without(model, processor: LlavaProcessor, ro
 
 
 def test_prompts_weigh_the_same(model, processor, rows) -> None:
-    prompts = list(batches(rows, model, processor, 4))
-    prefills = [record(model, p.inputs, p.layout, hidden=False) for p in prompts]
+    blocks = [AskFirst(batch) for batch in batches(rows, model, processor, 4)]
     method = POLICIES["snapkv"](retention=0.5)
-    assert prompt_bytes(model, prompts, method) == prompt_bytes(model, prompts, method, prefills) > 0
+    own = prompt_bytes(model, blocks, method)
+    for block in blocks:
+        block.record(model, hidden=False)
+    assert own == prompt_bytes(model, blocks, method) > 0
 
 
 def test_questions_of_a_task_are_answered_together(rows) -> None:

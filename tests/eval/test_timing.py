@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from kvcapsule.eval import timing
 from kvcapsule.eval.entries import FULL, Entry, full_entry
+from kvcapsule.eval.quality import Answering
 from kvcapsule.eval.timing import time_entries
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed
@@ -25,7 +26,7 @@ def rows() -> datasets.Dataset:
 
 def test_timing_is_relative_to_the_full_cache(model, processor, rows) -> None:
     compared = [full_entry(), Entry("segments", Full(), FULL)]
-    timed = time_entries(model, processor, rows, compared, 2, Progress(disable=True), rounds=1, steps=2)
+    timed = time_entries(model, processor, rows, compared, Answering(2, 4), Progress(disable=True), rounds=1, steps=2)
     assert timed[FULL] == (1.0, 1.0)
     assert all(0 < ratio < 100 for ratio in timed["segments"])
 
@@ -71,6 +72,8 @@ def test_prefill_and_decode_are_timed_apart(model, processor, rows, monkeypatch,
     clock = Late()
     monkeypatch.setattr(timing, "perf_counter", clock)
     compared = [full_entry(), Entry("slow", slow(clock), FULL)]
-    timed = time_entries(model, processor, rows, compared, 2, Progress(disable=True), rounds=1, steps=2)["slow"]
+    timed = time_entries(model, processor, rows, compared, Answering(2, 4), Progress(disable=True), rounds=1, steps=2)[
+        "slow"
+    ]
     assert (timed.prefill_ratio > 10) == (slow is SlowPrefill)
     assert (timed.tokens_per_s_ratio < 0.1) == (slow is SlowDecode)

@@ -2,7 +2,7 @@
 one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 
 EXACT, BYTES, BATCH, DETERMINISM, BEAMS, TURNS = "exact", "bytes", "batch", "determinism", "beams", "turns"
+QUESTION = "question"
 PROPERTIES = {
     EXACT: "at dial 1, or without a dial, answers and beams are the full cache's, in a second turn too",
     BYTES: "the dial says what share of the bytes is stored, within 2 %",
@@ -29,6 +30,7 @@ PROPERTIES = {
     DETERMINISM: "the same prefill gives the same segments",
     BEAMS: "rows can be repeated, swapped and left out",
     TURNS: "a later turn leaves what is stored of an earlier one as it is",
+    QUESTION: "reads_question says whether visual tokens are stored otherwise behind another question",
 }
 
 
@@ -48,7 +50,10 @@ TABLE = {
     "adakv": Case({"window": 6}),
     "quantized": Case({"bits": 8}, {EXACT: "all tokens are kept, but rounded"}),
     "kivi": Case({"bits": 4}, {EXACT: "all tokens are kept, but rounded"}),
-    "akvq-vl": Case({"pivots": 0, "recent": 8}, {EXACT: "all tokens are kept, but rounded"}),
+    "akvq-vl": Case(
+        {"pivots": 0, "recent": 8},
+        {EXACT: "all tokens are kept, but rounded", QUESTION: "it does by its pivots, of which there are none here"},
+    ),
 }
 
 
@@ -194,6 +199,25 @@ def test_a_prompt_without_images(name: str) -> None:
     for layer in compressed(make(name, 0.3), layers([], [0, 7], 40)):
         assert not layer.visual
         assert {int(row) for s in layer.text for row in s.owner} == {0, 1}
+
+
+@every(QUESTION)
+def test_whether_it_reads_the_question_is_known(name: str) -> None:
+    """What is stored of the visual tokens changes with the text behind them, or it does not."""
+    query, found = QUERY[:1], []
+    for seed in (1, 2):
+        asked = []
+        for i, of in enumerate(layers([(0, 12, 200)], [0], 260)):
+            texts = [rand(1, t.shape[1], 48, DIM, seed=100 * seed + 9 * i + j) for j, t in enumerate(_qkv(of))]
+            behind = [torch.cat([t[:, :, :212], 3 * text], dim=2) for t, text in zip(_qkv(of), texts, strict=True)]
+            asked.append(replace(of, query=behind[0], keys=behind[1], values=behind[2]))
+        found.append([read(layer._replace(text=[]), query) for layer in compressed(make(name, 0.3), asked)])
+    differs = any(not torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert differs == POLICIES[name].reads_question
+
+
+def _qkv(of: LayerPrefill) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return of.query, of.keys, of.values
 
 
 # Through a model
