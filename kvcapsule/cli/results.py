@@ -51,7 +51,8 @@ def require_writable(files: Iterable[str | None], folders: Iterable[str | None] 
         InputError: if a file or folder cannot be written.
     """
     wanted = [Path(file) for file in files if file is not None and file != STDOUT]
-    for folder in [*(file.parent for file in wanted), *(Path(folder) for folder in folders if folder is not None)]:
+    regular = [file for file in wanted if not _is_device(file)]
+    for folder in [*(file.parent for file in regular), *(Path(folder) for folder in folders if folder is not None)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Whether it can be written: permissions say less of a superuser or of a network disk.
@@ -64,13 +65,17 @@ def require_writable(files: Iterable[str | None], folders: Iterable[str | None] 
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename.
+    """Write under a temporary name, then rename; what is no file but a device or a pipe, such as /dev/null, is written
+    as it is.
 
     Raises:
         InputError: if the file cannot be written; what was there before is untouched.
     """
     temporary = path.with_name(unique_name(path))
     try:
+        if _is_device(path):
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary, content)
@@ -80,6 +85,10 @@ def write_whole(path: Path, content: bytes) -> None:
         remove_litter(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _is_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def shown_path(name: str) -> str:

@@ -196,3 +196,18 @@ def test_a_folder_is_tried_before_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("kvcapsule.cli.results.TemporaryFile", refuse)
     with pytest.raises(InputError, match="cannot be written to: Read-only"):
         require_writable([str(tmp_path / "x.json")])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_or_device_is_written_and_not_replaced(tmp_path: Path) -> None:
+    """As /dev/null is, which a superuser could replace by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        require_writable([str(pipe)])
+        write_json(str(pipe), {"a": 1})
+        assert json.loads(os.read(reader, 100)) == {"a": 1}
+    finally:
+        os.close(reader)
+    assert os.listdir(tmp_path) == ["pipe"] and pipe.is_fifo()
