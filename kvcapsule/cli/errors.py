@@ -18,6 +18,8 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 _NO_JSON_FILE = re.compile(r"argument --json: expected one argument", re.IGNORECASE)
 _JSON_ADVICE = "--json needs a FILE, or - to print the JSON to standard output"
 
+_LONGEST = 2000
+"""Characters of a line."""
 _LONG_WORD = re.compile(r"(\S{160})\S{120,}(\S{20})")
 
 Options = TypeVar("Options", bound=argparse.Namespace)
@@ -60,11 +62,13 @@ class Parser(argparse.ArgumentParser):
 def complain(prog: str, error: object) -> int:
     """Print an error of several lines as one, and return the exit code.
 
-    Options are spelled with dashes, the middle of long names is left out, and characters that would steer a terminal
-    are escaped.
+    Options are spelled with dashes, the middle of long names and lines is left out, and characters that would steer a
+    terminal are escaped.
     """
     message = plain_line(_NO_JSON_FILE.sub(_JSON_ADVICE, " ".join(str(error).split())))
     message = _LONG_WORD.sub(r"\1...\2", "".join(map(_printable, message)))
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]}...{message[-_LONGEST // 2 :]}"
     try:
         print(f"{prog}: {dashed(message)}", file=sys.stderr)
     except OSError:

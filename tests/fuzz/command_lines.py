@@ -161,33 +161,28 @@ def outcome(words: list[str]) -> tuple[str, str]:
 
 
 def strange_writes(place: Path, words: list[str]) -> list[str]:
-    """Paths that a command wrote to outside the working directory and its temporary folder, or in it without an
-    option that names them."""
+    """Paths that a command wrote to and that no word of its line, and no file of options that it names, names; not
+    those of temporary files."""
     assert _writes is not None
-    strange = []
-    for name in dict.fromkeys(_writes):
-        path = Path(os.path.normpath(place / "work" / name))
-        if path.is_relative_to(place / "temporary") or path in (Path(os.devnull), place / "work"):
-            continue
-        if not path.is_relative_to(place):
-            strange.append(str(path))
-        elif path.is_relative_to(place / "work"):
-            top = path.relative_to(place / "work").parts[0]
-            # Hidden files beside a result are named after it, and the folders of a run after its output.
-            stem = top.removeprefix(".").partition(".")[0]
-            if not any(stem[:20] in word for word in words) and not _in_files(place / "work", words, stem):
-                strange.append(str(path))
-    return strange
+    work = place / "work"
+    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 5000]
+    places = [Path(os.path.normpath(work / os.path.expanduser(part))) for part in named]
+    contents = [path.read_text(errors="replace") for path in places if len(path.name) < 200 and path.is_file()]
+    return [
+        str(path)
+        for path in dict.fromkeys(Path(os.path.normpath(work / name)) for name in _writes)
+        if not path.is_relative_to(place / "temporary")
+        and path != Path(os.devnull)
+        and not any(_belongs(path, to) for to in places)
+        and not any(path.name.removeprefix(".").partition(".")[0] in content for content in contents)
+    ]
 
 
-def _in_files(work: Path, words: list[str], name: str) -> bool:
-    """Whether a file of options that the command line names holds a name."""
-    files = {part for word in words for part in (word, word.partition("=")[2]) if part.endswith((".yaml", ".json"))}
-    return any(
-        name in (work / file).read_text(errors="replace")
-        for file in files
-        if len(file) < 99 and (work / file).is_file()
-    )
+def _belongs(path: Path, to: Path) -> bool:
+    """Whether a path is an output, lies in it or on the way to it, or beside it under a name made of its own."""
+    names = (path, *path.parents)
+    beside = any(other.parent == to.parent and other.name.removeprefix(".").startswith(to.name[:20]) for other in names)
+    return beside or path.is_relative_to(to) or to.is_relative_to(path)
 
 
 def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> Report:
@@ -209,8 +204,7 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
         stack.enter_context(patch.object(tempfile, "tempdir", str(place / "temporary")))
         stack.enter_context(at_the_start_of_work())
         write_files(place / "work", HERE / "pages-vlm-cross-layer")
-        originals = partial(shutil.copytree, place / "work", symlinks=True)
-        originals(place / "original")
+        shutil.copytree(place / "work", place / "original")
         os.chdir(place / "work")
         # Imports and the model are no part of a command line's time.
         for words in (["eval", "--methods", "int4"], ["train"], ["analyze"], ["bench"], ["generate", "--prompt", "x"]):
@@ -229,21 +223,18 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
                 command = words[0] if words[0] in COMMANDS else "(none)"
                 report.outcomes.setdefault(command, Counter())[result] += 1
                 if strange := strange_writes(place, words):
-                    report.failures.append(f"{what}: wrote to {strange[:5]}")
+                    report.failures.append(f"wrote to {strange[:5]} ({what})"[:1000])
             except (Exception, HangError) as error:
-                frames = traceback.extract_tb(error.__traceback__)
-                at = next(
-                    (f for f in reversed(frames) if "kvcapsule" in f.filename or "/places/" in f.filename), frames[-1]
-                )
-                where = f"{Path(at.filename).name}:{at.lineno}"
-                report.failures.append(f"{what}: {type(error).__name__} at {where}: {error}"[:1500])
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}"
+                report.failures.append(f"{where}: {error}"[:600] + f" ({what})"[:600])
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 _writes = None
             seconds = time.monotonic() - begin
             report.slowest = max(report.slowest, seconds)
             if seconds > LONGEST:
-                report.failures.append(f"{what}: took {seconds:.1f} s")
+                report.failures.append(f"took {seconds:.1f} s ({what})"[:1000])
             os.chdir(place)
             if sorted(os.listdir(place / "work")) != sorted(os.listdir(place / "original")) or number % 50 == 0:
                 shutil.rmtree(place / "work")

@@ -248,15 +248,25 @@ def command_line(draw: random.Random, known: dict[str, list[str]]) -> list[str]:
     return [name, *(word.replace("\0", "") for word in words)]
 
 
+ACTIONS = (
+    *("value", "value", "option", "option", "option", "mutant", "mutant", "mutant", "delete", "repeat", "swap", "join"),
+    *("spell", "loose"),
+)
+"""What may be done with a command line; what goes further towards the work is drawn more often."""
+_MUTANTS = {"rows.jsonl": "mutant.jsonl", "recipe.yaml": "mutant.yaml", "suite.yaml": "mutant.yaml"}
+
+
 def _mutate(words: list[str], draw: random.Random, options: list[str]) -> None:
-    action = draw.choice(
-        ("value", "value", "value", "option", "option", "delete", "repeat", "swap", "join", "spell", "loose")
-    )
+    action = draw.choice(ACTIONS)
     places = range(len(words))
     named = [place for place in places if words[place].startswith("--") and len(words[place]) > 2]
     if action == "value" and words:
         values = [place for place in places if place not in named] or list(places)
         words[draw.choice(values)] = str(_value(draw, flat=True))
+    elif action == "mutant":
+        sources = ["--data.source=mutant.jsonl", "--data.source=mutant.json", "--config=mutant.yaml"]
+        words[:] = [_MUTANTS.get(word, word) for word in words]
+        words += draw.sample(sources, k=1) if any(option == "--config" for option in options) else []
     elif action == "option" and options:
         words += [draw.choice(options), str(_value(draw, flat=True))]
     elif action == "delete" and words:
