@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KVCapsuleError
 from .errors import Parser, complain, dashed
+from .sizes import MOST_BYTES
 
 if TYPE_CHECKING:
     from ..serving.budget import Form, Sizes
@@ -265,7 +266,7 @@ def _parser() -> Parser:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text, re.IGNORECASE)
     value = match and float(match[1]) * _UNITS.get(match[2].upper().removesuffix("B"), 0)
-    if not value:
+    if not value or value >= MOST_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 4GB or 512MiB")
     return int(value)
 
