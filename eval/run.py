@@ -75,9 +75,9 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
             capsule.require_geometry(KVGeometry.from_config(model.config))
             capsule.to(model.device)
         questions = source.load(config.data)
-    session.tell(console, questions.info.description)
     if len(questions) == 0:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
+    session.tell(console, questions.info.description)
     shares = seen_shares(participants.capsules, questions, config.allow_seen, console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (

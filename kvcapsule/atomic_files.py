@@ -100,8 +100,18 @@ def remove_litter(target: Path) -> None:
     It is for after `target` was written: of a process that was killed between its two renames, the litter is the only
     copy of what was there.
     """
-    for path in target.parent.glob(f"{glob.escape(_litter_prefix(target))}*"):
-        process = path.name.removeprefix(_litter_prefix(target)).partition(".")[0]
+    _remove_ended(target.parent, f"{glob.escape(_litter_prefix(target))}*")
+
+
+def remove_litter_in(folder: Path, ending: str) -> None:
+    """Delete what such processes left of any target in a folder whose name has this ending."""
+    _remove_ended(folder, f".*{glob.escape(ending)}.{_machine()}-*")
+
+
+def _remove_ended(folder: Path, pattern: str) -> None:
+    """Remove litter that fits the pattern and whose process has ended."""
+    for path in folder.glob(pattern):
+        process = path.name.rpartition(f".{_machine()}-")[2].partition(".")[0]
         if process.isdecimal() and not _lives(int(process)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +123,11 @@ def remove_litter(target: Path) -> None:
 def _litter_prefix(target: Path) -> str:
     # The beginning alone may be that of another target.
     name = target.name if len(target.name) <= 80 else f"{target.name[:60]}-{_short_digest(target.name)}"
-    return f".{name}.{_short_digest(socket.gethostname())}-"
+    return f".{name}.{_machine()}-"
+
+
+def _machine() -> str:
+    return _short_digest(socket.gethostname())
 
 
 def _short_digest(text: str) -> str:

@@ -30,6 +30,10 @@ class InputError(KVCapsuleError):
     """An argument of a command, or a file or folder named by one, cannot be used."""
 
 
+class KernelError(KVCapsuleError, RuntimeError):
+    """A kernel for attention cannot be compiled, loaded or used on this machine."""
+
+
 class ModelError(KVCapsuleError):
     """A model cannot be loaded, or is of a kind that kvcapsule does not support."""
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
-from kvcapsule.atomic_files import unique_name
+from kvcapsule.atomic_files import remove_litter_in, unique_name
 from kvcapsule.errors import InputError
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
@@ -59,6 +59,9 @@ class HarvestStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(layers, path)
+            if self.report is not None:
+                # Each batch has a file of its own: what killed runs left of any of them goes.
+                remove_litter_in(self.folder, _SUFFIX)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."

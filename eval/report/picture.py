@@ -1,15 +1,15 @@
 """What all pictures of results share: the colours, the axes of accuracy against bytes, the legend and the file."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from uuid import uuid4
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
+from kvcapsule.cli.results import write_whole
 from kvcapsule.errors import ConfigError
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -76,14 +76,14 @@ def add_legend(figure: Figure) -> None:
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Write a picture under a temporary name, then rename it; the suffix of `path` names the format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid4().hex[:8]}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a picture, whole or not at all; the suffix of `path` names the format.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:])
+    write_whole(path, image.getvalue())
 
 
 def _bytes(count: float) -> str:

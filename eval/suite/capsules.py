@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.read import CONFIG_FILE
-from kvcapsule.cli.results import shown_path
+from kvcapsule.cli.results import shown_path, write_whole
 from kvcapsule.errors import InputError
 
 from ..eval_config import EvalConfig
@@ -65,7 +65,7 @@ def _train_all(missing: Sequence[Spec], folder: Path, config: EvalConfig, consol
             console.print(shlex.join(["kvcapsule", *words]), markup=False, highlight=False, soft_wrap=True)
             progress.update(task, description=f"training {spec.name}")
             _train(spec.name, words, console)
-            (folder / f"{spec.name}{_RECORD}").write_text(_record(spec, config), encoding="utf-8")
+            write_whole(folder / f"{spec.name}{_RECORD}", _record(spec, config).encode())
             progress.advance(task)
 
 

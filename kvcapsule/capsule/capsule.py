@@ -108,7 +108,12 @@ class Capsule(nn.Module, Method):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, device: torch.device | str = "cpu"
+        cls,
+        name: str | os.PathLike[str],
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        force_download: bool = False,
     ) -> "Capsule":
         """A capsule in eval mode, frozen, with the dtypes that it was saved in.
 
@@ -116,12 +121,14 @@ class Capsule(nn.Module, Method):
             name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
             revision: branch, tag or commit on the Hub.
             device: where to put the codecs.
+            force_download: download the files from the Hub, whatever its client's cache holds. What is damaged in the
+                cache is downloaded again anyway.
 
         Raises:
             CapsuleError: if there is no such capsule, it cannot be downloaded, a file is missing, damaged or of another
                 format version, or the tensors are not those that the config asks for.
         """
-        folder = hub.find(name, revision)
+        folder = hub.find(name, revision, force_download)
         config, header = config_in(folder), header_in(folder)
         capsule = _empty(config, folder)
         require_tensors(folder, header.forms, capsule.state_dict())

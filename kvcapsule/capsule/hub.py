@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .._version import __version__
 from ..errors import CapsuleError
 from .card import LIBRARY
 from .config import CapsuleConfig
+from .hub_cache import mended
 from .hub_errors import download_errors, upload_errors
 from .limits import existing_folder, shortened
 from .read import (
@@ -47,32 +49,50 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> Ca
         path = hf_hub_download(
             str(name), CONFIG_FILE, revision=revision, library_name=LIBRARY, library_version=__version__
         )
-    return config_in(Path(path).parent)
+        return config_in(mended(str(name), Path(path).parent, [CONFIG_FILE], partial(_downloaded_anew, str(name))))
 
 
-def find(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+def find(name: str | os.PathLike[str], revision: str | None = None, force_download: bool = False) -> Path:
     """Find the folder of a capsule, downloading it from the Hub if need be; it has all files that loading needs.
+
+    Files that are damaged in the cache of the Hub's client are downloaded again.
 
     Args:
         name: a directory; else the name of a shipped capsule; else a Hub id, "organisation/name".
         revision: branch, tag or commit on the Hub.
+        force_download: download all files, whatever the cache holds.
 
     Raises:
         CapsuleError: if there is no such capsule, it cannot be downloaded, or a file is missing.
     """
     folder = local_folder(name, revision)
     if folder is not None:
+        if force_download:
+            raise CapsuleError(f"force_download was given, but {os.fspath(name)!r} is a directory ({folder}).")
         require_files(folder, NEEDED_TO_LOAD)
         return folder
     with download_errors(str(name), revision):
-        patterns = [*FILES, *OPTIONAL_FILES]
-        folder = Path(
-            snapshot_download(
-                str(name), revision=revision, allow_patterns=patterns, library_name=LIBRARY, library_version=__version__
-            )
+        folder = _downloaded(str(name), revision, [*FILES, *OPTIONAL_FILES], force_download)
+        _require_downloaded(folder, str(name))
+        return mended(str(name), folder, [*FILES, *OPTIONAL_FILES], partial(_downloaded_anew, str(name)))
+
+
+def _downloaded(name: str, revision: str | None, patterns: list[str], force: bool) -> Path:
+    """The folder of a snapshot with these files. Raises the exceptions of the Hub's client."""
+    return Path(
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            force_download=force,
+            library_name=LIBRARY,
+            library_version=__version__,
         )
-    _require_downloaded(folder, str(name))
-    return folder
+    )
+
+
+def _downloaded_anew(name: str, commit: str, patterns: list[str]) -> Path:
+    return _downloaded(name, commit, patterns, True)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def download_errors(name: str, revision: str | None) -> Iterator[None]:
     at = f" at revision {revision!r}" if revision else ""
     try:
         yield
+    except CapsuleError:
+        raise
     except GatedRepoError as error:
         raise CapsuleError(
             f"{name} is gated: ask for access at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or set"

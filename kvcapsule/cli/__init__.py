@@ -1,13 +1,14 @@
 """The `kvcapsule` command. A command is registered here, by its target and its line of help."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from .._version import __version__
-from .errors import CLOSED_PIPE, INTERRUPTED, WRONG_INPUT, complain
+from .endings import run_to_end
+from .errors import WRONG_INPUT, complain
+from .streams import prepare, require_text
 
 COMMANDS = {
     "analyze": "kvcapsule.training.analysis.main:main",
@@ -58,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         an interrupt, 141 where the reader of a pipe is gone.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    prog = f"kvcapsule {words[0]}" if words and words[0] in COMMANDS else "kvcapsule"
+    return run_to_end(prog, lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
+    """Raises InputError for streams and arguments that cannot be used, and whatever the command raises."""
+    prepare()
+    require_text(words)
     if not words:
         print(usage(), file=sys.stderr)
         return WRONG_INPUT
@@ -71,22 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return complain("kvcapsule", _unknown(name))
     try:
-        code = _load(COMMANDS[name])(arguments)
-        sys.stdout.flush()
-        return code
+        return _load(COMMANDS[name])(arguments)
     except ModuleNotFoundError as error:
         module, extra = str(error.name).partition(".")[0], EXTRA_OF.get(name, "")
         if module not in EXTRAS.get(extra, ()):
             raise
         return complain(f"kvcapsule {name}", f"{module} is not installed: run `pip install 'kvcapsule[{extra}]'`.")
-    except BrokenPipeError:
-        # The rest of the buffer has no reader either, and Python would report that at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except KeyboardInterrupt:
-        # A terminal has just written ^C into the present line.
-        print("\n" if sys.stderr.isatty() else "", f"kvcapsule {name}: interrupted.", sep="", file=sys.stderr)
-        return INTERRUPTED
 
 
 def usage() -> str:

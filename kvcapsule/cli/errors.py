@@ -4,9 +4,10 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .parse_errors import plain_line
+from .streams import discard
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
@@ -16,6 +17,10 @@ CLOSED_PIPE = 141
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 _NO_JSON_FILE = re.compile(r"argument --json: expected one argument", re.IGNORECASE)
 _JSON_ADVICE = "--json needs a FILE, or - to print the JSON to standard output"
+
+_LONGEST = 2000
+"""Characters of a line."""
+_LONG_WORD = re.compile(r"(\S{160})\S{120,}(\S{20})")
 
 Options = TypeVar("Options", bound=argparse.Namespace)
 
@@ -29,6 +34,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, but help that cannot be written is an error."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         self.exit(complain(self.prog, f"{message} (`{self.prog} --help` shows the options)"))
@@ -51,12 +60,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def complain(prog: str, error: object) -> int:
-    """Print an error of several lines as one, options spelled with dashes, and return the exit code."""
+    """Print an error of several lines as one, and return the exit code.
+
+    Options are spelled with dashes, the middle of long names and lines is left out, and characters that would steer a
+    terminal are escaped.
+    """
     message = plain_line(_NO_JSON_FILE.sub(_JSON_ADVICE, " ".join(str(error).split())))
-    print(f"{prog}: {dashed(message)}", file=sys.stderr)
+    message = _LONG_WORD.sub(r"\1...\2", "".join(map(_printable, message)))
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]}...{message[-_LONGEST // 2 :]}"
+    try:
+        print(f"{prog}: {dashed(message)}", file=sys.stderr)
+    except OSError:
+        # Nobody can be told; the exit code is left.
+        discard(sys.stderr)
     return WRONG_INPUT
 
 
 def dashed(text: str) -> str:
     """A text whose options (`--max_new_tokens`) are spelled with dashes (`--max-new-tokens`)."""
     return _OPTION.sub(lambda match: match.group().replace("_", "-"), text)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

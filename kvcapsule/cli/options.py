@@ -36,6 +36,10 @@ class OptionParser(ArgumentParser):
         # What is unambiguous today would not be after the next option.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, but help that cannot be written is an error."""
+        print(self.format_help(), end="", file=file)
+
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return dashed(super().format_help(*args, **kwargs))
 

@@ -1,12 +1,14 @@
 """Writing the results of commands: --json, checks that files can be written, atomic writes, and names without this
 machine's paths."""
 
+import json
 import os
 import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from ..atomic_files import remove_litter, to_json, unique_name, write
@@ -28,7 +30,10 @@ def write_json(target: str | None, value: Any) -> None:
         InputError: if the file cannot be written.
     """
     if target == STDOUT:
-        sys.stdout.write(to_json(value).decode())
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        # Not every encoding has every character of JSON; all have those of its escapes.
+        exact = encoding.lower().startswith("utf")
+        sys.stdout.write(to_json(value).decode() if exact else json.dumps(value, indent=2, allow_nan=False) + "\n")
     elif target is not None:
         write_whole(Path(target), to_json(value))
 
@@ -46,26 +51,31 @@ def require_writable(files: Iterable[str | None], folders: Iterable[str | None] 
         InputError: if a file or folder cannot be written.
     """
     wanted = [Path(file) for file in files if file is not None and file != STDOUT]
-    for folder in [*(file.parent for file in wanted), *(Path(folder) for folder in folders if folder is not None)]:
+    regular = [file for file in wanted if not _is_device(file)]
+    for folder in [*(file.parent for file in regular), *(Path(folder) for folder in folders if folder is not None)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # Whether it can be written: permissions say less of a superuser or of a network disk.
+            TemporaryFile(dir=folder).close()
         except OSError as error:
             raise InputError(f"{folder} cannot be written to: {error.strerror or error}.") from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"{folder} cannot be written to: it is read-only.")
     for file in wanted:
         if file.is_dir():
             raise InputError(f"{file} is a folder: name a file.")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename.
+    """Write under a temporary name, then rename; what is no file but a device or a pipe, such as /dev/null, is written
+    as it is.
 
     Raises:
         InputError: if the file cannot be written; what was there before is untouched.
     """
     temporary = path.with_name(unique_name(path))
     try:
+        if _is_device(path):
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary, content)
@@ -75,6 +85,10 @@ def write_whole(path: Path, content: bytes) -> None:
         remove_litter(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _is_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def shown_path(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KVCapsuleError
 from .errors import Parser, complain, dashed
+from .sizes import MOST_BYTES
 
 if TYPE_CHECKING:
     from ..serving.budget import Form, Sizes
@@ -148,14 +149,13 @@ def serve(words: Sequence[str]) -> None:
 def _sizes(options: Options) -> tuple["Sizes", "Form", tuple[int, int]]:
     """Of a block, a slot and the expected sequence, from the model's config and the capsule, and how many layers are
     compressed of how many. No weights of the model are loaded."""
-    import torch
-
     from ..capsule.capsule import Capsule
     from ..model_counts import count_visual_tokens, read_config
     from ..serving.budget import Form, Sizes
     from ..serving.pool import one_tile, slot_bytes
     from ..serving.rotation import RotaryEmbedding
     from ..vlm.geometry import KVGeometry, full_attention_layers
+    from ..vlm.loading import DTYPES
 
     config = read_config(options.model, None)
     geometry, layers = KVGeometry.from_config(config), full_attention_layers(config)
@@ -171,7 +171,9 @@ def _sizes(options: Options) -> tuple["Sizes", "Form", tuple[int, int]]:
     text = config.get_text_config(decoder=True)
     named = options.dtype if options.dtype != "auto" else str(text.dtype or config.dtype or "float32")
     options.dtype = named.removeprefix("torch.")
-    dtype = getattr(torch, options.dtype)
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {options.dtype}: choose auto, {', '.join(DTYPES)}.")
+    dtype = DTYPES[options.dtype]
     rotary = RotaryEmbedding(config) if geometry.rotary != "none" else None
     slot = slot_bytes(one_tile(capsule, layers, dtype, rotary.first(codec.tile) if rotary else None))
     token = 2 * len(layers) * geometry.kv_heads * geometry.head_dim * dtype.itemsize
@@ -264,7 +266,7 @@ def _parser() -> Parser:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text, re.IGNORECASE)
     value = match and float(match[1]) * _UNITS.get(match[2].upper().removesuffix("B"), 0)
-    if not value:
+    if not value or value >= MOST_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 4GB or 512MiB")
     return int(value)
 

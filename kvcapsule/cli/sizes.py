@@ -4,6 +4,8 @@ import argparse
 import re
 from decimal import Decimal
 
+MOST_BYTES = 2**63
+"""A size is below."""
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", 1)
@@ -21,7 +23,9 @@ def byte_count(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write bytes, or such as 512MB, 10GB or 1.5GiB")
-    return int(Decimal(match[1]) * _UNITS[match[2].lower()])
+    if (size := Decimal(match[1]) * _UNITS[match[2].lower()]) >= MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is more bytes than any disk has")
+    return int(size)
 
 
 def shown_bytes(count: int) -> str:

@@ -56,7 +56,10 @@ def encode(
 
     Raises:
         ModelError: if the processor has no chat template.
+        InputError: for a text with half of a surrogate pair, which no tokenizer takes.
     """
+    for turns in conversations:
+        _require_text(turns)
     if getattr(processor, "chat_template", None) is None:
         raise ModelError(
             f"{type(processor).__name__} has no chat template: use an instruction-tuned model, or set"
@@ -79,3 +82,17 @@ def encode(
             {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
         )
     return batch
+
+
+def _require_text(conversation: list[dict[str, Any]]) -> None:
+    """Raises InputError for a text of the conversation that cannot be encoded."""
+    contents = (turn.get("content") for turn in conversation)
+    items = [item for content in contents for item in (content if isinstance(content, list) else [content])]
+    for item in items:
+        text = item.get("text") if isinstance(item, Mapping) else item
+        try:
+            str(text or "").encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"a prompt holds half of a surrogate pair at character {error.start + 1}: give text in Unicode."
+            ) from error

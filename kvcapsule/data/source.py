@@ -24,6 +24,8 @@ PICTURES: dict[str, "Callable[[str, int, int], datasets.Dataset]"] = {
 """The sources of smol-vlm, by name: functions of (split, size, seed). They are fetched as packages on first use."""
 MIXED = "pictures"
 """The name of these three in turn, question by question; its tasks begin with the source: emoji-place."""
+MOST_DRAWN = 1_000_000
+"""Questions of a built-in source, which is drawn as a whole before a run."""
 
 
 def is_built_in(source: str) -> bool:
@@ -57,6 +59,8 @@ def _built_in(config: SourceConfig) -> "datasets.Dataset":
     for option, value in (("subset", config.subset), ("format", config.format), ("streaming", config.streaming)):
         if value:
             raise DataError(f"--data.{option} is for other data: {config.source} is built in.")
+    if config.size > MOST_DRAWN:
+        raise DataError(f"--data.size {config.size}: at most {MOST_DRAWN:,} questions of {config.source} are drawn.")
     if config.source in pages.HEIGHTS:
         return pages.pages(config.split, config.size, config.seed, height=pages.HEIGHTS[config.source])
     return _pictures(config)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..errors import ConfigError, KernelError
 from .cpu import library
 
 VARIABLE = "KVCAPSULE_KERNELS"
@@ -22,8 +23,8 @@ def backend_for(device: str) -> str:
     """The member of BACKENDS that serves tensors of a type of device ("cpu", "cuda").
 
     Raises:
-        ValueError: for a value of KVCAPSULE_KERNELS that names no backend.
-        RuntimeError: if KVCAPSULE_KERNELS asks for what is not installed, or what does not serve the device.
+        ConfigError: for a value of KVCAPSULE_KERNELS that names no backend.
+        KernelError: if KVCAPSULE_KERNELS asks for what is not installed, or what does not serve the device.
     """
     if device not in _chosen:
         _chosen[device] = _choose(device)
@@ -33,20 +34,20 @@ def backend_for(device: str) -> str:
 def _choose(device: str) -> str:
     setting = os.environ.get(VARIABLE)
     if setting == "numba":
-        raise ValueError(f"{VARIABLE}=numba: the Numba kernels were replaced by C++ kernels, set {VARIABLE}=cpu.")
+        raise ConfigError(f"{VARIABLE}=numba: the Numba kernels were replaced by C++ kernels, set {VARIABLE}=cpu.")
     if setting and setting not in BACKENDS:
-        raise ValueError(
+        raise ConfigError(
             f"{VARIABLE}={setting}: choose one of {', '.join(BACKENDS)}, or unset it to let the device decide."
         )
     chosen = setting or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
     if missing := _missing(chosen):
         if setting:
-            raise RuntimeError(f"{VARIABLE}={setting}, but {missing}, or unset the variable.")
+            raise KernelError(f"{VARIABLE}={setting}, but {missing}, or unset the variable.")
         if chosen == "cpu":
             _logger.warning("kvcapsule: attention runs in plain PyTorch, several times slower: %s.", missing)
         return "reference"
     if chosen == "cpu" and device != "cpu":
-        raise RuntimeError(
+        raise KernelError(
             f"{VARIABLE}=cpu serves the CPU alone, not tensors on {device}: unset it, or set {VARIABLE}=reference."
         )
     if chosen == "triton":
@@ -68,7 +69,7 @@ def _require_triton(device: str) -> None:
 
     if (device == "cpu") != INTERPRETED:
         mend = "set TRITON_INTERPRET=1 too" if device == "cpu" else "unset TRITON_INTERPRET"
-        raise RuntimeError(
+        raise KernelError(
             f"Triton cannot serve tensors on {device}: compiled kernels need a CUDA device, and those that Triton"
             f" interprets (TRITON_INTERPRET=1, set before Python starts) need the CPU. Either {mend}, or set"
             f" {VARIABLE}=reference."

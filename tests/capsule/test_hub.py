@@ -84,6 +84,36 @@ for mode in ("unreachable", "offline"):
 attempt("missing config", hub.read_config, "org/absent", revision="v2")
 """
 
+DAMAGED = """
+import pathlib
+home = pathlib.Path(hub.constants.HF_HUB_CACHE)
+
+def blobs(name):
+    return [link.resolve() for link in home.rglob(name)]
+
+def damage(cut, *names):
+    for blob in {blob for name in names for blob in blobs(name)}:
+        content = bytearray(blob.read_bytes())
+        content[-1] ^= 1
+        blob.write_bytes(content[:20] if cut else content)
+
+attempt("sound", Capsule.from_pretrained, "org/tiny")
+damage(True, "config.json", "model.safetensors")
+attempt("cut", Capsule.from_pretrained, "org/tiny")
+# A number has changed, and the file is a sound one.
+damage(False, "model.safetensors")
+attempt("other number", Capsule.from_pretrained, "org/tiny")
+damage(True, "config.json")
+attempt("config", hub.read_config, "org/tiny")
+damage(False, "model.safetensors")
+hub.constants.HF_HUB_OFFLINE = True
+attempt("offline", Capsule.from_pretrained, "org/tiny")
+hub.constants.HF_HUB_OFFLINE = False
+attempt("mended", Capsule.from_pretrained, "org/tiny", force_download=True)
+attempt("sound again", Capsule.from_pretrained, "org/tiny")
+attempt("folder", Capsule.from_pretrained, sys.argv[1], force_download=True)
+"""
+
 
 def run_client(script: str, arguments: list[str], home: Path, endpoint: str) -> dict[str, Any]:
     """What the script's attempts gave. A process of its own, since huggingface_hub reads its settings when it is
@@ -248,3 +278,21 @@ def test_without_the_hub(visit: Visit, tmp_path: Path) -> None:
         assert reason in missing
         assert "cannot push to org/tiny" in results[f"{mode}: push"]["error"]
     assert "no capsule 'org/absent' at revision 'v2': " in results["missing config"]["error"]
+
+
+def test_what_is_damaged_in_the_cache_is_downloaded_again(tmp_path: Path) -> None:
+    """Once, and alone; and all of it if that is wanted."""
+    fixed_capsule().save_pretrained(tmp_path / "tiny", recipe=RECIPE, metrics=METRICS)
+    with HubServer() as server:
+        files = {name: (tmp_path / "tiny" / name).read_bytes() for name in FILES}
+        server.add("org/tiny", files)
+        results = run_client(DAMAGED, [str(tmp_path / "tiny")], tmp_path / "home", server.url)
+        got = [request.rpartition("/")[2] for request in server.requests if request.startswith("GET /org/tiny/resolve")]
+    for name in ("sound", "cut", "other number", "mended", "sound again"):
+        assert results[name] == theta(0), name
+    assert results["config"] == repr(configure())
+    assert "model.safetensors of org/tiny is damaged" in results["offline"]["error"]
+    assert "HF_HUB_OFFLINE" in results["offline"]["error"]
+    assert "is a directory" in results["folder"]["error"]
+    # First, cut, another number, all anew; config.json beside that for its own damage.
+    assert got.count("model.safetensors") == 4 and got.count("config.json") == 4 and got.count("README.md") == 2

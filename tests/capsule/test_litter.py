@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from support.capsule_files import METRICS, equal, fixed_capsule
 
 from kvcapsule import Capsule, atomic_files
 from kvcapsule.capsule.write import update_metrics
 from kvcapsule.cli.results import write_whole
+from kvcapsule.eval.report.picture import save_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -58,6 +60,10 @@ def test_new_measurements_and_results_leave_no_litter(saved: Path) -> None:
     assert len(os.listdir(saved.parent)) == 2
     write_whole(saved.parent / "out.json", b"{}")
     assert sorted(os.listdir(saved.parent)) == ["out.json", "tiny"]
+    killed(lambda: save_picture(Figure(), saved.parent / "out.png"), "fsync", 1)
+    assert len(os.listdir(saved.parent)) == 3
+    save_picture(Figure(), saved.parent / "out.png")
+    assert sorted(os.listdir(saved.parent)) == ["out.json", "out.png", "tiny"]
 
 
 def test_what_lives_or_is_of_another_stays(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

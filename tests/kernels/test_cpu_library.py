@@ -1,5 +1,6 @@
 """Compiling the CPU's kernels: with a compiler that is missing, that fails, or whose library is there already."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcapsule.errors import KernelError
 from kvcapsule.kernels import backend as choice
 from kvcapsule.kernels.cpu import library
 
@@ -100,6 +102,50 @@ def test_a_cache_that_cannot_be_written(
     path = library.built()
     assert path.is_file() and not path.is_relative_to(tmp_path / "file")
     assert "cannot be written" in caplog.records[0].getMessage() and len(caplog.records) == 2
+
+
+def test_a_read_only_cache_with_the_library_is_used(
+    calls: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = library.built()
+    caplog.clear()
+
+    def refuse(folder: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(library, "_require_room", refuse)
+    assert library.built() == first and not caplog.records and count(calls) == 1
+
+
+def test_a_full_cache(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary folder, and one line if that is full too."""
+    real = library._require_room
+
+    def refuse(folder: Path) -> None:
+        if folder.is_relative_to(tmp_path / "cache") or full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        real(folder)
+
+    full = False
+    monkeypatch.setattr(library, "_require_room", refuse)
+    library._temporary_folder.cache_clear()
+    assert library.built().is_file() and not list((tmp_path / "cache").iterdir())
+    full = True
+    library._temporary_folder.cache_clear()
+    with pytest.raises(KernelError, match=rf"No space left.*{library.CACHE}.*KVCAPSULE_KERNELS"):
+        library.built()
+
+
+def test_a_damaged_library_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a power cut leaves it."""
+    monkeypatch.setenv(library.CACHE, str(tmp_path))
+    # The body alone: what tests loaded before is still the library.
+    path = library.built()
+    path.write_bytes(b"")
+    assert library._load.__wrapped__().kvcapsule_workspace_size
+    assert not path.exists() and "cannot be loaded" in caplog.text
 
 
 def test_the_cache_folder(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """Harvests on disk: what is read back is what was written, and what is asked for is never another's."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BatchFeature
 
+from kvcapsule.atomic_files import unique_name
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.prompts import conversation, encode
 from kvcapsule.testbeds import pages
@@ -40,6 +44,20 @@ def test_what_is_read_back_is_what_was_made(model, batch, tmp_path, monkeypatch,
         assert mine.scale == own.scale and (mine.frame is None) == (own.frame is None) == (not canonical)
         for a, b in zip(_tensors(mine), _tensors(own), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_the_next_run_removes_what_a_killed_one_left(model, batch, tmp_path, monkeypatch) -> None:
+    """Of other batches too; the partial file of a process that lives stays."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = []
+    for process in (ended.pid, os.getppid()):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        names.append(f"{unique_name(tmp_path / f'0123{harvest_store._SUFFIX}')}.partial")
+        (tmp_path / names[-1]).write_bytes(b"half")
+    kept = HarvestStore(tmp_path, model, 50, True)
+    kept.harvest(batch)
+    assert sorted(os.listdir(tmp_path)) == sorted([names[1], kept.path(batch).name])
 
 
 def test_every_thing_that_a_harvest_depends_on_names_it(model, batch, tmp_path) -> None:
