@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcapsule.data.source import SourceConfig
+from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import ConfigError
 
-from .report.picture import require_picture_name
-from .scores.scorer import AUTO, METRICS
+from .report.picture_name import require_picture_name
+from .scores.metric_names import AUTO, METRICS
 
 RENAMED = {"ratio": "--ratio is --budget now: the share of the tokens that policies keep, in (0, 1]."}
 """Options that no longer exist, and the sentence that refuses them."""

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
-from kvcapsule.capsule.record import MODEL, portable
+from kvcapsule.capsule.local_names import portable
+from kvcapsule.capsule.record import MODEL
 from kvcapsule.capsule.trained_with import record_of_data, write_places
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path

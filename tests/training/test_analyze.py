@@ -294,7 +294,7 @@ def test_refused_outputs_that_have_no_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is loaded."""
-    monkeypatch.setattr("kvcapsule.training.analysis.main.run", lambda *_: pytest.fail("studied all the same"))
+    monkeypatch.setattr("kvcapsule.training.analysis.study.run", lambda *_: pytest.fail("studied all the same"))
     (tmp_path / "file").touch()
     for words in (["--json", f"{tmp_path}/file/a.json"], ["--plots", f"{tmp_path}/file"], ["--json", str(tmp_path)]):
         assert main(words) == 2

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kvcapsule.data.source import SourceConfig
+from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import ConfigError
 
 LEAST_QUESTIONS = 8

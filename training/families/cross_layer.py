@@ -2,7 +2,6 @@
 Fisher information of the logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,38 +14,16 @@ from kvcapsule.segments.segment import Segment
 
 from ..capsule_fit import Task
 from ..harvest import LayerHarvest
-from ..recipe import require_at_least_zero
 from ..second_moments import Moments
 from .closed_form import Tiles, closed_form, measured, sensitivities, tiles
 from .coding_source import CodingSource, used
 from .coefficient_fit import CoefficientFit
-from .coefficient_options import CoefficientOptions, CoefficientRecipe
+from .cross_layer_options import CrossLayerRecipe
 from .grouping import joint_layers, layer_groups
 from .straight_through import coded
 
 _FIRST = 10
 """Batches that show the variances of a first code, under which the Fisher information is measured."""
-
-
-@dataclass(frozen=True)
-class CrossLayerOptions(CoefficientOptions):
-    """Shape and learning of a transform code."""
-
-    joint_layers: int = 0
-    """Layers that are coded together, keys and values alike; 0 takes as many as have 512 channels in all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least_zero(self, "transform", "joint_layers")
-
-
-@dataclass(frozen=True)
-class CrossLayerRecipe(CoefficientRecipe):
-    """A training run of the family cross-layer."""
-
-    family: str = "cross-layer"
-    transform: CrossLayerOptions = field(default_factory=CrossLayerOptions)
-    """Shape and learning of a transform code."""
 
 
 class Coordinates(NamedTuple):

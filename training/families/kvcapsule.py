@@ -51,6 +51,20 @@ class LayerFit(nn.Module):
                 keys.theta.copy_(ridge_reconstruction(self.moments.key_gram, keys.kept, self.ridge))
 
 
+def _config(task: Task[KVCapsuleRecipe]) -> KVCapsuleConfig:
+    """The sizes of the codecs of a run."""
+    recipe, layers = task.recipe, task.geometry.layers
+    keys, values = recipe.mean_ratios()
+    return KVCapsuleConfig(
+        tile=task.tile,
+        canonical_frame=recipe.codec.canonical_frame,
+        key_ratios=recipe.by_layer(keys, layers),
+        value_ratios=recipe.by_layer(values, layers),
+        key_decoder=recipe.codec.key_decoder,
+        hidden=recipe.codec.hidden,
+    )
+
+
 class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
     """The paper's training, with an attention-output loss beside it (training/NOTES.md)."""
 
@@ -63,7 +77,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def __init__(self, task: Task[KVCapsuleRecipe]) -> None:
         super().__init__(task)
-        self.config = task.recipe.codec_config(task.geometry.layers, task.tile)
+        self.config = _config(task)
         self.optim = task.recipe.optim
         self.has_kl = self.optim.kl_weight > 0
         self.register_buffer("hardened", torch.tensor(False))
