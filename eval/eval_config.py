@@ -68,6 +68,8 @@ class EvalConfig:
     """Time prefill and decoding."""
     json: str | None = None
     """File for the result as JSON (docs/eval-json.md describes the keys); - prints it in place of the tables."""
+    wide: bool = False
+    """Show all columns of the tables."""
     plot: str | None = None
     """File for a picture of accuracy against bytes: .png, .svg or .pdf."""
     report: str | None = None

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
         result = run(config, Console(stderr=True), command_line(PROG, words))
         if config.json != STDOUT:
-            _show(result)
+            _show(result, config.wide)
         write_json(config.json, result)
         _write(result, config)
     except (ArgumentError, KVCapsuleError) as error:
@@ -87,12 +87,12 @@ def _parse(words: list[str]) -> EvalConfig:
     return instance(EvalConfig, parser, parser.read(words))
 
 
-def _show(result: dict[str, Any]) -> None:
-    from kvcapsule.cli.tables import report_console
+def _show(result: dict[str, Any], wide: bool) -> None:
+    from kvcapsule.cli.tables import print_report
 
     from .report.rows import tables
 
-    report_console().print(*tables(result["rows"], _title(result)), sep="\n")
+    print_report(*tables(result["rows"], _title(result)), wide=wide)
 
 
 def _write(result: dict[str, Any], config: EvalConfig) -> None:

@@ -74,6 +74,8 @@ class BenchConfig:
     """Precision: auto (float32 on the CPU, bfloat16 on CUDA), float32, float16 or bfloat16."""
     json: str | None = None
     """File for the result as JSON (docs/bench.md describes the keys); - prints it in place of the tables."""
+    wide: bool = False
+    """Show all columns of the tables."""
     plot: str | None = None
     """File for a picture of the serving level: .png, .svg or .pdf."""
     report: str | None = None

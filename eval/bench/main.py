@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
         result = run(config, Console(stderr=True), command_line(PROG, words))
         if config.json != STDOUT:
-            _show(result)
+            _show(result, config.wide)
         write_json(config.json, result)
         _write(result, config)
     except (ArgumentError, KVCapsuleError) as error:
@@ -66,12 +66,12 @@ def parse(words: list[str]) -> BenchConfig:
     return instance(BenchConfig, parser, values)
 
 
-def _show(result: dict[str, Any]) -> None:
-    from kvcapsule.cli.tables import report_console
+def _show(result: dict[str, Any], wide: bool) -> None:
+    from kvcapsule.cli.tables import print_report
 
     from .level_tables import tables
 
-    report_console().print(*tables(result), sep="\n")
+    print_report(*tables(result), wide=wide)
 
 
 def _write(result: dict[str, Any], config: BenchConfig) -> None:

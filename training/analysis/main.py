@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
         result = run(config, Console(stderr=True), command_line(PROG, words))
         if config.json != STDOUT:
-            _show(result)
+            _show(result, config.wide)
         write_json(config.json, result)
         if config.plots is not None:
             from .plot import draw
@@ -55,12 +55,9 @@ def build_parser() -> OptionParser:
     )
 
 
-def _show(result: dict[str, Any]) -> None:
-    from kvcapsule.cli.tables import report_console
+def _show(result: dict[str, Any], wide: bool) -> None:
+    from kvcapsule.cli.tables import print_report
 
     from .report import heading, tables
 
-    console = report_console()
-    console.print(heading(result))
-    for table in tables(result):
-        console.print("", table)
+    print_report(heading(result), *tables(result), wide=wide)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.methods.ratios import pyramid, retained
@@ -98,11 +98,12 @@ class CompactFit(CapsuleFit[CompactRecipe]):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return scheduled(self.layers.parameters(), self.recipe.lr, lambda step: max(0.0, 1 - step / self.steps))
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         config, tile = self.config, self.task.tile
-        table = Table(title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries")
-        for column in ("layer", "rows", "of"):
-            table.add_column(column, justify="right")
+        table = ReportTable(
+            [*map(Column, ("layer", "rows", "of"))],
+            title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries",
+        )
         for layer, ratio in enumerate(config.ratios):
-            table.add_row(str(layer), str(retained(ratio, tile)), str(tile))
+            table.add(str(layer), str(retained(ratio, tile)), str(tile))
         return table

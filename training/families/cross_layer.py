@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.segments.segment import Segment
@@ -112,21 +112,20 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
             ]
         return segments
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         transforms, config = [self.codec(i).transform for i in range(len(self.layers))], self.codec_config()
         maps = sum(t.decoder_bytes() for t in transforms) / 2**20
-        table = Table(
+        table = ReportTable(
+            [*map(Column, ("layers", "bits", "rows x channels", "coded cells"))],
             title=(
                 f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens, {config.bits:.3f} bit an element, "
                 f"{maps:.1f} MiB of maps stored once"
-            )
+            ),
         )
-        for column in ("layers", "bits", "rows x channels", "coded cells"):
-            table.add_column(column, justify="right")
         for group, t in zip(self.groups, transforms, strict=True):
             bits = int(t.widths.long().sum()) * 8 / self.budget.elements(2 * len(group))
             cells = f"{int((t.widths > 0).sum()):,} of {t.widths.numel():,}"
-            table.add_row(
+            table.add(
                 f"{group[0]} to {group[-1]}", f"{bits:.2f}", f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}", cells
             )
         return table

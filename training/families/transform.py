@@ -4,9 +4,9 @@ the quantiser."""
 from collections.abc import Sequence
 
 import torch
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformLayer
 from kvcapsule.methods.ratios import pyramid
 from kvcapsule.segments.segment import Segment
@@ -84,21 +84,20 @@ class TransformFit(CoefficientFit[TransformRecipe]):
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
         return [read_back(self.codec(i), layer) for i, layer in enumerate(layers)]
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         task = self.task
         maps = sum(t.decoder_bytes() for i in range(len(self.layers)) for t in self._transforms(i)) / 2**20
-        table = Table(
+        table = ReportTable(
+            [*map(Column, ("layer", "key bits", "value bits", "key rows\nx channels", "value rows\nx channels"))],
             title=(
                 f"{task.recipe.model}: tiles of {task.tile} visual tokens, {self.codec_config().bits:.3f} bit an"
                 f" element, {maps:.1f} MiB of maps stored once"
-            )
+            ),
         )
-        for column in ("layer", "key bits", "value bits", "key rows x channels", "value rows x channels"):
-            table.add_column(column, justify="right")
         for i in range(len(self.layers)):
             pair = self._transforms(i)
             bits = (f"{_bytes(t) * 8 / self.budget.elements(1):.2f}" for t in pair)
-            table.add_row(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
+            table.add(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
         return table
 
     def _transforms(self, layer: int) -> tuple[Transform, Transform]:
