@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcapsule.data.source import SourceConfig
+from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import ConfigError
 
-from .protocols import ASK_FIRST, PROTOCOLS
-from .report.picture import require_picture_name
-from .scores.scorer import AUTO, METRICS
+from .protocol_names import ASK_FIRST, PROTOCOL_NAMES
+from .report.picture_name import require_picture_name
+from .scores.metric_names import AUTO, METRICS
 
 RENAMED = {"ratio": "--ratio is --budget now: the share of the tokens that policies keep, in (0, 1]."}
 """Options that no longer exist, and the sentence that refuses them."""
@@ -73,6 +73,8 @@ class EvalConfig:
     """Time prefill and decoding."""
     json: str | None = None
     """File for the result as JSON (docs/eval-json.md describes the keys); - prints it in place of the tables."""
+    wide: bool = False
+    """Show all columns of the tables."""
     plot: str | None = None
     """File for a picture of accuracy against bytes: .png, .svg or .pdf."""
     report: str | None = None
@@ -104,8 +106,8 @@ class EvalConfig:
                 f"--max-new-tokens {self.max_new_tokens}: the first token comes from the prefill, so at least 2 are"
                 " needed."
             )
-        if self.protocol not in PROTOCOLS:
-            raise ConfigError(f"--protocol {self.protocol} is unknown: name one of {', '.join(PROTOCOLS)}.")
+        if self.protocol not in PROTOCOL_NAMES:
+            raise ConfigError(f"--protocol {self.protocol} is unknown: name one of {', '.join(PROTOCOL_NAMES)}.")
         if self.metric not in (AUTO, *METRICS):
             raise ConfigError(f"--metric {self.metric} is unknown: name one of {', '.join((AUTO, *METRICS))}.")
         for name, count in (("batch", self.batch), ("threads", self.threads)):

@@ -5,24 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
-from rich.console import Console
 
-from kvcapsule.capsule.write import update_metrics
 from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import OptionParser, instance, option_parser, require_current
 from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
-from kvcapsule.cli.tables import report_console
 from kvcapsule.errors import InputError, KVCapsuleError
 
-from .capsule_defaults import set_defaults
 from .eval_config import RENAMED, EvalConfig
-from .protocols import ASK_LATER
-from .report import markdown, rate_curves, scatter
-from .report.picture import save_picture
-from .report.rows import tables
-from .run import run
-from .scores.scorer import DEMO
-from .suite.suite import load, name_of, shipped_suites
+from .protocol_names import ASK_LATER
+from .scores.metric_names import DEMO
+from .suite.shipped import name_of, shipped_suites
 
 PROG = "kvcapsule eval"
 _LISTS = {"capsule": False, "methods": True}
@@ -33,9 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         config = _parse(words)
+        # --help and a mistyped option do not wait for torch.
+        from rich.console import Console
+
+        from .run import run
+
         result = run(config, Console(stderr=True), command_line(PROG, words))
         if config.json != STDOUT:
-            report_console().print(*tables(result["rows"], _title(result)), sep="\n")
+            _show(result, config.wide)
         write_json(config.json, result)
         _write(result, config)
     except (ArgumentError, KVCapsuleError) as error:
@@ -71,6 +68,8 @@ def _parse(words: list[str]) -> EvalConfig:
     parser = build_parser()
     values = parser.read(words)
     if values.suite is not None:
+        from .suite.suite import load
+
         suite = load(values.suite)
         try:
             require_current(suite.options, RENAMED)
@@ -82,9 +81,19 @@ def _parse(words: list[str]) -> EvalConfig:
     config = instance(EvalConfig, parser, values)
     if not config.capsule:
         return config
+    from .capsule_defaults import set_defaults
+
     # What is wrong with the options themselves was said before a capsule is looked for.
     set_defaults(parser, words, config.capsule[0])
     return instance(EvalConfig, parser, parser.read(words))
+
+
+def _show(result: dict[str, Any], wide: bool) -> None:
+    from kvcapsule.cli.tables import print_report
+
+    from .report.rows import tables
+
+    print_report(*tables(result["rows"], _title(result)), wide=wide)
 
 
 def _write(result: dict[str, Any], config: EvalConfig) -> None:
@@ -93,6 +102,9 @@ def _write(result: dict[str, Any], config: EvalConfig) -> None:
     Raises:
         InputError, CapsuleError: if one cannot be written.
     """
+    from .report import markdown, rate_curves, scatter
+    from .report.picture import save_picture
+
     try:
         if config.plot is not None:
             picture = scatter.picture if config.suite is None else rate_curves.picture
@@ -102,6 +114,8 @@ def _write(result: dict[str, Any], config: EvalConfig) -> None:
     except OSError as error:
         raise InputError(f"a result cannot be written: {error}") from error
     if config.save_metrics:
+        from kvcapsule.capsule.write import update_metrics
+
         update_metrics(config.capsule[0], {"eval": result})
 
 

@@ -2,7 +2,7 @@
 
 from .ask_first import AskFirst
 from .ask_later import AskLater
+from .protocol_names import ASK_FIRST, ASK_LATER
 
-ASK_FIRST, ASK_LATER = "ask-first", "ask-later"
 PROTOCOLS: dict[str, type[AskFirst] | type[AskLater]] = {ASK_FIRST: AskFirst, ASK_LATER: AskLater}
 """By the name of --protocol: its blocks of questions."""

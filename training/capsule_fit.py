@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvcapsule.cli.progress import tracked
+from kvcapsule.cli.tables import ReportTable, print_report
 from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
@@ -133,9 +133,9 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             segments.append(encoded.segment(layer.owner, layer.frame))
         return segments
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         """Sizes that the run derived for each layer, shown to the user once `prepare` is done."""
-        return Table(title=f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens")
+        return ReportTable([], title=f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens")
 
     def finish(self) -> None:
         """Called once, when no step is left."""
@@ -171,7 +171,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         self.prepared = True
         if not self.steps:
             self.finish()
-        self.show(self.derived())
+        print_report(self.derived(), console=self.task.console)
 
     def _prepare_or_restore(self) -> None:
         recipe = self.task.recipe

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
-from kvcapsule.capsule.record import MODEL, portable
+from kvcapsule.capsule.local_names import portable
+from kvcapsule.capsule.record import MODEL
 from kvcapsule.capsule.trained_with import record_of_data, write_places
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
+from kvcapsule.cli.tables import print_report
 from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
 from kvcapsule.errors import ConfigError, DataError, GeometryError
@@ -113,7 +115,7 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
         )
         write_places(folder.capsule, recipe.model, recipe.data.source)
         folder.finish()
-        console.print(errors_table(metrics))
+        print_report(errors_table(metrics), console=console)
         for line in summary(folder.capsule, metrics, size):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return capsule

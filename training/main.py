@@ -7,9 +7,7 @@ from kvcapsule.cli.errors import INTERRUPTED, complain
 from kvcapsule.errors import KVCapsuleError
 
 from .command_help import HELP, help_text
-from .fit import train
 from .options import parse
-from .output_folder import how_to_go_on
 
 PROG = "kvcapsule train"
 
@@ -23,6 +21,10 @@ def main(argv: list[str] | None = None) -> int:
             print(help_text(words))
             sys.exit(0)
         recipe = parse(words, lambda line: print(f"{PROG}: {line}", file=sys.stderr))
+        # --help and a mistyped option do not wait for torch.
+        from .fit import train
+        from .output_folder import how_to_go_on
+
         try:
             train(recipe)
         except KeyboardInterrupt:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcapsule.codec.base import require_whole_blocks
-from kvcapsule.data.source import SourceConfig
+from kvcapsule.codec.blocks import require_whole_blocks
+from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import ConfigError
 
 REFERENCE_BITS = 16

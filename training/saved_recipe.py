@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from kvcapsule.capsule.record import portable
+from kvcapsule.capsule.local_names import portable
 
 from .recipe import Recipe
 

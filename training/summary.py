@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from kvcapsule.capsule.read import METRICS_FILE, WEIGHTS_FILE
 from kvcapsule.checkpoints import shipped
 from kvcapsule.cli.sizes import shown_bytes
+from kvcapsule.cli.tables import Column, ReportTable
 
 from .stored_size import StoredSize
 
@@ -29,14 +28,13 @@ class Yardstick(NamedTuple):
     """Share of answers that equal the full cache's, in [0, 1]."""
 
 
-def errors_table(metrics: Mapping[str, Any]) -> Table:
-    table = Table(title=f"on {metrics['questions']} held-out questions")
-    for column in ("layer", "keys unexplained", "values unexplained", "attention output error"):
-        table.add_column(column, justify="right")
+def errors_table(metrics: Mapping[str, Any]) -> ReportTable:
+    columns = [*map(Column, ("layer", "keys\nunexplained", "values\nunexplained", "attention\noutput error"))]
+    table = ReportTable(columns, title=f"on {metrics['questions']} held-out questions")
     names = ("keys_unexplained", "values_unexplained", "output_error")
     layers = sorted({int(k.split("/")[0].removeprefix("layer")) for k in metrics if k.startswith("layer")})
     for title, under in (*((str(i), f"layer{i}/") for i in layers), ("mean", "")):
-        table.add_row(title, *(f"{metrics[under + n]:.4f}" if under + n in metrics else "–" for n in names))
+        table.add(title, *(f"{metrics[under + n]:.4f}" if under + n in metrics else "–" for n in names))
     return table
 
 

@@ -3,16 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from kvcapsule.errors import ConfigError
-from kvcapsule.vlm.loading import DTYPES
+from kvcapsule.vlm.precisions import PRECISIONS
 
-from ..report.picture import require_picture_name
-from .layer_data import Cell
-from .models import PAGES, known
-from .random_methods import METHODS
-from .shapes import SHAPES, Shape
+from ..report.picture_name import require_picture_name
+from .method_names import METHODS
+from .shapes import PAGES, SHAPES, known_models
 
 LEVELS = ("operator", "encode", "step", "end-to-end", "serving")
 _LEAST_STEPS = 3
@@ -78,6 +74,8 @@ class BenchConfig:
     """Precision: auto (float32 on the CPU, bfloat16 on CUDA), float32, float16 or bfloat16."""
     json: str | None = None
     """File for the result as JSON (docs/bench.md describes the keys); - prints it in place of the tables."""
+    wide: bool = False
+    """Show all columns of the tables."""
     plot: str | None = None
     """File for a picture of the serving level: .png, .svg or .pdf."""
     report: str | None = None
@@ -91,8 +89,8 @@ class BenchConfig:
         for name, values, choices in (
             ("level", self.level, LEVELS),
             ("geometry", self.geometry, tuple(SHAPES)),
-            ("methods", self.methods, tuple(METHODS)),
-            ("model", self.model or [PAGES], tuple(known())),
+            ("methods", self.methods, METHODS),
+            ("model", self.model or [PAGES], tuple(known_models())),
         ):
             if not values:
                 raise ConfigError(f"--{name}: name at least one of {', '.join(choices)}.")
@@ -117,24 +115,10 @@ class BenchConfig:
                 raise ConfigError(f"--{name} {value}: more than 0 is needed.")
         if self.steps < _LEAST_STEPS:
             raise ConfigError(f"--steps {self.steps}: at least {_LEAST_STEPS} are needed, of which two warm up.")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError(f"--dtype {self.dtype}: choose auto, {', '.join(DTYPES)}.")
+        if self.dtype not in ("auto", *PRECISIONS):
+            raise ConfigError(f"--dtype {self.dtype}: choose auto, {', '.join(PRECISIONS)}.")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: only cpu and cuda are timed.")
         require_picture_name(self.plot)
         if self.plot is not None and "serving" not in self.level:
             raise ConfigError("--plot draws what --level serving measures: ask for that level too.")
-
-    def cell(self, shape: Shape, visual: int, batch: int) -> Cell:
-        """A layer of this shape with `batch` sequences of `visual` visual tokens."""
-        return Cell(shape, batch, visual, self.text, self.tile, self.precision, self.torch_device, self.seed)
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device)
-
-    @property
-    def precision(self) -> torch.dtype:
-        if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        return torch.float32 if self.torch_device.type == "cpu" else torch.bfloat16

@@ -25,7 +25,7 @@ def full(cell: Cell) -> float:
 
 
 def of(name: str, cell: Cell, method: Method) -> float:
-    """Bytes of a method of `random_methods.METHODS`: of its visual tokens, and of raw rows for the prompt's text, for
+    """Bytes of a method of `method_names.METHODS`: of its visual tokens, and of raw rows for the prompt's text, for
     visual tokens that fill no tile and for the tail."""
     if name == "full-segments":
         return full(cell) + 3 * _OWNER * cell.batch

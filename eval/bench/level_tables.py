@@ -1,10 +1,11 @@
-"""The tables that `kvcapsule bench` prints, one for each level."""
+"""The tables that `kvcapsule bench` prints: for each level one for each setting, with a row for each method."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from kvcapsule.cli.tables import NUMBER, TEXT, Column, ReportTable
 
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "operator": {
@@ -66,25 +67,49 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 """The columns of each level's table: key of the row, title and format. Seconds are shown in ms."""
+_SETTING = {
+    "operator": ("geometry", "visual_tokens", "batch"),
+    "encode": ("geometry", "visual_tokens"),
+    "step": ("geometry", "batch"),
+    "end-to-end": ("geometry", "batch"),
+    "serving": ("geometry", "budget_mib"),
+}
+"""Of these columns, those that are in the title: methods are compared within their values."""
+_IN_TITLE = {"geometry": "{}", "visual_tokens": "{:,} visual tokens", "batch": "batch {}", "budget_mib": "{:g} MiB"}
+_WIDE = {
+    "operator": ("traffic_bytes", "iqr_seconds", "bandwidth_fraction"),
+    "encode": ("iqr_seconds",),
+    "step": ("bytes", "iqr_seconds", "bandwidth_fraction"),
+    "end-to-end": ("ttft_overhead", "bytes", "peak_bytes"),
+    "serving": ("bytes",),
+}
+"""Of these columns, those that are shown with --wide alone."""
 _MS = ("seconds", "iqr_seconds", "ttft_seconds")
 
 
-def tables(result: Mapping[str, Any]) -> list[Table | str]:
+def tables(result: Mapping[str, Any]) -> list[ReportTable | str]:
     """The tables, the machine's ceilings, and what was left out."""
-    parts: list[Table | str] = []
-    for level, columns in COLUMNS.items():
-        if rows := [row for row in result["rows"] if row["level"] == level]:
-            table = Table(title=level, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-            for title, _ in columns.values():
-                table.add_column(
-                    title, justify="left" if title in ("geometry", "model", "method") else "right", no_wrap=True
-                )
-            for line in cells(rows, level):
-                table.add_row(*line)
-            parts.append(table)
+    parts: list[ReportTable | str] = []
+    for level, setting in _SETTING.items():
+        rows = [row for row in result["rows"] if row["level"] == level]
+        for values, group in groupby(rows, itemgetter(*setting)):
+            title = ", ".join(_IN_TITLE[key].format(value) for key, value in zip(setting, values, strict=True))
+            parts.append(_table(level, f"{level}: {title}", list(group)))
     parts.append(ceilings(result))
     parts += [f"{_subject(left)}: {left['reason']}" for left in result["skipped"]]
     return parts
+
+
+def _table(level: str, title: str, rows: Sequence[Mapping[str, Any]]) -> ReportTable:
+    """The rows of one setting."""
+    keys = [key for key in COLUMNS[level] if key not in _SETTING[level]]
+    columns = [
+        Column(COLUMNS[level][key][0], TEXT if key == "method" else NUMBER, wide=key in _WIDE[level]) for key in keys
+    ]
+    table = ReportTable(columns, title)
+    for line in cells(rows, level):
+        table.add(*(cell for key, cell in zip(COLUMNS[level], line, strict=True) if key in keys))
+    return table
 
 
 def cells(rows: Sequence[Mapping[str, Any]], level: str) -> list[list[str]]:

@@ -5,20 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
-from rich.console import Console
 
 from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import OptionParser, instance, option_parser
 from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
-from kvcapsule.cli.tables import report_console
 from kvcapsule.errors import InputError, KVCapsuleError
 
-from ..report.picture import save_picture
-from . import bench_page
 from .bench_config import LEVELS, QUICK, BenchConfig
-from .level_tables import tables
-from .run import run
-from .serving_plot import picture
 
 PROG = "kvcapsule bench"
 _LISTS = {name: True for name in ("level", "geometry", "visual_tokens", "batch", "methods", "model", "images")}
@@ -29,9 +22,14 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         config = parse(words)
+        # --help and a mistyped option do not wait for torch.
+        from rich.console import Console
+
+        from .run import run
+
         result = run(config, Console(stderr=True), command_line(PROG, words))
         if config.json != STDOUT:
-            report_console().print(*tables(result), sep="\n")
+            _show(result, config.wide)
         write_json(config.json, result)
         _write(result, config)
     except (ArgumentError, KVCapsuleError) as error:
@@ -68,12 +66,24 @@ def parse(words: list[str]) -> BenchConfig:
     return instance(BenchConfig, parser, values)
 
 
+def _show(result: dict[str, Any], wide: bool) -> None:
+    from kvcapsule.cli.tables import print_report
+
+    from .level_tables import tables
+
+    print_report(*tables(result), wide=wide)
+
+
 def _write(result: dict[str, Any], config: BenchConfig) -> None:
     """Write the picture and the report where they are wanted.
 
     Raises:
         InputError: if one cannot be written.
     """
+    from ..report.picture import save_picture
+    from . import bench_page
+    from .serving_plot import picture
+
     try:
         if config.plot is not None:
             served = [row for row in result["rows"] if row["level"] == "serving"]

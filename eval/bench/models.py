@@ -28,24 +28,10 @@ from kvcapsule.vlm.loading import load_vlm
 
 from ..batches import make_batch
 from .random_methods import KEPT, make
-from .shapes import SHAPES, Shape
+from .shapes import IMAGES, KV_BOUND, KV_BOUND_SHAPE, PAGES, SHAPES, Shape
 
-PAGES, KV_BOUND = "pages-vlm", "kv-bound"
 _TIMED = ("int4", "kvcapsule-r0.4", "kept-10%", "compact-10%", "transform-20x")
-"""Of `random_methods.METHODS`, on random models."""
-_KV_BOUND = Shape(KV_BOUND, 4, 8, 4, 64, 256, 512, 512)
-"""A small model with a long visual context: a step reads 13.1 MB of weights and, at 2,304 visual tokens, 18.9 MB of
-keys and values a sequence, both in fp32."""
-_IMAGES = {
-    KV_BOUND: (1, 48),
-    "llava-1.5-7b": (1, 24),
-    "llava-next-vicuna-7b": (5, 24),
-    "llava-next-mistral-7b": (5, 24),
-    "internvl3-8b": (13, 16),
-    "qwen2.5-vl-7b": (16, 32),
-}
-"""Images of a sequence, and tokens of an image's side: together as many visual tokens as the named model has for a
-large image."""
+"""Of `method_names.METHODS`, on random models."""
 _IMAGE, _PATCH = 5, 4
 
 
@@ -68,12 +54,8 @@ def default(device: torch.device) -> list[str]:
     return [PAGES, KV_BOUND] if device.type == "cpu" else list(SHAPES)
 
 
-def known() -> list[str]:
-    return [PAGES, *_IMAGES]
-
-
 def build(name: str, device: torch.device, dtype: torch.dtype, text: int, tile: int, seed: int) -> Subject:
-    """A subject by its name, a member of `known`.
+    """A subject by its name, a member of `known_models`.
 
     Args:
         text: tokens of text in a random model's prompt.
@@ -81,8 +63,10 @@ def build(name: str, device: torch.device, dtype: torch.dtype, text: int, tile: 
     """
     if name == PAGES:
         return _pages(device, dtype)
-    images, side = _IMAGES[name]
-    return random_llava(_KV_BOUND if name == KV_BOUND else SHAPES[name], images, side, device, dtype, text, tile, seed)
+    images, side = IMAGES[name]
+    return random_llava(
+        KV_BOUND_SHAPE if name == KV_BOUND else SHAPES[name], images, side, device, dtype, text, tile, seed
+    )
 
 
 def _pages(device: torch.device, dtype: torch.dtype) -> Subject:

@@ -12,6 +12,7 @@ from kvcapsule.segments.segment import Segment
 from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, random_methods
 from .interleaved_timing import Contender, Times, copies, interleave
 from .layer_data import Cell
+from .method_names import SHARES
 from .shapes import SHAPES, Shape, distinct
 
 LEVEL = "operator"
@@ -72,7 +73,7 @@ def measure(
 
     Args:
         cell: the shape, batch and tokens.
-        names: of `random_methods.METHODS`.
+        names: of `method_names.METHODS`.
         limits: of memory and time.
         read_gb_s: read bandwidth of the machine, which `bandwidth_fraction` is a fraction of.
     """
@@ -173,7 +174,7 @@ def _call(query: torch.Tensor, segments: list[Segment], scale: float) -> Callabl
 
 def _needed(cell: Cell, names: Sequence[str]) -> int:
     """Bytes of all contenders' data, and of encoding one or two sequences."""
-    shares = 1.0 + sum(random_methods.SHARES.get(name, 1.0) for name in names)
+    shares = 1.0 + sum(SHARES.get(name, 1.0) for name in names)
     # A few copies of the sequences that are encoded, in fp32; a compact capsule holds what its bank gives every token.
     encoded = min(cell.batch, layer_data.DIFFERENT)
     encoding = 24 * encoded * cell.full_bytes // cell.batch // cell.dtype.itemsize

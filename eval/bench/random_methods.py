@@ -72,7 +72,7 @@ def _capsule(family: str, config: CodecConfig, geometry: KVGeometry) -> Capsule:
     return Capsule(CapsuleConfig(family, config, geometry, "random")).requires_grad_(False)
 
 
-METHODS: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
+_BUILD: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
     "full-segments": lambda *_: Full(),
     "int8": lambda *_: Quantized(8),
     "int4": lambda *_: Quantized(4),
@@ -82,20 +82,9 @@ METHODS: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
     "compact-10%": compact,
     "transform-20x": transform,
 }
-"""The methods that are timed against the full cache."""
-SHARES = {
-    "int8": 0.55,
-    "int4": 0.3,
-    "int2": 0.2,
-    "kvcapsule-r0.4": 0.45,
-    "kept-10%": 0.15,
-    "compact-10%": 0.15,
-    "transform-20x": 0.15,
-}
-"""Upper limits of the share of the full cache's bytes at 16 bits an element; 1 for methods that are not listed."""
 
 
 def make(name: str, geometry: KVGeometry, tile: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Method:
-    """A method of METHODS for all layers of a geometry, on a device and in a precision."""
-    method = METHODS[name](geometry, tile, torch.Generator().manual_seed(seed))
+    """A method of `method_names.METHODS` for all layers of a geometry, on a device and in a precision."""
+    method = _BUILD[name](geometry, tile, torch.Generator().manual_seed(seed))
     return method.to(device, dtype) if isinstance(method, Capsule) else method

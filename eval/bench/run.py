@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from . import bench_page, ceilings, decode_step, encode, end_to_end, models, ope
 from .bench_config import BenchConfig
 from .contenders import Measured
 from .models import Subject
+from .place import cell_of, device_of, precision_of
 from .shapes import SHAPES, distinct
 
 _MEMORY = Path("/proc/meminfo")
@@ -32,7 +34,7 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
     Raises:
         InputError, ModelError: for input that cannot be used; what is quick to check comes first.
     """
-    if config.torch_device.type == "cuda" and not torch.cuda.is_available():
+    if device_of(config).type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"--device {config.device}: there is no CUDA device here, or this build of PyTorch has no CUDA. Use"
             " --device cpu."
@@ -45,7 +47,7 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "skipped": []}
     with Progress(*columns, console=console) as progress:
         with_ceilings = progress.add_task("ceilings", total=1)
-        ceiling = ceilings.measure(config.torch_device, config.precision)
+        ceiling = ceilings.measure(device_of(config), precision_of(config))
         progress.advance(with_ceilings)
         for level in config.level:
             rows, skipped = _LEVELS[level](config, ceiling["read_gb_s"], progress)
@@ -59,8 +61,8 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
         "seed": config.seed,
         "machine": machine(),
         "device": config.device,
-        "dtype": str(config.precision).removeprefix("torch."),
-        "kernels": backend_for(config.torch_device.type),
+        "dtype": str(precision_of(config)).removeprefix("torch."),
+        "kernels": backend_for(device_of(config).type),
         "quick": config.quick,
         "command": command,
     }
@@ -70,8 +72,8 @@ def memory_limit(config: BenchConfig) -> int:
     """Bytes that one comparison may take."""
     if config.memory_gib is not None:
         return int(config.memory_gib * 2**30)
-    if config.torch_device.type == "cuda":
-        return int(_FREE * torch.cuda.mem_get_info(config.torch_device)[0])
+    if device_of(config).type == "cuda":
+        return int(_FREE * torch.cuda.mem_get_info(device_of(config))[0])
     return int(_FREE * available_memory())
 
 
@@ -87,7 +89,7 @@ def available_memory() -> int:
 
 
 def _operator(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measured:
-    grid = list(operator.cells(config.geometry, config.visual_tokens, config.batch, config.cell))
+    grid = list(operator.cells(config.geometry, config.visual_tokens, config.batch, partial(cell_of, config)))
     limits = operator.Limits(memory_limit(config), config.rounds, config.seconds)
     rows, skipped = [], operator.equal_shapes(config.geometry)
     task = progress.add_task("operator", total=len(grid))
@@ -106,7 +108,9 @@ def _encode(config: BenchConfig, read_gb_s: float, progress: Progress) -> Measur
     task = progress.add_task("encode", total=len(shapes))
     for name in shapes:
         progress.update(task, description=f"encode: {name}, {config.encode_tokens} visual tokens")
-        rows += encode.measure(config.cell(SHAPES[name], config.encode_tokens, 1), names, config.rounds, config.seconds)
+        rows += encode.measure(
+            cell_of(config, SHAPES[name], config.encode_tokens, 1), names, config.rounds, config.seconds
+        )
         progress.advance(task)
     return rows, []
 
@@ -140,12 +144,12 @@ def _of_models(
     measure: Callable[[Subject, int], Measured],
 ) -> Measured:
     """Measure every model at every batch size; the models are built one after the other."""
-    names = config.model or models.default(config.torch_device)
+    names = config.model or models.default(device_of(config))
     task = progress.add_task(level, total=len(names) * len(sizes))
     result: Measured = [], []
     for name in names:
         progress.update(task, description=f"{level}: {name}")
-        subject = models.build(name, config.torch_device, config.precision, config.text, config.tile, config.seed)
+        subject = models.build(name, device_of(config), precision_of(config), config.text, config.tile, config.seed)
         for size in sizes:
             rows, skipped = measure(subject, size)
             result[0].extend(rows)

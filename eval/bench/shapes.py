@@ -1,4 +1,4 @@
-"""Shapes of language models by name, whose layers are timed."""
+"""Shapes of language models by name, whose layers and decode steps are timed."""
 
 from dataclasses import dataclass
 
@@ -50,6 +50,27 @@ SHAPES = {
     )
 }
 """Shapes of models that people use; equal layers are timed once (`distinct`)."""
+
+PAGES, KV_BOUND = "pages-vlm", "kv-bound"
+"""The models below 7B that are timed: the demo VLM, and one with random weights."""
+KV_BOUND_SHAPE = Shape(KV_BOUND, 4, 8, 4, 64, 256, 512, 512)
+"""A small model with a long visual context: a step reads 13.1 MB of weights and, at 2,304 visual tokens, 18.9 MB of
+keys and values a sequence, both in fp32."""
+IMAGES = {
+    KV_BOUND: (1, 48),
+    "llava-1.5-7b": (1, 24),
+    "llava-next-vicuna-7b": (5, 24),
+    "llava-next-mistral-7b": (5, 24),
+    "internvl3-8b": (13, 16),
+    "qwen2.5-vl-7b": (16, 32),
+}
+"""Images of a sequence, and tokens of an image's side, of models with random weights: together as many visual tokens as
+the named model has for a large image."""
+
+
+def known_models() -> list[str]:
+    """The models whose decode steps can be timed."""
+    return [PAGES, *IMAGES]
 
 
 def distinct(names: list[str]) -> dict[str, list[str]]:

@@ -20,7 +20,8 @@ from kvcapsule.cli.results import json_file, require_writable, write_json
 from kvcapsule.errors import InputError, KVCapsuleError
 
 from ..entries import FULL
-from ..suite.suite import load, name_of
+from ..suite.shipped import name_of
+from ..suite.suite import load
 from . import markdown, rate_curves
 from .picture import save_picture
 

@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from kvcapsule.cli.results import write_whole
-from kvcapsule.errors import ConfigError
 
-SUFFIXES = (".png", ".svg", ".pdf")
 LOOKS = {
     "cross-layer": ("D", "#e69f00"),
     "transform": ("o", "#000000"),
@@ -29,16 +27,6 @@ MARKERS = "X*<>Ph8H"
 COLOURS = ("#b8860b", "#882255", "#117733", "#332288", "#aa4499", "#44aa99", "#661100")
 """For all other methods, in turn; the numbers of markers and colours have no common divisor, so that no pair soon comes
 again."""
-
-
-def require_picture_name(name: str | None) -> None:
-    """Refuse a --plot whose suffix names no format; None is no picture.
-
-    Raises:
-        ConfigError: saying which there are.
-    """
-    if name is not None and Path(name).suffix not in SUFFIXES:
-        raise ConfigError(f"--plot {name}: a picture's name ends in {', '.join(SUFFIXES)}.")
 
 
 def new_picture(width: float = 10.0, height: float = 5.4) -> tuple[Figure, Axes]:

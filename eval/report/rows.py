@@ -6,8 +6,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+
+from kvcapsule.cli.tables import NAME, Column, ReportTable
 
 from ..entries import FULL, Entry
 from ..quality import Tally
@@ -30,6 +30,8 @@ COST = {
     "tokens_per_s_ratio": ("tok/s", "{:.2f}"),
 }
 """Keys of a row in the second table: title and format."""
+_WIDE = ("kv_bytes", "parameter_bytes")
+"""Those of the second table that are shown with --wide alone."""
 _UNITS = "bytes a question (params: in all); prefill time, tokens/s: full cache = 1"
 
 
@@ -82,22 +84,24 @@ def answer_tokens(tally: Tally) -> dict[str, float]:
     return {task: tally.tokens[task] / len(scores) for task, scores in tally.scores.items()}
 
 
-def tables(results: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
+def tables(results: Sequence[Mapping[str, Any]], title: str) -> list[ReportTable]:
     """Two tables for people: how good the methods' answers are, and their bytes and times."""
     tasks = list(results[0]["accuracy"])
     qualities = {key: column for key, column in QUALITY.items() if key != "first_token_kl" or asked_later(results)}
     # In a run at 16 bits the two compressions are the same number, and few methods store anything on the host.
     shown = {"compression16": is_wide(results), "host_kv_bytes": any(row.get("host_kv_bytes") for row in results)}
     costs = {key: column for key, column in COST.items() if shown.get(key, True)}
-    quality, cost = (
-        _table(title, [*tasks, *(name for name, _ in qualities.values())]),
-        _table(_UNITS, [name for name, _ in costs.values()]),
+    method = Column("method", NAME)
+    quality = ReportTable(
+        [method, *map(Column, (*tasks, *(name for name, _ in qualities.values())))],
+        title,
+        unseen_question(results) or "",
     )
+    cost = ReportTable([method, *(Column(name, wide=key in _WIDE) for key, (name, _) in costs.items())], _UNITS)
     for row in results:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
-        quality.add_row(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in qualities.items()))
-        cost.add_row(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
-    quality.caption = unseen_question(results)
+        quality.add(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in qualities.items()))
+        cost.add(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
     return [quality, cost]
 
 
@@ -116,16 +120,6 @@ def unseen_question(results: Sequence[Mapping[str, Any]]) -> str | None:
 def is_wide(results: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the full cache of a run has elements of more than 16 bits, against which few bits look too good."""
     return any(row["compression16"] != row["compression"] for row in results)
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _cell(value: Any, form: str) -> str:

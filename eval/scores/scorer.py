@@ -1,34 +1,30 @@
-"""The metrics by name, and the choice among them."""
+"""The functions of the metrics, and the choice among them."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 from kvcapsule.data.batches import Question
 from kvcapsule.data.source import MIXED, PAGES, PICTURES
 from kvcapsule.testbeds import pages
 
-from .demo import demo_score
-from .edits import anls, character_score, word_score
-from .exact import exact, relaxed_exact
-from .multiple_choice import multiple_choice
-from .relaxed_accuracy import relaxed_accuracy
+from . import metric_names
+from .metric_names import AUTO, DEMO
 from .target import Target, target_of
-from .vqa import PEOPLE, vqa_accuracy
+from .vqa import PEOPLE
 
-AUTO = "auto"
-DEMO = "demo"
-METRICS: dict[str, Callable[[str, Target], float]] = {
-    "exact": exact,
-    "relaxed-exact": relaxed_exact,
-    "anls": anls,
-    "vqa": vqa_accuracy,
-    "relaxed-accuracy": relaxed_accuracy,
-    "cer": character_score,
-    "wer": word_score,
-    "multiple-choice": multiple_choice,
-    DEMO: demo_score,
-}
-"""Functions of an answer and its target: a score in 0..1."""
+Metric = Callable[[str, Target], float]
+"""A function of an answer and its target: a score in 0..1."""
+
+
+def _imported(target: str) -> Metric:
+    module, _, function = target.partition(":")
+    metric: Metric = getattr(import_module(f".{module}", __package__), function)
+    return metric
+
+
+METRICS = {name: _imported(target) for name, target in metric_names.METRICS.items()}
+"""The functions by name."""
 DEMO_SOURCES = (*pages.HEIGHTS, *PICTURES, MIXED)
 """The sources whose tasks `demo` knows."""
 

@@ -9,11 +9,10 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
-from kvcapsule.cli.tables import report_console
+from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
@@ -58,15 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         usage="[--model ID] [--data.source DATA] [--json FILE]",
         description="Measure how sparse the attention of a prompt's last queries to its tokens is, layer by layer.",
         measure=lambda config, command: run(config, Console(stderr=True), command),
-        show=lambda result: report_console().print(_table(result)),
+        show=lambda result: print_report(_table(result)),
     ).main(argv)
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(result: dict[str, Any]) -> ReportTable:
     title = f"sparsity of {result['model']}, {result['n']} questions"
-    table = Table("layer", "mean", "least", "greatest", title=title)
+    table = ReportTable([Column("layer", NAME), *map(Column, ("mean", "least", "greatest"))], title)
     for row in result["rows"]:
-        table.add_row(str(row["layer"]), *(f"{row[name]:.3f}" for name in ("mean", "least", "greatest")))
+        table.add(str(row["layer"]), *(f"{row[name]:.3f}" for name in ("mean", "least", "greatest")))
     return table
 
 

@@ -16,13 +16,12 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
-from kvcapsule.cli.tables import print_table
+from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data import source
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.prompts import encode
@@ -142,11 +141,13 @@ def _generate(model: PreTrainedModel, inputs: Any, count: int) -> tuple[torch.Te
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table("method", "accuracy", "same as full", "same as capsule", "first token, ms", box=None, pad_edge=False)
+    titles = ("accuracy", "same as full", "same as capsule", "first token, ms")
+    of = f"{result['data']['size']} questions of the test split of {result['data']['source']}"
+    table = ReportTable([Column("method", NAME), *map(Column, titles)], note=of)
     for row in result["rows"]:
         shares = [f"{row[name]:.3f}" for name in ("accuracy", "same_as_full", "same_as_capsule")]
-        table.add_row(row["method"], *shares, f"{1000 * row['first_token_s']:.1f}")
-    print_table(table, 120, f"{result['data']['size']} questions of the test split of {result['data']['source']}")
+        table.add(row["method"], *shares, f"{1000 * row['first_token_s']:.1f}")
+    print_report(table)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import datasets
 from lmms_eval.utils import load_yaml_config
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
-from kvcapsule.cli.tables import report_console
+from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import ConfigError, InputError
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         usage="[--model ID] [--methods WORDS] [--task NAME] [--limit N] [--json FILE]",
         description="Ask the same questions through lmms-eval and through kvcapsule eval, and compare the answers.",
         measure=lambda config, command: run(config, Console(stderr=True), command),
-        show=lambda result: report_console().print(_table(result)),
+        show=lambda result: print_report(_table(result)),
     ).main(argv)
 
 
@@ -199,11 +198,14 @@ def _equal(mine: Sequence[object], theirs: Sequence[object]) -> int:
     return sum(a == b for a, b in zip(mine, theirs, strict=True))
 
 
-def _table(result: dict[str, Any]) -> Table:
-    table = Table("method", "kvcapsule eval", "lmms-eval", "same answers", "of", title=f"accuracy of {result['model']}")
+def _table(result: dict[str, Any]) -> ReportTable:
+    table = ReportTable(
+        [Column("method", NAME), *map(Column, ("kvcapsule eval", "lmms-eval", "same answers", "of"))],
+        title=f"accuracy of {result['model']}",
+    )
     for row in result["rows"]:
         accuracies = (f"{row['accuracy'][side]:.5f}" for side in ("eval", "lmms"))
-        table.add_row(row["method"], *accuracies, str(row["same_answers"]), str(row["n"]))
+        table.add(row["method"], *accuracies, str(row["same_answers"]), str(row["n"]))
     return table
 
 

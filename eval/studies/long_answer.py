@@ -37,7 +37,8 @@ from kvcapsule.vlm.loading import load_vlm
 from ..batches import Batch, make_batch
 from ..entries import Entry, capsule_settings, full_entry
 from ..report import markdown
-from ..report.picture import new_picture, require_picture_name, save_picture
+from ..report.picture import new_picture, save_picture
+from ..report.picture_name import require_picture_name
 from ..watched_generate import GREEDY, held_bytes, new_cache
 from .command import Study
 

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
-from kvcapsule.cli.tables import report_console
+from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data import source
 from kvcapsule.data.places import words_alone
 from kvcapsule.data.source import SourceConfig
@@ -90,19 +89,20 @@ def main(argv: list[str] | None = None) -> int:
         usage="[--capsule ID] [--data.size N] [--step N] [--json FILE]",
         description="Ask about images that begin at every phase of a block, and compare with the full cache.",
         measure=lambda config, command: run(config, Console(stderr=True), command),
-        show=lambda result: report_console().print(_table(result)),
+        show=lambda result: print_report(_table(result)),
     ).main(argv)
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(result: dict[str, Any]) -> ReportTable:
     same = ", ".join(f"{result[way]['same']} ({WAYS[way]})" for way in WAYS)
     title = f"{result['capsule']}: of {result['n']} answers, as with the full cache: {same}"
-    table = Table("tokens before", "of", "phase alone: same", "KL", "text: same", "KL", "full cache right", title=title)
+    titles = ("of", "phase alone:\nsame", "KL", "text:\nsame", "KL", "full cache\nright")
+    table = ReportTable([Column("tokens before", NAME), *map(Column, titles)], title)
     for row in result["rows"]:
         cells = [str(row["before"]), str(row["n"])]
         for way in WAYS:
             cells += [str(row[way]["same"]), f"{row[way]['kl']:.2g}"]
-        table.add_row(*cells, f"{row['accuracy']:.3f}")
+        table.add(*cells, f"{row['accuracy']:.3f}")
     return table
 
 

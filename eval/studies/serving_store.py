@@ -16,11 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.table import Table
-
 from kvcapsule.checkpoints import shipped
 from kvcapsule.cli.results import shown_path
-from kvcapsule.cli.tables import print_table
+from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import ConfigError
 from kvcapsule.testbeds.pages import pages
@@ -201,30 +199,18 @@ def _watched(model: Any) -> list[int]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    columns = (
-        "store",
-        "pass",
-        "seconds",
-        "CPU seconds",
-        "to first tokens",
-        "images encoded",
-        "as first pass",
-        "as no store",
+    entry = result["entry"]
+    titles = ("seconds", "CPU seconds to\nfirst tokens", "images\nencoded", "as first\npass", "as no\nstore")
+    table = ReportTable(
+        [Column("store", NAME), Column("pass", NAME), *map(Column, titles)],
+        note=f"{result['questions']} images; {entry['bytes']:,.0f} bytes an entry of {entry['tokens']} tokens, 1 /"
+        f" {entry['raw_over_entry']:.1f} of their KV in float32, 1 / {entry['raw_16_bits_over_entry']:.1f} in 16 bits",
     )
-    table = Table(*columns, box=None, pad_edge=False)
     for row in result["rows"]:
         first = "" if row["first_tokens_cpu_s"] is None else f"{row['first_tokens_cpu_s']:.2f}"
         shares = [f"{row[name]:.2f}" for name in ("same_as_first", "same_as_no_store")]
-        table.add_row(
-            str(row["store"]), row["pass"], f"{row['seconds']:.2f}", first, str(row["images_encoded"]), *shares
-        )
-    entry = result["entry"]
-    print_table(
-        table,
-        120,
-        f"{result['questions']} images; {entry['bytes']:,.0f} bytes an entry of {entry['tokens']} tokens, 1 /"
-        f" {entry['raw_over_entry']:.1f} of their KV in float32, 1 / {entry['raw_16_bits_over_entry']:.1f} in 16 bits",
-    )
+        table.add(str(row["store"]), row["pass"], f"{row['seconds']:.2f}", first, str(row["images_encoded"]), *shares)
+    print_report(table)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ A capsule to train must have a name; the other entries are named after their met
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,8 +31,8 @@ from kvcapsule.yaml_files import read_yaml
 from ..entries import FULL
 from .entries import Spec
 from .parser import read
+from .shipped import find_suite, name_of
 
-_PACKAGE = "kvcapsule.eval.suites"
 _DEFAULTS = {"timing": False}
 """Options of every suite unless it sets them: timing its many rows takes longer than all their answers."""
 
@@ -70,27 +68,13 @@ class Suite:
         return [spec for spec in self.specs if (spec.arguments or spec.place) and spec.name in read]
 
 
-def shipped_suites() -> list[str]:
-    """Names of the suites that come with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files(_PACKAGE).iterdir() if path.name.endswith(".yaml"))
-
-
-def name_of(suite: str) -> str:
-    """The name of a suite that is given as a file or by its shipped name."""
-    return Path(suite).name.removesuffix(".yaml")
-
-
 def load(name: str) -> Suite:
     """Read a suite, given as a file or by its shipped name.
 
     Raises:
         InputError: if there is none, or if it cannot be used; the message names the entry.
     """
-    path = Path(name)
-    if not path.is_file():
-        if name not in shipped_suites():
-            raise InputError(f"no suite {name!r}: give a YAML file, or one of {', '.join(shipped_suites())}.")
-        path = Path(str(files(_PACKAGE) / f"{name}.yaml"))
+    path = find_suite(name)
     try:
         return _suite(name_of(name), read_yaml(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:

@@ -8,7 +8,8 @@ from ..vlm.fingerprint import fingerprint
 from ..vlm.license import license_of
 from ..vlm.weights import UnreadableError
 from .config import CapsuleConfig
-from .record import ModelRecord, is_local
+from .local_names import is_local
+from .record import ModelRecord
 
 _ADVICE = "its answers may be far worse than measured. Use that model, or train a capsule for this one."
 

@@ -6,10 +6,7 @@ folder or file is named by its last part, and the model in it is identified by t
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
-
-from kvcapsule.checkpoints import shipped
 
 from ..errors import CapsuleError
 from ..vlm.fingerprint import Fingerprint
@@ -74,17 +71,6 @@ def data_record(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if values and not isinstance(values.get(name), str):
             raise CapsuleError(f"metadata.{DATA}.{name} is {shortened(repr(values.get(name)))}, expected a text.")
     return values
-
-
-def is_local(name: str) -> bool:
-    """Whether a model or data source is named by a path on this machine, rather than by a shipped name or Hub id."""
-    path = Path(name).expanduser()
-    return shipped(name) is None and (path.exists() or path.is_absolute())
-
-
-def portable(name: str) -> str:
-    """A name without this machine's folders: of a path the last part."""
-    return Path(name).expanduser().resolve().name if is_local(name) else name
 
 
 def _mapping(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:

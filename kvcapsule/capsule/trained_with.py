@@ -16,7 +16,8 @@ from ..data.source_config import SourceConfig
 from ..errors import CapsuleError, InputError
 from .config import CapsuleConfig
 from .hub import local_folder, read_config
-from .record import DATA, MODEL, ModelRecord, data_record, is_local, portable
+from .local_names import is_local, portable
+from .record import DATA, MODEL, ModelRecord, data_record
 
 RUN_SUFFIX = ".run"
 PLACES_FILE = "places.json"

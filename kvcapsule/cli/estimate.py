@@ -20,8 +20,6 @@ BATCHES = (1, 4, 16, 64)
 """Batch sizes that are shown in addition to --batch."""
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _GIB = 2**30
-_TABLE_WIDTH = 140
-"""Columns of a table that is not printed to a terminal."""
 _RENAMED = {"--ratio": "--ratio is --compression now: --compression 20 stores twenty times fewer bytes."}
 CAVEAT = (
     "An upper bound from bytes alone; nothing is measured. Left out: what a capsule computes and the maps it reads,"
@@ -119,43 +117,38 @@ def estimated(options: Options) -> dict[str, Any]:
 
 
 def _print_tables(result: dict[str, Any]) -> None:
-    from rich.table import Table
+    from .tables import NAME, Column, ReportTable, print_report
 
-    from .tables import print_table
-
-    sequence = Table(
-        "a sequence's cache", "visual", "text", "total", "", box=None, padding=(0, 2, 0, 0), pad_edge=False
-    )
-    relation = (
-        f"visual tokens {result['compression16']:g}x less than at 16 bits, {result['compression']:g}x less than in"
-        f" {result['dtype']}"
-    )
-    for key, name, note in (("full", "full", result["dtype"]), ("capsule", "capsules", relation)):
-        sequence.add_row(name, *(f"{result[key][part]:,}" for part in ("visual", "text", "total")), note)
-    bounds = Table("batch", "tokens/s, at most", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for row in result["speedup_bound"]:
-        bounds.add_row(
-            f"{row['batch']}", f"{row['bound']:.3f}x", style="bold" if row["batch"] == result["batch"] else ""
-        )
-    bounds.add_row("any", f"{result['speedup_limit']:.3f}x")
-    for column in (*sequence.columns[1:4], *bounds.columns):
-        column.justify = "right"
     counted = f"{result['full_attention_layers']} of {result['layers']} layers have full attention"
-    print_table(
-        sequence,
-        _TABLE_WIDTH,
-        f"bytes; {result['visual_tokens']:,} visual tokens (images: {result['images']}), {result['text_tokens']:,} of"
-        f" text; {counted}\n\nweights: {result['weight_bytes_read']:,} bytes read a step,"
-        f" {result['weight_bytes_held']:,} held ({result['weight_bits']} bits)\n",
+    sequence = ReportTable(
+        [Column("a sequence's cache", NAME), Column("visual"), Column("text"), Column("total")],
+        note=(
+            f"bytes; {result['visual_tokens']:,} visual tokens (images: {result['images']}),"
+            f" {result['text_tokens']:,} of text; {counted}; full: {result['dtype']}; with capsules visual tokens take"
+            f" {result['compression16']:g}x less than at 16 bits, {result['compression']:g}x less than in"
+            f" {result['dtype']}"
+        ),
     )
-    below = "with capsules, over the full cache at the same batch\n\n"
+    for key, name in (("full", "full"), ("capsule", "capsules")):
+        sequence.add(name, *(f"{result[key][part]:,}" for part in ("visual", "text", "total")))
+    bounds = ReportTable(
+        [Column("batch"), Column("tokens/s, at most")], note="with capsules, over the full cache at the same batch"
+    )
+    for row in result["speedup_bound"]:
+        bounds.add(f"{row['batch']}", f"{row['bound']:.3f}x", is_strong=row["batch"] == result["batch"])
+    bounds.add("any", f"{result['speedup_limit']:.3f}x")
+    weights = (
+        f"weights: {result['weight_bytes_read']:,} bytes read a step, {result['weight_bytes_held']:,} held"
+        f" ({result['weight_bits']} bits)"
+    )
+    fitting = []
     if result["memory"]:
         memory = result["memory"]
-        below += (
+        fitting = [
             f"largest batch in {memory['bytes'] / _GIB:g} GiB, weights and caches alone: "
-            f"{memory['batch_full']:,} with the full cache, {memory['batch_capsule']:,} with capsules\n\n"
-        )
-    print_table(bounds, _TABLE_WIDTH, below + CAVEAT)
+            f"{memory['batch_full']:,} with the full cache, {memory['batch_capsule']:,} with capsules"
+        ]
+    print_report(sequence, weights, bounds, *fitting, CAVEAT)
 
 
 def _parser() -> Parser:

@@ -50,9 +50,9 @@ def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None, vi
         visual_tokens: of the prompt.
     """
     from rich.console import Console
-    from rich.table import Table
 
     from ..inference.cache import CapsuleCache
+    from .tables import NAME, TEXT, Column, ReportTable, print_report
 
     tokens = f"{answer.cache.get_seq_length()} tokens"
     if not isinstance(answer.cache, CapsuleCache):
@@ -81,13 +81,12 @@ def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None, vi
             ),
             Row("total compression", f"{full_bytes / stored.total:.2f}", "full cache / total"),
         ]
-    table = Table("cache", "bytes", "", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
+    table = ReportTable([Column("cache", NAME), Column("bytes"), Column("", TEXT)])
     for row in rows:
-        table.add_row(*row)
+        table.add(*row)
     console = Console(stderr=True, highlight=False)
     console.print()
-    console.print(table)
+    print_report(table, console=console)
 
 
 def show_store(store: "ImageStore") -> None:

@@ -18,19 +18,18 @@ from typing import Any, TypeVar
 from ..errors import KVCapsuleError
 from ..extensions import Registry
 from .errors import Parser, complain
-from .results import STDOUT, add_json_option, require_writable, write_json
+from .results import STDOUT, add_json_option, add_wide_option, require_writable, write_json
 
 T = TypeVar("T")
 PROG = "kvcapsule methods"
 _PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
-_TABLE_WIDTH = 160
-"""Columns of a table that is not printed to a terminal."""
 
 
 class Options(argparse.Namespace):
     """The parsed command line; help texts are in `_parser`."""
 
     json: str | None
+    wide: bool
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_writable([options.json])
         if options.json != STDOUT:
-            _print_table(methods)
+            _print_table(methods, options.wide)
         write_json(options.json, [asdict(method) for method in methods])
     except KVCapsuleError as error:
         return complain(PROG, error)
@@ -103,16 +102,22 @@ def _first_paragraph(documented: Any) -> str:
     return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
 
 
-def _print_table(methods: list[MethodInfo]) -> None:
-    from rich.table import Table
+def _print_table(methods: list[MethodInfo], wide: bool) -> None:
+    from .tables import NAME, TEXT, Column, ReportTable, print_report
 
-    from .tables import print_table
-
-    table = Table("method", "kind", "what it does", "arXiv", "settings")
+    table = ReportTable(
+        [
+            Column("method", NAME),
+            Column("kind", NAME),
+            Column("arXiv", NAME),
+            Column("what it does", TEXT),
+            Column("settings", TEXT, wide=True),
+        ]
+    )
     for method in methods:
         settings = [*method.required, *(f"{name}={_shown(value)}" for name, value in method.defaults.items())]
-        table.add_row(method.name, method.kind, method.summary, "\n".join(method.papers), ", ".join(settings))
-    print_table(table, _TABLE_WIDTH)
+        table.add(method.name, method.kind, "\n".join(method.papers), method.summary, ", ".join(settings))
+    print_report(table, wide=wide)
 
 
 def _shown(value: Any) -> str:
@@ -122,4 +127,5 @@ def _shown(value: Any) -> str:
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description="List the codec families and policies, with their papers and defaults.")
     add_json_option(parser)
+    add_wide_option(parser)
     return parser

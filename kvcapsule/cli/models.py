@@ -10,12 +10,9 @@ from dataclasses import asdict
 from ..errors import KVCapsuleError
 from ..vlm.families import FAMILIES, TRANSFORMERS, Family
 from .errors import Parser, complain
-from .results import STDOUT, add_json_option, require_writable, write_json
+from .results import STDOUT, add_json_option, add_wide_option, require_writable, write_json
 
 PROG = "kvcapsule models"
-_TABLE_WIDTH = 190
-"""Columns of a table that is not printed to a terminal."""
-_COLUMNS = ("family", "model type", "status", "positions", "a span is", "span boundary", "tested with", "note")
 _POSITIONS = {
     "none": "none",
     "1d": "1-D RoPE",
@@ -29,6 +26,7 @@ class Options(argparse.Namespace):
     """The parsed command line; help texts are in `_parser`."""
 
     json: str | None
+    wide: bool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,40 +35,42 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_writable([options.json])
         if options.json != STDOUT:
-            _print_table(FAMILIES)
+            _print_table(FAMILIES, options.wide)
         write_json(options.json, [{**asdict(family), "transformers": TRANSFORMERS} for family in FAMILIES])
     except KVCapsuleError as error:
         return complain(PROG, error)
     return 0
 
 
-def _print_table(families: Sequence[Family]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Column, Table
+def _print_table(families: Sequence[Family], wide: bool) -> None:
+    from .tables import NAME, TEXT, Column, ReportTable, print_report
 
-    from .tables import print_table
-
-    table = Table(
-        *(Column(title, no_wrap=title != "note") for title in _COLUMNS),
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    table = ReportTable(
+        [
+            Column("family", NAME),
+            Column("status", NAME),
+            Column("model type", NAME),
+            Column("positions", NAME, wide=True),
+            Column("a span is", NAME, wide=True),
+            Column("span boundary", NAME, wide=True),
+            Column("tested with", NAME, wide=True),
+            Column("note", TEXT),
+        ],
+        note=f"tested with transformers {TRANSFORMERS}",
     )
     for family in families:
-        spans = ", ".join(kind for kind in (family.span, family.video) if kind)
-        lists = ["\n".join(dict.fromkeys(names)) for names in (family.model_types, family.classes)]
-        row = [
+        types, classes = ("\n".join(dict.fromkeys(names)) for names in (family.model_types, family.classes))
+        table.add(
             family.name,
-            lists[0],
             family.status,
+            types,
             _POSITIONS[family.positions],
-            spans,
+            ", ".join(kind for kind in (family.span, family.video) if kind),
             family.span_boundary,
-            lists[1],
+            classes,
             family.note,
-        ]
-        table.add_row(*row)
-    print_table(table, _TABLE_WIDTH, f"tested with transformers {TRANSFORMERS}")
+        )
+    print_report(table, wide=wide)
 
 
 def _parser() -> Parser:
@@ -78,4 +78,5 @@ def _parser() -> Parser:
         prog=PROG, description="List the model families, whether they work, and how their visual spans are found."
     )
     add_json_option(parser)
+    add_wide_option(parser)
     return parser

@@ -23,6 +23,11 @@ def add_json_option(parser: ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON; - prints it instead")
 
 
+def add_wide_option(parser: ArgumentParser) -> None:
+    """The option --wide of a command whose table has more columns than it shows by default."""
+    parser.add_argument("--wide", action="store_true", help="show all columns of the table")
+
+
 def write_json(target: str | None, value: Any) -> None:
     """Write a result where --json says: to a file, to stdout (-), or nowhere (None).
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, KVCapsuleError
 from .errors import Parser, complain
-from .results import STDOUT, add_json_option, require_writable, write_json
+from .results import STDOUT, add_json_option, add_wide_option, require_writable, write_json
 from .sizes import byte_count, shown_bytes
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 PROG = "kvcapsule store"
 DAMAGED = 1
 """Exit code of a check that found damaged entries."""
-_TABLE_WIDTH = 140
-"""Columns of a table that is not printed to a terminal."""
 _DIGITS = 12
 """Of an entry's name, in tables."""
 
@@ -29,6 +27,7 @@ class Options(argparse.Namespace):
     action: str
     max_bytes: int | None
     remove: bool
+    wide: bool
     json: str | None
 
 
@@ -64,19 +63,26 @@ def run(options: Options) -> int:
 
 
 def _list(store: "ImageStore", options: Options) -> int:
-    from rich.table import Table
-
-    from .tables import print_table
+    from .tables import NAME, TEXT, Column, ReportTable, print_report
 
     entries = store.entries()
     if options.json != STDOUT:
-        table = Table("entry", "bytes", "model", "capsule", "grid", "tokens", "last use", box=None, pad_edge=False)
-        for column in (1, 5):
-            table.columns[column].justify = "right"
-        for entry in entries:
-            table.add_row(*_row(entry))
         total = sum(entry.bytes for entry in entries)
-        print_table(table, _TABLE_WIDTH, f"{_counted(len(entries))}, {shown_bytes(total)}")
+        table = ReportTable(
+            [
+                Column("entry", NAME),
+                Column("bytes"),
+                Column("tokens"),
+                Column("grid", NAME, wide=True),
+                Column("last use", NAME),
+                Column("model", TEXT),
+                Column("capsule", TEXT, wide=True),
+            ],
+            note=f"{_counted(len(entries))}, {shown_bytes(total)}",
+        )
+        for entry in entries:
+            table.add(*_row(entry))
+        print_report(table, wide=options.wide)
     write_json(options.json, [_values(entry) for entry in entries])
     return 0
 
@@ -106,11 +112,11 @@ def _prune(store: "ImageStore", options: Options) -> int:
 def _row(entry: "Entry") -> list[str]:
     used = datetime.fromtimestamp(entry.last_used).isoformat(" ", "seconds")
     if entry.header is None:
-        return [entry.digest[:_DIGITS], f"{entry.bytes:,}", "(damaged)", "", "", "", used]
+        return [entry.digest[:_DIGITS], f"{entry.bytes:,}", "", "", used, "(damaged)", ""]
     about = entry.header.about
     grid = "x".join(str(axis) for axis in about.get("grid") or ())
-    named = [str(about.get(name, "")) for name in ("model", "capsule")]
-    return [entry.digest[:_DIGITS], f"{entry.bytes:,}", *named, grid, str(about.get("tokens", "")), used]
+    tokens, model, capsule = (str(about.get(name, "")) for name in ("tokens", "model", "capsule"))
+    return [entry.digest[:_DIGITS], f"{entry.bytes:,}", tokens, grid, used, model, capsule]
 
 
 def _values(entry: "Entry") -> dict[str, Any]:
@@ -136,4 +142,5 @@ def _parser() -> Parser:
     )
     parser.add_argument("--remove", action="store_true", help="of check: remove what is damaged")
     add_json_option(parser)
+    add_wide_option(parser)
     return parser

@@ -14,6 +14,7 @@ from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.rotary_frame import Frame
 from ..segments.segment import Rows, Segment, stored
 from ..vlm.geometry import KVGeometry
+from .blocks import require_whole_blocks
 
 TILES = "tiles"
 """Segment.tag of encoded tiles; the other visual segments of a capsule are raw rows."""
@@ -136,17 +137,6 @@ class LayerGroupCodec(nn.Module, ABC):
     @abstractmethod
     def start(self) -> LayerGroupEncoding:
         """Begin the encoding of one forward's tiles."""
-
-
-def require_whole_blocks(tile: int, align: int) -> None:
-    """Raises ConfigError unless tiles of `tile` tokens that begin at multiples of `align` also end there."""
-    if align < 1:
-        raise ConfigError(f"align {align} must be at least 1 token; 1 lets tiles begin at an image's first token.")
-    if tile % align:
-        raise ConfigError(
-            f"tile {tile} is no multiple of align {align}, so a tile that begins with a block would end within one:"
-            f" choose a tile of {max(align, tile // align * align)}."
-        )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from kvcapsule.checkpoints import shipped
 
 from ..errors import ModelError
 from ..testbeds import efficientnet_lite as _  # noqa: F401  Registers smol-vlm's vision tower with the Auto classes.
+from .precisions import PRECISIONS
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in PRECISIONS}
 _BUILT_LOCALLY = "smol-vlm"
 """Model that `make smol-vlm` builds locally instead of being shipped."""
 

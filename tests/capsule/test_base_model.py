@@ -17,7 +17,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProce
 
 from kvcapsule import Capsule, CapsuleCache, CapsuleError, GeometryError, attach
 from kvcapsule.capsule.base_model import commit_of, record_of
-from kvcapsule.capsule.record import ModelRecord, is_local, portable
+from kvcapsule.capsule.local_names import is_local, portable
+from kvcapsule.capsule.record import ModelRecord
 from kvcapsule.checkpoints import shipped_names
 from kvcapsule.errors import ModelMismatchWarning
 from kvcapsule.inference.transformers_api import cache_argument

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvcapsule.eval.bench import contenders, decode_step, encode, end_to_end, models, peak_memory, serving
+from kvcapsule.eval.bench import contenders, decode_step, encode, end_to_end, models, peak_memory, serving, shapes
 from kvcapsule.eval.bench.layer_data import Cell
 from kvcapsule.eval.bench.models import Subject
 from kvcapsule.eval.bench.shapes import SHAPES, Shape
@@ -49,7 +49,7 @@ def test_a_random_model_sees_its_images(subject: Subject) -> None:
 
 
 def test_visual_tokens_are_those_of_the_models_of_that_name() -> None:
-    counts = {name: images * side * side for name, (images, side) in models._IMAGES.items()}
+    counts = {name: images * side * side for name, (images, side) in shapes.IMAGES.items()}
     assert counts == {
         "kv-bound": 2304,
         "llava-1.5-7b": 576,

@@ -20,6 +20,7 @@ from kvcapsule.eval.bench import (
     random_methods,
     random_transform,
 )
+from kvcapsule.eval.bench.method_names import METHODS
 from kvcapsule.eval.bench.shapes import SHAPES, Shape, distinct
 from kvcapsule.segments.segment import Segment
 
@@ -46,7 +47,7 @@ def build(name: str, of: layer_data.Cell) -> tuple[layer_data.Layer, Any, list[S
     return layer, method, layer_data.store(of, layer, method)
 
 
-@pytest.mark.parametrize("name", random_methods.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_are_what_the_closed_form_says(name: str, batch: int) -> None:
     """Measured storages to the byte, but for owners of chosen rows, which share room with their numbers; touched:
@@ -154,10 +155,10 @@ def test_the_truth_of_the_gate() -> None:
 
 
 def test_a_cell() -> None:
-    rows, skipped = operator.measure(cell(), list(random_methods.METHODS), LIMITS, 10.0)
+    rows, skipped = operator.measure(cell(), list(METHODS), LIMITS, 10.0)
     assert not skipped
     by_name = {row["method"]: row for row in rows}
-    assert list(by_name) == [*full_attention.IN_PLACE, *full_attention.AMPLIFIED, *random_methods.METHODS]
+    assert list(by_name) == [*full_attention.IN_PLACE, *full_attention.AMPLIFIED, *METHODS]
     (baseline,) = {row["baseline"] for row in rows}
     assert baseline in full_attention.IN_PLACE and by_name[baseline]["ratio"] == 1.0
     assert by_name[baseline]["seconds"] == min(by_name[name]["seconds"] for name in full_attention.IN_PLACE)

@@ -265,10 +265,10 @@ def test_damaged_metrics_are_not_replaced(vlm, tmp_path, make_capsule, capsys) -
 
 
 def test_a_defect_is_not_taken_for_wrong_input(monkeypatch) -> None:
-    monkeypatch.setattr(command, "run", lambda *_: torch.empty(2).view(3))
+    monkeypatch.setattr(run, "run", lambda *_: torch.empty(2).view(3))
     with pytest.raises(RuntimeError):
         main(["--budget", "0.5"])
-    monkeypatch.setattr(command, "run", lambda *_: json.loads("{"))
+    monkeypatch.setattr(run, "run", lambda *_: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting"):
         main(["--budget", "0.5"])
 

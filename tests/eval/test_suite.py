@@ -13,7 +13,8 @@ from kvcapsule.data.source import PICTURES
 from kvcapsule.eval import main as command
 from kvcapsule.eval.entries import RIVALS
 from kvcapsule.eval.report import markdown
-from kvcapsule.eval.suite.suite import Suite, load, shipped_suites
+from kvcapsule.eval.suite.shipped import shipped_suites
+from kvcapsule.eval.suite.suite import Suite, load
 from kvcapsule.training.families import trainable
 
 

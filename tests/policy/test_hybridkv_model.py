@@ -321,5 +321,5 @@ def test_bytes_of_both_sides_are_reported(model: Model, make_batch: Batch, greed
     assert (
         hybrid["kv_bytes"] == hybrid["visual_kv_bytes"] == pytest.approx(0.3 * whole_bytes(model, batch) / 2, rel=0.02)
     )
-    shown = [[column.header for column in tables(found, "")[1].columns] for found in ([full], [full, hybrid])]
+    shown = [[column.title for column in tables(found, "")[1].columns] for found in ([full], [full, hybrid])]
     assert "on host" not in shown[0] and "on host" in shown[1]

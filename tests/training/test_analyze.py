@@ -181,9 +181,9 @@ def test_contract_what_is_printed(run) -> None:
     )
     shown = tables(found)
     assert [str(table.title) in printed for table in shown] == [True] * 5
-    assert [table.row_count for table in shown] == [4, 4, 4, 4 + 3, 1]
+    assert [len(table.rows) for table in shown] == [4, 4, 4, 4 + 3, 1]
     further = [{**entry, "first": 4, "last": 4} for entry in found["stacks"]]
-    assert tables({**found, "stacks": found["stacks"] + further})[-1].row_count == 2 + 1
+    assert len(tables({**found, "stacks": found["stacks"] + further})[-1].rows) == 2 + 1
     assert "RoPE: 1d" in str(shown[1].title)
 
 
@@ -294,7 +294,7 @@ def test_refused_outputs_that_have_no_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is loaded."""
-    monkeypatch.setattr("kvcapsule.training.analysis.main.run", lambda *_: pytest.fail("studied all the same"))
+    monkeypatch.setattr("kvcapsule.training.analysis.study.run", lambda *_: pytest.fail("studied all the same"))
     (tmp_path / "file").touch()
     for words in (["--json", f"{tmp_path}/file/a.json"], ["--plots", f"{tmp_path}/file"], ["--json", str(tmp_path)]):
         assert main(words) == 2

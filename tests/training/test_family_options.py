@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from kvcapsule.codec import FAMILIES
 from kvcapsule.errors import ConfigError, InputError
-from kvcapsule.training.families import recipe_class, trainable
+from kvcapsule.training.families import fit_class, recipe_class, trainable
 from kvcapsule.training.options import parse
 from kvcapsule.training.recipe import Recipe, flat, group_names, option_names
 from kvcapsule.training.saved_recipe import upgraded
@@ -113,3 +114,4 @@ def test_every_family_names_itself_and_resumes_with_known_options() -> None:
         options = recipe_class(family)
         assert options().family == family
         assert set(option_names(options)) >= options.RESUMABLE
+        assert FAMILIES[family].recipe is not None and fit_class(FAMILIES[family]).recipe_class is options

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kvcapsule.data.source import SourceConfig
+from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import ConfigError
 
 LEAST_QUESTIONS = 8
@@ -33,6 +33,8 @@ class AnalyzeConfig:
     """Questions of one forward pass."""
     json: str | None = None
     """File for the result as JSON (docs/analyze.md describes the keys); - prints it in place of the tables."""
+    wide: bool = False
+    """Show all columns of the tables."""
     plots: str | None = None
     """Folder for four pictures: similarity.png, spectra.png, drift.png, distortion.png."""
     threads: int | None = None

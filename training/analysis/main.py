@@ -5,18 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
-from rich.console import Console
 
 from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import OptionParser, instance, option_parser
 from kvcapsule.cli.results import STDOUT, command_line, require_writable, write_json
-from kvcapsule.cli.tables import report_console
 from kvcapsule.errors import KVCapsuleError
 
 from .config import AnalyzeConfig
-from .plot import draw
-from .report import heading, tables
-from .study import run
 
 PROG = "kvcapsule analyze"
 
@@ -28,11 +23,18 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser()
         config = instance(AnalyzeConfig, parser, parser.read(words))
         require_writable([config.json], [config.plots])
+        # --help and a mistyped option do not wait for torch.
+        from rich.console import Console
+
+        from .study import run
+
         result = run(config, Console(stderr=True), command_line(PROG, words))
         if config.json != STDOUT:
-            _show(result)
+            _show(result, config.wide)
         write_json(config.json, result)
         if config.plots is not None:
+            from .plot import draw
+
             draw(result, Path(config.plots))
     except (ArgumentError, KVCapsuleError) as error:
         return complain(PROG, error)
@@ -53,8 +55,9 @@ def build_parser() -> OptionParser:
     )
 
 
-def _show(result: dict[str, Any]) -> None:
-    console = report_console()
-    console.print(heading(result))
-    for table in tables(result):
-        console.print("", table)
+def _show(result: dict[str, Any], wide: bool) -> None:
+    from kvcapsule.cli.tables import print_report
+
+    from .report import heading, tables
+
+    print_report(heading(result), *tables(result), wide=wide)

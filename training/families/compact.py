@@ -2,13 +2,13 @@
 tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.methods.ratios import pyramid, retained
@@ -19,43 +19,8 @@ from ..harvest import LayerHarvest
 from ..image_tokens import require_one_row
 from ..losses import require_finite
 from ..query_bank import QueryBank
-from ..recipe import PyramidOptions, Recipe, require_at_least_zero
+from .compact_options import CompactRecipe
 from .token_selector import chosen_by_teacher, imitation_loss, initialise
-
-
-@dataclass(frozen=True)
-class CompactOptions:
-    """Shape and learning of a compact capsule."""
-
-    bank: int = 512
-    """Training queries of each KV head that attention is matched for."""
-    ridge: float = 1e-3
-    """Pull of the refit values towards plain means."""
-    selector: str = "attention"
-    """How tokens are ranked: "attention" (of the query bank) or "learned" (a network that imitates the greedy
-    choice)."""
-    passes: int = 2
-    """How many times tokens are ranked again by what each adds to the tokens ranked above it."""
-    hidden: int = 64
-    """Width of the learned selector."""
-    steps: int = 200
-    """Steps of its training."""
-    lr: float = 3e-3
-    """Peak learning rate of Adam; it decays linearly."""
-
-    def __post_init__(self) -> None:
-        require_at_least_zero(self, "compact", "steps", "lr")
-
-
-@dataclass(frozen=True)
-class CompactRecipe(Recipe):
-    """A training run of the family compact."""
-
-    family: str = "compact"
-    codec: PyramidOptions = field(default_factory=PyramidOptions)
-    """Shape of the codecs."""
-    compact: CompactOptions = field(default_factory=CompactOptions)
-    """Shape and learning of a compact capsule."""
 
 
 class CompactFit(CapsuleFit[CompactRecipe]):
@@ -133,11 +98,12 @@ class CompactFit(CapsuleFit[CompactRecipe]):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return scheduled(self.layers.parameters(), self.recipe.lr, lambda step: max(0.0, 1 - step / self.steps))
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         config, tile = self.config, self.task.tile
-        table = Table(title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries")
-        for column in ("layer", "rows", "of"):
-            table.add_column(column, justify="right")
+        table = ReportTable(
+            [*map(Column, ("layer", "rows", "of"))],
+            title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries",
+        )
         for layer, ratio in enumerate(config.ratios):
-            table.add_row(str(layer), str(retained(ratio, tile)), str(tile))
+            table.add(str(layer), str(retained(ratio, tile)), str(tile))
         return table

@@ -2,51 +2,28 @@
 Fisher information of the logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.segments.segment import Segment
 
 from ..capsule_fit import Task
 from ..harvest import LayerHarvest
-from ..recipe import require_at_least_zero
 from ..second_moments import Moments
 from .closed_form import Tiles, closed_form, measured, sensitivities, tiles
 from .coding_source import CodingSource, used
 from .coefficient_fit import CoefficientFit
-from .coefficient_options import CoefficientOptions, CoefficientRecipe
+from .cross_layer_options import CrossLayerRecipe
 from .grouping import joint_layers, layer_groups
 from .straight_through import coded
 
 _FIRST = 10
 """Batches that show the variances of a first code, under which the Fisher information is measured."""
-
-
-@dataclass(frozen=True)
-class CrossLayerOptions(CoefficientOptions):
-    """Shape and learning of a transform code."""
-
-    joint_layers: int = 0
-    """Layers that are coded together, keys and values alike; 0 takes as many as have 512 channels in all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least_zero(self, "transform", "joint_layers")
-
-
-@dataclass(frozen=True)
-class CrossLayerRecipe(CoefficientRecipe):
-    """A training run of the family cross-layer."""
-
-    family: str = "cross-layer"
-    transform: CrossLayerOptions = field(default_factory=CrossLayerOptions)
-    """Shape and learning of a transform code."""
 
 
 class Coordinates(NamedTuple):
@@ -135,21 +112,20 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
             ]
         return segments
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         transforms, config = [self.codec(i).transform for i in range(len(self.layers))], self.codec_config()
         maps = sum(t.decoder_bytes() for t in transforms) / 2**20
-        table = Table(
+        table = ReportTable(
+            [*map(Column, ("layers", "bits", "rows x channels", "coded cells"))],
             title=(
                 f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens, {config.bits:.3f} bit an element, "
                 f"{maps:.1f} MiB of maps stored once"
-            )
+            ),
         )
-        for column in ("layers", "bits", "rows x channels", "coded cells"):
-            table.add_column(column, justify="right")
         for group, t in zip(self.groups, transforms, strict=True):
             bits = int(t.widths.long().sum()) * 8 / self.budget.elements(2 * len(group))
             cells = f"{int((t.widths > 0).sum()):,} of {t.widths.numel():,}"
-            table.add_row(
+            table.add(
                 f"{group[0]} to {group[-1]}", f"{bits:.2f}", f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}", cells
             )
         return table

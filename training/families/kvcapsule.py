@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec import CodecConfig, PairCodec
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
 from kvcapsule.methods.ratios import retained
@@ -51,6 +51,20 @@ class LayerFit(nn.Module):
                 keys.theta.copy_(ridge_reconstruction(self.moments.key_gram, keys.kept, self.ridge))
 
 
+def _config(task: Task[KVCapsuleRecipe]) -> KVCapsuleConfig:
+    """The sizes of the codecs of a run."""
+    recipe, layers = task.recipe, task.geometry.layers
+    keys, values = recipe.mean_ratios()
+    return KVCapsuleConfig(
+        tile=task.tile,
+        canonical_frame=recipe.codec.canonical_frame,
+        key_ratios=recipe.by_layer(keys, layers),
+        value_ratios=recipe.by_layer(values, layers),
+        key_decoder=recipe.codec.key_decoder,
+        hidden=recipe.codec.hidden,
+    )
+
+
 class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
     """The paper's training, with an attention-output loss beside it (training/NOTES.md)."""
 
@@ -63,7 +77,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def __init__(self, task: Task[KVCapsuleRecipe]) -> None:
         super().__init__(task)
-        self.config = task.recipe.codec_config(task.geometry.layers, task.tile)
+        self.config = _config(task)
         self.optim = task.recipe.optim
         self.has_kl = self.optim.kl_weight > 0
         self.register_buffer("hardened", torch.tensor(False))
@@ -138,20 +152,19 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
             self._rate,
         )
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         config, tile = self.config, self.task.tile
         keys, values = self.task.recipe.mean_ratios()
-        table = Table(
+        table = ReportTable(
+            [*map(Column, ("layer", "key rows", "value rows", "of", "stored less"))],
             title=(
                 f"{self.task.recipe.model}: tiles of {tile} visual tokens, mean ratio keys {keys:.3f}, values"
                 f" {values:.3f}"
-            )
+            ),
         )
-        for column in ("layer", "key rows", "value rows", "of", "stored less"):
-            table.add_column(column, justify="right")
         for layer in range(self.task.geometry.layers):
             m_keys, m_values = retained(config.key_ratios[layer], tile), retained(config.value_ratios[layer], tile)
-            table.add_row(str(layer), str(m_keys), str(m_values), str(tile), f"{2 * tile / (m_keys + m_values):.2f}x")
+            table.add(str(layer), str(m_keys), str(m_values), str(tile), f"{2 * tile / (m_keys + m_values):.2f}x")
         return table
 
     def _layer(self, index: int) -> LayerFit:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from kvcapsule.codec.kvcapsule import KVCapsuleConfig
 from kvcapsule.errors import ConfigError
 from kvcapsule.methods.ratios import pyramid, weighted
 
@@ -98,19 +97,8 @@ class KVCapsuleRecipe(Recipe):
             values if self.codec.value_retention is None else self.codec.value_retention,
         )
 
-    def codec_config(self, layers: int, tile: int) -> KVCapsuleConfig:
-        """The sizes of a KVCapsule for a model of so many layers and tiles of so many tokens."""
-        keys, values = self.mean_ratios()
-        return KVCapsuleConfig(
-            tile=tile,
-            canonical_frame=self.codec.canonical_frame,
-            key_ratios=self._by_layer(keys, layers),
-            value_ratios=self._by_layer(values, layers),
-            key_decoder=self.codec.key_decoder,
-            hidden=self.codec.hidden,
-        )
-
-    def _by_layer(self, mean: float, layers: int) -> tuple[float, ...]:
+    def by_layer(self, mean: float, layers: int) -> tuple[float, ...]:
+        """The retention of each layer, of keys or of values, from their mean."""
         weights = self.codec.layer_weights
         if weights is None:
             return pyramid(mean, layers, self.codec.pyramid)

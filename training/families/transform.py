@@ -2,19 +2,16 @@
 the quantiser."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
-from rich.table import Table
 from torch import nn
 
+from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformLayer
-from kvcapsule.errors import ConfigError
 from kvcapsule.methods.ratios import pyramid
 from kvcapsule.segments.segment import Segment
 
 from ..harvest import LayerHarvest
-from ..recipe import PyramidOptions
 from .closed_form import (
     ClosedForm,
     Tiles,
@@ -28,59 +25,7 @@ from .closed_form import (
 )
 from .coding_source import CodingSource
 from .coefficient_fit import CoefficientFit
-from .coefficient_options import CoefficientOptions, CoefficientRecipe
-
-
-@dataclass(frozen=True)
-class TransformOptions(CoefficientOptions):
-    """Shape and learning of a transform code."""
-
-    allocation: str = "output"
-    """How layers share the bits: "output" (by what each bit saves in attention's output), "pyramid" (see
-    --codec.pyramid) or "uniform"."""
-    key_bits: float | None = None
-    """Mean bits of an element of the keys, in place of what the allocation would give them."""
-    value_bits: float | None = None
-    """Mean bits of an element of the values, likewise; give both or neither."""
-
-    @property
-    def fisher_batches(self) -> int:
-        return super().fisher_batches if self.allocation == "output" else self.logit_batches or 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.allocation not in ("output", "pyramid", "uniform"):
-            raise ConfigError(f"--transform.allocation {self.allocation!r} is neither output, pyramid nor uniform.")
-        if (self.key_bits is None) != (self.value_bits is None):
-            raise ConfigError("--transform.key_bits and --transform.value_bits fix two budgets: give both or neither.")
-        if self.allocation != "output" and (self.logit_batches or self.key_bits is not None):
-            raise ConfigError(
-                f"--transform.allocation {self.allocation} shares the bits out by itself: leave"
-                " --transform.logit_batches, --transform.key_bits and --transform.value_bits out, or the allocation."
-            )
-        for name in ("key_bits", "value_bits"):
-            bits = getattr(self, name)
-            if bits is not None and not 0 <= bits <= 8:
-                raise ConfigError(f"--transform.{name} {bits} is outside 0 to 8 bits an element.")
-
-
-@dataclass(frozen=True)
-class TransformRecipe(CoefficientRecipe):
-    """A training run of the family transform."""
-
-    family: str = "transform"
-    codec: PyramidOptions = field(default_factory=PyramidOptions)
-    """Shape of the codecs."""
-    transform: TransformOptions = field(default_factory=TransformOptions)
-    """Shape and learning of a transform code."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.codec.pyramid and self.transform.allocation != "pyramid":
-            raise ConfigError(
-                f"--codec.pyramid {self.codec.pyramid} is for --transform.allocation pyramid; with"
-                f" {self.transform.allocation} leave it out."
-            )
+from .transform_options import TransformRecipe
 
 
 class TransformFit(CoefficientFit[TransformRecipe]):
@@ -139,21 +84,20 @@ class TransformFit(CoefficientFit[TransformRecipe]):
     def segments(self, layers: Sequence[LayerHarvest]) -> list[Segment]:
         return [read_back(self.codec(i), layer) for i, layer in enumerate(layers)]
 
-    def derived(self) -> Table:
+    def derived(self) -> ReportTable:
         task = self.task
         maps = sum(t.decoder_bytes() for i in range(len(self.layers)) for t in self._transforms(i)) / 2**20
-        table = Table(
+        table = ReportTable(
+            [*map(Column, ("layer", "key bits", "value bits", "key rows\nx channels", "value rows\nx channels"))],
             title=(
                 f"{task.recipe.model}: tiles of {task.tile} visual tokens, {self.codec_config().bits:.3f} bit an"
                 f" element, {maps:.1f} MiB of maps stored once"
-            )
+            ),
         )
-        for column in ("layer", "key bits", "value bits", "key rows x channels", "value rows x channels"):
-            table.add_column(column, justify="right")
         for i in range(len(self.layers)):
             pair = self._transforms(i)
             bits = (f"{_bytes(t) * 8 / self.budget.elements(1):.2f}" for t in pair)
-            table.add_row(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
+            table.add(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
         return table
 
     def _transforms(self, layer: int) -> tuple[Transform, Transform]:
