@@ -18,7 +18,8 @@ from kvcapsule.methods.method import Method
 from .block import Block
 from .divergence import divergence
 from .entries import FULL, Entry
-from .protocols import ASK_FIRST, PROTOCOLS
+from .protocol_names import ASK_FIRST
+from .protocols import PROTOCOLS
 from .scores.scorer import Scorer
 from .watched_generate import Generated, Held
 

@@ -15,7 +15,7 @@ from kvcapsule.eval.ask_first import AskFirst
 from kvcapsule.eval.ask_later import AskLater
 from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.prefixes import cut_prompts
-from kvcapsule.eval.protocols import ASK_FIRST, ASK_LATER
+from kvcapsule.eval.protocol_names import ASK_FIRST, ASK_LATER
 from kvcapsule.eval.quality import Answering, Tally, evaluate, prompt_bytes
 from kvcapsule.eval.timing import time_entries
 from kvcapsule.eval.watched_generate import Generated
