@@ -119,14 +119,15 @@ def evaluate(
         references: list[Generated] = []
         for entry in entries:
             with nullcontext() if entry.method is None else attach(model, entry.method):
-                for number, ask in enumerate(block.asks(model, entry.method)):
+                asks = zip(block.parts, block.asks(model, entry.method), strict=True)
+                for number, (questions, ask) in enumerate(asks):
                     generated = ask(answering.max_new_tokens)
-                    if len(references) == number:
+                    if entry.name == FULL:
                         references.append(generated)
                     reference = references[number]
                     same = torch.equal(generated.tokens, reference.tokens)
                     teacher_forced = generated if same else ask(answering.max_new_tokens, reference.tokens)
-                    tally, questions = tallies[entry.name], block.parts[number]
+                    tally = tallies[entry.name]
                     _add_answers(tally, model, processor, questions, generated, reference, answering.scorer)
                     positions = answered(reference.tokens, model.generation_config.eos_token_id)
                     _add_divergence(tally, positions, teacher_forced, reference, block.first_token_exact)

@@ -54,7 +54,7 @@ def rows() -> datasets.Dataset:
     return table(*mixed, ((0,), PROMPTS[2]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def entries(make_capsule) -> list[Entry]:
     return [
         full_entry(),
@@ -90,7 +90,7 @@ def test_the_full_cache_answers_as_if_asked_first(model, processor, rows, shared
                 torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=5e-5)
 
 
-@pytest.fixture(params=[True, False], ids=["shared prefill", "own prefills"])
+@pytest.fixture(scope="module", params=[True, False], ids=["shared prefill", "own prefills"])
 def tallies(request, model, processor, rows, entries) -> dict[str, Tally]:
     answering = Answering(2, 6, share_prefill=request.param, protocol=ASK_LATER)
     return evaluate(model, processor, rows, entries, answering, QUIET)
@@ -237,6 +237,33 @@ def test_the_timing_reads_the_prefix_too(model, processor, rows, entries) -> Non
     answering = Answering(2, 4, protocol=ASK_LATER)
     timed = time_entries(model, processor, rows, entries[:2], answering, QUIET, rounds=1, steps=2)
     assert timed[FULL] == (1.0, 1.0) and all(0 < ratio < 100 for ratio in timed["segments"])
+
+
+def test_a_shared_prefix_changes_nothing_for_any_kind_of_policy(model, processor, rows) -> None:
+    """One that reads hidden states, one with a shared budget, one that acts while the answer is written, one that
+    fetches rows from the host."""
+    policies = [
+        Entry("akvq-vl", POLICIES["akvq-vl"](recent=8), FULL),
+        Entry("vl-cache", POLICIES["vl-cache"](0.5), FULL),
+        Entry("r-kv", POLICIES["r-kv"](budget_tokens=4, buffer=2, window=2), FULL),
+        Entry("hybridkv", POLICIES["hybridkv"](0.5), FULL),
+    ]
+    rows = rows.select(range(3))
+    own, shared = (
+        evaluate(
+            model,
+            processor,
+            rows,
+            [full_entry(), *policies],
+            Answering(3, 4, share_prefill=share, protocol=ASK_LATER),
+            QUIET,
+        )
+        for share in (False, True)
+    )
+    for name, tally in own.items():
+        assert shared[name].answers == tally.answers, name
+        assert (shared[name].total, shared[name].visual) == (tally.total, tally.visual), name
+        assert shared[name].divergence == pytest.approx(tally.divergence, abs=1e-4), name
 
 
 def test_a_prompt_that_ends_with_an_image_is_refused(model, processor, monkeypatch) -> None:
