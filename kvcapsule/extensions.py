@@ -4,11 +4,13 @@ A package names them in its entry points, in the group `kvcapsule.policies` or `
 installed package, "module:ATTRIBUTE" names one that Python can import. Nothing of them is imported before it is used.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError
@@ -70,7 +72,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names, kvcapsule's own first; nothing is imported for them."""
-        return list(dict.fromkeys([*self.builtin, *(e.name for e in entry_points(group=self.group))]))
+        return list(dict.fromkeys([*self.builtin, *(e.name for e in _entries(self.group, tuple(sys.path)))]))
 
     def package_of(self, name: str) -> str | None:
         """The installed package, as "name version", whose entry point has this name."""
@@ -86,7 +88,7 @@ class Registry(Generic[T]):
         return ":" in name or bool(self._installed(name))
 
     def _installed(self, name: str) -> list[EntryPoint]:
-        return list(entry_points(group=self.group, name=name))
+        return [entry for entry in _entries(self.group, tuple(sys.path)) if entry.name == name]
 
     def _load(self, entry: EntryPoint) -> T:
         try:
@@ -148,6 +150,12 @@ class Selection(Mapping[str, V], Generic[T, V]):
 
     def __len__(self) -> int:
         return len(self._builtin)
+
+
+@cache
+def _entries(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """Entry points of a group; path: where packages lie, all of which are read."""
+    return entry_points(group=group)
 
 
 def _package(entry: EntryPoint) -> str:

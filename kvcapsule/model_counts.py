@@ -33,8 +33,10 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
         ModelError: if it cannot be read.
     """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(shipped(model) or model), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(shipped(model) or model), revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # Whatever transformers meets in a damaged file.
         raise ModelError(f"cannot read a config of {model!r}: {error}") from error
     return config
 
@@ -109,8 +111,10 @@ def count_visual_tokens(
     """
     height, width = size
     try:
-        processor = AutoProcessor.from_pretrained(str(shipped(model) or model), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        processor = AutoProcessor.from_pretrained(
+            str(shipped(model) or model), revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # As above.
         raise ModelError(f"cannot load the processor of {model!r}: {error} Give --visual-tokens instead.") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"{model!r} has no image processor beside its tokenizer: give --visual-tokens instead.")

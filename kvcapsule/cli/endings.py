@@ -26,6 +26,8 @@ _MEND = {
 }
 _OUT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator")
 """What PyTorch's errors are called, or say, when memory is used up: a class of CUDA's, and a RuntimeError on CPUs."""
+_HOMELESS = "Could not determine home directory"
+"""What Python says of `~` where there is no such home."""
 _NULL = ("embedded null byte", "embedded null character")
 """What Python says of names that hold a null character."""
 
@@ -75,6 +77,8 @@ def _line(error: Exception) -> str | None:
         return f"an input is nested too deep to be read; where, a traceback shows with {TRACEBACK}=1."
     if isinstance(error, MemoryError) or any(word in f"{type(error)} {error}" for word in _OUT_OF_MEMORY):
         return "memory is used up: take less at once, such as fewer or smaller images, a smaller batch or model."
+    if isinstance(error, RuntimeError) and str(error).startswith(_HOMELESS):
+        return "a name begins with ~ and the home directory is not known: write the whole path."
     if isinstance(error, ValueError) and str(error) in _NULL:
         return "the name of a file holds a null character: write it without."
     return None

@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from .. import estimate as closed_form
-from ..errors import KVCapsuleError
+from ..errors import InputError, KVCapsuleError
+from .counts import count, count_or_0
 from .errors import Parser, complain
 from .results import STDOUT, add_json_option, require_writable, write_json
 
@@ -20,6 +21,12 @@ BATCHES = (1, 4, 16, 64)
 """Batch sizes that are shown in addition to --batch."""
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _GIB = 2**30
+_MOST = 10**6
+"""Largest compression, and largest memory in GiB."""
+_MOST_PIXELS = 2**25
+"""Of an image for the model's processor."""
+_MOST_IMAGES = 100
+"""For the model's processor."""
 _RENAMED = {"--ratio": "--ratio is --compression now: --compression 20 stores twenty times fewer bytes."}
 CAVEAT = (
     "An upper bound from bytes alone; nothing is measured. Left out: what a capsule computes and the maps it reads,"
@@ -74,6 +81,10 @@ def estimated(options: Options) -> dict[str, Any]:
     geometry = KVGeometry.from_config(config)
     weights = count_weights(config, options.model)
     if options.visual_tokens is None:
+        if options.images > _MOST_IMAGES:
+            raise InputError(
+                f"--resolution with --images above {_MOST_IMAGES:,}: give --visual-tokens of an image instead."
+            )
         visual = count_visual_tokens(config, options.model, options.revision, options.images, options.resolution)
     else:
         visual = options.images * options.visual_tokens
@@ -167,17 +178,17 @@ def _parser() -> Parser:
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
     prompts = parser.add_argument_group("the prompts")
     add = prompts.add_argument
-    add("--images", metavar="N", type=_count, default=1, help="images of a sequence (default: %(default)s)")
+    add("--images", metavar="N", type=count, default=1, help="images of a sequence (default: %(default)s)")
     size = prompts.add_mutually_exclusive_group(required=True)
-    size.add_argument("--visual-tokens", metavar="N", type=_count, help="visual tokens of an image")
+    size.add_argument("--visual-tokens", metavar="N", type=count, help="visual tokens of an image")
     size.add_argument(
         "--resolution",
         metavar="HxW",
         type=_resolution,
         help="pixels of an image; the model's processor then gives its visual tokens",
     )
-    add("--text", metavar="N", type=_count_or_0, default=128, help="text tokens of a sequence (default: %(default)s)")
-    add("--batch", metavar="N", type=_count, default=1, help="sequences with their own images (default: %(default)s)")
+    add("--text", metavar="N", type=count_or_0, default=128, help="text tokens of a sequence (default: %(default)s)")
+    add("--batch", metavar="N", type=count, default=1, help="sequences with their own images (default: %(default)s)")
     add = parser.add_argument_group("storage").add_argument
     add(
         "--compression",
@@ -203,18 +214,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _count_or_0(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -223,16 +222,17 @@ def _number(text: str) -> float:
 
 
 def _compression(text: str) -> float:
-    if not 1 <= _number(text) < math.inf:
+    if not 1 <= _number(text) <= _MOST:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of at least 1: 20 stores twenty times fewer bytes than 16 bits an element"
+            f"{text!r} is not a number of at least 1 (and at most {_MOST:,}): 20 stores twenty times fewer bytes than"
+            " 16 bits an element"
         )
     return float(text)
 
 
 def _gib(text: str) -> float:
-    if not 0 < _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 0 < _number(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (and at most {_MOST:,})")
     return float(text)
 
 
@@ -240,4 +240,7 @@ def _resolution(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 448x672")
-    return int(match[1]), int(match[2])
+    height, width = (int(side) if len(side) < 9 else _MOST_PIXELS + 1 for side in match.groups())
+    if height * width > _MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {_MOST_PIXELS:,} pixels")
+    return height, width

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import InputError, KVCapsuleError
+from .counts import count
 from .errors import Parser, complain
 from .generate_report import Answer, show_bytes, show_comparison, show_store
 from .model_check import checked_models
@@ -159,11 +160,11 @@ def _parser() -> Parser:
         help="such as cpu or cuda:1; auto spreads the model over devices (default: CUDA if present)",
     )
     add = parser.add_argument_group("the answer").add_argument
-    add("--max-new-tokens", metavar="N", type=_count, default=128, help="most tokens to write (default: %(default)s)")
+    add("--max-new-tokens", metavar="N", type=count, default=128, help="most tokens to write (default: %(default)s)")
     add("--do-sample", action="store_true", help="draw tokens at random by their probability (default: the likeliest)")
     add("--temperature", metavar="X", type=float, help="with --do-sample: above 1 is more varied, below 1 less")
     add("--top-p", metavar="P", type=float, help="with --do-sample: draw from the likeliest tokens of this total share")
-    add("--top-k", metavar="N", type=_count, help="with --do-sample: draw from this many of the likeliest tokens")
+    add("--top-k", metavar="N", type=count, help="with --do-sample: draw from this many of the likeliest tokens")
     add("--seed", metavar="N", type=int, default=0, help="with --do-sample: random seed (default: %(default)s)")
     add = parser.add_argument_group("report").add_argument
     add(
@@ -172,12 +173,6 @@ def _parser() -> Parser:
         help="also answer with the full cache: show that answer, whether it is identical, and its measured bytes",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _truth(text: str) -> bool:

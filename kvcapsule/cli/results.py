@@ -55,9 +55,9 @@ def require_writable(files: Iterable[str | None], folders: Iterable[str | None] 
     Raises:
         InputError: if a file or folder cannot be written.
     """
-    wanted = [Path(file) for file in files if file is not None and file != STDOUT]
+    wanted = [expanded(file) for file in files if file is not None and file != STDOUT]
     regular = [file for file in wanted if not _is_device(file)]
-    for folder in [*(file.parent for file in regular), *(Path(folder) for folder in folders if folder is not None)]:
+    for folder in [*(file.parent for file in regular), *(expanded(folder) for folder in folders if folder is not None)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Whether it can be written: permissions say less of a superuser or of a network disk.
@@ -76,6 +76,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         InputError: if the file cannot be written; what was there before is untouched.
     """
+    path = expanded(path)
     temporary = path.with_name(unique_name(path))
     try:
         if _is_device(path):
@@ -92,13 +93,19 @@ def write_whole(path: Path, content: bytes) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path with the home directory for `~`, which shells leave in words such as --json=~/x; as it stands if there is
+    no such home."""
+    return Path(os.path.expanduser(name))
+
+
 def _is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def shown_path(name: str) -> str:
     """A name as a report shows it: an absolute path becomes relative to the working directory, or its last part."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_absolute():
         return name
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

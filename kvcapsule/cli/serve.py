@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, KVCapsuleError
+from .counts import count
 from .errors import Parser, complain, dashed
 from .sizes import MOST_BYTES
 
@@ -234,12 +235,12 @@ def _parser() -> Parser:
         help="part of it for the capsule pool, 0 to 1 (default: auto, which lets the most sequences run)",
     )
     add = parser.add_argument_group("the sequences that are expected").add_argument
-    add("--images", metavar="N", type=_count, default=1, help="images of a sequence (default: %(default)s)")
-    add("--image-tokens", metavar="N", type=_count, help="visual tokens of an image (default: those of 448x448 pixels)")
+    add("--images", metavar="N", type=count, default=1, help="images of a sequence (default: %(default)s)")
+    add("--image-tokens", metavar="N", type=count, help="visual tokens of an image (default: those of 448x448 pixels)")
     add(
         "--text-tokens",
         metavar="N",
-        type=_count,
+        type=count,
         default=128,
         help="other tokens, the answer's too (default: %(default)s)",
     )
@@ -253,7 +254,7 @@ def _parser() -> Parser:
         help="most bytes in it; what was used least recently goes first (default: 2GB)",
     )
     add = parser.add_argument_group("options of vLLM that are looked at").add_argument
-    add("--block-size", metavar="N", type=_count, help="tokens of a block (default: the smallest that fits the tiles)")
+    add("--block-size", metavar="N", type=count, help="tokens of a block (default: the smallest that fits the tiles)")
     add(
         "--dtype",
         default="auto",
@@ -281,9 +282,3 @@ def _share(text: str) -> float | None:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 0 to below 1")
     return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

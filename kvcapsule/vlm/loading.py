@@ -53,11 +53,17 @@ def load_vlm(
     source = str(shipped(name) or name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
+        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
-            source, revision=revision, dtype=dtype if dtype == "auto" else DTYPES[dtype], device_map=device
+            source,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else DTYPES[dtype],
+            device_map=device,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Whatever transformers meets in files that are damaged or of another kind.
         if Path(name).name == _BUILT_LOCALLY and not Path(source).exists():
             raise ModelError(f"there is no folder {name!r}: `make {_BUILT_LOCALLY}` makes it.") from error
         kind = "folder" if Path(source).exists() else "model"

@@ -121,7 +121,7 @@ def at_the_start_of_work() -> Iterator[None]:
         return known[key]
 
     def few_pages(split: str, size: int, *arguments: Any, **named: Any) -> Any:
-        return real_pages(split, min(size, 40), *arguments, **named)
+        return real_pages(split, min(size, 80), *arguments, **named)
 
     with ExitStack() as stack:
         for target in WORK:
@@ -167,6 +167,8 @@ def strange_writes(place: Path, words: list[str]) -> list[str]:
     work = place / "work"
     named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 5000]
     places = [Path(os.path.normpath(work / os.path.expanduser(part))) for part in named]
+    # The default output of train, and of a suite's capsules.
+    places.append(work / "runs")
     contents = [path.read_text(errors="replace") for path in places if len(path.name) < 200 and path.is_file()]
     return [
         str(path)

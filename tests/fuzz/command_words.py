@@ -27,12 +27,12 @@ VALID = {
         "--methods snapkv,int4 --budget 0.2 --batch 2 --timing false",
         "--suite suite.yaml --report page.md --suite-capsules out/capsules",
         "--suite policies --train false",
-        "--config options.yaml --data.source rows.jsonl --metric anls",
+        "--config options.yaml --data.source rows.jsonl --data.split all --metric anls",
     ],
     "bench": [
         "--quick --json out/b.json",
-        "--level operator,decode --visual-tokens 64,128 --batch 1,2 --seconds 0.1",
-        "--level serving --plot out/b.svg --memory-mib 64 --methods snapkv",
+        "--level operator,step --visual-tokens 64,128 --batch 1,2 --seconds 0.1",
+        "--level serving --plot out/b.svg --memory-mib 64 --methods int4",
     ],
     "estimate": [
         "--model pages-vlm --visual-tokens 196",
@@ -190,7 +190,7 @@ def write_files(folder: Path, capsule: Path) -> None:
     """The files that command lines name; capsule: a folder whose small files are copied."""
     rows = [{"image": "image.png", "prompt": "Read?", "answer": "yes"} for _ in range(12)]
     recipe = {"family": "transform", "compression": 10.0, "codec": {"tile": 49}, "transform": {"steps": 2}}
-    suite = {"options": {"data": {"size": 4}}, "entries": [{"policy": "snapkv", "budget": 0.2}]}
+    suite = {"options": {"data": {"size": 4}}, "entries": [{"method": "snapkv", "retention": 0.2}]}
     texts = {
         "rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
         "recipe.yaml": yaml.safe_dump(recipe),
