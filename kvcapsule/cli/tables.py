@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -129,13 +130,14 @@ def _block(table: ReportTable, chosen: Sequence[int], joined: bool = False) -> T
     block = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for i in chosen:
         column = table.columns[i]
-        longest = max((len(line) for row in table.rows for line in row.cells[i].split("\n")), default=0)
+        lines = [line for text in (column.title, *(row.cells[i] for row in table.rows)) for line in text.split("\n")]
+        longest = max(map(cell_len, lines))
         block.add_column(
             Text(column.title.replace("\n", " ") if joined else column.title),
             justify="right" if column.kind == NUMBER else "left",
             no_wrap=joined or column.kind != TEXT,
             overflow="fold",
-            min_width=min(_LEAST_TEXT, longest) if column.kind == TEXT else None,
+            min_width=min(_LEAST_TEXT, longest) if column.kind == TEXT else longest,
         )
     for row in table.rows:
         block.add_row(

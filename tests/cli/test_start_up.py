@@ -17,6 +17,7 @@ QUICK = [
     *([name, "--help"] for name in COMMANDS),
     ["train", "compact", "--help"],
     ["models"],
+    ["models", "--wide"],
 ]
 MISTYPED = [[name, "--no-such-option"] for name in COMMANDS if name != "serve"]
 """serve hands options that are not its own to vLLM."""

@@ -90,8 +90,8 @@ def _spectra(result: Mapping[str, Any]) -> ReportTable:
         table.add(str(layer["layer"]), *cells)
     table.note = (
         "Effective rank, and components for 90 and 99 % of the energy; mean over KV heads. Keys are in their tile's"
-        " frame; rotated: as the model rotated them; unrotated: each token turned back by its own position. From"
-        " unrotated to rotated is what RoPE costs."
+        " frame. Of their channels --wide shows two more: rotated as the model rotated them, and unrotated, each token"
+        " turned back by its own position; from unrotated to rotated is what RoPE costs."
     )
     return table
 
@@ -124,8 +124,8 @@ def _drift(result: Mapping[str, Any]) -> ReportTable:
     table.note = (
         f"overlap: Jaccard of the {drift['top']:.0%} of visual tokens with most attention, at the step and under the"
         f" last prompt token (chance {drift['top'] / (2 - drift['top']):.2f}). held: share of a step's attention to the"
-        " image that lies on the tokens ranked first by the prompt behind the image (prefill), by its last token, or"
-        " by the step itself; mean over decode steps."
+        " image that lies on the tokens ranked first by the prompt behind the image (prefill), by its last token"
+        " (with --wide), or by the step itself; mean over decode steps."
     )
     return table
 
@@ -153,9 +153,9 @@ def _predicted(result: Mapping[str, Any]) -> ReportTable:
         ]
         table.add(title, *("" if cell is None else _cell(cell, ".3f") for cell in chain(*means)))
     table.note = (
-        "Rate-distortion bounds; scales and maps are not counted. fixed: share of the variance that is the same in"
-        " every tile, and costs no bits. Below the line, means over layers: of the transform code, of plain per-channel"
-        " quantisation at the same bits, and of 16-bit rows by PCA along the tokens alone."
+        "Rate-distortion bounds; scales and maps are not counted. fixed (with --wide): share of the variance that"
+        " is the same in every tile, and costs no bits. Last rows: means over layers of the transform code, of"
+        " plain per-channel quantisation at the same bits, and of 16-bit rows by PCA along the tokens alone."
     )
     return table
 
@@ -196,9 +196,9 @@ def _layer_groups(result: Mapping[str, Any]) -> ReportTable:
         )
     table.note = (
         "Layer groups are those of `kvcapsule train cross-layer`. Every layer's keys, and its values, count alike: what"
-        " their errors cost the answer is not measured here, and training weighs it. bits apart: bits for each element"
-        " with which codes apart come to the error of the code together; the rest is saved. In memory, that is: each"
-        " layer reads the code of its full group."
+        " their errors cost the answer is not measured here, and training weighs it. bits apart (with --wide): bits"
+        " for each element with which codes apart come to the error of the code together; the rest is saved. In memory,"
+        " that is: each layer reads the code of its full group."
     )
     return table
 
