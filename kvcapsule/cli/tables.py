@@ -101,7 +101,7 @@ def _blocks(table: ReportTable, wide: bool, console: Console) -> Iterator[Table]
     if not shown:
         return
     if not console.is_terminal:
-        block = _block(table, shown, joined=True)
+        block = _block(table, shown, on_one_line=True)
         block.width = _widths(block, console)[1]
         yield block
         return
@@ -125,24 +125,24 @@ def _widths(block: Table, console: Console) -> tuple[int, int]:
     return measured.minimum, measured.maximum
 
 
-def _block(table: ReportTable, chosen: Sequence[int], joined: bool = False) -> Table:
-    """Some columns as rich prints them; joined: every row on one line."""
+def _block(table: ReportTable, chosen: Sequence[int], on_one_line: bool = False) -> Table:
+    """Some columns as rich prints them; on_one_line: every row on one line."""
     block = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for i in chosen:
         column = table.columns[i]
         lines = [line for text in (column.title, *(row.cells[i] for row in table.rows)) for line in text.split("\n")]
         longest = max(map(cell_len, lines))
         block.add_column(
-            Text(column.title.replace("\n", " ") if joined else column.title),
+            Text(column.title.replace("\n", " ") if on_one_line else column.title),
             justify="right" if column.kind == NUMBER else "left",
-            no_wrap=joined or column.kind != TEXT,
+            no_wrap=on_one_line or column.kind != TEXT,
             overflow="fold",
             min_width=min(_LEAST_TEXT, longest) if column.kind == TEXT else longest,
         )
     for row in table.rows:
         block.add_row(
-            *(Text(row.cells[i].replace("\n", ", ") if joined else row.cells[i]) for i in chosen),
+            *(Text(row.cells[i].replace("\n", ", ") if on_one_line else row.cells[i]) for i in chosen),
             style="bold" if row.is_strong else None,
-            end_section=row.ends_section and not joined,
+            end_section=row.ends_section and not on_one_line,
         )
     return block
