@@ -118,7 +118,13 @@ def write_places(capsule: Path, model: str, source: str) -> None:
     try:
         if places:
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_files.write(path, atomic_files.to_json(places))
+            temporary = path.with_name(atomic_files.unique_name(path))
+            try:
+                atomic_files.write(temporary, atomic_files.to_json(places))
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            atomic_files.remove_litter(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -167,11 +167,11 @@ def _compile(command: list[str], path: Path) -> None:
     _logger.warning("kvcapsule: compiling the CPU kernels once for this machine (%s) into %s", command[0], path)
     # Beside its place, then renamed: several processes may do the same at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = [*command, *FLAGS, str(_FOLDER / "attend.cpp"), "-o", f"{folder}/new.so"]
-        done = subprocess.run(whole, capture_output=True, text=True, check=False)
+        line = [*command, *FLAGS, str(_FOLDER / "attend.cpp"), "-o", f"{folder}/new.so"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
             raise KernelError(
-                f"the CPU kernels could not be compiled by {shlex.join(whole)}:\n{done.stderr.strip()}\n"
+                f"the CPU kernels could not be compiled by {shlex.join(line)}:\n{done.stderr.strip()}\n"
                 "Name another compiler in CXX, or set KVCAPSULE_KERNELS=reference."
             )
         os.replace(f"{folder}/new.so", path)
