@@ -108,7 +108,9 @@ def _cpu() -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    _logger.warning("kvcapsule: compiling the CPU kernels once for this machine (%s) into %s", command[0], path)
+    _logger.warning(
+        "kvcapsule: compiling the CPU kernels once for this machine, a few seconds (%s), into %s", command[0], path
+    )
     # Beside its place, then renamed: several processes may do the same at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         done = subprocess.run([*command, "-o", f"{folder}/new.so"], capture_output=True, text=True, check=False)
