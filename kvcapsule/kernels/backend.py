@@ -3,6 +3,7 @@
 import logging
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -43,8 +44,7 @@ def _choose(device: str) -> str:
     if missing := _missing(chosen):
         if setting:
             raise KernelError(f"{VARIABLE}={setting}, but {missing}, or unset the variable.")
-        if chosen == "cpu":
-            _logger.warning("kvcapsule: attention runs in plain PyTorch, several times slower: %s.", missing)
+        _logger.warning("kvcapsule: attention runs in plain PyTorch, several times slower: %s.", missing)
         return "reference"
     if chosen == "cpu" and device != "cpu":
         raise KernelError(
@@ -52,6 +52,8 @@ def _choose(device: str) -> str:
         )
     if chosen == "triton":
         _require_triton(device)
+        if device != "cpu" and _is_first_use(folder := _triton_cache()):
+            _logger.warning("kvcapsule: Triton compiles the GPU kernels once for this machine, into %s", folder)
     return chosen
 
 
@@ -62,6 +64,18 @@ def _missing(backend: str) -> str | None:
     if backend == "triton" and find_spec("triton") is None:
         return "Triton is not installed: pip install 'kvcapsule[triton]'"
     return None
+
+
+def _triton_cache() -> Path:
+    """Where Triton keeps what it has compiled."""
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
+
+
+def _is_first_use(folder: Path) -> bool:
+    """Whether Triton has compiled nothing yet, of any program."""
+    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def _require_triton(device: str) -> None:

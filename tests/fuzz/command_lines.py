@@ -4,8 +4,8 @@
 
 They run in this process, up to where the work begins: models are loaded once, and nothing is trained, measured,
 answered, uploaded or served. What must hold of each: no exception but SystemExit, exit code 0 or 2 (1 where `store
-check` finds damage), one line on stderr if it is refused, at most 5 seconds of CPU, and no file outside the working directory,
-in which an option named it. tests/fuzz/test_command_lines.py runs some hundred of them.
+check` finds damage), one line on stderr if it is refused, at most 5 seconds of CPU, and no file outside the working
+directory, in which an option named it. tests/fuzz/test_command_lines.py runs some hundred of them.
 """
 
 import argparse

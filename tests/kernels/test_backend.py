@@ -1,6 +1,10 @@
 """Which implementation serves which device, and that a model writes the same with each."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,15 +37,56 @@ def test_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.backend_for("cuda") == "triton"
 
 
-def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_what_kernels_need(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     monkeypatch.setattr(library, "compiler", lambda: None)
-    assert choice.backend_for("cuda") == choice.backend_for("cpu") == "reference"
+    for device, extra in (("cuda", "triton"), ("cpu", "cpu")):
+        caplog.clear()
+        assert choice.backend_for(device) == choice.backend_for(device) == "reference"
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert "several times slower" in line and f"pip install 'kvcapsule[{extra}]'" in line
     for name, extra in (("triton", "triton"), ("cpu", "cpu")):
         choice._chosen.clear()
         monkeypatch.setenv(choice.VARIABLE, name)
         with pytest.raises(RuntimeError, match=rf"pip install 'kvcapsule\[{extra}\]'"):
             choice.backend_for("cpu")
+
+
+def test_triton_says_at_first_use_that_it_compiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    choice.backend_for("cuda")
+    choice.backend_for("cuda")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kvcapsule: Triton compiles the GPU kernels once for this machine, into {tmp_path / 'cache'}"
+    ]
+    (tmp_path / "cache" / "kernel").mkdir(parents=True)
+    choice._chosen.clear()
+    caplog.clear()
+    choice.backend_for("cuda")
+    assert not caplog.records
+
+
+def test_one_line_on_a_machine_without_a_compiler(tmp_path: Path) -> None:
+    """As a person sees it: on stderr, once a process, however many calls."""
+    code = (
+        "from kvcapsule.kernels import backend\nbackend.find_spec = lambda name: None\n"
+        "backend.library.find_spec = lambda name: None\nprint(backend.backend_for('cpu'), backend.backend_for('cpu'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", choice.VARIABLE)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["reference", "reference"]
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("install g++ or clang++, or pip install 'kvcapsule[cpu]'.")
 
 
 def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

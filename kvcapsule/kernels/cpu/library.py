@@ -164,7 +164,9 @@ def _cpu() -> str:
 
 def _compile(command: list[str], path: Path) -> None:
     """Compile the kernels with a compiler's command. Raises KernelError where it fails."""
-    _logger.warning("kvcapsule: compiling the CPU kernels once for this machine (%s) into %s", command[0], path)
+    _logger.warning(
+        "kvcapsule: compiling the CPU kernels once for this machine, a few seconds (%s), into %s", command[0], path
+    )
     # Beside its place, then renamed: several processes may do the same at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         line = [*command, *FLAGS, str(_FOLDER / "attend.cpp"), "-o", f"{folder}/new.so"]
