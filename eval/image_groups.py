@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.row_digest import images_digest
+from kvcapsule.errors import DataError
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ def image_groups(rows: datasets.Dataset, progress: Progress) -> list[list[int]]:
     that answers of similar lengths are written together; a row without images is a group of its own.
 
     Raises:
-        DataError: naming the row, if an image cannot be read.
+        DataError: naming the row, if an image cannot be read; or if no row has one.
     """
     bar = progress.add_task("comparing the images", total=len(rows))
     groups: dict[int | tuple[str, int], list[int]] = {}
@@ -25,6 +26,8 @@ def image_groups(rows: datasets.Dataset, progress: Progress) -> list[list[int]]:
         images = read_question(rows[index], index).images
         groups.setdefault(images_digest(images) if images else ("row", index), []).append(index)
         progress.advance(bar)
+    if all(isinstance(key, tuple) for key in groups):
+        raise DataError("none of the questions has an image, so there is nothing to compress.")
     tasks = list(rows["task"])
     order = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
     return sorted(groups.values(), key=lambda group: [order[tasks[index]] for index in group])

@@ -69,7 +69,7 @@ def encode_prefixes(prompts: Sequence[CutPrompt], model: PreTrainedModel, proces
     """The prefixes of prompts, whose questions must have their images.
 
     Raises:
-        InputError: if none has visual tokens.
+        InputError: if there are images, and no visual tokens.
     """
     encoded, _ = encode_questions([prompt.question for prompt in prompts], model, processor)
     valid, lengths = encoded[_MASK].bool(), [prompt.end for prompt in prompts]
@@ -83,7 +83,7 @@ def encode_prefixes(prompts: Sequence[CutPrompt], model: PreTrainedModel, proces
             else value
         )
     spans = find_spans(model.config, inputs[_IDS], inputs)
-    if not spans:
+    if not spans and any(prompt.question.images for prompt in prompts):
         raise InputError(
             f"{model.config.model_type}: its prompts hold no visual tokens, so there is nothing to compress."
         )

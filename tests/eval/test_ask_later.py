@@ -9,7 +9,7 @@ import torch
 from rich.progress import Progress
 
 from kvcapsule.data.batches import read_question
-from kvcapsule.errors import InputError
+from kvcapsule.errors import DataError, InputError
 from kvcapsule.eval import prefixes
 from kvcapsule.eval.ask_first import AskFirst
 from kvcapsule.eval.ask_later import AskLater
@@ -160,6 +160,17 @@ def test_a_question_without_images_is_asked_behind_the_first_token(model, proces
         same = first.tokens[1 if question.prompt == PROMPTS[0] else 0]
         length = min(len(same), len(tokens))
         assert torch.equal(tokens[:length], same[:length])
+
+
+def test_blocks_of_questions_without_images(model, processor) -> None:
+    """They are answered; where there is no image at all, nothing can be compared."""
+    rows = table(((), "What now?"), ((0,), PROMPTS[0]), ((), "And then?"))
+    counts = [len(block.parts[0]) for block in AskLater.blocks(rows, model, processor, 1, QUIET)]
+    assert counts == [1, 1, 1]
+    tally = evaluate(model, processor, rows, [full_entry()], Answering(1, 4, protocol=ASK_LATER), QUIET)[FULL]
+    assert tally.count == 3
+    with pytest.raises(DataError, match="none of the questions has an image"):
+        list(AskLater.blocks(rows.select([0, 2]), model, processor, 4, QUIET))
 
 
 class Noted(Full):
