@@ -366,7 +366,7 @@ class TestCommand:
             assert row.keys() == {*vars(family), "transformers"}
 
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["models"]) == 0
+        assert main(["models", "--wide"]) == 0
         printed = capsys.readouterr().out
         for family in FAMILIES:
             assert family.name in printed
