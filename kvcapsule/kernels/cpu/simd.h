@@ -14,8 +14,8 @@ template <int NUMBER> struct Constant {
 // How many vectors a block has, at most `most`, so that its sums stay in registers: so many sums for each of them.
 // Without AVX-512 there are 16 registers: eight hold sums, or as many as one vector needs.
 constexpr int fitting(int sums, int most) {
-    const int found = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
-    return found > most ? most : found > 1 ? found : 1;
+    const int vectors = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
+    return vectors > most ? most : vectors > 1 ? vectors : 1;
 }
 INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
 INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
