@@ -122,6 +122,16 @@ template <class Reader> class Pass {
     float *sums_, *out_;
 };
 
+// While one lives, numbers below 1.2e-38 count as 0. Where blocks are filled up, a workspace holds anything, and with
+// such numbers Intel's CPUs take a hundred times as long.
+struct WithoutDenormals {
+#ifdef __SSE__
+    const unsigned before = __builtin_ia32_stmxcsr();
+    WithoutDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }  // Results are flushed, and inputs read, as 0.
+    ~WithoutDenormals() { __builtin_ia32_ldmxcsr(before); }
+#endif
+};
+
 // Calls body with what makes a pass over a segment, and what it needs of a workspace.
 template <class Body> void with_pass(const Call& call, int64_t i, Arena arena, const Body& body) {
     const Source src(call, i);
@@ -149,6 +159,7 @@ EXPORT int64_t kvcapsule_workspace_size(const Call* call) {
 }
 
 EXPORT void kvcapsule_run_piece(const Call* call, int64_t piece) {
+    const WithoutDenormals guard;
     const int64_t rows = call->batch * call->heads * call->rows;
     const Sums results{call->sums + piece * rows * call->dim, call->top + piece * rows, call->mass + piece * rows};
     for (int64_t i = 0; i < call->count; ++i)
