@@ -21,10 +21,10 @@ TEXT = (ROOT / "README.md").read_text()
 HAND_WRITTEN = re.sub(r"<!-- table: .*?<!-- end of table -->", "", TEXT, flags=re.DOTALL)
 """The README without its generated table, whose command takes hours."""
 STARTS = {
-    "train": "kvcapsule.training.main.train",
-    "analyze": "kvcapsule.training.analysis.main.run",
-    "eval": "kvcapsule.eval.main.run",
-    "bench": "kvcapsule.eval.bench.main.run",
+    "train": "kvcapsule.training.fit.train",
+    "analyze": "kvcapsule.training.analysis.study.run",
+    "eval": "kvcapsule.eval.run.run",
+    "bench": "kvcapsule.eval.bench.run.run",
     "serve": "kvcapsule.cli.serve.command_line",
 }
 """Of commands that take minutes: the function that they start with what their command line says."""
