@@ -104,9 +104,7 @@ def test_the_upper_axis_tells_the_compression_at_16_bits() -> None:
 
 def test_suite_draws_its_curves(vlm, tmp_path, suite_file, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        rate_curves, "picture", lambda rows, title: seen.append(len(rows)) or picture(rows, title)
-    )
+    monkeypatch.setattr(rate_curves, "picture", lambda rows, title: seen.append(len(rows)) or picture(rows, title))
     entries = [{"method": "evenly-spaced", "compression": compression} for compression in (2, 4)]
     rows_of(vlm, tmp_path, "--suite", suite_file(entries), "--plot", str(tmp_path / "new" / "eval.png"))
     assert seen == [3]
