@@ -46,7 +46,7 @@ HELP = {
 }
 EXTRAS = {
     "train": ("datasets", "lightning", "matplotlib", "sklearn", "tensorboard"),
-    "eval": ("datasets", "jinja2", "matplotlib", "rapidfuzz", "sklearn"),
+    "eval": ("datasets", "matplotlib", "rapidfuzz", "sklearn"),
 }
 """The modules that each of pyproject's extras brings beside what every installation has."""
 EXTRA_OF = {"analyze": "train", "train": "train", "eval": "eval", "bench": "eval", "report": "eval"}
