@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ..atomic_files import remove_litter, to_json, unique_name, write
+from ..atomic_files import replacing, to_json
 from ..errors import InputError
 
 STDOUT = "-"
@@ -77,18 +77,13 @@ def write_whole(path: Path, content: bytes) -> None:
         InputError: if the file cannot be written; what was there before is untouched.
     """
     path = expanded(path)
-    temporary = path.with_name(unique_name(path))
     try:
         if _is_device(path):
             path.write_bytes(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary, content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        remove_litter(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
 
