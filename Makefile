@@ -42,7 +42,7 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
-.PHONY: help venv test fuzz test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
+.PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
 	smol-vlm-results rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
@@ -64,6 +64,9 @@ FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 0
 fuzz: $(READY) ## random conversations with a cache for an hour (FUZZ_MINUTES=60 FUZZ_SEED=0; eval/results/fuzz-cache.json)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --json eval/results/fuzz-cache.json
+
+kills: $(READY) ## kill 200 runs in the midst, and look at what they leave (FUZZ_SEED=0; eval/results/fuzz-kills.json)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kills.py --times 200 --seed $(FUZZ_SEED) --json eval/results/fuzz-kills.json
 
 test-lower: test-$(firstword $(MINORS)) ## run the tests of cache, attention and generate on the lowest transformers of the range
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from support.capsule_files import METRICS, equal, fixed_capsule
 
@@ -20,6 +21,7 @@ from kvcapsule.cli.results import write_whole
 from kvcapsule.errors import CapsuleError, InputError
 from kvcapsule.eval.report.picture import save_picture
 from kvcapsule.folder_swap import exchange
+from kvcapsule.training.checkpoints import WholeFiles
 from kvcapsule.training.output_folder import output_folder
 from kvcapsule.training.recipe import Recipe
 
@@ -111,7 +113,7 @@ def test_what_was_moved_aside_is_back_before_anything_looks(saved: Path, monkeyp
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(CapsuleError, match="was killed, and the capsule that it left in .* cannot be renamed"):
+    with pytest.raises(CapsuleError, match=r"was killed, and the capsule that it left in .* cannot be renamed"):
         Capsule.from_pretrained(saved)
 
 
@@ -149,6 +151,15 @@ def test_new_measurements_and_results_leave_no_litter(saved: Path) -> None:
     assert len(os.listdir(saved.parent)) == 3
     save_picture(Figure(), saved.parent / "out.png")
     assert sorted(os.listdir(saved.parent)) == ["out.json", "out.png", "tiny"]
+
+
+def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, path)
+    killed(lambda: WholeFiles().save_checkpoint({"step": 2}, path), "fsync", 1)
+    assert torch.load(path, weights_only=True) == {"step": 1} and len(os.listdir(tmp_path)) == 2
+    WholeFiles().save_checkpoint({"step": 3}, path)
+    assert torch.load(path, weights_only=True) == {"step": 3} and os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_what_lives_or_is_of_another_stays(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
