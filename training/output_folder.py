@@ -31,11 +31,12 @@ LOCK_FILE, RECORD_FILE = "lock", "run.json"
 CSV_FOLDER, TENSORBOARD_FOLDER = "csv", "tensorboard"
 _FILES = (
     *(LOCK_FILE, RECORD_FILE, CLOSED_FORM_FILE, DESCENT_FILE, PLACES_FILE),
-    *(f".{name}.*" for name in (RECORD_FILE, CLOSED_FORM_FILE, DESCENT_FILE, PLACES_FILE)),
     *(f"{CSV_FOLDER}/metrics.csv", f"{CSV_FOLDER}/hparams.yaml"),
     *(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*", f"{TENSORBOARD_FOLDER}/hparams.yaml"),
 )
-"""What runs write to OUTPUT.run, as patterns; hidden is what is not yet whole."""
+"""What runs write to OUTPUT.run, as patterns."""
+_REPLACED = (RECORD_FILE, CLOSED_FORM_FILE, DESCENT_FILE, PLACES_FILE)
+"""Files that are written under a hidden name first."""
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
 
@@ -57,6 +58,8 @@ class OutputFolder:
                 to resume with other options than the run's own.
         """
         restore(self.capsule)
+        for name in _REPLACED:
+            atomic_files.remove_litter(self.work / name)
         record = _record(self.work)
         if self.recipe.resume:
             self._require_resumable(record)
