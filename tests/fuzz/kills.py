@@ -29,11 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "KVCAPSULE_KERNELS": "reference"}
 
 import torch
+from kill_commands import Evaluations, Harvests, Trainings
 from kill_switch import Kill, in_child, killed, measured
-from kill_targets import TARGETS, Target
+from kill_targets import Saves, Stores, Target
 
 from kvcapsule.environment import machine, versions
 
+TARGETS: dict[str, type[Target]] = {
+    "save": Saves,
+    "store": Stores,
+    "train": Trainings,
+    "harvest": Harvests,
+    "eval": Evaluations,
+}
 SHARES = {"save": 0.3, "store": 0.2, "train": 0.2, "harvest": 0.15, "eval": 0.15}
 """Of the kills, by what is killed."""
 _MOST_TRIES = 50
