@@ -9,10 +9,10 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from kvcapsule.atomic_files import replacing
 from kvcapsule.errors import ConfigError
 
 from .capsule_fit import CapsuleFit
+from .run_state import write_whole
 
 _EVERY_STEPS = 50
 _EVERY_SECONDS = 60.0
@@ -77,8 +77,7 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with replacing(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+        write_whole(checkpoint, Path(path))
 
 
 def diverged(fit: L.LightningModule, what: str) -> ConfigError:

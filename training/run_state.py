@@ -1,5 +1,6 @@
 """What a run keeps to be resumed from: its closed form, written once, and the checkpoints of its descent."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,20 @@ def save_closed_form(work: Path, config: dict[str, Any], layers: dict[str, torch
         layers: tensors of the fit's layers by name.
         rows: digests of the rows that were read for it.
     """
-    with replacing(work / CLOSED_FORM_FILE) as path:
-        torch.save({"config": config, "layers": layers, "rows": list(rows)}, path)
+    write_whole({"config": config, "layers": layers, "rows": list(rows)}, work / CLOSED_FORM_FILE)
+
+
+def write_whole(state: dict[str, Any], path: Path) -> None:
+    """Write what `torch.save` makes of a state, whole or not at all.
+
+    Raises:
+        OSError: if the file cannot be written. `torch.save` to a file says of a full disk only that a position is
+            unexpected, in a RuntimeError.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    with replacing(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def load_closed_form(work: Path) -> dict[str, Any] | None:
