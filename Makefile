@@ -57,8 +57,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	@touch $@
 
-test: $(READY) ## run the tests (offline, CPU)
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_FLAGS)
+# Processes of `make test`, of 1 to 3 GiB each; a file's tests stay together, as they share what they build.
+TEST_PROCESSES ?= 2
+test: $(READY) ## run the tests (offline, CPU) in two processes (TEST_PROCESSES=2)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 0
