@@ -18,9 +18,10 @@ MINORS := $(addprefix 5.,$(shell seq $(call BOUND,1) $$(($(call BOUND,2) - 1))))
 RANGE_TABLE ?= docs/models.md
 RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cache.py tests/inference/test_cache_interface.py \
 	tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
-	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
+	tests/inference/test_decoding.py tests/inference/test_decoding_chat.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
 	tests/inference/test_rope_deltas.py tests/inference/test_conversations.py tests/inference/test_attached_threads.py \
-	tests/inference/test_peak_memory.py tests/inference/test_stored_prompt.py tests/vlm/test_families.py tests/vlm/test_spans.py \
+	tests/inference/test_peak_memory.py tests/inference/test_stored_prompt.py tests/inference/test_stored_prompt_misses.py tests/inference/test_stored_prompt_refusals.py \
+	tests/vlm/test_families.py tests/vlm/test_spans.py \
 	tests/vlm/test_geometry.py tests/cli/test_generate.py
 # The version of kvcapsule/serving/version.py, and the torch that it asks for, whose CPU build PyPI does not have under
 # that name.
