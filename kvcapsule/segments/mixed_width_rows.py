@@ -3,17 +3,17 @@
 For channel c of width w, with a unit u and a centre m that all entries share (WidthForm), and two bytes a and b that an
 entry stores:
 
-    scale = u * 2^((a - 128) / 16)    minimum = m + scale * (2^w - 1) * (b - 128) / 64    x^ = scale * code + minimum
+    scale = u * 2^((a - 128) / 16)    minimum = m + scale * (2^w - 1) * (b - 128) / 32    x^ = scale * code + minimum
 
 So the grid follows the range of each entry's channel, from 2^-8 to 2^8 units, in steps of 4 %; its ends are off by up to
-1/128 of the range. The codes of channel c fill w * ceil(M / 8) bytes, channel after channel; a head's channels follow
+1/64 of the range, and it is wide enough to begin within four ranges of the centre. The codes of channel c fill w * ceil(M / 8) bytes, channel after channel; a head's channels follow
 one another. Outliers are clipped only where that lowers the squared error of an entry's channel.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ OCTAVE = 16
 """Scales per doubling."""
 MIDDLE = 128
 """The byte of a scale of one unit, and of a minimum at the centre."""
-FRACTIONS = 64
+FRACTIONS = 32
 """Minima per range of a channel."""
 REACHES = (0.8, 0.6, 0.4)
 """Inner parts of a channel's range that a grid may reach over instead of all of it."""
@@ -88,9 +88,9 @@ class WidthForm:
 
     def grid(self, side_EH2C: torch.Tensor, dtype: torch.dtype) -> Grid:
         """The grid of the stored bytes."""
-        scale_byte, minimum_byte = (side_EH2C[:, :, i].to(dtype) - MIDDLE for i in range(2))
-        levels, scale = self.levels(dtype), self.unit.to(dtype) * torch.exp2(scale_byte / OCTAVE)
-        minimum = self.centre.to(dtype) + scale * levels * (minimum_byte / FRACTIONS)
+        levels, table = self.levels(dtype), _powers(dtype, side_EH2C.device)
+        scale = self.unit.to(dtype) * table[side_EH2C[:, :, 0].int()]
+        minimum = self.centre.to(dtype) + scale * levels * ((side_EH2C[:, :, 1].to(dtype) - MIDDLE) / FRACTIONS)
         return Grid(scale[:, :, None], minimum[:, :, None], levels)
 
     def heads(self, heads: slice) -> "WidthForm":
@@ -113,12 +113,13 @@ class WidthForm:
         return best
 
     def _covering(self, low_EHC: torch.Tensor, high_EHC: torch.Tensor) -> torch.Tensor:
-        """The bytes of grids from low to high."""
+        """The bytes of grids from low to high, wider where low is far from the centre."""
         unit, levels = self.unit.to(low_EHC.dtype), self.levels(low_EHC.dtype)
-        scale_byte = ((high_EHC - low_EHC).clamp_min(_SMALLEST) / levels / unit).log2().mul(OCTAVE).ceil()
-        scale_byte = scale_byte.clamp(-MIDDLE, MIDDLE - 1)
+        offset = low_EHC - self.centre.to(low_EHC.dtype)
+        reach = torch.maximum(high_EHC - low_EHC, offset.abs() * (FRACTIONS / (MIDDLE - 1))).clamp_min(_SMALLEST)
+        scale_byte = (reach / levels / unit).log2().mul(OCTAVE).ceil().clamp(-MIDDLE, MIDDLE - 1)
         scale = unit * torch.exp2(scale_byte / OCTAVE)
-        minimum_byte = ((low_EHC - self.centre.to(low_EHC.dtype)) / (scale * levels) * FRACTIONS).round()
+        minimum_byte = (offset / (scale * levels) * FRACTIONS).round()
         sides = torch.stack([scale_byte, minimum_byte.clamp(-MIDDLE, MIDDLE - 1)], dim=2)
         return (sides + MIDDLE).to(torch.uint8)
 
@@ -126,6 +127,13 @@ class WidthForm:
         """Squared error [E, H, C] of the nearest codes."""
         grid = self.grid(side_EH2C, x_EHMC.dtype)
         return (grid.values(grid.codes(x_EHMC)) - x_EHMC).square().sum(2)
+
+
+@cache
+def _powers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[256]: what the bytes of scales stand for, in units. A table, because powers of many numbers at once may differ in
+    the last bit from those of few."""
+    return torch.exp2((torch.arange(256, dtype=torch.float64) - MIDDLE) / OCTAVE).to(device, dtype)
 
 
 class MixedWidthRows:

@@ -165,7 +165,7 @@ class RowReader {
         for (int64_t c = 0; c < channels; from += groups * rows.widths[c++]) {
             const float scale = unit[c] * sixteenths(side[c] - 128);
             with_constant<1, 2, 3, 4, 8>(rows.widths[c], [&](auto bits) {
-                const float minimum = centre[c] + scale * ((1 << bits) - 1) * (side[channels + c] - 128) / 64;
+                const float minimum = centre[c] + scale * ((1 << bits) - 1) * (side[channels + c] - 128) / 32;
                 const uint8_t* const codes = from + tile.token / 8 * bits;
                 for (int64_t n = 0; n < line; n += LANES) {
                     const Floats number = convert<Floats>(codes_of_channel<bits>(codes + n / 8 * bits, written - n));
