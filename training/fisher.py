@@ -91,7 +91,9 @@ def sampled_log_likelihood(logits: torch.Tensor, answers: torch.Tensor, seeds: S
         seeds: of the samples, one per row.
     """
     log_p = logits[answer_mask(answers.to(logits.device), logits.shape[1])].float().log_softmax(-1)
-    drawn = [torch.rand(int(n), generator=torch.Generator().manual_seed(s)) for n, s in zip(answers, seeds, strict=True)]
+    drawn = [
+        torch.rand(int(n), generator=torch.Generator().manual_seed(s)) for n, s in zip(answers, seeds, strict=True)
+    ]
     quantiles = torch.cat(drawn).to(log_p)[:, None]
     chosen = torch.searchsorted(log_p.detach().exp().cumsum(-1), quantiles).clamp_max(log_p.shape[-1] - 1)
     return log_p.gather(1, chosen).sum()

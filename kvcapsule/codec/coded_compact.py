@@ -114,7 +114,9 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
         work = reading.attention.dtype
         rows = gather_rows(block.keys, kept).to(work) @ key_coding.into[:, None].to(work)
         keys = MixedWidthRows.encode(rows.transpose(0, 1), key_coding.form)
-        scores = keys.read(work).transpose(0, 1) @ (reading.queries @ key_coding.out[:, None].to(work)).transpose(-1, -2)
+        scores = keys.read(work).transpose(0, 1) @ (reading.queries @ key_coding.out[:, None].to(work)).transpose(
+            -1, -2
+        )
         masses = fit_bias(reading, attention_of_read_keys(reading, scores), kept)
         bias = (masses.bias / BIAS_UNIT).round().clamp(-128, 127)
         refit = refit_values(reading, scores, bias * BIAS_UNIT, masses.share, block.values, self.ridge)

@@ -129,7 +129,10 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         chosen = choose(tried, self.budget)
         self.chosen = chosen
         self.config = self._config(
-            [c.rows for c in chosen], [len(c.keys.widths) for c in chosen], [len(c.values.widths) for c in chosen], scale
+            [c.rows for c in chosen],
+            [len(c.keys.widths) for c in chosen],
+            [len(c.values.widths) for c in chosen],
+            scale,
         )
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
         for index, (bank, candidate, of_layer) in enumerate(zip(banks, chosen, axes, strict=True)):
@@ -181,9 +184,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         rows = [count for count in _ROWS if count < tile and count <= max(most, GROUP)]
         return rows or [max(1, tile // 2)]
 
-    def _tried(
-        self, bank: torch.Tensor, scale: float, axes: LayerAxes, felt: Sequence[Sensitivity]
-    ) -> list[Candidate]:
+    def _tried(self, bank: torch.Tensor, scale: float, axes: LayerAxes, felt: Sequence[Sensitivity]) -> list[Candidate]:
         """The candidates of a layer, with their errors on the batches."""
         even = self.budget / self.task.geometry.layers
         tried: list[Candidate] = []
@@ -194,7 +195,9 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             if options:
                 tried += self._measured(self._codec(bank, scale, rows), axes, options, felt)
         if not tried:
-            tried = self._measured(self._codec(bank, scale, 1), axes, [self._candidate(1, 0.0, (_flat(1), _flat(1)))], felt)
+            tried = self._measured(
+                self._codec(bank, scale, 1), axes, [self._candidate(1, 0.0, (_flat(1), _flat(1)))], felt
+            )
         return tried
 
     def _measured(
