@@ -1,6 +1,6 @@
-"""What the answers' logits feel of an error in attention's output: its Fisher information, one number per query and head.
+"""Fisher information of the answers' logits with respect to attention's output, one number per query and head.
 
-To second order KL(p || p') of the answers' tokens is e^T F e / 2 for an error e of the attention outputs of a layer, with
+To second order KL(p || p') of the answers' tokens is e^T F e / 2 for an error e of a layer's attention outputs, with
 F = mean over y ~ p of g g^T, g = d log p(y) / d outputs. F is approximated by its diagonal blocks of one query and one
 head, and these by a multiple of the identity: |g|^2 / D. It tells layers, heads and queries apart, not directions.
 
@@ -35,7 +35,7 @@ class Sensitivity(NamedTuple):
 
 
 class _ProbedLayer(CapsuleLayer):
-    """Cache layer whose outputs, behind the last image, are the true ones plus a tensor of zeros that takes gradients."""
+    """Cache layer whose outputs behind the last image are the true ones plus a tensor of zeros that takes gradients."""
 
     def __init__(self, index: int, recorder: Recorder) -> None:
         super().__init__(index, recorder)

@@ -71,8 +71,8 @@ def _compact(cell: Cell, method: Method) -> float:
 
 
 def _coded_compact(cell: Cell, method: Method) -> float:
-    """The widths' sum in groups of eight rows, two bytes a channel and one a row; maps [H, D, C], and units, centres and
-    widths of the channels."""
+    """The widths' sum a group of eight rows, two bytes a channel and one a row; maps [H, D, C], and units, centres
+    and widths of the channels."""
     assert isinstance(method, Capsule)
     codec = method.layers[0]
     assert isinstance(codec, CodedCompactLayer)

@@ -1,9 +1,9 @@
 """Rounding rows in a metric: each row's rounding error is made up for by the rows that are rounded after it.
 
-For rows C [M, C] whose error e [M] in a channel costs e^T G e, with G = R^T R (R upper triangular), rows are rounded from
-the last to the first. Row i is rounded at c_i + sum over j > i of R_ij / R_ii e_j, where its error cancels what the
-errors so far do along the i-th row of R: Babai's nearest plane algorithm (1986); GPTQ (arXiv 2210.17323) does the same
-to weights. Rows with a large diagonal element come first, as others can make up for them best.
+For rows C [M, C] whose error e [M] in a channel costs e^T G e, with G = R^T R (R upper triangular), rows are rounded
+from the last to the first. Row i is rounded at c_i + sum over j > i of R_ij / R_ii e_j, where its error cancels what
+the errors so far do along the i-th row of R: Babai's nearest plane algorithm (1986); GPTQ (arXiv 2210.17323) does the
+same to weights. Rows with a large diagonal element come first, as others can make up for them best.
 
 Cost: M^3 / 6 + M^2 C / 2 multiplications.
 """

@@ -5,9 +5,10 @@ entry stores:
 
     scale = u * 2^((a - 128) / 16)    minimum = m + scale * (2^w - 1) * (b - 128) / 32    x^ = scale * code + minimum
 
-So the grid follows the range of each entry's channel, from 2^-8 to 2^8 units, in steps of 4 %; its ends are off by up to
-1/64 of the range, and it is wide enough to begin within four ranges of the centre. The codes of channel c fill w * ceil(M / 8) bytes, channel after channel; a head's channels follow
-one another. Outliers are clipped only where that lowers the squared error of an entry's channel.
+So the grid follows the range of each entry's channel, from 2^-8 to 2^8 units, in steps of 4 %; its ends are off by up
+to 1/64 of the range, and it is wide enough to begin within four ranges of the centre. Outliers are clipped only where
+that lowers the squared error of an entry's channel. The codes of channel c fill w * ceil(M / 8) bytes, channel after
+channel; a head's channels follow one another.
 """
 
 import copy
@@ -131,8 +132,8 @@ class WidthForm:
 
 @cache
 def _powers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[256]: what the bytes of scales stand for, in units. A table, because powers of many numbers at once may differ in
-    the last bit from those of few."""
+    """[256]: what the bytes of scales stand for, in units. A table, because powers of many numbers at once may differ
+    in the last bit from those of few."""
     return torch.exp2((torch.arange(256, dtype=torch.float64) - MIDDLE) / OCTAVE).to(device, dtype)
 
 

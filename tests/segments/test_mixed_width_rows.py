@@ -59,8 +59,8 @@ def test_the_bytes_are_the_codes_and_two_a_channel() -> None:
 
 
 def test_a_number_by_hand() -> None:
-    """Unit 0.5, centre -1, 3 bits: the bytes 144 and 112 are a scale of 2^(16 / 16) units and a minimum of half the range
-    of 7 scales below the centre."""
+    """Unit 0.5, centre -1, 3 bits: the bytes 144 and 112 are a scale of 2^(16 / 16) units and a minimum of half the
+    range of 7 scales below the centre."""
     of = WidthForm(torch.tensor([3], dtype=torch.uint8), torch.tensor([[0.5]]), torch.tensor([[-1.0]]))
     codes = torch.arange(8, dtype=torch.uint8).view(1, 1, 8, 1)
     packed = MixedWidthRows.of_codes(codes, torch.tensor([[[[144], [112]]]], dtype=torch.uint8), of)
