@@ -19,6 +19,7 @@ from kvcapsule.segments.segment import Segment
 
 from ..attention_gradients import Sensitivity, sensitivities
 from ..capsule_fit import CapsuleFit, Task
+from ..harvest import LayerHarvest
 from ..losses import full_output
 from .bit_budget import BitBudget
 from .coded_axes import Axes, Grids, RowMoments
@@ -26,11 +27,11 @@ from .coded_compact_options import CodedCompactRecipe
 from .coded_search import Candidate, PartShape, allocate_widths, choose
 from .compact import query_banks
 
-_ROWS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
+_ROWS = (8, 16, 24, 32, 40, 48, 64, 96)
 """Numbers of rows that are tried, as far as they are below a tile."""
-_BITS = (1.0, 1.5, 2.0, 2.75, 3.5, 5.0)
+_BITS = (1.5, 2.25, 3.25, 4.5)
 """Mean bits of a channel that are tried."""
-_REACH = (0.4, 2.5)
+_REACH = (0.4, 2.2)
 """Least and most bytes of a layer's candidates, relative to an even share of the budget."""
 
 
@@ -127,7 +128,6 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             axes.append(self._axes(banks[index], scale, of_layer))
             tried.append(self._tried(banks[index], scale, axes[-1], of_layer))
         chosen = choose(tried, self.budget)
-        self.chosen = chosen
         self.config = self._config(
             [c.rows for c in chosen],
             [len(c.keys.widths) for c in chosen],
@@ -176,28 +176,23 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         return LayerAxes((axes[0], axes[1]), (grids[0], grids[1]))
 
     def _rows(self) -> list[int]:
-        """Numbers of rows that are tried."""
-        tile = self.task.tile
-        even = self.budget / self.task.geometry.layers / self.task.geometry.kv_heads
-        # A row takes at least two bits of half its channels, and at most eight of all.
-        most = 8 * even / (2 * self.task.geometry.head_dim)
-        rows = [count for count in _ROWS if count < tile and count <= max(most, GROUP)]
+        """Numbers of rows that are tried: an even share of the budget gives their channels one to eight bits."""
+        tile, geometry = self.task.tile, self.task.geometry
+        bits = 8 * self.budget / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+        rows = [count for count in _ROWS if count < tile and bits / 8 <= count <= max(bits, GROUP)]
         return rows or [max(1, tile // 2)]
 
     def _tried(self, bank: torch.Tensor, scale: float, axes: LayerAxes, felt: Sequence[Sensitivity]) -> list[Candidate]:
         """The candidates of a layer, with their errors on the batches."""
         even = self.budget / self.task.geometry.layers
-        tried: list[Candidate] = []
+        smallest = self._candidate(1, 0.0, (_flat(1), _flat(1)))
+        tried = self._measured(self._codec(bank, scale, 1), axes, [smallest], felt)
         for rows in self._rows():
             shapes = [[allocate_widths(a.energy, a.variance, bits, rows) for bits in _BITS] for a in axes.axes]
             options = [self._candidate(rows, 0.0, (keys, values)) for keys, values in product(*shapes)]
             options = [c for c in options if _REACH[0] * even <= c.bytes <= _REACH[1] * even]
             if options:
                 tried += self._measured(self._codec(bank, scale, rows), axes, options, felt)
-        if not tried:
-            tried = self._measured(
-                self._codec(bank, scale, 1), axes, [self._candidate(1, 0.0, (_flat(1), _flat(1)))], felt
-            )
         return tried
 
     def _measured(
@@ -248,7 +243,7 @@ def _described(widths: torch.Tensor) -> tuple[str, str]:
     return str(len(widths)), str(int(widths.sum()))
 
 
-def _felt_error(layer, segment: Segment, truth: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _felt_error(layer: LayerHarvest, segment: Segment, truth: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
     """Expected KL of the answers' logits for what attention's output loses."""
     error = attend(layer.query, [segment, layer.rest], layer.scale, layer.visible) - truth
     squares = error.float().square().sum(-1).masked_fill(~layer.reads[:, None], 0.0)
