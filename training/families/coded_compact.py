@@ -117,14 +117,14 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         geometry, recipe = self.task.geometry, self.task.recipe
         banks, scale, _ = query_banks(self, self.options.bank)
         batches = list(self.batches(self.options.search_batches, "what the answers feel of attention's error"))
-        felt = []
+        samples = []
         for step, batch in enumerate(batches):
             seeds = [recipe.seed * 1_000_003 + number for number in self.numbers(step, len(batch.answers))]
             canonical = recipe.codec.canonical_frame
-            felt.append(sensitivities(self.task.model, batch, self.task.tile, canonical, seeds))
+            samples.append(sensitivities(self.task.model, batch, self.task.tile, canonical, seeds))
         axes, tried = [], []
         for index in range(geometry.layers):
-            of_layer = [layers[index] for layers in felt]
+            of_layer = [layers[index] for layers in samples]
             axes.append(self._axes(banks[index], scale, of_layer))
             tried.append(self._tried(banks[index], scale, axes[-1], of_layer))
         chosen = choose(tried, self.budget)
@@ -149,12 +149,12 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         codec.bank.copy_(bank)
         return codec
 
-    def _axes(self, bank: torch.Tensor, scale: float, felt: Sequence[Sensitivity]) -> LayerAxes:
+    def _axes(self, bank: torch.Tensor, scale: float, samples: Sequence[Sensitivity]) -> LayerAxes:
         """From the kept keys and refit values of an unquantised compact codec."""
         geometry = self.task.geometry
         codec = self._codec(bank, scale, self._rows()[len(self._rows()) // 2])
         rows: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        for sensitivity in felt:
+        for sensitivity in samples:
             exact = CompactLayer.encode(codec, sensitivity.layer.keys.float(), sensitivity.layer.values.float())
             for part, stored in zip(rows, (exact.keys.keys, exact.values.values), strict=True):
                 assert isinstance(stored, torch.Tensor)
@@ -182,29 +182,29 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         rows = [count for count in _ROWS if count < tile and bits / 8 <= count <= max(bits, GROUP)]
         return rows or [max(1, tile // 2)]
 
-    def _tried(self, bank: torch.Tensor, scale: float, axes: LayerAxes, felt: Sequence[Sensitivity]) -> list[Candidate]:
+    def _tried(self, bank: torch.Tensor, scale: float, axes: LayerAxes, samples: Sequence[Sensitivity]) -> list[Candidate]:
         """The candidates of a layer, with their errors on the batches."""
         even = self.budget / self.task.geometry.layers
         smallest = self._candidate(1, 0.0, (_flat(1), _flat(1)))
-        tried = self._measured(self._codec(bank, scale, 1), axes, [smallest], felt)
+        tried = self._measured(self._codec(bank, scale, 1), axes, [smallest], samples)
         for rows in self._rows():
             shapes = [[allocate_widths(a.energy, a.variance, bits, rows) for bits in _BITS] for a in axes.axes]
             options = [self._candidate(rows, 0.0, (keys, values)) for keys, values in product(*shapes)]
             options = [c for c in options if _REACH[0] * even <= c.bytes <= _REACH[1] * even]
             if options:
-                tried += self._measured(self._codec(bank, scale, rows), axes, options, felt)
+                tried += self._measured(self._codec(bank, scale, rows), axes, options, samples)
         return tried
 
     def _measured(
-        self, codec: CodedCompactLayer, axes: LayerAxes, options: Sequence[Candidate], felt: Sequence[Sensitivity]
+        self, codec: CodedCompactLayer, axes: LayerAxes, options: Sequence[Candidate], samples: Sequence[Sensitivity]
     ) -> list[Candidate]:
         """Candidates of equally many rows, with their errors."""
         errors = Errors(len(options)).to(codec.bank.device)
         codings = [axes.codings(option) for option in options]
-        for layer, cost in felt:
+        for layer, cost in samples:
             truth = full_output(layer)
             for i, encoded in enumerate(codec.encode_with(layer.keys.float(), layer.values.float(), codings)):
-                errors.total[i] += _felt_error(layer, encoded.segment(layer.owner, layer.frame), truth, cost)
+                errors.total[i] += _output_cost(layer, encoded.segment(layer.owner, layer.frame), truth, cost)
         self.reduce(errors)
         return [option._replace(error=float(e)) for option, e in zip(options, errors.total, strict=True)]
 
@@ -243,7 +243,7 @@ def _described(widths: torch.Tensor) -> tuple[str, str]:
     return str(len(widths)), str(int(widths.sum()))
 
 
-def _felt_error(layer: LayerHarvest, segment: Segment, truth: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+def _output_cost(layer: LayerHarvest, segment: Segment, truth: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
     """Expected KL of the answers' logits for what attention's output loses."""
     error = attend(layer.query, [segment, layer.rest], layer.scale, layer.visible) - truth
     squares = error.float().square().sum(-1).masked_fill(~layer.reads[:, None], 0.0)
