@@ -31,7 +31,13 @@ from .attention_matching import gather_rows
 from .base import Encoded, KeyPart, LayerCodec, ValuePart
 from .checked_tensors import CheckedTensors, check_positive, check_widths
 from .compact import Block, CompactConfig, CompactLayer
-from .refit import attention_of_read_keys, fit_bias, refit_values
+from .refit import (
+    assigned_shares,
+    attention_of_read_keys,
+    fit_bias,
+    full_outputs,
+    refit_values,
+)
 from .row_rounding import codes_in_metric
 
 
@@ -47,6 +53,17 @@ class RowCoding(NamedTuple):
     def heads(self, heads: slice) -> "RowCoding":
         """Of some heads."""
         return RowCoding(self.into[heads], self.out[heads], self.form.heads(heads))
+
+
+class Target(NamedTuple):
+    """What all codings of a block's kept tokens have in common; heads first, as in Block."""
+
+    keys: torch.Tensor
+    """[H, E, M, D]: the kept keys."""
+    share: torch.Tensor
+    """[H, E, T, M]: assigned_shares, by the attention of the kept keys as they are."""
+    outputs: torch.Tensor
+    """[H, E, Q, D]: attention's output over the full tile."""
 
 
 class CodedCompactLayer(CompactLayer, CheckedTensors):
@@ -89,8 +106,9 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
         """The tiles with each of several codings of the keys and the values of the same kept tokens."""
         stored: list[list[torch.Tensor]] = [[] for _ in codings]
         for block in self.blocks(k_EHTD, v_EHTD):
-            for outs, (key_coding, value_coding) in zip(stored, codings, strict=True):
-                parts = self._coded(block, key_coding.heads(block.at[1]), value_coding.heads(block.at[1]))
+            target = self._target(block)
+            for outs, pair in zip(stored, codings, strict=True):
+                parts = self._coded(block, target, *(coding.heads(block.at[1]) for coding in pair))
                 outs += [] if outs else [part.new_empty(*k_EHTD.shape[:2], *part.shape[2:]) for part in parts]
                 for out, part in zip(outs, parts, strict=True):
                     out[block.at] = part
@@ -108,18 +126,27 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
             bias,
         )
 
-    def _coded(self, block: Block, key_coding: RowCoding, value_coding: RowCoding) -> tuple[torch.Tensor, ...]:
-        """Codes and side bytes of the keys, then of the values, and the bias [E, H, M] int8, of a block."""
-        reading, kept = block.reading, block.choice.kept
-        work = reading.attention.dtype
-        rows = gather_rows(block.keys, kept).to(work) @ key_coding.into[:, None].to(work)
-        keys = MixedWidthRows.encode(rows.transpose(0, 1), key_coding.form)
-        scores = keys.read(work).transpose(0, 1) @ (reading.queries @ key_coding.out[:, None].to(work)).transpose(
-            -1, -2
+    def _target(self, block: Block) -> Target:
+        kept, shared = block.choice
+        rows = gather_rows(block.reading.attention, kept)
+        return Target(
+            gather_rows(block.keys, kept).to(rows.dtype),
+            assigned_shares(block.reading, rows, kept, shared),
+            full_outputs(block.reading, block.values),
         )
-        masses = fit_bias(reading, attention_of_read_keys(reading, scores), kept)
-        bias = (masses.bias / BIAS_UNIT).round().clamp(-128, 127)
-        refit = refit_values(reading, scores, bias * BIAS_UNIT, masses.share, block.values, self.ridge)
+
+    def _coded(
+        self, block: Block, target: Target, key_coding: RowCoding, value_coding: RowCoding
+    ) -> tuple[torch.Tensor, ...]:
+        """Codes and side bytes of the keys, then of the values, and the bias [E, H, M] int8, of a block."""
+        reading, work = block.reading, target.share.dtype
+        rows = target.keys @ key_coding.into[:, None].to(work)
+        keys = MixedWidthRows.encode(rows.transpose(0, 1), key_coding.form)
+        queries = reading.queries @ key_coding.out[:, None].to(work)
+        attention = attention_of_read_keys(reading, keys.read(work).transpose(0, 1) @ queries.transpose(-1, -2))
+        bias = (fit_bias(attention, target.share) / BIAS_UNIT).round().clamp(-128, 127)
+        weights = (attention.scores + (bias * BIAS_UNIT)[..., None]).softmax(-2)
+        refit = refit_values(weights, target.share, block.values, weights @ target.outputs, self.ridge)
         rows = (refit.values @ value_coding.into[:, None].to(work)).transpose(0, 1)
         side = value_coding.form.side(rows)
         codes = codes_in_metric(rows, refit.gram.transpose(0, 1), value_coding.form.grid(side, work))

@@ -46,12 +46,13 @@ from .attention_matching import (
     bank_attention,
     gather_rows,
     marginal_gains,
+    products,
     targets,
     top_tokens,
 )
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .checked_tensors import CheckedTensors, check_positive
-from .refit import attention_of_kept_keys, attention_of_read_keys, fit_bias, refit_values
+from .refit import assigned_shares, attention_of_kept_keys, attention_of_read_keys, fit_bias, refit_values
 
 SELECTORS = ("attention", "learned")
 _SHORTLIST = 4
@@ -233,9 +234,11 @@ class CompactLayer(LayerCodec):
             shared_EHMT = None
         else:
             attention = attention_of_kept_keys(reading, kept_EHM)
-        masses = fit_bias(reading, attention, kept_EHM, shared_EHMT)
-        bias = masses.bias.to(k_EHTD.dtype)
-        refit = refit_values(reading, attention.scores, bias, masses.share, v_EHTD, self.ridge)
+        share = assigned_shares(reading, attention.rows, kept_EHM, shared_EHMT)
+        bias = fit_bias(attention, share).to(k_EHTD.dtype)
+        weights = (attention.scores + bias.to(share.dtype)[..., None]).softmax(-2)
+        read_values = products(weights, reading.attention) @ v_EHTD.to(share.dtype)
+        refit = refit_values(weights, share, v_EHTD, read_values, self.ridge)
         return keys, refit.values.to(v_EHTD.dtype), bias
 
 

@@ -33,15 +33,6 @@ class KeptAttention(NamedTuple):
     """[E, H, M]: mean over the queries, in masses of the full tile."""
 
 
-class Masses(NamedTuple):
-    """Fitted masses of kept keys."""
-
-    bias: torch.Tensor
-    """[E, H, M]."""
-    share: torch.Tensor
-    """[E, H, T, M]: mean attention of each token, at the key that it is assigned to."""
-
-
 class Refit(NamedTuple):
     """Refit values and the metric of their errors."""
 
@@ -74,53 +65,53 @@ def attention_of_read_keys(reading: BankAttention, scores_EHMQ: torch.Tensor) ->
     )
 
 
-def fit_bias(
-    reading: BankAttention, kept: KeptAttention, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
-) -> Masses:
-    """Fit the masses of kept keys.
+def assigned_shares(
+    reading: BankAttention, rows_EHMQ: torch.Tensor, kept_EHM: torch.Tensor, shared_EHMT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean attention of each token at the kept key whose attention is most alike, [E, H, T, M]; 0 at the others.
 
     Args:
         reading: of the full tiles.
-        kept: of the kept keys.
-        kept_EHM: their tokens.
-        shared_EHMT: products of `kept.rows` with the attention of all tokens, if they are known.
+        rows_EHMQ: attention of the kept keys.
+        kept_EHM: their tokens, each assigned to itself.
+        shared_EHMT: products of `rows_EHMQ` with the attention of all tokens, if they are known.
     """
-    tile = reading.attention.shape[2]
     if shared_EHMT is None:
-        shared_EHMT = products(kept.rows, reading.attention)
+        shared_EHMT = products(rows_EHMQ, reading.attention)
     # Similarity is the cosine of attention columns; dividing by the norm of the token's own column would not change
     # the assignment.
-    length = torch.linalg.vector_norm(kept.rows, dim=-1).clamp_min(1e-12)
+    length = torch.linalg.vector_norm(rows_EHMQ, dim=-1).clamp_min(1e-12)
     stands_for = assignment(shared_EHMT / length[..., None], kept_EHM)
-    share = stands_for * reading.mass.clamp_min(_LEAST_MASS)[..., None]
-    start = share.sum(2) / kept.weight.clamp(_LEAST_MASS, tile)
-    return Masses(fit_masses(kept.rows, kept.total, start, tile).log(), share)
+    return stands_for * reading.mass.clamp_min(_LEAST_MASS)[..., None]
+
+
+def fit_bias(kept: KeptAttention, share_EHTM: torch.Tensor) -> torch.Tensor:
+    """Biases [E, H, M] of kept keys; share_EHTM: assigned_shares."""
+    tile = share_EHTM.shape[2]
+    start = share_EHTM.sum(2) / kept.weight.clamp(_LEAST_MASS, tile)
+    return fit_masses(kept.rows, kept.total, start, tile).log()
+
+
+def full_outputs(reading: BankAttention, v_EHTD: torch.Tensor) -> torch.Tensor:
+    """A V, [E, H, Q, D]: attention's output over full tiles."""
+    return reading.attention.transpose(-1, -2) @ v_EHTD.to(reading.attention.dtype)
 
 
 def refit_values(
-    reading: BankAttention,
-    scores_EHMQ: torch.Tensor,
-    bias_EHM: torch.Tensor,
-    share_EHTM: torch.Tensor,
-    v_EHTD: torch.Tensor,
-    ridge: float,
+    weights_EHMQ: torch.Tensor, share_EHTM: torch.Tensor, v_EHTD: torch.Tensor, read_EHMD: torch.Tensor, ridge: float
 ) -> Refit:
     """Refit the values of kept keys.
 
     Args:
-        reading: of the full tiles.
-        scores_EHMQ: of the kept keys as they are read.
-        bias_EHM: as it is read.
-        share_EHTM: Masses.share.
+        weights_EHMQ: softmax of their scores and biases, as these are read.
+        share_EHTM: assigned_shares.
         v_EHTD: the tile's values.
+        read_EHMD: products of the weights with the full tile's output.
         ridge: pull towards the means of the assigned tokens, relative to the mean squared weight of a row.
     """
-    work = reading.attention.dtype
-    values = v_EHTD.to(work)
-    means = (share_EHTM / share_EHTM.sum(2, keepdim=True)).transpose(-1, -2) @ values
-    weights = (scores_EHMQ + bias_EHM.to(work)[..., None]).softmax(-2)
-    gram = products(weights, weights)
-    left = products(weights, reading.attention) @ values - gram @ means
+    means = (share_EHTM / share_EHTM.sum(2, keepdim=True)).transpose(-1, -2) @ v_EHTD.to(weights_EHMQ.dtype)
+    gram = products(weights_EHMQ, weights_EHMQ)
+    left = read_EHMD - gram @ means
     pull = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    gram = gram + pull * torch.eye(gram.shape[-1], dtype=work, device=gram.device)
+    gram = gram + pull * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return Refit(means + torch.linalg.solve(gram, left), gram)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from kvcapsule.cli.progress import tracked
 from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.coded_compact import CodedCompactConfig, CodedCompactLayer, RowCoding
@@ -123,7 +124,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             canonical = recipe.codec.canonical_frame
             samples.append(sensitivities(self.task.model, batch, self.task.tile, canonical, seeds))
         axes, tried = [], []
-        for index in range(geometry.layers):
+        for index in tracked(range(geometry.layers), "rows and bits of layers", geometry.layers, self.task.console):
             of_layer = [layers[index] for layers in samples]
             axes.append(self._axes(banks[index], scale, of_layer))
             tried.append(self._tried(banks[index], scale, axes[-1], of_layer))
@@ -182,7 +183,9 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         rows = [count for count in _ROWS if count < tile and bits / 8 <= count <= max(bits, GROUP)]
         return rows or [max(1, tile // 2)]
 
-    def _tried(self, bank: torch.Tensor, scale: float, axes: LayerAxes, samples: Sequence[Sensitivity]) -> list[Candidate]:
+    def _tried(
+        self, bank: torch.Tensor, scale: float, axes: LayerAxes, samples: Sequence[Sensitivity]
+    ) -> list[Candidate]:
         """The candidates of a layer, with their errors on the batches."""
         even = self.budget / self.task.geometry.layers
         smallest = self._candidate(1, 0.0, (_flat(1), _flat(1)))

@@ -17,7 +17,7 @@ class CodedCompactOptions:
     """Pull of the refit values towards plain means."""
     passes: int = 2
     """How many times tokens are ranked again by what each adds to the tokens ranked above it."""
-    search_batches: int = 3
+    search_batches: int = 2
     """Batches on which rows and bits of the layers are compared, by what the answers' logits feel of attention's
     error."""
 
