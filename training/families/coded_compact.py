@@ -28,11 +28,11 @@ from .coded_compact_options import CodedCompactRecipe
 from .coded_search import Candidate, PartShape, allocate_widths, choose
 from .compact import query_banks
 
-_ROWS = (8, 16, 24, 32, 40, 48, 64, 96)
+_ROWS = (8, 16, 24, 32, 48, 64, 96)
 """Numbers of rows that are tried, as far as they are below a tile."""
 _BITS = (1.5, 2.25, 3.25, 4.5)
-"""Mean bits of a channel that are tried."""
-_REACH = (0.4, 2.2)
+"""Mean bits of a channel that are tried: for keys and values the same, or neighbouring ones."""
+_REACH = (0.5, 1.8)
 """Least and most bytes of a layer's candidates, relative to an even share of the budget."""
 
 
@@ -192,7 +192,8 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         tried = self._measured(self._codec(bank, scale, 1), axes, [smallest], samples)
         for rows in self._rows():
             shapes = [[allocate_widths(a.energy, a.variance, bits, rows) for bits in _BITS] for a in axes.axes]
-            options = [self._candidate(rows, 0.0, (keys, values)) for keys, values in product(*shapes)]
+            pairs = [pair for pair in product(*map(enumerate, shapes)) if abs(pair[0][0] - pair[1][0]) <= 1]
+            options = [self._candidate(rows, 0.0, (keys, values)) for (_, keys), (_, values) in pairs]
             options = [c for c in options if _REACH[0] * even <= c.bytes <= _REACH[1] * even]
             if options:
                 tried += self._measured(self._codec(bank, scale, rows), axes, options, samples)
