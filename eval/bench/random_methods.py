@@ -72,8 +72,9 @@ def compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Caps
 def coded_compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
     """A tenth of the rows as well, in 4 bits a channel on average."""
     layers, dim = geometry.layers, geometry.head_dim
-    channels = {"key_channels": (dim,) * layers, "value_channels": (dim,) * layers}
-    capsule = _capsule("coded-compact", CodedCompactConfig(tile, ratios=(KEPT,) * layers, **channels), geometry)
+    ratios, channels = (KEPT,) * layers, (dim,) * layers
+    config = CodedCompactConfig(tile, ratios=ratios, key_channels=channels, value_channels=channels)
+    capsule = _capsule("coded-compact", config, geometry)
     widths = torch.tensor([8, 4, 4, 4, 3, 3, 3, 3], dtype=torch.uint8).repeat_interleave(-(-dim // 8))[:dim]
     for codec in capsule.layers:
         assert isinstance(codec, CodedCompactLayer)

@@ -136,10 +136,10 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             scale,
         )
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
-        for index, (bank, candidate, of_layer) in enumerate(zip(banks, chosen, axes, strict=True)):
+        for index, (bank, candidate, layer_axes) in enumerate(zip(banks, chosen, axes, strict=True)):
             codec = self.codec(index)
             codec.bank.copy_(bank)
-            codec.set_codings(*of_layer.codings(candidate))
+            codec.set_codings(*layer_axes.codings(candidate))
 
     def _codec(self, bank: torch.Tensor, scale: float, rows: int) -> CodedCompactLayer:
         """A codec of one layer whose own coding is not set."""
