@@ -21,14 +21,15 @@ TEXT = (ROOT / "README.md").read_text()
 HAND_WRITTEN = re.sub(r"<!-- table: .*?<!-- end of table -->", "", TEXT, flags=re.DOTALL)
 """The README without its generated table, whose command takes hours."""
 STARTS = {
-    "train": "kvcapsule.training.main.train",
-    "analyze": "kvcapsule.training.analysis.main.run",
-    "eval": "kvcapsule.eval.main.run",
-    "bench": "kvcapsule.eval.bench.main.run",
+    "train": "kvcapsule.training.fit.train",
+    "analyze": "kvcapsule.training.analysis.study.run",
+    "eval": "kvcapsule.eval.run.run",
+    "bench": "kvcapsule.eval.bench.run.run",
+    "report": "kvcapsule.eval.capsule_page.content.gather",
     "serve": "kvcapsule.cli.serve.command_line",
 }
 """Of commands that take minutes: the function that they start with what their command line says."""
-RUN = ("models", "methods", "estimate", "generate", "store")
+RUN = ("models", "methods", "estimate", "generate", "list", "show", "store")
 OF_THE_NETWORK = ("push",)
 
 
@@ -103,6 +104,7 @@ def test_a_long_command_is_understood(words: list[str], tmp_path: Path, monkeypa
 def test_a_short_command_runs(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     page("test", 0).image.save("page.png")
+    shutil.copytree(str(shipped("pages-vlm-cross-layer")), "runs/my-capsule")
     Path("runs/images").mkdir(parents=True)
     assert main(words) == 0
     assert capsys.readouterr().out

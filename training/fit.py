@@ -72,11 +72,11 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
             " needs all to have it. Use a model without sliding-window or linear-attention layers."
         )
     rows = source.load(recipe.data)
+    session.tell(console, rows.info.description)
     if len(rows) <= recipe.held_out:
         raise DataError(
             f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data."
         )
-    session.tell(console, rows.info.description)
     trained = len(rows) - recipe.held_out
     held_out = rows.select(range(trained, len(rows)))
     # Whole batches are cached on disk: those of later epochs are then the same ones.
@@ -104,6 +104,7 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
             **{k.removeprefix("validation/"): v for k, v in measured.items()},
             "seconds": seconds,
             "questions": len(held_out),
+            "compression": size.compression,
         }
         folder.require_unchanged()
         capsule.cpu().save_pretrained(

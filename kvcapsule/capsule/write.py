@@ -24,6 +24,7 @@ from .read import (
     METRICS_FILE,
     OPTIONAL_FILES,
     RECIPE_FILE,
+    REPORT_FILE,
     WEIGHTS_FILE,
     WEIGHTS_METADATA,
     card_in,
@@ -141,7 +142,7 @@ def require_replaceable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise CapsuleError(f"{target} is a file: name a directory to save the capsule in.")
     entries = sorted(os.listdir(target)) if target.exists() else []
-    others = [entry for entry in entries if entry not in (*FILES, *OPTIONAL_FILES)]
+    others = [entry for entry in entries if entry not in (*FILES, *OPTIONAL_FILES, REPORT_FILE)]
     if others or (entries and not _holds_capsule(target)):
         names = others or entries
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

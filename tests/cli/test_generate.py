@@ -157,7 +157,7 @@ def test_an_image_is_kept_in_a_store(saved: Saved, tmp_path: Path, capsys: pytes
         out, err = capsys.readouterr()
         assert out == saved.plain.text + "\n"
         assert f"image store: {line};" in err and str(tmp_path / "images") in err
-    assert main(["store", str(tmp_path / "images"), "list"]) == 0
+    assert main(["store", str(tmp_path / "images"), "list", "--wide"]) == 0
     assert "1x14x14" in capsys.readouterr().out
 
 
@@ -299,8 +299,9 @@ def test_as_a_process(saved: Saved) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == saved.plain.text + "\n"
     lines = [line for line in done.stderr.decode().splitlines() if line.strip()]
+    head, rule, *lines = lines
+    assert head.startswith("cache  ") and set(rule) == {"─"}
     assert [line.split("  ")[0] for line in lines] == [
-        "cache",
         "visual",
         "text",
         "tail",

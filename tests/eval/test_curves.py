@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support.suite_files import rows_of
 
-from kvcapsule.eval import main as command
+from kvcapsule.eval.report import rate_curves
 from kvcapsule.eval.report.picture import save_picture
 from kvcapsule.eval.report.rate_curves import curves, picture
 from kvcapsule.policy import POLICIES
@@ -104,9 +104,7 @@ def test_the_upper_axis_tells_the_compression_at_16_bits() -> None:
 
 def test_suite_draws_its_curves(vlm, tmp_path, suite_file, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        command.rate_curves, "picture", lambda rows, title: seen.append(len(rows)) or picture(rows, title)
-    )
+    monkeypatch.setattr(rate_curves, "picture", lambda rows, title: seen.append(len(rows)) or picture(rows, title))
     entries = [{"method": "evenly-spaced", "compression": compression} for compression in (2, 4)]
     rows_of(vlm, tmp_path, "--suite", suite_file(entries), "--plot", str(tmp_path / "new" / "eval.png"))
     assert seen == [3]

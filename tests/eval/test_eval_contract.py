@@ -92,7 +92,7 @@ def result(tmp_path_factory, model, processor) -> dict[str, Any]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "time_entries", partial(run.time_entries, rounds=1, steps=2))
-        found = command.run(config, Console(quiet=True), command_line(command.PROG, ["--model", str(folder / "vlm")]))
+        found = run.run(config, Console(quiet=True), command_line(command.PROG, ["--model", str(folder / "vlm")]))
     return json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -158,7 +158,7 @@ def test_compression_at_16_bits(result, model, processor, tmp_path) -> None:
     config = command.EvalConfig(
         model=str(tmp_path), methods=["int4"], data=data, max_new_tokens=2, timing=False, dtype="bfloat16"
     )
-    narrow = command.run(config, Console(quiet=True), "")
+    narrow = run.run(config, Console(quiet=True), "")
     assert narrow["dtype"] == "bfloat16"
     for row in narrow["rows"]:
         assert row["compression16"] == row["compression"]
@@ -170,7 +170,7 @@ def test_times_are_null_where_nothing_was_timed(model, processor, tmp_path) -> N
     config = command.EvalConfig(
         model=str(tmp_path), methods=["int4"], data=SourceConfig(split="test", size=1), max_new_tokens=2, timing=False
     )
-    for row in command.run(config, Console(quiet=True), "")["rows"]:
+    for row in run.run(config, Console(quiet=True), "")["rows"]:
         assert row["prefill_ratio"] is None and row["tokens_per_s_ratio"] is None
 
 

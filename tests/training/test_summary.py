@@ -27,7 +27,7 @@ def test_the_last_lines_say_what_is_stored_and_what_comes_next(
     shown = capsys.readouterr()
     assert not shown.out
     *_, before, unexplained, judged, saved, following = shown.err.splitlines()
-    assert before.startswith("└") and unexplained.startswith("Unexplained: the share of the variance")
+    assert before.split()[0] == "mean" and unexplained.startswith("Unexplained: the share of the variance")
     error = json.loads((output / "metrics.json").read_text())["train"]["output_error"]
     assert judged.startswith(f"An output error of {error:.4f} is poor (pages-vlm-cross-layer: 0.0068, 99.6% of answers")
     # Four tokens of 196 are raw, in float32: of twenty, eleven are left.
