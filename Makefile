@@ -44,7 +44,7 @@ BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
 .PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages wheel clean
+	smol-vlm-results smol-vlm-later rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -146,6 +146,9 @@ smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm):
 	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer.json --report docs/results-tables.md --name smol-transfer-sets
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule analyze --model runs/smol-vlm --data.source pictures --data.split validation --questions 48 \
 		--json eval/results/analyze-smol-vlm.json
+
+smol-vlm-later: $(VENV)/.smol-ready ## measure smol-vlm asked after the image was compressed (after make smol-vlm); trains the capsules that are missing
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm-later --json eval/results/smol-vlm-later.json --report docs/results-tables.md $(SUITE_FLAGS)
 
 $(VENV)/.smol-ready: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[smol-vlm]"
