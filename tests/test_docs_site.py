@@ -1,5 +1,6 @@
 """The site of the documents (mkdocs.yml, docs/site/): every page has a place, nothing is loaded from the network, and
-the messages of the troubleshooting page are those of the code. `make docs` builds it, which takes longer than a test."""
+the messages of the troubleshooting page are those of the code. `make docs` builds it, which takes too long for a
+test."""
 
 import ast
 import re
@@ -13,10 +14,10 @@ import yaml
 
 import kvcapsule
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs" / "site"))
-import content
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "site"))
+import site_content as content
 
+ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"reference/python.md", "reference/methods.md", "reference/commands.md"}
 
 
@@ -100,7 +101,9 @@ def test_messages_are_those_of_the_code() -> None:
     assert len(messages) > 40
     files = [path for name in ("kvcapsule", "training", "eval") for path in (ROOT / name).rglob("*.py")]
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in files)
-    texts = {literal(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant)}
+    texts = {
+        literal(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant)
+    }
 
     def known(message: str) -> bool:
         pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.DOTALL)

@@ -14,7 +14,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
-import content
+import site_content as content
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

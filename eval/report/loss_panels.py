@@ -38,7 +38,11 @@ class Series(NamedTuple):
 
 
 def panels(
-    series: Sequence[Series], full: Mapping[str, Any], title: str, key: str = "visual_kv_bytes", cache: str = "visual KV"
+    series: Sequence[Series],
+    full: Mapping[str, Any],
+    title: str,
+    key: str = "visual_kv_bytes",
+    cache: str = "visual KV",
 ) -> Figure:
     """The picture.
 

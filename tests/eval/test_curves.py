@@ -80,7 +80,10 @@ def test_the_legend_names_every_curve_and_covers_no_point() -> None:
     box = legend.get_window_extent()
     assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
     assert box.y1 <= figure.bbox.y1
-    for axes, height in ((upper, lambda row: 100 * (0.93 - row["accuracy"]["a"])), (lower, lambda row: 1 - row["agreement"])):
+    for axes, height in (
+        (upper, lambda row: 100 * (0.93 - row["accuracy"]["a"])),
+        (lower, lambda row: 1 - row["agreement"]),
+    ):
         assert not box.overlaps(axes.get_window_extent())
         points = [axes.transData.transform((row["visual_kv_bytes"], height(row))) for row in ROWS[1:]]
         assert all(axes.get_window_extent().contains(*point) for point in points)

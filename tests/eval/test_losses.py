@@ -42,7 +42,7 @@ def test_won_points_are_negative() -> None:
 
 @pytest.mark.parametrize(("lost", "won"), [(0.01, 0.0), (0.05, 0.03), (0.4, 0.1)])
 def test_the_intervals_hold_the_truth(lost: float, won: float) -> None:
-    """In 93 of 100 drawn runs of 200 questions or more often, where answers change for the worse, the better, or not."""
+    """In 93 of 100 drawn runs of 200 questions at least, where answers change for the worse, the better or not."""
     generator = np.random.default_rng(0)
     held = [0, 0]
     for _ in range(400):

@@ -107,7 +107,12 @@ def methods_page(policies: Sequence[str], families: Sequence[str]) -> str:
         policies: their classes, as module.Class.
         families: the configs of codec families, likewise.
     """
-    lines = ["# Methods and policies", "", "What each does and what was chosen is in [methods](../docs/methods.md).", ""]
+    lines = [
+        "# Methods and policies",
+        "",
+        "What each does and what was chosen is in [methods](../docs/methods.md).",
+        "",
+    ]
     sections = {"Policies": policies, "Codec families": families, "To build a method on": CONTRACT}
     for title, names in sections.items():
         lines += [f"## {title}", ""]
