@@ -18,11 +18,12 @@ import site_content as content
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The site's files, in place of those that mkdocs saw in docs/."""
+    """The site's files: the theme's, and those of the checkout in place of what mkdocs saw in docs/."""
+    theme = [file for file in files if not Path(file.abs_src_path or "").is_relative_to(config.docs_dir)]
     taken = [File.generated(config, name, abs_src_path=str(content.ROOT / name)) for name in content.reachable()]
     style = File.generated(config, content.STYLE, abs_src_path=str(content.ROOT / content.STYLE))
     reference = [File.generated(config, f"reference/{name}.md", content=text) for name, text in _reference().items()]
-    return Files([*taken, style, *reference])
+    return Files([*theme, *taken, style, *reference])
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
