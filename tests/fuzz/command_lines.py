@@ -166,11 +166,11 @@ def strange_writes(place: Path, words: list[str]) -> list[str]:
     those of temporary files."""
     assert _writes is not None
     work = place / "work"
-    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 5000]
+    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 6000]
     places = [Path(os.path.normpath(work / os.path.expanduser(part))) for part in named]
-    # The default output of train, and of a suite's capsules.
-    places.append(work / "runs")
-    contents = [path.read_text(errors="replace") for path in places if len(path.name) < 200 and path.is_file()]
+    # The default output of train, and of a suite's capsules; and where libraries keep what they make of data.
+    places += [work / "runs", place / "home" / ".cache"]
+    contents = [path.read_text(errors="replace") for path in places if os.path.isfile(path)]
     return [
         str(path)
         for path in dict.fromkeys(Path(os.path.normpath(work / name)) for name in _writes)
