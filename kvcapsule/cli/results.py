@@ -64,8 +64,8 @@ def require_writable(files: Iterable[str | None], folders: Iterable[str | None] 
             folder.mkdir(parents=True, exist_ok=True)
             # Whether it can be written: permissions say less of a superuser or of a network disk, and nothing of a full
             # one.
-            with TemporaryFile(dir=folder) as file:
-                file.write(bytes(_ROOM))
+            with TemporaryFile(dir=folder) as tried:
+                tried.write(bytes(_ROOM))
         except OSError as error:
             reason = NO_SPACE.get(error.errno or 0) or error.strerror or error
             raise InputError(f"{folder} cannot be written to: {reason}.") from error

@@ -16,6 +16,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "KVCAPSULE_KERNELS": "reference"}
 
 import torch
 
+import kvcapsule.eval.bench.main
+import kvcapsule.eval.main
+import kvcapsule.eval.run
+import kvcapsule.training.analysis.main
+import kvcapsule.training.fit  # noqa: F401 - here, and not in each process
 from kvcapsule import Capsule, CapsuleError, ImageStore
 from kvcapsule.cli import main
 from kvcapsule.store.entry import StoreKey
