@@ -52,12 +52,13 @@ WORK = (
     "kvcapsule.eval.run.seen_shares",
     "kvcapsule.eval.suite.capsules._train_all",
     "kvcapsule.eval.bench.run.ceilings.measure",
+    "kvcapsule.eval.capsule_page.content.chosen_rows",
     "kvcapsule.cli.generate._answer",
     "kvcapsule.capsule.push.upload",
     "kvcapsule.cli.serve.serve",
 )
 """The functions that work begins with."""
-LOADERS = ("training.fit", "training.analysis.study", "eval.run", "vlm.loading")
+LOADERS = ("training.fit", "training.analysis.study", "eval.run", "eval.capsule_page.content", "vlm.loading")
 """Modules that load a model, which is loaded once."""
 
 
@@ -210,7 +211,14 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
         shutil.copytree(place / "work", place / "original")
         os.chdir(place / "work")
         # Imports and the model are no part of a command line's time.
-        for words in (["eval", "--methods", "int4"], ["train"], ["analyze"], ["bench"], ["generate", "--prompt", "x"]):
+        for words in (
+            ["eval", "--methods", "int4"],
+            ["train"],
+            ["analyze"],
+            ["bench"],
+            ["generate", "--prompt", "x"],
+            ["report", "pages-vlm-cross-layer"],
+        ):
             outcome(words)
         memory = _peak()
         for number in range(count):
