@@ -36,11 +36,26 @@ class HarvestStore:
     def __init__(
         self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, report: Callable[[str], None] = print
     ) -> None:
-        """report: called with a line on the size of the first harvest."""
+        """Make the folder, if need be.
+
+        Args:
+            folder: of the harvests; one that may only be read serves as long as all are there.
+            model: whose harvests they are.
+            tile: tokens of a tile.
+            canonical: whether keys are in the tiles' own frames.
+            report: called with a line on the size of the first harvest.
+
+        Raises:
+            InputError: if the folder cannot be made.
+        """
         self.report: Callable[[str], None] | None = report
         self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
         self._identity = ModelIdentity(model)
         self._first = True
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def harvest(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> list[LayerHarvest]:
         """The harvest of a batch, read from its file; computed and written if there is none.
@@ -62,17 +77,21 @@ class HarvestStore:
                 ) from error
         layers = harvest(self.model, inputs, self.tile, self.canonical, alignment)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             _write(layers, path)
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
-            ) from error
+            raise self._refused(error) from error
         if self.report is not None:
             size, questions = path.stat().st_size / 2**20, len(inputs["input_ids"])
             self.report(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
             self.report = None
         return layers
+
+    def _refused(self, error: Exception) -> InputError:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        return InputError(
+            f"no harvest can be kept in {self.folder}: {reason}. Free some space, name another --harvests, or leave it"
+            " out."
+        )
 
     def path(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> Path:
         """Path of the file for the harvest of these inputs."""
