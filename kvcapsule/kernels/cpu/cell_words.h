@@ -76,16 +76,30 @@ INLINE Ints fields_of_three(Ints words) {
 
 // Four words of eight tiles, [4, TILES], from sixteen bytes of each (twelve, of cells of three bits).
 INLINE void lay_four(const uint8_t* const (&from)[TILES], bool three, uint32_t* out) {
-    UNROLL for (int tile = 0; tile < TILES; tile += 4) {
-        Four words[4];
-        EACH(i, 4) {
-            Bytes bytes;
-            memcpy(&bytes, from[tile + i], sizeof bytes);
-            if (three) bytes = SHUFFLE_REGISTERS(Bytes, bytes, Bytes{}, 0, 1, 2, 16, 3, 4, 5, 16, 6, 7, 8, 16, 9, 10, 11, 16);
-            words[i] = reinterpret_cast<Four>(bytes);
-        }
-        transpose_four(words, out + tile, TILES);
+#if AVX512
+    const __m128i apart = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+    __m128i tile[TILES];
+    EACH(i, TILES) {
+        tile[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
+        if (three) tile[i] = _mm_shuffle_epi8(tile[i], apart);
     }
+    const auto four = [&](int i) INLINE_LAMBDA {
+        const __m512i two = _mm512_castsi256_si512(_mm256_set_m128i(tile[i + 1], tile[i]));
+        return _mm512_inserti64x4(two, _mm256_set_m128i(tile[i + 3], tile[i + 2]), 1);
+    };
+    const __m512i low = four(0), high = four(4);
+    EACH(half, 2) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+        Ints words;
+        words.part[0] = reinterpret_cast<Ints::Register>(
+            _mm512_permutex2var_epi32(low, _mm512_add_epi32(order, _mm512_set1_epi32(2 * half)), high));
+        store(reinterpret_cast<int32_t*>(out) + half * LANES, three ? fields_of_three(words) : words);
+    }
+#else
+    for (int i = 0; i < 4 * TILES; ++i) memcpy(out + i, from[i % TILES] + i / TILES * (three ? 3 : 4), 4);
+    int32_t* const words = reinterpret_cast<int32_t*>(out);
+    for (int i = 0; three && i < 4 * TILES; i += LANES) store(words + i, fields_of_three(load(words + i)));
+#endif
 }
 
 // The cells of a set of eight tiles, of the entries whose bytes begin at base[:].
@@ -109,9 +123,6 @@ inline void lay_words(const Rows& rows, const int64_t* base, int64_t set, uint32
             }
             lay_four(from, i == 2, to);
         }
-        int32_t* const words = reinterpret_cast<int32_t*>(out + range[2] * TILES);
-        const int64_t count = to - (out + range[2] * TILES);
-        for (int64_t at = 0; i == 2 && at < count; at += LANES) store(words + at, fields_of_three(load(words + at)));
     }
 }
 

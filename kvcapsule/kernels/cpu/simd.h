@@ -85,14 +85,6 @@ template <class Join> INLINE Floats fold(Floats x, const Join& join) {
 INLINE float sum_of_lanes(Floats x) { return fold(x, [](Floats a, Floats b) INLINE_LAMBDA { return a + b; })[0]; }
 INLINE float max_of_lanes(Floats x) { return fold(x, maximum)[0]; }
 
-// Numbers of x and y in turn, those of the lower or of the upper half of each quarter; and the same by twos.
-#define EACH_QUARTER(x, y, a, b, c, d) \
-    SHUFFLE(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12)
-INLINE Floats lower_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 16, 1, 17); }
-INLINE Floats upper_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 18, 3, 19); }
-INLINE Floats lower_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1, 16, 17); }
-INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 18, 19); }
-
 // x in the first eight lanes, y in the others.
 INLINE Ints halves(int32_t x, int32_t y) {
     const Floats low = bits_as<Floats>(Ints(x)), high = bits_as<Floats>(Ints(y));
@@ -101,9 +93,15 @@ INLINE Ints halves(int32_t x, int32_t y) {
 
 // to[i] = the sum of the lanes of x[i], of four vectors.
 INLINE void store_four_sums(float* to, const Floats* x) {
-    const Floats ab = lower_in_turn(x[0], x[1]) + upper_in_turn(x[0], x[1]);
-    const Floats cd = lower_in_turn(x[2], x[3]) + upper_in_turn(x[2], x[3]);
-    Floats sums = lower_twos(ab, cd) + upper_twos(ab, cd);  // of each quarter
+#define EACH_QUARTER(x, y, a, b, c, d) \
+    SHUFFLE(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12)
+    Floats two[2];
+    EACH(i, 2) {
+        const Floats a = x[2 * i], b = x[2 * i + 1];
+        two[i] = EACH_QUARTER(a, b, 0, 16, 1, 17) + EACH_QUARTER(a, b, 2, 18, 3, 19);
+    }
+    Floats sums = EACH_QUARTER(two[0], two[1], 0, 1, 16, 17) + EACH_QUARTER(two[0], two[1], 2, 3, 18, 19);
+#undef EACH_QUARTER
     sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     memcpy(to, &sums, 4 * sizeof(float));
@@ -121,8 +119,12 @@ INLINE Floats upper_interleaved(Floats x, Floats y) {
 typedef int32_t Four __attribute__((vector_size(16)));
 template <class T> INLINE void transpose_four(const Four (&x)[4], T* out, int64_t line) {
     EACH(half, 2) {
-        const Four a = half ? SHUFFLE_REGISTERS(Four, x[0], x[1], 2, 6, 3, 7) : SHUFFLE_REGISTERS(Four, x[0], x[1], 0, 4, 1, 5);
-        const Four b = half ? SHUFFLE_REGISTERS(Four, x[2], x[3], 2, 6, 3, 7) : SHUFFLE_REGISTERS(Four, x[2], x[3], 0, 4, 1, 5);
+        // The first or the last two columns of lines 0 and 1, and of 2 and 3.
+        const auto columns = [&](int i) INLINE_LAMBDA {
+            return half ? SHUFFLE_REGISTERS(Four, x[i], x[i + 1], 2, 6, 3, 7)
+                        : SHUFFLE_REGISTERS(Four, x[i], x[i + 1], 0, 4, 1, 5);
+        };
+        const Four a = columns(0), b = columns(2);
         const Four low = SHUFFLE_REGISTERS(Four, a, b, 0, 1, 4, 5), high = SHUFFLE_REGISTERS(Four, a, b, 2, 3, 6, 7);
         memcpy(out + 2 * half * line, &low, sizeof low);
         memcpy(out + (2 * half + 1) * line, &high, sizeof high);
