@@ -103,7 +103,17 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
     def encode_with(
         self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, codings: Sequence[tuple[RowCoding, RowCoding]]
     ) -> list[Encoded]:
-        """The tiles with each of several codings of the keys and the values of the same kept tokens."""
+        """The tiles with each of several codings of the keys and the values of the same kept tokens, in the order of the
+        codings.
+
+        Args:
+            k_EHTD: keys, in the frame of the bank's queries.
+            v_EHTD: values.
+            codings: of the keys and of the values.
+
+        Raises:
+            RuntimeError: if the query bank is empty.
+        """
         stored: list[list[torch.Tensor]] = [[] for _ in codings]
         for block in self.blocks(k_EHTD, v_EHTD):
             target = self._target(block)
