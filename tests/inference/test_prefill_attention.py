@@ -234,7 +234,9 @@ def test_a_call_that_outlives_the_block_of_another_thread(model: Model) -> None:
     text = model.config.get_text_config(decoder=True)
     layer = model.get_decoder().layers[0].self_attn
     with attach(model, Full()):
-        attention, mask = (table[text._attn_implementation] for table in (AttentionInterface(), AttentionMaskInterface()))
+        attention, mask = (
+            table[text._attn_implementation] for table in (AttentionInterface(), AttentionMaskInterface())
+        )
         copied = copy.deepcopy(text)
     shape = {"batch_size": 1, "q_length": 5, "kv_length": 5, "allow_is_causal_skip": False}
     masks = [function(config=text, **shape) for function in (mask, sdpa_mask)]
