@@ -69,8 +69,8 @@ def load_vlm(
         if Path(source).exists():
             raise ModelError(f"cannot load the folder {name!r} as a vision-language model: {error}") from error
         raise ModelError(
-            f"cannot load the model {name!r} as a vision-language model: there is no folder {Path(name).absolute()}, and"
-            f" from the Hub: {error}"
+            f"cannot load the model {name!r} as a vision-language model: there is no folder {Path(name).absolute()},"
+            f" and from the Hub: {error}"
         ) from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(
