@@ -19,6 +19,7 @@ from kvcapsule.cli.errors import WRONG_INPUT
 from kvcapsule.data.batches import encode_questions, read_question
 from kvcapsule.data.source import load
 from kvcapsule.data.source_config import SourceConfig
+from kvcapsule.errors import InputError
 from kvcapsule.eval.capsule_page.content import read_evaluation
 from kvcapsule.eval.capsule_page.examples import chosen_rows
 from kvcapsule.eval.capsule_page.token_loss import token_loss
@@ -128,6 +129,15 @@ def test_curves_of_a_run(page: Path, tmp_path: Path) -> None:
     (curve,) = training_curves(page.parent)
     assert curve == ("loss", [0, 5], [2.0, 1.0])
     assert training_curves(tmp_path) == []
+
+
+@pytest.mark.parametrize("log", ["step,loss\n0,x\n", "step,loss\n0,1,2\n", "loss\n1\n", "step,loss\n0.5,1\n", "\xff"])
+def test_a_damaged_log(log: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.run" / "csv" / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(log.encode("latin-1"))
+    with pytest.raises(InputError, match=r"the log .*metrics\.csv cannot be read \(.*: delete it"):
+        training_curves(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
