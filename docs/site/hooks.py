@@ -5,6 +5,7 @@ and from the commands' own help."""
 import contextlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def _reference() -> dict[str, str]:
     """The generated pages, by name."""
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "94"
     import kvcapsule
     from kvcapsule.cli import COMMANDS
     from kvcapsule.codec import FAMILIES
@@ -84,4 +85,5 @@ def _help(command: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    return out.getvalue()
+    # Strokes of the backspace are for terminals.
+    return re.sub(".\x08", "", out.getvalue())
