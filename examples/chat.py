@@ -1,6 +1,8 @@
 """A chat whose second turn brings a second image: the cache is kept, so the first image is not read again.
 
 python examples/chat.py
+
+pages-vlm was trained on single pages: it misreads a second one, with the full cache as well. What counts is the way.
 """
 
 from kvcapsule import Capsule, CapsuleCache, attach, cache_argument, conversation, encode, load_vlm

@@ -10,11 +10,32 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 IN_ANOTHER_ENVIRONMENT = {"serving.py", "video.py"}
+_FIRST_PAGE = ["cod 1930", "gnu 323", "boa 386", "sow 662", "dog 28", "asp 8536"]
 PRINTED: dict[str, list[str]] = {
+    "batch.py": [
+        "Read line 1. 'cod 1930'",
+        r"Transcribe the page. 'hen 888\npig 6102\nram 6305\neel 277\ncow 1712\nemu 5743'",
+        "Read line 2. 'asp 76'",
+        "30,105 bytes for 3 images",
+    ],
+    "chat.py": [
+        "Read line 2. gnu 323  (10,043 bytes of images)",
+        "Read line 1. cod 686  (20,086 bytes of images)",
+    ],
+    "compare_policies.py": [
+        "full cache                401,440 bytes  'gnu 323'",
+        "cross-layer capsule        10,043 bytes  'gnu 323'",
+        "4-bit keys and values      55,328 bytes  'gnu 323'",
+        "a tenth by attention       40,992 bytes  'gnu 1930'",
+        "a tenth, evenly spaced     40,992 bytes  'gnu 61'",
+    ],
+    "peft_adapter.py": ["gnu 323"],
+    "single_image.py": [*_FIRST_PAGE, "image: 10,043 bytes; cache: 157,531; full cache: 491,520"],
     "threads.py": [
         "pages-vlm-cross-layer: 'asp 8536', 10,043 bytes of visual KV",
         "pages-vlm-transform: 'asp 8536', 10,043 bytes of visual KV",
     ],
+    "train_jsonl.py": ["runs/example/capsule: transform, for pages-vlm"],
 }
 MOST_LINES = 40
 

@@ -5,6 +5,7 @@ and from the commands' own help."""
 import contextlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,37 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 sys.path.insert(0, str(Path(__file__).parent))
 import site_content as content
+
+_SHIM = "https://unpkg.com/iframe-worker/shim"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The site's files: the theme's, and those of the checkout in place of what mkdocs saw in docs/."""
     theme = [file for file in files if not Path(file.abs_src_path or "").is_relative_to(config.docs_dir)]
-    taken = [File.generated(config, name, abs_src_path=str(content.ROOT / name)) for name in content.reachable()]
-    style = File.generated(config, content.STYLE, abs_src_path=str(content.ROOT / content.STYLE))
+    names = [*content.reachable(), *content.ASSETS]
+    taken = [File.generated(config, name, abs_src_path=str(content.ROOT / name)) for name in names]
     reference = [File.generated(config, f"reference/{name}.md", content=text) for name, text in _reference().items()]
-    return Files([*theme, *taken, style, *reference])
+    return Files([*theme, *taken, *reference])
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Lists and tables as Python's Markdown reads them."""
     return content.with_blank_lines(markdown)
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """The page with the theme's one script of the network in a copy of its own, by which search runs from the disk."""
+    return output.replace(_SHIM, get_relative_url(content.ASSETS[1], page.url))
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """Likewise the page that servers show for a missing one, whose links begin at the site's root."""
+    return output_content.replace(_SHIM, f"/{content.ASSETS[1]}")
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -49,7 +64,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def _reference() -> dict[str, str]:
     """The generated pages, by name."""
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "94"
     import kvcapsule
     from kvcapsule.cli import COMMANDS
     from kvcapsule.codec import FAMILIES
@@ -70,4 +85,5 @@ def _help(command: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    return out.getvalue()
+    # Strokes of the backspace are for terminals.
+    return re.sub(".\x08", "", out.getvalue())

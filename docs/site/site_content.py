@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "README.md"
-STYLE = "docs/site/site.css"
+ASSETS = ("docs/site/site.css", "docs/site/iframe-worker.js")
+"""Files of the site that no page links to."""
 PUBLIC = {
     "Models and inputs": ("load_vlm", "conversation", "encode", "KVGeometry", "VisualSpan", "find_spans"),
     "Capsules": ("Capsule", "CapsuleConfig", "ImageStore"),

@@ -122,10 +122,10 @@ def _style_losses(upper: Axes, lower: Axes, losses: Sequence[Loss]) -> None:
     won = min([loss.points - loss.points_margin for loss in losses], default=0.0)
     lost = max([loss.points + loss.points_margin for loss in losses], default=0.0)
     upper.set_yscale("symlog", linthresh=_LINEAR_POINTS)
-    upper.set_ylim(max(1.15 * lost, 1.5), min(1.15 * won, -0.5))
+    upper.set_ylim(max(1.3 * lost, 1.5), min(1.15 * won, -0.5))
     upper.set_ylabel("accuracy lost, in points\n(mean over tasks)")
     lower.set_yscale("symlog", linthresh=_LINEAR_CHANGED)
-    lower.set_ylim(max([1.15 * loss.changed_high for loss in losses], default=0.02), -0.002)
+    lower.set_ylim(max([1.3 * loss.changed_high for loss in losses], default=0.02), -0.002)
     lower.set_ylabel("answers that are not\nthe full cache's")
     for axes, marks, form in ((upper, _POINTS, "{:g}"), (lower, _CHANGED, "{:.0%}")):
         axes.yaxis.set_major_locator(FixedLocator(marks))

@@ -47,4 +47,4 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     spread = 1 + _Z**2 / count
     middle = (share + _Z**2 / (2 * count)) / spread
     half = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / spread
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)

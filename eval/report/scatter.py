@@ -15,7 +15,7 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     full = next(row for row in rows if row["method"] == FULL)
     methods = [row for row in rows if row["method"] != FULL]
     series = [
-        Series(f"{row['method']} ({row['compression16']:.3g}x of 16 bits)", [row], *look)
+        Series(f"{row['method']} ({row['compression16']:.3g}x at 16 bits)", [row], *look)
         for row, look in zip(methods, _looks(methods), strict=True)
     ]
     return panels(series, full, title)

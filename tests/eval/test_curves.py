@@ -67,7 +67,7 @@ def test_where_text_is_compressed_too_all_bytes_are_drawn() -> None:
     rows[0]["settings"]["matched_to"] = "x"
     assert axis(rows)[0] == "kv_bytes"
     drawn = curves(rows)
-    assert len({curve.marker for curve in drawn}) == len({curve.colour for curve in drawn}) == len(names) - 1
+    assert len({curve.marker for curve in drawn}) == len({curve.colour for curve in drawn}) == len(names)
 
 
 def test_the_legend_names_every_curve_and_covers_no_point() -> None:

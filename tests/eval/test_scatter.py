@@ -39,7 +39,7 @@ def test_the_legend_names_every_row_with_its_ratio() -> None:
     """At 16 bits an element, whatever the run had."""
     figure = picture(CROWDED, "crowded")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    ratios = [f"{row['method']} ({row['compression16']:.3g}x of 16 bits)" for row in CROWDED[1:]]
+    ratios = [f"{row['method']} ({row['compression16']:.3g}x at 16 bits)" for row in CROWDED[1:]]
     assert labels == ["full cache, 391 KiB", *ratios]
 
 
