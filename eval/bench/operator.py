@@ -12,7 +12,7 @@ from kvcapsule.segments.segment import Segment
 from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, random_methods
 from .interleaved_timing import Contender, Times, copies, interleave
 from .layer_data import Cell
-from .method_names import SHARES
+from .method_names import COMPACT, SHARES
 from .shapes import SHAPES, Shape, distinct
 
 LEVEL = "operator"
@@ -182,7 +182,7 @@ def _needed(cell: Cell, names: Sequence[str]) -> int:
     # A few copies of the sequences that are encoded, in fp32; a compact capsule holds what its bank gives every token.
     encoded = min(cell.batch, layer_data.DIFFERENT)
     encoding = 24 * encoded * cell.full_bytes // cell.batch // cell.dtype.itemsize
-    bank = encoded * cell.visual * cell.shape.kv_heads * _BANK if "compact-10%" in names else 0
+    bank = encoded * cell.visual * cell.shape.kv_heads * _BANK if COMPACT & set(names) else 0
     return int((1.0 + sum(shares)) * cell.full_bytes) + again + max(encoding, bank)
 
 

@@ -12,8 +12,12 @@ inline void add_bias_and_mask(float* scores, const Tile& tile, int64_t set, cons
     const Segment& s = src.s;
     for (int64_t row = 0; row < src.real_rows; ++row, scores += 2 * src.score_line) {
         const int64_t head = s.head ? 0 : set * s.heads + row / src.call.rows, step = s.bias.third;
-        const float* const bias = s.bias.data + tile.entry * s.bias.first + head * s.bias.second + tile.token * step;
-        for (int64_t n = 0; s.bias.data && n < tile.count; ++n) scores[n] += bias[n * step];
+        const int64_t first = tile.entry * s.bias.first + head * s.bias.second + tile.token * step;
+        if (s.bias_unit != 0) {
+            const int8_t* const bytes = reinterpret_cast<const int8_t*>(s.bias.data) + first;
+            for (int64_t n = 0; n < tile.count; ++n) scores[n] += s.bias_unit * bytes[n * step];
+        } else if (s.bias.data)
+            for (int64_t n = 0; n < tile.count; ++n) scores[n] += s.bias.data[first + n * step];
         for (int64_t n = 0; src.hides() && n < tile.count; ++n)
             if (!src.sees(tile, row % src.call.queries, n)) scores[n] = NONE;
         for (int64_t n = tile.count / LANES * LANES; n < src.score_line; n += LANES)
