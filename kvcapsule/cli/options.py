@@ -5,6 +5,7 @@ accepted as well. An option that is true or false needs no value to be true.
 """
 
 import json
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -20,6 +21,8 @@ from ..yaml_files import read_yaml
 from .errors import dashed
 
 Config = TypeVar("Config")
+_OF_YAML = yaml.constructor.__file__
+"""Where PyYAML makes values: what fails there is about one of them, whatever it raises."""
 
 
 class OptionParser(ArgumentParser):
@@ -45,14 +48,14 @@ class OptionParser(ArgumentParser):
         return dashed(super().format_help(*args, **kwargs))
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """As jsonargparse's; a whole number that no float can hold is a ConfigError."""
-        with _no_overflow():
+        """As jsonargparse's; what it or PyYAML cannot make a value of is a ConfigError."""
+        with _plain_values():
             parsed: Namespace = super().parse_args(*args, **kwargs)
             return parsed
 
     def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
         """The same of nested values."""
-        with _no_overflow():
+        with _plain_values():
             parsed: Namespace = super().parse_object(*args, **kwargs)
             return parsed
 
@@ -84,11 +87,17 @@ class OptionParser(ArgumentParser):
 
 
 @contextmanager
-def _no_overflow() -> Iterator[None]:
+def _plain_values() -> Iterator[None]:
     try:
         yield
     except OverflowError as error:
         raise ConfigError("an option has a number that is too large: at most 1.7e308 can be computed with.") from error
+    except (AttributeError, ValueError) as error:
+        if not any(frame.filename == _OF_YAML for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise ConfigError(
+            f"an option has a value that cannot be read: {' '.join(str(error).split())[:200]}."
+        ) from error
 
 
 def option_parser(

@@ -63,6 +63,8 @@ class Needs:
         ("text: null", "--text null: a value is expected."),
         ("part: {max_size: null}", "--part.max-size null: a value is expected."),
         (f"share: {10**400}", "a number that is too large"),
+        (f"share: 0x{'f' * 5000}", "a number has more than 1,000 digits"),
+        ("share: !!timestamp z", "a value cannot be read"),
         ("place: null", None),
     ],
 )
@@ -77,8 +79,18 @@ def test_null_and_numbers_past_all_bounds(content: str, said: str | None, tmp_pa
     if said is None:
         assert parse() == Needs()
         return
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, InputError), match=said):
         parse()
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "!!timestamp z", "2024-99-99", "0x" + "f" * 5000])
+@pytest.mark.parametrize("option", ["--text", "--share", "--part", "--part.max_size"])
+def test_values_that_yaml_makes_none_of(option: str, value: str) -> None:
+    parser = option_parser(Needs, "p", "p [options]", "It.")
+    try:
+        assert parser.read([option, value]).text in ("a", value)
+    except (ConfigError, ArgumentError) as error:
+        assert str(error)
 
 
 def test_dashes_and_underscores_are_the_same_option() -> None:
