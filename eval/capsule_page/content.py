@@ -3,13 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from kvcapsule.capsule.measured import ROW_KEYS, evaluation_fault
 from kvcapsule.capsule.overview import Overview, overview
+from kvcapsule.capsule.read import METRICS_FILE
 from kvcapsule.cli import session
 from kvcapsule.cli.model_check import checked_models
 from kvcapsule.data import source
@@ -56,7 +58,7 @@ def gather(name: str, config: PageConfig, console: Console) -> PageContent:
     """
     session.begin(console, threads=config.threads, seed=config.seed, device=config.device)
     capsule = overview(name)
-    evaluation = capsule.evaluation if config.evaluation is None else read_evaluation(Path(config.evaluation))
+    evaluation = saved_evaluation(capsule) if config.evaluation is None else read_evaluation(config.evaluation, capsule)
     capsule = replace(capsule, metrics={**capsule.metrics, "eval": evaluation})
     methods = EvalConfig(
         model=config.model, capsule=[name], data=config.data, protocol=config.protocol, batch=1, timing=False
@@ -94,18 +96,42 @@ def gather(name: str, config: PageConfig, console: Console) -> PageContent:
     )
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """The object of a `kvcapsule eval`.
+def saved_evaluation(capsule: Overview) -> dict[str, Any]:
+    """The evaluation that was saved with a capsule; empty: there is none.
 
     Raises:
-        InputError: if the file cannot be read, or is another one.
+        InputError: if it lacks what the page shows.
     """
+    fault = evaluation_fault(capsule.evaluation, ROW_KEYS)
+    if fault is not None:
+        raise InputError(
+            f"the evaluation in {capsule.folder / METRICS_FILE} cannot be shown ({fault}): measure again, with"
+            " `kvcapsule eval --save-metrics true`."
+        )
+    return capsule.evaluation
+
+
+def read_evaluation(file: str, capsule: Overview) -> dict[str, Any]:
+    """The object of a `kvcapsule eval` with a capsule.
+
+    Raises:
+        InputError: if the file cannot be read, is another one, or is of other capsules.
+    """
+    path, advice = Path(file), "name a JSON file of `kvcapsule eval --json`"
     try:
         values = json.loads(path.expanduser().read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): name a JSON file of `kvcapsule eval --json`.") from error
-    rows = values.get("rows") if isinstance(values, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "method" in row for row in rows):
-        raise InputError(f"{path} has no rows of methods: name a JSON file of `kvcapsule eval --json`.")
+        raise InputError(f"{path} cannot be read ({error}): {advice}.") from error
+    fault = evaluation_fault(values, ROW_KEYS) or (None if values.get("rows") else "it has no rows of methods")
+    if fault is not None:
+        raise InputError(f"{path} cannot be shown ({fault}): {advice}.")
     evaluation: dict[str, Any] = values
+    of = dict.fromkeys(PurePath(str(row["settings"].get("capsule", ""))).name for row in evaluation["rows"])
+    names = [name for name in of if name]
+    if not {PurePath(capsule.name).name, capsule.folder.resolve().name} & set(names):
+        measured = f"it measured {', '.join(names)}" if names else "it measured no capsule"
+        raise InputError(
+            f"{path} is not of {capsule.name} ({measured}): name the JSON of `kvcapsule eval --capsule {capsule.name}"
+            " --json`."
+        )
     return evaluation

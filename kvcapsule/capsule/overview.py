@@ -19,6 +19,7 @@ from ..yaml_files import read_yaml
 from . import hub
 from .config import CapsuleConfig
 from .limits import read_json
+from .measured import evaluation_fault, training_fault
 from .read import CONFIG_FILE, METRICS_FILE, NEEDED_TO_LOAD, RECIPE_FILE, WEIGHTS_FILE, config_in, missing_files
 from .training_rows import TrainingRows
 
@@ -50,20 +51,17 @@ class Overview:
     @property
     def evaluation(self) -> dict[str, Any]:
         """The last evaluation that was saved with the capsule; empty: none."""
-        saved = self.metrics.get("eval")
-        return saved if isinstance(saved, dict) else {}
+        return self.metrics.get("eval") or {}
 
     @property
     def training(self) -> dict[str, Any]:
         """What training measured at its end; empty: nothing is known."""
-        saved = self.metrics.get("train")
-        return saved if isinstance(saved, dict) else {}
+        return self.metrics.get("train") or {}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The methods of the last evaluation."""
-        rows = self.evaluation.get("rows")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return self.evaluation.get("rows") or []
 
     def is_of_this(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of the evaluation is this capsule's."""
@@ -118,6 +116,10 @@ def _of(name: str, folder: Path) -> Overview:
     for file, values in ((METRICS_FILE, metrics), (RECIPE_FILE, recipe)):
         if not isinstance(values, dict):
             raise CapsuleError(f"{folder / file} holds no names and values: it is damaged; delete it.")
+    # A key that is null or missing: nothing was measured.
+    fault = training_fault(metrics.get("train") or {}) or evaluation_fault(metrics.get("eval") or {})
+    if fault is not None:
+        raise CapsuleError(f"{folder / METRICS_FILE} is damaged ({fault}): delete it, and measure again.")
     return Overview(name, folder, config_in(folder), metrics, recipe, TrainingRows.in_folder(folder))
 
 

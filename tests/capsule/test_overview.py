@@ -48,6 +48,14 @@ def test_of_training_where_nothing_was_evaluated(folder: Path) -> None:
         ("metrics.json", "[]", "no names and values"),
         ("recipe.yaml", "a: [", "cannot be read"),
         ("metrics.json", "{", "JSON"),
+        ("metrics.json", '{"train": 3}', "train is 3, expected names and numbers"),
+        ("metrics.json", '{"train": {"output_error": "x"}}', "train.output_error is 'x', expected a number"),
+        ("metrics.json", '{"eval": 3}', "no rows of methods"),
+        ("metrics.json", '{"eval": {"rows": [3]}}', "no rows of methods"),
+        ("metrics.json", '{"eval": {"data": "pages"}}', "data is 'pages', expected names and values"),
+        ("metrics.json", '{"eval": {"rows": [{}, {"settings": "x"}]}}', "settings of row 2 is 'x', expected dict"),
+        ("metrics.json", '{"eval": {"rows": [{"accuracy": [1]}]}}', "accuracy of row 1"),
+        ("metrics.json", '{"eval": {"rows": [{"accuracy": {"line": "x"}}]}}', "the accuracy line of row 1 is 'x'"),
     ],
 )
 def test_a_damaged_file_is_named(folder: Path, file: str, content: str, said: str) -> None:

@@ -13,11 +13,14 @@ from support.builders import kv_capsule
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import KVGeometry
+from kvcapsule.capsule.overview import overview
 from kvcapsule.cli import main
 from kvcapsule.cli.errors import WRONG_INPUT
 from kvcapsule.data.batches import encode_questions, read_question
 from kvcapsule.data.source import load
 from kvcapsule.data.source_config import SourceConfig
+from kvcapsule.errors import InputError
+from kvcapsule.eval.capsule_page.content import read_evaluation
 from kvcapsule.eval.capsule_page.examples import chosen_rows
 from kvcapsule.eval.capsule_page.token_loss import token_loss
 from kvcapsule.eval.capsule_page.training_curves import training_curves
@@ -128,6 +131,15 @@ def test_curves_of_a_run(page: Path, tmp_path: Path) -> None:
     assert training_curves(tmp_path) == []
 
 
+@pytest.mark.parametrize("log", ["step,loss\n0,x\n", "step,loss\n0,1,2\n", "loss\n1\n", "step,loss\n0.5,1\n", "\xff"])
+def test_a_damaged_log(log: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.run" / "csv" / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(log.encode("latin-1"))
+    with pytest.raises(InputError, match=r"the log .*metrics\.csv cannot be read \(.*: delete it"):
+        training_curves(tmp_path / "c")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -150,15 +162,37 @@ def test_wrong_input(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_evaluation_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "other.json").write_text(json.dumps({"rows": 3}))
-    words = [
-        "report",
-        "pages-vlm-kvcapsule",
-        "--evaluation",
-        str(tmp_path / "other.json"),
-        "--output",
-        str(tmp_path / "p.html"),
-    ]
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        ({"rows": 3}, "no rows of methods"),
+        ({"rows": []}, "no rows of methods"),
+        ({"rows": [{"method": "full"}]}, "row 1 has no family"),
+        ("bench-cpu.json", "row 1 has no family"),
+        ("smol-vlm.json", "not of pages-vlm-kvcapsule (it measured cross-layer-10"),
+        ("smol-vlm-full.json", "not of pages-vlm-kvcapsule (it measured no capsule)"),
+    ],
+)
+def test_an_evaluation_of_another_kind(
+    evaluation: dict[str, object] | str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another command, or of other capsules: figures of another one of the same family are not shown as its own."""
+    if isinstance(evaluation, str):
+        file = RESULTS / evaluation
+    else:
+        file = tmp_path / "other.json"
+        file.write_text(json.dumps(evaluation))
+    words = ["report", "pages-vlm-kvcapsule", "--evaluation", str(file), "--output", str(tmp_path / "p.html")]
     assert main(words) == WRONG_INPUT
-    assert "no rows of methods" in capsys.readouterr().err and not (tmp_path / "p.html").exists()
+    assert said in capsys.readouterr().err and not (tmp_path / "p.html").exists()
+
+
+def test_an_evaluation_of_this_capsule(page: Path) -> None:
+    capsule = overview(page.parent)
+    (row,) = [row for row in capsule.rows if row["family"] == "kvcapsule"]
+    file = page.with_name("eval.json")
+    file.write_text(json.dumps({"rows": [{**row, "settings": {"capsule": "runs/mine"}}]}))
+    assert read_evaluation(str(file), capsule)["rows"][0]["agreement"] == row["agreement"]

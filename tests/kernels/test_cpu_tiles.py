@@ -215,7 +215,9 @@ def test_beside_what_is_not_covered() -> None:
     seen = torch.rand(2, 2, 7, generator=draw.generator) > 0.4
     few = quantised(draw.raw([1, 0], 30, dim=DIM), 4, 2)
     alone = Segment(draw(3, 1, 6, DIM), draw(3, 1, 6, DIM), torch.tensor([0, 1, 1]), head=torch.tensor([1, 0, 1]))
-    for rest in ([few], [alone], [few, alone]):
+    half = replace(alone, values=quantised(alone, 4, 2).values)
+    none = Segment(draw(0, HEADS, 5, DIM), draw(0, HEADS, 5, DIM), torch.zeros(0, dtype=torch.int64))
+    for rest in ([few], [alone], [few, alone], [none, half], [none]):
         assert error(query, [retained(draw, [0, 1, 1], 20, 5, 6), *rest, tail], seen) < SINGLE
 
 

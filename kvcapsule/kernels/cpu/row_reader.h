@@ -43,7 +43,7 @@ class RowReader {
         mapped_ = arena.take(s_.q_map.data ? TILES * (src.rows + 8) * queries_.width : 0);
         keys_ = arena.take(src.key_line * queries_.width);
         values_ = arena.take(src.value_line * width_);
-        found_ = arena.take(8 * width_);
+        block_sums_ = arena.take(8 * width_);
         sums_ = arena.take(src.rows * width_);
     }
 
@@ -105,8 +105,8 @@ class RowReader {
                         for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values, count, row, c);
                         for (; c < width_; c += LANES) add<R, 1>(w, values, count, row, c);
                     } else {
-                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, found_, width_, 0);
-                        for (; c < R * width_; ++c) sums_[row * width_ + c] += found_[c];
+                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, block_sums_, width_, 0);
+                        for (; c < R * width_; ++c) sums_[row * width_ + c] += block_sums_[c];
                     }
                 }
             });
@@ -205,7 +205,7 @@ class RowReader {
     const Segment& s_;
     Queries queries_;
     int64_t width_, set_ = 0;
-    float *mapped_, *keys_, *values_, *found_, *sums_;  // queries; rows and sums of a tile; [rows, width]
+    float *mapped_, *keys_, *values_, *block_sums_, *sums_;  // queries; rows and sums of a tile; [rows, width]
 };
 
 }  // namespace kvcapsule
