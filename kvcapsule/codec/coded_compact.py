@@ -103,8 +103,8 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
     def encode_with(
         self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, codings: Sequence[tuple[RowCoding, RowCoding]]
     ) -> list[Encoded]:
-        """The tiles with each of several codings of the keys and the values of the same kept tokens, one after the
-        other.
+        """The tiles with each of several codings of the keys and the values of the same kept tokens, in the codings'
+        order.
 
         Args:
             k_EHTD: keys, in the frame of the bank's queries.
