@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from ..errors import ConfigError, InputError
 from ..yaml_files import read_yaml
 from .errors import dashed
+from .parse_errors import with_near_option
 
 Config = TypeVar("Config")
 
@@ -42,6 +43,10 @@ class OptionParser(ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return dashed(super().format_help(*args, **kwargs))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As argparse's: raises ArgumentError, which names the option that an unknown one is like."""
+        super().error(with_near_option(message, self._option_string_actions), ex)
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Read a YAML file of options.
