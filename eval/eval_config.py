@@ -76,7 +76,7 @@ class EvalConfig:
     wide: bool = False
     """Show all columns of the tables."""
     plot: str | None = None
-    """File for a picture of accuracy against bytes: .png, .svg or .pdf."""
+    """File for a picture of losses against bytes: .png, .svg or .pdf."""
     report: str | None = None
     """Markdown file in which the table of the suite is updated."""
     save_metrics: bool = False

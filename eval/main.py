@@ -12,8 +12,7 @@ from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
 from kvcapsule.errors import InputError, KVCapsuleError
 
 from .eval_config import RENAMED, EvalConfig
-from .protocol_names import ASK_LATER
-from .scores.metric_names import DEMO
+from .report.title import title_of
 from .suite.shipped import name_of, shipped_suites
 
 PROG = "kvcapsule eval"
@@ -93,7 +92,7 @@ def _show(result: dict[str, Any], wide: bool) -> None:
 
     from .report.rows import tables
 
-    print_report(*tables(result["rows"], _title(result)), wide=wide)
+    print_report(*tables(result["rows"], title_of(result)), wide=wide)
 
 
 def _write(result: dict[str, Any], config: EvalConfig) -> None:
@@ -102,13 +101,13 @@ def _write(result: dict[str, Any], config: EvalConfig) -> None:
     Raises:
         InputError, CapsuleError: if one cannot be written.
     """
-    from .report import markdown, rate_curves, scatter
+    from .report import markdown
     from .report.picture import save_picture
+    from .report.redraw import picture_of
 
     try:
         if config.plot is not None:
-            picture = scatter.picture if config.suite is None else rate_curves.picture
-            save_picture(picture(result["rows"], _title(result)), Path(config.plot))
+            save_picture(picture_of(result), Path(config.plot))
         if config.suite is not None and config.report is not None:
             markdown.refresh(Path(config.report), name_of(config.suite), result, json_file(config.json), config.plot)
     except OSError as error:
@@ -117,9 +116,3 @@ def _write(result: dict[str, Any], config: EvalConfig) -> None:
         from kvcapsule.capsule.write import update_metrics
 
         update_metrics(config.capsule[0], {"eval": result})
-
-
-def _title(result: dict[str, Any]) -> str:
-    metric = "" if result["metric"] == DEMO else f", judged by {result['metric']}"
-    later = ", asked later" if result["protocol"] == ASK_LATER else ""
-    return f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions{later}{metric}"

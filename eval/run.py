@@ -77,8 +77,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         questions = source.load(config.data)
     if len(questions) == 0:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
-    session.tell(console, questions.info.description)
     shares = seen_shares(participants.capsules, questions, config.allow_seen, console)
+    session.tell(console, questions.info.description)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         checked_models(participants.capsules.values(), model, config.strict, console),

@@ -5,11 +5,8 @@ python examples/threads.py
 
 from concurrent.futures import ThreadPoolExecutor
 
-from kvcapsule import Capsule, attach
-from kvcapsule.data.prompts import conversation, encode
-from kvcapsule.inference.transformers_api import output_cache
+from kvcapsule import Capsule, attach, conversation, encode, load_vlm, output_cache
 from kvcapsule.testbeds.pages import page
-from kvcapsule.vlm.loading import load_vlm
 
 model, processor = load_vlm("pages-vlm")
 inputs = encode(processor, [conversation([page("test", 0).image], "Transcribe the page.")])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import CapsuleError, GeometryError, ModelMismatchWarning
     from .inference.attach import attach
     from .inference.cache import CapsuleCache
+    from .inference.transformers_api import cache_argument, output_cache
     from .segments.segment import Segment
     from .store.image_store import ImageStore
     from .vlm.geometry import KVGeometry
@@ -37,10 +38,12 @@ _HOME = {
     "Segment": "segments.segment",
     "VisualSpan": "vlm.spans",
     "attach": "inference.attach",
+    "cache_argument": "inference.transformers_api",
     "conversation": "data.prompts",
     "encode": "data.prompts",
     "find_spans": "vlm.spans",
     "load_vlm": "vlm.loading",
+    "output_cache": "inference.transformers_api",
 }
 
 __all__ = [
@@ -57,10 +60,12 @@ __all__ = [
     "VisualSpan",
     "__version__",
     "attach",
+    "cache_argument",
     "conversation",
     "encode",
     "find_spans",
     "load_vlm",
+    "output_cache",
 ]
 
 

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = [ROOT / "checkpoints" / name / "README.md" for name in ("pages-vlm", "smol-vlm")]
-NAMED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/FORMAT.md")]
+FIRST = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "checkpoints/FORMAT.md", "examples/README.md")
+NAMED = [ROOT / name for name in FIRST]
 LOG = ROOT / "training" / "NOTES.md"
 HISTORY = (LOG, ROOT / "CHANGELOG.md")
 """They may name options of an earlier day."""

@@ -42,24 +42,40 @@ def commands() -> list[list[str]]:
     return [line[1:] for line in lines if line and line[0] == "kvcapsule"]
 
 
-def test_the_python_block_answers_a_question(tmp_path: Path) -> None:
-    (block,) = blocks("python")
+def test_the_first_block_answers_a_question_and_counts_bytes(tmp_path: Path) -> None:
+    """Pasted into an interpreter of its own."""
+    block = blocks("python")[0]
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 5
+    *_, answer, line = done.stdout.splitlines()
+    assert answer.split()[-1] in page("test", 0).text
+    total, visual, full = (int(count.replace(",", "")) for count in re.findall(r"\d[\d,]*", line))
+    assert 0 < visual < total / 2 and total < full / 2
 
 
-def test_the_python_block_runs_for_another_model(
-    vlm: str, make_capsule: Callable[[float], Capsule], tmp_path: Path
+def test_the_first_block_runs_for_another_model(
+    vlm: str, make_capsule: Callable[[float], Capsule], tmp_path: Path, capsys
 ) -> None:
     """With two words changed."""
-    (block,) = blocks("python")
+    block = blocks("python")[0]
     make_capsule(0.5).save_pretrained(tmp_path / "mine")
-    for word, own in (('"pages-vlm"', vlm), ('"pages-vlm-cross-layer"', str(tmp_path / "mine"))):
+    for word, replacement in (('"pages-vlm"', vlm), ('"pages-vlm-cross-layer"', str(tmp_path / "mine"))):
         assert block.count(word) == 1
-        block = block.replace(word, repr(own))
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0 and done.stdout, done.stderr
+        block = block.replace(word, repr(replacement))
+    exec(block, {})
+    assert "full cache:" in capsys.readouterr().out
+
+
+def test_the_block_with_auto_classes_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With a local folder in place of the Hub id, beside the capsule and the image that it names."""
+    _, block = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    page("test", 0).image.save("page.png")
+    shutil.copytree(str(shipped("pages-vlm-cross-layer")), "runs/my-capsule")
+    name = '"llava-hf/llava-1.5-7b-hf"'
+    assert block.count(name) == 1
+    exec(block.replace(name, repr(str(shipped("pages-vlm")))), {})
+    assert capsys.readouterr().out.split()[-1] in page("test", 0).text
 
 
 def test_a_cards_code_and_commands_run(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -171,7 +171,7 @@ def _block(path: Path, result: Mapping[str, Any], json: str | None, plot: str | 
     if is_wide(rows):
         parts.append(paragraph(_WIDE_NOTE.format(bits=element_bits(rows))))
     if plot is not None:
-        parts.append(f"![accuracy against visual bytes]({link(path, plot)})")
+        parts.append(f"![losses against bytes]({link(path, plot)})")
     return "\n\n".join(parts)
 
 

@@ -24,6 +24,7 @@ from ..suite.shipped import name_of
 from ..suite.suite import load
 from . import markdown, rate_curves
 from .picture import save_picture
+from .title import title_of
 
 PROG = "python -m kvcapsule.eval.report.merge_runs"
 _MAY_DIFFER = ("rows", "command", "seen")
@@ -118,8 +119,7 @@ def merge_files(config: MergeConfig) -> None:
     result = merge([_read(Path(part)) for part in config.parts], order, config.replace)
     write_json(config.json, result)
     if config.plot is not None:
-        title = f"{result['model']} on {result['data']['source']}, {result['rows'][0]['n']} questions"
-        save_picture(rate_curves.picture(result["rows"], title), Path(config.plot))
+        save_picture(rate_curves.picture(result["rows"], title_of(result)), Path(config.plot))
     if config.report is not None:
         markdown.refresh(Path(config.report), name_of(config.suite), result, json_file(config.json), config.plot)
 

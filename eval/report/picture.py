@@ -1,13 +1,12 @@
-"""What all pictures of results share: the colours, the axes of accuracy against bytes, the legend and the file."""
+"""What all pictures of results share: a look for each kind of method, the empty picture and the file."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from kvcapsule.cli.results import write_whole
 
@@ -16,51 +15,50 @@ LOOKS = {
     "transform": ("o", "#000000"),
     "kvcapsule": ("d", "#009e73"),
     "compact": ("v", "#56b4e9"),
+    "coded-compact": ("P", "#0b5d8a"),
     "quantisation": ("p", "#0072b2"),
     "post-vision-attention": ("^", "#d55e00"),
     "evenly-spaced": ("s", "#cc79a7"),
+    "random": ("X", "#999999"),
+    "streaming-llm": ("<", "#661100"),
+    "snapkv": (">", "#332288"),
+    "h2o": ("P", "#aa3377"),
+    "pyramidkv": ("1", "#b8860b"),
+    "adakv": ("2", "#44aa99"),
+    "look-m": ("h", "#882255"),
+    "kivi": ("*", "#117733"),
+    "r-kv": ("8", "#ddaa33"),
+    "vl-cache": ("H", "#7f5fff"),
+    "aircache": ("3", "#6b8e23"),
+    "akvq-vl": ("4", "#ee6677"),
+    "hybridkv": ("+", "#4477aa"),
 }
-"""Marker and colour of the kinds of methods that are in most pictures. The colours are those of Okabe and Ito's
-palette, which colour-blind readers can tell apart."""
+"""Marker and colour of a codec family, of quantisation and of each policy, the same in every picture. The first seven
+are in most pictures and have the colours of Okabe and Ito's palette, which colour-blind readers can tell apart."""
 FULL_COLOUR = "#555555"
-MARKERS = "X*<>Ph8H"
-COLOURS = ("#b8860b", "#882255", "#117733", "#332288", "#aa4499", "#44aa99", "#661100")
-"""For all other methods, in turn; the numbers of markers and colours have no common divisor, so that no pair soon comes
-again."""
+_OTHERS = (("x", "#00a000"), ("|", "#a0522d"), ("_", "#1e90ff"), ("o", "#c71585"), ("s", "#808000"), ("D", "#2f4f4f"))
+
+
+def other_looks() -> Iterator[tuple[str, str]]:
+    """Marker and colour of methods that are in no table, in turn; after the last ones, colours come with the next
+    marker."""
+    while True:
+        for shift in range(len(_OTHERS)):
+            for index, (_, colour) in enumerate(_OTHERS):
+                yield _OTHERS[(index + shift) % len(_OTHERS)][0], colour
 
 
 def new_picture(width: float = 10.0, height: float = 5.4) -> tuple[Figure, Axes]:
     """An empty picture of so many inches, and its axes."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(width, height)
     return figure, figure.add_subplot()
 
 
-def style_axes(axes: Axes, xs: Sequence[float], title: str, cache: str = "visual KV cache") -> None:
-    """Scales, ticks and titles of a picture of accuracy against bytes.
-
-    Args:
-        axes: to be styled.
-        xs: bytes of all points.
-        title: of the picture.
-        cache: whose bytes they are.
-    """
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(xs) / 1.7, max(xs) * 1.7)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _bytes(x)))
-    axes.set_ylim(-0.04, 1.04)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel(f"{cache}, bytes a question (log scale)")
-    axes.set_ylabel("accuracy, mean over tasks")
-    axes.grid(color="#e5e5e5", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def add_legend(figure: Figure) -> None:
-    """The legend, beside the axes so that it covers no point; in the order in which things were drawn."""
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, numpoints=1, handlelength=1.6)
+def new_panels(width: float = 10.0, height: float = 7.6) -> tuple[Figure, Axes, Axes]:
+    """An empty picture of so many inches, and its axes: two above each other, with the same horizontal scale."""
+    figure = _figure(width, height)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    return figure, upper, lower
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -74,8 +72,7 @@ def save_picture(figure: Figure, path: Path) -> None:
     write_whole(path, image.getvalue())
 
 
-def _bytes(count: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:g} {unit}"
-    return f"{count:g} B"
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -16,7 +16,7 @@ from ..errors import CapsuleError
 from . import weights_file
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
 from .config import CapsuleConfig
-from .limits import new_folder, read_json
+from .limits import new_folder, read_json, restore
 from .read import (
     CARD_FILE,
     CONFIG_FILE,
@@ -84,6 +84,7 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         TypeError: if metrics holds objects that cannot be written as text.
     """
     folder, plain = new_folder(directory), atomic_files.plain(metrics, "metrics")
+    restore(folder)
     require_files(folder, FILES)
     path = folder / METRICS_FILE
     card = card_in(folder)

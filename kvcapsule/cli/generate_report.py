@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-    from ..inference.cache import CapsuleCache
     from ..store.image_store import ImageStore
 
 
@@ -60,7 +59,7 @@ def show_bytes(model: "PreTrainedModel", answer: Answer, full: Answer | None, vi
     else:
         stored = answer.cache.bytes()
         if full is None:
-            full_bytes, origin = _computed_bytes(model, answer.cache), f"computed, {tokens}"
+            full_bytes, origin = answer.cache.full_bytes(), f"computed, {tokens}"
         else:
             full_bytes = _measured_bytes(full.cache)
             origin = f"measured, {full.cache.get_seq_length()} tokens"
@@ -99,12 +98,6 @@ def show_store(store: "ImageStore") -> None:
         f" {counted.puts} stored; {shown_bytes(store.total_bytes())} in {store.path}",
         file=sys.stderr,
     )
-
-
-def _computed_bytes(model: "PreTrainedModel", cache: "CapsuleCache") -> int:
-    """Bytes of the model's default cache for the tokens of `cache`: computed for the layers with full attention,
-    measured for the others, which are the same in both."""
-    return _token_bytes(model) * cache.get_seq_length() + cache.bytes().other
 
 
 def _token_bytes(model: "PreTrainedModel") -> int:

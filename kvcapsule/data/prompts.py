@@ -15,8 +15,8 @@ from .places import IMAGE, pieces
 def conversation(
     images: Sequence[Image.Image], prompt: str, answer: str | None = None, before: str = ""
 ) -> list[dict[str, Any]]:
-    """One question (and its answer) in transformers' chat form, behind other text: the images at their places <image>,
-    or else before the prompt.
+    """One question (and its answer) in transformers' chat form, behind other text: the images at their places
+    `<image>`, or else before the prompt.
 
     Raises:
         InputError: if there are places for more or fewer images.

@@ -18,7 +18,7 @@ from ..segments.memo import Memo
 from ..vlm.geometry import KVGeometry
 from ..vlm.spans import find_spans, has_pictures
 from . import attention_interface
-from .cache_bytes import CacheBytes, measured
+from .cache_bytes import CacheBytes, measured, uncompressed
 from .cache_layer import CapsuleLayer
 from .forward_context import ForwardContext
 from .masks import tokens_before, valid_tokens, without_hidden
@@ -282,6 +282,10 @@ class CapsuleCache(Cache):
     def bytes(self) -> CacheBytes:
         """Measured from storages; a storage that layers share counts once."""
         return measured(self.layers)
+
+    def full_bytes(self) -> int:
+        """Those of the model's own cache for the same tokens: what `bytes().total` is to be held against."""
+        return uncompressed(self.layers)
 
     def _set_context(self, context: ForwardContext) -> None:
         for layer in self.capsule_layers():

@@ -1,4 +1,4 @@
-"""Bytes that a cache occupies, measured from storages."""
+"""Bytes that a cache occupies, measured from storages, and those that the full cache would."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -56,3 +56,15 @@ def measured(all_layers: Sequence[Any]) -> CacheBytes:
         parameters=storage_bytes(t for s in (*visual, *text) for t in s.parameter_tensors()),
         host=storage_bytes(t for s in (*visual, *text) for t in s.host_tensors()),
     )
+
+
+def uncompressed(all_layers: Sequence[Any]) -> int:
+    """Bytes of the model's own cache for the tokens that a cache was given: computed for the layers with full
+    attention, measured for the others, which are the same in both."""
+    layers = [layer for layer in all_layers if isinstance(layer, CapsuleLayer) and layer.is_initialized]
+    computed = sum(
+        tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size() * int(layer.get_seq_length())
+        for layer in layers
+        for tensor in (layer.tail.keys, layer.tail.values)
+    )
+    return computed + measured(all_layers).other

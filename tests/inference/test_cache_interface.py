@@ -71,6 +71,8 @@ class TestCacheInterface:
             logits.append(last)
         torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=EXACT)
         assert cache.bytes().tail < 4 * 2 * 2 * 32 * 4 * 2 * 150
+        own_bytes = sum(t.nbytes for layer in own.layers for t in (layer.keys, layer.values))
+        assert cache.full_bytes() == own_bytes
 
     def test_crop_within_the_tail(self, attached: Model, mixed: BatchFeature) -> None:
         cache, mask = CapsuleCache(attached.config, Full()), mixed["attention_mask"]
@@ -103,7 +105,7 @@ class TestCacheInterface:
         attached.generate(**make_batch((1, "Hello.")), **cache_argument(cache), **greedy)
         cache.reset()
         assert cache.get_seq_length() == 0
-        assert cache.bytes().total == 0
+        assert cache.bytes().total == cache.full_bytes() == 0
         assert_same(attached.generate(**mixed, **cache_argument(cache), **greedy), expected)
 
     @pytest.mark.parametrize("method", ["full", "kvcapsule", "quantized", "transform"])
