@@ -18,9 +18,10 @@ MINORS := $(addprefix 5.,$(shell seq $(call BOUND,1) $$(($(call BOUND,2) - 1))))
 RANGE_TABLE ?= docs/models.md
 RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cache.py tests/inference/test_cache_interface.py \
 	tests/inference/test_cache_contract.py tests/inference/test_attach.py tests/methods/test_compressing.py \
-	tests/inference/test_decoding.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
+	tests/inference/test_decoding.py tests/inference/test_decoding_chat.py tests/inference/test_prefill_attention.py tests/inference/test_wrapped_models.py \
 	tests/inference/test_rope_deltas.py tests/inference/test_conversations.py tests/inference/test_attached_threads.py \
-	tests/inference/test_peak_memory.py tests/inference/test_stored_prompt.py tests/vlm/test_families.py tests/vlm/test_spans.py \
+	tests/inference/test_peak_memory.py tests/inference/test_stored_prompt.py tests/inference/test_stored_prompt_misses.py tests/inference/test_stored_prompt_refusals.py \
+	tests/vlm/test_families.py tests/vlm/test_spans.py \
 	tests/vlm/test_geometry.py tests/cli/test_generate.py
 # The version of kvcapsule/serving/version.py, and the torch that it asks for, whose CPU build PyPI does not have under
 # that name.
@@ -42,8 +43,8 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
-.PHONY: help venv test fuzz test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages plots docs wheel clean
+.PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
+	smol-vlm-results smol-vlm-later rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages plots docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,13 +58,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	@touch $@
 
-test: $(READY) ## run the tests (offline, CPU)
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_FLAGS)
+# Processes of `make test`, of 1 to 3 GiB each; a file's tests stay together, as they share what they build.
+TEST_PROCESSES ?= 2
+test: $(READY) ## run the tests (offline, CPU) in two processes (TEST_PROCESSES=2)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 0
 fuzz: $(READY) ## random conversations with a cache for an hour (FUZZ_MINUTES=60 FUZZ_SEED=0; eval/results/fuzz-cache.json)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --json eval/results/fuzz-cache.json
+
+kills: $(READY) ## kill 200 runs in the midst, and look at what they leave (FUZZ_SEED=0; eval/results/fuzz-kills.json)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kills.py --times 200 --seed $(FUZZ_SEED) --json eval/results/fuzz-kills.json
 
 test-lower: test-$(firstword $(MINORS)) ## run the tests of cache, attention and generate on the lowest transformers of the range
 
@@ -140,6 +146,9 @@ smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm):
 	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer.json --report docs/results-tables.md --name smol-transfer-sets
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule analyze --model runs/smol-vlm --data.source pictures --data.split validation --questions 48 \
 		--json eval/results/analyze-smol-vlm.json
+
+smol-vlm-later: $(VENV)/.smol-ready ## measure smol-vlm asked after the image was compressed (after make smol-vlm); trains the capsules that are missing
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm-later --json eval/results/smol-vlm-later.json --report docs/results-tables.md $(SUITE_FLAGS)
 
 $(VENV)/.smol-ready: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[smol-vlm]"

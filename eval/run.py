@@ -68,7 +68,7 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
     """
     session.begin(console, threads=config.threads, seed=config.seed, device=config.device)
     require_writable([config.json, config.plot, config.report])
-    participants = _named(config) if config.suite is None else _of_suite(config, config.suite, console)
+    participants = named(config) if config.suite is None else _of_suite(config, config.suite, console)
     with console.status("loading the model and the questions"):
         model, processor = load_vlm(config.model, config.revision, config.dtype, config.device, config.resize)
         for _, capsule in participants.capsules.values():
@@ -77,8 +77,8 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         questions = source.load(config.data)
     if len(questions) == 0:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
-    session.tell(console, questions.info.description)
     shares = seen_shares(participants.capsules, questions, config.allow_seen, console)
+    session.tell(console, questions.info.description)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         checked_models(participants.capsules.values(), model, config.strict, console),
@@ -157,7 +157,7 @@ class ByteMeter:
         return method
 
 
-def _named(config: EvalConfig) -> Participants:
+def named(config: EvalConfig) -> Participants:
     """The capsules and the policies that the options name."""
     capsules = open_capsules(config.capsule)
     names = chosen(config.methods, capsules)

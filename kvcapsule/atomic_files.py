@@ -1,4 +1,4 @@
-"""Writing small files so that nothing is ever half written: to a temporary name first, then renamed."""
+"""Writing files and folders so that nothing is ever half written: to a temporary name first, then renamed."""
 
 import errno
 import glob
@@ -9,19 +9,24 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
+from .folder_swap import exchange
+
 NO_SPACE = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file grew past the allowed size",
 }
+_ASIDE = ".old"
+_PROCESS = uuid4().hex[:8]
+"""Tells this process from an ended one of the same number: in a container that is started anew, numbers are."""
 
 
 def to_json(values: Any) -> bytes:
@@ -59,9 +64,14 @@ def plain(value: Any, where: str) -> Any:
 
 
 def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files beside `target`, then put them in its place by renaming; on failure `target` is what it was."""
+    """Write the files beside `target`, then put them in its place by renaming; on failure `target` is what it was.
+
+    A process that is killed meanwhile leaves the whole old folder or the whole new one: in its place, or, where the
+    file system cannot exchange folders, beside it, from where `put_back` takes it.
+    """
+    put_back(target)
     unique = unique_name(target)
-    partial, aside = target.with_name(f"{unique}.partial"), target.with_name(f"{unique}.old")
+    partial, aside = target.with_name(f"{unique}.partial"), target.with_name(f"{unique}{_ASIDE}")
     try:
         partial.mkdir()
         for name, content in contents.items():
@@ -70,9 +80,11 @@ def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
             shutil.copymode(target, partial)
         _sync(partial)
         try:
-            if target.exists():
+            if not target.exists():
+                partial.rename(target)
+            elif not exchange(partial, target):
                 target.rename(aside)
-            partial.rename(target)
+                partial.rename(target)
         except BaseException:
             if aside.exists() and not target.exists():
                 aside.rename(target)
@@ -81,17 +93,52 @@ def replace_folder(target: Path, contents: Mapping[str, bytes]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    for replaced in (partial, aside):
+        shutil.rmtree(replaced, ignore_errors=True)
     remove_litter(target)
-    if aside.exists():
-        warnings.warn(
-            f"the capsule is saved, but the one it replaced could not be removed: delete {aside}.", stacklevel=4
-        )
+    for replaced in (partial, aside):
+        if replaced.exists():
+            warnings.warn(
+                f"the capsule is saved, but the one it replaced could not be removed: delete {replaced}.", stacklevel=4
+            )
+
+
+def put_back(target: Path) -> None:
+    """Put back a folder that a process of this machine moved aside and was killed before it put the new one there.
+
+    Raises:
+        OSError: if there is such a folder and it cannot be renamed.
+    """
+    if os.path.lexists(target) or not os.path.isdir(target.parent):
+        return
+    aside = [path for path in _ended(target.parent, f"{glob.escape(_litter_prefix(target))}*{_ASIDE}") if path.is_dir()]
+    if aside:
+        # Two processes may do so at once.
+        with suppress(FileNotFoundError):
+            max(aside, key=lambda path: path.stat().st_ctime_ns).rename(target)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the body writes there replaces `path`, or goes if the body fails.
+
+    Raises:
+        OSError: if it cannot be put on disk or renamed.
+    """
+    temporary = path.with_name(f"{unique_name(path)}.partial")
+    try:
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    remove_litter(path)
 
 
 def unique_name(target: Path) -> str:
     """A hidden name for what lies beside `target` for a moment; it tells which process of which machine it is of."""
-    return f"{_litter_prefix(target)}{os.getpid()}.{uuid4().hex[:12]}"
+    return f"{_litter_prefix(target)}{os.getpid()}.{_PROCESS}{uuid4().hex[:12]}"
 
 
 def remove_litter(target: Path) -> None:
@@ -110,14 +157,22 @@ def remove_litter_in(folder: Path, ending: str) -> None:
 
 def _remove_ended(folder: Path, pattern: str) -> None:
     """Remove litter that fits the pattern and whose process has ended."""
+    for path in _ended(folder, pattern):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _ended(folder: Path, pattern: str) -> list[Path]:
+    """What fits the pattern and is of a process of this machine that has ended."""
+    ended = []
     for path in folder.glob(pattern):
-        process = path.name.rpartition(f".{_machine()}-")[2].partition(".")[0]
-        if process.isdecimal() and not _lives(int(process)):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    path.unlink()
+        process, _, rest = path.name.rpartition(f".{_machine()}-")[2].partition(".")
+        if process.isdecimal() and not _lives(int(process), rest):
+            ended.append(path)
+    return ended
 
 
 def _litter_prefix(target: Path) -> str:
@@ -134,7 +189,10 @@ def _short_digest(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
 
 
-def _lives(process: int) -> bool:
+def _lives(process: int, rest: str) -> bool:
+    """Whether the process lives that a name is of; rest: what follows its number in the name."""
+    if process == os.getpid():
+        return rest.startswith(_PROCESS)
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -43,7 +43,8 @@ from kvcapsule.vlm.geometry import KVGeometry
 # Helper modules whose fixtures several test files share.
 pytest_plugins = ["support.capsule_files", "support.lossless_methods", "support.noise_capsules", "support.suite_files"]
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# One thread for each of several processes: they share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 GAIN = 2.5
 """Factor of the weight matrices: at their initial size all logits are alike and attention is uniform, and no test could

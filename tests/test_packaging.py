@@ -23,6 +23,7 @@ MAPPED = {package: ROOT / folder for package, folder in PYPROJECT["tool"]["setup
 DATA_FOLDERS = {
     "kvcapsule/training/recipes": "*.yaml",
     "kvcapsule/eval/suites": "*.yaml",
+    "kvcapsule/eval/capsule_page": "*.html",
     "kvcapsule/eval/lmms": "tasks/*",
     "kvcapsule/checkpoints": "*/**/*",
     "kvcapsule/kernels/cpu": "*",

@@ -25,10 +25,11 @@ STARTS = {
     "analyze": "kvcapsule.training.analysis.study.run",
     "eval": "kvcapsule.eval.run.run",
     "bench": "kvcapsule.eval.bench.run.run",
+    "report": "kvcapsule.eval.capsule_page.content.gather",
     "serve": "kvcapsule.cli.serve.command_line",
 }
 """Of commands that take minutes: the function that they start with what their command line says."""
-RUN = ("models", "methods", "estimate", "generate", "store")
+RUN = ("models", "methods", "estimate", "generate", "list", "show", "store")
 OF_THE_NETWORK = ("push",)
 
 
@@ -119,6 +120,7 @@ def test_a_long_command_is_understood(words: list[str], tmp_path: Path, monkeypa
 def test_a_short_command_runs(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     page("test", 0).image.save("page.png")
+    shutil.copytree(str(shipped("pages-vlm-cross-layer")), "runs/my-capsule")
     Path("runs/images").mkdir(parents=True)
     assert main(words) == 0
     assert capsys.readouterr().out

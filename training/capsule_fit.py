@@ -82,7 +82,14 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         super().__init__()
         # In a tuple, so that Lightning neither saves nor moves nor trains the model.
         self._frozen = (task,)
-        self._store: HarvestStore | None = None
+        recipe = task.recipe
+        self._store = (
+            None
+            if recipe.harvests is None
+            else HarvestStore(
+                Path(recipe.harvests), task.model, task.tile, recipe.codec.canonical_frame, lambda line: self.show(line)
+            )
+        )
         self._memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
         self.prepared = False
 
@@ -207,11 +214,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
 
     def _harvest(self, batch: Batch) -> list[LayerHarvest]:
         task = self.task
-        if task.recipe.harvests is None:
-            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, batch.alignment)
         if self._store is None:
-            canonical = task.recipe.codec.canonical_frame
-            self._store = HarvestStore(Path(task.recipe.harvests), task.model, task.tile, canonical, self.show)
+            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, batch.alignment)
         return self._store.harvest(batch.inputs, batch.alignment)
 
     def read(self, batch: Batch, with_kl: bool) -> "Read":

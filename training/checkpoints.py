@@ -1,4 +1,4 @@
-"""Checkpoints of a descent: every so many steps, at the last one, and at an interrupt."""
+"""Checkpoints of a descent: every so many steps, at the last one, and at an interrupt; each is whole."""
 
 import signal
 import time
@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from kvcapsule.errors import ConfigError
 
 from .capsule_fit import CapsuleFit
+from .run_state import write_whole
 
 _EVERY_STEPS = 50
 _EVERY_SECONDS = 60.0
@@ -65,6 +67,17 @@ class Checkpoints(L.Callback):
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them.
+
+    Lightning's own way goes through the folder for temporary files, which may be of another file system: a process that
+    is killed as the file is copied from there leaves half of one, and one that is killed before leaves it there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_whole(checkpoint, Path(path))
 
 
 def diverged(fit: L.LightningModule, what: str) -> ConfigError:

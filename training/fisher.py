@@ -77,15 +77,26 @@ def gradients(
     tiles = [Segment(k, v, layer.owner, frame=layer.frame) for (k, v), layer in zip(leaves, layers, strict=True)]
     with torch.enable_grad():
         logits = logits_through(model, batch.inputs, tile, canonical, tiles, last, batch.alignment)
-        log_p = logits[answer_mask(batch.answers.to(logits.device), last)].float().log_softmax(-1)
-        drawn = [
-            torch.rand(int(n), generator=torch.Generator().manual_seed(s))
-            for n, s in zip(batch.answers, seeds, strict=True)
-        ]
-        quantiles = torch.cat(drawn).to(log_p)[:, None]
-        chosen = torch.searchsorted(log_p.detach().exp().cumsum(-1), quantiles).clamp_max(log_p.shape[-1] - 1)
-        slopes = torch.autograd.grad(log_p.gather(1, chosen).sum(), [leaf for pair in leaves for leaf in pair])
+        likelihood = sampled_log_likelihood(logits, batch.answers, seeds)
+        slopes = torch.autograd.grad(likelihood, [leaf for pair in leaves for leaf in pair])
     return [replace(layer, keys=k, values=v) for layer, k, v in zip(layers, slopes[::2], slopes[1::2], strict=True)]
+
+
+def sampled_log_likelihood(logits: torch.Tensor, answers: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """Sum of log p(y) over the predictions of the answers' tokens, with y drawn from p.
+
+    Args:
+        logits: [B, last, vocabulary] of the last tokens.
+        answers: [B], number of answer tokens at the end of each row.
+        seeds: of the samples, one per row.
+    """
+    log_p = logits[answer_mask(answers.to(logits.device), logits.shape[1])].float().log_softmax(-1)
+    drawn = [
+        torch.rand(int(n), generator=torch.Generator().manual_seed(s)) for n, s in zip(answers, seeds, strict=True)
+    ]
+    quantiles = torch.cat(drawn).to(log_p)[:, None]
+    chosen = torch.searchsorted(log_p.detach().exp().cumsum(-1), quantiles).clamp_max(log_p.shape[-1] - 1)
+    return log_p.gather(1, chosen).sum()
 
 
 def require_finite_gradients(slopes: Sequence[LayerHarvest]) -> None:

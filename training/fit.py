@@ -104,6 +104,7 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
             **{k.removeprefix("validation/"): v for k, v in measured.items()},
             "seconds": seconds,
             "questions": len(held_out),
+            "compression": size.compression,
         }
         folder.require_unchanged()
         capsule.cpu().save_pretrained(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BatchFeature, PreTrainedModel
 
-from kvcapsule.atomic_files import remove_litter_in, unique_name
+from kvcapsule.atomic_files import remove_litter_in, replacing
 from kvcapsule.errors import InputError
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
@@ -36,10 +36,26 @@ class HarvestStore:
     def __init__(
         self, folder: Path, model: PreTrainedModel, tile: int, canonical: bool, report: Callable[[str], None] = print
     ) -> None:
-        """report: called with a line on the size of the first harvest."""
+        """Make the folder, if need be.
+
+        Args:
+            folder: of the harvests; one that may only be read serves as long as all are there.
+            model: whose harvests they are.
+            tile: tokens of a tile.
+            canonical: whether keys are in the tiles' own frames.
+            report: called with a line on the size of the first harvest.
+
+        Raises:
+            InputError: if the folder cannot be made.
+        """
         self.report: Callable[[str], None] | None = report
         self.folder, self.model, self.tile, self.canonical = folder, model, tile, canonical
         self._identity = ModelIdentity(model)
+        self._first = True
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def harvest(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> list[LayerHarvest]:
         """The harvest of a batch, read from its file; computed and written if there is none.
@@ -48,6 +64,10 @@ class HarvestStore:
             InputError: if a file cannot be written or read, or the model's weights cannot.
         """
         path = self.path(inputs, alignment)
+        if self._first:
+            # Each batch has a file of its own: what killed runs left of any of them goes.
+            remove_litter_in(self.folder, _SUFFIX)
+            self._first = False
         if path.is_file():
             try:
                 return _read(path, self.model.device)
@@ -57,20 +77,21 @@ class HarvestStore:
                 ) from error
         layers = harvest(self.model, inputs, self.tile, self.canonical, alignment)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             _write(layers, path)
-            if self.report is not None:
-                # Each batch has a file of its own: what killed runs left of any of them goes.
-                remove_litter_in(self.folder, _SUFFIX)
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"no harvest can be kept in {self.folder}: {error}. Free some space, or leave --harvests out."
-            ) from error
+            raise self._refused(error) from error
         if self.report is not None:
             size, questions = path.stat().st_size / 2**20, len(inputs["input_ids"])
             self.report(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
             self.report = None
         return layers
+
+    def _refused(self, error: Exception) -> InputError:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        return InputError(
+            f"no harvest can be kept in {self.folder}: {reason}. Free some space, name another --harvests, or leave it"
+            " out."
+        )
 
     def path(self, inputs: BatchFeature, alignment: Alignment = AT_SPANS) -> Path:
         """Path of the file for the harvest of these inputs."""
@@ -110,17 +131,13 @@ def _write(layers: list[LayerHarvest], path: Path) -> None:
         tensors |= {f"{index}.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in parts.items()}
     first = layers[0]
     interleaved = first.frame is not None and first.frame.interleaved
-    # Under a temporary name until complete, so that no other process reads a partial file.
-    partial = path.with_name(f"{unique_name(path)}.partial")
-    try:
+    # No other process reads a partial file.
+    with replacing(path) as partial:
         save_file(
             tensors,
             partial,
             {"scales": " ".join(repr(layer.scale) for layer in layers), "neighbours": str(int(interleaved))},
         )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, device: torch.device) -> list[LayerHarvest]:

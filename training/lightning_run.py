@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
 from .capsule_fit import CapsuleFit
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, WholeFiles
 from .datamodule import Questions
 from .output_folder import CSV_FOLDER, TENSORBOARD_FOLDER
 from .progress import StepBar
@@ -50,6 +50,7 @@ def run(recipe: Recipe, fit: AnyFit, data: Questions) -> dict[str, float]:
             TensorBoardLogger(recipe.work, name="", version=TENSORBOARD_FOLDER),
         ],
         callbacks=[StepBar(), Checkpoints(recipe.work / DESCENT_FILE)],
+        plugins=[WholeFiles()],
         enable_progress_bar=False,
         enable_checkpointing=False,
         log_every_n_steps=5,

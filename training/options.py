@@ -18,6 +18,7 @@ from kvcapsule.cli.options import (
     normalized,
     require_current,
     require_current_words,
+    require_values,
     switched,
     switches,
 )
@@ -70,6 +71,7 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     except ArgumentError as error:
         raise ConfigError(plain_line(str(error))) from error
     values.pop("recipe", None)
+    require_values(options, values)
     built: Recipe = options(**{"family": chosen.family, **vars(parser.instantiate(values))})
     return built
 

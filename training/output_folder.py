@@ -19,6 +19,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from kvcapsule import atomic_files
+from kvcapsule.capsule.limits import restore
 from kvcapsule.capsule.trained_with import PLACES_FILE
 from kvcapsule.capsule.write import require_replaceable
 from kvcapsule.errors import ConfigError, InputError
@@ -30,11 +31,12 @@ LOCK_FILE, RECORD_FILE = "lock", "run.json"
 CSV_FOLDER, TENSORBOARD_FOLDER = "csv", "tensorboard"
 _FILES = (
     *(LOCK_FILE, RECORD_FILE, CLOSED_FORM_FILE, DESCENT_FILE, PLACES_FILE),
-    *(f"{RECORD_FILE}.partial", f"{CLOSED_FORM_FILE}.partial"),
     *(f"{CSV_FOLDER}/metrics.csv", f"{CSV_FOLDER}/hparams.yaml"),
     *(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*", f"{TENSORBOARD_FOLDER}/hparams.yaml"),
 )
 """What runs write to OUTPUT.run, as patterns."""
+_REPLACED = (RECORD_FILE, CLOSED_FORM_FILE, DESCENT_FILE, PLACES_FILE)
+"""Files that are written under a hidden name first."""
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
 
@@ -55,6 +57,9 @@ class OutputFolder:
             InputError: for what only --force or --resume may touch, and where there is nothing to resume. ConfigError:
                 to resume with other options than the run's own.
         """
+        restore(self.capsule)
+        for name in _REPLACED:
+            atomic_files.remove_litter(self.work / name)
         record = _record(self.work)
         if self.recipe.resume:
             self._require_resumable(record)
@@ -117,9 +122,8 @@ class OutputFolder:
             "replaces": self.replaces,
             "recipe": asdict(self.recipe),
         }
-        path = self.work / f"{RECORD_FILE}.partial"
-        atomic_files.write(path, atomic_files.to_json(atomic_files.plain(record, "record")))
-        path.replace(self.work / RECORD_FILE)
+        with atomic_files.replacing(self.work / RECORD_FILE) as path:
+            path.write_bytes(atomic_files.to_json(atomic_files.plain(record, "record")))
 
     def _require_unused(self, record: dict[str, Any]) -> None:
         others = [entry for entry in _entries(self.work) if entry != LOCK_FILE]

@@ -1,12 +1,13 @@
 """What a run keeps to be resumed from: its closed form, written once, and the checkpoints of its descent."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvcapsule.atomic_files import replacing
 from kvcapsule.errors import InputError
 
 CLOSED_FORM_FILE, DESCENT_FILE = "closed-form.ckpt", "last.ckpt"
@@ -26,13 +27,20 @@ def save_closed_form(work: Path, config: dict[str, Any], layers: dict[str, torch
         layers: tensors of the fit's layers by name.
         rows: digests of the rows that were read for it.
     """
-    partial = work / f"{CLOSED_FORM_FILE}.partial"
-    try:
-        with partial.open("wb") as file:
-            torch.save({"config": config, "layers": layers, "rows": list(rows)}, file)
-        os.replace(partial, work / CLOSED_FORM_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole({"config": config, "layers": layers, "rows": list(rows)}, work / CLOSED_FORM_FILE)
+
+
+def write_whole(state: dict[str, Any], path: Path) -> None:
+    """Write what `torch.save` makes of a state, whole or not at all.
+
+    Raises:
+        OSError: if the file cannot be written. `torch.save` to a file says of a full disk only that a position is
+            unexpected, in a RuntimeError.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    with replacing(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def load_closed_form(work: Path) -> dict[str, Any] | None:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.codec import PairCodec
+from kvcapsule.codec.coded_compact import CodedCompactLayer
 from kvcapsule.codec.transform import TransformKeys, TransformValues
 from kvcapsule.methods.method import Method
 from kvcapsule.methods.ratios import retained
+from kvcapsule.segments.bit_packing import GROUP
 
 from .layer_data import TAIL, Cell
 from .random_methods import KEPT, RETAINED
@@ -68,6 +70,21 @@ def _compact(cell: Cell, method: Method) -> float:
     )
 
 
+def _coded_compact(cell: Cell, method: Method) -> float:
+    """The widths' sum a group of eight rows, two bytes a channel and one a row; maps [H, D, C], and units, centres
+    and widths of the channels."""
+    assert isinstance(method, Capsule)
+    codec = method.layers[0]
+    assert isinstance(codec, CodedCompactLayer)
+    heads, dim, s = cell.shape.kv_heads, cell.shape.head_dim, cell.dtype.itemsize
+    stored, maps = heads * codec.stored, 0
+    for part in ("key", "value"):
+        widths = codec.coding(part).form.widths
+        stored += heads * (-(-codec.stored // GROUP) * int(widths.long().sum()) + 2 * len(widths))
+        maps += heads * len(widths) * (dim + 2) * s + len(widths)
+    return _tiles(cell) * (stored + _OWNER + 4 * dim) + maps
+
+
 def _kvcapsule(cell: Cell, method: Method) -> float:
     """r of the rows of keys and values a tile; theta and the basis [H, T, m], the mean value [H, D]."""
     rows, heads, dim = retained(RETAINED, cell.tile), cell.shape.kv_heads, cell.shape.head_dim
@@ -93,6 +110,7 @@ def _transform(cell: Cell, method: Method) -> float:
 _SPANS: dict[str, Callable[[Cell], float]] = {"kept-10%": _kept, "int8": _bits(8), "int4": _bits(4), "int2": _bits(2)}
 _TILED: dict[str, Callable[[Cell, Method], float]] = {
     "compact-10%": _compact,
+    "coded-compact-10%": _coded_compact,
     "kvcapsule-r0.4": _kvcapsule,
     "transform-20x": _transform,
 }

@@ -12,7 +12,7 @@ from kvcapsule.segments.segment import Segment
 from . import byte_formula, bytes_touched, correctness, full_attention, layer_data, random_methods
 from .interleaved_timing import Contender, Times, copies, interleave
 from .layer_data import Cell
-from .method_names import SHARES
+from .method_names import COMPACT, SHARES
 from .shapes import SHAPES, Shape, distinct
 
 LEVEL = "operator"
@@ -174,12 +174,16 @@ def _call(query: torch.Tensor, segments: list[Segment], scale: float) -> Callabl
 
 def _needed(cell: Cell, names: Sequence[str]) -> int:
     """Bytes of all contenders' data, and of encoding one or two sequences."""
-    shares = 1.0 + sum(SHARES.get(name, 1.0) for name in names)
+    shares = [SHARES.get(name, 1.0) for name in names]
+    # The copies that the contenders take in turn: the more of them, the larger the last-level cache.
+    sizes = [int(share * cell.full_bytes) for share in shares]
+    sizes += [cell.full_bytes] * len((*full_attention.IN_PLACE, *full_attention.AMPLIFIED))
+    again = sum((copies(size, cell.device) - 1) * size for size in sizes)
     # A few copies of the sequences that are encoded, in fp32; a compact capsule holds what its bank gives every token.
     encoded = min(cell.batch, layer_data.DIFFERENT)
     encoding = 24 * encoded * cell.full_bytes // cell.batch // cell.dtype.itemsize
-    bank = encoded * cell.visual * cell.shape.kv_heads * _BANK if "compact-10%" in names else 0
-    return int(shares * cell.full_bytes) + max(encoding, bank)
+    bank = encoded * cell.visual * cell.shape.kv_heads * _BANK if COMPACT & set(names) else 0
+    return int((1.0 + sum(shares)) * cell.full_bytes) + again + max(encoding, bank)
 
 
 def _too_large(needed: int, limit: int) -> str:

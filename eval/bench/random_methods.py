@@ -11,6 +11,7 @@ import torch
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
 from kvcapsule.codec import CodecConfig, PairCodec
+from kvcapsule.codec.coded_compact import CodedCompactConfig, CodedCompactLayer
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
 from kvcapsule.methods.layer_prefill import LayerPrefill
@@ -68,6 +69,23 @@ def compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Caps
     return capsule
 
 
+def coded_compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
+    """A tenth of the rows as well, in 4 bits a channel on average."""
+    layers, dim = geometry.layers, geometry.head_dim
+    ratios, channels = (KEPT,) * layers, (dim,) * layers
+    config = CodedCompactConfig(tile, ratios=ratios, key_channels=channels, value_channels=channels)
+    capsule = _capsule("coded-compact", config, geometry)
+    widths = torch.tensor([8, 4, 4, 4, 3, 3, 3, 3], dtype=torch.uint8).repeat_interleave(-(-dim // 8))[:dim]
+    for codec in capsule.layers:
+        assert isinstance(codec, CodedCompactLayer)
+        codec.bank.copy_(torch.randn(codec.bank.shape, generator=generator))
+        for part in ("key", "value"):
+            axes = torch.linalg.qr(torch.randn(geometry.kv_heads, dim, dim, generator=generator)).Q
+            for name, tensor in (("in", axes), ("out", axes), ("widths", widths)):
+                codec.get_buffer(f"{part}_{name}").copy_(tensor)
+    return capsule
+
+
 def _capsule(family: str, config: CodecConfig, geometry: KVGeometry) -> Capsule:
     return Capsule(CapsuleConfig(family, config, geometry, "random")).requires_grad_(False)
 
@@ -80,6 +98,7 @@ _BUILD: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
     "kvcapsule-r0.4": kvcapsule,
     "kept-10%": lambda *_: WithBias(EvenlySpaced(KEPT)),
     "compact-10%": compact,
+    "coded-compact-10%": coded_compact,
     "transform-20x": transform,
 }
 

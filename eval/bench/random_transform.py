@@ -48,7 +48,7 @@ def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
     return decay.weight * cells / cells.sum()
 
 
-_READERS = 64
+_QUERY_BANK = 64
 """Queries of each KV head by which encoding weights tokens: the default of training."""
 
 
@@ -69,7 +69,7 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
         key_channels=channels[0],
         value_rows=tuple(GROUP * n for n in groups[1]),
         value_channels=channels[1],
-        readers=_READERS,
+        readers=_QUERY_BANK,
     )
     built = Capsule(CapsuleConfig("transform", config, geometry, "random"))
     for codec in built.layers:
@@ -80,8 +80,9 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
         )
         for transform, width in zip((codec.keys.transform, codec.values.transform), chosen, strict=True):
             _draw(transform, width, generator)
-        for readers in (m for m in codec.modules() if isinstance(m, TokenWeighting)):
-            readers.queries.copy_(torch.randn(readers.queries.shape, generator=generator) * geometry.head_dim**-0.5)
+        for weighting in (m for m in codec.modules() if isinstance(m, TokenWeighting)):
+            queries = weighting.queries
+            queries.copy_(torch.randn(queries.shape, generator=generator) * geometry.head_dim**-0.5)
     return built.requires_grad_(False)
 
 

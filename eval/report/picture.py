@@ -15,6 +15,7 @@ LOOKS = {
     "transform": ("o", "#000000"),
     "kvcapsule": ("d", "#009e73"),
     "compact": ("v", "#56b4e9"),
+    "coded-compact": ("P", "#0b5d8a"),
     "quantisation": ("p", "#0072b2"),
     "post-vision-attention": ("^", "#d55e00"),
     "evenly-spaced": ("s", "#cc79a7"),

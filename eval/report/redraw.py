@@ -72,7 +72,8 @@ def redraw(config: RedrawConfig) -> None:
 def picture_of(result: Mapping[str, Any]) -> Figure:
     """The picture of a result: lines for that of a suite, which its command names, else a marker for each row."""
     suite = any(word.partition("=")[0] == "--suite" for word in shlex.split(result["command"]))
-    return (rate_curves if suite else scatter).picture(result["rows"], title_of(result))
+    drawn: Figure = (rate_curves if suite else scatter).picture(result["rows"], title_of(result))
+    return drawn
 
 
 if __name__ == "__main__":

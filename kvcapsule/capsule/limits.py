@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import put_back
 from ..errors import CapsuleError
 
 MOST_BYTES = {
@@ -77,15 +78,36 @@ def plain_json(content: bytes) -> Any:
 def existing_folder(name: str | os.PathLike[str]) -> Path | None:
     """The folder of that name, `~` expanded; None if there is none, or no file could be called so.
 
+    One that a killed save left beside its place is put back.
+
     Raises:
-        CapsuleError: if it is a file.
+        CapsuleError: if it is a file, or cannot be put back.
     """
     folder = _expanded(os.fspath(name))
-    if folder is None or not os.path.exists(folder):
+    if folder is None:
+        return None
+    restore(folder)
+    if not os.path.exists(folder):
         return None
     if not os.path.isdir(folder):
         raise CapsuleError(f"{folder} is a file: name the capsule's directory.")
     return folder
+
+
+def restore(folder: Path) -> None:
+    """Put back the capsule that a killed save left beside this place, if it did.
+
+    Raises:
+        CapsuleError: if it cannot be renamed.
+    """
+    place = Path(os.path.realpath(folder))
+    try:
+        put_back(place)
+    except OSError as error:
+        raise CapsuleError(
+            f"a save to {folder} was killed, and the capsule that it left in {place.parent} cannot be renamed"
+            f" ({error.strerror or error}): make that directory writable."
+        ) from error
 
 
 def new_folder(name: str | os.PathLike[str]) -> Path:

@@ -23,6 +23,8 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, RECIPE_FILE, METRICS_FILE)
 """The files of every capsule directory."""
+REPORT_FILE = "report.html"
+"""The page that `kvcapsule report` writes, for people; nothing reads it."""
 OPTIONAL_FILES = (ROWS_FILE,)
 """Files that a capsule directory may have beside them; it has no others."""
 NEEDED_TO_LOAD = (CONFIG_FILE, WEIGHTS_FILE)

@@ -118,13 +118,8 @@ def write_places(capsule: Path, model: str, source: str) -> None:
     try:
         if places:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(atomic_files.unique_name(path))
-            try:
-                atomic_files.write(temporary, atomic_files.to_json(places))
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            atomic_files.remove_litter(path)
+            with atomic_files.replacing(path) as temporary:
+                temporary.write_bytes(atomic_files.to_json(places))
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -16,7 +16,7 @@ from ..errors import CapsuleError
 from . import weights_file
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
 from .config import CapsuleConfig
-from .limits import new_folder, read_json
+from .limits import new_folder, read_json, restore
 from .read import (
     CARD_FILE,
     CONFIG_FILE,
@@ -24,6 +24,7 @@ from .read import (
     METRICS_FILE,
     OPTIONAL_FILES,
     RECIPE_FILE,
+    REPORT_FILE,
     WEIGHTS_FILE,
     WEIGHTS_METADATA,
     card_in,
@@ -83,6 +84,7 @@ def update_metrics(directory: str | os.PathLike[str], metrics: Mapping[str, Any]
         TypeError: if metrics holds objects that cannot be written as text.
     """
     folder, plain = new_folder(directory), atomic_files.plain(metrics, "metrics")
+    restore(folder)
     require_files(folder, FILES)
     path = folder / METRICS_FILE
     card = card_in(folder)
@@ -141,7 +143,7 @@ def require_replaceable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise CapsuleError(f"{target} is a file: name a directory to save the capsule in.")
     entries = sorted(os.listdir(target)) if target.exists() else []
-    others = [entry for entry in entries if entry not in (*FILES, *OPTIONAL_FILES)]
+    others = [entry for entry in entries if entry not in (*FILES, *OPTIONAL_FILES, REPORT_FILE)]
     if others or (entries and not _holds_capsule(target)):
         names = others or entries
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

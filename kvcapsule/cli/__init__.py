@@ -17,10 +17,13 @@ COMMANDS = {
     "bench": "kvcapsule.eval.bench.main:main",
     "estimate": "kvcapsule.cli.estimate:main",
     "generate": "kvcapsule.cli.generate:main",
+    "list": "kvcapsule.cli.capsule_list:main",
     "methods": "kvcapsule.cli.methods:main",
     "models": "kvcapsule.cli.models:main",
     "push": "kvcapsule.cli.push:main",
+    "report": "kvcapsule.eval.capsule_page.main:main",
     "serve": "kvcapsule.cli.serve:main",
+    "show": "kvcapsule.cli.show:main",
     "store": "kvcapsule.cli.store:main",
 }
 """Name to "module:function" of `main(argv: list[str] | None) -> int`: strings, so that a command is imported only when
@@ -32,10 +35,13 @@ HELP = {
     "bench": "time attention over segments, decode steps and serving against the full cache",
     "estimate": "predict the cache's bytes and an upper bound of the decode speed-up from a model's config",
     "generate": "answer a prompt about images, and print the bytes of the cache",
+    "list": "list the capsules of this machine",
     "methods": "list the codec families and policies, with their papers and settings",
     "models": "list the model families that work, and those that are refused",
     "push": "upload a capsule to the Hub",
+    "report": "write an HTML page about a capsule, with examples side by side",
     "serve": "serve a model with capsules through vLLM's OpenAI server",
+    "show": "show what a capsule is, and what was measured of it",
     "store": "list, check or prune a folder of compressed images (ImageStore)",
 }
 EXTRAS = {
@@ -43,7 +49,7 @@ EXTRAS = {
     "eval": ("datasets", "matplotlib", "rapidfuzz", "sklearn"),
 }
 """The modules that each of pyproject's extras brings beside what every installation has."""
-EXTRA_OF = {"analyze": "train", "train": "train", "eval": "eval", "bench": "eval"}
+EXTRA_OF = {"analyze": "train", "train": "train", "eval": "eval", "bench": "eval", "report": "eval"}
 """The extra that a command needs; the others need none."""
 _OPTIONS = {"-h, --help": "show this message and exit", "--version": "show the version and exit"}
 

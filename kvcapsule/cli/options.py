@@ -6,10 +6,11 @@ accepted as well. An option that is true or false needs no value to be true.
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -43,6 +44,18 @@ class OptionParser(ArgumentParser):
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return dashed(super().format_help(*args, **kwargs))
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As jsonargparse's; a whole number that no float can hold is a ConfigError."""
+        with _no_overflow():
+            parsed: Namespace = super().parse_args(*args, **kwargs)
+            return parsed
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The same of nested values."""
+        with _no_overflow():
+            parsed: Namespace = super().parse_object(*args, **kwargs)
+            return parsed
+
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Read a YAML file of options.
 
@@ -68,6 +81,14 @@ class OptionParser(ArgumentParser):
         require_current_words(words, self.renamed)
         parsed: Namespace = self.parse_args(switched(normalized(words, self.lists), self.switches))
         return parsed
+
+
+@contextmanager
+def _no_overflow() -> Iterator[None]:
+    try:
+        yield
+    except OverflowError as error:
+        raise ConfigError("an option has a number that is too large: at most 1.7e308 can be computed with.") from error
 
 
 def option_parser(
@@ -100,9 +121,33 @@ def option_parser(
 
 
 def instance(config: type[Config], parser: ArgumentParser, values: Any) -> Config:
-    """The config that parsed values stand for."""
+    """The config that parsed values stand for.
+
+    Raises:
+        ConfigError: for null where an option needs a value.
+    """
     values.pop("config", None)
+    require_values(config, values)
     return config(**vars(parser.instantiate(values)))
+
+
+def require_values(config: type[Any], values: Namespace, prefix: str = "") -> None:
+    """Refuse null, which the parser takes for any option of a YAML file, for options that need a value.
+
+    Args:
+        config: a class of options.
+        values: of its fields, as parsed.
+        prefix: of the options of a group, such as "data.".
+
+    Raises:
+        ConfigError: naming the first such option.
+    """
+    for option in fields(config):
+        name = f"{prefix}{option.name}"
+        if isinstance(option.type, type) and is_dataclass(option.type):
+            require_values(option.type, values, f"{name}.")
+        elif option.type is not Any and type(None) not in get_args(option.type) and values.get(name, "") is None:
+            raise ConfigError(f"--{name.replace('_', '-')} null: a value is expected.")
 
 
 def normalized(words: Sequence[str], lists: Mapping[str, bool] | None = None) -> list[str]:

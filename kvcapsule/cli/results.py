@@ -11,9 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ..atomic_files import remove_litter, to_json, unique_name, write
+from ..atomic_files import NO_SPACE, replacing, to_json
 from ..errors import InputError
 
+_ROOM = 4096
+"""Bytes of a small result."""
 STDOUT = "-"
 """What `--json` is given to print the JSON in place of the tables."""
 
@@ -60,10 +62,13 @@ def require_writable(files: Iterable[str | None], folders: Iterable[str | None] 
     for folder in [*(file.parent for file in regular), *(expanded(folder) for folder in folders if folder is not None)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Whether it can be written: permissions say less of a superuser or of a network disk.
-            TemporaryFile(dir=folder).close()
+            # Whether it can be written: permissions say less of a superuser or of a network disk, and nothing of a full
+            # one.
+            with TemporaryFile(dir=folder) as tried:
+                tried.write(bytes(_ROOM))
         except OSError as error:
-            raise InputError(f"{folder} cannot be written to: {error.strerror or error}.") from error
+            reason = NO_SPACE.get(error.errno or 0) or error.strerror or error
+            raise InputError(f"{folder} cannot be written to: {reason}.") from error
     for file in wanted:
         if file.is_dir():
             raise InputError(f"{file} is a folder: name a file.")
@@ -77,20 +82,16 @@ def write_whole(path: Path, content: bytes) -> None:
         InputError: if the file cannot be written; what was there before is untouched.
     """
     path = expanded(path)
-    temporary = path.with_name(unique_name(path))
     try:
         if _is_device(path):
             path.write_bytes(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary, content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        remove_litter(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        reason = NO_SPACE.get(error.errno or 0) or error.strerror or error
+        raise InputError(f"{path} cannot be written: {reason}.") from error
 
 
 def expanded(name: str | os.PathLike[str]) -> Path:

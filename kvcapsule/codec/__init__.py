@@ -49,6 +49,12 @@ FAMILIES: dict[str, CodecFamily] = {
             f"{_FITS}.compact:CompactFit",
             f"{_FITS}.compact_options:CompactRecipe",
         ),
+        CodecFamily(
+            "coded-compact",
+            f"{_CODECS}.coded_compact:CodedCompactConfig",
+            f"{_FITS}.coded_compact:CodedCompactFit",
+            f"{_FITS}.coded_compact_options:CodedCompactRecipe",
+        ),
     )
 }
 """kvcapsule's own families, by name; the names and the options of their training need no torch."""

@@ -26,7 +26,7 @@ Cost of encoding, in multiplications per tile and KV head: Q T (D + m) + Q m^2 +
 are encoded at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -43,9 +43,7 @@ from ..segments.quantized_rows import QuantizedRows
 from ..vlm.geometry import KVGeometry
 from .attention_matching import (
     BankAttention,
-    assignment,
     bank_attention,
-    fit_masses,
     gather_rows,
     marginal_gains,
     products,
@@ -54,14 +52,13 @@ from .attention_matching import (
 )
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
 from .checked_tensors import CheckedTensors, check_positive
+from .refit import assigned_shares, attention_of_kept_keys, attention_of_read_keys, fit_bias, refit_values
 
 SELECTORS = ("attention", "learned")
 _SHORTLIST = 4
 """Candidates per kept token in the passes ..."""
 _SHORTEST = 112
 """... and their smallest number."""
-_LEAST_MASS = 1e-8
-"""Lower bound of a token's mean attention, where it divides or weights."""
 _AT_ONCE = 2**20
 """Elements of A processed at once on a CPU (at least one tile): 2 x 4 MB of fp32 fit into the last-level cache."""
 _AT_ONCE_ELSEWHERE = 2**27
@@ -75,6 +72,20 @@ class Choice(NamedTuple):
     """[E, H, M] indices, ascending."""
     shared: torch.Tensor | None = None
     """A_kept^T A, [E, H, M, T], if the selection computed it."""
+
+
+class Block(NamedTuple):
+    """Some heads of some tiles, on their way to being encoded. Heads come first, as in memory: what stands as E and H
+    elsewhere is H and E here."""
+
+    at: tuple[slice, slice]
+    """Its tiles and heads."""
+    reading: BankAttention
+    keys: torch.Tensor
+    """[H, E, T, D]."""
+    values: torch.Tensor
+    """[H, E, T, D]."""
+    choice: Choice
 
 
 class Selector(nn.Module, CheckedTensors):
@@ -128,6 +139,22 @@ class CompactLayer(LayerCodec):
         Raises:
             RuntimeError: if the query bank is empty.
         """
+        entries, heads = k_EHTD.shape[:2]
+        keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
+        bias = keys.new_empty(keys.shape[:3])
+        for block in self.blocks(k_EHTD, v_EHTD):
+            matched = self._matched(block.reading, block.keys, block.values, *block.choice)
+            for out, part in zip((keys, values, bias), matched, strict=True):
+                out[block.at] = part.transpose(0, 1)
+        return Encoded(KeyPart(keys), ValuePart(values), bias)
+
+    def blocks(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Iterator[Block]:
+        """Some heads and tiles at a time, with their attention under the bank and the tokens to keep. What a block
+        holds is overwritten by the next.
+
+        Raises:
+            RuntimeError: if the query bank is empty.
+        """
         queries = self.queries(k_EHTD.dtype)
         (entries, heads, tile, _), bank = k_EHTD.shape, queries.shape[1]
         ranking = None if self.selector is None else self.selector(k_EHTD, v_EHTD)
@@ -137,8 +164,6 @@ class CompactLayer(LayerCodec):
         by_heads = min(heads, pairs // by_tiles)
         # Reused for all blocks: newly allocated pages would cost a quarter of the time.
         workspace = queries.new_empty(2, by_tiles * by_heads * bank * tile)
-        keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
-        bias = keys.new_empty(keys.shape[:3])
         for head, entry in product(range(0, heads, by_heads), range(0, entries, by_tiles)):
             at = slice(entry, entry + by_tiles), slice(head, head + by_heads)
             # Heads first, as in memory.
@@ -146,9 +171,7 @@ class CompactLayer(LayerCodec):
             shape = (*k.shape[:2], tile, bank)
             reading = bank_attention(queries[at[1], None], k, workspace[:, : prod(shape)].view(2, *shape))
             choice = self.choose(reading, k, v, None if ranking is None else ranking[at].transpose(0, 1))
-            for out, part in zip((keys, values, bias), self._matched(reading, k, v, *choice), strict=True):
-                out[at] = part.transpose(0, 1)
-        return Encoded(KeyPart(keys), ValuePart(values), bias)
+            yield Block(at, reading, k, v, choice)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
         """The bank's queries times the scale of the scores, in fp32; in fp64 for keys of fp64.
@@ -204,38 +227,19 @@ class CompactLayer(LayerCodec):
         shared_EHMT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values and bias of `fit`."""
-        work, tile = reading.attention.dtype, k_EHTD.shape[2]
         keys = gather_rows(k_EHTD, kept_EHM)
         if self.bits:
-            scores = QuantizedRows.pack(keys, self.bits).read(work) @ reading.queries.transpose(-1, -2)
-            # Coarsely quantised keys may exceed the mass of the full tile.
-            top = torch.maximum(reading.log_mass, scores.logsumexp(-2, keepdim=True))
-            rows, total = (scores - top).exp(), (reading.log_mass - top).exp()
-            weight = (scores - reading.log_mass).exp().mean(-1)
+            read = QuantizedRows.pack(keys, self.bits).read(reading.attention.dtype)
+            attention = attention_of_read_keys(reading, read @ reading.queries.transpose(-1, -2))
+            shared_EHMT = None
         else:
-            scores, rows = gather_rows(reading.scores, kept_EHM), gather_rows(reading.attention, kept_EHM)
-            total, weight = torch.ones_like(reading.log_mass), reading.mass.gather(-1, kept_EHM)
-
-        # Similarity is the cosine of attention columns (of the quantised keys, with latent_bits); dividing by the norm
-        # of the token's own column would not change the assignment.
-        if self.bits or shared_EHMT is None:
-            shared_EHMT = products(rows, reading.attention)
-        length = torch.linalg.vector_norm(rows, dim=-1).clamp_min(1e-12)
-        stands_for = assignment(shared_EHMT / length[..., None], kept_EHM)
-        mass = reading.mass.clamp_min(_LEAST_MASS)
-        share = stands_for * mass[..., None]
-        start = share.sum(2) / weight.clamp(_LEAST_MASS, tile)
-        bias = fit_masses(rows, total, start, tile).log().to(k_EHTD.dtype)
-
-        values = v_EHTD.to(work)
-        means = (share / share.sum(2, keepdim=True)).transpose(-1, -2) @ values
-        weights = (scores + bias.to(work)[..., None]).softmax(-2)
-        gram = products(weights, weights)
-        left = products(weights, reading.attention) @ values - gram @ means
-        ridge = self.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        gram = gram + ridge * torch.eye(gram.shape[-1], dtype=work, device=gram.device)
-        values = means + torch.linalg.solve(gram, left)
-        return keys, values.to(v_EHTD.dtype), bias
+            attention = attention_of_kept_keys(reading, kept_EHM)
+        share = assigned_shares(reading, attention.rows, kept_EHM, shared_EHMT)
+        bias = fit_bias(attention, share).to(k_EHTD.dtype)
+        weights = (attention.scores + bias.to(share.dtype)[..., None]).softmax(-2)
+        read_values = products(weights, reading.attention) @ v_EHTD.to(share.dtype)
+        refit = refit_values(weights, share, v_EHTD, read_values, self.ridge)
+        return keys, refit.values.to(v_EHTD.dtype), bias
 
 
 @dataclass(frozen=True)

@@ -73,17 +73,18 @@ class CrossLayerCodec(LayerGroupCodec):
 
     borrows_tiles = True
 
-    def __init__(self, transform: CrossLayerTransform, readers: TokenWeighting | None) -> None:
+    def __init__(self, transform: CrossLayerTransform, weighting: TokenWeighting | None) -> None:
         super().__init__()
-        self.transform, self.readers = transform, readers
+        self.transform = transform
+        self.readers = weighting  # The name is that of its tensors in capsule files.
 
     def start(self) -> "_Encoding":
         return _Encoding(self.transform, self.readers)
 
 
 class _Encoding(LayerGroupEncoding):
-    def __init__(self, transform: CrossLayerTransform, readers: TokenWeighting | None) -> None:
-        self.transform, self.readers = transform, readers
+    def __init__(self, transform: CrossLayerTransform, weighting: TokenWeighting | None) -> None:
+        self.transform, self.weighting = transform, weighting
         self.sums: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
 
@@ -95,8 +96,8 @@ class _Encoding(LayerGroupEncoding):
             )
         added = self.transform.across(index, k_EHTD, v_EHTD)
         self.sums = added if self.sums is None else added.add_(self.sums)
-        if self.readers is not None:
-            weights = self.readers(k_EHTD, index)
+        if self.weighting is not None:
+            weights = self.weighting(k_EHTD, index)
             self.weights = weights if self.weights is None else weights.add_(self.weights)
 
     def finish(self, indices: Sequence[int]) -> list[Encoded]:

@@ -1,9 +1,10 @@
 """Shares of a split, such as train[:80%]: disjoint by the content of the images, whatever the order of the rows.
 
-Rows that have an image in common are of one group. The groups are put in the order of their images' digests, which is
-as good as any random order, and the same in every run; a share is a run of groups.
+Rows that have an image in common are of one group. The groups are put in the order of one digest each, of all their
+images, which is as good as any random order, and the same in every run; a share is a run of groups.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,9 +71,17 @@ def rows_of(share: Share, digests: Sequence[Sequence[str]]) -> list[int]:
         share: of a split with these rows.
         digests: of every row's images.
     """
-    groups = sorted(_groups(digests), key=lambda group: min(digest for row in group for digest in digests[row]))
+    groups = sorted(_groups(digests), key=lambda group: _place({image for row in group for image in digests[row]}))
     start, stop = (_cut(percent, len(groups)) for percent in (share.start, share.stop))
     return sorted(row for group in groups[start:stop] for row in group)
+
+
+def _place(images: set[str]) -> str:
+    """What a group is ordered by: uniform whatever the number of its images. The lowest of their digests would put
+    groups of many images first, and the last share would have none of them."""
+    if len(images) == 1:
+        return next(iter(images))
+    return hashlib.blake2b("\n".join(sorted(images)).encode(), digest_size=16).hexdigest()
 
 
 def _cut(percent: int, groups: int) -> int:

@@ -174,6 +174,10 @@ def _guarded(config: SourceConfig, opened: Callable[[Any], Any]) -> Any:
         while isinstance(root, datasets.exceptions.DatasetGenerationError) and root.__cause__ is not None:
             root = root.__cause__
         reason = " ".join(str(root).split()) or type(root).__name__
+        if not os.path.exists(config.source) and "Config name is missing" not in reason:
+            reason = (
+                f"there is no file or folder {os.path.abspath(config.source)}, and as a data set on the Hub: {reason}"
+            )
         raise DataError(
             f"cannot load data from {config.source!r} (split {config.split!r}): {reason}"
             + (" Name one of them with --data.subset." if "Config name is missing" in reason else "")

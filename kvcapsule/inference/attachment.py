@@ -72,6 +72,7 @@ def _model(model: PreTrainedModel) -> Iterator[None]:
     deltas = RopeDeltas(model)
     with (
         uncompiled(model),
+        deltas.per_thread(),
         forward_hooks(model, model, deltas),
         deltas.in_generate(model),
         bound_generate(model, model, partial(generate_with_capsule, model)),

@@ -181,8 +181,10 @@ def _run_model_attention(
 
 
 def _model_attention_name(config: PreTrainedConfig) -> str:
-    name = _model_attention.get(id(config))
-    if name is None:
+    # A thread that attached nothing may be in a call when another thread leaves the last block: the config names the
+    # model's own attention again, which leaving writes before it takes the entry away.
+    name: str | None = _model_attention.get(id(config), config._attn_implementation)
+    if name is None or name == IMPLEMENTATION:
         raise RuntimeError(
             "the kvcapsule attention runs inside `with kvcapsule.attach(model, ...):` alone, for the very model"
             " attached."

@@ -155,7 +155,6 @@ class CapsuleCache(Cache):
         for prefill in prefills:
             hidden = prefill.hidden if self.method.needs_hidden_states else None
             layers[prefill.layer].store_prefill(replace(prefill, shared=shared, hidden=hidden))
-        self.tokens.hold(len(first.keys[0, 0]))
         self.end_forward()
 
     def end_forward(self) -> None:
@@ -202,7 +201,6 @@ class CapsuleCache(Cache):
         capsule.require_geometry(KVGeometry.from_config(self.config))
         fill_layers(self.capsule_layers(), spans, capsule)
         self._spans.forwards, self.taken_in = [forward_of(spans)], True
-        self.tokens.hold(int(self.get_seq_length()))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks just before it makes one, which is when its form must
@@ -246,7 +244,7 @@ class CapsuleCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         self._require_whole()
         super().crop(tokens_to_remove)
-        self.tokens.crop(-tokens_to_remove)
+        self.tokens.crop(int(self.get_seq_length()))
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         self._flush_pending()

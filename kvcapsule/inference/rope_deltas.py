@@ -2,12 +2,13 @@
 
 A model with M-RoPE keeps the deltas of the prompt that it saw last on one of its modules, as transformers writes it. A
 cache that goes on after another prompt, or with chosen rows of its batch, would get positions of that other prompt. So
-the cache keeps its own, and the model's are those of the cache wherever the model computes positions.
+the cache keeps its own, and the model's are those of the cache wherever the model computes positions: of the cache that
+the thread reads, for each thread sees those that it wrote.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from threading import RLock
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import local
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ from .transformers_api import passed_cache
 
 _ATTRIBUTE = "rope_deltas"
 _POSITIONS_OF_GENERATE = "_prepare_position_ids_for_generation"
-_lock = RLock()
-"""Held while generate computes positions: the deltas on the model are then those of one cache."""
 
 
 class RopeDeltas:
@@ -28,6 +27,14 @@ class RopeDeltas:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.modules = [module for module in model.modules() if _ATTRIBUTE in vars(module)]
+
+    @contextmanager
+    def per_thread(self) -> Iterator[None]:
+        """While the block lasts, a thread reads the deltas that it wrote; one that wrote none reads the last ones."""
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(own_class(module, {_ATTRIBUTE: _of_thread(module)}))
+            yield
 
     def begin_forward(self, cache: CapsuleCache, inputs: Mapping[str, Any]) -> None:
         """Give the model the deltas of `cache`; inputs: the forward's keyword arguments."""
@@ -57,13 +64,29 @@ class RopeDeltas:
 
         def prepare_of_cache(this: PreTrainedModel, input_ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
             cache = passed_cache(inputs)
-            with _lock:
-                if isinstance(cache, CapsuleCache) and this is model:
-                    self.restore(cache)
-                positions: torch.Tensor = prepare(this, input_ids, inputs)
-                return positions
+            if isinstance(cache, CapsuleCache) and this is model:
+                self.restore(cache)
+            positions: torch.Tensor = prepare(this, input_ids, inputs)
+            return positions
 
         return own_class(model, {_POSITIONS_OF_GENERATE: prepare_of_cache})
+
+
+def _of_thread(module: torch.nn.Module) -> property:
+    """The deltas of `module` as this thread wrote them. They are written into its own dictionary too, where they are
+    found behind the block; a copy of the module has its own."""
+    written = local()
+
+    def get(self: torch.nn.Module) -> torch.Tensor | None:
+        deltas: torch.Tensor | None = vars(self)[_ATTRIBUTE]
+        return getattr(written, "deltas", deltas) if self is module else deltas
+
+    def put(self: torch.nn.Module, deltas: torch.Tensor | None) -> None:
+        vars(self)[_ATTRIBUTE] = deltas
+        if self is module:
+            written.deltas = deltas
+
+    return property(get, put)
 
 
 def _deltas(positions: torch.Tensor, mask: Any, past: int) -> torch.Tensor:

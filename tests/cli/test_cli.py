@@ -24,7 +24,7 @@ def add_command(monkeypatch: pytest.MonkeyPatch, name: str, run: object) -> None
 
 def test_commands() -> None:
     """The command line is public: a command is added or renamed on purpose."""
-    names = "analyze train eval bench estimate generate methods models push serve store"
+    names = "analyze train eval bench estimate generate list methods models push report serve show store"
     assert list(COMMANDS) == names.split()
     assert HELP.keys() == COMMANDS.keys()
 

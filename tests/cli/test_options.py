@@ -43,6 +43,44 @@ def read(*words: str) -> Config:
     return instance(Config, parser(), parser().read(words))
 
 
+@dataclass(frozen=True)
+class Needs:
+    """A config."""
+
+    text: str = "a"
+    """Text."""
+    share: float = 0.5
+    """A share."""
+    place: str | None = None
+    """May be left out."""
+    part: Part = field(default_factory=Part)
+    """A part."""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text: null", "--text null: a value is expected."),
+        ("part: {max_size: null}", "--part.max-size null: a value is expected."),
+        (f"share: {10**400}", "a number that is too large"),
+        ("place: null", None),
+    ],
+)
+def test_null_and_numbers_past_all_bounds(content: str, said: str | None, tmp_path: Path) -> None:
+    """jsonargparse takes null for any option of a YAML file, and raises OverflowError."""
+    (tmp_path / "o.yaml").write_text(content)
+    parser = option_parser(Needs, "p", "p [options]", "It.")
+
+    def parse() -> Needs:
+        return instance(Needs, parser, parser.read(["--config", str(tmp_path / "o.yaml")]))
+
+    if said is None:
+        assert parse() == Needs()
+        return
+    with pytest.raises(ConfigError, match=said):
+        parse()
+
+
 def test_dashes_and_underscores_are_the_same_option() -> None:
     wanted = Config(dry_run=True, part=Part(5))
     assert read("--dry-run", "true", "--part.max-size=5") == read("--dry_run=true", "--part.max_size", "5") == wanted

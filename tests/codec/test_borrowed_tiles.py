@@ -5,7 +5,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.builders import GEOMETRY, TILE, cross_layer_capsule, kv_capsule, prefill, transform_capsule
+from support.builders import (
+    GEOMETRY,
+    TILE,
+    coded_compact_capsule,
+    cross_layer_capsule,
+    kv_capsule,
+    prefill,
+    transform_capsule,
+)
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
@@ -95,6 +103,7 @@ SHIPPED: dict[str, Callable[[], Capsule]] = {
     "transform": transform_capsule,
     "cross-layer": cross_layer_capsule,
     "compact": compact,
+    "coded-compact": lambda: coded_compact_capsule(GEOMETRY),
 }
 
 

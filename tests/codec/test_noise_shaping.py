@@ -123,17 +123,19 @@ def test_rows_that_fill_up_the_last_group_do_no_harm() -> None:
 
 def test_weights_are_squares_of_the_attention_by_hand() -> None:
     """Two heads of one channel in one set, two queries each: attention (1/2, 1/2) and (1/4, 3/4), then (0, 1) twice."""
-    readers = TokenWeighting((2, 2, 2, 1), heads=2).double()
-    readers.queries[1] = torch.tensor([[[0.0], [torch.tensor(3.0).log()]], [[50.0], [60.0]]])
-    weights = readers(torch.tensor([[[[0.0], [1.0]], [[0.0], [1.0]]]], dtype=torch.float64), 1)
+    weighting = TokenWeighting((2, 2, 2, 1), heads=2).double()
+    weighting.queries[1] = torch.tensor([[[0.0], [torch.tensor(3.0).log()]], [[50.0], [60.0]]])
+    weights = weighting(torch.tensor([[[[0.0], [1.0]], [[0.0], [1.0]]]], dtype=torch.float64), 1)
     square = torch.tensor([1 / 4 + 1 / 16, 1 / 4 + 9 / 16 + 2]) / 4
     torch.testing.assert_close(weights, (square / square.mean())[None, None].double())
-    assert torch.equal(readers(rand(3, 2, 9, 1), 0), torch.ones(3, 1, 9, dtype=torch.float64)), "no queries: all alike"
+    assert torch.equal(weighting(rand(3, 2, 9, 1), 0), torch.ones(3, 1, 9, dtype=torch.float64)), (
+        "no queries: all alike"
+    )
 
 
-def with_readers(capsule: Capsule) -> Capsule:
-    for i, readers in enumerate(m for m in capsule.modules() if isinstance(m, TokenWeighting)):
-        readers.queries.copy_(2 * rand(*readers.queries.shape, seed=i))
+def with_query_bank(capsule: Capsule) -> Capsule:
+    for i, weighting in enumerate(m for m in capsule.modules() if isinstance(m, TokenWeighting)):
+        weighting.queries.copy_(2 * rand(*weighting.queries.shape, seed=i))
     return capsule
 
 
@@ -155,14 +157,16 @@ CAPSULES = {"transform": two_groups, "cross-layer": cross_layer_capsule}
 @pytest.mark.parametrize("family", CAPSULES)
 def test_readers_change_the_codes_and_not_the_bytes(family: str) -> None:
     of = [dataclasses.replace(prefill(layer), layer=layer) for layer in range(GEOMETRY.layers)]
-    plain, shaping = (compressed(with_readers(CAPSULES[family](joint_heads=2, readers=count)), of) for count in (0, 6))
+    plain, shaping = (
+        compressed(with_query_bank(CAPSULES[family](joint_heads=2, readers=count)), of) for count in (0, 6)
+    )
     for before, after in zip(plain, shaping, strict=True):
         assert before.shape == after.shape and not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("family", CAPSULES)
 def test_a_tile_has_the_same_codes_alone_and_among_others(family: str) -> None:
-    capsule = with_readers(CAPSULES[family](readers=6))
+    capsule = with_query_bank(CAPSULES[family](readers=6))
     of = [prefill(layer) for layer in range(GEOMETRY.layers)]
     alone = [dataclasses.replace(p, spans=p.spans[1:], shared={}) for p in of]
     for whole, one in zip(compressed(capsule, of), compressed(capsule, alone), strict=True):
@@ -184,7 +188,7 @@ def test_the_straight_through_estimator_sees_the_codes_that_are_stored() -> None
 @pytest.mark.parametrize("gone", [None, 1], ids=["all layers", "a layer missing"])
 def test_a_stack_weighs_tokens_by_the_mean_over_its_layers_readers(gone: int | None) -> None:
     """As training sees it: each layer's own queries on its own keys, the mean over those that are there."""
-    capsule = with_readers(cross_layer_capsule(dataclasses.replace(GEOMETRY, layers=4), joint_layers=4, readers=6))
+    capsule = with_query_bank(cross_layer_capsule(dataclasses.replace(GEOMETRY, layers=4), joint_layers=4, readers=6))
     codec, places = capsule.layers[0], [place for place in range(4) if place != gone]
     tiles = {
         place: (rand(2, HEADS, TILE, DIM, seed=place).float(), rand(2, HEADS, TILE, DIM, seed=9 + place).float())
@@ -215,7 +219,7 @@ def test_factors_are_never_taken_in_half_precision() -> None:
 
 @pytest.mark.parametrize("family", CAPSULES)
 def test_readers_are_saved_and_loaded(family: str, tmp_path: object) -> None:
-    capsule = with_readers(CAPSULES[family](readers=6))
+    capsule = with_query_bank(CAPSULES[family](readers=6))
     capsule.save_pretrained(f"{tmp_path}/capsule")
     again = Capsule.from_pretrained(f"{tmp_path}/capsule")
     assert again.config.codec == capsule.config.codec
@@ -251,7 +255,7 @@ def test_shaping_costs_the_multiply_adds_that_it_says() -> None:
     products, _ = shaping_macs(30, 24, 7)
     assert counter.get_total_flops() == 2 * 5 * 2 * products
     for family, parts in (("transform", 2 * GEOMETRY.layers), ("cross-layer", GEOMETRY.layers // 2)):
-        capsule = with_readers(CAPSULES[family](readers=6))
+        capsule = with_query_bank(CAPSULES[family](readers=6))
         plain = dataclasses.replace(capsule.config.codec, readers=0)
         reading = GEOMETRY.layers * HEADS * 6 * TILE * DIM
         added = encode_macs(capsule.config.codec, GEOMETRY) - encode_macs(plain, GEOMETRY) - reading

@@ -10,6 +10,7 @@ from support.data_forms import COUNT, FORMS, Expected, colour
 
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.source import SourceConfig, load
+from kvcapsule.errors import DataError
 from kvcapsule.eval.batches import batches
 from kvcapsule.training.analysis.questions import Reader
 from kvcapsule.training.datamodule import Questions
@@ -70,5 +71,9 @@ def test_the_line_says_how_rows_were_read(loaded: tuple[datasets.Dataset, list[E
 
 
 def test_a_folder_of_the_same_name_need_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot load data from"):
-        load(SourceConfig(source=str(tmp_path / "nothing")))
+    """What is missing is said before what the Hub says of such a name."""
+    for name in ("nothing", "nothing.jsonl"):
+        with pytest.raises(
+            DataError, match=f"cannot load data from .*: there is no file or folder {tmp_path / name}, and"
+        ):
+            load(SourceConfig(source=str(tmp_path / name)))

@@ -32,6 +32,15 @@ def test_the_order_of_rows_changes_nothing() -> None:
     assert there == {digests[::-1][row][0] for row in rows_of(share, digests[::-1])} and len(there) == 36
 
 
+def test_rows_of_several_images_are_in_every_share_alike() -> None:
+    """One share of ten, of rows of which every second has eight images, has about as many of these."""
+    names = random.Random(2).sample(range(2**32), 9_000)
+    digests = [[f"{name:08x}" for name in names[9 * i : 9 * i + (8 if i % 2 else 1)]] for i in range(1_000)]
+    for start in (0, 40, 90):
+        several = sum(len(digests[row]) > 1 for row in rows_of(Share("all", start, start + 10), digests))
+        assert 30 <= several <= 70
+
+
 @pytest.mark.parametrize(("groups", "train", "test"), [(1, 1, 0), (2, 1, 1), (4, 3, 1), (10, 9, 1), (30, 27, 3)])
 def test_few_images(groups: int, train: int, test: int) -> None:
     digests = [[str(number)] for number in range(groups)]

@@ -199,6 +199,15 @@ def test_a_way_that_does_not_fit_is_left_out_alone() -> None:
     assert [left["method"] for left in skipped] == ["dynamic-cat-repeat", "static-repeat"]
 
 
+def test_what_a_cell_needs_counts_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven ways of the full cache and a method have copies of twice the last-level cache each."""
+    of, needed = cell(), []
+    for cache in (0, 64 * 2**20):
+        monkeypatch.setattr(interleaved_timing, "last_level_cache", lambda device, cache=cache: cache)
+        needed.append(operator._needed(of, ["int4"]))
+    assert needed[1] - needed[0] == pytest.approx(8 * 2 * 64 * 2**20, rel=0.02)
+
+
 def test_like_layers_are_timed_once() -> None:
     assert distinct(list(SHAPES)) == {
         "llava-1.5-7b": ["llava-next-vicuna-7b"],

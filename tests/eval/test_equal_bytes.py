@@ -50,7 +50,7 @@ def weigh() -> Callable[[Method], int]:
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize("share", [1.0, 0.2])
 def test_rivals_get_the_bytes_that_they_are_to_match(weigh, name: str, share: float) -> None:
-    """Visual and text together, whatever the policy's dial is about."""
+    """Visual and text together, whatever the policy's budget is about."""
     target = int(share * weigh(Full()))
     found = match(target, partial(build, name, {}), weigh, LAYERS)
     assert abs(weigh(found) / target - 1) <= TOLERANCE
@@ -100,10 +100,10 @@ def test_a_method_that_spreads_its_budget_is_not_mixed() -> None:
 def test_a_method_may_have_a_least_share(tokens: int, least: float, kept: int) -> None:
     """What it refuses is below all that it stores; what it refuses at 1 is an error."""
 
-    def make(dial: float) -> Method:
-        if dial < least:
+    def make(budget: float) -> Method:
+        if budget < least:
             raise InputError("too little")
-        return EvenlySpaced(dial)
+        return EvenlySpaced(budget)
 
     assert _kept(match(TEXT_BYTES + LAYERS * 8 + tokens * TOKEN_BYTES, make, SMALL, LAYERS)) == [kept] * LAYERS
     with pytest.raises(InputError, match="snapkv: window 0"):

@@ -35,7 +35,7 @@ def test_settings_of_the_entries(make_capsule) -> None:
 
     def turned(name: str) -> Method:
         return (
-            PerLayer([build(name, {}, dial) for dial in (0.2, 0.2, 0.1, 0.1)])
+            PerLayer([build(name, {}, budget) for budget in (0.2, 0.2, 0.1, 0.1)])
             if name == "evenly-spaced"
             else build(name, {}, 0.2)
         )
@@ -66,7 +66,7 @@ def test_every_policy_can_be_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "dial", "complaint"),
+    ("name", "settings", "budget", "complaint"),
     [
         ("snapkv", {"windw": 3}, 0.1, "snapkv has no setting 'windw'; it has window, kernel, pooling."),
         ("snapkv", {"retention": 0.2}, 0.1, "snapkv has no setting 'retention'"),
@@ -76,9 +76,9 @@ def test_every_policy_can_be_named() -> None:
         ("quantized", {}, None, "quantized: "),
     ],
 )
-def test_wrong_settings(name: str, settings: dict[str, Any], dial: float | None, complaint: str) -> None:
+def test_wrong_settings(name: str, settings: dict[str, Any], budget: float | None, complaint: str) -> None:
     with pytest.raises(InputError, match=re.escape(complaint)):
-        build(name, settings, dial)
+        build(name, settings, budget)
 
 
 def test_reports_show_no_places(tmp_path, monkeypatch) -> None:

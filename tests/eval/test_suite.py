@@ -78,7 +78,7 @@ def test_smol_vlm() -> None:
 
 
 def test_policies() -> None:
-    """Every policy with a dial, by its registration alone, at the bytes of both shipped capsules beside a policy for
+    """Every policy with a budget, by its registration alone, at the bytes of both shipped capsules beside a policy for
     the text."""
     specs = {spec.name: spec for spec in load("policies").specs}
     assert [spec.place for spec in specs.values() if spec.place] == ["pages-vlm-transform", "pages-vlm-kvcapsule"]

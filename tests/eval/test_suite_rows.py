@@ -137,7 +137,7 @@ def test_a_capsule_that_is_there_beside_a_policy_for_the_text(vlm, tmp_path, sui
 
 
 def test_policies_at_the_bytes_of_an_entry(vlm, tmp_path, suite_file, put_capsule, capsys) -> None:
-    """Visual and text together, within 2 %; every policy with a dial by one entry."""
+    """Visual and text together, within 2 %; every policy with a budget by one entry."""
     place = str(put_capsule("shipped", 0.2) / "shipped")
     entries = [
         {"method": "all", "match": "both"},

@@ -52,12 +52,13 @@ WORK = (
     "kvcapsule.eval.run.seen_shares",
     "kvcapsule.eval.suite.capsules._train_all",
     "kvcapsule.eval.bench.run.ceilings.measure",
+    "kvcapsule.eval.capsule_page.content.chosen_rows",
     "kvcapsule.cli.generate._answer",
     "kvcapsule.capsule.push.upload",
     "kvcapsule.cli.serve.serve",
 )
 """The functions that work begins with."""
-LOADERS = ("training.fit", "training.analysis.study", "eval.run", "vlm.loading")
+LOADERS = ("training.fit", "training.analysis.study", "eval.run", "eval.capsule_page.content", "vlm.loading")
 """Modules that load a model, which is loaded once."""
 
 
@@ -166,11 +167,11 @@ def strange_writes(place: Path, words: list[str]) -> list[str]:
     those of temporary files."""
     assert _writes is not None
     work = place / "work"
-    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 5000]
+    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 6000]
     places = [Path(os.path.normpath(work / os.path.expanduser(part))) for part in named]
-    # The default output of train, and of a suite's capsules.
-    places.append(work / "runs")
-    contents = [path.read_text(errors="replace") for path in places if len(path.name) < 200 and path.is_file()]
+    # The default output of train, and of a suite's capsules; and where libraries keep what they make of data.
+    places += [work / "runs", place / "home" / ".cache"]
+    contents = [path.read_text(errors="replace") for path in places if os.path.isfile(path)]
     return [
         str(path)
         for path in dict.fromkeys(Path(os.path.normpath(work / name)) for name in _writes)
@@ -210,7 +211,14 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
         shutil.copytree(place / "work", place / "original")
         os.chdir(place / "work")
         # Imports and the model are no part of a command line's time.
-        for words in (["eval", "--methods", "int4"], ["train"], ["analyze"], ["bench"], ["generate", "--prompt", "x"]):
+        for words in (
+            ["eval", "--methods", "int4"],
+            ["train"],
+            ["analyze"],
+            ["bench"],
+            ["generate", "--prompt", "x"],
+            ["report", "pages-vlm-cross-layer"],
+        ):
             outcome(words)
         memory = _peak()
         for number in range(count):

@@ -44,6 +44,13 @@ VALID = {
         "--capsule pages-vlm-cross-layer --image image.png --prompt Read --compare --store out/store",
         "--prompt Hello --do-sample --temperature 0.5 --top-p 0.9 --top-k 5 --seed 2 --dtype float32 --device cpu",
     ],
+    "list": ["", ". --json out/l.json", "folder images --wide"],
+    "show": ["pages-vlm-cross-layer", "folder --json out/s.json", "folder --wide"],
+    "report": [
+        "pages-vlm-cross-layer --output out/r.html --examples 2",
+        "folder --data.source rows.jsonl --data.split all --output out/p.html",
+        "pages-vlm-cross-layer --metric anls --protocol ask-later",
+    ],
     "methods": ["", "--json out/methods.json", "--json -"],
     "models": ["", "--json out/models.json", "--json -"],
     "push": ["pages-vlm-cross-layer org/name", "folder org/name --private --revision v1"],
@@ -143,40 +150,11 @@ ODD = [
         "full",
     ),
 ]
-FILES = [
-    *(
-        "image.png",
-        "rows.jsonl",
-        "recipe.yaml",
-        "suite.yaml",
-        "options.yaml",
-        "page.md",
-        "empty",
-        "bytes",
-        "text",
-        "folder",
-    ),
-    *(
-        "images",
-        "mutant.yaml",
-        "mutant.json",
-        "mutant.jsonl",
-        "missing",
-        "missing/x.json",
-        "text/x.json",
-        "/proc/x/y.json",
-    ),
-    *(
-        "out",
-        "out/x.json",
-        "out/x.png",
-        "folder/config.json",
-        "folder/model.safetensors",
-        "cut.png",
-        "deep.json",
-        "deep.yaml",
-    ),
-]
+FILES = (
+    "image.png rows.jsonl recipe.yaml suite.yaml options.yaml page.md empty bytes text folder images "
+    "mutant.yaml mutant.json mutant.jsonl missing missing/x.json text/x.json /proc/x/y.json out "
+    "out/x.json out/x.png folder/config.json folder/model.safetensors cut.png deep.json deep.yaml "
+).split()
 """Files and folders of other kinds than an option expects, in the working directory."""
 
 

@@ -187,6 +187,21 @@ class TestMasks:
             attached(input_ids=torch.tensor([[30], [30]]), attention_mask=mask, **cache_argument(cache))
 
 
+def test_the_mask_of_tokens_that_were_taken_back(attached: PreTrainedModel, prompt: BatchFeature) -> None:
+    """It says nothing of what stands in their place, an image here."""
+    cache, later = CapsuleCache(attached.config, Full()), batch(TINY, [25, TINY.picture(1), 26])
+    with torch.no_grad():
+        attached(**prompt, **cache_argument(cache))
+        read, new = prompt["input_ids"].shape[1], later["input_ids"].shape[1]
+        mask = torch.ones(1, read + 3, dtype=torch.int64)
+        mask[0, read] = 0
+        forward(attached, cache, [30, 31, 32], mask)
+        cache.crop(-3)
+        attached(**{**later, "attention_mask": None}, **cache_argument(cache))
+    forward(attached, cache, [33], torch.ones(1, read + new + 1, dtype=torch.int64))
+    assert cache.get_seq_length() == read + new + 1
+
+
 def test_placeholders_without_pictures_are_text(attached: PreTrainedModel, prompt: BatchFeature) -> None:
     """A draft may propose any token; what no image belongs to is compressed as no image."""
     geometry = KVGeometry.from_config(attached.config)

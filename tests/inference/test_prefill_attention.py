@@ -226,3 +226,24 @@ def test_precisions(
     torch.testing.assert_close(
         logits, expected, rtol=0, atol={torch.bfloat16: 0.15, torch.float16: 0.02, torch.float32: EXACT}[dtype]
     )
+
+
+def test_a_call_that_outlives_the_block_of_another_thread(model: Model) -> None:
+    """A thread that attached nothing looked up attention and masks inside of another one's block, and calls them
+    behind it: they are the model's own. A copy made inside of the block has none of its own."""
+    text = model.config.get_text_config(decoder=True)
+    layer = model.get_decoder().layers[0].self_attn
+    with attach(model, Full()):
+        attention, mask = (
+            table[text._attn_implementation] for table in (AttentionInterface(), AttentionMaskInterface())
+        )
+        copied = copy.deepcopy(text)
+    shape = {"batch_size": 1, "q_length": 5, "kv_length": 5, "allow_is_causal_skip": False}
+    masks = [function(config=text, **shape) for function in (mask, sdpa_mask)]
+    torch.testing.assert_close(*masks)
+    query, key, value = torch.randn(8, 1, 5, 32, generator=torch.Generator().manual_seed(0)).split([4, 2, 2])
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    outs = [function(layer, query, key, value, masks[0])[0] for function in (attention, sdpa_attention_forward)]
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="for the very model attached"):
+        mask(config=copied, **shape)

@@ -1,6 +1,7 @@
 """Positions of a model with M-RoPE are those of the cache that goes on, whatever prompt the model saw last."""
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -126,3 +127,33 @@ def test_deltas_are_the_models_own(attached: PreTrainedModel, case: Case) -> Non
     assert cache.rope_deltas is not None
     assert tuple(cache.rope_deltas.flatten().tolist()) == own
     assert len(set(own)) == 2, "the two images differ in their grids"
+
+
+def test_another_thread_in_the_middle_of_a_forward(case: Case) -> None:
+    """It reads another cache on the same model just before the positions of this one are computed."""
+    (module,) = [module for module in case.model.modules() if "rope_deltas" in vars(module)]
+    kind, here, seen = type(module), threading.get_ident(), list[torch.Tensor]()
+    with attach(case.model):
+        caches = [read(case.model, inputs) for inputs in (case.first, case.other)]
+        expected = [ask(case.model, copy.deepcopy(cache)) for cache in caches]
+
+        def of_other_thread() -> None:
+            with attach(case.model):
+                seen.append(ask(case.model, copy.deepcopy(caches[1])))
+
+        def before(*_: Any) -> None:
+            if threading.get_ident() == here:
+                thread = threading.Thread(target=of_other_thread)
+                thread.start()
+                thread.join()
+
+        handle = module.register_forward_pre_hook(before)
+        try:
+            seen.insert(0, ask(case.model, copy.deepcopy(caches[0])))
+        finally:
+            handle.remove()
+        torch.testing.assert_close(seen, expected, rtol=0, atol=EXACT)
+        copied = copy.deepcopy(module)
+        copied.rope_deltas = None
+        assert module.rope_deltas is not None
+    assert type(module) is kind and module.rope_deltas is not None

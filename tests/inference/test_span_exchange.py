@@ -1,75 +1,22 @@
 """Spans given out of a cache and taken in by another: generation goes on as if the prompt had been read there."""
 
 import copy
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from support import tiny_vlm
 from support.builders import EVERY_FAMILY, cross_layer_capsule, identity_capsule, transform_capsule
-from support.family_models import CASES, MARKS, Built, Witness, built
-from support.run_vlm import ready, tiny_gemma
+from support.family_models import Built, Witness, built
+from support.span_prompts import LLAVA, NEW, QWEN, TILE, Prompt, cut, prompt
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.stored_span import StoredSpan, from_bytes, to_bytes
-from kvcapsule.errors import CapsuleError, ConfigError, GeometryError
+from kvcapsule.errors import ConfigError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
-from kvcapsule.policy import EvenlySpaced, Full
 from kvcapsule.segments.segment import Segment
-from kvcapsule.vlm.geometry import KVGeometry
-
-TILE = 5
-NEW = 6
-QUESTION = [tiny_vlm.END, 8, 9, 11]
-LLAVA, QWEN = (next(i for i, case in enumerate(CASES) if case.model_type == name) for name in ("llava", "qwen2_vl"))
-
-
-class Prompt(NamedTuple):
-    """The beginning of a prompt, up to the end of its last image, and the whole of it."""
-
-    of: Built
-    beginning: dict[str, torch.Tensor]
-    rest: list[int]
-
-    def generate(self, cache: CapsuleCache, **more: Any) -> Any:
-        """What the model answers to the question behind the cache."""
-        ids, added = self.beginning["input_ids"], torch.tensor([self.rest])
-        call: dict[str, Any] = {"input_ids": torch.cat([ids, added], dim=1)}
-        call["attention_mask"] = torch.ones_like(call["input_ids"])
-        if "image_grid_thw" in self.beginning:
-            types = self.beginning["mm_token_type_ids"]
-            call |= {"image_grid_thw": self.beginning["image_grid_thw"]}
-            call |= {"mm_token_type_ids": torch.cat([types, torch.zeros_like(added, dtype=types.dtype)], dim=1)}
-        options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        options |= {"pad_token_id": tiny_vlm.PAD, "suppress_tokens": MARKS}
-        return self.of.model.generate(**{**call, **options, **cache_argument(cache), **more})
-
-    def read(self, cache: CapsuleCache) -> CapsuleCache:
-        """The cache, once the model has read the beginning into it."""
-        call = dict(self.beginning)
-        if "image_grid_thw" not in call:
-            call["position_ids"] = (call["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        with torch.no_grad():
-            self.of.model(**call, **cache_argument(cache))
-        return cache
-
-
-def cut(inputs: Any) -> dict[str, torch.Tensor]:
-    """Inputs of a batch whose last token, behind the last image, was taken away."""
-    end = inputs["input_ids"].shape[1] - 1
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    return {name: x[:, :end] if name in names else x for name, x in inputs.items()}
-
-
-def prompt(index: int, *pictures: int) -> Prompt:
-    of = built(index)
-    parts: list[Any] = [5, 6]
-    for picture in pictures:
-        parts += [of.tiny.picture(picture), 7]
-    return Prompt(of, cut(tiny_vlm.batch(of.tiny, parts[:-1])), QUESTION)
 
 
 @pytest.fixture(params=[LLAVA, QWEN], ids=["llava", "qwen2_vl"])
@@ -355,61 +302,3 @@ class TestGivingOut:
             t for part in (span.visual, span.text) for list_ in part.values() for s in list_ for t in s.entry_tensors()
         ]
         assert found and not stored & {t.untyped_storage().data_ptr() for t in found}
-
-
-class TestRefused:
-    """By a sentence."""
-
-    @pytest.mark.parametrize("policy", [Full(), EvenlySpaced(0.5)], ids=["full", "evenly-spaced"])
-    def test_policies(self, policy: Any) -> None:
-        asked = prompt(LLAVA, 0)
-        with attach(asked.of.model):
-            cache = asked.read(CapsuleCache(asked.of.model.config, policy))
-        with pytest.raises(ConfigError, match=f"{type(policy).__name__} is no capsule"):
-            cache.stored_spans()
-        with pytest.raises(ConfigError, match="is no capsule"):
-            CapsuleCache(asked.of.model.config, policy).take_in([])
-
-    def test_layers_with_a_window(self) -> None:
-        gemma, batch = ready(*tiny_gemma())
-        cache = CapsuleCache(gemma.config, identity_capsule(KVGeometry.from_config(gemma.config), tile=TILE))
-        with attach(gemma), torch.no_grad():
-            gemma(**batch, **cache_argument(cache))
-        with pytest.raises(ConfigError, match=r"layers \[0, 2\] of this model have a cache of the model's own"):
-            cache.stored_spans()
-
-    def test_spans_that_are_no_beginning(self) -> None:
-        asked = prompt(LLAVA, 0, 1)
-        of = asked.of
-        capsule, other = (transform_capsule(of.geometry, tile=tile) for tile in (TILE, TILE + 1))
-        with attach(of.model):
-            one, two = asked.read(CapsuleCache(of.model.config, capsule)).stored_spans()
-            foreign = asked.read(CapsuleCache(of.model.config, other)).stored_spans(weights="w")
-            full = asked.read(CapsuleCache(of.model.config, capsule))
-        cache = CapsuleCache(of.model.config, capsule)
-        for spans, message in (
-            ([], "no spans"),
-            ([two], "span 0 and the text before it begin at position 19 and not 0"),
-            ([two, one], "position 19 and not 0"),
-            ([one, one], "span 1 and the text before it begin at position 0 and not 19"),
-            (foreign, "span 0 was stored with capsule"),
-            ([one, two._replace(header=replace(two.header, weights="w"))], "weights 'w'"),
-            ([one, two._replace(header=replace(two.header, adapter="a"))], "adapter 'a'"),
-            ([one, two._replace(header=replace(two.header, dtype="float16"))], "float16"),
-        ):
-            with pytest.raises(CapsuleError, match=message):
-                cache.take_in(spans)
-            assert cache.get_seq_length() == 0 and not cache.taken_in
-        with pytest.raises(ConfigError, match="holds tokens"):
-            full.take_in([one])
-        cache.take_in([one, two])
-        assert [s.header for s in cache.stored_spans()] == [one.header, two.header]
-        assert foreign[0].header.weights == "w"
-
-    def test_a_capsule_of_another_model(self) -> None:
-        asked = prompt(LLAVA, 0)
-        capsule = transform_capsule(asked.of.geometry, tile=TILE)
-        with attach(asked.of.model):
-            spans = asked.read(CapsuleCache(asked.of.model.config, capsule)).stored_spans()
-        with pytest.raises(GeometryError):
-            CapsuleCache(built(QWEN).model.config, capsule).take_in(spans)

@@ -15,6 +15,7 @@ from support.random_segments import (
     HEADS,
     OWNERS,
     Draw,
+    mixed,
     of_cell_width,
     of_odd_size,
     quantised,
@@ -28,6 +29,7 @@ from kvcapsule.kernels.cpu.attend import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.group_quantized_rows import GroupedRows
+from kvcapsule.segments.pooled_segment import PooledSegment
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 
@@ -190,6 +192,22 @@ def test_rows_in_the_frames_of_their_tiles(rows: int, threads: int) -> None:
     assert error(query_of(7, batch=2, dim=DIM), [segment, draw.raw([0, 1], 4, dim=DIM)]) < SINGLE
 
 
+@pytest.mark.parametrize("rows", [1, 8, 21, 70, 130])
+def test_rows_of_a_width_per_channel(rows: int, threads: int) -> None:
+    """Beside raw rows, and with one kind of rows for the keys and another for the values, which is the reference's."""
+    draw = Draw(rows)
+    segment = mixed(draw, [1, 0, 1, 1, 0], rows, frames(draw, 5, 4, False))
+    raw = draw.raw([0, 1], 4)
+    with torch.no_grad():
+        made = given(segment)
+        assert made is not None and made.struct.form == QUANTIZED
+        assert given(replace(segment, values=draw(5, HEADS, rows, 3))) is None
+    for group in (1, 7):
+        assert error(query_of(group, batch=2), [segment, raw]) < SINGLE
+    pooled = PooledSegment.of(segment, torch.tensor([1, 0, 0]), torch.tensor([4, 0, 2]))
+    assert error(query_of(batch=2), [pooled, raw]) < SINGLE
+
+
 def test_beside_what_is_not_covered() -> None:
     """Few-bit rows, entries of single heads and a masked tail, each with what it needs to know of the others."""
     draw, query = Draw(), query_of(3, 2, batch=2, dim=DIM)
@@ -197,7 +215,9 @@ def test_beside_what_is_not_covered() -> None:
     seen = torch.rand(2, 2, 7, generator=draw.generator) > 0.4
     few = quantised(draw.raw([1, 0], 30, dim=DIM), 4, 2)
     alone = Segment(draw(3, 1, 6, DIM), draw(3, 1, 6, DIM), torch.tensor([0, 1, 1]), head=torch.tensor([1, 0, 1]))
-    for rest in ([few], [alone], [few, alone]):
+    half = replace(alone, values=quantised(alone, 4, 2).values)
+    none = Segment(draw(0, HEADS, 5, DIM), draw(0, HEADS, 5, DIM), torch.zeros(0, dtype=torch.int64))
+    for rest in ([few], [alone], [few, alone], [none, half], [none]):
         assert error(query, [retained(draw, [0, 1, 1], 20, 5, 6), *rest, tail], seen) < SINGLE
 
 

@@ -1,16 +1,13 @@
 """Attention over segments equals ordinary attention over all tokens that they stand for."""
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from support import slow_decode
+from support.dense_attention import attention, expand
 
-from kvcapsule.codec.kvcapsule import MlpRows
 from kvcapsule.kernels import reference
 from kvcapsule.kernels.reference import attend
-from kvcapsule.segments.coefficient_rows import CodedRows
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.segment import Segment
 
@@ -19,62 +16,8 @@ OWNERS = ([0, 1, 1, 2], [2, 0], [1, 1, 0, 0, 2, 2])
 """Batch rows of three segments' entries: several for one row, none for another."""
 
 
-def stored_rows(rows: object, entry: int, head: int) -> torch.Tensor:
-    """[M, D] as read, worked out one number at a time."""
-    if isinstance(rows, torch.Tensor):
-        return rows[entry, head]
-    if isinstance(rows, MlpRows):
-        codec, x = rows.codec, rows.rows[entry, head]
-        inner = codec.inner[head].double() @ x + codec.inner_bias[head]
-        return (
-            codec.outer[head].double() @ (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) + codec.outer_bias[head]
-        )
-    if isinstance(rows, CodedRows):
-        return slow_decode.coded(rows, entry, head)
-    assert isinstance(rows, QuantizedRows)
-    return slow_decode.quantized(rows, entry, head)
-
-
-def expand(segment: Segment, entry: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One entry's tokens as ordinary attention has them: keys [n, D], values [n, D] and what is added to their scores
-    [n]."""
-    keys, values = stored_rows(segment.keys, entry, head), stored_rows(segment.values, entry, head)
-    if segment.score_map is not None:
-        keys = segment.score_map[head * len(segment.score_map) // HEADS] @ keys
-    if segment.q_map is not None:
-        keys = keys @ segment.q_map[head].T
-    if segment.frame is not None:
-        half = keys.shape[1] // 2
-        turned = torch.complex(keys[:, :half], keys[:, half:])
-        turned = turned * torch.complex(segment.frame.cos[entry], segment.frame.sin[entry])
-        keys = torch.cat([turned.real, turned.imag], dim=1)
-    if segment.value_map is not None:
-        values = segment.value_map[head * len(segment.value_map) // HEADS] @ values
-    if segment.value_mean is not None:
-        values = values + segment.value_mean[head]
-    if segment.out_map is not None:
-        values = values @ segment.out_map[head]
-    bias = torch.zeros(len(keys), dtype=keys.dtype) if segment.bias is None else segment.bias[entry, head]
-    there = torch.ones(len(keys), dtype=torch.bool) if segment.mask is None else segment.mask[entry]
-    return keys[there], values[there], bias[there]
-
-
 def ordinary(query: torch.Tensor, segments: list[Segment], visible: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax attention, one row, head and query at a time."""
-    out = torch.full_like(query, torch.nan)
-    group = query.shape[1] // HEADS
-    for row in range(query.shape[0]):
-        for head in range(HEADS):
-            parts = [(*expand(s, e, head), s, e) for s in segments for e in (s.owner == row).nonzero()[:, 0].tolist()]
-            for q in range(query.shape[2]):
-                seen = []
-                for keys, values, bias, segment, entry in parts:
-                    cut = slice(None) if visible is None or segment is not segments[-1] else visible[entry, q]
-                    seen.append((keys[cut], values[cut], bias[cut]))
-                keys, values, bias = (torch.cat(x) for x in zip(*seen, strict=True))
-                for q_head in range(head * group, (head + 1) * group):
-                    out[row, q_head, q] = torch.softmax(keys @ query[row, q_head, q] * SCALE + bias, dim=0) @ values
-    return out
+    return attention(query, segments, SCALE, visible)
 
 
 def query_of(group: int, queries: int, seed: int = 9) -> torch.Tensor:

@@ -1,27 +1,21 @@
 """The baselines of the field as policies: scores worked out with loops. What all policies promise is in
 test_policy_table.py."""
 
-import json
 import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from support.baseline_policies import ALL, DIM, GROUP, HEADS, LAYERS, PRUNING
 from support.builders import rand
 from support.op_recorder import Witness
 
-from kvcapsule.cli import main
-from kvcapsule.cli.methods import MethodInfo, known_methods
-from kvcapsule.codec import FAMILIES
 from kvcapsule.eval.entries import BY_DEFAULT, FIXED, RIVALS, chosen
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import (
     H2O,
-    POLICIES,
-    TEXT_POLICIES,
     Full,
     Kivi,
     PyramidKV,
@@ -36,21 +30,6 @@ from kvcapsule.policy.pyramidkv import pyramid_counts
 from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.segment import Packed, Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
-
-LAYERS, HEADS, GROUP, DIM = 4, 2, 2, 8
-PRUNING: dict[str, Callable[[float], VisualPolicy]] = {
-    "random": Random,
-    "streaming-llm": StreamingLLM,
-    "snapkv": lambda ratio: SnapKV(ratio, window=6),
-    "snapkv-max": lambda ratio: SnapKV(ratio, window=6, pooling="max"),
-    "h2o": H2O,
-    "pyramidkv": lambda ratio: PyramidKV(ratio).of_layer(0, LAYERS),
-}
-KIVI: dict[str, Callable[[], VisualPolicy]] = {f"kivi{bits}": lambda bits=bits: Kivi(bits) for bits in (2, 4, 8)}
-ALL: dict[str, Callable[[], VisualPolicy]] = {
-    **{name: lambda make=make: make(0.3) for name, make in PRUNING.items()},
-    **KIVI,
-}
 
 every_method = pytest.mark.parametrize("name", ALL)
 every_pruning = pytest.mark.parametrize("name", PRUNING)
@@ -369,65 +348,3 @@ def test_a_run_can_name_them_and_by_default_does_not() -> None:
     named = ["random", "streaming-llm", "snapkv", "h2o", "pyramidkv", "kivi4", "kivi2"]
     assert chosen(named, []) == named
     assert set(named) < {*RIVALS, *FIXED}
-
-
-# The command and the page
-
-
-def test_methods_prints_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--wide"]) == 0
-    out = capsys.readouterr().out
-    for name in (*FAMILIES, *POLICIES, *TEXT_POLICIES):
-        assert re.search(rf"^{re.escape(name)} +(codec|policy|text policy) +", out, re.MULTILINE), name
-    assert "2404.14469" in out and "kernel=7" in out
-
-
-def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    kinds = {"codec": FAMILIES, "policy": POLICIES, "text policy": TEXT_POLICIES}
-    assert [(m["name"], m["kind"]) for m in found] == [(name, kind) for kind, names in kinds.items() for name in names]
-    by_name = {m["name"]: m for m in found}
-    assert by_name["snapkv"] == {
-        "name": "snapkv",
-        "kind": "policy",
-        "summary": (
-            "SnapKV (arXiv 2404.14469): each KV head keeps the visual tokens that the prompt's last queries attend to, "
-            "neighbours included."
-        ),
-        "papers": ["2404.14469"],
-        "required": ["retention"],
-        "defaults": {"window": 32, "kernel": 7, "pooling": "avg"},
-    }
-    assert by_name["kvcapsule"]["required"] == ["tile"] and by_name["kvcapsule"]["papers"] == ["2605.16439"]
-    assert by_name["transform"]["papers"] == [], "those that it names are akin, not its source"
-
-
-def test_every_method_says_what_it_is() -> None:
-    papers = {method.name: method.papers for method in known_methods()}
-    assert {name: papers[name] for name in ("streaming-llm", "h2o", "pyramidkv", "kivi")} == {
-        "streaming-llm": ["2309.17453"],
-        "h2o": ["2306.14048"],
-        "pyramidkv": ["2406.02069"],
-        "kivi": ["2402.02750"],
-    }
-    for method in known_methods():
-        assert isinstance(method, MethodInfo)
-        assert method.summary.endswith("."), method.name
-
-
-def test_methods_takes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["methods", "--jsn"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("kvcapsule methods: ")
-
-
-def test_the_page_has_a_short_section_for_each() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^### `([^`]+)`[^\n]*\n(.*?)(?=^##|\Z)", text, flags=re.M | re.S))
-    assert list(sections) == [*FAMILIES, *POLICIES, *TEXT_POLICIES]
-    for method in known_methods():
-        section = sections[method.name]
-        assert 0 < len(section.strip().splitlines()) <= 10, method.name
-        assert all(paper in section for paper in method.papers), method.name

@@ -24,8 +24,8 @@ from kvcapsule.vlm.spans import VisualSpan
 EXACT, BYTES, BATCH, DETERMINISM, BEAMS, TURNS = "exact", "bytes", "batch", "determinism", "beams", "turns"
 QUESTION = "question"
 PROPERTIES = {
-    EXACT: "at dial 1, or without a dial, answers and beams are the full cache's, in a second turn too",
-    BYTES: "the dial says what share of the bytes is stored, within 2 %",
+    EXACT: "at budget 1, or without a budget, answers and beams are the full cache's, in a second turn too",
+    BYTES: "the budget says what share of the bytes is stored, within 2 %",
     BATCH: "a row in a batch is as it is alone",
     DETERMINISM: "the same prefill gives the same segments",
     BEAMS: "rows can be repeated, swapped and left out",
@@ -39,7 +39,7 @@ class Case:
     """A policy's line."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    """What it needs on small prompts, beside its dial."""
+    """What it needs on small prompts, beside its budget."""
     but: dict[str, str] = field(default_factory=dict)
     """Properties that it does not have, each with the reason."""
 
@@ -68,9 +68,9 @@ def case(name: str) -> Case:
     return TABLE.get(name, Case())
 
 
-def make(name: str, dial: float) -> Method:
+def make(name: str, budget: float) -> Method:
     policy = POLICIES[name]
-    return policy(**case(name).settings, **({policy.budget_field: dial} if policy.budget_field else {}))
+    return policy(**case(name).settings, **({policy.budget_field: budget} if policy.budget_field else {}))
 
 
 def test_the_table_is_sound() -> None:
@@ -151,16 +151,16 @@ def held(segments: Sequence[Segment]) -> int:
 
 
 @every(BYTES, dialled=True)
-@pytest.mark.parametrize("dial", [0.3, 0.1])
-def test_bytes_fall_as_the_dial_promises(name: str, dial: float) -> None:
+@pytest.mark.parametrize("budget", [0.3, 0.1])
+def test_bytes_fall_as_the_budget_promises(name: str, budget: float) -> None:
     """Of the visual tokens, with the text as it was, or of all."""
-    ours, full = compressed(make(name, dial), LONG), compressed(Full(), LONG)
+    ours, full = compressed(make(name, budget), LONG), compressed(Full(), LONG)
     visual, text, whole, raw = (sum(map(held, parts)) for one in (ours, full) for parts in zip(*one, strict=True))
     if POLICIES[name].budget_field == "retention":
-        assert visual == pytest.approx(dial * whole, rel=0.02)
+        assert visual == pytest.approx(budget * whole, rel=0.02)
         assert text == raw
     else:
-        assert visual + text == pytest.approx(dial * (whole + raw), rel=0.02)
+        assert visual + text == pytest.approx(budget * (whole + raw), rel=0.02)
 
 
 @every(BATCH)

@@ -8,6 +8,7 @@ import torch
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import CapsuleConfig
+from kvcapsule.codec.coded_compact import CodedCompactConfig
 from kvcapsule.codec.compact import CompactConfig
 from kvcapsule.codec.cross_layer import CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.identity import IdentityConfig
@@ -144,6 +145,30 @@ def compact_capsule(geometry: KVGeometry = GEOMETRY, tile: int = TILE, ratio: fl
     return capsule.requires_grad_(False)
 
 
+def coded_compact_capsule(
+    geometry: KVGeometry = GEOMETRY, tile: int = TILE, ratio: float = 0.5, **options: Any
+) -> Capsule:
+    """A capsule of the family "coded-compact": random banks and axes, keys of 8, 4 and 3 bits, values of all their
+    channels but one in 4 bits."""
+    layers, dim = geometry.layers, geometry.head_dim
+    channels = {"key_channels": (dim,) * layers, "value_channels": (dim - 1,) * layers}
+    config = CodedCompactConfig(tile, ratios=(ratio,) * layers, bank=16, **channels, **options)
+    capsule = Capsule(CapsuleConfig("coded-compact", config, geometry, "tiny"))
+    generator = torch.Generator().manual_seed(0)
+    for codec in capsule.layers:
+        codec.bank.copy_(torch.randn(codec.bank.shape, generator=generator))
+        for part in ("key", "value"):
+            axes = torch.linalg.qr(torch.randn(geometry.kv_heads, dim, dim, generator=generator)).Q
+            for name in ("in", "out"):
+                target = codec.get_buffer(f"{part}_{name}")
+                target.copy_(axes[:, :, : target.shape[2]])
+            unit = codec.get_buffer(f"{part}_unit")
+            unit.copy_(0.1 + torch.rand(unit.shape, generator=generator))
+        codec.key_widths.copy_(torch.tensor([8] + [4] * (dim - 2) + [3], dtype=torch.uint8))
+        codec.value_widths.fill_(4)
+    return capsule.requires_grad_(False)
+
+
 def identity_capsule(geometry: KVGeometry = GEOMETRY, tile: int = TILE, **options: Any) -> Capsule:
     """A capsule that stores everything."""
     return Capsule(CapsuleConfig("identity", IdentityConfig(tile, **options), geometry, "tiny"))
@@ -161,6 +186,8 @@ EVERY_FAMILY: dict[str, Callable[..., Capsule]] = {
     "compact": compact_capsule,
     "compact in 3 bits": partial(compact_capsule, latent_bits=3),
     "compact, no frames": partial(compact_capsule, canonical_frame=False),
+    "coded-compact": coded_compact_capsule,
+    "coded-compact, no frames": partial(coded_compact_capsule, canonical_frame=False),
     "identity": identity_capsule,
     "identity in 8 bits": partial(identity_capsule, latent_bits=8),
     "identity, no frames": partial(identity_capsule, canonical_frame=False),

@@ -5,7 +5,9 @@ from dataclasses import replace
 import torch
 
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
+from kvcapsule.segments.mixed_width_rows import MixedWidthRows, WidthForm
 from kvcapsule.segments.quantized_rows import QuantizedRows
+from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 from support.builders import random_widths
 
@@ -67,6 +69,18 @@ def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
     return replace(
         segment, keys=QuantizedRows.pack(segment.keys, key_bits), values=QuantizedRows.pack(segment.values, value_bits)
     )
+
+
+def mixed(draw: Draw, owner: list[int], tokens: int, frame: Frame | None = None) -> Segment:
+    """Rows of a width per channel, with a bias in bytes and maps of the channels, as a coded compact capsule's."""
+    rows = []
+    for widths in ((8, 4, 3, 3, 1), (4, 4, 2)):
+        unit, centre = 0.1 + draw(HEADS, len(widths)).abs(), draw(HEADS, len(widths))
+        form = WidthForm(torch.tensor(widths, dtype=torch.uint8), unit, centre)
+        rows.append(MixedWidthRows.encode(draw(len(owner), HEADS, tokens, len(widths)), form))
+    bias = (20 * draw(len(owner), HEADS, tokens)).round().clamp(-128, 127).to(torch.int8)
+    maps = {"q_map": draw(HEADS, DIM, 5), "out_map": draw(HEADS, DIM, 3).transpose(1, 2)}
+    return Segment(rows[0], rows[1], torch.tensor(owner), bias=bias, frame=frame, **maps)
 
 
 def of_odd_size(tokens: int, dtype: torch.dtype = torch.float32) -> list[Segment]:

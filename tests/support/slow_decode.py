@@ -3,6 +3,7 @@
 import torch
 
 from kvcapsule.segments.coefficient_rows import CodedRows
+from kvcapsule.segments.group_quantized_rows import GroupedRows
 from kvcapsule.segments.quantized_rows import QuantizedRows
 
 
@@ -52,3 +53,14 @@ def coded(rows: CodedRows, entry: int, head: int) -> torch.Tensor:
                 level = code(run[byte : byte + width], width, i) - (2**width - 1) / 2
                 out[8 * group + i, channel] += level * float(step[own, group, channel])
     return out
+
+
+def grouped(rows: GroupedRows, entry: int, head: int) -> torch.Tensor:
+    """[M, D]."""
+    scale, minimum = rows.scale[entry, head].tolist(), rows.minimum[entry, head].tolist()
+    out = torch.full((len(scale), rows.length), torch.nan, dtype=torch.float64)
+    for run, packed in enumerate(rows.codes[entry, head].tolist()):
+        for place in range(rows.length):
+            level = code(packed[place // 8 * rows.bits :][: rows.bits], rows.bits, place % 8)
+            out[run, place] = level * scale[run][place // rows.group] + minimum[run][place // rows.group]
+    return out.T if rows.along_tokens else out

@@ -102,6 +102,10 @@ def test_half_of_a_file_is_never_there(model, batch, tmp_path, monkeypatch) -> N
         raise OSError("the disk is full")
 
     monkeypatch.setattr(harvest_store, "save_file", fail)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"no harvest can be kept in .*: Not a directory. Free some space"):
+        HarvestStore(tmp_path / "file" / "kept", model, 50, True)
+    (tmp_path / "file").unlink()
     kept = HarvestStore(tmp_path, model, 50, True)
     with pytest.raises(ValueError, match=r"no harvest can be kept in .*: the disk is full. Free some space"):
         kept.harvest(batch)

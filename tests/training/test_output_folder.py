@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcapsule.atomic_files import unique_name
 from kvcapsule.errors import ConfigError, InputError
 from kvcapsule.training.output_folder import OutputFolder, how_to_go_on, output_folder
 from kvcapsule.training.recipe import Recipe
@@ -138,6 +139,19 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     # As a run that was killed in its closed form leaves it.
     fill(recipe.work, {"run.json": json.dumps({"state": "running"})})
     refuse(recipe, "came to the end of its closed form")
+
+
+def test_what_a_killed_run_had_not_yet_renamed_is_in_nobodys_way(tmp_path: Path) -> None:
+    recipe = Recipe(output=str(tmp_path / "c"))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: ended.pid)
+        names = [f"{unique_name(recipe.work / name)}.partial" for name in ("run.json", "last.ckpt")]
+    fill(recipe.work, dict.fromkeys(names, "half"))
+    with output_folder(recipe) as folder:
+        folder.start()
+        assert files(recipe.work) == {"lock", "run.json"}
 
 
 HOLDER = """

@@ -54,6 +54,7 @@ def test_tiles_that_fit() -> None:
     [
         (["--codec.tile", "300"], "fills a tile of 300 visual tokens, the largest image of the first ones has 196"),
         (["--moment-batches", "1"], "tiles are too few for stable bases of 196 tokens: at least 56 are needed"),
+        (["--data.size", "20", "--held-out", "10"], "a lower --held-out"),
         (["--compression", "4000", "--codec.tile", "14"], "address and frame: store more"),
         (["--family", "kvcapsule", "--compression", "50", "--codec.tile", "49"], "one row at least: 49x is the most"),
         (["--family", "compact", "--compression", "50", "--codec.tile", "49"], "one row at least: 49x is the most"),

@@ -123,6 +123,7 @@ def test_a_run_that_dies_goes_on_at_its_last_checkpoint(
         ("cross-layer", CODES),
         ("transform", CODES),
         ("compact", ["--compact.bank", "16"]),
+        ("coded-compact", ["--coded.bank", "16", "--coded.search_batches", "1"]),
         ("kvcapsule", ["--optim.soft_steps", "1", "--optim.hard_steps", "1"]),
     ],
 )

@@ -61,6 +61,18 @@ def test_threads_that_no_machine_has(threads: int) -> None:
         begin(Console(quiet=True), threads=threads, seed=0, device=None)
 
 
+@pytest.mark.parametrize("option", ["model", "compression", "codec.tile", "data.source"])
+def test_null_where_a_value_is_needed(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    group, _, name = option.rpartition(".")
+    (tmp_path / "r.yaml").write_text(f"{group}: {{{name}: null}}" if group else f"{name}: null")
+    assert main([str(tmp_path / "r.yaml")]) == 2
+    assert capsys.readouterr().err == f"kvcapsule train: --{option} null: a value is expected.\n"
+    (tmp_path / "r.yaml").write_text(f"compression: {10**400}")
+    assert main([str(tmp_path / "r.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "too large" in line
+
+
 def test_a_recipe_of_too_many_values_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten nested aliases stand for twenty million values."""
     path = tmp_path / "r.yaml"

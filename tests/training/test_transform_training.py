@@ -253,7 +253,7 @@ def test_two_processes_solve_the_same_bases_as_one(
         ),
         (
             ["--family", "magic"],
-            "no codec family 'magic'; there are identity, kvcapsule, transform, cross-layer, compact",
+            "no codec family 'magic'; there are identity, kvcapsule, transform, cross-layer, compact, coded-compact",
         ),
     ],
 )

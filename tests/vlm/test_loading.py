@@ -51,6 +51,13 @@ def test_a_damaged_model_is_refused(damage: str, folder: Path) -> None:
         load_vlm(str(folder))
 
 
+@pytest.mark.parametrize("name", ["./nothing", "runs/nothing", "nothing"])
+def test_a_folder_that_is_missing_is_named(name: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match=rf"there is no folder {folder / name}, and from the Hub: "):
+        load_vlm(name)
+
+
 @pytest.mark.parametrize("load", [load_vlm, lambda name: read_config(name, None)])
 def test_code_of_a_model_is_never_run(load: Callable[[str], object], folder: Path, monkeypatch) -> None:
     """Nor is a person asked whether it may be."""

@@ -104,6 +104,31 @@ def test_what_cannot_be_read_is_refused() -> None:
         tensor_digest(torch.eye(3).to_sparse())
 
 
+class Sharded(torch.Tensor):
+    """Stands for tensors of other libraries, which are a description of values that lie elsewhere."""
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor) -> "Sharded":
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        raise NotImplementedError(f"{function} of a Sharded")
+
+
+def test_weights_of_another_kind_are_refused() -> None:
+    model = Small()
+    model.first.weight = nn.Parameter(Sharded(model.first.weight), requires_grad=False)
+    for _ in range(2):
+        with pytest.raises(UnreadableError, match="of the kind Sharded, which has no plain bytes"):
+            ModelIdentity(model).get()
+
+
 def test_a_tensors_digest_is_of_type_shape_and_values() -> None:
     one = torch.arange(6.0)
     different = [one, one.view(2, 3), one.view(3, 2), one.double(), one.view(torch.int32), one + 1, one[:0], one[0]]

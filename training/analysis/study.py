@@ -40,11 +40,11 @@ def run(config: AnalyzeConfig, console: Console, command: str) -> dict[str, Any]
         geometry = KVGeometry.from_config(model.config)
         data = replace(config.data, size=min(config.data.size, config.questions))
         rows = source.load(data)
-    session.tell(console, rows.info.description)
     if len(rows) < LEAST_QUESTIONS:
         raise DataError(
             f"{len(rows)} questions (of {data.source}, split {data.split!r}): a study needs at least {LEAST_QUESTIONS}."
         )
+    session.tell(console, rows.info.description)
     reader = Reader(rows, model, processor, config.batch)
     tile = config.tile or whole_image(reader)
     layers, groups = two_passes(reader, tile, not config.tile, config.canonical_frame, console)

@@ -187,7 +187,8 @@ def require_samples(tiles: int, tile: int, width: int) -> None:
     if tiles < needed:
         raise ConfigError(
             f"{tiles} tiles are too few for stable bases of {tile} tokens: at least {needed} are needed. Give more"
-            " questions (--data.size), look at more of them (--moment_batches), or choose a smaller --codec.tile."
+            " questions (more rows, --data.size, a lower --held_out), look at more of them (--moment_batches), or"
+            " choose a smaller --codec.tile."
         )
 
 

@@ -3,6 +3,7 @@ tokens."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -21,6 +22,40 @@ from ..losses import require_finite
 from ..query_bank import QueryBank
 from .compact_options import CompactRecipe
 from .token_selector import chosen_by_teacher, imitation_loss, initialise
+
+
+class Banks(NamedTuple):
+    """The query banks of all layers."""
+
+    queries: list[torch.Tensor]
+    """[H, Q, D] of each layer."""
+    scale: float
+    """Of the scores; 0 for head_dim ** -0.5."""
+    first: list[LayerHarvest]
+    """The harvest of the first batch."""
+
+
+def query_banks(fit: CapsuleFit[Any], size: int) -> Banks:
+    """Sample `size` queries of each KV head that read the tiles, from the batches of all ranks.
+
+    Raises:
+        DataError: if keys, values or queries are not finite.
+        ConfigError: if there are fewer queries.
+    """
+    geometry, seed = fit.task.geometry, fit.task.recipe.seed
+    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(geometry.layers)]
+    first: list[LayerHarvest] = []
+    for batch in fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles"):
+        layers = fit.harvest(batch)
+        first = first or layers
+        for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
+            require_finite(layer, i)
+            bank.add(layer)
+    for bank in banks:
+        bank.gather()
+    scale, default = first[0].scale, geometry.head_dim**-0.5
+    scale = 0.0 if abs(scale - default) <= 1e-6 * default else scale
+    return Banks([bank.bank() for bank in banks], scale, first)
 
 
 class CompactFit(CapsuleFit[CompactRecipe]):
@@ -53,22 +88,12 @@ class CompactFit(CapsuleFit[CompactRecipe]):
 
     def prepare(self) -> None:
         geometry, seed = self.task.geometry, self.task.recipe.seed
-        banks = [QueryBank(self.recipe.bank, seed + 1000 * self.global_rank + i) for i in range(geometry.layers)]
-        first: list[LayerHarvest] = []
-        for batch in self.batches(self.task.recipe.moment_batches, "queries that read the tiles"):
-            layers = self.harvest(batch)
-            first = first or layers
-            for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
-                require_finite(layer, i)
-                bank.add(layer)
-        scale, default = first[0].scale, geometry.head_dim**-0.5
-        if abs(scale - default) > 1e-6 * default:
-            self.config = replace(self.config, scale=scale)
+        banks = query_banks(self, self.recipe.bank)
+        self.config = replace(self.config, scale=banks.scale)
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
-        for index, (bank, layer) in enumerate(zip(banks, first, strict=True)):
+        for index, (bank, layer) in enumerate(zip(banks.queries, banks.first, strict=True)):
             codec = self.codec(index)
-            bank.gather()
-            codec.bank.copy_(bank.bank())
+            codec.bank.copy_(bank)
             if codec.selector is not None:
                 initialise(codec.selector, layer.keys, layer.values, seed)
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ...segments.coefficient_rows import CodedRows
+from ...segments.mixed_width_rows import MixedWidthRows
 from ...segments.pooled_segment import PooledSegment
 from ...segments.quantized_rows import QuantizedRows
-from ...segments.segment import Segment
+from ...segments.segment import BIAS_UNIT, Segment
 from .cell_words import cell_tables
 
 RAW, QUANTIZED, CELLS = range(3)
@@ -78,7 +79,9 @@ def arguments(segment: Segment, heads: int) -> Arguments | None:
 def _form(s: Segment) -> int | None:
     """The kind of a segment's rows; None where its form is not covered."""
     keys, values = s.keys, s.values
-    floats = [s.score_map, s.value_map, s.q_map, s.out_map, s.value_mean, s.bias, s.frame.cos if s.frame else None]
+    floats = [s.score_map, s.value_map, s.q_map, s.out_map, s.value_mean, s.frame.cos if s.frame else None]
+    if s.bias is not None and s.bias.dtype != torch.int8:
+        floats.append(s.bias)
     rows: Sequence[torch.Tensor]
     if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
         form, sets, rows = RAW, keys.shape[1], (keys, values)
@@ -86,6 +89,9 @@ def _form(s: Segment) -> int | None:
     elif isinstance(keys, QuantizedRows) and isinstance(values, QuantizedRows):
         form, sets, rows = QUANTIZED, keys.shape[1], (keys.codes, values.codes)
         floats += (keys.scale, keys.minimum, values.scale, values.minimum)
+    elif isinstance(keys, MixedWidthRows) and isinstance(values, MixedWidthRows) and s.head is None:
+        form, sets, rows = QUANTIZED, keys.shape[1], (keys.packed, values.packed)
+        floats += (t for form_ in (keys.form, values.form) for t in (form_.unit, form_.centre))
     elif isinstance(keys, CodedRows) and isinstance(values, CodedRows):
         form, sets, rows = CELLS, len(keys.coding.widths), (keys.packed, values.packed)
         floats += (t for coding in (keys.coding, values.coding) for t in (coding.scale, coding.offset))
@@ -119,6 +125,7 @@ class Builder:
             *(map(self.dense, (s.place, s.counts)) if isinstance(s, PooledSegment) else (None, None)),
             self.dense(s.mask), *(self.dense(t) for t in (frame.tensors() if frame else (None, None))),
             frame.cos.shape[1] if frame else 0, frame is not None and frame.interleaved,
+            BIAS_UNIT if s.bias is not None and s.bias.dtype == torch.int8 else 0,
             self.strided(s.bias), self.strided(s.q_map, True), self.strided(s.score_map), self.strided(s.value_map),
             self.strided(s.value_mean, True), self.strided(s.out_map), self.rows(keys, False), self.rows(values, True),
         )  # fmt: skip
@@ -145,11 +152,15 @@ class Builder:
         if isinstance(rows, QuantizedRows):
             scales = self.dense(rows.scale), self.dense(rows.minimum)
             return CRows(self.place(rows.codes), count, channels, *_steps(rows.codes)[:3], 1, *scales, rows.bits)
+        if isinstance(rows, MixedWidthRows):
+            of_form = (self.dense(t) for t in (rows.form.unit, rows.form.centre))
+            tables = self.dense(rows.side), self.dense(rows.form.widths)
+            return CRows(self.place(rows.packed), count, channels, *_steps(rows.packed)[:2], 0, 1, *of_form, 0, *tables)
         coding, packed = rows.coding, rows.packed
         return CRows(
             self.place(packed), count, channels, packed.stride(0), 0, 0, 1, self.dense(coding.scale),
-            self.dense(coding.offset), 0, packed.stride(0) * (len(packed) - 1) + packed.shape[1],
-            self.dense(coding.widths), *map(self.place, cell_tables(coding, of_channels)),
+            self.dense(coding.offset), 0, None, self.dense(coding.widths),
+            packed.stride(0) * (len(packed) - 1) + packed.shape[1], *map(self.place, cell_tables(coding, of_channels)),
         )  # fmt: skip
 
     def place(self, x: torch.Tensor) -> int:

@@ -29,7 +29,10 @@ def attend(
     heads = _kv_heads(segments)
     rows = query_heads // heads * queries
     pieces = threads.count(rows * sum(args.work for args in covered))
-    rest = [segment for segment, args in read if args is None and segment.tokens and len(segment.owner)]
+    # Empty ones among them: of a layer whose others are of single KV heads they tell how many there are.
+    rest = [segment for segment, args in read if args is None]
+    if not any(segment.tokens and len(segment.owner) for segment in rest):
+        rest = []
     last_is_covered = read[-1][1] is not None
     query = query.contiguous()
     out = torch.empty_like(query)

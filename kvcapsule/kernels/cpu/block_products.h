@@ -104,18 +104,19 @@ INLINE void dots(const float* x, int64_t x_stride, const float* y, int64_t y_str
 // out [lines, width] = x, whose lines and numbers are `line` and `step` apart; 0 behind `count` numbers.
 inline void copy_map(const float* x, int64_t lines, int64_t line, int64_t count, int64_t step, float* out,
                      int64_t width) {
-    const int64_t whole = line == 1 && step != 1 ? lines / LANES * LANES : 0;  // lines that blocks are transposed of
-    for (int64_t i = 0; i < whole; i += LANES)
-        for (int64_t k = 0; k < width; k += LANES) {
-            Floats block[LANES];
-            EACH(n, LANES) block[n] = k + n < count ? load(x + i + (k + n) * step) : Floats{};
-            store_transposed(block, out + i * width + k, width);
+    // What lies column by column is transposed four by four.
+    const int64_t whole = line == 1 && step != 1 ? lines / 4 * 4 : 0, fours = count / 4 * 4;
+    for (int64_t k = 0; whole && k < fours; k += 4)
+        for (int64_t i = 0; i < whole; i += 4) {
+            Four block[4];
+            EACH(n, 4) memcpy(&block[n], x + i + (k + n) * step, sizeof(Four));
+            transpose_four(block, out + i * width + k, width);
         }
-    for (int64_t i = whole; i < lines; ++i)
-        for (int64_t k = 0; k < width; k += LANES)
-            store(out + i * width + k, step == 1 && k < count ? load_part(x + i * line + k, count - k) : Floats{});
-    for (int64_t k = 0; step != 1 && k < count; ++k)
-        for (int64_t i = whole; i < lines; ++i) out[i * width + k] = x[i * line + k * step];
+    for (int64_t i = 0; i < lines; ++i) {
+        int64_t k = i < whole ? fours : 0;
+        if (step == 1) memcpy(out + i * width, x + i * line, count * sizeof(float)), k = count;
+        for (; k < width; ++k) out[i * width + k] = k < count ? x[i * line + k * step] : 0;
+    }
 }
 
 }  // namespace kvcapsule

@@ -209,11 +209,11 @@ class CoefficientReader {
         keys_.each_cell<G>(set_, group, [&](int64_t cell, int64_t channel, const auto& numbers) INLINE_LAMBDA {
             const float* const shift = keys_.shift + LANES * cell;
             EACH(pair, P) {
-                Floats found[G];
-                EACH(g, G) found[g] = held(numbers(2 * (p + pair), g) + load(shift + g * channels * LANES));
+                Floats keys[G];
+                EACH(g, G) keys[g] = held(numbers(2 * (p + pair), g) + load(shift + g * channels * LANES));
                 EACH(r, R) {
                     const Floats query = held(splat_pair(queries + pair * apart + (channel * R + r) * 2));
-                    EACH(g, G) sum[g][pair][r] += found[g] * query;
+                    EACH(g, G) sum[g][pair][r] += keys[g] * query;
                 }
             }
         });
@@ -231,8 +231,8 @@ class CoefficientReader {
         values_.each_cell<1>(set_, channel, [&](int64_t, int64_t group, const auto& numbers) INLINE_LAMBDA {
             const float* const here = from + group * apart;
             const auto add = [&](int i, int64_t p) INLINE_LAMBDA {
-                const Floats found = numbers(2 * p, 0);
-                EACH(r, R) sum[i][r] += found * load(here + p * count + r * LANES);
+                const Floats value = numbers(2 * p, 0);
+                EACH(r, R) sum[i][r] += value * load(here + p * count + r * LANES);
             };
             if (pairs == TILES / 2) {
                 EACH(p, TILES / 2) add(p % P, p);
@@ -241,10 +241,10 @@ class CoefficientReader {
             }
         });
         EACH(i, P - 1) EACH(r, R) sum[0][r] += sum[i + 1][r];
-        float found[ROUND];
-        EACH(i, ROUND / 4) store_four_sums(found + 4 * i, sum[0] + 4 * i);
+        float sums[ROUND];
+        EACH(i, ROUND / 4) store_four_sums(sums + 4 * i, sum[0] + 4 * i);
         float* const to = sums_ + (block * s_.values.channels + channel) * 8;
-        EACH(r, ROUND) to[r] += found[r];
+        EACH(r, ROUND) to[r] += sums[r];
     }
 
     const Source& src_;

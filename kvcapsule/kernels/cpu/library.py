@@ -17,6 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...atomic_files import remove_litter, unique_name
 from ...errors import KernelError
 
 CACHE = "KVCAPSULE_CACHE"
@@ -168,7 +169,7 @@ def _compile(command: list[str], path: Path) -> None:
         "kvcapsule: compiling the CPU kernels once for this machine, a few seconds (%s), into %s", command[0], path
     )
     # Beside its place, then renamed: several processes may do the same at once.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{unique_name(path)}.") as folder:
         line = [*command, *FLAGS, str(_FOLDER / "attend.cpp"), "-o", f"{folder}/new.so"]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -177,3 +178,4 @@ def _compile(command: list[str], path: Path) -> None:
                 "Name another compiler in CXX, or set KVCAPSULE_KERNELS=reference."
             )
         os.replace(f"{folder}/new.so", path)
+    remove_litter(path)

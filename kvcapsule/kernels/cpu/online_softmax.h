@@ -12,8 +12,12 @@ inline void add_bias_and_mask(float* scores, const Tile& tile, int64_t set, cons
     const Segment& s = src.s;
     for (int64_t row = 0; row < src.real_rows; ++row, scores += 2 * src.score_line) {
         const int64_t head = s.head ? 0 : set * s.heads + row / src.call.rows, step = s.bias.third;
-        const float* const bias = s.bias.data + tile.entry * s.bias.first + head * s.bias.second + tile.token * step;
-        for (int64_t n = 0; s.bias.data && n < tile.count; ++n) scores[n] += bias[n * step];
+        const int64_t first = tile.entry * s.bias.first + head * s.bias.second + tile.token * step;
+        if (s.bias_unit != 0) {
+            const int8_t* const bytes = reinterpret_cast<const int8_t*>(s.bias.data) + first;
+            for (int64_t n = 0; n < tile.count; ++n) scores[n] += s.bias_unit * bytes[n * step];
+        } else if (s.bias.data)
+            for (int64_t n = 0; n < tile.count; ++n) scores[n] += s.bias.data[first + n * step];
         for (int64_t n = 0; src.hides() && n < tile.count; ++n)
             if (!src.sees(tile, row % src.call.queries, n)) scores[n] = NONE;
         for (int64_t n = tile.count / LANES * LANES; n < src.score_line; n += LANES)
@@ -40,12 +44,12 @@ struct Softmax {
             };
             Floats high = NONE, sum = {};
             each([&](float* score) INLINE_LAMBDA { high = maximum(load(score), high); });
-            const float found = max_of_lanes(high), before = top[row];
+            const float greatest = max_of_lanes(high), before = top[row];
             factors[row] = 1;
-            if (found > before) {
+            if (greatest > before) {
                 // Nothing has been added to a row whose greatest score is still -inf.
-                if (before > NONE) factors[row] = exp_of_negative(before - found)[0], grew = true;
-                top[row] = found;
+                if (before > NONE) factors[row] = exp_of_negative(before - greatest)[0], grew = true;
+                top[row] = greatest;
             }
             const Floats level = top[row] > NONE ? top[row] : 0.0f;
             each([&](float* score) INLINE_LAMBDA {
@@ -59,11 +63,11 @@ struct Softmax {
     }
 };
 
-// What has been found of some segments: of each batch row, KV head and query row.
+// Partial results of some segments: of each batch row, KV head and query row.
 struct Sums {
-    float *sums, *top, *mass;  // [.., D]; where the mass is 0 nothing has been found, and the others hold anything
+    float *sums, *top, *mass;  // [.., D]; where the mass is 0 nothing has been added, and the others hold anything
 
-    // Adds what others have found of some rows, from row `place` on; their sums are `apart`.
+    // Adds other partial results of some rows, from row `place` on; their sums are `apart`.
     void join(int64_t place, int64_t rows, int64_t dim, const Sums& other, int64_t apart) {
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t to = place + row;

@@ -43,7 +43,7 @@ class RowReader {
         mapped_ = arena.take(s_.q_map.data ? TILES * (src.rows + 8) * queries_.width : 0);
         keys_ = arena.take(src.key_line * queries_.width);
         values_ = arena.take(src.value_line * width_);
-        found_ = arena.take(8 * width_);
+        block_sums_ = arena.take(8 * width_);
         sums_ = arena.take(src.rows * width_);
     }
 
@@ -105,8 +105,8 @@ class RowReader {
                         for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values, count, row, c);
                         for (; c < width_; c += LANES) add<R, 1>(w, values, count, row, c);
                     } else {
-                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, found_, width_, 0);
-                        for (; c < R * width_; ++c) sums_[row * width_ + c] += found_[c];
+                        dots<R>(w, 2 * line, values.rows, line, s_.values.channels, line, block_sums_, width_, 0);
+                        for (; c < R * width_; ++c) sums_[row * width_ + c] += block_sums_[c];
                     }
                 }
             });
@@ -132,6 +132,7 @@ class RowReader {
     // [C, line].
     Stored read(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t line) const {
         const int64_t first = tile.entry * rows.entry + set_ * rows.head, width = padded(rows.channels);
+        if (rows.side) return read_mixed(rows, tile, buffer, line);
         if (s_.form == QUANTIZED) {
             // x = scale * code + minimum, scale and minimum of each channel of an entry.
             const int64_t scales = (tile.entry * (s_.head ? 1 : s_.sets) + set_) * rows.channels;
@@ -155,6 +156,34 @@ class RowReader {
         return {buffer, width};
     }
 
+    // Rows of a width per channel: the codes of a channel, then those of the next.
+    Stored read_mixed(const Rows& rows, const Tile& tile, float* buffer, int64_t line) const {
+        const int64_t channels = rows.channels, groups = (rows.rows + 7) / 8, written = groups * 8 - tile.token;
+        const uint8_t* from = static_cast<const uint8_t*>(rows.data) + tile.entry * rows.entry + set_ * rows.head;
+        const uint8_t* const side = rows.side + (tile.entry * s_.sets + set_) * 2 * channels;
+        const float *const unit = rows.scale + set_ * channels, *const centre = rows.offset + set_ * channels;
+        for (int64_t c = 0; c < channels; from += groups * rows.widths[c++]) {
+            const float scale = unit[c] * sixteenths(side[c] - 128);
+            with_constant<1, 2, 3, 4, 8>(rows.widths[c], [&](auto bits) {
+                const float minimum = centre[c] + scale * ((1 << bits) - 1) * (side[channels + c] - 128) / 32;
+                const uint8_t* const codes = from + tile.token / 8 * bits;
+                for (int64_t n = 0; n < line; n += LANES) {
+                    const Floats number = convert<Floats>(codes_of_channel<bits>(codes + n / 8 * bits, written - n));
+                    store(buffer + c * line + n, number * scale + minimum);
+                }
+            });
+        }
+        return {buffer, line};
+    }
+
+    // 2^(n / 16), for n from -128 to 127.
+    static float sixteenths(int n) {
+        static constexpr float fractions[16] = {
+            1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+            1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+        return __builtin_ldexpf(fractions[n & 15], n >> 4);
+    }
+
     template <int R, int V> INLINE void score_codes(const float* query, const Stored& keys, int64_t n, float* z) const {
         Floats sum[R][V] = {};
         accumulate<R, V, 1>(sum, query, 2 * queries_.width, keys.rows + n, keys.apart, s_.keys.channels);
@@ -176,7 +205,7 @@ class RowReader {
     const Segment& s_;
     Queries queries_;
     int64_t width_, set_ = 0;
-    float *mapped_, *keys_, *values_, *found_, *sums_;  // queries; rows and sums of a tile; [rows, width]
+    float *mapped_, *keys_, *values_, *block_sums_, *sums_;  // queries; rows and sums of a tile; [rows, width]
 };
 
 }  // namespace kvcapsule

@@ -14,8 +14,8 @@ template <int NUMBER> struct Constant {
 // How many vectors a block has, at most `most`, so that its sums stay in registers: so many sums for each of them.
 // Without AVX-512 there are 16 registers: eight hold sums, or as many as one vector needs.
 constexpr int fitting(int sums, int most) {
-    const int found = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
-    return found > most ? most : found > 1 ? found : 1;
+    const int vectors = REGISTERS == 1 ? most : 8 / REGISTERS / sums;
+    return vectors > most ? most : vectors > 1 ? vectors : 1;
 }
 INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 3); }
 INLINE int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
@@ -85,14 +85,6 @@ template <class Join> INLINE Floats fold(Floats x, const Join& join) {
 INLINE float sum_of_lanes(Floats x) { return fold(x, [](Floats a, Floats b) INLINE_LAMBDA { return a + b; })[0]; }
 INLINE float max_of_lanes(Floats x) { return fold(x, maximum)[0]; }
 
-// Numbers of x and y in turn, those of the lower or of the upper half of each quarter; and the same by twos.
-#define EACH_QUARTER(x, y, a, b, c, d) \
-    SHUFFLE(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12)
-INLINE Floats lower_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 16, 1, 17); }
-INLINE Floats upper_in_turn(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 18, 3, 19); }
-INLINE Floats lower_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 0, 1, 16, 17); }
-INLINE Floats upper_twos(Floats x, Floats y) { return EACH_QUARTER(x, y, 2, 3, 18, 19); }
-
 // x in the first eight lanes, y in the others.
 INLINE Ints halves(int32_t x, int32_t y) {
     const Floats low = bits_as<Floats>(Ints(x)), high = bits_as<Floats>(Ints(y));
@@ -101,9 +93,15 @@ INLINE Ints halves(int32_t x, int32_t y) {
 
 // to[i] = the sum of the lanes of x[i], of four vectors.
 INLINE void store_four_sums(float* to, const Floats* x) {
-    const Floats ab = lower_in_turn(x[0], x[1]) + upper_in_turn(x[0], x[1]);
-    const Floats cd = lower_in_turn(x[2], x[3]) + upper_in_turn(x[2], x[3]);
-    Floats sums = lower_twos(ab, cd) + upper_twos(ab, cd);  // of each quarter
+#define EACH_QUARTER(x, y, a, b, c, d) \
+    SHUFFLE(x, y, a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12)
+    Floats two[2];
+    EACH(i, 2) {
+        const Floats a = x[2 * i], b = x[2 * i + 1];
+        two[i] = EACH_QUARTER(a, b, 0, 16, 1, 17) + EACH_QUARTER(a, b, 2, 18, 3, 19);
+    }
+    Floats sums = EACH_QUARTER(two[0], two[1], 0, 1, 16, 17) + EACH_QUARTER(two[0], two[1], 2, 3, 18, 19);
+#undef EACH_QUARTER
     sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     memcpy(to, &sums, 4 * sizeof(float));
@@ -117,29 +115,19 @@ INLINE Floats upper_interleaved(Floats x, Floats y) {
     return SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-// Line i of out becomes the i-th lanes of the sixteen vectors.
-INLINE void store_transposed(const Floats (&x)[LANES], float* out, int64_t line) {
-    Floats y[LANES];  // y[4 g + i], quarter q: of vectors 4 g to 4 g + 3 the lane 4 q + i
-    UNROLL for (int g = 0; g < LANES; g += 4) {
-        const Floats low[2] = {lower_in_turn(x[g], x[g + 1]), lower_in_turn(x[g + 2], x[g + 3])};
-        const Floats high[2] = {upper_in_turn(x[g], x[g + 1]), upper_in_turn(x[g + 2], x[g + 3])};
-        y[g] = lower_twos(low[0], low[1]), y[g + 1] = upper_twos(low[0], low[1]);
-        y[g + 2] = lower_twos(high[0], high[1]), y[g + 3] = upper_twos(high[0], high[1]);
-    }
-    EACH(i, 4) {
-        const auto low = [&](int g) INLINE_LAMBDA {
-            return SHUFFLE(y[g + i], y[g + 4 + i], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+// Four lines of four numbers of 32 bits each become four columns of `out`, whose lines are `line` apart.
+typedef int32_t Four __attribute__((vector_size(16)));
+template <class T> INLINE void transpose_four(const Four (&x)[4], T* out, int64_t line) {
+    EACH(half, 2) {
+        // The first or the last two columns of lines 0 and 1, and of 2 and 3.
+        const auto columns = [&](int i) INLINE_LAMBDA {
+            return half ? SHUFFLE_REGISTERS(Four, x[i], x[i + 1], 2, 6, 3, 7)
+                        : SHUFFLE_REGISTERS(Four, x[i], x[i + 1], 0, 4, 1, 5);
         };
-        const auto high = [&](int g) INLINE_LAMBDA {
-            return SHUFFLE(y[g + i], y[g + 4 + i], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        };
-        const Floats a[2] = {low(0), high(0)}, b[2] = {low(8), high(8)};
-        EACH(q, 2) {
-            store(out + (i + 8 * q) * line,
-                  SHUFFLE(a[q], b[q], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
-            store(out + (i + 8 * q + 4) * line,
-                  SHUFFLE(a[q], b[q], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-        }
+        const Four a = columns(0), b = columns(2);
+        const Four low = SHUFFLE_REGISTERS(Four, a, b, 0, 1, 4, 5), high = SHUFFLE_REGISTERS(Four, a, b, 2, 3, 6, 7);
+        memcpy(out + 2 * half * line, &low, sizeof low);
+        memcpy(out + (2 * half + 1) * line, &high, sizeof high);
     }
 }
 

@@ -24,11 +24,13 @@ struct Rows {
     // RAW: strides, of which `row` or `column` is 1. QUANTIZED: those of the codes [E, H, C, bytes], `row` of channels.
     // CELLS: `entry` alone.
     int64_t entry, head, row, column;
-    // QUANTIZED: scale and minimum [E, H, 1, C]. CELLS: scale [S, M / 8, C], and offset of all entries [S, M, C].
+    // QUANTIZED: scale and minimum [E, H, 1, C]; with `side`, unit and centre [H, C]. CELLS: scale [S, M / 8, C], and
+    // offset of all entries [S, M, C].
     const float *scale, *offset;
     int64_t bits;           // QUANTIZED: of a code
+    const uint8_t* side;    // QUANTIZED with a width per channel: [E, H, 2, C], see mixed_width_rows.py
+    const uint8_t* widths;  // CELLS: [S, M / 8, C]; with `side`, [C]
     int64_t bytes;          // CELLS: of `data`. What follows is of CELLS, too
-    const uint8_t* widths;  // [S, M / 8, C]
     const int32_t* bounds;  // this and the rest: CellTables of cell_words.py
     const int64_t* cells;
     const int32_t* ranges;
@@ -41,6 +43,7 @@ struct Segment {
     const uint8_t* mask;                         // [E, N]: which tokens there are
     const float *cos, *sin;                      // [E, half]: rotations of the tiles' frames
     int64_t half, interleaved;                   // interleaved: channels 2 i and 2 i + 1 rotate together
+    float bias_unit;                             // 0: `bias` is of float; else of int8, in this unit
     Strided bias, q_map;                         // [E, H, N]; [H, D, C], third stride 1
     Strided score_map, value_map;                // [S, N, M]
     Strided value_mean, out_map;                 // [H, C], second stride 1; [H, C, D]

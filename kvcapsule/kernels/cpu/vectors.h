@@ -61,9 +61,9 @@ typedef Vector<int32_t> Ints;
 
 // Calls of body(i) for each register of a vector, whose results are the registers of another one.
 template <class To, class Body> INLINE To each_register(const Body& body) {
-    To found;
-    EACH(i, REGISTERS) found.part[i] = reinterpret_cast<typename To::Register>(body(i));
-    return found;
+    To result;
+    EACH(i, REGISTERS) result.part[i] = reinterpret_cast<typename To::Register>(body(i));
+    return result;
 }
 
 template <class T> INLINE Ints operator<(const Vector<T>& x, const Vector<T>& y) {
@@ -114,10 +114,10 @@ template <int... FROM> struct Shuffle {
     // The registers that register i comes from, and where its lane comes from among theirs.
     static constexpr int first(int i) { return from[i * SIZE] / SIZE; }
     static constexpr int second(int i) {
-        int found = first(i);
+        int other = first(i);
         for (int lane = i * SIZE; lane < (i + 1) * SIZE; ++lane)
-            if (from[lane] / SIZE != first(i)) found = from[lane] / SIZE;
-        return found;
+            if (from[lane] / SIZE != first(i)) other = from[lane] / SIZE;
+        return other;
     }
     static constexpr int place(int lane) {
         return from[lane] % SIZE + (from[lane] / SIZE == first(lane / SIZE) ? 0 : SIZE);

@@ -9,7 +9,7 @@ from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kvcapsule.atomic_files import unique_name
+from kvcapsule.atomic_files import replacing
 from kvcapsule.cli.results import require_writable, write_whole
 from kvcapsule.errors import InputError
 
@@ -90,12 +90,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     for axes in (naming, reading):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    temporary = path.with_name(f"{unique_name(path)}.png")
-    try:
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 def main(config: CurvesConfig) -> None:

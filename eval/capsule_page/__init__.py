@@ -1,0 +1,1 @@
+"""The HTML page about a capsule that `kvcapsule report` writes."""

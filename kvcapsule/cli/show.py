@@ -1,0 +1,156 @@
+"""`kvcapsule show`: what a capsule is, what it was trained on, and what was measured of it."""
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import KVCapsuleError
+from .errors import Parser, complain
+from .results import STDOUT, add_json_option, add_wide_option, require_writable, write_json
+from .sizes import shown_bytes
+
+if TYPE_CHECKING:
+    from ..capsule.overview import Overview
+    from .tables import ReportTable
+
+PROG = "kvcapsule show"
+
+
+class Options(argparse.Namespace):
+    """The parsed command line; help texts are in `_parser`."""
+
+    capsule: str
+    revision: str | None
+    wide: bool
+    json: str | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what is known of a capsule, or the JSON, and return the exit code."""
+    options = _parser().read(argv, Options())
+    try:
+        _run(options)
+    except KVCapsuleError as error:
+        return complain(PROG, error)
+    return 0
+
+
+def _run(options: Options) -> None:
+    from ..capsule.overview import overview
+    from .tables import print_report
+
+    require_writable([options.json])
+    capsule = overview(options.capsule, options.revision)
+    if options.json != STDOUT:
+        name = shlex.quote(capsule.name)
+        tables = [facts_table(capsule)]
+        if capsule.rows:
+            tables.append(measured_table(capsule))
+        use = f'use it: kvcapsule generate --capsule {name} --image image.png --prompt "What does the image show?"'
+        measure = f"measure it: kvcapsule eval --capsule {name}"
+        print_report(*tables, "\n".join([use, measure]), wide=options.wide)
+    write_json(options.json, _values(capsule))
+
+
+def facts(capsule: "Overview") -> Iterator[tuple[str, str]]:
+    """What a capsule is and was trained on, by short names."""
+    from ..capsule.record import ModelRecord, data_record
+
+    config, record, data = (
+        capsule.config,
+        ModelRecord.of(capsule.config.metadata),
+        data_record(capsule.config.metadata),
+    )
+    revision = f" at {config.base_revision}" if config.base_revision else ""
+    licence = f", {record.license['license']}" if record.license.get("license") else ""
+    adapter = ", with an adapter" if record.adapter else ""
+    g = config.geometry
+    yield "family", config.family
+    yield "model", f"{config.base_model}{revision}{f', {record.dtype}' if record.dtype else ''}{adapter}{licence}"
+    yield "KV geometry", f"{g.layers} layers, {g.kv_heads} KV heads of {g.head_dim} ({g.model_type}, rotary {g.rotary})"
+    yield "tile", f"{config.codec.tile} visual tokens"
+    if capsule.compression is not None:
+        yield "compression", f"{capsule.compression:.1f}x fewer bytes of visual tokens than a 16-bit cache"
+    if data:
+        rows = "" if capsule.training_rows is None else f", {capsule.training_rows.total:,} rows recorded"
+        yield "trained on", f"{data['source']}, split {data['split']}{rows}"
+    if (error := capsule.training.get("output_error")) is not None:
+        yield (
+            "output error",
+            f"{error:.4f} of attention, on {capsule.training.get('questions', '?')} held-out questions",
+        )
+    yield "weights", shown_bytes(capsule.weight_bytes)
+
+
+def facts_table(capsule: "Overview") -> "ReportTable":
+    from .tables import NAME, TEXT, Column, ReportTable
+
+    table = ReportTable([Column("capsule", NAME), Column(capsule.name, TEXT)])
+    for name, text in facts(capsule):
+        table.add(name, text)
+    table.add("folder", str(capsule.folder))
+    return table
+
+
+def measured_table(capsule: "Overview") -> "ReportTable":
+    """The rows of the evaluation that was saved with a capsule, its own in bold."""
+    from .tables import NAME, Column, ReportTable
+
+    evaluation, rows = capsule.evaluation, capsule.rows
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("accuracy") or {}))
+    data = evaluation.get("data") or {}
+    table = ReportTable(
+        [
+            Column("method", NAME),
+            Column("compression\nvs 16 bit"),
+            Column("same\nanswers"),
+            Column("KL in\nnats"),
+            Column("accuracy"),
+            *(Column(task, wide=True) for task in tasks),
+            Column("prefill time\nvs full", wide=True),
+            Column("tokens/s\nvs full", wide=True),
+        ],
+        title=f"measured on {data.get('source')}, split {data.get('split')}, {rows[0].get('n')} questions",
+        note="Same answers: the share that equals the full cache's. Accuracy: the mean over tasks (--wide shows each).",
+    )
+    for row in rows:
+        accuracy = row.get("accuracy") or {}
+        scores = [score for score in accuracy.values() if isinstance(score, int | float)]
+        table.add(
+            str(row.get("method")),
+            _number(row.get("compression16"), ".1f", "x"),
+            _number(row.get("agreement"), ".3f"),
+            _number(row.get("kl"), ".2g"),
+            _number(sum(scores) / len(scores) if scores else None, ".3f"),
+            *(_number(accuracy.get(task), ".3f") for task in tasks),
+            _number(row.get("prefill_ratio"), ".2f"),
+            _number(row.get("tokens_per_s_ratio"), ".2f"),
+            is_strong=capsule.is_of_this(row),
+        )
+    return table
+
+
+def _number(value: Any, form: str, unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if isinstance(value, int | float) else "–"
+
+
+def _values(capsule: "Overview") -> dict[str, Any]:
+    return {
+        "name": capsule.name,
+        "config": capsule.config.to_dict(),
+        "compression": capsule.compression,
+        "weight_bytes": capsule.weight_bytes,
+        "training_rows": None if capsule.training_rows is None else capsule.training_rows.total,
+        "recipe": capsule.recipe,
+        "metrics": capsule.metrics,
+    }
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=PROG, description="Show what a capsule is, what it was trained on, and what was measured.")
+    parser.add_argument("capsule", metavar="CAPSULE", help="a folder, a shipped capsule or an id on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_json_option(parser)
+    add_wide_option(parser)
+    return parser
