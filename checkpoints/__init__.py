@@ -14,3 +14,8 @@ def shipped(name: str) -> Path | None:
 def shipped_names() -> list[str]:
     """All names that `shipped` knows."""
     return sorted(path.parent.name for path in HERE.glob("*/config.json"))
+
+
+def shipped_capsules() -> list[str]:
+    """Those of `shipped_names` that are capsules: a model has no recipe."""
+    return [name for name in shipped_names() if (HERE / name / "recipe.yaml").is_file()]

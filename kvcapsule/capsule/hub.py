@@ -163,7 +163,7 @@ def local_folder(name: str | os.PathLike[str], revision: str | None) -> Path | N
         return None
     raise CapsuleError(
         f"no capsule {shortened(text)!r}: there is no directory {shortened(os.path.abspath(text))}, no shipped capsule"
-        f" of that name (shipped: {', '.join(checkpoints.shipped_names()) or 'none'}), and a name on the Hub has the"
+        f" of that name (shipped: {', '.join(checkpoints.shipped_capsules()) or 'none'}), and a name on the Hub has the"
         " form organisation/name."
     )
 

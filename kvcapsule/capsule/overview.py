@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from ..checkpoints import shipped, shipped_names
+from ..checkpoints import shipped, shipped_capsules
 from ..errors import CapsuleError, KVCapsuleError
 from ..yaml_files import read_yaml
 from . import hub
@@ -97,7 +97,7 @@ def capsules_here(folders: Sequence[Path]) -> Iterator[tuple[str, Overview | Cap
     Yields:
         SHIPPED, ON_DISK or DOWNLOADED, and what is known of a capsule.
     """
-    shipped_folders = [(name, path) for name in shipped_names() if (path := shipped(name)) is not None]
+    shipped_folders = [(name, path) for name in shipped_capsules() if (path := shipped(name)) is not None]
     seen: set[Path] = set()
     places = [(SHIPPED, shipped_folders), (ON_DISK, _below(folders)), (DOWNLOADED, _downloaded())]
     for place, named in places:

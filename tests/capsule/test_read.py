@@ -158,7 +158,9 @@ def test_shipped_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ] * 7
     monkeypatch.setattr("kvcapsule.checkpoints.HERE", tmp_path)
     fixed_capsule().save_pretrained(tmp_path / "tiny-demo")
-    assert shipped("tiny-demo") == tmp_path / "tiny-demo" and shipped_names() == ["tiny-demo"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert shipped("tiny-demo") == tmp_path / "tiny-demo" and shipped_names() == ["model", "tiny-demo"]
     assert equal(Capsule.from_pretrained("tiny-demo"), fixed_capsule())
     with pytest.raises(CapsuleError, match=r"\(shipped: tiny-demo\)"):
         Capsule.from_pretrained("tiny-dmo")
