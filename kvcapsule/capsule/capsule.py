@@ -61,7 +61,7 @@ class Capsule(nn.Module, Method):
         if line is None:
             return
         if strict:
-            raise CapsuleError(f"{line.removesuffix(".")} (refused, as strict is set).")
+            raise CapsuleError(line.removesuffix(".") + " (refused, as strict is set).")
         warnings.warn(line, ModelMismatchWarning, stacklevel=2)
 
     def begin_pass(self, layers: Sequence[int]) -> CompressionPass:
