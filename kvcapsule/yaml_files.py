@@ -13,8 +13,13 @@ MOST_BYTES = 2**18
 """Largest file."""
 MOST_VALUES = 100_000
 """Values, keys included, that a file may stand for, with every alias written out."""
+MOST_DIGITS = 1000
+"""Characters of a whole number; Python shows none of more than 4,300 digits."""
 MOST_DEPTH = 64
 """Mappings and lists within one another."""
+
+
+_WHOLE_NUMBER = "tag:yaml.org,2002:int"
 
 
 class LimitError(yaml.YAMLError):  # type: ignore[misc]  # PyYAML has no types
@@ -48,7 +53,7 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError as error:
         raise LimitError(f"it is nested more than {MOST_DEPTH} deep") from error
-    except (TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
     finally:
         loader.dispose()
@@ -66,6 +71,8 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         if not known[id(node)]:
             raise LimitError("an alias stands within its own anchor")
         return known[id(node)]
+    if node.tag == _WHOLE_NUMBER and len(node.value) > MOST_DIGITS:
+        raise LimitError(f"a number has more than {MOST_DIGITS:,} digits")
     known[id(node)] = 0
     total = 1
     if isinstance(node, yaml.CollectionNode):

@@ -5,12 +5,13 @@ accepted as well. An option that is true or false needs no value to be true.
 """
 
 import json
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -18,8 +19,11 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from ..errors import ConfigError, InputError
 from ..yaml_files import read_yaml
 from .errors import dashed
+from .parse_errors import with_near_option
 
 Config = TypeVar("Config")
+_OF_YAML = yaml.constructor.__file__
+"""Where PyYAML makes values: what fails there is about one of them, whatever it raises."""
 
 
 class OptionParser(ArgumentParser):
@@ -44,15 +48,19 @@ class OptionParser(ArgumentParser):
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return dashed(super().format_help(*args, **kwargs))
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As argparse's: raises ArgumentError, which names the option that an unknown one is like."""
+        super().error(with_near_option(message, self._option_string_actions), ex)
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """As jsonargparse's; a whole number that no float can hold is a ConfigError."""
-        with _no_overflow():
+        """As jsonargparse's; what it or PyYAML cannot make a value of is a ConfigError."""
+        with _plain_values():
             parsed: Namespace = super().parse_args(*args, **kwargs)
             return parsed
 
     def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
         """The same of nested values."""
-        with _no_overflow():
+        with _plain_values():
             parsed: Namespace = super().parse_object(*args, **kwargs)
             return parsed
 
@@ -84,11 +92,17 @@ class OptionParser(ArgumentParser):
 
 
 @contextmanager
-def _no_overflow() -> Iterator[None]:
+def _plain_values() -> Iterator[None]:
     try:
         yield
     except OverflowError as error:
         raise ConfigError("an option has a number that is too large: at most 1.7e308 can be computed with.") from error
+    except (AttributeError, ValueError) as error:
+        if not any(frame.filename == _OF_YAML for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise ConfigError(
+            f"an option has a value that cannot be read: {' '.join(str(error).split())[:200]}."
+        ) from error
 
 
 def option_parser(

@@ -179,6 +179,8 @@ def test_a_failed_rename_puts_the_old_capsule_back(saved: Path, monkeypatch: pyt
         return rename(self, target)
 
     with monkeypatch.context() as patch:
+        # As on a file system that cannot exchange folders.
+        patch.setattr("kvcapsule.atomic_files.exchange", lambda one, other: False)
         patch.setattr(Path, "rename", fail_once)
         with pytest.raises(CapsuleError, match="untouched"):
             fixed_capsule(salt=1).save_pretrained(saved)

@@ -63,6 +63,8 @@ class Needs:
         ("text: null", "--text null: a value is expected."),
         ("part: {max_size: null}", "--part.max-size null: a value is expected."),
         (f"share: {10**400}", "a number that is too large"),
+        (f"share: 0x{'f' * 5000}", "a number has more than 1,000 digits"),
+        ("share: !!timestamp z", "a value cannot be read"),
         ("place: null", None),
     ],
 )
@@ -77,8 +79,18 @@ def test_null_and_numbers_past_all_bounds(content: str, said: str | None, tmp_pa
     if said is None:
         assert parse() == Needs()
         return
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, InputError), match=said):
         parse()
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "!!timestamp z", "2024-99-99", "0x" + "f" * 5000])
+@pytest.mark.parametrize("option", ["--text", "--share", "--part", "--part.max_size"])
+def test_values_that_yaml_makes_none_of(option: str, value: str) -> None:
+    parser = option_parser(Needs, "p", "p [options]", "It.")
+    try:
+        assert parser.read([option, value]).text in ("a", value)
+    except (ConfigError, ArgumentError) as error:
+        assert str(error)
 
 
 def test_dashes_and_underscores_are_the_same_option() -> None:
@@ -120,6 +132,21 @@ def test_renamed_options_of_a_file_are_refused_with_the_new_name(text: str, tmp_
 def test_options_are_not_abbreviated_and_values_are_checked(words: list[str]) -> None:
     with pytest.raises(ArgumentError):
         parser().read(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dry-rnu"], "there is no option --dry_rnu; did you mean --dry_run?"),
+        (["--part.maxsize=3"], "did you mean --part.max_size?"),
+        (["--xyz", "3"], "nrecognized arguments: --xyz 3"),
+        (["3"], "nrecognized arguments: 3"),
+    ],
+)
+def test_a_mistyped_option(words: list[str], said: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        read(*words)
+    assert said in str(error.value)
 
 
 def test_help_shows_dashes() -> None:

@@ -167,7 +167,7 @@ def strange_writes(place: Path, words: list[str]) -> list[str]:
     those of temporary files."""
     assert _writes is not None
     work = place / "work"
-    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 6000]
+    named = [part for word in words for part in (word, word.partition("=")[2]) if part and len(part) < 10_000]
     places = [Path(os.path.normpath(work / os.path.expanduser(part))) for part in named]
     # The default output of train, and of a suite's capsules; and where libraries keep what they make of data.
     places += [work / "runs", place / "home" / ".cache"]
