@@ -48,7 +48,8 @@ def _row(query: torch.Tensor, segments: Sequence[Segment], scale: float) -> torc
     keys, values, bias = [], [], []
     for segment in segments:
         k_EHND, v_EHND = segment.materialize(torch.float64)
-        b_EHN = k_EHND.new_zeros(k_EHND.shape[:3]) if segment.bias is None else segment.bias.double()
+        bias_EHN = segment.score_bias(torch.float64)
+        b_EHN = k_EHND.new_zeros(k_EHND.shape[:3]) if bias_EHN is None else bias_EHN
         keys.append(k_EHND.transpose(0, 1).flatten(1, 2))
         values.append(v_EHND.transpose(0, 1).flatten(1, 2))
         bias.append(b_EHN.transpose(0, 1).flatten(1, 2))
