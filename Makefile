@@ -206,6 +206,7 @@ docs: .venv-docs/.ready ## build the documents as a site into build/site, to be 
 # Over the packages of .venv, which print the commands' help.
 .venv-docs/.ready: $(READY) docs/site/requirements.txt
 	$(BIN)/python -m venv .venv-docs
+	.venv-docs/bin/python -m pip uninstall -q -y setuptools
 	$(BIN)/python -c '$(SITES)' > "$$(.venv-docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
 	.venv-docs/bin/python -m pip install -r docs/site/requirements.txt
 	.venv-docs/bin/python -m pip install --no-deps --no-build-isolation -e .

@@ -25,6 +25,7 @@ from ..eval_config import EvalConfig
 from ..quality import Answering
 from ..run import named
 from ..scores.scorer import Scorer
+from ..seen import seen_shares
 from ..shared_prefill import replayable
 from .examples import Example, answered_examples, chosen_rows
 from .page_config import PageConfig
@@ -46,6 +47,8 @@ class PageContent:
     losses: Sequence[tuple[Example, TokenLoss]]
     curves: Sequence[Curve]
     """Of the training run; empty where its log is not on this machine."""
+    trained_on: float | None
+    """Share of the examples that the capsule was trained on; None where it does not record its training rows."""
     protocol: str
     versions: dict[str, str]
 
@@ -75,6 +78,7 @@ def gather(name: str, config: PageConfig, console: Console) -> PageContent:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
     session.tell(console, rows.info.description)
     rows = chosen_rows(rows, config.examples)
+    (trained_on,) = seen_shares(participants.capsules, rows, True, console).values()
     answering = Answering(
         1, config.max_new_tokens, Scorer(config.metric, config.data.source), replayable(model), config.protocol
     )
@@ -92,7 +96,14 @@ def gather(name: str, config: PageConfig, console: Console) -> PageContent:
             if (loss := token_loss(model, loaded, inputs)) is not None:
                 losses.append((examples[i], loss))
     return PageContent(
-        capsule, evaluation, examples, losses, training_curves(capsule.folder), config.protocol, versions()
+        capsule,
+        evaluation,
+        examples,
+        losses,
+        training_curves(capsule.folder),
+        trained_on,
+        config.protocol,
+        versions(),
     )
 
 

@@ -72,6 +72,7 @@ def _values(content: PageContent) -> dict[str, Any]:
         "plot": accuracy_uri(rows, "") if rows else None,
         "measure": f"kvcapsule eval --capsule {name} --save-metrics true",
         "asked": _ASKED[content.protocol == ASK_LATER],
+        "trained_on": f"The capsule was trained on {content.trained_on:.0%} of them." if content.trained_on else "",
         "examples": [
             {**example._asdict(), "images": [image_uri(image) for image in example.images]}
             for example in content.examples

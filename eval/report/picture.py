@@ -22,7 +22,7 @@ LOOKS = {
     "random": ("X", "#999999"),
     "streaming-llm": ("<", "#661100"),
     "snapkv": (">", "#332288"),
-    "h2o": ("P", "#aa3377"),
+    "h2o": ("x", "#aa3377"),
     "pyramidkv": ("1", "#b8860b"),
     "adakv": ("2", "#44aa99"),
     "look-m": ("h", "#882255"),
@@ -33,10 +33,10 @@ LOOKS = {
     "akvq-vl": ("4", "#ee6677"),
     "hybridkv": ("+", "#4477aa"),
 }
-"""Marker and colour of a codec family, of quantisation and of each policy, the same in every picture. The first seven
-are in most pictures and have the colours of Okabe and Ito's palette, which colour-blind readers can tell apart."""
+"""Marker and colour of a codec family, of quantisation and of each policy, the same in every picture. Those of
+most pictures have the colours of Okabe and Ito's palette, which colour-blind readers can tell apart."""
 FULL_COLOUR = "#555555"
-_OTHERS = (("x", "#00a000"), ("|", "#a0522d"), ("_", "#1e90ff"), ("o", "#c71585"), ("s", "#808000"), ("D", "#2f4f4f"))
+_OTHERS = ((".", "#00a000"), ("|", "#a0522d"), ("_", "#1e90ff"), ("o", "#c71585"), ("s", "#808000"), ("D", "#2f4f4f"))
 
 
 def other_looks() -> Iterator[tuple[str, str]]:

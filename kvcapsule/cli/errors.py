@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from .parse_errors import plain_line
+from .parse_errors import plain_line, with_near_option
 from .streams import discard
 
 WRONG_INPUT = 2
@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
+        message = with_near_option(message, self._option_string_actions)
         self.exit(complain(self.prog, f"{message} (`{self.prog} --help` shows the options)"))
 
     def read(self, argv: Sequence[str] | None, options: Options, renamed: Mapping[str, str] | None = None) -> Options:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from ..errors import ConfigError, InputError
 from ..yaml_files import read_yaml
 from .errors import dashed
+from .parse_errors import with_near_option
 
 Config = TypeVar("Config")
 _OF_YAML = yaml.constructor.__file__
@@ -46,6 +47,10 @@ class OptionParser(ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return dashed(super().format_help(*args, **kwargs))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As argparse's: raises ArgumentError, which names the option that an unknown one is like."""
+        super().error(with_near_option(message, self._option_string_actions), ex)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """As jsonargparse's; what it or PyYAML cannot make a value of is a ConfigError."""

@@ -1,6 +1,8 @@
 """What jsonargparse says of an option that cannot be used, as one line that names the option and what it takes."""
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 _KEY = re.compile(r'Parser key "([\w.]+)":\s*')
 _VALUE = re.compile(r"(?:Got value|Given value): (.*)", re.DOTALL)
@@ -18,6 +20,15 @@ _TYPES = {
     "dict": "a mapping",
 }
 """What a type is called where a person gives its value."""
+
+
+def with_near_option(message: str, options: Iterable[str]) -> str:
+    """A parser's message, with the option that a mistyped one is like; any other message as it is."""
+    unknown = _UNKNOWN.match(message)
+    typed = unknown[1].partition(" ")[0].partition("=")[0] if unknown else ""
+    # Values that nothing takes are listed as unknown too.
+    near = get_close_matches(typed, options, n=1, cutoff=0.75) if typed.startswith("--") else []
+    return f"there is no option {unknown[1]}; did you mean {near[0]}?" if unknown and near else message
 
 
 def plain_line(message: str) -> str:

@@ -350,6 +350,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda folder: ["--max-new-tokens", "0"],
         r"--max-new-tokens: '0' is not a whole number of at least 1",
     ),
+    "mistyped option": (lambda folder: ["--max-new-token", "1"], r"did you mean --max-new-tokens\? \(`kvcapsule gen"),
     "unknown option": (lambda folder: ["--ratio", "10"], r"there is no option --ratio 10"),
 }
 

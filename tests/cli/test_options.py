@@ -134,6 +134,21 @@ def test_options_are_not_abbreviated_and_values_are_checked(words: list[str]) ->
         parser().read(words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dry-rnu"], "there is no option --dry_rnu; did you mean --dry_run?"),
+        (["--part.maxsize=3"], "did you mean --part.max_size?"),
+        (["--xyz", "3"], "nrecognized arguments: --xyz 3"),
+        (["3"], "nrecognized arguments: 3"),
+    ],
+)
+def test_a_mistyped_option(words: list[str], said: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        read(*words)
+    assert said in str(error.value)
+
+
 def test_help_shows_dashes() -> None:
     text = parser().format_help()
     assert "--part.max-size MAX_SIZE" in text and "--dry-run" in text and "_run" not in text.replace("DRY_RUN", "")

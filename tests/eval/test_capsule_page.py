@@ -14,9 +14,11 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import KVGeometry
 from kvcapsule.capsule.overview import overview
+from kvcapsule.capsule.training_rows import ROWS_FILE, TrainingRows
 from kvcapsule.cli import main
 from kvcapsule.cli.errors import WRONG_INPUT
 from kvcapsule.data.batches import encode_questions, read_question
+from kvcapsule.data.row_digest import row_digest
 from kvcapsule.data.source import load
 from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import InputError
@@ -52,12 +54,14 @@ class Parts(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a copy of a shipped capsule, beside a log of its training."""
+    """Of a copy of a shipped capsule, beside a log of its training, as if the first example were a training row."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(Path(__file__).parents[2] / "checkpoints" / "pages-vlm-kvcapsule", folder / "mine")
     log = folder / "mine.run" / "csv" / "metrics.csv"
     log.parent.mkdir(parents=True)
     log.write_text("epoch,loss,step,validation/kl\n0,2.0,0,\n0,1.0,5,\n0,nan,7,\n0,,9,0.5\n")
+    first = read_question(chosen_rows(load(SourceConfig(split="test", size=200)), 2)[0], 0)
+    (folder / "mine" / ROWS_FILE).write_bytes(TrainingRows.of([row_digest(first)]).to_bytes())
     assert main(["report", str(folder / "mine"), "--examples", "2", *QUICK]) == 0
     return folder / "mine" / "report.html"
 
@@ -77,6 +81,7 @@ def test_what_it_says(page: Path) -> None:
         "post-vision-attention",
         "Transcribe the page.",
         "lookup",
+        "none left out. The capsule was trained on 50% of them.",
     ):
         assert words in text
     assert text.count("expected: ") == 2 and "No curves" not in text

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from support.suite_files import QUICK, evaluate
 
+from kvcapsule.codec import FAMILIES
 from kvcapsule.eval.report import rate_curves, redraw
-from kvcapsule.eval.report.picture import save_picture
+from kvcapsule.eval.report.picture import LOOKS, save_picture
 from kvcapsule.eval.report.rate_curves import axis, curves, picture
 from kvcapsule.policy import POLICIES
 
@@ -68,6 +69,12 @@ def test_where_text_is_compressed_too_all_bytes_are_drawn() -> None:
     assert axis(rows)[0] == "kv_bytes"
     drawn = curves(rows)
     assert len({curve.marker for curve in drawn}) == len({curve.colour for curve in drawn}) == len(names)
+
+
+def test_every_method_has_one_look() -> None:
+    names = {*FAMILIES, *POLICIES, "quantisation"} - {"identity", "full", "quantized"}
+    assert names == set(LOOKS)
+    assert len({marker for marker, _ in LOOKS.values()}) == len({colour for _, colour in LOOKS.values()}) == len(LOOKS)
 
 
 def test_the_legend_names_every_curve_and_covers_no_point() -> None:

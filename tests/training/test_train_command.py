@@ -39,6 +39,7 @@ def test_options_may_be_spelled_either_way(words: list[str]) -> None:
         (["--data", "{source: 3}"], "--data.source 3: text is expected."),
         (["--data.source", ""], "--data.source is empty: name a source of questions."),
         (["--nope", "1"], "there is no option --nope 1: --help shows the options."),
+        (["--hled-out", "1"], "there is no option --hled-out 1; did you mean --held-out?"),
         (["--codec.tile", "-49"], "--codec.tile -49: it is a number of visual tokens; 0 takes the whole image."),
         (["--workers", "-1"], "--workers -1: it is a number of processes, 0 or more."),
         (["--trainer.devices", "0"], "--trainer.devices 0: at least 1 is needed."),
