@@ -12,6 +12,7 @@ from kvcapsule.cli.results import shown_path
 from kvcapsule.errors import InputError
 from kvcapsule.extensions import Selection
 from kvcapsule.methods.method import Method
+from kvcapsule.methods.shown_names import known_name
 from kvcapsule.policy import POLICIES, REGISTRY, TEXT_POLICIES, Policy
 
 from .equal_bytes import PerLayer
@@ -131,7 +132,7 @@ def chosen(wanted: Sequence[str], capsule_rows: Iterable[str]) -> list[str]:
     Raises:
         InputError: for an unknown method.
     """
-    capsule_rows = list(capsule_rows)
+    capsule_rows, wanted = list(capsule_rows), [known_name(name) for name in wanted]
     available = [*capsule_rows, *RIVALS, *FIXED]
     available += [name for name in wanted if name not in available and (name in RIVALS or name in FIXED)]
     for name in wanted:

@@ -25,6 +25,7 @@ from kvcapsule.cli.options import (
 from kvcapsule.cli.parse_errors import plain_line
 from kvcapsule.codec import REGISTRY
 from kvcapsule.errors import ConfigError, InputError
+from kvcapsule.methods.shown_names import known_name
 from kvcapsule.yaml_files import LimitError, parse_yaml, read_yaml
 
 from .families import recipe_class, trainable
@@ -92,8 +93,9 @@ def choose(words: Sequence[str]) -> Choice:
     """Raises ConfigError, InputError: for a recipe that is missing or cannot be read."""
     require_current_words(words, _RENAMED)
     rest = normalized(words)
-    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    named = known_name(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     wanted = _value_of("family", rest)
+    wanted = wanted and known_name(wanted)
     if named is None:
         named = DEFAULT_RECIPE if wanted is None else wanted if wanted in shipped_recipes() else None
     paths = [*([] if named is None else [find_recipe(named)]), *map(Path, _values_of("recipe", rest))]

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from kvcapsule.capsule.overview import Overview
 from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.show import facts
+from kvcapsule.methods.shown_names import shown_name
 
 from ..protocol_names import ASK_LATER
 from .content import PageContent
@@ -42,6 +43,7 @@ class Line(NamedTuple):
 def html(content: PageContent) -> str:
     """The text of the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["shown_name"] = shown_name
     template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     return template.render(**_values(content))
 
@@ -54,7 +56,7 @@ def _values(content: PageContent) -> dict[str, Any]:
     return {
         "title": PurePath(capsule.name).name,
         "model": capsule.config.base_model,
-        "family": capsule.config.family,
+        "family": shown_name(capsule.config.family),
         "cards": list(_cards(capsule)),
         "facts": list(facts(capsule)),
         "heads": ["method", "compression", "same answers", "KL", "accuracy", "prefill time", "tokens/s"],
@@ -62,7 +64,7 @@ def _values(content: PageContent) -> dict[str, Any]:
         "task_heads": ["method", *tasks],
         "tasks": [
             Line(
-                [str(row["method"]), *(_number((row.get("accuracy") or {}).get(t), ".3f") for t in tasks)],
+                [shown_name(row["method"]), *(_number((row.get("accuracy") or {}).get(t), ".3f") for t in tasks)],
                 capsule.is_of_this(row),
             )
             for row in rows
@@ -103,7 +105,7 @@ def _cards(capsule: Overview) -> Iterator[Card]:
 def _cost(row: Mapping[str, Any]) -> list[str]:
     scores = [score for score in (row.get("accuracy") or {}).values() if score is not None]
     return [
-        str(row["method"]),
+        shown_name(row["method"]),
         _number(row.get("compression16"), ".1f", "x"),
         _number(row.get("agreement"), ".3f"),
         _number(row.get("kl"), ".2g"),

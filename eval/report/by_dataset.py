@@ -18,6 +18,7 @@ from kvcapsule.cli.errors import complain
 from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.data.source import PICTURES
 from kvcapsule.errors import InputError, KVCapsuleError
+from kvcapsule.methods.shown_names import shown_name
 
 from ..entries import FULL
 from . import markdown
@@ -61,7 +62,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [["method", *full, "mean"]]
     for method, accuracy in rows.items():
         pairs = [*((accuracy[name], full[name]) for name in full), (mean(accuracy.values()), mean(full.values()))]
-        lines.append([method, *(_cell(value, None if method == FULL else of_full) for value, of_full in pairs)])
+        lines.append(
+            [shown_name(method), *(_cell(value, None if method == FULL else of_full) for value, of_full in pairs)]
+        )
     return markdown.grid(lines)
 
 

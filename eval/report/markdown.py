@@ -11,6 +11,7 @@ from typing import Any
 
 from kvcapsule.cli.results import shown_path, write_whole
 from kvcapsule.errors import InputError
+from kvcapsule.methods.shown_names import shown_name
 
 from .rows import asked_later, is_wide, unseen_question
 
@@ -102,7 +103,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         score = mean(row["accuracy"].values())
         lines.append(
             [
-                row["method"],
+                shown_name(row["method"]),
                 *(f"{row[key]:.2f}x" for key in ("compression", "compression16")[: len(compressions)]),
                 f"{row['visual_kv_bytes']:,}",
                 f"{row['kv_bytes']:,}",
@@ -127,7 +128,7 @@ def short_table(rows: Sequence[Mapping[str, Any]]) -> str:
     later = asked_later(rows)
     lines = [
         [
-            row["method"],
+            shown_name(row["method"]),
             f"{row['visual_kv_bytes']:,}",
             *(f"{row[key]:.2f}x" for key in ("compression16", "compression")),
             *(f"{row['accuracy'][task]:.3f}" for task in tasks),

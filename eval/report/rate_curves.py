@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvcapsule.methods.shown_names import shown_name
+
 from ..entries import FULL
 from .loss_panels import Series, panels
 from .picture import LOOKS, other_looks
@@ -36,7 +38,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
         marker, colour = LOOKS[base] if base in LOOKS else next(others)
         while any((marker, colour, bool(more)) == (line.marker, line.colour, line.combined) for line in result):
             marker = next(others)[0]
-        label = name if len(members) > 1 else members[0]["method"]
+        label = shown_name(name if len(members) > 1 else members[0]["method"])
         result.append(Series(label, sorted(members, key=lambda row: row[key]), marker, colour, bool(more)))
     return result
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvcapsule.cli.tables import NAME, Column, ReportTable
+from kvcapsule.methods.shown_names import shown_name
 
 from ..entries import FULL, Entry
 from ..quality import Tally
@@ -100,8 +101,10 @@ def tables(results: Sequence[Mapping[str, Any]], title: str) -> list[ReportTable
     cost = ReportTable([method, *(Column(name, wide=key in _WIDE) for key, (name, _) in costs.items())], _UNITS)
     for row in results:
         scores = [f"{row['accuracy'][task]:.3f}" for task in tasks]
-        quality.add(row["method"], *scores, *(_cell(row[key], form) for key, (_, form) in qualities.items()))
-        cost.add(row["method"], *(_cell(row[key], form) for key, (_, form) in costs.items()))
+        quality.add(
+            shown_name(row["method"]), *scores, *(_cell(row[key], form) for key, (_, form) in qualities.items())
+        )
+        cost.add(shown_name(row["method"]), *(_cell(row[key], form) for key, (_, form) in costs.items()))
     return [quality, cost]
 
 
@@ -113,7 +116,7 @@ def asked_later(results: Sequence[Mapping[str, Any]]) -> bool:
 
 def unseen_question(results: Sequence[Mapping[str, Any]]) -> str | None:
     """Which rows rank tokens by a question that they did not see, as a sentence; None: none."""
-    names = [row["method"] for row in results if row.get("reads_question")] if asked_later(results) else []
+    names = [shown_name(row["method"]) for row in results if row.get("reads_question")] if asked_later(results) else []
     return f"The ranking by the text behind the images has none to see here: {', '.join(names)}." if names else None
 
 

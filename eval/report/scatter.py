@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvcapsule.methods.shown_names import shown_name
+
 from ..entries import FULL, PRUNING
 from .loss_panels import Series, panels
 from .picture import LOOKS, other_looks
@@ -15,7 +17,7 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     full = next(row for row in rows if row["method"] == FULL)
     methods = [row for row in rows if row["method"] != FULL]
     series = [
-        Series(f"{row['method']} ({row['compression16']:.3g}x at 16 bits)", [row], *look)
+        Series(f"{shown_name(row['method'])} ({row['compression16']:.3g}x at 16 bits)", [row], *look)
         for row, look in zip(methods, _looks(methods), strict=True)
     ]
     return panels(series, full, title)

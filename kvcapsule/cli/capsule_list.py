@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, KVCapsuleError
+from ..methods.shown_names import shown_name
 from .errors import Parser, complain
 from .results import STDOUT, add_json_option, add_wide_option, require_writable, write_json
 from .sizes import shown_bytes
@@ -73,7 +74,7 @@ def _row(place: str, capsule: "Overview") -> tuple[str, ...]:
     return (
         capsule.name,
         capsule.config.base_model,
-        capsule.config.family,
+        shown_name(capsule.config.family),
         "–" if capsule.compression is None else f"{capsule.compression:.1f}x",
         shown_bytes(capsule.weight_bytes),
         place,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KVCapsuleError
+from ..methods.shown_names import shown_name
 from .errors import Parser, complain
 from .results import STDOUT, add_json_option, add_wide_option, require_writable, write_json
 from .sizes import shown_bytes
@@ -66,7 +67,7 @@ def facts(capsule: "Overview") -> Iterator[tuple[str, str]]:
     licence = f", {record.license['license']}" if record.license.get("license") else ""
     adapter = ", with an adapter" if record.adapter else ""
     g = config.geometry
-    yield "family", config.family
+    yield "family", shown_name(config.family)
     yield "model", f"{config.base_model}{revision}{f', {record.dtype}' if record.dtype else ''}{adapter}{licence}"
     yield "KV geometry", f"{g.layers} layers, {g.kv_heads} KV heads of {g.head_dim} ({g.model_type}, rotary {g.rotary})"
     yield "tile", f"{config.codec.tile} visual tokens"
@@ -118,7 +119,7 @@ def measured_table(capsule: "Overview") -> "ReportTable":
         accuracy = row.get("accuracy") or {}
         scores = [score for score in accuracy.values() if isinstance(score, int | float)]
         table.add(
-            str(row.get("method")),
+            shown_name(str(row.get("method"))),
             _number(row.get("compression16"), ".1f", "x"),
             _number(row.get("agreement"), ".3f"),
             _number(row.get("kl"), ".2g"),

@@ -49,7 +49,11 @@ def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path), "--wide"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (mine,) = [line.split() for line in lines if line.startswith(str(tmp_path))]
-    assert mine[1:4] == ["org/vlm", "kvcapsule", "3.0x"] and mine[-4:-1] == ["disk", "8", "0.2500"]
+    assert (
+        mine[1:4] == ["org/vlm", "token-subset", "(KVCapsule)"]
+        and mine[4] == "3.0x"
+        and mine[-4:-1] == ["disk", "8", "0.2500"]
+    )
     assert any(line.startswith("pages-vlm-transform ") and " shipped" in line for line in lines)
     assert lines[-1].endswith(" capsules")
 

@@ -49,7 +49,7 @@ ROWS = [
 def test_one_curve_for_each_kind() -> None:
     found = {curve.label: curve for curve in curves(ROWS)}
     assert list(found) == [
-        *("transform", "kvcapsule", "compact", "kvcapsule-2.4x+int4", "compact-5x+int4"),
+        *("transform", "token-subset (KVCapsule)", "compact", "token-subset-2.4x+int4", "compact-5x+int4"),
         *("quantisation", "post-vision-attention", "evenly-spaced"),
     ]
     for curve in found.values():
@@ -57,7 +57,8 @@ def test_one_curve_for_each_kind() -> None:
     assert found["transform"].rows[0]["method"] == "transform-80x"
     looks = [(curve.marker, curve.colour) for curve in found.values() if not curve.combined]
     assert len({marker for marker, _ in looks}) == len({colour for _, colour in looks}) == len(looks)
-    assert found["kvcapsule-2.4x+int4"].combined and found["kvcapsule-2.4x+int4"].colour == found["kvcapsule"].colour
+    assert found["token-subset-2.4x+int4"].combined
+    assert found["token-subset-2.4x+int4"].colour == found["token-subset (KVCapsule)"].colour
 
 
 def test_where_text_is_compressed_too_all_bytes_are_drawn() -> None:

@@ -17,6 +17,7 @@ from kvcapsule.eval import main as command
 from kvcapsule.eval import run
 from kvcapsule.eval.equal_bytes import TOLERANCE
 from kvcapsule.eval.main import main
+from kvcapsule.methods.shown_names import shown_name
 from kvcapsule.testbeds import pages
 from kvcapsule.vlm.geometry import KVGeometry
 
@@ -59,7 +60,7 @@ def test_command_writes_what_it_was_asked_for(vlm, capsule_folder, tmp_path, cap
     assert metrics == {"train": {"loss": 0.5}, "eval": result}
     assert "post-vision-attention" in (capsule_folder / "README.md").read_text()
     printed = capsys.readouterr()
-    assert all(name in printed.out for name in by_name)
+    assert all(shown_name(name) in printed.out for name in by_name)
     assert "answers" in printed.err
     # The model has float32: the other compression is shown beside it.
     assert "of 16-bit" in printed.out

@@ -9,6 +9,7 @@ from kvcapsule.atomic_files import to_json
 from kvcapsule.cli.results import write_whole
 from kvcapsule.eval.report.picture import save_picture
 from kvcapsule.eval.report.scatter import picture
+from kvcapsule.methods.shown_names import shown_name
 
 
 def _row(method: str, size: int, score: float) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def test_the_legend_names_every_row_with_its_ratio() -> None:
     """At 16 bits an element, whatever the run had."""
     figure = picture(CROWDED, "crowded")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    ratios = [f"{row['method']} ({row['compression16']:.3g}x at 16 bits)" for row in CROWDED[1:]]
+    ratios = [f"{shown_name(row['method'])} ({row['compression16']:.3g}x at 16 bits)" for row in CROWDED[1:]]
     assert labels == ["full cache, 391 KiB", *ratios]
 
 
