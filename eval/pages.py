@@ -87,6 +87,7 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "rate-distortion.json": ("docs/results-tables.md", _suite("rate-distortion")),
     "aligned.json": ("docs/results-tables.md", _suite("aligned", picture=False)),
     "smol-vlm.json": ("docs/results-tables.md", _suite("smol-vlm")),
+    "smol-vlm-later.json": ("docs/results-tables.md", _suite("smol-vlm-later", picture=False)),
     "smol-transfer.json": ("docs/results-tables.md", _data_sets),
     "policies.json": ("docs/policies-tables.md", _suite("policies")),
     "bench-cpu.json": ("docs/bench-tables.md", _bench),

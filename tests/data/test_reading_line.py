@@ -34,7 +34,7 @@ def _eval(source: str, vlm: str, folder: Path) -> int:
 
 def _analyze(source: str, vlm: str, folder: Path) -> int:
     """Refused after the line: there are too few questions."""
-    return analyze(["--model", vlm, "--data.source", source, "--data.size", "7"])
+    return analyze(["--model", vlm, "--data.source", source, "--data.split", "train[:70%]"])
 
 
 @pytest.mark.parametrize(("command", "rows", "code"), [(_train, 9, 2), (_eval, 1, 0), (_analyze, 7, 2)])

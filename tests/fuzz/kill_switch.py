@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcapsule import atomic_files
+from kvcapsule.kernels import backend
 
 _PATH_OF = {"open": 0, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.rename": 0, "os.truncate": 0}
 """Audit events of Python with which files change, and which argument is the path."""
@@ -147,6 +148,9 @@ def in_child(act: Callable[[], Any]) -> Any:
 
 def _run_in_child(act: Callable[[], Any], writer: int | None) -> None:
     """Run, hand over what came of it, and end this process."""
+    # Nothing here is about speed, and no kernel is compiled in a process that is killed. The parent's own choice stays.
+    os.environ[backend.VARIABLE] = "reference"
+    backend._chosen.clear()
     try:
         outcome, code = (True, act()), 0
     except BaseException as error:

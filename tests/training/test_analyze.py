@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from kvcapsule.cli import results
 from kvcapsule.cli.results import write_whole
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.errors import InputError
@@ -306,12 +305,13 @@ def test_refused_a_failure_to_write_leaves_what_was_there(tmp_path: Path, monkey
     target = tmp_path / "a.json"
     write_whole(target, b"old")
 
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:1])
+    def full(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "write", full)
-    with pytest.raises(InputError, match=r"a\.json cannot be written: No space left on device"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"a\.json cannot be written: the disk is full"):
         write_whole(target, b"new")
     assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
 
