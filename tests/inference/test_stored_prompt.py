@@ -1,8 +1,5 @@
 """attach(..., store=...): images that the store knows are not read again, and answers are the same as if they were."""
 
-import copy
-from pathlib import Path
-
 import pytest
 import torch
 from support import tiny_vlm
@@ -32,27 +29,6 @@ SERVED = {
 }
 """Model types whose prompts with images are cut into pieces; the others run without the store."""
 CODECS = {"transform": transform_capsule, "cross-layer": cross_layer_capsule, "kvcapsule": kv_capsule}
-
-
-@pytest.fixture(params=["llava", "qwen2_vl", "qwen2_5_vl"])
-def setting(request: pytest.FixtureRequest) -> Setting:
-    return Setting(built(number(request.param)))
-
-
-@pytest.fixture
-def llava() -> Setting:
-    of = built(number("llava"))
-    return Setting(of, copy.deepcopy(of.model))
-
-
-@pytest.fixture
-def capsule(llava: Setting) -> Capsule:
-    return transform_capsule(llava.of.geometry, TILE)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "store", max_bytes=ROOM)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{c.family.name} {c.model_type}" for c in CASES])

@@ -2,40 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.builders import identity_capsule, transform_capsule
-from support.family_models import OPTIONS, built
-from support.stored_prompts import ROOM, TILE, Setting, assert_identical, hits, number
+from support.family_models import OPTIONS
+from support.stored_prompts import ROOM, TILE, Setting, assert_identical, hits
 
 from kvcapsule import ImageStore
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
 from kvcapsule.store.folder import SUFFIX
-
-
-@pytest.fixture(params=["llava", "qwen2_vl", "qwen2_5_vl"])
-def setting(request: pytest.FixtureRequest) -> Setting:
-    return Setting(built(number(request.param)))
-
-
-@pytest.fixture
-def llava() -> Setting:
-    of = built(number("llava"))
-    return Setting(of, copy.deepcopy(of.model))
-
-
-@pytest.fixture
-def capsule(llava: Setting) -> Capsule:
-    return transform_capsule(llava.of.geometry, TILE)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "store", max_bytes=ROOM)
 
 
 def change_nothing(setting: Setting, prompt: Any) -> None:

@@ -1,42 +1,18 @@
 """attach(..., store=...): what cannot be served runs without the store."""
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import tiny_vlm
-from support.builders import transform_capsule
 from support.family_models import OPTIONS, built
-from support.stored_prompts import ROOM, TILE, Setting, assert_identical, number
+from support.stored_prompts import Setting, assert_identical, number
 
 from kvcapsule import ImageStore
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.errors import ConfigError
 from kvcapsule.inference.attach import attach
 from kvcapsule.policy import Full
-
-
-@pytest.fixture(params=["llava", "qwen2_vl", "qwen2_5_vl"])
-def setting(request: pytest.FixtureRequest) -> Setting:
-    return Setting(built(number(request.param)))
-
-
-@pytest.fixture
-def llava() -> Setting:
-    of = built(number("llava"))
-    return Setting(of, copy.deepcopy(of.model))
-
-
-@pytest.fixture
-def capsule(llava: Setting) -> Capsule:
-    return transform_capsule(llava.of.geometry, TILE)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "store", max_bytes=ROOM)
 
 
 def unserved(setting: Setting) -> dict[str, tuple[Any, dict[str, Any]]]:
