@@ -128,6 +128,10 @@ format: $(READY) ## mend lint and format where a tool can
 demo: $(READY) ## train a capsule for the shipped demo VLM, then evaluate it
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule train --output $(DEMO) $(TRAIN_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --capsule $(DEMO) --json $(DEMO).json --plot $(DEMO).png $(EVAL_FLAGS)
+	@echo "The picture is $(DEMO).png. Next:"
+	@echo "  $(BIN)/kvcapsule show $(DEMO)                    what the capsule is"
+	@echo "  $(BIN)/kvcapsule report $(DEMO)                  an HTML page with examples side by side"
+	@echo "  $(BIN)/kvcapsule eval --capsule $(DEMO) --protocol ask-later   questions asked after the image was compressed"
 
 demo-vlm: $(READY) ## train a demo VLM from nothing into runs/, two hours; started again, it goes on where it stopped
 	$(BIN)/python -m kvcapsule.training.testbeds.pages_vlm.run --work runs/pages-vlm --output runs/pages-vlm/model --threads 1 $(VLM_FLAGS)
