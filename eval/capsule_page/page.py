@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kvcapsule.capsule.overview import Overview
 from kvcapsule.cli.results import shown_path
-from kvcapsule.cli.show import facts
+from kvcapsule.cli.show import facts, figures, number
 from kvcapsule.methods.shown_names import shown_name
 
 from ..protocol_names import ASK_LATER
@@ -60,11 +60,11 @@ def _values(content: PageContent) -> dict[str, Any]:
         "cards": list(_cards(capsule)),
         "facts": list(facts(capsule)),
         "heads": ["method", "compression", "same answers", "KL", "accuracy", "prefill time", "tokens/s"],
-        "methods": [Line(_cost(row), capsule.is_of_this(row)) for row in rows],
+        "methods": [Line(figures(row), capsule.is_of_this(row)) for row in rows],
         "task_heads": ["method", *tasks],
         "tasks": [
             Line(
-                [shown_name(row["method"]), *(_number((row.get("accuracy") or {}).get(t), ".3f") for t in tasks)],
+                [shown_name(row["method"]), *(number((row.get("accuracy") or {}).get(t), ".3f") for t in tasks)],
                 capsule.is_of_this(row),
             )
             for row in rows
@@ -81,7 +81,7 @@ def _values(content: PageContent) -> dict[str, Any]:
         ],
         "losses": [{"image": image_uri(example.images[0]), "map": loss_uri(loss)} for example, loss in content.losses],
         "curves": curves_uri(content.curves) if content.curves else None,
-        "training": [(key, _number(value, ".4g")) for key, value in capsule.training.items() if "/" not in key],
+        "training": [(key, number(value, ".4g")) for key, value in capsule.training.items() if "/" not in key],
         "code": _code(capsule),
         "generate": f'kvcapsule generate --capsule {name} --image image.png --prompt "What does the image show?"',
         "versions": content.versions,
@@ -102,19 +102,6 @@ def _cards(capsule: Overview) -> Iterator[Card]:
         yield Card(f"{error:.4f}", "relative error of attention's output, after training")
 
 
-def _cost(row: Mapping[str, Any]) -> list[str]:
-    scores = [score for score in (row.get("accuracy") or {}).values() if score is not None]
-    return [
-        shown_name(row["method"]),
-        _number(row.get("compression16"), ".1f", "x"),
-        _number(row.get("agreement"), ".3f"),
-        _number(row.get("kl"), ".2g"),
-        _number(mean(scores) if scores else None, ".3f"),
-        _number(row.get("prefill_ratio"), ".2f"),
-        _number(row.get("tokens_per_s_ratio"), ".2f"),
-    ]
-
-
 def _measured(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return ""
@@ -122,10 +109,6 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
     count = evaluation["rows"][0].get("n") if evaluation.get("rows") else None
     command = f", by {evaluation['command']}" if evaluation.get("command") else ""
     return f"Measured on {data.get('source')}, split {data.get('split')}, {count} questions{command}."
-
-
-def _number(value: Any, form: str, unit: str = "") -> str:
-    return f"{value:{form}}{unit}" if isinstance(value, int | float) else "–"
 
 
 def _code(capsule: Overview) -> str:

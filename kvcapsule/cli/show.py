@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KVCapsuleError
@@ -108,31 +108,37 @@ def measured_table(capsule: "Overview") -> "ReportTable":
             Column("same\nanswers"),
             Column("KL in\nnats"),
             Column("accuracy"),
-            *(Column(task, wide=True) for task in tasks),
             Column("prefill time\nvs full", wide=True),
             Column("tokens/s\nvs full", wide=True),
+            *(Column(task, wide=True) for task in tasks),
         ],
         title=f"measured on {data.get('source')}, split {data.get('split')}, {rows[0].get('n')} questions",
         note="Same answers: the share that equals the full cache's. Accuracy: the mean over tasks (--wide shows each).",
     )
     for row in rows:
         accuracy = row.get("accuracy") or {}
-        scores = [score for score in accuracy.values() if isinstance(score, int | float)]
-        table.add(
-            shown_name(str(row.get("method"))),
-            _number(row.get("compression16"), ".1f", "x"),
-            _number(row.get("agreement"), ".3f"),
-            _number(row.get("kl"), ".2g"),
-            _number(sum(scores) / len(scores) if scores else None, ".3f"),
-            *(_number(accuracy.get(task), ".3f") for task in tasks),
-            _number(row.get("prefill_ratio"), ".2f"),
-            _number(row.get("tokens_per_s_ratio"), ".2f"),
-            is_strong=capsule.is_of_this(row),
-        )
+        scores = (number(accuracy.get(task), ".3f") for task in tasks)
+        table.add(*figures(row), *scores, is_strong=capsule.is_of_this(row))
     return table
 
 
-def _number(value: Any, form: str, unit: str = "") -> str:
+def figures(row: Mapping[str, Any]) -> list[str]:
+    """Of a row of an evaluation: its name, compression against 16 bits, same answers, KL, mean accuracy, and the times
+    of prefill and token against the full cache; a dash for what was not measured."""
+    scores = [score for score in (row.get("accuracy") or {}).values() if score is not None]
+    return [
+        shown_name(str(row.get("method"))),
+        number(row.get("compression16"), ".1f", "x"),
+        number(row.get("agreement"), ".3f"),
+        number(row.get("kl"), ".2g"),
+        number(sum(scores) / len(scores) if scores else None, ".3f"),
+        number(row.get("prefill_ratio"), ".2f"),
+        number(row.get("tokens_per_s_ratio"), ".2f"),
+    ]
+
+
+def number(value: Any, form: str, unit: str = "") -> str:
+    """A value as tables show it; a dash for one that is no number."""
     return f"{value:{form}}{unit}" if isinstance(value, int | float) else "–"
 
 
