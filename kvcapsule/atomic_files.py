@@ -111,7 +111,11 @@ def put_back(target: Path) -> None:
     """
     if os.path.lexists(target) or not os.path.isdir(target.parent):
         return
-    aside = [path for path in _ended(target.parent, f"{glob.escape(_litter_prefix(target))}*{_ASIDE}") if path.is_dir()]
+    try:
+        ended = _ended(target.parent, f"{glob.escape(_litter_prefix(target))}*{_ASIDE}")
+    except PermissionError:  # Where names may not be read, nothing was moved aside by this user.
+        return
+    aside = [path for path in ended if path.is_dir()]
     if aside:
         # Two processes may do so at once.
         with suppress(FileNotFoundError):

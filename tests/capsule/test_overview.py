@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,21 @@ def test_a_folder_may_lack_what_loading_does_not_need(folder: Path) -> None:
         (folder / name).unlink()
     known = overview(folder)
     assert known.metrics == known.recipe == {} and known.rows == []
+
+
+def test_a_name_in_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for what a killed save moved aside there, too."""
+
+    names = Path.glob
+
+    def refused(self: Path, pattern: str) -> Iterator[Path]:
+        if self == tmp_path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return names(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", refused)
+    with pytest.raises(CapsuleError, match="there is no directory"):
+        overview(tmp_path / "absent")
 
 
 def test_capsules_of_a_machine(folder: Path, tmp_path: Path) -> None:
