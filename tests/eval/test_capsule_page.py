@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.builders import kv_capsule
+from support.builders import identity_capsule, kv_capsule
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import KVGeometry
@@ -109,7 +109,7 @@ def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_of_tokens(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Against keys and values recomputed from what the codec gives back; raw tokens lose nothing."""
+    """A capsule that stores all loses nothing, and neither do raw tokens; a coarse one loses of every other."""
     capsule = kv_capsule(KVGeometry.from_config(model.config))
     rows = load(SourceConfig(size=1))
     inputs, spans = encode_questions([read_question(rows[0], 0)], model, processor)
@@ -122,6 +122,8 @@ def test_the_loss_of_tokens(model: LlavaForConditionalGeneration, processor: Lla
     assert (loss.keys[:, :covered] > 0).all() and (loss.values[:, :covered] > 0).all()
     assert not loss.keys[:, covered:].any() and not loss.values[:, covered:].any()
     assert torch.isfinite(loss.keys).all()
+    lossless = token_loss(model, identity_capsule(capsule.config.geometry, tile), inputs)
+    assert lossless is not None and lossless.keys.max() < 1e-9 and lossless.values.max() < 1e-9
 
 
 def test_examples_are_of_all_kinds() -> None:
