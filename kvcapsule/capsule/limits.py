@@ -100,7 +100,10 @@ def restore(folder: Path) -> None:
     Raises:
         CapsuleError: if it cannot be renamed.
     """
-    place = Path(os.path.realpath(folder))
+    try:
+        place = Path(os.path.realpath(folder))
+    except PermissionError:  # Behind what this user may not look at, nothing was left by one of its saves.
+        return
     try:
         put_back(place)
     except OSError as error:

@@ -88,6 +88,15 @@ def test_a_name_in_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: py
         overview(tmp_path / "absent")
 
 
+def test_a_name_behind_a_link_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.path.realpath", refused)
+    with pytest.raises(CapsuleError, match="there is no directory"):
+        overview(tmp_path / "absent")
+
+
 def test_capsules_of_a_machine(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "a" / "b" / "c" / "too-deep")
     shutil.copytree(folder, tmp_path / ".hidden")
