@@ -12,6 +12,7 @@ struct Cells {
     bool of_channels;
     int64_t blocks;
     float *scale, *shift;  // of a set's cells: 0 for one of no bits; of keys their rows' offset, twice each [n, 16]
+    int32_t* query;        // of a set's cells of keys: where the queries of its channel begin (see ByChannel)
     uint32_t* words;       // [words of a set, TILES]
     int64_t base[TILES], first = 0;
 
@@ -27,18 +28,21 @@ struct Cells {
         }
         scale = arena.take(cells);
         shift = arena.take(of_channels ? 0 : LANES * cells);
+        query = reinterpret_cast<int32_t*>(arena.take(of_channels ? 0 : cells));
         words = reinterpret_cast<uint32_t*>(arena.take(most * TILES));
     }
 
     const int32_t* bounds(int64_t set, int64_t block) const { return rows.bounds + (set * blocks + block) * 3; }
 
-    void open_set(int64_t set) {
+    // size: query rows of a block.
+    void open_set(int64_t set, int64_t size) {
         const int64_t channels = rows.channels, groups = rows.rows / 8;
         first = bounds(set, 0)[0];
         for (int64_t block = 0; block < blocks; ++block)
             for (int64_t i = bounds(set, block)[0]; i < bounds(set, block)[2]; ++i) {
                 const int64_t met = rows.cells[i] >> 32, group = set * groups + (of_channels ? met : block);
                 const int64_t channel = of_channels ? block : met, cell = group * channels + channel;
+                if (!of_channels) query[i - first] = (channel / LANES * LANES * size + channel % LANES) * 2;
                 scale[i - first] = rows.widths[cell] ? rows.scale[cell] : 0;
                 for (int64_t m = 0; !of_channels && m < LANES; ++m)
                     shift[(i - first) * LANES + m] = rows.offset[(8 * group + m / 2) * channels + channel];
@@ -109,15 +113,33 @@ struct SideBySide {
     }
 };
 
+// Where mapped queries belong, as score_groups reads them: [pairs of tiles, blocks, C / 16, R, 16, 2].
+struct ByChannel {
+    float* const* places;  // of the first channels of each pair of lines
+    int64_t lines, block;
+
+    template <int A, int V> INLINE void put(const Floats (&sum)[A][V], int64_t line, int64_t column) const {
+        UNROLL for (int a = 0; a < A; a += 2) {
+            if (line + a >= lines) return;
+            float* const to = places[(line + a) / 2] + column * block * 2;
+            EACH(v, V) {
+                store(to + v * block * 2 * LANES, lower_interleaved(sum[a][v], sum[a + 1][v]));
+                store(to + v * block * 2 * LANES + LANES, upper_interleaved(sum[a][v], sum[a + 1][v]));
+            }
+        }
+    }
+};
+
 class CoefficientReader {
   public:
     static constexpr int PAIR = 2;  // products with key rows are [pairs of tiles, rows, M, 2]
 
     CoefficientReader(const Source& src, Arena& arena)
-        : src_(src), s_(src.s), query_map_(src, arena), keys_(s_.keys, s_.sets, false, arena),
+        : src_(src), s_(src.s), rotary_(src, arena), keys_(s_.keys, s_.sets, false, arena),
           values_(s_.values, s_.sets, true, arena), columns_(padded(s_.values.channels)),
           weight_count_(src.rows * src.value_line * 2) {
-        queries_ = arena.take(TILES * query_map_.width);
+        queries_ = arena.take(TILES * src.rows * rotary_.width);
+        places_ = reinterpret_cast<float**>(arena.take(TILES * src.real_rows));
         weights_ = arena.take(weight_count_);
         row_weights_ = arena.take((src.rows + 8) * src.value_line);
         sums_ = arena.take(src.blocks * s_.values.channels * 8);
@@ -127,20 +149,31 @@ class CoefficientReader {
     void open_set(int64_t set) {
         const int64_t rows = s_.values.rows, channels = s_.values.channels;
         set_ = set;
-        keys_.open_set(set);
-        values_.open_set(set);
+        rotary_.open_set(set);
+        const int64_t width = rotary_.width, queries = src_.call.rows, pair_lines = TILES / 2 * queries;
+        memset(queries_, 0, TILES * src_.rows * width * sizeof(float));
+        for (int64_t i = 0; i < s_.heads * pair_lines; ++i) {
+            const int64_t row = i / pair_lines * queries + i % queries, pair = i % pair_lines / queries;
+            const int64_t begin = row / src_.block * src_.block;
+            places_[i] = queries_ + ((pair * src_.rows + begin) * width + (row - begin) * LANES) * 2;
+        }
+        keys_.open_set(set, src_.block);
+        values_.open_set(set, src_.block);
         copy_map(s_.values.offset + set * rows * channels, rows, channels, channels, 1, offset_, columns_);
     }
 
     void load_queries(const float* query) {
-        query_map_.load_queries(query, set_);
+        rotary_.load(query);
         memset(weights_, 0, weight_count_ * sizeof(float));
         memset(sums_, 0, src_.blocks * s_.values.channels * 8 * sizeof(float));
     }
 
     void score_rows(const Tile* tile, int64_t tiles, int64_t next, float* z) {
         const int64_t pairs = (tiles + 1) / 2;
-        query_map_.map(tile, tiles, SideBySide{queries_, 1, 2 * query_map_.width, 0, LANES});
+        rotary_.rotate(tile, tiles);
+        const int64_t lines = TILES / 2 * src_.call.rows;
+        for (int64_t head = 0; head < s_.heads; ++head)
+            rotary_.map(head, tiles, ByChannel{places_ + head * lines, pairs * 2 * src_.call.rows, src_.block});
         keys_.open_tiles(tile, tiles, set_);
         with_block(src_.block, [&](auto size) {
             constexpr int R = decltype(size)::value, P = fitting(R, R <= 2 ? 4 : 2);
@@ -204,15 +237,16 @@ class CoefficientReader {
     // Products of a block of R queries of P pairs of tiles from p on with one or two groups of key rows.
     template <int R, int P, int G> INLINE void score_groups(int64_t block, int64_t group, int64_t p, float* z) const {
         Floats sum[G][P][R] = {};
-        const int64_t apart = 2 * query_map_.width, channels = s_.keys.channels;
-        const float* const queries = queries_ + p * apart + block * R * channels * 2;
-        keys_.each_cell<G>(set_, group, [&](int64_t cell, int64_t channel, const auto& numbers) INLINE_LAMBDA {
+        const int64_t width = rotary_.width, apart = 2 * src_.rows * width, channels = s_.keys.channels;
+        const float* const queries = queries_ + p * apart + block * R * width * 2;
+        keys_.each_cell<G>(set_, group, [&](int64_t cell, int64_t, const auto& numbers) INLINE_LAMBDA {
             const float* const shift = keys_.shift + LANES * cell;
+            const float* const mine = queries + keys_.query[cell];
             EACH(pair, P) {
                 Floats keys[G];
                 EACH(g, G) keys[g] = held(numbers(2 * (p + pair), g) + load(shift + g * channels * LANES));
                 EACH(r, R) {
-                    const Floats query = held(splat_pair(queries + pair * apart + (channel * R + r) * 2));
+                    const Floats query = held(splat_pair(mine + pair * apart + r * 2 * LANES));
                     EACH(g, G) sum[g][pair][r] += keys[g] * query;
                 }
             }
@@ -249,10 +283,11 @@ class CoefficientReader {
 
     const Source& src_;
     const Segment& s_;
-    QueryMap query_map_;
+    Queries rotary_;
     Cells keys_, values_;
     int64_t set_ = 0, columns_, weight_count_;
-    float *queries_, *weights_;             // [pairs, width, 2]; [M / 8, rows, 8, 2]: of all tiles
+    float** places_;                        // [heads, TILES / 2, query rows of a head]: see ByChannel
+    float *queries_, *weights_;             // see ByChannel; [M / 8, rows, 8, 2]: of all tiles
     float *sums_, *offset_, *row_weights_;  // [blocks, C, 8], [M, columns], [rows, M filled up]
 };
 
