@@ -18,7 +18,7 @@ from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import print_report
 from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
-from kvcapsule.errors import ConfigError, DataError, GeometryError
+from kvcapsule.errors import ConfigError, GeometryError
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 
@@ -73,11 +73,7 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
         )
     rows = source.load(recipe.data)
     session.tell(console, rows.info.description)
-    if len(rows) <= recipe.held_out:
-        raise DataError(
-            f"{len(rows)} questions cannot spare {recipe.held_out} to measure on: lower --held_out or give more data."
-        )
-    trained = len(rows) - recipe.held_out
+    trained = recipe.trained_of(len(rows))
     held_out = rows.select(range(trained, len(rows)))
     # Whole batches are cached on disk: those of later epochs are then the same ones.
     fixed = recipe.harvests is not None

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from kvcapsule.codec.blocks import require_whole_blocks
 from kvcapsule.data.source_config import SourceConfig
-from kvcapsule.errors import ConfigError
+from kvcapsule.errors import ConfigError, DataError
 
 REFERENCE_BITS = 16
 """Bits of an element of the cache that compression is counted against, whatever precision the model runs in."""
@@ -93,8 +93,9 @@ class Recipe:
     """Where questions and answers come from."""
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     """Devices and processes."""
-    held_out: int = 64
-    """Questions on which reconstruction is measured: the last ones of the source, which are never trained on."""
+    held_out: int | None = None
+    """Questions on which reconstruction is measured: the last ones of the source, which are never trained on. Default:
+    64, or a fifth of fewer than 320."""
     batch: int = 16
     """Questions in one training batch."""
     words_before: int = 0
@@ -126,7 +127,7 @@ class Recipe:
         for name, count in (
             ("batch", self.batch),
             ("moment_batches", self.moment_batches),
-            ("held_out", self.held_out),
+            ("held_out", 1 if self.held_out is None else self.held_out),
             ("trainer.devices", self.trainer.devices),
             ("trainer.num_nodes", self.trainer.num_nodes),
         ):
@@ -139,6 +140,22 @@ class Recipe:
         _ = self.folder
         if self.words_before < 0:
             raise ConfigError(f"--words_before {self.words_before}: it is a number of words, 0 or more.")
+
+    def trained_of(self, questions: int) -> int:
+        """How many of the source's questions are trained on: the first ones, the others are held out.
+
+        Raises:
+            DataError: if none is left to train on.
+        """
+        held_out = max(1, min(64, questions // 5)) if self.held_out is None else self.held_out
+        if questions <= held_out:
+            counted = "1 question" if questions == 1 else f"{questions} questions"
+            lower = f"lower --held_out to at most {questions - 1} or " if questions > 1 else ""
+            raise DataError(
+                f"{counted} cannot spare {held_out} to measure on, and training needs one more at least: {lower}give"
+                " more data."
+            )
+        return questions - held_out
 
     @property
     def retention(self) -> float:

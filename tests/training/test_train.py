@@ -246,7 +246,7 @@ def test_training_moves_what_it_weighs_down(vlm: str, tmp_path: Path, kl_weight:
         (["--codec.tile", "300"], "nothing fills a tile"),
         (["--model", "no/such-model"], "cannot load the model"),
         (["--data.split", "dev"], "train, validation, test"),
-        (["--held_out", "40"], "cannot spare"),
+        (["--held_out", "40"], "40 questions cannot spare 40 to measure on"),
         (["--resume", "true"], "nothing to resume"),
         (["--optim.mask_init", "clever"], "neither greedy, even nor random"),
     ],

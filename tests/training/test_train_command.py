@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvcapsule.cli.session import begin
-from kvcapsule.errors import ConfigError
+from kvcapsule.errors import ConfigError, DataError
 from kvcapsule.training.main import main
 from kvcapsule.training.options import parse, shipped_recipes
 
@@ -31,7 +31,7 @@ def test_options_may_be_spelled_either_way(words: list[str]) -> None:
     [
         (["--threads", "abc"], "--threads abc: a whole number or null is expected."),
         (["--batch=1.5"], "--batch 1.5: a whole number is expected."),
-        (["--held_out", "many"], "--held-out many: a whole number is expected."),
+        (["--held_out", "many"], "--held-out many: a whole number or null is expected."),
         (["--compression", "much"], "--compression much: a number is expected."),
         (["--force", "maybe"], "--force maybe: true or false is expected."),
         (["--data.source"], "--data.source needs a value."),
@@ -51,6 +51,22 @@ def test_errors_are_one_line_that_names_the_option(
 ) -> None:
     assert main(words) == 2
     assert capsys.readouterr().err == f"kvcapsule train: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("questions", "trained"), [(2, 1), (4, 3), (5, 4), (72, 58), (319, 256), (320, 256), (2048, 1984)]
+)
+def test_few_questions_are_shared_out_without_an_option(questions: int, trained: int) -> None:
+    assert read().trained_of(questions) == trained
+
+
+@pytest.mark.parametrize(
+    ("words", "questions", "says"),
+    [([], 1, "1 question cannot spare 1 .* give more data"), (["--held-out", "9"], 9, "lower --held_out to at most 8")],
+)
+def test_too_few_questions(words: list[str], questions: int, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        read(*words).trained_of(questions)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000])
