@@ -52,7 +52,7 @@ def _put_short(name: str, page: Path, result: Mapping[str, Any], file: str) -> N
         " bytes there). Times: full cache = 1.",
     )
     command = markdown.command_block(page, result["command"], file)
-    markdown.put(page, name, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
+    markdown.write_between_markers(page, name, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
 
 
 def _suite(name: str, picture: bool = True) -> Callable[[Path, Mapping[str, Any], str], None]:

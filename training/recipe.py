@@ -19,11 +19,11 @@ class TileOptions:
 
     tile: int = 0
     """Visual tokens of a tile, which one map covers. 0: the whole image, as in the KVCapsule paper; the capsule then
-    fits one image size. With --codec.align: the largest tile that such an image holds wherever it begins."""
+    fits one image size. With --codec.align: the largest tile that an image of that size holds wherever it begins."""
     align: int = 1
-    """Tiles begin at positions of the sequence that are multiples of this, and --codec.tile must be one of them: the
-    block size of an engine whose paged cache gives back the blocks that lie wholly within an image (32 or 16 in most).
-    Training then cuts each question's image at a random phase. 1: tiles begin at an image's first token."""
+    """Tiles begin at positions of the sequence that are multiples of this, and --codec.tile must be a multiple of it:
+    the block size of an engine whose paged cache gives back the blocks that lie wholly within an image (32 or 16 in
+    most). Training then cuts each question's image at a random phase. 1: tiles begin at an image's first token."""
     canonical_frame: bool = True
     """Store keys as if their tile began at position 0."""
 
@@ -35,7 +35,7 @@ class TileOptions:
 
 @dataclass(frozen=True)
 class PyramidOptions(TileOptions):
-    """Shape of the codecs."""
+    """Shape of the codecs, with a budget that falls over the layers."""
 
     pyramid: float = 0.0
     """Slope of the budget over the layers. 0.5: the first layer keeps 1.5 times the mean and the last 0.5 times, linear

@@ -49,7 +49,7 @@ def refresh(path: Path, result: Mapping[str, Any], levels: Sequence[str], json: 
             parts.append(markdown.paragraph(f"Left out: {'; '.join(left)}."))
         if level == "serving" and plot is not None:
             parts.append(f"![sequences that fit and tokens a second]({markdown.link(path, plot)})")
-        markdown.put(path, table_name(result["device"], level), "\n\n".join(parts))
+        markdown.write_between_markers(path, table_name(result["device"], level), "\n\n".join(parts))
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -76,7 +76,7 @@ IN_PLACE: dict[str, Attend] = {
     "in-place-sdpa": sdpa,
     "in-place-sdpa-by-group": sdpa_by_group,
 }
-AMPLIFIED: dict[str, Attend] = {
+WITH_COPIES: dict[str, Attend] = {
     "dynamic-cat": dynamic,
     "dynamic-cat-repeat": dynamic_repeated,
     "static-repeat": static_repeated,

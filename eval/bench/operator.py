@@ -82,7 +82,7 @@ def measure(
         return [], [_skipped(cell.shape.name, cell.batch, cell.visual, None, _too_large(needed, limits.memory))]
     layer = layer_data.draw(cell)
     untimed = []
-    for name in (*full_attention.IN_PLACE, *full_attention.AMPLIFIED):
+    for name in (*full_attention.IN_PLACE, *full_attention.WITH_COPIES):
         extra = full_attention.extra_bytes(name, cell.full_bytes, cell.shape.group)
         if needed + extra > limits.memory:
             skipped.append(
@@ -139,7 +139,7 @@ def rows(cell: Cell, untimed: Sequence[Untimed], times: dict[str, Times], read_g
 
 
 def _of_full(name: str, cell: Cell, layer: layer_data.Layer) -> Untimed:
-    attention, scale = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name], cell.shape.head_dim**-0.5
+    attention, scale = {**full_attention.IN_PLACE, **full_attention.WITH_COPIES}[name], cell.shape.head_dim**-0.5
     cache = full_attention.FullCache(layer.keys, layer.values)
     truth = correctness.over_rows(layer.query, *cache, scale)
     others = [
@@ -177,7 +177,7 @@ def _needed(cell: Cell, names: Sequence[str]) -> int:
     shares = [SHARES.get(name, 1.0) for name in names]
     # The copies that the contenders take in turn: the more of them, the larger the last-level cache.
     sizes = [int(share * cell.full_bytes) for share in shares]
-    sizes += [cell.full_bytes] * len((*full_attention.IN_PLACE, *full_attention.AMPLIFIED))
+    sizes += [cell.full_bytes] * len((*full_attention.IN_PLACE, *full_attention.WITH_COPIES))
     again = sum((copies(size, cell.device) - 1) * size for size in sizes)
     # A few copies of the sequences that are encoded, in fp32; a compact capsule holds what its bank gives every token.
     encoded = min(cell.batch, layer_data.DIFFERENT)

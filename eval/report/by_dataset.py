@@ -78,7 +78,9 @@ def refresh(path: Path, name: str, result: Mapping[str, Any], json: str) -> None
         f"Mean accuracy over the tasks of each data set, {result['rows'][0]['n']} questions in all; in brackets the"
         " points lost against the full cache."
     )
-    markdown.put(path, name, "\n\n".join([table(result), note, markdown.command_block(path, result["command"], json)]))
+    markdown.write_between_markers(
+        path, name, "\n\n".join([table(result), note, markdown.command_block(path, result["command"], json)])
+    )
 
 
 def _cell(accuracy: float, full: float | None) -> str:

@@ -38,4 +38,6 @@ def refresh(page: Path, name: str, result: Mapping[str, Any], file: str) -> None
         InputError: if the page has no such markers.
     """
     block = [table(result), markdown.paragraph(markdown.facts(result))]
-    markdown.put(page, name, "\n\n".join([*block, markdown.command_block(page, result["command"], file)]))
+    markdown.write_between_markers(
+        page, name, "\n\n".join([*block, markdown.command_block(page, result["command"], file)])
+    )

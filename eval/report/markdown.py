@@ -54,10 +54,10 @@ def refresh(path: Path, name: str, result: Mapping[str, Any], json: str | None =
         InputError: if the file has no such markers.
         OSError: if it cannot be written.
     """
-    put(path, name, _block(path, result, json, plot))
+    write_between_markers(path, name, _block(path, result, json, plot))
 
 
-def put(path: Path, name: str, block: str) -> None:
+def write_between_markers(path: Path, name: str, block: str) -> None:
     """Write Markdown between the markers of this name; a file that is not there is made.
 
     Raises:
@@ -121,7 +121,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A run with times as a table of few columns, for a reader who sees only this one."""
+    """A run with times as a table of few columns, the README's."""
     tasks = list(rows[0]["accuracy"])
     head = ["method", "visual KV bytes per question", "compression vs 16 bit", "compression as run", *tasks]
     head += ["same answers", *_kl_heads(rows), "prefill time vs full", "tokens/s vs full"]

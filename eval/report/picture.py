@@ -40,7 +40,7 @@ _OTHERS = ((".", "#00a000"), ("|", "#a0522d"), ("_", "#1e90ff"), ("o", "#c71585"
 
 
 def other_looks() -> Iterator[tuple[str, str]]:
-    """Marker and colour of methods that are in no table, in turn; after the last ones, colours come with the next
+    """Endless pairs of marker and colour for methods that are not in LOOKS; after one round, each colour gets the next
     marker."""
     while True:
         for shift in range(len(_OTHERS)):

@@ -19,8 +19,8 @@ from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Meth
 from ..vlm.geometry import KVGeometry
 from . import hub
 from .base_model import difference, unknown
-from .computed import Computed
 from .config import CapsuleConfig
+from .derived_values import DerivedValues
 from .read import CONFIG_FILE, WEIGHTS_FILE, config_in, header_in, require_tensors
 from .runs import LayerGroupPass, canonical_tiles, require_copies
 from .training_rows import TrainingRows
@@ -37,7 +37,7 @@ class Capsule(nn.Module, Method):
         self.independent_layers = not config.codec.layer_group
         first = range(0, config.geometry.layers, max(1, config.codec.layer_group))
         self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
-        self.computed = Computed()
+        self.computed = DerivedValues()
         """What was computed from the tensors: the digest, and the codecs' maps (kvcapsule.capsule.span_form)."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

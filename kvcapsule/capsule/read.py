@@ -26,7 +26,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, RECIPE_FILE, METRICS_FILE)
 REPORT_FILE = "report.html"
 """The page that `kvcapsule report` writes, for people; nothing reads it."""
 OPTIONAL_FILES = (ROWS_FILE,)
-"""Files that a capsule directory may have beside them; it has no others."""
+"""Optional files, which are downloaded with the others; `REPORT_FILE` may lie beside them."""
 NEEDED_TO_LOAD = (CONFIG_FILE, WEIGHTS_FILE)
 WEIGHTS_METADATA = {"format": "kvcapsule", "format_version": str(FORMAT_VERSION)}
 """Metadata of model.safetensors."""

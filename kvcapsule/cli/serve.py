@@ -89,9 +89,9 @@ def command_line(options: Options, rest: Sequence[str]) -> list[str]:
     from kvcapsule.checkpoints import shipped
 
     from ..serving.settings import CONNECTOR, SCHEDULER
-    from ..serving.version import require_supported
+    from ..serving.version import require_supported_vllm
 
-    require_supported()
+    require_supported_vllm()
     from ..serving.budget import divide, summary
 
     sizes, form, layers = _sizes(options)

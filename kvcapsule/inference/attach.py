@@ -14,7 +14,7 @@ from ..vlm.geometry import KVGeometry
 from .attached import Attached, attached_as, attached_here
 from .attachment import attachment
 from .stored_prompt import StoredPrompts
-from .transformers_api import require_supported
+from .transformers_api import require_supported_transformers
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -53,7 +53,7 @@ def attach(
         ConfigError: for an attention that cannot run prefill, for adapters that put tokens of their own before the
         prompt, and for a store with a method that is no capsule.
     """
-    require_supported()
+    require_supported_transformers()
     inner = _unwrapped(model)
     if attached_here(inner) is not None:
         raise RuntimeError("this model is attached already: leave the other `with attach(...)` block first.")

@@ -22,7 +22,7 @@ _OLD_ARGUMENT = "past_key_values"
 _TAKES_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 CACHE_NAMES = ("cache", _OLD_ARGUMENT)
-"""The names that it has in any version."""
+"""Names of the cache argument in any version."""
 CACHE_ARGUMENT = "cache" if _TAKES_CACHE else _OLD_ARGUMENT
 """The name under which forward and generate take a cache and return one."""
 
@@ -30,7 +30,7 @@ ENCODES_IMAGES = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
 """Whether generate encodes the images first and hands their features to the prefill (`mm_encoder_outputs`)."""
 
 
-def require_supported() -> None:
+def require_supported_transformers() -> None:
     """Refuse a transformers whose cache and attention interfaces were not tested.
 
     Raises:
@@ -64,8 +64,8 @@ def set_cache(arguments: dict[str, Any], cache: Any) -> None:
 
 def prompt_positions(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """The positions that generate would give to the tokens of prompts [B, N], [..., B, N]; without a mask among the
-    inputs there is no padding. The model remembers by how far those of the answer lie behind the count of tokens. None:
-    it takes none."""
+    inputs there is no padding. Models with M-RoPE store their rope deltas on the way. None: the model's
+    forward takes no position_ids."""
     if "position_ids" not in signature(model.forward).parameters:
         return None
     named = {"attention_mask": torch.ones_like(input_ids), **inputs, "input_ids": input_ids}

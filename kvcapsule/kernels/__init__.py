@@ -4,7 +4,7 @@ What runs is chosen once for each kind of device: Triton's kernels on CUDA where
 (`pip install kvcapsule[triton]`), those in C++ on the CPU where there is a compiler (`kvcapsule[cpu]` brings one), the
 reference everywhere else. The environment variable KVCAPSULE_KERNELS=reference, =cpu or =triton, read at the first
 call, overrides the choice; on the CPU `triton` needs TRITON_INTERPRET=1 besides, and is for tests. What kernels do not
-cover, they leave to the reference, by its form alone: nothing falls back because something failed.
+cover, they leave to the reference, decided by a segment's form alone: nothing falls back because something failed.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ SCOPES = ("all", "text")
 
 
 class PostVision(NamedTuple):
-    """Attention of the tokens that rank."""
+    """Attention of the ranking queries."""
 
     received: torch.Tensor
     """[B, H, G, N]: what each token gets from each query head, summed over the queries of P."""
@@ -84,8 +84,8 @@ class VLCache(SharedBudget[RankedTokens], Policy):
     Chosen here: all heads of a layer keep the same tokens, as nothing in the paper's formulas but the sparsity has a
     head's index; a layer's last tokens are a tenth of its own budget; what a layer cannot take beyond all its tokens is
     not spent, as the paper does not renormalise. Rows of a batch have budgets of their own; fractions of a token are
-    added up over the layers (layer_counts), so that little budgets are met, too. In a later turn all of it is of the
-    turn's own tokens. Keys and values of all layers are held until the last has run; with scope "text" only those of
+    added up over the layers (layer_counts), so that small budgets are met. In a later turn the budget counts the turn's
+    own tokens. Keys and values of all layers are held until the last has run; with scope "text" only those of
     the text.
     """
 
@@ -93,8 +93,8 @@ class VLCache(SharedBudget[RankedTokens], Policy):
     budget_field = "budget"
 
     budget: float
-    """alpha: kept tokens / prompt tokens, the mean over the layers; the paper's headline is 0.1. Layers that the clip
-    holds back make it less; at 1 all is kept."""
+    """alpha: kept tokens / prompt tokens, the mean over the layers; the paper's headline is 0.1. Where the clip
+    bounds a layer, the mean is lower; at 1 all is kept."""
     threshold: float = THRESHOLD
     """p: attention below this share of a query's greatest counts as zero where sparsity is measured; scores sum all of
     it."""
@@ -103,7 +103,7 @@ class VLCache(SharedBudget[RankedTokens], Policy):
     least: float = 0.01
     """Least share of its tokens that a layer keeps."""
     window: int = WINDOW
-    """Last tokens that rank in rows that have no image or no text behind it."""
+    """Ranking queries, the last ones, in rows that have no image or no text behind it."""
     scope: str = "all"
     """"all": text and visual tokens compete. "text": the same scores and sparsities prune the text, budgets are shares
     of its tokens and no visual token is stored: for Combined, beside a capsule."""
@@ -190,7 +190,7 @@ class SparsityMeter(Method):
             model.generate(**batch, max_new_tokens=1)
         meter.sparsity    # by layer: [B]
 
-    Threshold as VLCache has it; the tokens that rank are those of its defaults.
+    Threshold as VLCache has it; the ranking queries are those of its defaults.
     """
 
     def __init__(self, threshold: float = THRESHOLD) -> None:

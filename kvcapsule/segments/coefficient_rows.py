@@ -43,8 +43,6 @@ class CellLayout:
     def __init__(self, widths: torch.Tensor) -> None:
         self.shape = widths.shape
         flat = widths.flatten()
-        self.none = flat.nonzero()[:0, 0]
-        """[0], indices of no cells."""
         if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
             raise ConfigError(
                 f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits."

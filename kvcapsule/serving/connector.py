@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from ..capsule.capsule import Capsule
 from ..capsule.span_header import dtype_name
 from ..errors import ConfigError
-from ..inference.transformers_api import require_supported as require_transformers
+from ..inference.transformers_api import require_supported_transformers
 from ..vlm.geometry import KVGeometry, full_attention_layers
 from .budget import Form, Sizes, of_engine, summary
 from .known_images import KnownImages
@@ -26,7 +26,7 @@ from .scheduler_half import SchedulerHalf, Step, images_of
 from .settings import Settings, refuse_unsupported
 from .store_settings import open_store, require_cuts, store_facts
 from .store_writer import StoreWriter
-from .version import require_supported
+from .version import require_supported_vllm
 from .worker_half import WorkerHalf
 
 logger = init_logger(f"vllm.{__name__}")
@@ -44,8 +44,8 @@ class CapsuleConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        require_supported()
-        require_transformers()
+        require_supported_vllm()
+        require_supported_transformers()
         refuse_unsupported(vllm_config)
         groups = kv_cache_config.kv_cache_groups
         config = vllm_config.model_config.hf_config

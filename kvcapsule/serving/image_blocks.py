@@ -17,8 +17,8 @@ class TileBlocks(NamedTuple):
     """Position behind the image's last token, tiles or not."""
 
     @property
-    def last_block(self) -> int:
-        """Behind the last."""
+    def end_block(self) -> int:
+        """Index just past the last block."""
         return self.first_block + self.blocks
 
 

@@ -68,23 +68,23 @@ class CapsuleManager(FullAttentionManager):
     def _spared(self, request_id: str, first: int, loads: bool) -> set[int]:
         """The blocks, from the first on, that lie in tiles which the request gets from the store."""
         runs = self.capsules.loading(request_id) if self.capsules is not None and loads else ()
-        return {block for run in runs for block in range(run.first_block, run.last_block) if block >= first}
+        return {block for run in runs for block in range(run.first_block, run.end_block) if block >= first}
 
     def _give_back(self, request_id: str, run: TileBlocks) -> None:
         """Free an image's blocks. Those at its end may be null already, while others came from the prefix cache."""
         blocks = self.req_to_blocks.get(request_id)
         if blocks is None or len(blocks) <= run.first_block or blocks[run.first_block] is self._null_block:
             return
-        at = [i for i in range(run.first_block, min(run.last_block, len(blocks))) if blocks[i] is not self._null_block]
+        at = [i for i in range(run.first_block, min(run.end_block, len(blocks))) if blocks[i] is not self._null_block]
         freed = [blocks[i] for i in reversed(at)]
         for i in at:
             blocks[i] = self._null_block
         self.block_pool.free_blocks(freed)
 
     def new_step_starts(self) -> None:
-        """Free them before any request is scheduled: one that comes earlier may need them, and would otherwise preempt
-        the request whose blocks they are. No step is in flight here, as steps are not scheduled ahead
-        (settings.refuse_unsupported)."""
+        """Free the blocks of compressed images before any request is scheduled: one that comes earlier may need blocks,
+        and would otherwise preempt the request that these belong to. No step is in flight here, as steps are not
+        scheduled ahead (settings.refuse_unsupported)."""
         super().new_step_starts()
         if self.capsules is None:
             return

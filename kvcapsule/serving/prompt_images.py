@@ -33,7 +33,7 @@ class PromptImage(NamedTuple):
         """Positions of its tokens that are in no tile."""
         if self.run is None:
             return list(range(self.start, self.end))
-        first, last = self.run.first_block * block, self.run.last_block * block
+        first, last = self.run.first_block * block, self.run.end_block * block
         return [*range(self.start, first), *range(last, self.end)]
 
 

@@ -18,7 +18,7 @@ def installed() -> str | None:
     return None
 
 
-def require_supported() -> None:
+def require_supported_vllm() -> None:
     """Raises ModelError, with what to install, unless the installed vLLM is the one that is supported."""
     present = installed()
     if present is None or not present.startswith(VLLM + "."):

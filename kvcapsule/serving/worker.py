@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .backend import CapsuleBackend
 from .connector import CapsuleConnector
 from .settings import CONNECTOR, is_chosen, refuse_unsupported
-from .version import require_supported
+from .version import require_supported_vllm
 
 
 class CapsuleWorker(CPUWorker):
@@ -21,7 +21,7 @@ class CapsuleWorker(CPUWorker):
                 f"CapsuleWorker serves with the connector {CONNECTOR} alone: name it in --kv-transfer-config."
             )
         # The connector is made once the model is loaded and compiled: too late to say what does not work.
-        require_supported()
+        require_supported_vllm()
         refuse_unsupported(vllm_config)
         CapsuleBackend.chosen = True
         super().__init__(vllm_config, *args, **kwargs)

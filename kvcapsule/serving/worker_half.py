@@ -32,7 +32,7 @@ class Held(NamedTuple):
 
     def blocks_left(self, count: int) -> list[int]:
         """Of the first `count` blocks of the request those that no slot stands for."""
-        gone = {block for run in self.runs for block in range(run.first_block, run.last_block)}
+        gone = {block for run in self.runs for block in range(run.first_block, run.end_block)}
         return [block for block in range(count) if block not in gone]
 
 
@@ -132,7 +132,7 @@ class WorkerHalf:
             self.tally.add("store_written_bytes", len(data))
 
     def _compress(self, jobs: list[Compress]) -> None:
-        blocks = torch.stack([self._blocks(job.request)[job.run.first_block : job.run.last_block] for job in jobs])
+        blocks = torch.stack([self._blocks(job.request)[job.run.first_block : job.run.end_block] for job in jobs])
         rotation = None
         if self.rotary is not None:
             at = [self._positions(job.request, job.run) for job in jobs]
@@ -151,7 +151,7 @@ class WorkerHalf:
     def _positions(self, request: str, run: TileBlocks) -> torch.Tensor:
         """[N] or [3, N]: the positions of an image's tiles as the model counts them."""
         assert self.rotary is not None
-        first, last = run.first_block * self.block, run.last_block * self.block
+        first, last = run.first_block * self.block, run.end_block * self.block
         if self.rotary.axes == 1:
             return torch.arange(first, last)
         positions: torch.Tensor = self.runner.requests[request].mrope_positions[:, first:last]

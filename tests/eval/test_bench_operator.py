@@ -93,7 +93,7 @@ def test_full_attention_touches_the_cache_once_and_copies_of_it_more() -> None:
     layer = layer_data.draw(of)
     cache, ways = (
         full_attention.FullCache(layer.keys, layer.values),
-        {**full_attention.IN_PLACE, **full_attention.AMPLIFIED},
+        {**full_attention.IN_PLACE, **full_attention.WITH_COPIES},
     )
     traffic = {}
     for name, way in ways.items():
@@ -131,11 +131,11 @@ def loops(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: 
     return out
 
 
-@pytest.mark.parametrize("name", {**full_attention.IN_PLACE, **full_attention.AMPLIFIED})
+@pytest.mark.parametrize("name", {**full_attention.IN_PLACE, **full_attention.WITH_COPIES})
 def test_ways_of_full_attention_are_attention(name: str) -> None:
     of = cell(visual=9)
     layer = layer_data.draw(of)
-    out = {**full_attention.IN_PLACE, **full_attention.AMPLIFIED}[name](
+    out = {**full_attention.IN_PLACE, **full_attention.WITH_COPIES}[name](
         layer.query, full_attention.FullCache(layer.keys, layer.values), 0.25
     )
     torch.testing.assert_close(out.double(), loops(layer.query, layer.keys, layer.values, 0.25), rtol=1e-5, atol=1e-5)
@@ -158,7 +158,7 @@ def test_a_cell() -> None:
     rows, skipped = operator.measure(cell(), list(METHODS), LIMITS, 10.0)
     assert not skipped
     by_name = {row["method"]: row for row in rows}
-    assert list(by_name) == [*full_attention.IN_PLACE, *full_attention.AMPLIFIED, *METHODS]
+    assert list(by_name) == [*full_attention.IN_PLACE, *full_attention.WITH_COPIES, *METHODS]
     (baseline,) = {row["baseline"] for row in rows}
     assert baseline in full_attention.IN_PLACE and by_name[baseline]["ratio"] == 1.0
     assert by_name[baseline]["seconds"] == min(by_name[name]["seconds"] for name in full_attention.IN_PLACE)

@@ -132,7 +132,7 @@ def at_the_start_of_work() -> Iterator[None]:
             stack.enter_context(patch(f"kvcapsule.{module}.load_vlm", load_once))
         stack.enter_context(patch.object(pages, "pages", few_pages))
         # Served without vLLM, up to the command line for it.
-        stack.enter_context(patch("kvcapsule.serving.version.require_supported"))
+        stack.enter_context(patch("kvcapsule.serving.version.require_supported_vllm"))
         stack.enter_context(patch("torch.set_num_threads"))
         yield
 

@@ -22,7 +22,7 @@ from kvcapsule.inference.transformers_api import (
     output_cache,
     passed_cache,
     replace_output_cache,
-    require_supported,
+    require_supported_transformers,
     rotation_per_token,
     set_cache,
 )
@@ -39,7 +39,7 @@ class TestVersions:
     )
     def test_supported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transformers, "__version__", version)
-        require_supported()
+        require_supported_transformers()
 
     @pytest.mark.parametrize("version", ["4.57.1", "5.15.3", "5.25.0", "5.40.0", "6.0.0"])
     def test_refused_by_attach(self, version: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_another_version_is_left_alone_and_refused(monkeypatch: pytest.MonkeyPat
     plugin.register()
     assert KVConnectorFactory._registry == {}
     with pytest.raises(ModelError, match=r"serves with vLLM 0\.32, and 0\.33\.0 is installed: run `pip install"):
-        version.require_supported()
+        version.require_supported_vllm()
 
 
 def test_the_connector_is_known_by_name() -> None:

@@ -11,7 +11,7 @@ def test_hand_worked() -> None:
     # Tiles of two blocks: two of them.
     assert tile_blocks([(1, 196)], block=32, tile=64) == [TileBlocks(1, 4, 2, 197)]
     assert tile_blocks([(32, 64)], block=32, tile=64) == [TileBlocks(1, 2, 1, 96)]
-    assert TileBlocks(1, 4, 2, 197).last_block == 5
+    assert TileBlocks(1, 4, 2, 197).end_block == 5
 
 
 @pytest.mark.parametrize(("start", "length"), [(1, 62), (31, 32), (0, 31), (5, 0)])
@@ -36,4 +36,4 @@ def test_runs_lie_within_and_nothing_more_would(block: int, tiles: int) -> None:
                 continue
             (run,) = runs
             assert run.blocks == run.tiles * tiles and run.end == start + length
-            assert list(range(run.first_block, run.last_block)) == within[: len(within) // tiles * tiles]
+            assert list(range(run.first_block, run.end_block)) == within[: len(within) // tiles * tiles]

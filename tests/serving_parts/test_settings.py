@@ -93,7 +93,7 @@ def test_chosen_by_the_connectors_name() -> None:
 def test_another_vllm_is_refused_and_left_alone(found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version, "installed", lambda: found)
     with pytest.raises(ModelError, match=r"serves with vLLM 0\.32, and .* is installed: run `pip install") as caught:
-        version.require_supported()
+        version.require_supported_vllm()
     assert "\n" not in str(caught.value) and (found or "none") in str(caught.value)
     # Where vLLM is not installed, an import of it would fail here.
     plugin.register()
@@ -101,4 +101,4 @@ def test_another_vllm_is_refused_and_left_alone(found: str | None, monkeypatch: 
 
 def test_a_patch_of_the_supported_version_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version, "installed", lambda: "0.32.4+cpu")
-    version.require_supported()
+    version.require_supported_vllm()

@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from kvcapsule.eval.report.markdown import put
+from kvcapsule.eval.report.markdown import write_between_markers
 
 NAME = "transformers-range"
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", help="JUnit files of pytest, one a version")
     arguments = parser.parse_args(argv)
     outcomes = [read(path) for path in arguments.files]
-    put(arguments.page, NAME, table(outcomes))
+    write_between_markers(arguments.page, NAME, table(outcomes))
     return int(any(outcome.failed for outcome in outcomes))
 
 

@@ -16,7 +16,7 @@ from kvcapsule.training.testbeds.smol_vlm.assemble import EFFICIENTNET_LITE0, jo
 from kvcapsule.training.testbeds.smol_vlm.language import IMAGE_TOKEN, SmolError, template_with_parts
 from kvcapsule.training.testbeds.smol_vlm.run import SmolVlmConfig, train
 from kvcapsule.training.testbeds.smol_vlm.tower import IMAGE_MEAN, IMAGE_STD, build_tower
-from kvcapsule.training.testbeds.smol_vlm.turns import IGNORE, TASKS, NameCollator, TurnCollator, all_names
+from kvcapsule.training.testbeds.smol_vlm.turns import IGNORE, TASKS, NameCollator, TurnCollator, token_classes
 from kvcapsule.training.testbeds.smol_vlm.weights import CONNECTOR, LORA, add_lora, put_on, save_trained
 from kvcapsule.vlm.loading import load_vlm
 
@@ -113,7 +113,7 @@ def test_a_visual_token_is_called_what_covers_its_middle(halves) -> None:
     _, processor = halves
     _, of = Draw()(2)
     (found,) = NameCollator(processor, Draw(), 14)([2]).names
-    names = all_names()
+    names = token_classes()
     assert len(set(names)) > 250 and names[0] == "background"
     pitch = of.image.width / 14
     for cell, place in enumerate(found):

@@ -31,7 +31,7 @@ def refresh(page: Path, result: Mapping[str, Any], file: str) -> None:
         *([result["note"]] if "note" in result else []),
     )
     command = markdown.command_block(page, result["command"], file)
-    markdown.put(page, NAME, "\n\n".join(["\n".join(lines), note, command]))
+    markdown.write_between_markers(page, NAME, "\n\n".join(["\n".join(lines), note, command]))
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from kvcapsule.errors import ConfigError
 from ..stage import NumberedSamples, Stage, fit
 from .assemble import pretrained_halves
 from .stages import NameStage, ReadStage
-from .turns import Mixture, NameCollator, TurnCollator, all_names
+from .turns import Mixture, NameCollator, TurnCollator, token_classes
 from .weights import add_lora, save_trained
 
 
@@ -93,7 +93,7 @@ def train(config: SmolVlmConfig, vlm: LlavaForConditionalGeneration, processor: 
 
     first = 0
     if config.name_steps:
-        stage: Stage = NameStage(vlm, tokenizer, all_names(), config.name_steps, config.name_lr)
+        stage: Stage = NameStage(vlm, tokenizer, token_classes(), config.name_steps, config.name_lr)
         _fit(stage, numbered(names, config.name_batch, config.name_batch), work / "names", config)
         first += config.name_steps * config.name_batch
     if config.connector_steps:

@@ -63,8 +63,8 @@ class Mixture:
         return "words", words.sign("train", index)
 
 
-def all_names() -> tuple[str, ...]:
-    """All names of visual tokens; the first one is for the background."""
+def token_classes() -> tuple[str, ...]:
+    """Class labels of visual tokens; the first one is for the background."""
     shapes = [f"{colour} {shape}" for colour in easy_vqa.COLOURS for shape in easy_vqa.SHAPES]
     return ("background", *emoji.NAMES.values(), *shapes, *words.WORDS)
 
@@ -74,7 +74,7 @@ class NameCollator:
 
     def __init__(self, processor: LlavaProcessor, draw: Mixture, grid: int) -> None:
         self.processor, self.draw, self.grid = processor, draw, grid
-        self.name_index = {name: i for i, name in reversed(list(enumerate(all_names())))}
+        self.name_index = {name: i for i, name in reversed(list(enumerate(token_classes())))}
 
     def __call__(self, indices: list[int]) -> NameBatch:
         drawn = [self.draw(i)[1] for i in indices]

@@ -1,4 +1,4 @@
-"""What is computed from a module's tensors once, for as long as they stay what they are."""
+"""Values derived from a module's tensors, kept until these change."""
 
 import weakref
 from collections.abc import Callable, Hashable
@@ -29,7 +29,7 @@ class _State(NamedTuple):
         )
 
 
-class Computed:
+class DerivedValues:
     """Values computed from a module's tensors, forgotten when these are replaced, moved, cast or written to.
 
     Writes that PyTorch does not count (through `.data`, or under `torch.inference_mode`) are not noticed: call `forget`
@@ -55,6 +55,6 @@ class Computed:
         """Forget all values."""
         self._known = _State([], []), {}
 
-    def __reduce__(self) -> tuple[type["Computed"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["DerivedValues"], tuple[()]]:
         # Copies of the module have tensors of their own.
-        return Computed, ()
+        return DerivedValues, ()
