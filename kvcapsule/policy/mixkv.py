@@ -25,8 +25,9 @@ from .base import HeadPruning
 from .budgets import ranks
 
 BASES = ("snapkv", "adakv")
-_EPS = 1e-8
-"""Beside what is divided by (the code's)."""
+_FLAT = 1e-6
+"""A measure whose values differ by no more than this share of the greatest tells no token from another, and counts as
+0: normalised, it would be the rounding errors alone."""
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,7 @@ def mixed_scores(attention_HT: torch.Tensor, keys_HTD: torch.Tensor, values_HTD:
 def _like(measure_HT: torch.Tensor, attention_HT: torch.Tensor) -> torch.Tensor:
     """The measure from 0 to 1, times what brings its mean to that of the attention."""
     low, high = measure_HT.amin(dim=1, keepdim=True), measure_HT.amax(dim=1, keepdim=True)
-    normal = (measure_HT - low) / (high - low + _EPS)
-    return normal * attention_HT.mean(dim=1, keepdim=True) / (normal.mean(dim=1, keepdim=True) + _EPS)
+    flat = high - low <= _FLAT * measure_HT.abs().amax(dim=1, keepdim=True)
+    # Its mean is 1 then.
+    shape = ((measure_HT - low) / (measure_HT - low).mean(dim=1, keepdim=True)).masked_fill(flat, 0.0)
+    return shape * attention_HT.mean(dim=1, keepdim=True)
