@@ -29,7 +29,7 @@ class Float8Rows:
         work = x_EHMD.float()
         scale = work.abs().amax(dim=3, keepdim=True).clamp_min(_SMALLEST) / GREATEST if scaled else None
         numbers = work if scale is None else work / scale
-        # Beyond its range PyTorch's conversion gives NaN.
+        # Beyond the range, PyTorch's conversion saturates in newer versions only; older ones give NaN.
         return cls(numbers.clamp(-GREATEST, GREATEST).to(torch.float8_e4m3fn), scale)
 
     @property
