@@ -71,7 +71,7 @@ def _turboquant(bits: int) -> Callable[[Cell], float]:
     def count(cell: Cell) -> float:
         heads, dim = cell.shape.kv_heads, cell.shape.head_dim
         rows = cell.visual * 2 * heads * (bits * -(-dim // GROUP) + 2)
-        return cell.batch * (rows + _OWNER) + 4 * (dim * dim + 2**bits)
+        return cell.batch * (rows + _OWNER) + 4 * (dim * dim + (1 << bits))
 
     return count
 
