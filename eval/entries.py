@@ -28,6 +28,7 @@ RIVALS = Selection(
 _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"int{bits}": ("quantized", {"bits": bits}) for bits in (8, 4, 3, 2)},
     **{f"kivi{bits}": ("kivi", {"bits": bits}) for bits in (4, 2)},
+    **{f"turboquant{bits}": ("turboquant", {"bits": bits}) for bits in (4, 3, 2)},
     **{
         name: (name, {})
         for name, policy in POLICIES.items()

@@ -35,8 +35,8 @@ class EvalConfig:
     setting is retention, of all tokens for one whose setting is budget."""
     methods: list[str] = field(default_factory=list)
     """Rows to compare with the full cache, such as snapkv,int3; repeat it or use commas. Names are the policies of
-    `kvcapsule methods`, int8 to int2, kivi4, kivi2, the capsules' rows and the suite's entries. Default: the capsules,
-    two pruning policies and int4, or all entries of the suite."""
+    `kvcapsule methods`, int8 to int2, kivi4, kivi2, turboquant4 to turboquant2, the capsules' rows and the suite's
+    entries. Default: the capsules, two pruning policies and int4, or all entries of the suite."""
     suite: str | None = None
     """A suite of methods and options, in place of --capsule and --budget: a shipped name or a YAML file. Options on the
     command line override those of the suite."""

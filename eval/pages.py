@@ -90,6 +90,8 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "smol-vlm-later.json": ("docs/results-tables.md", _suite("smol-vlm-later", picture=False)),
     "smol-transfer.json": ("docs/results-tables.md", _data_sets),
     "policies.json": ("docs/policies-tables.md", _suite("policies")),
+    "policies-2026.json": ("docs/policies-tables.md", _suite("policies-2026", picture=False)),
+    "policies-later.json": ("docs/policies-tables.md", _suite("policies-later", picture=False)),
     "bench-cpu.json": ("docs/bench-tables.md", _bench),
     "serving-cpu.json": ("docs/serving.md", engine_page.refresh),
     "long-answer.json": ("docs/long-answer.md", _long_answer),

@@ -59,6 +59,23 @@ def _bits(bits: int) -> Callable[[Cell], float]:
     return count
 
 
+def _fp8(cell: Cell) -> float:
+    """A byte an element."""
+    return cell.batch * (cell.visual * cell.shape.token_bytes(1) + _OWNER)
+
+
+def _turboquant(bits: int) -> Callable[[Cell], float]:
+    """b bits a channel in groups of eight, and a length of two bytes for each head's key and value; a rotation [D, D]
+    and 2^b levels in single precision, of keys and values together."""
+
+    def count(cell: Cell) -> float:
+        heads, dim = cell.shape.kv_heads, cell.shape.head_dim
+        rows = cell.visual * 2 * heads * (bits * -(-dim // GROUP) + 2)
+        return cell.batch * (rows + _OWNER) + 4 * (dim * dim + (1 << bits))
+
+    return count
+
+
 def _tiles(cell: Cell) -> int:
     return cell.batch * (cell.visual // cell.tile)
 
@@ -107,7 +124,12 @@ def _transform(cell: Cell, method: Method) -> float:
     return _tiles(cell) * (codes + _OWNER + 4 * dim) + maps
 
 
-_SPANS: dict[str, Callable[[Cell], float]] = {"kept-10%": _kept, "int8": _bits(8), "int4": _bits(4), "int2": _bits(2)}
+_SPANS: dict[str, Callable[[Cell], float]] = {
+    "kept-10%": _kept,
+    "fp8": _fp8,
+    **{f"int{bits}": _bits(bits) for bits in (8, 4, 2)},
+    "turboquant4": _turboquant(4),
+}
 _TILED: dict[str, Callable[[Cell, Method], float]] = {
     "compact-10%": _compact,
     "coded-compact-10%": _coded_compact,

@@ -2,9 +2,11 @@
 
 SHARES = {
     "full-segments": 1.0,
+    "fp8": 0.55,
     "int8": 0.55,
     "int4": 0.3,
     "int2": 0.2,
+    "turboquant4": 0.3,
     "kvcapsule-r0.4": 0.45,
     "kept-10%": 0.15,
     "compact-10%": 0.15,

@@ -16,7 +16,7 @@ from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.methods.method import Compressed, Method
-from kvcapsule.policy import EvenlySpaced, Full, Quantized
+from kvcapsule.policy import EvenlySpaced, Fp8, Full, Quantized, TurboQuant
 from kvcapsule.vlm.geometry import KVGeometry
 
 from . import random_transform
@@ -92,9 +92,11 @@ def _capsule(family: str, config: CodecConfig, geometry: KVGeometry) -> Capsule:
 
 _BUILD: dict[str, Callable[[KVGeometry, int, torch.Generator], Method]] = {
     "full-segments": lambda *_: Full(),
+    "fp8": lambda *_: Fp8(),
     "int8": lambda *_: Quantized(8),
     "int4": lambda *_: Quantized(4),
     "int2": lambda *_: Quantized(2),
+    "turboquant4": lambda *_: TurboQuant(4),
     "kvcapsule-r0.4": kvcapsule,
     "kept-10%": lambda *_: WithBias(EvenlySpaced(KEPT)),
     "compact-10%": compact,

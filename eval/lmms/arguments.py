@@ -28,7 +28,7 @@ class ModelArguments:
     capsule: str | None = None
     """A capsule: a folder, a shipped name or an id on the Hub. Without a capsule and a policy: the full cache."""
     policy: str | None = None
-    """A policy of `kvcapsule methods`, or int8 to int2, kivi4, kivi2, full."""
+    """A policy of `kvcapsule methods`, or int8 to int2, kivi4, kivi2, turboquant4 to turboquant2, full."""
     budget: float | None = None
     """Share of the tokens that the policy keeps, in (0, 1]: of the visual tokens for a policy whose setting is
     retention, of all tokens for one whose setting is budget."""

@@ -22,11 +22,16 @@ from .h2o import H2O as H2O
 from .pyramidkv import PyramidKV as PyramidKV
 from .adakv import AdaKV as AdaKV
 from .look_m import LookM as LookM
+from .mixkv import MixKV as MixKV
 from .quantized import Quantized as Quantized
+from .fp8 import Fp8 as Fp8
 from .kivi import Kivi as Kivi
+from .turboquant import TurboQuant as TurboQuant
 from .r_kv import RKV as RKV
 from .vl_cache import VLCache as VLCache
 from .aircache import AirCache as AirCache
+from .tgv_kv import TgvKV as TgvKV
+from .flashcache import FlashCache as FlashCache
 from .akvq_vl import AkvqVl as AkvqVl
 from .hybridkv import HybridKV as HybridKV
 

@@ -246,7 +246,7 @@ def test_a_quick_run_is_a_default_that_options_override() -> None:
     [
         (["--level", "kernel"], "--level kernel: there is operator, encode, step"),
         (["--geometry", "llava"], "--geometry llava: there is llava-1.5-7b"),
-        (["--methods", "kept"], "--methods kept: there is full-segments, int8"),
+        (["--methods", "kept"], "--methods kept: there is full-segments, fp8"),
         (["--batch", "0"], "--batch [0]: at least one number"),
         (["--rounds", "0"], "--rounds 0: more than 0"),
         (["--device", "mps"], "--device mps: only cpu and cuda"),

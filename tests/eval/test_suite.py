@@ -30,7 +30,7 @@ def test_the_shipped_suites_are_sound() -> None:
 
 def test_rate_distortion() -> None:
     names = [spec.name for spec in load("rate-distortion").specs]
-    assert len(names) == len(set(names)) == 38
+    assert len(names) == len(set(names)) == 51
     assert {f"transform-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80")} < set(names)
     assert {f"cross-layer-{ratio}x" for ratio in ("2.4", "5", "10", "20", "40", "80", "160")} < set(names)
     assert {"kvcapsule-2.4x+int4", "compact-5x+int4", "int3", "post-vision-attention-2.4x", "evenly-spaced-10x"} < set(
@@ -85,7 +85,8 @@ def test_policies() -> None:
     for target in ("transform+text", "kvcapsule+text"):
         assert specs[target].reads == target.removesuffix("+text")
         assert [name for name, spec in specs.items() if spec.matches == target] == [
-            f"{name}@{target}" for name in RIVALS
+            *(f"{name}@{target}" for name in RIVALS),
+            f"mixkv-adakv@{target}",
         ]
 
 

@@ -48,7 +48,10 @@ TABLE = {
     "snapkv": Case({"window": 6}),
     "pyramidkv": Case({"window": 6}),
     "adakv": Case({"window": 6}),
+    "mixkv": Case({"window": 6}),
     "quantized": Case({"bits": 8}, {EXACT: "all tokens are kept, but rounded"}),
+    "fp8": Case(but={EXACT: "all tokens are kept, but rounded"}),
+    "turboquant": Case({"bits": 4}, {EXACT: "all tokens are kept, but rounded"}),
     "kivi": Case({"bits": 4}, {EXACT: "all tokens are kept, but rounded"}),
     "akvq-vl": Case(
         {"pivots": 0, "recent": 8},
