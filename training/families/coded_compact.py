@@ -28,9 +28,9 @@ from .compact import query_banks
 
 _ROWS = (4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128)
 """Numbers of rows that are tried, as far as they are below a tile."""
-_BITS = (1.25, 1.75, 2.25, 2.75, 3.25, 4.0, 5.0)
+_BITS = (1.75, 2.25, 2.75, 3.25, 4.0)
 """Mean bits of a channel that are tried, for keys and for values."""
-_FEWEST, _MOST = 1.5, 8
+_FEWEST, _MOST = 2, 6
 """Bits of a channel that rows must leave in an even share of the budget."""
 _REACH = 1.9
 """Most bytes of a layer's candidates, relative to an even share of the budget."""

@@ -38,24 +38,33 @@ class MixedRows {
     void read(int64_t entry, int64_t row, int64_t count, float* out) {
         open_entry(entry);
         const uint8_t* from = static_cast<const uint8_t*>(rows_.data) + entry * rows_.entry + first_ + row * bytes_;
-        // Blocks outside: what is the same for all rows stays in registers.
-        for (int64_t c = 0; c < width_; c += LANES) {
-            const Block& block = blocks_[c / LANES];
-            const Floats scale = load(scale_ + c), minimum = load(minimum_ + c);
-            const Ints shift = load(block.shift), codes = load(block.codes);
-            for (int64_t n = 0; n < count; ++n) {
-                const uint8_t* const place = from + n * bytes_ + block.first;
-                Bytes bytes = {};
-                if (bytes_ >= READ) memcpy(&bytes, place, READ);
-                else memcpy(&bytes, place, bytes_);
-                const Ints code = (windows(bytes, block.place) >> shift) & codes;
-                store(out + n * width_ + c, convert<Floats>(code) * scale + minimum);
-            }
-        }
+        // The next entry's are on their way meanwhile.
+        for (int64_t at = 0; at < count * bytes_; at += 64) prefetch(from + rows_.entry + at);
+        if (bytes_ >= READ) read_rows(from, bytes_, Constant<READ>(), count, out);
+        else read_rows(from, bytes_, bytes_, count, out);
     }
 
   private:
-    static constexpr int64_t READ = 16;
+    static constexpr int READ = 16;
+
+    template <class Size>
+    void read_rows(const uint8_t* from, int64_t row, const Size& size, int64_t count, float* out) const {
+        // Blocks outside: what is the same for all rows stays in registers.
+        const int64_t width = width_;
+        for (int64_t c = 0; c < width; c += LANES) {
+            const Block& block = blocks_[c / LANES];
+            const Floats scale = load(scale_ + c), minimum = load(minimum_ + c);
+            const Ints place = load(block.place), shift = load(block.shift), codes = load(block.codes);
+            const uint8_t* bytes = from + block.first;
+            float* to = out + c;
+            for (int64_t n = 0; n < count; ++n, bytes += row, to += width) {
+                Bytes sixteen = {};
+                memcpy(&sixteen, bytes, size);
+                const Ints code = (windows(sixteen, place) >> shift) & codes;
+                store(to, convert<Floats>(code) * scale + minimum);
+            }
+        }
+    }
 
     // Sixteen channels: the row's bytes from `first` on hold them; of each channel the two bytes that its code is in
     // (and two that are 0), the bits below it there, and its greatest code.
@@ -65,24 +74,39 @@ class MixedRows {
     };
 
     // The bytes that `place` names, four for each lane; 0 for 0x80.
-    static INLINE Ints windows(Bytes bytes, const int32_t* place) {
+    static INLINE Ints windows(Bytes bytes, Ints place) {
 #if AVX512
-        return each_register<Ints>([&](int) INLINE_LAMBDA {
+        return each_register<Ints>([&](int i) INLINE_LAMBDA {
             return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(reinterpret_cast<__m128i>(bytes)),
-                                       _mm512_loadu_si512(place));
+                                       reinterpret_cast<__m512i>(place.part[i]));
         });
 #elif __AVX2__
         return each_register<Ints>([&](int i) INLINE_LAMBDA {
             return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(reinterpret_cast<__m128i>(bytes)),
-                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place) + i));
+                                       reinterpret_cast<__m256i>(place.part[i]));
         });
 #else
         int32_t words[LANES];
         EACH(i, LANES) {
-            const int32_t at = place[i] & 255;
+            const int at = place[i] & 255;
             words[i] = at < 128 ? bytes[at] | bytes[(at + 1) % READ] << 8 : 0;
         }
         return load(words);
+#endif
+    }
+
+    // 2^((a - 6) / 3), for a from 0 to 15.
+    static INLINE Floats powers(Ints a) {
+#if AVX512
+        static constexpr float table[LANES] = {
+            0.25f,       0.314980263f, 0.396850264f, 0.5f, 0.629960525f, 0.793700528f, 1.0f, 1.25992107f,
+            1.58740103f, 2.0f,         2.51984215f,  3.17480206f, 4.0f,  5.03968430f,  6.34960413f, 8.0f};
+        return each_register<Floats>([&](int i) INLINE_LAMBDA {
+            return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(a.part[i]), _mm512_loadu_ps(table));
+        });
+#else
+        constexpr float THIRD = 0.231049060f, TENTH = 10.0793684f;  // log(2) / 3, 2^(10 / 3)
+        return exp_of_negative((convert<Floats>(a) - 16.0f) * THIRD) * TENTH;
 #endif
     }
 
@@ -91,15 +115,15 @@ class MixedRows {
     void open_entry(int64_t entry) {
         const int64_t channels = rows_.channels;
         const uint8_t* const side = rows_.side + entry * rows_.bits + coded_;
+        for (int64_t at = 0; at < rows_.bits; at += 64) prefetch(side + rows_.bits + at);
         // Without channels that have no bits the bytes lie as they are needed.
         const bool dense = all_ && channels == width_;
         for (int64_t c = 0, coded = 0; c < channels && !dense; ++c) side_[c] = reach_[c] > 0 ? side[coded++] : 128;
         for (int64_t c = 0; c < width_; c += LANES) {
             Bytes bytes;
             memcpy(&bytes, (dense ? side : side_) + c, LANES);
-            constexpr float THIRD = 0.231049060f, TENTH = 10.0793684f;  // log(2) / 3, 2^(10 / 3)
             const Ints both = from_bytes(bytes);
-            const Floats power = exp_of_negative((convert<Floats>(both & 15) - 16.0f) * THIRD) * TENTH;
+            const Floats power = powers(both & 15);
             const Floats scale = load_part(unit_ + c, channels - c) * power;
             store(scale_ + c, scale);
             store(minimum_ + c, load_part(centre_ + c, channels - c) +
