@@ -144,7 +144,10 @@ class WidthForm:
         x = x_EHMC.to(torch.promote_types(x_EHMC.dtype, torch.float32))
         low, high = x.amin(2), x.amax(2)
         unit, levels = self.unit.to(x.dtype), self.levels[:, 0].to(x.dtype).clamp_min(1)
-        fitting = (((high - low).clamp_min(_SMALLEST) / levels / unit).log2() * OCTAVE).ceil() + SCALE_MIDDLE
+        # Minima far from the centre need a long range.
+        far = (low - self.centre.to(x.dtype)) * FRACTIONS
+        reach = torch.maximum(torch.maximum(far / (15 - MINIMUM_MIDDLE), -far / MINIMUM_MIDDLE), high - low)
+        fitting = ((reach.clamp_min(_SMALLEST) / levels / unit).log2() * OCTAVE).ceil() + SCALE_MIDDLE
         best, least = torch.zeros_like(low, dtype=torch.uint8), torch.full_like(low, torch.inf)
         for smaller in range(_SMALLER):
             scale_byte = (fitting - smaller).clamp(0, 15)

@@ -71,16 +71,18 @@ def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
     )
 
 
-def mixed(draw: Draw, owner: list[int], tokens: int, frame: Frame | None = None, dim: int = DIM) -> Segment:
-    """Rows of a width per channel and head, with a bias in bytes and values along axes, as a coded compact capsule's:
-    keys of DIM channels."""
+def mixed(
+    draw: Draw, owner: list[int], tokens: int, frame: Frame | None = None, dim: int = DIM, heads: int = HEADS
+) -> Segment:
+    """Rows of a width per channel and head, with a bias in bytes and values along axes, as a coded compact
+    capsule's."""
     rows = []
     for channels, most in ((dim, 7), (dim - 3, 4)):
-        widths = torch.randint(0, most + 1, (HEADS, channels), dtype=torch.uint8, generator=draw.generator)
-        unit, centre = (0.1 + draw(HEADS, channels).abs()) / 2 ** widths.to(draw.dtype), draw(HEADS, channels)
-        rows.append(MixedWidthRows.encode(draw(len(owner), HEADS, tokens, channels), WidthForm(widths, unit, centre)))
-    bias = (20 * draw(len(owner), HEADS, tokens)).round().clamp(-128, 127).to(torch.int8)
-    out_map = draw(HEADS, dim - 3, dim)
+        widths = torch.randint(0, most + 1, (heads, channels), dtype=torch.uint8, generator=draw.generator)
+        unit, centre = (0.1 + draw(heads, channels).abs()) / 2 ** widths.to(draw.dtype), draw(heads, channels)
+        rows.append(MixedWidthRows.encode(draw(len(owner), heads, tokens, channels), WidthForm(widths, unit, centre)))
+    bias = (20 * draw(len(owner), heads, tokens)).round().clamp(-128, 127).to(torch.int8)
+    out_map = draw(heads, dim - 3, dim)
     return Segment(rows[0], rows[1], torch.tensor(owner), bias=bias, frame=frame, out_map=out_map)
 
 

@@ -138,6 +138,7 @@ def forms(dtype: torch.dtype, widths: tuple[int, ...] = WIDTHS) -> dict[str, lis
     # A size of 1 is known to the compiler, and must still be a number to it.
     made["one-token"] = [one]
     made["one-token-maps"] = [replace(one, **tiny), one]
+    made["mixed"] = [mixed(Draw(2, dtype), [0, 1], 64, frame, DIM, HEADS), tail]
     codes = quantised(rows, 4, 4)
     made["4-bit-maps"] = [Segment(codes.keys, codes.values, owner, **maps), tail]
     for joint, widest in ((1, 8), (4, 4)):
