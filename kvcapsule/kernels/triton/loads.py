@@ -118,15 +118,11 @@ def load_cells(
 
 
 @triton.jit
-def mixed_base(rows, entry, head):
-    """The first byte of MixedWidthRows of one unit, and the bytes of a row."""
-    first = tl.load(rows.firsts + 2 * head)
-    return rows.data + entry * rows.entry_stride + first * rows.rows, tl.load(rows.firsts + 2 * head + 2) - first
-
-
-@triton.jit
-def load_mixed(base, row_bytes, rows, head, row, channel, WIDTH: tl.constexpr):
+def load_mixed(rows, entry, head, row, channel, WIDTH: tl.constexpr):
     """[rows, channels] codes of MixedWidthRows of one unit; 0 where there is no such row or channel."""
+    first = tl.load(rows.firsts + 2 * head)
+    row_bytes = tl.load(rows.firsts + 2 * head + 2) - first
+    base = rows.data + entry * rows.entry_stride + first * rows.rows
     place = tl.load(rows.places + head * WIDTH + channel, mask=channel < WIDTH, other=0)
     width, bit = place & 15, (place >> 4) & 7
     at = base + row[:, None] * row_bytes + (place >> 7)[None, :]

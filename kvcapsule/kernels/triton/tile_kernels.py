@@ -31,7 +31,6 @@ from .loads import (
     load_mixed,
     load_mixed_grid,
     load_raw,
-    mixed_base,
     query_offset,
 )
 
@@ -134,8 +133,6 @@ def score_rows(
     m = begin + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     base = keys.data + entry * keys.entry_stride + set_ * keys.set_stride
-    if FORMAT.kind == MIXED:
-        base, row_bytes = mixed_base(keys, entry, set_)
     q_minimum = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for low in range(0, CHANNELS, BLOCK_C):
@@ -153,17 +150,16 @@ def score_rows(
         elif FORMAT.kind == QUANTISED:
             key_scale = tl.load(keys.scale + unit * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
             minimum = tl.load(keys.minimum + unit * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
-            q_minimum += tl.sum(q * minimum[None, :], 1)
-            q = q * key_scale[None, :]
             k = load_codes(base, begin // 8, keys.groups, c, CHANNELS, FORMAT.bits, BLOCK_M // 8, BLOCK_C)
             k = k.to(FORMAT.product.dtype)
         elif FORMAT.kind == MIXED:
             key_scale, minimum = load_mixed_grid(keys, entry, set_, c, CHANNELS)
-            q_minimum += tl.sum(q * minimum[None, :], 1)
-            q = q * key_scale[None, :]
-            k = tl.trans(load_mixed(base, row_bytes, keys, set_, m, c, CHANNELS)).to(FORMAT.product.dtype)
+            k = tl.trans(load_mixed(keys, entry, set_, m, c, CHANNELS)).to(FORMAT.product.dtype)
         else:
             k = load_raw(base, m, c, m < keys.rows, CHANNELS, BLOCK_C).to(FORMAT.product.dtype)
+        if FORMAT.kind == QUANTISED or FORMAT.kind == MIXED:
+            q_minimum += tl.sum(q * minimum[None, :], 1)
+            q = q * key_scale[None, :]
         acc += tl.dot(q.to(FORMAT.product.dtype), k, input_precision=FORMAT.product.precision)
     in_z = (r < ROWS)[:, None] & (m < keys.rows)[None, :]
     if FORMAT.kind == QUANTISED or FORMAT.kind == MIXED:
@@ -194,8 +190,7 @@ def _token_scores(
         s = tl.load(z + pairs.row[:, None] * sizes.keys + n[None, :], mask=valid, other=0.0)
     if bias is not None:
         b = tl.load(bias + pairs.unit[:, None] * sizes.tokens + n[None, :], mask=valid, other=0)
-        unit = LOG2E * BIAS_UNIT if bias.dtype.element_ty == tl.int8 else LOG2E
-        s += b.to(tl.float32) * unit
+        s += b.to(tl.float32) * (LOG2E * BIAS_UNIT if bias.dtype.element_ty == tl.int8 else LOG2E)
     if mask is not None:
         seen = tl.load(mask + pairs.entry[:, None] * sizes.tokens + n[None, :], mask=valid, other=0)
         valid = valid & (seen != 0)
@@ -266,14 +261,13 @@ def weigh_rows(
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R)
     base = values.data + entry * values.entry_stride + set_ * values.set_stride
-    if FORMAT.kind == MIXED:
-        base, row_bytes = mixed_base(values, entry, set_)
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for low in range(0, values.rows, BLOCK_M):
         m = low + tl.arange(0, BLOCK_M)
         in_w = (r < ROWS)[:, None] & (m < values.rows)[None, :]
         x = tl.load(w + (unit * ROWS + r)[:, None] * values.rows + m[None, :], mask=in_w, other=0.0)
+        total += tl.sum(x, 1)
         if FORMAT.kind == CODED:
             cells = set_ * values.groups * CHANNELS
             v = load_cells(
@@ -281,12 +275,10 @@ def weigh_rows(
                 FORMAT.widest, FORMAT.has_3_bits, BLOCK_M // 8, BLOCK_C,
             )  # fmt: skip
         elif FORMAT.kind == QUANTISED:
-            total += tl.sum(x, 1)
             v = load_codes(base, low // 8, values.groups, c, CHANNELS, FORMAT.bits, BLOCK_M // 8, BLOCK_C)
             v = tl.trans(v).to(tl.float32)
         elif FORMAT.kind == MIXED:
-            total += tl.sum(x, 1)
-            v = load_mixed(base, row_bytes, values, set_, m, c, CHANNELS)
+            v = load_mixed(values, entry, set_, m, c, CHANNELS)
         else:
             valid = m < values.rows
             if mask is not None:
