@@ -10,7 +10,7 @@ For one layer, one KV head and one tile, with the kept keys K [M, D] and refit v
 
 Keys stay in the head's own channels, so that attention needs no map for the queries of each tile. E_v and D_v are
 inverse to each other: the principal axes of the values. The bits of each channel of each head (reverse water-filling)
-are parameters of the capsule. An image stores codes, and two bytes for each channel's scale and minimum
+are parameters of the capsule. An image stores codes, and a byte for each channel's scale and minimum
 (kvcapsule.segments.mixed_width_rows): kept tokens are the outliers of a tile, so the grid follows each image.
 
 Approximations: those of compact; the metric of the keys and the bits are the same for all images.
