@@ -13,7 +13,6 @@ from kvcapsule.codec.coded_compact import CodedCompactLayer
 from kvcapsule.codec.transform import TransformKeys, TransformValues
 from kvcapsule.methods.method import Method
 from kvcapsule.methods.ratios import retained
-from kvcapsule.segments.bit_packing import GROUP
 
 from .layer_data import TAIL, Cell
 from .random_methods import KEPT, RETAINED
@@ -88,18 +87,18 @@ def _compact(cell: Cell, method: Method) -> float:
 
 
 def _coded_compact(cell: Cell, method: Method) -> float:
-    """The widths' sum a group of eight rows, two bytes a channel and one a row; maps [H, D, C], and units, centres
-    and widths of the channels."""
+    """The bits of a head's channels a row, in whole bytes, a byte a channel with bits and one a row; the map [H, D, D]
+    of the values, and units, centres and widths of the channels."""
     assert isinstance(method, Capsule)
     codec = method.layers[0]
     assert isinstance(codec, CodedCompactLayer)
     heads, dim, s = cell.shape.kv_heads, cell.shape.head_dim, cell.dtype.itemsize
-    stored, maps = heads * codec.stored, 0
-    for part in ("key", "value"):
-        widths = codec.coding(part).form.widths
-        stored += heads * (-(-codec.stored // GROUP) * int(widths.long().sum()) + 2 * len(widths))
-        maps += heads * len(widths) * (dim + 2) * s + len(widths)
-    return _tiles(cell) * (stored + _OWNER + 4 * dim) + maps
+    codings = codec.codings()
+    stored = heads * codec.stored
+    for form in (codings.keys, codings.values):
+        stored += codec.stored * sum(form.row_bytes) + len(form.coded)
+    shared = heads * dim * (dim * s + 2 * (2 * s + 1))
+    return _tiles(cell) * (stored + _OWNER + 4 * dim) + shared
 
 
 def _kvcapsule(cell: Cell, method: Method) -> float:

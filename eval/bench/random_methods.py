@@ -71,18 +71,17 @@ def compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Caps
 
 def coded_compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
     """A tenth of the rows as well, in 4 bits a channel on average."""
-    layers, dim = geometry.layers, geometry.head_dim
-    ratios, channels = (KEPT,) * layers, (dim,) * layers
-    config = CodedCompactConfig(tile, ratios=ratios, key_channels=channels, value_channels=channels)
-    capsule = _capsule("coded-compact", config, geometry)
-    widths = torch.tensor([8, 4, 4, 4, 3, 3, 3, 3], dtype=torch.uint8).repeat_interleave(-(-dim // 8))[:dim]
+    dim = geometry.head_dim
+    capsule = _capsule("coded-compact", CodedCompactConfig(tile, ratios=(KEPT,) * geometry.layers), geometry)
+    widths = torch.tensor([7, 5, 4, 4, 3, 3, 3, 3], dtype=torch.uint8).repeat_interleave(-(-dim // 8))[:dim]
     for codec in capsule.layers:
         assert isinstance(codec, CodedCompactLayer)
         codec.bank.copy_(torch.randn(codec.bank.shape, generator=generator))
+        axes = torch.linalg.qr(torch.randn(geometry.kv_heads, dim, dim, generator=generator)).Q
+        codec.value_in.copy_(axes)
+        codec.value_out.copy_(axes.transpose(1, 2))
         for part in ("key", "value"):
-            axes = torch.linalg.qr(torch.randn(geometry.kv_heads, dim, dim, generator=generator)).Q
-            for name, tensor in (("in", axes), ("out", axes), ("widths", widths)):
-                codec.get_buffer(f"{part}_{name}").copy_(tensor)
+            codec.get_buffer(f"{part}_widths").copy_(widths)
     return capsule
 
 

@@ -2,57 +2,91 @@
 
 For one layer, one KV head and one tile, with the kept keys K [M, D] and refit values V [M, D]:
 
-    keys     Y = K E_k [M, Ck], quantised channel by channel: attention reads Y^ with the query map q D_k
+    keys     K, quantised channel by channel: each channel makes up for the errors of those before it, as the queries
+             that read them weigh errors (q^T e with second moments E[q q^T] of the query bank)
     bias     refit to the keys as they are read, in one byte each
-    values   refit to keys and bias as they are read; Z = V E_v [M, Cv], quantised row after row, each row making up for
+    values   refit to keys and bias as they are read; Z = V E_v [M, D], quantised row after row, each row making up for
              the errors of those before it; attention reads Z^ D_v
 
-E_k and D_k are inverse to each other on Ck directions: the principal axes of the keys in the metric of the queries that
-read them. E_v and D_v are those of the values. The C directions and the bits of each (reverse water-filling) are
-parameters of the capsule. An image stores codes, and two bytes for each channel's scale and minimum
+Keys stay in the head's own channels, so that attention needs no map for the queries of each tile. E_v and D_v are
+inverse to each other: the principal axes of the values. The bits of each channel of each head (reverse water-filling)
+are parameters of the capsule. An image stores codes, and a byte for each channel's scale and minimum
 (kvcapsule.segments.mixed_width_rows): kept tokens are the outliers of a tile, so the grid follows each image.
 
-Approximations: those of compact; the metrics and the bits are the same for all images.
+Approximations: those of compact; the metric of the keys and the bits are the same for all images.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 
 from ..errors import ConfigError
-from ..methods.ratios import retained
-from ..segments.mixed_width_rows import MixedWidthRows, WidthForm
+from ..segments.mixed_width_rows import WIDEST, MixedWidthRows, WidthForm
 from ..segments.segment import BIAS_UNIT
 from ..vlm.geometry import KVGeometry
 from .attention_matching import gather_rows
 from .base import Encoded, KeyPart, LayerCodec, ValuePart
-from .checked_tensors import CheckedTensors, check_positive, check_widths
+from .checked_tensors import CheckedTensors, check_positive
 from .compact import Block, CompactConfig, CompactLayer
-from .refit import (
-    assigned_shares,
-    attention_of_read_keys,
-    fit_bias,
-    full_outputs,
-    refit_values,
-)
-from .row_rounding import codes_in_metric
+from .refit import Refit, assigned_shares, attention_of_read_keys, fit_bias, full_outputs, refit_values
+from .row_rounding import ChannelMetric, codes_of_channels, codes_of_rows
+
+PARTS = ("key", "value")
+FORM = ("widths", "unit", "centre")
+_RIDGE = 1e-3
+"""Added to the diagonal of the queries' second moments, relative to its mean: directions that no query of the bank has
+are not lost."""
 
 
-class RowCoding(NamedTuple):
-    """How the keys or the values of a layer are coded."""
+class Codings(NamedTuple):
+    """How the keys and the values of a layer are coded."""
 
+    keys: WidthForm
+    values: WidthForm
     into: torch.Tensor
-    """[H, D, C]: rows to channels."""
+    """[H, D, D]: values to channels."""
     out: torch.Tensor
-    """[H, D, C]: channels back to rows, x = y out^T."""
-    form: WidthForm
+    """[H, D, D]: channels back to values, v = z out."""
 
-    def heads(self, heads: slice) -> "RowCoding":
+    def heads(self, heads: slice) -> "Codings":
         """Of some heads."""
-        return RowCoding(self.into[heads], self.out[heads], self.form.heads(heads))
+        return Codings(self.keys.heads(heads), self.values.heads(heads), self.into[heads], self.out[heads])
+
+
+class Codes(NamedTuple):
+    """The codes of all tiles, filled block by block."""
+
+    codes: torch.Tensor
+    """[E, H, M, C] uint8."""
+    side: torch.Tensor
+    """[E, H, C] uint8: WidthForm.side."""
+
+    @classmethod
+    def empty(cls, form: WidthForm, shape: tuple[int, int, int]) -> "Codes":
+        """shape: (E, H, M)."""
+        channels = form.widths.shape[1]
+        return cls(form.widths.new_empty(*shape, channels), form.widths.new_empty(*shape[:2], channels))
+
+    def put(self, at: tuple[slice, slice], coded: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Those of some tiles and heads."""
+        for out, part in zip(self, coded, strict=True):
+            out[at] = part.to(torch.uint8)
+
+    def rows(self, form: WidthForm) -> MixedWidthRows:
+        """Packed."""
+        return MixedWidthRows.of_codes(self.codes, self.side, form)
+
+
+class Read(NamedTuple):
+    """A block's keys as they are read; heads first, but for the codes."""
+
+    codes: tuple[torch.Tensor, torch.Tensor]
+    """As Codes.put takes them."""
+    bias: torch.Tensor
+    """[H, E, M], in units of BIAS_UNIT."""
+    refit: Refit
 
 
 class Target(NamedTuple):
@@ -69,72 +103,83 @@ class Target(NamedTuple):
 class CodedCompactLayer(CompactLayer, CheckedTensors):
     """Coded compact codec of one layer."""
 
-    def __init__(self, heads: int, dim: int, stored: int, channels: tuple[int, int], config: CompactConfig) -> None:
-        """channels: of the stored keys and values."""
+    value_in: torch.Tensor
+    value_out: torch.Tensor
+
+    def __init__(self, heads: int, dim: int, stored: int, config: CompactConfig) -> None:
         super().__init__(heads, dim, stored, config)
-        for part, count in zip(("key", "value"), channels, strict=True):
-            self.register_buffer(f"{part}_in", torch.zeros(heads, dim, count))
-            self.register_buffer(f"{part}_out", torch.zeros(heads, dim, count))
-            self.register_buffer(f"{part}_widths", torch.ones(count, dtype=torch.uint8))
-            self.register_buffer(f"{part}_unit", torch.ones(heads, count))
-            self.register_buffer(f"{part}_centre", torch.zeros(heads, count))
+        for part in PARTS:
+            self.register_buffer(f"{part}_widths", torch.ones(heads, dim, dtype=torch.uint8))
+            self.register_buffer(f"{part}_unit", torch.ones(heads, dim))
+            self.register_buffer(f"{part}_centre", torch.zeros(heads, dim))
+        for name in ("value_in", "value_out"):
+            self.register_buffer(name, torch.zeros(heads, dim, dim))
 
     def check_tensors(self) -> None:
-        for part in ("key", "value"):
-            widths = self.get_buffer(f"{part}_widths")
-            check_widths(f"{part}_widths", widths)
-            check_positive(f"{part}_widths", widths)
+        for part in PARTS:
+            if int(self.get_buffer(f"{part}_widths").max()) > WIDEST:
+                raise ConfigError(f"{part}_widths has more than {WIDEST} bits: a channel has 0 to {WIDEST}.")
             check_positive(f"{part}_unit", self.get_buffer(f"{part}_unit"))
 
-    def coding(self, part: str) -> RowCoding:
-        """How "key" or "value" rows are coded."""
-        into, out, *form = (self.get_buffer(f"{part}_{name}") for name in ("in", "out", "widths", "unit", "centre"))
-        return RowCoding(into, out, WidthForm(*form))
+    def codings(self) -> Codings:
+        """How rows are coded."""
+        keys, values = (WidthForm(*(self.get_buffer(f"{part}_{name}") for name in FORM)) for part in PARTS)
+        return Codings(keys, values, self.value_in, self.value_out)
 
-    def set_codings(self, keys: RowCoding, values: RowCoding) -> None:
-        """Copy how keys and values are coded."""
-        for part, coding in (("key", keys), ("value", values)):
-            for name, tensor in (("in", coding.into), ("out", coding.out), *coding.form.named()):
+    def set_codings(self, codings: Codings) -> None:
+        """Copy how rows are coded."""
+        for part, form in zip(PARTS, (codings.keys, codings.values), strict=True):
+            for name, tensor in form.named():
                 self.get_buffer(f"{part}_{name}").copy_(tensor)
+        self.value_in.copy_(codings.into)
+        self.value_out.copy_(codings.out)
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
-        return self.encode_with(k_EHTD, v_EHTD, [(self.coding("key"), self.coding("value"))])[0]
+        return self.encode_with(k_EHTD, v_EHTD, [self.codings()])[0]
 
-    def encode_with(
-        self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, codings: Sequence[tuple[RowCoding, RowCoding]]
-    ) -> list[Encoded]:
-        """The tiles with each of several codings of the keys and the values of the same kept tokens, in the codings'
-        order.
+    def encode_with(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ways: Sequence[Codings]) -> list[Encoded]:
+        """The tiles with each of several codings of the same kept tokens, in the codings' order.
 
         Args:
             k_EHTD: keys, in the frame of the bank's queries.
             v_EHTD: values.
-            codings: of the keys and of the values.
+            ways: how rows are coded; where two have one form of the keys, these are coded once.
 
         Raises:
             RuntimeError: if the query bank is empty.
         """
-        stored: list[list[torch.Tensor]] = [[] for _ in codings]
+        metrics = {id(way.keys): self.metric(way.keys, k_EHTD.dtype) for way in ways}
+        shape = (*k_EHTD.shape[:2], self.stored)
+        stored = [
+            (Codes.empty(way.keys, shape), Codes.empty(way.values, shape), way.keys.widths.new_empty(shape).char())
+            for way in ways
+        ]
         for block in self.blocks(k_EHTD, v_EHTD):
-            target = self._target(block)
-            for outs, pair in zip(stored, codings, strict=True):
-                parts = self._coded(block, target, *(coding.heads(block.at[1]) for coding in pair))
-                outs += [] if outs else [part.new_empty(*k_EHTD.shape[:2], *part.shape[2:]) for part in parts]
-                for out, part in zip(outs, parts, strict=True):
-                    out[block.at] = part
-        return [self._encoded(outs, *pair, k_EHTD.dtype) for outs, pair in zip(stored, codings, strict=True)]
+            target, read = self._target(block), dict[int, Read]()
+            for way, (keys, values, bias) in zip(ways, stored, strict=True):
+                mine = way.heads(block.at[1])
+                if id(way.keys) not in read:
+                    read[id(way.keys)] = self._read(block, target, mine.keys, metrics[id(way.keys)])
+                of_keys = read[id(way.keys)]
+                keys.put(block.at, of_keys.codes)
+                values.put(block.at, _coded_values(of_keys.refit, mine))
+                bias[block.at] = of_keys.bias.transpose(0, 1)
+        return [
+            Encoded(
+                KeyPart(keys.rows(way.keys)),
+                ValuePart(values.rows(way.values), out_map=way.out.to(k_EHTD.dtype)),
+                bias,
+            )
+            for way, (keys, values, bias) in zip(ways, stored, strict=True)
+        ]
 
-    def _encoded(
-        self, parts: Sequence[torch.Tensor], keys: RowCoding, values: RowCoding, dtype: torch.dtype
-    ) -> Encoded:
-        """Of what `_coded` returns."""
-        key_codes, key_side, value_codes, value_side, bias = parts
-        q_map, out_map = keys.out.to(dtype), values.out.to(dtype).transpose(1, 2)
-        return Encoded(
-            KeyPart(MixedWidthRows(key_codes, key_side, self.stored, keys.form), q_map=q_map),
-            ValuePart(MixedWidthRows(value_codes, value_side, self.stored, values.form), out_map=out_map),
-            bias,
-        )
+    def metric(self, keys: WidthForm, dtype: torch.dtype) -> ChannelMetric:
+        """In which keys of this dtype are rounded: second moments of the query bank."""
+        queries = self.queries(dtype)
+        gram = queries.transpose(1, 2) @ queries
+        size = gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        gram = gram + _RIDGE * size * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        return ChannelMetric.of(gram, keys.unit.to(gram.dtype) * keys.levels[:, 0].clamp_min(1))
 
     def _target(self, block: Block) -> Target:
         kept, shared = block.choice
@@ -145,33 +190,30 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
             full_outputs(block.reading, block.values),
         )
 
-    def _coded(
-        self, block: Block, target: Target, key_coding: RowCoding, value_coding: RowCoding
-    ) -> tuple[torch.Tensor, ...]:
-        """Codes and side bytes of the keys, then of the values, and the bias [E, H, M] int8, of a block."""
+    def _read(self, block: Block, target: Target, form: WidthForm, metric: ChannelMetric) -> "Read":
+        """The keys of a block as they are read, and the biases and values that go with them."""
         reading, work = block.reading, target.share.dtype
-        rows = target.keys @ key_coding.into[:, None].to(work)
-        keys = MixedWidthRows.encode(rows.transpose(0, 1), key_coding.form)
-        queries = reading.queries @ key_coding.out[:, None].to(work)
-        attention = attention_of_read_keys(reading, keys.read(work).transpose(0, 1) @ queries.transpose(-1, -2))
+        side = form.side(target.keys.transpose(0, 1))
+        grid = form.grid(side, work).heads_first()
+        codes = codes_of_channels(target.keys, metric.heads(block.at[1]), grid)
+        attention = attention_of_read_keys(reading, grid.values(codes) @ reading.queries.transpose(-1, -2))
         bias = (fit_bias(attention, target.share) / BIAS_UNIT).round().clamp(-128, 127)
         weights = (attention.scores + (bias * BIAS_UNIT)[..., None]).softmax(-2)
         refit = refit_values(weights, target.share, block.values, weights @ target.outputs, self.ridge)
-        rows = (refit.values @ value_coding.into[:, None].to(work)).transpose(0, 1)
-        side = value_coding.form.side(rows)
-        codes = codes_in_metric(rows, refit.gram.transpose(0, 1), value_coding.form.grid(side, work))
-        values = MixedWidthRows.of_codes(codes.to(torch.uint8), side, value_coding.form)
-        return *keys.tensors(), *values.tensors(), bias.to(torch.int8).transpose(0, 1)
+        return Read((codes.transpose(0, 1), side), bias, refit)
+
+
+def _coded_values(refit: Refit, way: Codings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and bytes of the grids, as Codes.put takes them."""
+    work = refit.values.dtype
+    rows = (refit.values @ way.into[:, None].to(work)).transpose(0, 1)
+    side = way.values.side(rows)
+    return codes_of_rows(rows, refit.gram.transpose(0, 1), way.values.grid(side, work)), side
 
 
 @dataclass(frozen=True)
 class CodedCompactConfig(CompactConfig):
     """Settings of a coded compact codec."""
-
-    key_channels: Sequence[int] = ()
-    """Stored channels of the keys per layer."""
-    value_channels: Sequence[int] = ()
-    """Stored channels of the values per layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,19 +221,7 @@ class CodedCompactConfig(CompactConfig):
             raise ConfigError(
                 f"latent_bits {self.latent_bits}: rows of coded-compact have bits of their own; leave latent_bits out."
             )
-        if wrong := [count for count in chain(self.key_channels, self.value_channels) if count < 1]:
-            raise ConfigError(f"key_channels and value_channels hold {wrong[0]}: a layer stores at least 1 channel.")
 
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
-        for name in ("ratios", "key_channels", "value_channels"):
-            if len(getattr(self, name)) != geometry.layers:
-                raise ConfigError(
-                    f"{name} holds {len(getattr(self, name))} numbers for {geometry.layers} layers: give one for each."
-                )
-        channels = self.key_channels[layer], self.value_channels[layer]
-        if max(channels) > geometry.head_dim:
-            raise ConfigError(
-                f"{max(channels)} stored channels in layer {layer}: a head has {geometry.head_dim}, so at most as many."
-            )
-        rows = retained(self.ratios[layer], self.tile)
-        return CodedCompactLayer(geometry.kv_heads, geometry.head_dim, rows, channels, self)
+        rows = self.stored_rows(geometry, layer)
+        return CodedCompactLayer(geometry.kv_heads, geometry.head_dim, rows, self)

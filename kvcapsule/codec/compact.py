@@ -276,8 +276,16 @@ class CompactConfig(CodecConfig):
             )
 
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+        return CompactLayer(geometry.kv_heads, geometry.head_dim, self.stored_rows(geometry, layer), self)
+
+    def stored_rows(self, geometry: KVGeometry, layer: int) -> int:
+        """Rows of a tile in one layer.
+
+        Raises:
+            ConfigError: unless there is a retention ratio for each layer.
+        """
         if len(self.ratios) != geometry.layers:
             raise ConfigError(
                 f"{len(self.ratios)} retention ratios for {geometry.layers} layers: give one for each layer."
             )
-        return CompactLayer(geometry.kv_heads, geometry.head_dim, retained(self.ratios[layer], self.tile), self)
+        return retained(self.ratios[layer], self.tile)

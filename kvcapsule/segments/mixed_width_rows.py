@@ -1,14 +1,17 @@
 """Mixed-width rows: channels of different bits, each with its scale and minimum in one byte per entry.
 
-For channel c of width w, with a unit u and a centre m that all entries share (WidthForm), and two bytes a and b that an
+For channel c of width w, with a unit u and a centre m that all entries share (WidthForm), and a byte 16 b + a that an
 entry stores:
 
-    scale = u * 2^((a - 128) / 16)    minimum = m + scale * (2^w - 1) * (b - 128) / 32    x^ = scale * code + minimum
+    scale = u * 2^((a - 6) / 3)    minimum = m + scale * (2^w - 1) * (b - 8) / 6    x^ = scale * code + minimum
 
-So the grid follows the range of each entry's channel, from 2^-8 to 2^8 units, in steps of 4 %; its ends are off by up
-to 1/64 of the range, and it is wide enough to begin within four ranges of the centre. Outliers are clipped only where
-that lowers the squared error of an entry's channel. The codes of channel c fill w * ceil(M / 8) bytes, channel after
-channel; a head's channels follow one another.
+So the grid follows the range of each entry's channel, from 1/4 to 8 units a level, in steps of 26 %, and begins at a
+multiple of a sixth of that range. Of the grids that nearly fit, an entry's channel has the one with the least squared
+error: with few bits a smaller one, which clips outliers, may be nearer to most rows. A channel of width 0 is its centre
+in every row, and stores nothing.
+
+A row is a string of bits: the codes of its channels one after the other, the lowest bit of each first, in whole bytes.
+The rows of a head follow one another, then those of the next head.
 """
 
 import copy
@@ -20,16 +23,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .bit_packing import GROUP, pack, unpack
-
-OCTAVE = 16
+WIDEST = 7
+"""Most bits of a code: sixteen codes then lie within sixteen bytes, wherever the first one begins."""
+OCTAVE = 3
 """Scales per doubling."""
-MIDDLE = 128
-"""The byte of a scale of one unit, and of a minimum at the centre."""
-FRACTIONS = 32
+SCALE_MIDDLE = 6
+"""The lower half of the byte of a scale of one unit."""
+MINIMUM_MIDDLE = 8
+"""The upper half of the byte of a minimum at the centre."""
+FRACTIONS = 6
 """Minima per range of a channel."""
-REACHES = (0.8, 0.6, 0.4)
-"""Inner parts of a channel's range that a grid may reach over instead of all of it."""
+_SMALLER = 5
+"""Scales that are tried: from the first whose grid reaches over a channel's range downwards."""
 _SMALLEST = 1e-30
 
 
@@ -41,7 +46,7 @@ class Grid(NamedTuple):
     minimum: torch.Tensor
     """[E, H, 1, C]."""
     levels: torch.Tensor
-    """[1, C]: the greatest code."""
+    """[H, 1, C]: the greatest code."""
 
     def codes(self, x_EHMC: torch.Tensor) -> torch.Tensor:
         """The nearest codes, whole numbers in the grid's dtype."""
@@ -51,90 +56,118 @@ class Grid(NamedTuple):
         """What codes stand for."""
         return codes_EHMC * self.scale + self.minimum
 
+    def heads_first(self) -> "Grid":
+        """For rows [H, E, M, C]."""
+        return Grid(self.scale.transpose(0, 1), self.minimum.transpose(0, 1), self.levels[:, None])
+
+
+class Window(NamedTuple):
+    """Where the bits of each code lie: within two bytes of its row."""
+
+    byte: torch.Tensor
+    """[H, C] int64: the first of them, counted from the row's."""
+    shift: torch.Tensor
+    """[H, C] int32: bits below the code."""
+
 
 @dataclass(frozen=True)
 class WidthForm:
     """Parameters of mixed-width rows, the same for all entries."""
 
     widths: torch.Tensor
-    """[C] uint8: bits of a channel's codes, one of bit_packing.WIDTHS, the same for all heads."""
+    """[H, C] uint8: bits of a channel's codes, from 0 to WIDEST."""
     unit: torch.Tensor
-    """[H, C]: the scale of the byte MIDDLE, above 0."""
+    """[H, C]: the scale of SCALE_MIDDLE, above 0."""
     centre: torch.Tensor
-    """[H, C]: the minimum of the byte MIDDLE."""
+    """[H, C]: the minimum of MINIMUM_MIDDLE."""
 
     def named(self) -> tuple[tuple[str, torch.Tensor], ...]:
         """The tensors with their names."""
         return ("widths", self.widths), ("unit", self.unit), ("centre", self.centre)
 
     @cached_property
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(first channel, one behind the last, bits) of neighbouring channels of equal bits."""
-        widths, runs, first = self.widths.tolist(), list[tuple[int, int, int]](), 0
-        for channel in range(1, len(widths) + 1):
-            if channel == len(widths) or widths[channel] != widths[first]:
-                runs.append((first, channel, widths[first]))
-                first = channel
-        return runs
+    def window(self) -> Window:
+        """Where the codes of a row are."""
+        widths = self.widths.long()
+        first = widths.cumsum(1) - widths
+        return Window(first // 8, (first % 8).int())
 
     @cached_property
-    def total(self) -> int:
-        """Bits of a row of one head."""
-        return int(self.widths.sum())
+    def row_bytes(self) -> list[int]:
+        """[H]: bytes of a row of each head."""
+        return [-(-bits // 8) for bits in self.widths.sum(1, dtype=torch.int64).tolist()]
 
-    def levels(self, dtype: torch.dtype) -> torch.Tensor:
-        """[1, C]: the greatest code of each channel."""
-        levels: torch.Tensor = (2.0 ** self.widths.to(dtype) - 1)[None]
-        return levels
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """[H, C] int32: 16 * (first bit of the code in a row) + its width, which is all that a kernel needs to find
+        it."""
+        widths = self.widths.int()
+        return 16 * (widths.cumsum(1, dtype=torch.int32) - widths) + widths
 
-    def grid(self, side_EH2C: torch.Tensor, dtype: torch.dtype) -> Grid:
-        """The grid of the stored bytes."""
-        levels, table = self.levels(dtype), _powers(dtype, side_EH2C.device)
-        scale = self.unit.to(dtype) * table[side_EH2C[:, :, 0].int()]
-        minimum = self.centre.to(dtype) + scale * levels * ((side_EH2C[:, :, 1].to(dtype) - MIDDLE) / FRACTIONS)
+    @cached_property
+    def side_places(self) -> torch.Tensor:
+        """[H, C] int32: which of the K channels with bits each is."""
+        coded = (self.widths > 0).flatten().int()
+        return (coded.cumsum(0, dtype=torch.int32) - coded).view(self.widths.shape)
+
+    @cached_property
+    def firsts(self) -> torch.Tensor:
+        """[H + 1, 2] int64: before each head, and in all, the bytes of a row of each and the channels with bits."""
+        sizes = torch.tensor(self.row_bytes, device=self.widths.device), (self.widths > 0).sum(1)
+        return F.pad(torch.stack(sizes, dim=1).cumsum(0), (0, 0, 1, 0))
+
+    @cached_property
+    def coded(self) -> torch.Tensor:
+        """[K] int64: the channels that have bits, among those of all heads."""
+        return self.widths.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def levels(self) -> torch.Tensor:
+        """[H, 1, C] int64: the greatest code of each channel."""
+        return (1 << self.widths.long())[:, None] - 1
+
+    def grid(self, side_EHC: torch.Tensor, dtype: torch.dtype) -> Grid:
+        """The grid of the bytes of all channels; those of channels of width 0 are not read."""
+        side, levels = side_EHC.int(), self.levels.to(dtype)
+        scale = self.unit.to(dtype) * _powers(dtype, side.device)[side & 15]
+        fraction = ((side >> 4).to(dtype) - MINIMUM_MIDDLE) / FRACTIONS
+        minimum = self.centre.to(dtype) + scale * levels[:, 0] * fraction
         return Grid(scale[:, :, None], minimum[:, :, None], levels)
 
     def heads(self, heads: slice) -> "WidthForm":
         """The form of some heads."""
-        return WidthForm(self.widths, self.unit[heads], self.centre[heads])
+        return WidthForm(self.widths[heads], self.unit[heads], self.centre[heads])
 
     def side(self, x_EHMC: torch.Tensor) -> torch.Tensor:
-        """The bytes [E, H, 2, C] uint8 of the grids with the least squared error, of those that reach over all, or over
-        the inner part (REACHES), of each channel's range: with 1 or 2 bits a smaller one may be nearer to most rows."""
+        """The bytes [E, H, C] uint8 of the grids with the least squared error, of those that nearly fit the range of
+        each channel."""
         x = x_EHMC.to(torch.promote_types(x_EHMC.dtype, torch.float32))
         low, high = x.amin(2), x.amax(2)
-        best = self._covering(low, high)
-        least = self._error(x, best)
-        for reach in REACHES:
-            margin = (1 - reach) / 2 * (high - low)
-            side = self._covering(low + margin, high - margin)
-            error = self._error(x, side)
-            best = torch.where((error < least)[:, :, None], side, best)
-            least = torch.minimum(error, least)
+        unit, levels = self.unit.to(x.dtype), self.levels[:, 0].to(x.dtype).clamp_min(1)
+        # Minima far from the centre need a long range.
+        far = (low - self.centre.to(x.dtype)) * FRACTIONS
+        reach = torch.maximum(torch.maximum(far / (15 - MINIMUM_MIDDLE), -far / MINIMUM_MIDDLE), high - low)
+        fitting = ((reach.clamp_min(_SMALLEST) / levels / unit).log2() * OCTAVE).ceil() + SCALE_MIDDLE
+        best, least = torch.zeros_like(low, dtype=torch.uint8), torch.full_like(low, torch.inf)
+        for smaller in range(_SMALLER):
+            scale_byte = (fitting - smaller).clamp(0, 15)
+            range_ = unit * torch.exp2((scale_byte - SCALE_MIDDLE) / OCTAVE) * levels
+            begin = torch.where(range_ < high - low, (low + high - range_) / 2, low)
+            place = (begin - self.centre.to(x.dtype)) / range_ * FRACTIONS + MINIMUM_MIDDLE
+            for minimum_byte in (place.floor(), place.ceil()):
+                side = (scale_byte + 16 * minimum_byte.clamp(0, 15)).to(torch.uint8)
+                grid = self.grid(side, x.dtype)
+                error = (grid.values(grid.codes(x)) - x).square().sum(2)
+                best = torch.where(error < least, side, best)
+                least = torch.minimum(error, least)
         return best
-
-    def _covering(self, low_EHC: torch.Tensor, high_EHC: torch.Tensor) -> torch.Tensor:
-        """The bytes of grids from low to high, wider where low is far from the centre."""
-        unit, levels = self.unit.to(low_EHC.dtype), self.levels(low_EHC.dtype)
-        offset = low_EHC - self.centre.to(low_EHC.dtype)
-        reach = torch.maximum(high_EHC - low_EHC, offset.abs() * (FRACTIONS / (MIDDLE - 1))).clamp_min(_SMALLEST)
-        scale_byte = (reach / levels / unit).log2().mul(OCTAVE).ceil().clamp(-MIDDLE, MIDDLE - 1)
-        scale = unit * torch.exp2(scale_byte / OCTAVE)
-        minimum_byte = (offset / (scale * levels) * FRACTIONS).round()
-        sides = torch.stack([scale_byte, minimum_byte.clamp(-MIDDLE, MIDDLE - 1)], dim=2)
-        return (sides + MIDDLE).to(torch.uint8)
-
-    def _error(self, x_EHMC: torch.Tensor, side_EH2C: torch.Tensor) -> torch.Tensor:
-        """Squared error [E, H, C] of the nearest codes."""
-        grid = self.grid(side_EH2C, x_EHMC.dtype)
-        return (grid.values(grid.codes(x_EHMC)) - x_EHMC).square().sum(2)
 
 
 @cache
 def _powers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[256]: what the bytes of scales stand for, in units. A table, because powers of many numbers at once may differ
-    in the last bit from those of few."""
-    return torch.exp2((torch.arange(256, dtype=torch.float64) - MIDDLE) / OCTAVE).to(device, dtype)
+    """[16]: what scales stand for, in units. A table, because powers of many numbers at once may differ in the last bit
+    from those of few."""
+    return torch.exp2((torch.arange(16, dtype=torch.float64) - SCALE_MIDDLE) / OCTAVE).to(device, dtype)
 
 
 class MixedWidthRows:
@@ -142,37 +175,57 @@ class MixedWidthRows:
     read the codes themselves save time as well."""
 
     def __init__(self, packed: torch.Tensor, side: torch.Tensor, rows: int, form: WidthForm) -> None:
-        """packed: [E, H, bytes] uint8; side: [E, H, 2, C] uint8, the scales' bytes before the minima's; rows: M."""
+        """packed: [E, bytes] uint8; side: [E, K] uint8, those of WidthForm.side for the K channels of
+        WidthForm.coded; rows: M."""
         self.packed, self.side, self.rows, self.form = packed, side, rows, form
 
     @classmethod
-    def of_codes(cls, codes_EHMC: torch.Tensor, side_EH2C: torch.Tensor, form: WidthForm) -> "MixedWidthRows":
+    def of_codes(cls, codes_EHMC: torch.Tensor, side_EHC: torch.Tensor, form: WidthForm) -> "MixedWidthRows":
         """Pack codes, each below 2 to the width of its channel."""
-        rows = codes_EHMC.shape[2]
-        cells = F.pad(codes_EHMC.transpose(2, 3), (0, -rows % GROUP)).unflatten(3, (-1, GROUP))
-        runs = [pack(cells[:, :, first:end], bits).flatten(2) for first, end, bits in form.runs]
-        return cls(torch.cat(runs, dim=2).contiguous(), side_EH2C, rows, form)
+        byte, shift = form.window
+        heads = []
+        for head, size in enumerate(form.row_bytes):
+            codes = codes_EHMC[:, head].int() << shift[head]
+            # A code's bits add to two bytes that no other code has the same bits of.
+            row = codes.new_zeros(*codes.shape[:2], size + 1)
+            row.index_add_(2, byte[head].clamp_max(size), codes & 255)
+            row.index_add_(2, (byte[head] + 1).clamp_max(size), codes >> 8)
+            heads.append(row[..., :size].to(torch.uint8).flatten(1))
+        return cls(torch.cat(heads, dim=1), side_EHC.flatten(1)[:, form.coded], codes_EHMC.shape[2], form)
 
     @classmethod
     def encode(cls, x_EHMC: torch.Tensor, form: WidthForm) -> "MixedWidthRows":
-        """Round rows to the nearest codes of grids that reach from their smallest to their largest numbers."""
+        """Round rows to the nearest codes of the best grids."""
         side = form.side(x_EHMC)
         codes = form.grid(side, torch.promote_types(x_EHMC.dtype, torch.float32)).codes(x_EHMC)
         return cls.of_codes(codes.to(torch.uint8), side, form)
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.packed.shape[:2], self.rows, len(self.form.widths)))
+        heads, channels = self.form.widths.shape
+        return torch.Size((len(self.packed), heads, self.rows, channels))
+
+    def codes(self) -> torch.Tensor:
+        """[E, H, M, C] int32."""
+        form, heads, first = self.form, [], 0
+        for head, size in enumerate(form.row_bytes):
+            row = self.packed[:, first : first + self.rows * size].unflatten(1, (self.rows, size))
+            row = F.pad(row, (0, 2)).int()
+            byte = form.window.byte[head]
+            window = row[..., byte] | row[..., byte + 1] << 8
+            heads.append(window >> form.window.shift[head] & form.levels[head].int())
+            first += self.rows * size
+        return torch.stack(heads, dim=1)
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """[E, H, M, C]."""
-        groups, first, channels = -(-self.rows // GROUP), 0, []
-        for start, end, bits in self.form.runs:
-            size = (end - start) * groups * bits
-            cells = self.packed[:, :, first : first + size].unflatten(2, (end - start, groups, bits))
-            channels.append(unpack(cells, bits).flatten(3)[..., : self.rows])
-            first += size
-        return self.form.grid(self.side, dtype).values(torch.cat(channels, dim=2).transpose(2, 3).to(dtype))
+        return self.grid(dtype).values(self.codes().to(dtype))
+
+    def grid(self, dtype: torch.dtype) -> Grid:
+        """The grid of each entry."""
+        side = self.side.new_full((len(self.side), self.form.widths.numel()), 16 * MINIMUM_MIDDLE)
+        side[:, self.form.coded] = self.side
+        return self.form.grid(side.unflatten(1, self.form.widths.shape), dtype)
 
     def select(self, index: torch.Tensor) -> "MixedWidthRows":
         return MixedWidthRows(self.packed[index], self.side[index], self.rows, self.form)

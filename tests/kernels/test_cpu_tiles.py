@@ -24,7 +24,7 @@ from support.random_segments import (
 )
 
 from kvcapsule.kernels import reference
-from kvcapsule.kernels.cpu.arguments import CELLS, QUANTIZED, RAW, Arguments, arguments
+from kvcapsule.kernels.cpu.arguments import CELLS, MIXED, QUANTIZED, RAW, Arguments, arguments
 from kvcapsule.kernels.cpu.attend import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.segments.bit_packing import WIDTHS
@@ -192,20 +192,22 @@ def test_rows_in_the_frames_of_their_tiles(rows: int, threads: int) -> None:
     assert error(query_of(7, batch=2, dim=DIM), [segment, draw.raw([0, 1], 4, dim=DIM)]) < SINGLE
 
 
+@pytest.mark.parametrize("dim", [8, 16, 80])
 @pytest.mark.parametrize("rows", [1, 8, 21, 70, 130])
-def test_rows_of_a_width_per_channel(rows: int, threads: int) -> None:
-    """Beside raw rows, and with one kind of rows for the keys and another for the values, which is the reference's."""
+def test_rows_of_a_width_per_channel(rows: int, dim: int, threads: int) -> None:
+    """Rows of fewer and of more than sixteen bytes; beside raw rows, and with one kind of rows for the keys and another
+    for the values, which is the reference's."""
     draw = Draw(rows)
-    segment = mixed(draw, [1, 0, 1, 1, 0], rows, frames(draw, 5, 4, False))
-    raw = draw.raw([0, 1], 4)
+    segment = mixed(draw, [1, 0, 1, 1, 0], rows, frames(draw, 5, 4, False), dim)
+    raw = draw.raw([0, 1], 4, dim=dim)
     with torch.no_grad():
         made = given(segment)
-        assert made is not None and made.struct.form == QUANTIZED
-        assert given(replace(segment, values=draw(5, HEADS, rows, 3))) is None
+        assert made is not None and made.struct.form == MIXED
+        assert given(replace(segment, values=draw(5, HEADS, rows, dim - 3))) is None
     for group in (1, 7):
-        assert error(query_of(group, batch=2), [segment, raw]) < SINGLE
+        assert error(query_of(group, batch=2, dim=dim), [segment, raw]) < SINGLE
     pooled = PooledSegment.of(segment, torch.tensor([1, 0, 0]), torch.tensor([4, 0, 2]))
-    assert error(query_of(batch=2), [pooled, raw]) < SINGLE
+    assert error(query_of(batch=2, dim=dim), [pooled, raw]) < SINGLE
 
 
 def test_beside_what_is_not_covered() -> None:

@@ -64,6 +64,11 @@ def test_each_path_in_half_precision(kind: str, random_segment: Callable[..., Se
     assert error(query_of(dtype=torch.float16), segments) < HALF
 
 
+@pytest.mark.parametrize("name", ["21-rows-of-8-channels", "70-rows-of-80-channels", "mixed"])
+def test_rows_of_a_width_per_channel_in_half_precision(name: str) -> None:
+    assert triton_cases.error((SMALL | FORMS)[name](torch.float16)) < HALF
+
+
 def test_bfloat16_is_kept_from_the_interpreters_product() -> None:
     draw = Draw(dtype=torch.bfloat16)
     assert error(query_of(dtype=torch.bfloat16), [draw.raw([0, 1, 2, 3], 20)]) < 1e-2

@@ -148,24 +148,22 @@ def compact_capsule(geometry: KVGeometry = GEOMETRY, tile: int = TILE, ratio: fl
 def coded_compact_capsule(
     geometry: KVGeometry = GEOMETRY, tile: int = TILE, ratio: float = 0.5, **options: Any
 ) -> Capsule:
-    """A capsule of the family "coded-compact": random banks and axes, keys of 8, 4 and 3 bits, values of all their
+    """A capsule of the family "coded-compact": random banks and axes, keys of 7, 4 and 3 bits, values of all their
     channels but one in 4 bits."""
-    layers, dim = geometry.layers, geometry.head_dim
-    channels = {"key_channels": (dim,) * layers, "value_channels": (dim - 1,) * layers}
-    config = CodedCompactConfig(tile, ratios=(ratio,) * layers, bank=16, **channels, **options)
+    dim = geometry.head_dim
+    config = CodedCompactConfig(tile, ratios=(ratio,) * geometry.layers, bank=16, **options)
     capsule = Capsule(CapsuleConfig("coded-compact", config, geometry, "tiny"))
     generator = torch.Generator().manual_seed(0)
     for codec in capsule.layers:
         codec.bank.copy_(torch.randn(codec.bank.shape, generator=generator))
+        axes = torch.linalg.qr(torch.randn(geometry.kv_heads, dim, dim, generator=generator)).Q
+        codec.value_in.copy_(axes)
+        codec.value_out.copy_(axes.transpose(1, 2))
         for part in ("key", "value"):
-            axes = torch.linalg.qr(torch.randn(geometry.kv_heads, dim, dim, generator=generator)).Q
-            for name in ("in", "out"):
-                target = codec.get_buffer(f"{part}_{name}")
-                target.copy_(axes[:, :, : target.shape[2]])
             unit = codec.get_buffer(f"{part}_unit")
             unit.copy_(0.1 + torch.rand(unit.shape, generator=generator))
-        codec.key_widths.copy_(torch.tensor([8] + [4] * (dim - 2) + [3], dtype=torch.uint8))
-        codec.value_widths.fill_(4)
+        codec.key_widths.copy_(torch.tensor([7] + [4] * (dim - 2) + [3], dtype=torch.uint8))
+        codec.value_widths.copy_(torch.tensor([0] + [4] * (dim - 1), dtype=torch.uint8))
     return capsule.requires_grad_(False)
 
 

@@ -71,16 +71,19 @@ def quantised(segment: Segment, key_bits: int, value_bits: int) -> Segment:
     )
 
 
-def mixed(draw: Draw, owner: list[int], tokens: int, frame: Frame | None = None) -> Segment:
-    """Rows of a width per channel, with a bias in bytes and maps of the channels, as a coded compact capsule's."""
+def mixed(
+    draw: Draw, owner: list[int], tokens: int, frame: Frame | None = None, dim: int = DIM, heads: int = HEADS
+) -> Segment:
+    """Rows of a width per channel and head, with a bias in bytes and values along axes, as a coded compact
+    capsule's."""
     rows = []
-    for widths in ((8, 4, 3, 3, 1), (4, 4, 2)):
-        unit, centre = 0.1 + draw(HEADS, len(widths)).abs(), draw(HEADS, len(widths))
-        form = WidthForm(torch.tensor(widths, dtype=torch.uint8), unit, centre)
-        rows.append(MixedWidthRows.encode(draw(len(owner), HEADS, tokens, len(widths)), form))
-    bias = (20 * draw(len(owner), HEADS, tokens)).round().clamp(-128, 127).to(torch.int8)
-    maps = {"q_map": draw(HEADS, DIM, 5), "out_map": draw(HEADS, DIM, 3).transpose(1, 2)}
-    return Segment(rows[0], rows[1], torch.tensor(owner), bias=bias, frame=frame, **maps)
+    for channels, most in ((dim, 7), (dim - 3, 4)):
+        widths = torch.randint(0, most + 1, (heads, channels), dtype=torch.uint8, generator=draw.generator)
+        unit, centre = (0.1 + draw(heads, channels).abs()) / 2 ** widths.to(draw.dtype), draw(heads, channels)
+        rows.append(MixedWidthRows.encode(draw(len(owner), heads, tokens, channels), WidthForm(widths, unit, centre)))
+    bias = (20 * draw(len(owner), heads, tokens)).round().clamp(-128, 127).to(torch.int8)
+    out_map = draw(heads, dim - 3, dim)
+    return Segment(rows[0], rows[1], torch.tensor(owner), bias=bias, frame=frame, out_map=out_map)
 
 
 def of_odd_size(tokens: int, dtype: torch.dtype = torch.float32) -> list[Segment]:

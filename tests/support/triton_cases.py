@@ -19,7 +19,16 @@ from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.segments.rotary_frame import Frame
 from kvcapsule.segments.segment import Segment
 from support.builders import random_widths
-from support.random_segments import SCALE, Draw, of_cell_width, of_odd_size, quantised, query_of, with_hidden_tokens
+from support.random_segments import (
+    SCALE,
+    Draw,
+    mixed,
+    of_cell_width,
+    of_odd_size,
+    quantised,
+    query_of,
+    with_hidden_tokens,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -84,6 +93,14 @@ def _cells(width: int, dtype: torch.dtype) -> Case:
     return Case(query_of(batch=1, dtype=dtype), of_cell_width(width, dtype))
 
 
+def _mixed(tokens: int, dim: int, dtype: torch.dtype) -> Case:
+    """Rows of a width per channel and a bias in bytes, in the frames of their tiles, beside a tail."""
+    draw = Draw(tokens, dtype)
+    angle = draw(3, dim // 2)
+    rows = mixed(draw, [2, 0, 0], tokens, Frame(angle.cos(), angle.sin()), dim)
+    return Case(query_of(3, dtype=dtype, dim=dim), [rows, draw.raw([0, 1, 2, 3], 5, dim=dim)])
+
+
 def _hidden_tokens(dtype: torch.dtype) -> Case:
     """Several queries, a mask, and a causal tail in a larger buffer."""
     return Case(query_of(3, 3, batch=3, dtype=dtype), *with_hidden_tokens(0.0, dtype))
@@ -121,6 +138,7 @@ def forms(dtype: torch.dtype, widths: tuple[int, ...] = WIDTHS) -> dict[str, lis
     # A size of 1 is known to the compiler, and must still be a number to it.
     made["one-token"] = [one]
     made["one-token-maps"] = [replace(one, **tiny), one]
+    made["mixed"] = [mixed(Draw(2, dtype), [0, 1], 64, frame, DIM, HEADS), tail]
     codes = quantised(rows, 4, 4)
     made["4-bit-maps"] = [Segment(codes.keys, codes.values, owner, **maps), tail]
     for joint, widest in ((1, 8), (4, 4)):
@@ -160,6 +178,7 @@ SMALL: dict[str, Callable[[torch.dtype], Case]] = {
     **{f"{tokens}-tokens": partial(_odd_size, tokens) for tokens in (1, 63, 65)},
     **{f"{bits[0]}-and-{bits[1]}-bits": partial(_quantised, *bits) for bits in ((8, 3), (3, 8), (2, 4), (1, 1))},
     **{f"cells-of-{width}-bits": partial(_cells, width) for width in (0, *WIDTHS)},
+    **{f"{n[0]}-rows-of-{n[1]}-channels": partial(_mixed, *n) for n in ((1, 8), (21, 8), (70, 80))},
     "hidden-tokens": _hidden_tokens,
 }
 """Cases of odd sizes by name, each for any precision."""

@@ -1,8 +1,7 @@
-"""Training of the family coded-compact: a bank of queries, axes of the kept rows, and the rows and bits of every layer,
+"""Training of the family coded-compact: a bank of queries, axes of the values, and the rows and bits of every layer,
 all in closed form or by comparing candidates."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,11 +10,10 @@ from torch import nn
 from kvcapsule.cli.progress import tracked
 from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec import CodecConfig
-from kvcapsule.codec.coded_compact import CodedCompactConfig, CodedCompactLayer, RowCoding
+from kvcapsule.codec.coded_compact import CodedCompactConfig, CodedCompactLayer, Codings
 from kvcapsule.codec.compact import CompactLayer
 from kvcapsule.errors import ConfigError
 from kvcapsule.kernels.reference import attend
-from kvcapsule.segments.bit_packing import GROUP
 from kvcapsule.segments.segment import Segment
 
 from ..attention_gradients import Sensitivity, sensitivities
@@ -23,40 +21,53 @@ from ..capsule_fit import CapsuleFit, Task
 from ..harvest import LayerHarvest
 from ..losses import full_output
 from .bit_budget import BitBudget
-from .coded_axes import Axes, Grids, RowMoments
+from .coded_axes import Channels, RowSums
 from .coded_compact_options import CodedCompactRecipe
-from .coded_search import Candidate, PartShape, allocate_widths, choose
+from .coded_search import Candidates, allocate_widths, choose, head_bytes
 from .compact import query_banks
 
-_ROWS = (8, 16, 24, 32, 48, 64, 96)
+_ROWS = (4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128)
 """Numbers of rows that are tried, as far as they are below a tile."""
-_BITS = (1.5, 2.25, 3.25, 4.5)
-"""Mean bits of a channel that are tried: for keys and values the same, or neighbouring ones."""
-_REACH = (0.5, 1.8)
-"""Least and most bytes of a layer's candidates, relative to an even share of the budget."""
+_BITS = (1.75, 2.25, 2.75, 3.25, 4.0)
+"""Mean bits of a channel that are tried, for keys and for values."""
+_FEWEST, _MOST = 2, 6
+"""Bits of a channel that rows must leave in an even share of the budget."""
+_REACH = 1.9
+"""Most bytes of a layer's candidates, relative to an even share of the budget."""
+_LEAST = 0.2
+"""Least error of two ways together, relative to the smaller one of each measured apart."""
 
 
 class Errors(nn.Module):
-    """Sum of the errors of each candidate."""
+    """Sum of the errors of each candidate and head."""
 
     total: torch.Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, heads: int) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(count, heads, dtype=torch.float64))
 
 
-class LayerAxes(NamedTuple):
-    """Axes and grids of the keys and the values of one layer."""
+class LayerRows(NamedTuple):
+    """What the rows of one layer are like."""
 
-    axes: tuple[Axes, Axes]
-    grids: tuple[Grids, Grids]
+    keys: Channels
+    values: Channels
+    """Along their axes."""
+    axes: torch.Tensor
+    """[H, D, D]."""
+    weight: torch.Tensor
+    """[H, D]: what an error of a key's channel costs."""
 
-    def codings(self, candidate: Candidate) -> tuple[RowCoding, RowCoding]:
-        """Of the keys and the values of a candidate."""
-        shapes = (candidate.keys, candidate.values)
-        keys, values = (a.coding(s.widths, g) for a, s, g in zip(self.axes, shapes, self.grids, strict=True))
-        return keys, values
+    def widths(self, bits: float, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bits of the channels of keys and values."""
+        keys = (self.keys.energy * self.weight, self.keys.variance * self.weight)
+        return allocate_widths(*keys, bits, rows), allocate_widths(self.values.energy, self.values.variance, bits, rows)
+
+    def codings(self, keys: torch.Tensor, values: torch.Tensor) -> Codings:
+        """Of these widths."""
+        axes = self.axes.float()
+        return Codings(self.keys.form(keys), self.values.form(values), axes, axes.transpose(1, 2))
 
 
 class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
@@ -67,11 +78,9 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
     def __init__(self, task: Task[CodedCompactRecipe]) -> None:
         super().__init__(task)
         self.options = task.recipe.coded
-        self.config = self._config([1] * task.geometry.layers, [1] * task.geometry.layers, [1] * task.geometry.layers)
+        self.config = self._config([1] * task.geometry.layers)
 
-    def _config(
-        self, rows: Sequence[int], key_channels: Sequence[int], value_channels: Sequence[int], scale: float = 0.0
-    ) -> CodedCompactConfig:
+    def _config(self, rows: Sequence[int], scale: float = 0.0) -> CodedCompactConfig:
         task = self.task
         return CodedCompactConfig(
             tile=task.tile,
@@ -81,8 +90,6 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             ridge=self.options.ridge,
             passes=self.options.passes,
             scale=scale,
-            key_channels=tuple(key_channels),
-            value_channels=tuple(value_channels),
         )
 
     @property
@@ -101,18 +108,13 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         return bits.code_bytes(2 * task.geometry.layers)
 
     def require_feasible(self, tiles: int | None) -> None:
-        layers = self.task.geometry.layers
-        least = self._candidate(1, 1.0, (_flat(1), _flat(1))).bytes
+        layers, least = self.task.geometry.layers, 3 * self.task.geometry.kv_heads
         if self.budget < layers * least:
             raise ConfigError(
                 f"a compression of {self.task.recipe.compression:g} leaves {self.budget // layers} bytes of a tile and"
-                f" layer, and one row with its scales takes {least}. Ask for less (--compression), or take a larger"
-                " --codec.tile."
+                f" layer, and one row of one channel with its scale and bias takes {least}. Ask for less"
+                " (--compression), or take a larger --codec.tile."
             )
-
-    def _candidate(self, rows: int, error: float, shapes: tuple[PartShape, PartShape]) -> Candidate:
-        heads = self.task.geometry.kv_heads
-        return Candidate(rows, *shapes, heads * (sum(s.head_bytes(rows) for s in shapes) + rows), error)
 
     def prepare(self) -> None:
         geometry, recipe = self.task.geometry, self.task.recipe
@@ -123,94 +125,100 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             seeds = [recipe.seed * 1_000_003 + number for number in self.numbers(step, len(batch.answers))]
             canonical = recipe.codec.canonical_frame
             samples.append(sensitivities(self.task.model, batch, self.task.tile, canonical, seeds))
-        axes, tried = [], []
+        described, tried = [], []
         for index in tracked(range(geometry.layers), "rows and bits of layers", geometry.layers, self.task.console):
             of_layer = [layers[index] for layers in samples]
-            axes.append(self._axes(banks[index], scale, of_layer))
-            tried.append(self._tried(banks[index], scale, axes[-1], of_layer))
+            described.append(self._described(banks[index], scale, of_layer))
+            tried.append(self._tried(banks[index], scale, described[-1], of_layer))
         chosen = choose(tried, self.budget)
-        self.config = self._config(
-            [c.rows for c in chosen],
-            [len(c.keys.widths) for c in chosen],
-            [len(c.values.widths) for c in chosen],
-            scale,
-        )
+        self.config = self._config([choice.rows for choice in chosen], scale)
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
-        for index, (bank, candidate, layer_axes) in enumerate(zip(banks, chosen, axes, strict=True)):
+        for index, (bank, choice, rows) in enumerate(zip(banks, chosen, described, strict=True)):
             codec = self.codec(index)
             codec.bank.copy_(bank)
-            codec.set_codings(*layer_axes.codings(candidate))
+            codec.set_codings(rows.codings(choice.keys, choice.values))
 
     def _codec(self, bank: torch.Tensor, scale: float, rows: int) -> CodedCompactLayer:
-        """A codec of one layer whose own coding is not set."""
+        """A codec of one layer whose own codings are not set."""
         geometry = self.task.geometry
-        codec = CodedCompactLayer(
-            geometry.kv_heads, geometry.head_dim, rows, (1, 1), self._config([rows], [1], [1], scale)
-        ).to(bank.device)
+        config = self._config([rows], scale)
+        codec = CodedCompactLayer(geometry.kv_heads, geometry.head_dim, rows, config).to(bank.device)
         codec.bank.copy_(bank)
         return codec
 
-    def _axes(self, bank: torch.Tensor, scale: float, samples: Sequence[Sensitivity]) -> LayerAxes:
+    def _described(self, bank: torch.Tensor, scale: float, samples: Sequence[Sensitivity]) -> LayerRows:
         """From the kept keys and refit values of an unquantised compact codec."""
-        geometry = self.task.geometry
         codec = self._codec(bank, scale, self._rows()[len(self._rows()) // 2])
-        rows: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        for sensitivity in samples:
-            exact = CompactLayer.encode(codec, sensitivity.layer.keys.float(), sensitivity.layer.values.float())
-            for part, stored in zip(rows, (exact.keys.keys, exact.values.values), strict=True):
-                assert isinstance(stored, torch.Tensor)
-                part.append(stored)
-        queries = bank.double() * codec.scale
-        identity = torch.eye(geometry.head_dim).expand(geometry.kv_heads, -1, -1).to(queries)
-        metrics = (queries.transpose(1, 2) @ queries / queries.shape[1], identity)
-        axes, grids = [], []
-        for part, metric in zip(rows, metrics, strict=True):
-            moments = RowMoments(geometry.kv_heads, geometry.head_dim).to(bank.device)
-            for x in part:
-                moments.add(x)
-            self.reduce(moments)
-            axes.append(moments.axes(metric))
-            grids.append(Grids(geometry.kv_heads, geometry.head_dim).to(bank.device))
-            for x in part:
-                grids[-1].add(x.double() @ axes[-1].into[None])
-            self.reduce(grids[-1])
-        return LayerAxes((axes[0], axes[1]), (grids[0], grids[1]))
+        kept = [
+            CompactLayer.encode(codec, sensitivity.layer.keys.float(), sensitivity.layer.values.float())
+            for sensitivity in samples
+        ]
+        keys, values = ([getattr(getattr(e, part), part) for e in kept] for part in ("keys", "values"))
+        axes = self._sums(values).axes()
+        along = self._sums([x.double() @ axes for x in values]).channels()
+        of_keys = self._sums(keys).channels()
+        four = torch.full_like(of_keys.mean, 4, dtype=torch.uint8)
+        return LayerRows(of_keys, along, axes, codec.metric(of_keys.form(four), torch.float32).weight.double())
+
+    def _sums(self, rows: Sequence[torch.Tensor]) -> RowSums:
+        geometry = self.task.geometry
+        sums = RowSums(geometry.kv_heads, geometry.head_dim).to(rows[0].device)
+        for x in rows:
+            sums.add(x)
+        self.reduce(sums)
+        return sums
 
     def _rows(self) -> list[int]:
-        """Numbers of rows that are tried: an even share of the budget gives their channels one to eight bits."""
+        """Numbers of rows that are tried."""
         tile, geometry = self.task.tile, self.task.geometry
         bits = 8 * self.budget / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
-        rows = [count for count in _ROWS if count < tile and bits / 8 <= count <= max(bits, GROUP)]
-        return rows or [max(1, tile // 2)]
+        rows = [count for count in _ROWS if count < tile and bits / _MOST <= count <= bits / _FEWEST]
+        return rows or [max(1, min(tile // 2, int(bits / _FEWEST)))]
 
     def _tried(
-        self, bank: torch.Tensor, scale: float, axes: LayerAxes, samples: Sequence[Sensitivity]
-    ) -> list[Candidate]:
+        self, bank: torch.Tensor, scale: float, described: LayerRows, samples: Sequence[Sensitivity]
+    ) -> list[Candidates]:
         """The candidates of a layer, with their errors on the batches."""
-        even = self.budget / self.task.geometry.layers
-        smallest = self._candidate(1, 0.0, (_flat(1), _flat(1)))
-        tried = self._measured(self._codec(bank, scale, 1), axes, [smallest], samples)
+        one = torch.zeros_like(described.weight, dtype=torch.uint8)
+        one[:, 0] = 1
+        tried = [self._measured(self._codec(bank, scale, 1), described, ([one], [one]), samples)]
+        most = _REACH * self.budget / self.task.geometry.layers
         for rows in self._rows():
-            shapes = [[allocate_widths(a.energy, a.variance, bits, rows) for bits in _BITS] for a in axes.axes]
-            pairs = [pair for pair in product(*map(enumerate, shapes)) if abs(pair[0][0] - pair[1][0]) <= 1]
-            options = [self._candidate(rows, 0.0, (keys, values)) for (_, keys), (_, values) in pairs]
-            options = [c for c in options if _REACH[0] * even <= c.bytes <= _REACH[1] * even]
-            if options:
-                tried += self._measured(self._codec(bank, scale, rows), axes, options, samples)
+            keys, values = zip(*(described.widths(bits, rows) for bits in _BITS), strict=True)
+            sizes = [[int(head_bytes(widths, rows).sum()) for widths in ways] for ways in (keys, values)]
+            ways = [
+                [w for w, size in zip(mine, of_mine, strict=True) if size + min(of_other) <= most]
+                for mine, of_mine, of_other in ((keys, *sizes), (values, *sizes[::-1]))
+            ]
+            if all(ways):
+                tried.append(self._measured(self._codec(bank, scale, rows), described, (ways[0], ways[1]), samples))
         return tried
 
     def _measured(
-        self, codec: CodedCompactLayer, axes: LayerAxes, options: Sequence[Candidate], samples: Sequence[Sensitivity]
-    ) -> list[Candidate]:
-        """Candidates of equally many rows, with their errors."""
-        errors = Errors(len(options)).to(codec.bank.device)
-        codings = [axes.codings(option) for option in options]
+        self,
+        codec: CodedCompactLayer,
+        described: LayerRows,
+        ways: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+        samples: Sequence[Sensitivity],
+    ) -> Candidates:
+        """Candidates of equally many rows: ways to code the keys beside values in the middle one, and ways to code the
+        values beside keys in the middle one; what keys and values add to the error is added up."""
+        keys, values = ways
+        middle = described.codings(keys[len(keys) // 2], values[len(values) // 2])
+        codings = [middle._replace(keys=described.keys.form(widths)) for widths in keys]
+        codings[len(keys) // 2] = middle
+        codings += [middle._replace(values=described.values.form(widths)) for widths in values]
+        errors = Errors(len(codings), self.task.geometry.kv_heads).to(codec.bank.device)
         for layer, cost in samples:
             truth = full_output(layer)
-            for i, encoded in enumerate(codec.encode_with(layer.keys.float(), layer.values.float(), codings)):
+            tiles = codec.encode_with(layer.keys.float(), layer.values.float(), codings)
+            for i, encoded in enumerate(tiles):
                 errors.total[i] += _output_cost(layer, encoded.segment(layer.owner, layer.frame), truth, cost)
         self.reduce(errors)
-        return [option._replace(error=float(e)) for option, e in zip(options, errors.total, strict=True)]
+        of_keys, of_values = errors.total.cpu().split([len(keys), len(values)])
+        least = _LEAST * torch.minimum(of_keys[:, None], of_values)
+        error = torch.maximum(of_keys[:, None] + of_values - of_keys[len(keys) // 2], least)
+        return Candidates.of(codec.stored, torch.stack([*keys]), torch.stack([*values]), error)
 
     def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
         assert isinstance(config, CodedCompactConfig)
@@ -232,23 +240,20 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         )
         for index in range(self.task.geometry.layers):
             codec = self.codec(index)
-            shape = [text for part in ("key", "value") for text in _described(codec.coding(part).form.widths)]
+            codings = codec.codings()
+            shape = [text for form in (codings.keys, codings.values) for text in _shown(form.widths)]
             table.add(str(index), str(codec.stored), str(self.task.tile), *shape)
         return table
 
 
-def _flat(bits: int) -> PartShape:
-    """One channel."""
-    return PartShape(torch.tensor([bits], dtype=torch.uint8))
-
-
-def _described(widths: torch.Tensor) -> tuple[str, str]:
-    """Channels, and bits of a row."""
-    return str(len(widths)), str(int(widths.sum()))
+def _shown(widths_HC: torch.Tensor) -> tuple[str, str]:
+    """Channels with bits, and bits of a row; of all heads."""
+    return str(int((widths_HC > 0).sum())), str(int(widths_HC.sum()))
 
 
 def _output_cost(layer: LayerHarvest, segment: Segment, truth: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
-    """Expected KL of the answers' logits for what attention's output loses."""
+    """[H]: expected KL of the answers' logits for what each KV head's output of attention loses."""
     error = attend(layer.query, [segment, layer.rest], layer.scale, layer.visible) - truth
     squares = error.float().square().sum(-1).masked_fill(~layer.reads[:, None], 0.0)
-    return (squares * cost).sum()
+    of_heads: torch.Tensor = (squares * cost).sum((0, 2)).unflatten(0, (segment.keys.shape[1], -1)).sum(1)
+    return of_heads

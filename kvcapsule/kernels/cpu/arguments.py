@@ -1,6 +1,7 @@
 """What kernels are given of a segment, as C structs, and which segments they cover: decided by form alone.
 
-Covered are fp32 keys and values of one kind (raw rows; `QuantizedRows`; `CodedRows` behind maps), without gradients,
+Covered are fp32 keys and values of one kind (raw rows; `QuantizedRows`; `MixedWidthRows`;
+`CodedRows` behind maps), without gradients,
 with any of a segment's other parts. All else is the reference's.
 """
 
@@ -20,7 +21,7 @@ from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import BIAS_UNIT, Segment
 from .cell_words import cell_tables
 
-RAW, QUANTIZED, CELLS = range(3)
+RAW, QUANTIZED, CELLS, MIXED = range(4)
 """Form of structs.h."""
 _LANES = 16
 """LANES of simd.h."""
@@ -90,7 +91,7 @@ def _form(s: Segment) -> int | None:
         form, sets, rows = QUANTIZED, keys.shape[1], (keys.codes, values.codes)
         floats += (keys.scale, keys.minimum, values.scale, values.minimum)
     elif isinstance(keys, MixedWidthRows) and isinstance(values, MixedWidthRows) and s.head is None:
-        form, sets, rows = QUANTIZED, keys.shape[1], (keys.packed, values.packed)
+        form, sets, rows = MIXED, keys.shape[1], (keys.packed, values.packed)
         floats += (t for form_ in (keys.form, values.form) for t in (form_.unit, form_.centre))
     elif isinstance(keys, CodedRows) and isinstance(values, CodedRows):
         form, sets, rows = CELLS, len(keys.coding.widths), (keys.packed, values.packed)
@@ -153,9 +154,12 @@ class Builder:
             scales = self.dense(rows.scale), self.dense(rows.minimum)
             return CRows(self.place(rows.codes), count, channels, *_steps(rows.codes)[:3], 1, *scales, rows.bits)
         if isinstance(rows, MixedWidthRows):
-            of_form = (self.dense(t) for t in (rows.form.unit, rows.form.centre))
-            tables = self.dense(rows.side), self.dense(rows.form.widths)
-            return CRows(self.place(rows.packed), count, channels, *_steps(rows.packed)[:2], 0, 1, *of_form, 0, *tables)
+            form, side = rows.form, rows.side
+            return CRows(
+                self.place(rows.packed), count, channels, rows.packed.stride(0), 0, 0, 1, self.dense(form.unit),
+                self.dense(form.centre), side.shape[1], self.dense(side), None, 0, self.place(form.places),
+                self.place(form.firsts),
+            )  # fmt: skip
         coding, packed = rows.coding, rows.packed
         return CRows(
             self.place(packed), count, channels, packed.stride(0), 0, 0, 1, self.dense(coding.scale),

@@ -20,7 +20,7 @@ template <class Reader> class Pass {
         to_rows_ = arena.take (s_.value_map.data ? src_.tokens * src_.value_line : 0);
         softmax_ = {arena.take(src_.rows), arena.take(src_.rows), arena.take(src_.rows)};
         sums_ = arena.take((src_.rows + 8) * channels_);
-        out_map_ = arena.take (s_.out_map.data ? s_.heads * s_.values.channels * columns_ : 0);
+        copied_out_ = arena.take(out_is_dense() ? 0 : s_.out_map.data ? s_.heads * s_.values.channels * columns_ : 0);
         out_ = s_.out_map.data ? arena.take((src_.rows + 8) * columns_) : sums_;
     }
 
@@ -61,6 +61,13 @@ template <class Reader> class Pass {
     }
     int64_t place(int64_t set, int64_t owner) const { return (owner * s_.sets + set) * s_.heads * call_.rows; }
 
+    // Whether out_map lies in memory as it is multiplied.
+    bool out_is_dense() const {
+        const Strided& out = s_.out_map;
+        return out.third == 1 && out.second == columns_ && columns_ == call_.dim &&
+               (s_.heads == 1 || out.first == s_.values.channels * columns_);
+    }
+
     void open_set(int64_t set) {
         const Strided &score = s_.score_map, &value = s_.value_map, &out = s_.out_map;
         const int64_t tokens = src_.tokens, channels = s_.values.channels, head = s_.head ? 0 : set * s_.heads;
@@ -70,9 +77,10 @@ template <class Reader> class Pass {
         if (value.data)
             copy_map(value.data + set * value.first, tokens, value.second, s_.values.rows, value.third, to_rows_,
                      src_.value_line);
-        for (int64_t i = 0; out.data && i < s_.heads; ++i)
+        out_map_ = out_is_dense() ? out.data + head * out.first : copied_out_;
+        for (int64_t i = 0; out.data && !out_is_dense() && i < s_.heads; ++i)
             copy_map(out.data + (head + i) * out.first, channels, out.second, call_.dim, out.third,
-                     out_map_ + i * channels * columns_, columns_);
+                     copied_out_ + i * channels * columns_, columns_);
         reader_.open_set(set);
     }
 
@@ -118,7 +126,8 @@ template <class Reader> class Pass {
     Softmax softmax_;
     int64_t channels_, columns_;              // lengths of lines of `sums_` and `out_`
     float *scores_, *products_, *weights_;        // lines of tokens: scores, then weights; of key rows; of value rows
-    float *to_tokens_, *to_rows_, *out_map_;      // the maps of a set, [M, N], [N, M] and [heads, C, D], filled up
+    float *to_tokens_, *to_rows_, *copied_out_;   // the maps of a set, [M, N], [N, M] and [heads, C, D], filled up
+    const float* out_map_ = nullptr;              // of a set, copied or not
     float *sums_, *out_;
 };
 

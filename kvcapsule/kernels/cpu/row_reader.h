@@ -10,6 +10,7 @@
 //   finish(out)                      what has been added up: [rows, padded(C)]
 #pragma once
 
+#include "mixed_rows.h"
 #include "rotary_queries.h"
 
 namespace kvcapsule {
@@ -39,7 +40,8 @@ class RowReader {
     static constexpr int PAIR = 1;
 
     RowReader(const Source& src, Arena& arena)
-        : src_(src), s_(src.s), queries_(src, arena), width_(padded(s_.values.channels)) {
+        : src_(src), s_(src.s), queries_(src, arena), mixed_keys_(s_.keys, arena), mixed_values_(s_.values, arena),
+          width_(padded(s_.values.channels)) {
         mapped_ = arena.take(s_.q_map.data ? TILES * (src.rows + 8) * queries_.width : 0);
         keys_ = arena.take(src.key_line * queries_.width);
         values_ = arena.take(src.value_line * width_);
@@ -50,6 +52,7 @@ class RowReader {
     void open_set(int64_t set) {
         set_ = s_.head ? 0 : set;
         queries_.open_set(set);
+        if (s_.form == MIXED) mixed_keys_.open_set(set), mixed_values_.open_set(set);
     }
 
     void load_queries(const float* query) {
@@ -63,14 +66,14 @@ class RowReader {
         if (s_.q_map.data) queries_.map(0, tiles, ByRow{mapped_, width}), queries = mapped_;
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t count = s_.score_map.data ? s_.keys.rows : tile[i].count;
-            const Stored keys = read(s_.keys, tile[i], count, false, keys_, line);
+            const Stored keys = read(s_.keys, mixed_keys_, tile[i], count, false, keys_, line);
             with_block(src_.block, [&](auto size) {
                 for (int64_t row = 0; row < src_.rows; row += size) {
                     const float* const query = queries + ((i / 2 * src_.call.rows + row) * 2 + i % 2) * width;
                     float* const to = z + src_.line(i, row) * line;
                     constexpr int R = decltype(size)::value, V = fitting(R, R <= 4 ? 4 : 2);
                     int64_t n = 0;
-                    if (s_.form == RAW && s_.keys.column == 1) {
+                    if (s_.form != QUANTIZED && s_.keys.column == 1) {
                         dots<R>(query, 2 * width, keys.rows, keys.apart, count, width, to, 2 * line, ahead(s_.keys));
                     } else {
                         // Rows in memory end with a block's last whole vector; those in the buffer fill the line.
@@ -91,7 +94,7 @@ class RowReader {
             const int64_t count = s_.value_map.data ? s_.values.rows : tile[i].count;
             // What nobody sees may be anything: a weight of 0 would not silence what is not a number. Codes always are.
             const bool hides = s_.form == RAW && !s_.value_map.data && src_.hides();
-            const Stored values = read(s_.values, tile[i], count, hides, values_, line);
+            const Stored values = read(s_.values, mixed_values_, tile[i], count, hides, values_, line);
             for (int64_t n = 0, query; hides && n < count; ++n) {
                 for (query = 0; query < src_.call.queries && !src_.sees(tile[i], query, n);) ++query;
                 if (query == src_.call.queries) memset(values_ + n * width_, 0, width_ * sizeof(float));
@@ -101,7 +104,7 @@ class RowReader {
                 for (int64_t row = 0; row < src_.rows; row += R) {
                     const float* const w = weights + src_.line(i, row) * line;
                     int64_t c = 0;
-                    if (s_.form == RAW) {
+                    if (s_.form != QUANTIZED) {
                         for (; c + V * LANES <= width_; c += V * LANES) add<R, V>(w, values, count, row, c);
                         for (; c < width_; c += LANES) add<R, 1>(w, values, count, row, c);
                     } else {
@@ -121,7 +124,9 @@ class RowReader {
 
   private:
     // How far the next tile's rows are behind those of a tile.
-    int64_t ahead(const Rows& rows) const { return src_.chunks > 1 ? CHUNK * rows.row : rows.entry; }
+    int64_t ahead(const Rows& rows) const {
+        return s_.form == MIXED ? 0 : src_.chunks > 1 ? CHUNK * rows.row : rows.entry;
+    }
 
     struct Stored {
         const float* rows;
@@ -130,9 +135,10 @@ class RowReader {
 
     // A tile's rows as they are, [count, C] or [C, line]; or in `buffer`: copied [count, padded(C)], or made of codes
     // [C, line].
-    Stored read(const Rows& rows, const Tile& tile, int64_t count, bool copied, float* buffer, int64_t line) const {
+    Stored read(const Rows& rows, MixedRows& mixed, const Tile& tile, int64_t count, bool copied, float* buffer,
+                int64_t line) const {
         const int64_t first = tile.entry * rows.entry + set_ * rows.head, width = padded(rows.channels);
-        if (rows.side) return read_mixed(rows, tile, buffer, line);
+        if (s_.form == MIXED) return mixed.read(tile.entry, tile.token, count, buffer), Stored{buffer, width};
         if (s_.form == QUANTIZED) {
             // x = scale * code + minimum, scale and minimum of each channel of an entry.
             const int64_t scales = (tile.entry * (s_.head ? 1 : s_.sets) + set_) * rows.channels;
@@ -156,34 +162,6 @@ class RowReader {
         return {buffer, width};
     }
 
-    // Rows of a width per channel: the codes of a channel, then those of the next.
-    Stored read_mixed(const Rows& rows, const Tile& tile, float* buffer, int64_t line) const {
-        const int64_t channels = rows.channels, groups = (rows.rows + 7) / 8, written = groups * 8 - tile.token;
-        const uint8_t* from = static_cast<const uint8_t*>(rows.data) + tile.entry * rows.entry + set_ * rows.head;
-        const uint8_t* const side = rows.side + (tile.entry * s_.sets + set_) * 2 * channels;
-        const float *const unit = rows.scale + set_ * channels, *const centre = rows.offset + set_ * channels;
-        for (int64_t c = 0; c < channels; from += groups * rows.widths[c++]) {
-            const float scale = unit[c] * sixteenths(side[c] - 128);
-            with_constant<1, 2, 3, 4, 8>(rows.widths[c], [&](auto bits) {
-                const float minimum = centre[c] + scale * ((1 << bits) - 1) * (side[channels + c] - 128) / 32;
-                const uint8_t* const codes = from + tile.token / 8 * bits;
-                for (int64_t n = 0; n < line; n += LANES) {
-                    const Floats number = convert<Floats>(codes_of_channel<bits>(codes + n / 8 * bits, written - n));
-                    store(buffer + c * line + n, number * scale + minimum);
-                }
-            });
-        }
-        return {buffer, line};
-    }
-
-    // 2^(n / 16), for n from -128 to 127.
-    static float sixteenths(int n) {
-        static constexpr float fractions[16] = {
-            1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
-            1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-        return __builtin_ldexpf(fractions[n & 15], n >> 4);
-    }
-
     template <int R, int V> INLINE void score_codes(const float* query, const Stored& keys, int64_t n, float* z) const {
         Floats sum[R][V] = {};
         accumulate<R, V, 1>(sum, query, 2 * queries_.width, keys.rows + n, keys.apart, s_.keys.channels);
@@ -204,6 +182,7 @@ class RowReader {
     const Source& src_;
     const Segment& s_;
     Queries queries_;
+    MixedRows mixed_keys_, mixed_values_;
     int64_t width_, set_ = 0;
     float *mapped_, *keys_, *values_, *block_sums_, *sums_;  // queries; rows and sums of a tile; [rows, width]
 };

@@ -9,7 +9,7 @@
 
 namespace kvcapsule {
 
-enum Form : int64_t { RAW, QUANTIZED, CELLS };
+enum Form : int64_t { RAW, QUANTIZED, CELLS, MIXED };
 
 // A tensor of up to three axes.
 struct Strided {
@@ -22,16 +22,16 @@ struct Rows {
     const void* data;  // fp32 rows, codes or packed cells
     int64_t rows, channels;
     // RAW: strides, of which `row` or `column` is 1. QUANTIZED: those of the codes [E, H, C, bytes], `row` of channels.
-    // CELLS: `entry` alone.
+    // CELLS, MIXED: `entry` alone.
     int64_t entry, head, row, column;
-    // QUANTIZED: scale and minimum [E, H, 1, C]; with `side`, unit and centre [H, C]. CELLS: scale [S, M / 8, C], and
-    // offset of all entries [S, M, C].
+    // QUANTIZED: scale and minimum [E, H, 1, C]. MIXED: unit and centre [H, C]. CELLS: scale [S, M / 8, C], and offset
+    // of all entries [S, M, C].
     const float *scale, *offset;
-    int64_t bits;           // QUANTIZED: of a code
-    const uint8_t* side;    // QUANTIZED with a width per channel: [E, H, 2, C], see mixed_width_rows.py
-    const uint8_t* widths;  // CELLS: [S, M / 8, C]; with `side`, [C]
-    int64_t bytes;          // CELLS: of `data`. What follows is of CELLS, too
-    const int32_t* bounds;  // this and the rest: CellTables of cell_words.py
+    int64_t bits;           // QUANTIZED: of a code. MIXED: K
+    const uint8_t* side;    // MIXED: [E, K], see mixed_width_rows.py
+    const uint8_t* widths;  // CELLS: [S, M / 8, C]
+    int64_t bytes;          // CELLS: of `data`
+    const int32_t* bounds;  // CELLS, this and the rest: CellTables of cell_words.py. MIXED: WidthForm.places, .firsts
     const int64_t* cells;
     const int32_t* ranges;
 };

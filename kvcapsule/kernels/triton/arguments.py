@@ -80,29 +80,39 @@ class StoredRows(NamedTuple):
     """Rows [E, S, M, D] as stored, for S sets of KV heads that share their rows."""
 
     data: torch.Tensor
-    """Raw [E, S, M, D], codes [E, S, D, bytes], or coded [E, bytes]."""
+    """Raw [E, S, M, D], codes [E, S, D, bytes], or coded or mixed [E, bytes]."""
     entry_stride: int
     set_stride: int
-    """0 for coded rows."""
+    """0 for coded and mixed rows."""
     rows: int
     """M."""
     groups: int
     """Groups of eight rows; 0 for raw rows."""
     scale: torch.Tensor | None = None
-    """Of QuantizedRows [E, S, D], of CodedRows [S, groups, D]; None for raw rows."""
+    """Of QuantizedRows [E, S, D], of CodedRows [S, groups, D], the unit of MixedWidthRows [H, D]; None for raw rows."""
     minimum: torch.Tensor | None = None
-    """Of QuantizedRows, [E, S, D]; else None."""
+    """Of QuantizedRows, [E, S, D]; the centre of MixedWidthRows [H, D]; else None."""
     cells: torch.Tensor | None = None
     """Of CodedRows, [S, groups, D] int32 (load_cells); else None."""
     offset_product: torch.Tensor | None = None
     """[S, E, rows of a set, *]: what the offset of CodedRows adds to the result; else None."""
+    side: torch.Tensor | None = None
+    """[E, coded] uint8 of MixedWidthRows, as the rest; else None."""
+    places: torch.Tensor | None = None
+    """[H, D] int32: WidthForm.places."""
+    side_places: torch.Tensor | None = None
+    """[H, D] int32: WidthForm.side_places."""
+    firsts: torch.Tensor | None = None
+    """[H + 1, 2] int64: WidthForm.firsts."""
+    coded: int = 0
+    """Channels with bits."""
 
 
 class RowFormat(NamedTuple):
     """How rows are stored and multiplied; a compile-time constant."""
 
     kind: int
-    """RAW, QUANTISED or CODED."""
+    """RAW, QUANTISED, CODED or MIXED."""
     bits: int
     """Of QuantizedRows."""
     widest: int

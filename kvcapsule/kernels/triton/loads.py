@@ -7,10 +7,17 @@ cannot spoil a sum. Offsets have 64 bits throughout.
 import triton
 import triton.language as tl
 
-RAW, QUANTISED, CODED, BOTH = (tl.constexpr(i) for i in range(4))
-"""How rows are stored: a tensor, QuantizedRows, CodedRows. BOTH: a launch over raw and quantised segments."""
+from ...segments import mixed_width_rows as mixed
+from ...segments import segment
+
+RAW, QUANTISED, CODED, BOTH, MIXED = (tl.constexpr(i) for i in range(5))
+"""How rows are stored: a tensor, QuantizedRows, CodedRows, MixedWidthRows. BOTH: a launch over raw and quantised
+segments."""
 LOG2E = tl.constexpr(1.4426950408889634)
 """Scores are scaled by log2(e), so that exp2 gives their exponentials."""
+BIAS_UNIT = tl.constexpr(segment.BIAS_UNIT)
+SCALE_MIDDLE, OCTAVE = tl.constexpr(mixed.SCALE_MIDDLE), tl.constexpr(mixed.OCTAVE)
+MINIMUM_MIDDLE, FRACTIONS = tl.constexpr(mixed.MINIMUM_MIDDLE), tl.constexpr(mixed.FRACTIONS)
 LOWEST = tl.constexpr(-3.0e38)
 """Initial running maximum: finite, because a row that sees no token would otherwise be rescaled by exp2(inf - inf)."""
 
@@ -108,3 +115,33 @@ def load_cells(
     scale = tl.where(width > 0, scale, 0.0)
     rows = (code.to(tl.float32) - top_code.to(tl.float32) * 0.5) * scale[:, None, :]
     return tl.reshape(rows, (8 * GROUPS, BLOCK))
+
+
+@triton.jit
+def load_mixed(rows, entry, head, row, channel, WIDTH: tl.constexpr):
+    """[rows, channels] codes of MixedWidthRows of one unit; 0 where there is no such row or channel."""
+    first = tl.load(rows.firsts + 2 * head)
+    row_bytes = tl.load(rows.firsts + 2 * head + 2) - first
+    base = rows.data + entry * rows.entry_stride + first * rows.rows
+    place = tl.load(rows.places + head * WIDTH + channel, mask=channel < WIDTH, other=0)
+    width, bit = place & 15, (place >> 4) & 7
+    at = base + row[:, None] * row_bytes + (place >> 7)[None, :]
+    valid = (row < rows.rows)[:, None] & (width > 0)[None, :]
+    code = tl.load(at, mask=valid, other=0).to(tl.int32)
+    # Nothing is read behind the last byte.
+    code = code | (tl.load(at + 1, mask=valid & (bit + width > 8)[None, :], other=0).to(tl.int32) << 8)
+    return (code >> bit[None, :]) & ((1 << width) - 1)[None, :]
+
+
+@triton.jit
+def load_mixed_grid(rows, entry, head, channel, WIDTH: tl.constexpr):
+    """Scale and minimum [channels] of MixedWidthRows of one unit (kvcapsule.segments.mixed_width_rows), in fp32."""
+    at, valid = head * WIDTH + channel, channel < WIDTH
+    width = tl.load(rows.places + at, mask=valid, other=0) & 15
+    side = rows.side + entry * rows.coded + tl.load(rows.side_places + at, mask=valid, other=0)
+    byte = tl.load(side, mask=width > 0, other=0).to(tl.int32)
+    power = tl.exp2(((byte & 15) - SCALE_MIDDLE).to(tl.float32) / OCTAVE)
+    scale = tl.load(rows.scale + at, mask=valid, other=0.0).to(tl.float32) * power
+    range_ = scale * ((1 << width) - 1).to(tl.float32)
+    fraction = ((byte >> 4) - MINIMUM_MIDDLE).to(tl.float32) / FRACTIONS
+    return scale, tl.load(rows.minimum + at, mask=valid, other=0.0).to(tl.float32) + range_ * fraction

@@ -3,7 +3,7 @@
 The path of a segment depends on its form alone, never on whether a kernel failed:
 
     rows        keys and values both raw, or both QuantizedRows, and no map along the tokens
-    maps        any other pairing of raw rows, QuantizedRows and CodedRows, with or without maps
+    maps        any other pairing of raw rows, QuantizedRows, CodedRows and MixedWidthRows, with or without maps
     reference   rows packed in another way (an MLP's, per-group codes), tensors that are not dense, frames that rotate
                 neighbouring channels; single-head entries or a mask for each query on anything but rows
 """
@@ -16,6 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...segments.coefficient_rows import CodedRows
+from ...segments.mixed_width_rows import MixedWidthRows
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
 from .arguments import TYPES
@@ -50,7 +51,8 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
     """The segment's path, for `query_rows` rows a unit, with or without a mask for each query (`visible`)."""
     if not all(t.is_contiguous() for t in _small_tensors(segment)) or segment.owner.dtype != torch.int64:
         return "reference"
-    if segment.bias is not None and segment.bias.dtype not in TYPES:
+    of_bytes = segment.bias is not None and segment.bias.dtype == torch.int8
+    if segment.bias is not None and segment.bias.dtype not in TYPES and not of_bytes:
         return "reference"
     if segment.frame is not None and segment.frame.interleaved:
         return "reference"
@@ -58,8 +60,8 @@ def route(segment: Segment, query_rows: int, visible: bool) -> str:
     if keys is None or values is None:
         return "reference"
     channels = max(segment.keys.shape[3], segment.values.shape[3])
-    plain = segment.score_map is None and segment.value_map is None and channels <= MOST_CHANNELS
-    if plain and keys == values != "coded" and _dtype(segment.keys) == _dtype(segment.values):
+    plain = not of_bytes and segment.score_map is None and segment.value_map is None and channels <= MOST_CHANNELS
+    if plain and keys == values and keys in ("raw", "quantised") and _dtype(segment.keys) == _dtype(segment.values):
         return "rows"
     shared = max(rows.coding.heads if isinstance(rows, CodedRows) else 1 for rows in (segment.keys, segment.values))
     if visible or segment.head is not None or shared * query_rows > _MOST_SHARED:
@@ -74,7 +76,7 @@ def _small_tensors(segment: Segment) -> list[torch.Tensor]:
 
 
 def _form(rows: Rows) -> str | None:
-    """ "raw", "quantised" or "coded"; None for rows that the kernels cannot read."""
+    """ "raw", "quantised", "coded" or "mixed"; None for rows that the kernels cannot read."""
     if isinstance(rows, torch.Tensor):
         dense = rows.stride(3) == 1 and (rows.stride(2) == rows.shape[3] or rows.shape[2] == 1)
         return "raw" if dense and rows.dtype in TYPES else None
@@ -85,6 +87,10 @@ def _form(rows: Rows) -> str | None:
         return (
             "quantised" if readable and rows.scale.dtype in TYPES and rows.minimum.dtype == rows.scale.dtype else None
         )
+    if isinstance(rows, MixedWidthRows):
+        tensors = (rows.side, rows.form.unit, rows.form.centre)
+        dense = rows.packed.stride(1) == 1 and all(t.is_contiguous() for t in tensors)
+        return "mixed" if dense and {rows.form.unit.dtype, rows.form.centre.dtype} <= TYPES.keys() else None
     if isinstance(rows, CodedRows):
         return "coded" if rows.packed.stride(1) == 1 and rows.coding.scale.is_contiguous() else None
     return None

@@ -18,7 +18,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .loads import CODED, LOG2E, LOWEST, QUANTISED, load_cells, load_codes, load_map, load_raw, query_offset
+from .loads import (
+    BIAS_UNIT,
+    CODED,
+    LOG2E,
+    LOWEST,
+    MIXED,
+    QUANTISED,
+    load_cells,
+    load_codes,
+    load_map,
+    load_mixed,
+    load_mixed_grid,
+    load_raw,
+    query_offset,
+)
 
 
 class Pairs(NamedTuple):
@@ -136,15 +150,19 @@ def score_rows(
         elif FORMAT.kind == QUANTISED:
             key_scale = tl.load(keys.scale + unit * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
             minimum = tl.load(keys.minimum + unit * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
-            q_minimum += tl.sum(q * minimum[None, :], 1)
-            q = q * key_scale[None, :]
             k = load_codes(base, begin // 8, keys.groups, c, CHANNELS, FORMAT.bits, BLOCK_M // 8, BLOCK_C)
             k = k.to(FORMAT.product.dtype)
+        elif FORMAT.kind == MIXED:
+            key_scale, minimum = load_mixed_grid(keys, entry, set_, c, CHANNELS)
+            k = tl.trans(load_mixed(keys, entry, set_, m, c, CHANNELS)).to(FORMAT.product.dtype)
         else:
             k = load_raw(base, m, c, m < keys.rows, CHANNELS, BLOCK_C).to(FORMAT.product.dtype)
+        if FORMAT.kind == QUANTISED or FORMAT.kind == MIXED:
+            q_minimum += tl.sum(q * minimum[None, :], 1)
+            q = q * key_scale[None, :]
         acc += tl.dot(q.to(FORMAT.product.dtype), k, input_precision=FORMAT.product.precision)
     in_z = (r < ROWS)[:, None] & (m < keys.rows)[None, :]
-    if FORMAT.kind == QUANTISED:
+    if FORMAT.kind == QUANTISED or FORMAT.kind == MIXED:
         acc += q_minimum[:, None]
     elif FORMAT.kind == CODED:
         shared = (set_ * tl.num_programs(0) + entry) * ROWS + r
@@ -171,8 +189,8 @@ def _token_scores(
     else:
         s = tl.load(z + pairs.row[:, None] * sizes.keys + n[None, :], mask=valid, other=0.0)
     if bias is not None:
-        b = tl.load(bias + pairs.unit[:, None] * sizes.tokens + n[None, :], mask=valid, other=0.0)
-        s += b.to(tl.float32) * LOG2E
+        b = tl.load(bias + pairs.unit[:, None] * sizes.tokens + n[None, :], mask=valid, other=0)
+        s += b.to(tl.float32) * (LOG2E * BIAS_UNIT if bias.dtype.element_ty == tl.int8 else LOG2E)
     if mask is not None:
         seen = tl.load(mask + pairs.entry[:, None] * sizes.tokens + n[None, :], mask=valid, other=0)
         valid = valid & (seen != 0)
@@ -192,7 +210,7 @@ def map_scores(
     Args:
         score_map: Map [S, N, M]; None: z are the tokens' scores (M = N).
         value_map: Map [S, N, M']; None: the probabilities are the weights (M' = N).
-        bias: [E, H, N], or None.
+        bias: [E, H, N], in units of BIAS_UNIT if it is of int8; or None.
         mask: [E, N] uint8, or None.
         sizes: MapSizes.
     """
@@ -249,6 +267,7 @@ def weigh_rows(
         m = low + tl.arange(0, BLOCK_M)
         in_w = (r < ROWS)[:, None] & (m < values.rows)[None, :]
         x = tl.load(w + (unit * ROWS + r)[:, None] * values.rows + m[None, :], mask=in_w, other=0.0)
+        total += tl.sum(x, 1)
         if FORMAT.kind == CODED:
             cells = set_ * values.groups * CHANNELS
             v = load_cells(
@@ -256,9 +275,10 @@ def weigh_rows(
                 FORMAT.widest, FORMAT.has_3_bits, BLOCK_M // 8, BLOCK_C,
             )  # fmt: skip
         elif FORMAT.kind == QUANTISED:
-            total += tl.sum(x, 1)
             v = load_codes(base, low // 8, values.groups, c, CHANNELS, FORMAT.bits, BLOCK_M // 8, BLOCK_C)
             v = tl.trans(v).to(tl.float32)
+        elif FORMAT.kind == MIXED:
+            v = load_mixed(values, entry, set_, m, c, CHANNELS)
         else:
             valid = m < values.rows
             if mask is not None:
@@ -270,6 +290,9 @@ def weigh_rows(
     if FORMAT.kind == QUANTISED:
         scale = tl.load(values.scale + unit * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
         minimum = tl.load(values.minimum + unit * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
+        acc = acc * scale[None, :] + total[:, None] * minimum[None, :]
+    elif FORMAT.kind == MIXED:
+        scale, minimum = load_mixed_grid(values, entry, set_, c, CHANNELS)
         acc = acc * scale[None, :] + total[:, None] * minimum[None, :]
     elif FORMAT.kind == CODED:
         shared = (set_ * tl.num_programs(0) + entry) * ROWS + r

@@ -3,11 +3,12 @@
 import torch
 
 from ...segments.coefficient_rows import CodedRows
+from ...segments.mixed_width_rows import MixedWidthRows
 from ...segments.quantized_rows import QuantizedRows
 from ...segments.segment import Rows, Segment
 from .arguments import Map, MapSizes, Product, Queries, Rotation, RowFormat, StoredRows, as_bytes, block
 from .call import Call, Part, Producer
-from .loads import CODED, LOG2E, QUANTISED, RAW
+from .loads import CODED, LOG2E, MIXED, QUANTISED, RAW
 from .plan import index_of
 from .tile_kernels import derotate_queries, map_scores, score_rows, weigh_rows
 
@@ -103,6 +104,12 @@ def _stored_rows(rows: Rows, offset_product: torch.Tensor | None) -> StoredRows:
     if isinstance(rows, QuantizedRows):
         entry_stride, set_stride = rows.codes.stride()[:2]
         return StoredRows(rows.codes, entry_stride, set_stride, count, -(-count // 8), rows.scale, rows.minimum)
+    if isinstance(rows, MixedWidthRows):
+        form, side = rows.form, rows.side
+        return StoredRows(
+            rows.packed, rows.packed.stride(0), 0, count, 0, form.unit, form.centre, None, None,
+            side, form.places, form.side_places, form.firsts, side.shape[1],
+        )  # fmt: skip
     assert isinstance(rows, torch.Tensor)
     entry_stride, set_stride = rows.stride()[:2]
     return StoredRows(rows, entry_stride, set_stride, count, 0)
@@ -114,7 +121,7 @@ def _format(rows: Rows, product: Product) -> RowFormat:
         return RowFormat(CODED.value, 0, max(widths), 3 in widths, product)
     if isinstance(rows, QuantizedRows):
         return RowFormat(QUANTISED.value, rows.bits, 0, False, product)
-    return RowFormat(RAW.value, 0, 0, False, product)
+    return RowFormat(MIXED.value if isinstance(rows, MixedWidthRows) else RAW.value, 0, 0, False, product)
 
 
 def _offset_product(rows: Rows, x_EHRC: torch.Tensor, transposed: bool) -> torch.Tensor | None:
