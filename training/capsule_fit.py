@@ -4,8 +4,9 @@ of its state."""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -22,13 +23,17 @@ from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
 
 from .datamodule import Batch, Questions
-from .frozen_forward import divergence, logits_through
-from .harvest import LayerHarvest, harvest, harvest_with_logits
+from .frozen_forward import divergence
+from .harvest import LayerHarvest, harvest_with_logits
 from .harvest_memory import HARVEST_MEMORY, HarvestMemory
+from .harvest_source import HarvestSource
 from .harvest_store import HarvestStore
 from .losses import full_output, output_error, unexplained
+from .question_forward import SegmentReading, Surroundings
 from .recipe import Recipe
 from .run_state import load_closed_form, save_closed_form
+from .streamed import Cut, Visit
+from .tile_sample import SAMPLE_BYTES, LayerTiles, TileSample
 
 _ROWS_READ = "training_rows"
 """Key of a checkpoint."""
@@ -61,6 +66,16 @@ Errors = dict[str, torch.Tensor]
 """Losses of a layer by name."""
 
 
+class SumsOfGroups(Protocol):
+    """What a harvest pass is for."""
+
+    numbers: Sequence[int]
+    """Of the rows of the present batch."""
+
+    def add(self, number: int, layers: list[LayerHarvest]) -> None:
+        """Take in a layer group of it."""
+
+
 class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """Trains the codecs of every layer at once.
 
@@ -82,16 +97,21 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         super().__init__()
         # In a tuple, so that Lightning neither saves nor moves nor trains the model.
         self._frozen = (task,)
-        recipe = task.recipe
-        self._store = (
-            None
-            if recipe.harvests is None
-            else HarvestStore(
-                Path(recipe.harvests), task.model, task.tile, recipe.codec.canonical_frame, lambda line: self.show(line)
-            )
-        )
-        self._memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
         self.prepared = False
+
+    @cached_property
+    def _harvests(self) -> HarvestSource:
+        task, recipe = self.task, self.task.recipe
+        canonical, store = recipe.codec.canonical_frame, None
+        if recipe.harvests is not None:
+            store = HarvestStore(Path(recipe.harvests), task.model, task.tile, canonical, lambda line: self.show(line))
+        memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
+        return HarvestSource(task.model, Cut(task.tile, canonical, self.groups), memory, store)
+
+    @property
+    def groups(self) -> Sequence[range]:
+        """Layers that are coded together: each by itself, unless a family has it otherwise."""
+        return [range(i, i + 1) for i in range(self.task.geometry.layers)]
 
     @property
     def task(self) -> Task[R]:
@@ -174,7 +194,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             to: Any = model.to
             to(self.trainer.strategy.root_device)
         self._prepare_or_restore()
-        self._memory.close()
+        self._harvests.close()
         self.prepared = True
         if not self.steps:
             self.finish()
@@ -196,7 +216,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
         loader = self.task.data.first_epoch()
         count = min(count, len(loader))
-        batches = self._memory.batches(loader, count)
+        batches = self._harvests.memory.batches(loader, count)
         return self.task.data.rows_read.noted(tracked(batches, title, count, self.task.console))
 
     def on_validation_end(self) -> None:
@@ -210,25 +230,69 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     def harvest(self, batch: Batch) -> list[LayerHarvest]:
         """Keys, values and queries of every layer: from memory or from disk where they are there, else by the frozen
         VLM."""
-        return self._memory.harvest(batch, self._harvest)
+        return self._harvests.all_layers(batch)
 
-    def _harvest(self, batch: Batch) -> list[LayerHarvest]:
-        task = self.task
-        if self._store is None:
-            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, batch.alignment)
-        return self._store.harvest(batch.inputs, batch.alignment)
+    def stream(self, batch: Batch, visit: Visit) -> None:
+        """The same, group by group: one group is in memory at a time."""
+        self._harvests.stream(batch, visit)
+
+    def harvest_pass(self, title: str, sums: "SumsOfGroups") -> None:
+        """Hand every layer group of the first batches (--moment_batches) to `sums`, and hold a sample of their tiles
+        for `tiles`."""
+        world = 1 if self._trainer is None else self.trainer.world_size
+        count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
+        sample = TileSample(self.task.geometry.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
+        for step, batch in enumerate(self.batches(count, title)):
+            sums.numbers = self.numbers(step, len(batch.answers))
+            self._harvests.sampled_stream(batch, sums.add, sample, sums.numbers)
+
+    def tiles(self, title: str) -> Iterator[tuple[int, Sequence[LayerTiles]]]:
+        """The number of a layer group and the tiles of its layers, batch by batch of the sample that `harvest_pass`
+        held; all tiles by the frozen VLM where that holds too few."""
+        held = self._harvests.sampled()
+        if held is not None:
+            yield from held
+            return
+        for batch in self.batches(self.task.recipe.moment_batches, title):
+            groups: list[tuple[int, Sequence[LayerTiles]]] = []
+
+            def visit(number: int, layers: list[LayerHarvest], found: Any = groups) -> None:
+                found.append((number, [LayerTiles(layer.keys, layer.values) for layer in layers]))
+
+            self.stream(batch, visit)
+            yield from groups
+
+    def stored(self, number: int, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        """A layer group's tiles as a capsule would store them."""
+        codec = self.codec(number)
+        pairs = [(layer.keys.float(), layer.values.float()) for layer in layers]
+        if isinstance(codec, LayerCodec):
+            encoded = [codec.encode(*pair) for pair in pairs]
+        else:
+            encoding = codec.start()
+            for place, pair in enumerate(pairs):
+                encoding.add(place, *pair)
+            encoded = encoding.finish(range(len(layers)))
+        return [one.segment(layer.owner, layer.frame) for one, layer in zip(encoded, layers, strict=True)]
 
     def read(self, batch: Batch, with_kl: bool) -> "Read":
-        """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its
-        attention."""
+        """What the codecs make of a batch, differentiable in them; with_kl: also run it through the frozen VLM with
+        their segments in its attention."""
         if not with_kl:
             layers = self.harvest(batch)
             return Read(layers, self.segments(layers), None)
         task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
         layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last, batch.alignment)
         segments = self.segments(layers)
-        through = logits_through(task.model, batch.inputs, task.tile, canonical, segments, last, batch.alignment)
-        return Read(layers, segments, divergence(logits, through, batch.answers))
+        return Read(layers, segments, self._kl(batch, logits, segments, [Surroundings.of(x) for x in layers]))
+
+    def _kl(
+        self, batch: Batch, true: torch.Tensor, segments: Sequence[Segment], around: Sequence[Surroundings]
+    ) -> torch.Tensor:
+        """KL of the answers' logits through the frozen VLM, with segments in its attention, from the true ones."""
+        readings = [SegmentReading(segment) for segment in segments]
+        through = self._harvests.forward_of(batch, around)(readings, true.shape[1])
+        return divergence(true, through, batch.answers)
 
     @rank_zero_only
     def show(self, what: object) -> None:
@@ -242,13 +306,28 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
                 torch.distributed.all_reduce(buffer, op=reduction)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        read = self.read(batch, self.has_kl)
-        by_layer = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
+        by_layer: list[Errors] = []
+        segments: list[Segment] = []
+        around: list[Surroundings] = []
+
+        def visit(number: int, layers: list[LayerHarvest]) -> None:
+            for segment, layer in zip(self.stored(number, layers), layers, strict=True):
+                by_layer.append(self.errors(segment, layer))
+                if self.has_kl:
+                    segments.append(segment)
+                    around.append(Surroundings.of(layer))
+
+        logits = self._harvests.stream(batch, visit, int(batch.answers.max()) + 1 if self.has_kl else 0)
         for index, errors in enumerate(by_layer):
             self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
         self.log_errors("validation", mean(by_layer), len(batch.answers))
-        if read.kl is not None:
-            self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)
+        if logits is not None:
+            self.log(
+                "validation/kl",
+                self._kl(batch, logits, segments, around),
+                batch_size=len(batch.answers),
+                sync_dist=True,
+            )
 
     def errors(self, segment: Segment, layer: LayerHarvest) -> Errors:
         """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of

@@ -28,6 +28,12 @@ class Bases(NamedTuple):
         """[E, H, T, D]."""
         return self.tokens.to(x_EHTD.dtype) @ x_EHTD @ self.channels_in.to(x_EHTD.dtype)
 
+    def single(self) -> "Bases":
+        """In fp32: solved in fp64, they are read in fp32."""
+        into = self.channels_in.float()
+        out = into if self.channels_out is self.channels_in else self.channels_out.float()
+        return Bases(self.tokens.float(), into, out)
+
 
 class Moments(nn.Module):
     """Sums over tiles of one layer's keys or values: X, X X^T and X^T X. Adding up the buffers of several ranks gives
@@ -65,17 +71,17 @@ class Moments(nn.Module):
         """
         mean = self.total / self.count
         tokens, channels = self.tokens - self.count * mean @ mean.transpose(-1, -2), self.spread()
-        root, inverse = _root(channels if metric is None else metric, metric is None)
-        principal = torch.linalg.eigh(root @ channels @ root).eigenvectors.flip(-1)
-        axes = torch.linalg.eigh(tokens).eigenvectors.flip(-1).transpose(-1, -2)
-        return Bases(_signed(axes, -1), root @ _signed(principal, -2), inverse @ _signed(principal, -2))
+        axes = _signed(torch.linalg.eigh(tokens).eigenvectors.flip(-1).transpose(-1, -2), -1)
+        if metric is None:
+            principal = _signed(torch.linalg.eigh(channels).eigenvectors.flip(-1), -2)
+            return Bases(axes, principal, principal)
+        root, inverse = _root(metric)
+        principal = _signed(torch.linalg.eigh(root @ channels @ root).eigenvectors.flip(-1), -2)
+        return Bases(axes, root @ principal, inverse @ principal)
 
 
-def _root(metric: torch.Tensor, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _root(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The square root of a metric and its inverse."""
-    if plain:
-        one = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
-        return one, one
     values, vectors = torch.linalg.eigh(metric.double())
     values = values.clamp_min(values[..., -1:] * _FLOOR).sqrt()[:, None]
     return (vectors * values) @ vectors.transpose(-1, -2), (vectors / values) @ vectors.transpose(-1, -2)
