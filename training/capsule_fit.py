@@ -2,55 +2,31 @@
 of its state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, NamedTuple
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel
 
-from kvcapsule.cli.progress import tracked
 from kvcapsule.cli.tables import ReportTable, print_report
 from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
-from kvcapsule.vlm.geometry import KVGeometry
 
-from .datamodule import Batch, Questions
+from .datamodule import Batch
 from .frozen_forward import divergence
 from .harvest import LayerHarvest, harvest_with_logits
-from .harvest_memory import HARVEST_MEMORY, HarvestMemory
-from .harvest_source import HarvestSource
-from .harvest_store import HarvestStore
+from .harvesting_fit import HarvestingFit
 from .losses import full_output, output_error, unexplained
 from .question_forward import SegmentReading, Surroundings
 from .recipe import Recipe
 from .run_state import load_closed_form, save_closed_form
-from .streamed import Cut, Visit
-from .tile_sample import SAMPLE_BYTES, LayerTiles, TileSample
+from .task import R
+from .task import Task as Task
 
 _ROWS_READ = "training_rows"
 """Key of a checkpoint."""
-R = TypeVar("R", bound=Recipe, covariant=True)
-
-
-@dataclass(frozen=True)
-class Task(Generic[R]):
-    """The recipe of a run and all that it names, loaded."""
-
-    recipe: R
-    model: PreTrainedModel
-    data: Questions
-    geometry: KVGeometry
-    tile: int
-    """Visual tokens of a tile."""
-    console: Console = field(default_factory=lambda: Console(stderr=True))
 
 
 class Read(NamedTuple):
@@ -66,17 +42,7 @@ Errors = dict[str, torch.Tensor]
 """Losses of a layer by name."""
 
 
-class SumsOfGroups(Protocol):
-    """What a harvest pass is for."""
-
-    numbers: Sequence[int]
-    """Of the rows of the present batch."""
-
-    def add(self, number: int, layers: list[LayerHarvest]) -> None:
-        """Take in a layer group of it."""
-
-
-class CapsuleFit(L.LightningModule, ABC, Generic[R]):
+class CapsuleFit(HarvestingFit[R], ABC):
     """Trains the codecs of every layer at once.
 
     What is solved in closed form is solved in `setup`, on this rank's share of the batches; sums are added up over the
@@ -89,34 +55,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """Whether a step may leave some parameters without a gradient, which DDP must then look for."""
     rate_option: ClassVar[str] = ""
     """The option of the learning rate, "transform.lr"; empty without a descent."""
-    reuses_harvests: ClassVar[bool] = False
-    """Whether `prepare` makes several passes over the same batches, whose harvests are then held in memory."""
     layers: nn.ModuleList
-
-    def __init__(self, task: Task[R]) -> None:
-        super().__init__()
-        # In a tuple, so that Lightning neither saves nor moves nor trains the model.
-        self._frozen = (task,)
-        self.prepared = False
-
-    @cached_property
-    def _harvests(self) -> HarvestSource:
-        task, recipe = self.task, self.task.recipe
-        canonical, store = recipe.codec.canonical_frame, None
-        if recipe.harvests is not None:
-            store = HarvestStore(Path(recipe.harvests), task.model, task.tile, canonical, lambda line: self.show(line))
-        memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
-        return HarvestSource(task.model, Cut(task.tile, canonical, self.groups), memory, store)
-
-    @property
-    def groups(self) -> Sequence[range]:
-        """Layers that are coded together: each by itself, unless a family has it otherwise."""
-        return [range(i, i + 1) for i in range(self.task.geometry.layers)]
-
-    @property
-    def task(self) -> Task[R]:
-        """The recipe of the run and what it names, loaded: model, data, geometry."""
-        return self._frozen[0]
+    prepared = False
 
     has_kl = False
     """Whether the KL of the logits is measured on held-out questions."""
@@ -194,7 +134,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             to: Any = model.to
             to(self.trainer.strategy.root_device)
         self._prepare_or_restore()
-        self._harvests.close()
+        self.harvests.close()
         self.prepared = True
         if not self.steps:
             self.finish()
@@ -212,55 +152,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         if self.global_rank == 0 and recipe.work.is_dir():
             save_closed_form(recipe.work, asdict(self.codec_config()), self.layers.state_dict(), rows)
 
-    def batches(self, count: int, title: str) -> Iterator[Batch]:
-        """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
-        loader = self.task.data.first_epoch()
-        count = min(count, len(loader))
-        batches = self._harvests.memory.batches(loader, count)
-        return self.task.data.rows_read.noted(tracked(batches, title, count, self.task.console))
-
     def on_validation_end(self) -> None:
         self.task.data.rows_read.gather()
-
-    def numbers(self, step: int, count: int) -> list[int]:
-        """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""
-        world = 1 if self._trainer is None else self.trainer.world_size
-        return [step * self.task.recipe.batch + self.global_rank + i * world for i in range(count)]
-
-    def harvest(self, batch: Batch) -> list[LayerHarvest]:
-        """Keys, values and queries of every layer: from memory or from disk where they are there, else by the frozen
-        VLM."""
-        return self._harvests.all_layers(batch)
-
-    def stream(self, batch: Batch, visit: Visit) -> None:
-        """The same, group by group: one group is in memory at a time."""
-        self._harvests.stream(batch, visit)
-
-    def harvest_pass(self, title: str, sums: "SumsOfGroups") -> None:
-        """Hand every layer group of the first batches (--moment_batches) to `sums`, and hold a sample of their tiles
-        for `tiles`."""
-        world = 1 if self._trainer is None else self.trainer.world_size
-        count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
-        sample = TileSample(self.task.geometry.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
-        for step, batch in enumerate(self.batches(count, title)):
-            sums.numbers = self.numbers(step, len(batch.answers))
-            self._harvests.sampled_stream(batch, sums.add, sample, sums.numbers)
-
-    def tiles(self, title: str) -> Iterator[tuple[int, Sequence[LayerTiles]]]:
-        """The number of a layer group and the tiles of its layers, batch by batch of the sample that `harvest_pass`
-        held; all tiles by the frozen VLM where that holds too few."""
-        held = self._harvests.sampled()
-        if held is not None:
-            yield from held
-            return
-        for batch in self.batches(self.task.recipe.moment_batches, title):
-            groups: list[tuple[int, Sequence[LayerTiles]]] = []
-
-            def visit(number: int, layers: list[LayerHarvest], found: Any = groups) -> None:
-                found.append((number, [LayerTiles(layer.keys, layer.values) for layer in layers]))
-
-            self.stream(batch, visit)
-            yield from groups
 
     def stored(self, number: int, layers: Sequence[LayerHarvest]) -> list[Segment]:
         """A layer group's tiles as a capsule would store them."""
@@ -291,19 +184,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     ) -> torch.Tensor:
         """KL of the answers' logits through the frozen VLM, with segments in its attention, from the true ones."""
         readings = [SegmentReading(segment) for segment in segments]
-        through = self._harvests.forward_of(batch, around)(readings, true.shape[1])
+        through = self.harvests.forward_of(batch, around)(readings, true.shape[1])
         return divergence(true, through, batch.answers)
-
-    @rank_zero_only
-    def show(self, what: object) -> None:
-        self.task.console.print(what, highlight=False)
-
-    def reduce(self, sums: nn.Module, greatest: bool = False) -> None:
-        """Add up the buffers of all ranks, or take the greatest of each."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            reduction = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
-            for buffer in sums.buffers():
-                torch.distributed.all_reduce(buffer, op=reduction)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         by_layer: list[Errors] = []
@@ -317,7 +199,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
                     segments.append(segment)
                     around.append(Surroundings.of(layer))
 
-        logits = self._harvests.stream(batch, visit, int(batch.answers.max()) + 1 if self.has_kl else 0)
+        logits = self.harvests.stream(batch, visit, int(batch.answers.max()) + 1 if self.has_kl else 0)
         for index, errors in enumerate(by_layer):
             self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
         self.log_errors("validation", mean(by_layer), len(batch.answers))

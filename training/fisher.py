@@ -68,7 +68,7 @@ class FeltReading:
         # In the first layer nothing else asks for gradients.
         asks = torch.zeros((), device=query.device, requires_grad=True)
         around = _Around(self, rest, visible, scale)
-        out: torch.Tensor = _FeltAttention.apply(asks, query, rest.keys, rest.values, around)
+        out: torch.Tensor = _FeltAttention.apply(asks, query, rest.keys, rest.values, around)  # type: ignore[no-untyped-call]
         return out
 
 

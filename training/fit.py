@@ -23,7 +23,6 @@ from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 
 from .answers import longest_sequence
-from .capsule_fit import Task
 from .checkpoints import diverged
 from .datamodule import Questions
 from .families import fit_class
@@ -34,6 +33,7 @@ from .recipe import Recipe
 from .saved_recipe import to_save
 from .stored_size import stored_size
 from .summary import errors_table, summary
+from .task import Task
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Capsule:
@@ -128,6 +128,7 @@ def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: 
     tile = tile_of(images, recipe.codec.tile, recipe.codec.align)
     task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, console)
     fit: AnyFit = fit_class(family)(task)
+    _ = fit.harvests  # Their folder is made now, or the run is refused.
     questions = min(recipe.moment_batches, len(data.first_epoch())) * min(recipe.batch, len(data.rows))
     fit.require_feasible(images.most_tiles(tile, questions))
     if line := raw_tokens_line(images, tile, recipe.compression, model.dtype.itemsize * 8):

@@ -25,7 +25,6 @@ from ..joint_moments import JointMoments
 from ..losses import error_and_energy, full_output, require_finite
 from ..query_bank import QueryBank
 from ..second_moments import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
-from ..tile_sample import LayerTiles
 from .bit_budget import BitBudget
 from .coding_source import CodingSource
 from .coefficient_options import CoefficientRecipe

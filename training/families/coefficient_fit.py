@@ -14,12 +14,13 @@ from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 
-from ..capsule_fit import CapsuleFit, Task, scheduled
+from ..capsule_fit import CapsuleFit, scheduled
 from ..datamodule import Batch
 from ..fisher import FisherSums, GradientSink, each_gradient
 from ..harvest import LayerHarvest
 from ..losses import full_output, output_error
 from ..question_forward import Surroundings
+from ..task import Task
 from ..tile_sample import LayerTiles
 from .bit_budget import BitBudget
 from .closed_form import Tiles, require_samples
@@ -133,7 +134,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             self.stream(batch, visit)
             seeds = [task.recipe.seed + n for n in self.numbers(step, len(batch.answers))]
             sink = GradientSink(self.groups, lambda n, layers: self._feel(sums, n, layers))
-            each_gradient(self._harvests.forward_of(batch, around), read, batch.answers, seeds, sink.take)
+            each_gradient(self.harvests.forward_of(batch, around), read, batch.answers, seeds, sink.take)
         for of_source in sums:
             self.reduce(of_source)
         return sums

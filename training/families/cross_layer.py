@@ -2,7 +2,6 @@
 Fisher information of the logits."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,11 +12,11 @@ from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.segments.segment import Segment
 
-from ..capsule_fit import Task
 from ..fisher import Mixture
 from ..harvest import LayerHarvest
 from ..joint_moments import JointMoments
 from ..second_moments import Moments
+from ..task import Task
 from ..tile_sample import LayerTiles
 from .closed_form import Tiles, closed_form, measured, sensitivities
 from .coding_source import CodingSource, used
@@ -52,7 +51,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         geometry, wanted = task.geometry, task.recipe.transform.joint_layers
         self.joint = min(geometry.layers, wanted or joint_layers(self.heads, geometry.head_dim))
 
-    @cached_property
+    @property
     def groups(self) -> Sequence[range]:
         return layer_groups(self.task.geometry.layers, self.joint)
 
@@ -65,7 +64,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         sources = measured(self, bases, self.all_sources("variances of groups of layers"))
         if self.options.fisher_batches:
             self.layers = self._codecs(sources)
-            sources = self._second_code(moments, [b.channels_in.shape[:2] for b in bases])
+            sources = self._second_code(moments, [(len(b.channels_in), b.channels_in.shape[1]) for b in bases])
         self.layers = self._codecs(sources, form.queries)
 
     def _second_code(self, moments: Callable[[int], Moments], sizes: Sequence[tuple[int, int]]) -> list[CodingSource]:

@@ -111,7 +111,7 @@ class TransformFit(CoefficientFit[TransformRecipe]):
 
         relative: cost [S, 1, 1] of an error in each source, over the mean cost.
         """
-        felt = self.fisher_sums([metric.shape[:2] for metric in form.metrics])
+        felt = self.fisher_sums([(len(metric), metric.shape[1]) for metric in form.metrics])
         baseline = [metric * cost.to(metric) for metric, cost in zip(form.metrics, relative, strict=True)]
         costs = zip((f.total for f in felt), baseline, (m.spread() for m in form.moments), strict=True)
         mixture = Mixture(costs)
