@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
+from kvcapsule.capsule.lean_tensors import round_as_written
 from kvcapsule.cli.tables import ReportTable, print_report
 from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
@@ -107,6 +108,12 @@ class CapsuleFit(HarvestingFit[R], ABC):
     def finish(self) -> None:
         """Called once, when no step is left."""
 
+    def complete(self) -> None:
+        """No step is left: the codecs are finished, and are measured as they will be saved."""
+        self.finish()
+        for index in range(len(self.layers)):
+            round_as_written(self.codec(index))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_ROWS_READ] = self.task.data.rows_read.gather()
 
@@ -137,7 +144,7 @@ class CapsuleFit(HarvestingFit[R], ABC):
         self.harvests.close()
         self.prepared = True
         if not self.steps:
-            self.finish()
+            self.complete()
         print_report(self.derived(), console=self.task.console)
 
     def _prepare_or_restore(self) -> None:

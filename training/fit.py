@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
+from kvcapsule.capsule.config import LEAN_VERSION, PACKAGE, CapsuleConfig
 from kvcapsule.capsule.local_names import portable
 from kvcapsule.capsule.record import MODEL
 from kvcapsule.capsule.trained_with import record_of_data, write_places
@@ -172,6 +172,7 @@ def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeome
         geometry=geometry,
         base_model=portable(recipe.model),
         base_revision=commit_of(model) or recipe.revision,
+        format_version=LEAN_VERSION,
         metadata={
             **({} if package is None else {PACKAGE: package}),
             MODEL: record_of(recipe.model, model).to_dict(),
