@@ -65,8 +65,15 @@ class SegmentReading:
         return attend(query, [self.tiles, rest], scale, visible)
 
 
+_LOOK_AHEAD = {"paligemma"}
+"""Types of models whose images attend to the question behind them."""
+
+
 def covers(model: PreTrainedModel) -> bool:
-    """Whether all layers of a model have full attention: others hold a state that a question forward does not bring."""
+    """Whether a question forward gives a model's logits: not where images attend to the question, or where layers hold
+    a state of all tokens, as those with a window or linear attention do."""
+    if model.config.model_type in _LOOK_AHEAD:
+        return False
     cache = CapsuleCache(model.config, Recorder(1))
     return all(isinstance(layer, CapsuleLayer) for layer in cache.layers)
 

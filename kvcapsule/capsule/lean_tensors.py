@@ -72,9 +72,7 @@ def _given(name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor])
     for encoder, decoder in _DECODERS.items():
         if name.endswith(encoder):
             other = tensors.get(name.removesuffix(encoder) + decoder)
-            return (
-                other is not None and other.dtype == tensor.dtype and torch.equal(_turned(encoder, other), tensor)
-            )
+            return other is not None and other.dtype == tensor.dtype and torch.equal(_turned(encoder, other), tensor)
     return False
 
 
