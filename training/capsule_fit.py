@@ -20,7 +20,7 @@ from .frozen_forward import divergence
 from .harvest import LayerHarvest, harvest_with_logits
 from .harvesting_fit import HarvestingFit
 from .losses import full_output, output_error, unexplained
-from .question_forward import SegmentReading, Surroundings
+from .question_forward import DecodedReading, Reading, SegmentReading, Surroundings, decoded
 from .recipe import Recipe
 from .run_state import load_closed_form, save_closed_form
 from .task import R
@@ -184,26 +184,26 @@ class CapsuleFit(HarvestingFit[R], ABC):
         task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
         layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last, batch.alignment)
         segments = self.segments(layers)
-        return Read(layers, segments, self._kl(batch, logits, segments, [Surroundings.of(x) for x in layers]))
+        readings = [SegmentReading(segment) for segment in segments]
+        return Read(layers, segments, self._kl(batch, logits, readings, [Surroundings.of(x) for x in layers]))
 
     def _kl(
-        self, batch: Batch, true: torch.Tensor, segments: Sequence[Segment], around: Sequence[Surroundings]
+        self, batch: Batch, true: torch.Tensor, readings: Sequence[Reading], around: Sequence[Surroundings]
     ) -> torch.Tensor:
-        """KL of the answers' logits through the frozen VLM, with segments in its attention, from the true ones."""
-        readings = [SegmentReading(segment) for segment in segments]
+        """KL of the answers' logits through the frozen VLM that reads so, from the true ones."""
         through = self.harvests.forward_of(batch, around)(readings, true.shape[1])
         return divergence(true, through, batch.answers)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         by_layer: list[Errors] = []
-        segments: list[Segment] = []
+        readings: list[Reading] = []
         around: list[Surroundings] = []
 
         def visit(number: int, layers: list[LayerHarvest]) -> None:
             for segment, layer in zip(self.stored(number, layers), layers, strict=True):
-                by_layer.append(self.errors(segment, layer))
+                by_layer.append(self.errors(decoded(segment), layer))
                 if self.has_kl:
-                    segments.append(segment)
+                    readings.append(DecodedReading(segment))
                     around.append(Surroundings.of(layer))
 
         logits = self.harvests.stream(batch, visit, int(batch.answers.max()) + 1 if self.has_kl else 0)
@@ -213,7 +213,7 @@ class CapsuleFit(HarvestingFit[R], ABC):
         if logits is not None:
             self.log(
                 "validation/kl",
-                self._kl(batch, logits, segments, around),
+                self._kl(batch, logits, readings, around),
                 batch_size=len(batch.answers),
                 sync_dist=True,
             )

@@ -6,6 +6,7 @@ question and its answer, however large the images are. For models all of whose l
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,6 +64,21 @@ class SegmentReading:
 
     def read(self, query: torch.Tensor, rest: Segment, visible: torch.Tensor, scale: float) -> torch.Tensor:
         return attend(query, [self.tiles, rest], scale, visible)
+
+
+class DecodedReading(SegmentReading):
+    """Queries that read a segment by what it decodes to: with many queries less work than through its maps. Without
+    gradients, and nothing decoded is kept."""
+
+    def read(self, query: torch.Tensor, rest: Segment, visible: torch.Tensor, scale: float) -> torch.Tensor:
+        return attend(query, [decoded(self.tiles), rest], scale, visible)
+
+
+@torch.no_grad()
+def decoded(tiles: Segment) -> Segment:
+    """Tiles as raw keys and values in the same frames."""
+    keys, values = replace(tiles, frame=None).materialize()
+    return Segment(keys, values, tiles.owner, bias=tiles.bias, frame=tiles.frame, mask=tiles.mask)
 
 
 _LOOK_AHEAD = {"paligemma"}

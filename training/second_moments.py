@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from kvcapsule.segments.segment import times_map
+
 from .harvest import LayerHarvest
 
 _FLOOR = 1e-4
@@ -26,7 +28,7 @@ class Bases(NamedTuple):
 
     def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
         """[E, H, T, D]."""
-        return self.tokens.to(x_EHTD.dtype) @ x_EHTD @ self.channels_in.to(x_EHTD.dtype)
+        return self.tokens.to(x_EHTD.dtype) @ times_map(x_EHTD, self.channels_in.to(x_EHTD.dtype))
 
     def single(self) -> "Bases":
         """In fp32: solved in fp64, they are read in fp32."""
@@ -111,8 +113,9 @@ class QueryMoments(nn.Module):
         q = q[layer.owner]
         if layer.frame is not None:
             q = layer.frame.unrotate(q)
-        q = q.double().unflatten(1, (heads, -1)).flatten(2, 3)
-        self.total += torch.einsum("ehqd,ehqf->hdf", q, q)
+        # A batch's own sum is of the queries' precision, and that of many batches in fp64.
+        rows = q.to(torch.promote_types(q.dtype, torch.float32)).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
+        self.total += rows.transpose(1, 2) @ rows
         self.count += layer.reads[layer.owner].sum()
 
     def metric(self) -> torch.Tensor:

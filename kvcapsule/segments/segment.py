@@ -264,7 +264,7 @@ class Segment:
         if self.score_map is not None:
             keys = _spread(self.score_map, keys.shape[1]).to(dtype) @ keys
         if self.q_map is not None:
-            keys = keys @ self.q_map.to(dtype).transpose(-1, -2)
+            keys = times_map(keys, self.q_map.to(dtype).transpose(-1, -2))
         if self.frame is not None:
             keys = self.frame.rotate(keys)
         if self.value_map is not None:
@@ -272,8 +272,16 @@ class Segment:
         if self.value_mean is not None:
             values = values + self.value_mean.to(dtype)[:, None]
         if self.out_map is not None:
-            values = values @ self.out_map.to(dtype)
+            values = times_map(values, self.out_map.to(dtype))
         return keys, values
+
+
+def times_map(x_EHTM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
+    """Products [E, H, T, N] of all entries with a map that they share: one product a head, as a broadcast one would copy
+    the map for every entry."""
+    product: torch.Tensor = x_EHTM.transpose(0, 1).flatten(1, 2) @ map_HMN
+    entries: torch.Tensor = product.unflatten(1, (x_EHTM.shape[0], -1))
+    return entries.transpose(0, 1)
 
 
 def _owner_and_index(owner: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
-from kvcapsule.segments.segment import Segment
+from kvcapsule.segments.segment import Segment, times_map
 
 from ..fisher import Mixture
 from ..harvest import LayerHarvest
@@ -60,28 +60,32 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         costs = sensitivities(self, form.sources, self.budget, self.heads)
         self.coordinates = self._coordinates(form.sources, costs)
         moments = self._moments(form.joint)
-        bases = [moments(number).bases().single() for number in range(len(self.groups))]
+        numbers = range(len(self.groups))
+        bases = [moments(n).bases().single() for n in numbers]
         sources = measured(self, bases, self.all_sources("variances of groups of layers"))
         if self.options.fisher_batches:
             self.layers = self._codecs(sources)
-            sources = self._second_code(moments, [(len(b.channels_in), b.channels_in.shape[1]) for b in bases])
+            # Let go before the next ones are solved.
+            del bases, sources
+            sources = self._second_code(moments)
         self.layers = self._codecs(sources, form.queries)
 
-    def _second_code(self, moments: Callable[[int], Moments], sizes: Sequence[tuple[int, int]]) -> list[CodingSource]:
-        """Sources in the bases of the Fisher information under the present layers' code.
+    def _second_code(self, moments: Callable[[int], Moments]) -> list[CodingSource]:
+        """Sources in the bases of the Fisher information under the present layers' code; moments: of a group's parts in
+        their coordinates."""
+        felt = self.fisher_sums([(c.into.shape[1], len(c.into) * c.into.shape[2]) for c in self.coordinates])
+        self.layers = nn.ModuleList()
 
-        Args:
-            moments: of a group's parts in their coordinates.
-            sizes: S and W of each group.
-        """
-        felt = self.fisher_sums(sizes)
-        # In these coordinates the metric by attention's output is the identity.
-        identity = [
-            torch.eye(width).to(f.total).expand(sets, -1, -1) for (sets, width), f in zip(sizes, felt, strict=True)
-        ]
-        numbers = range(len(self.groups))
-        mixture = Mixture((felt[n].total, identity[n], moments(n).spread()) for n in numbers)
-        bases = [moments(n).bases(mixture.metric(felt[n].total, identity[n])).single() for n in numbers]
+        def identity(of: torch.Tensor) -> torch.Tensor:
+            # In these coordinates, the metric by attention's output.
+            return torch.eye(of.shape[1]).to(of).expand_as(of)
+
+        mixture = Mixture((f.total, identity(f.total), moments(n).spread()) for n, f in enumerate(felt))
+        bases = []
+        for number, of_group in enumerate(felt):
+            metric = mixture.metric(of_group.total, identity(of_group.total))
+            of_group.total = torch.empty(0)
+            bases.append(moments(number).bases(metric).single())
         return measured(self, bases, self.all_sources("variances under the Fisher metric"))
 
     def codec_config(self) -> CrossLayerConfig:
@@ -177,7 +181,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         basis = self.coordinates[number]
         maps = basis.back if gradients else basis.into
         parts = [merge_heads(x.float(), self.heads) for layer in layers for x in layer]
-        yield number, torch.cat([x @ into for x, into in zip(parts, maps, strict=True)], dim=3)
+        yield number, torch.cat([times_map(x, into) for x, into in zip(parts, maps, strict=True)], dim=3)
 
     def _codecs(self, sources: Sequence[CodingSource], queries: Sequence[torch.Tensor] = ()) -> nn.ModuleList:
         """The groups' codecs: each cell of each group has the bits that it is worth.
