@@ -126,7 +126,7 @@ def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: 
     """The fit of a run, after the checks that need no forward of the model."""
     images = first_images(model, data)
     tile = tile_of(images, recipe.codec.tile, recipe.codec.align)
-    task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, console)
+    task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, images.a_question, console)
     fit: AnyFit = fit_class(family)(task)
     _ = fit.harvests  # Their folder is made now, or the run is refused.
     questions = min(recipe.moment_batches, len(data.first_epoch())) * min(recipe.batch, len(data.rows))

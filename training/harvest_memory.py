@@ -10,9 +10,6 @@ from kvcapsule.segments.segment import storage_bytes
 from .datamodule import Batch
 from .harvest import LayerHarvest
 
-HARVEST_MEMORY = 2**30
-"""Most bytes of harvests that are held."""
-
 
 class HarvestMemory:
     """The batches of a loader that gives the same ones each time, with their harvests: all of them, or none where the

@@ -11,15 +11,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from kvcapsule.cli.progress import tracked
+from kvcapsule.training_footprint import SAMPLE_BYTES
 
 from .datamodule import Batch
+from .freed_memory import give_back
 from .harvest import LayerHarvest
-from .harvest_memory import HARVEST_MEMORY, HarvestMemory
+from .harvest_memory import HarvestMemory
 from .harvest_source import HarvestSource
 from .harvest_store import HarvestStore
+from .stage_lines import with_lines
 from .streamed import Cut, Visit
 from .task import R, Task
-from .tile_sample import SAMPLE_BYTES, LayerTiles, TileSample
+from .tile_sample import LayerTiles, TileSample
 
 
 class SumsOfGroups(Protocol):
@@ -49,7 +52,7 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         canonical, store = recipe.codec.canonical_frame, None
         if recipe.harvests is not None:
             store = HarvestStore(Path(recipe.harvests), task.model, task.tile, canonical, lambda line: self.show(line))
-        memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
+        memory = HarvestMemory(SAMPLE_BYTES if self.reuses_harvests else 0)
         return HarvestSource(task.model, Cut(task.tile, canonical, self.groups), memory, store)
 
     @property
@@ -64,10 +67,19 @@ class HarvestingFit(L.LightningModule, Generic[R]):
 
     def batches(self, count: int, title: str) -> Iterator[Batch]:
         """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
+        give_back()
         loader = self.task.data.first_epoch()
         count = min(count, len(loader))
         batches = self.harvests.memory.batches(loader, count)
-        return self.task.data.rows_read.noted(tracked(batches, title, count, self.task.console))
+        tracked_batches = tracked(batches, title, count, self.task.console)
+        return with_lines(
+            self.task.data.rows_read.noted(tracked_batches), title, count, self.held().get(title), self.show
+        )
+
+    def held(self) -> dict[str, int]:
+        """Bytes that stages of the training hold beside the model and a batch, by their titles, as far as a family
+        knows them."""
+        return {}
 
     def numbers(self, step: int, count: int) -> list[int]:
         """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""

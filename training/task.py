@@ -24,4 +24,6 @@ class Task(Generic[R]):
     geometry: KVGeometry
     tile: int
     """Visual tokens of a tile."""
+    visual: int = 0
+    """Visual tokens of a question, as far as the first held-out ones tell."""
     console: Console = field(default_factory=lambda: Console(stderr=True))

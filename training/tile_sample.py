@@ -11,8 +11,6 @@ import torch
 
 from .harvest import LayerHarvest
 
-SAMPLE_BYTES = 2**30
-"""Of all ranks' samples together."""
 _HALF = 2
 """Bytes of an element in 16 bits."""
 _SEEDS = 1_000_003

@@ -18,6 +18,7 @@ from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
+from kvcapsule.training_footprint import HARVEST, PROBE
 
 from ..capsule_fit import CapsuleFit
 from ..harvest import LayerHarvest
@@ -125,7 +126,7 @@ def closed_form(fit: Fit, heads: int, together: bool) -> ClosedForm:
     """
     task, options, sums = fit.task, fit.task.recipe.transform, Sums(fit, heads, together)
     sets, width = task.geometry.kv_heads // heads, task.geometry.head_dim * heads
-    fit.harvest_pass("moments of keys and values", sums)
+    fit.harvest_pass(HARVEST, sums)
     sums.gather()
     joint = [m for m in sums.joint if isinstance(m, JointMoments)]
     moments = [m.part(i) for m in joint for i in range(m.parts)]
@@ -189,7 +190,7 @@ def sensitivities(fit: Fit, sources: Sequence[CodingSource], budget: BitBudget, 
                 sums.energy[source] += energy
 
     with torch.no_grad():
-        for batch in fit.batches(task.recipe.transform.probe_batches, "what each layer costs"):
+        for batch in fit.batches(task.recipe.transform.probe_batches, PROBE):
             fit.stream(batch, visit)
     fit.reduce(sums)
     lost = [

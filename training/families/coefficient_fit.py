@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from kvcapsule.codec.coefficient_transform import CellTransform
+from kvcapsule.codec.grouping import joint_heads
 from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
+from kvcapsule.training_footprint import FISHER, TrainingSize
 
 from ..capsule_fit import CapsuleFit, scheduled
 from ..datamodule import Batch
@@ -26,7 +28,6 @@ from .bit_budget import BitBudget
 from .closed_form import Tiles, require_samples
 from .coding_source import LEAST_STEP
 from .coefficient_options import CoefficientRecipe
-from .grouping import joint_heads
 
 _COARSE = 0.8
 """Bits an element up to which the learning rate is the recipe's."""
@@ -40,6 +41,8 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
     """Closed forms, solved by `prepare`, then Adam on all that is continuous."""
 
     has_kl = True
+    together = False
+    """Whether the parts of a layer group are coded as one."""
     rate_option = "transform.lr"
     reuses_harvests = True
 
@@ -59,6 +62,29 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             framed=geometry.rotary != "none" and task.recipe.codec.canonical_frame,
             max_map_mib=self.options.max_map_mib,
             show=self.show,
+        )
+
+    def held(self) -> dict[str, int]:
+        return {stage.title: stage.bytes for stage in self.size().stages()}
+
+    def size(self) -> TrainingSize:
+        """Of the run, for a question's images of the size of the first held-out ones."""
+        task, recipe, first = self.task, self.task.recipe, self.groups[0]
+        return TrainingSize(
+            layers=task.geometry.layers,
+            query_heads=task.geometry.query_heads,
+            kv_heads=task.geometry.kv_heads,
+            head_dim=task.geometry.head_dim,
+            tile=task.tile,
+            visual=task.visual // task.tile * task.tile,
+            batch=recipe.batch,
+            element=task.model.dtype.itemsize,
+            harvest_batches=recipe.moment_batches,
+            probe_batches=self.options.probe_batches,
+            fisher_batches=self.options.fisher_batches,
+            together=self.together,
+            group=len(first),
+            heads=self.heads,
         )
 
     def require_feasible(self, tiles: int | None) -> None:
@@ -122,7 +148,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         leaves keys and values; sizes: S and W of each."""
         task, device = self.task, self.task.model.device
         sums = [FisherSums(*size).to(device) for size in sizes]
-        for step, batch in enumerate(self.batches(self.options.fisher_batches, "Fisher information of the logits")):
+        for step, batch in enumerate(self.batches(self.options.fisher_batches, FISHER)):
             read: list[Segment] = []
             around: list[Surroundings] = []
 

@@ -10,6 +10,7 @@ from torch import nn
 from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
+from kvcapsule.codec.grouping import joint_layers, layer_groups
 from kvcapsule.segments.segment import Segment, times_map
 
 from ..fisher import Mixture
@@ -22,7 +23,6 @@ from .closed_form import Tiles, closed_form, measured, sensitivities
 from .coding_source import CodingSource, used
 from .coefficient_fit import CoefficientFit
 from .cross_layer_options import CrossLayerRecipe
-from .grouping import joint_layers, layer_groups
 from .straight_through import coded
 
 
@@ -45,6 +45,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
     """
 
     recipe_class = CrossLayerRecipe
+    together = True
 
     def __init__(self, task: Task[CrossLayerRecipe]) -> None:
         super().__init__(task)
@@ -56,7 +57,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         return layer_groups(self.task.geometry.layers, self.joint)
 
     def prepare(self) -> None:
-        form = closed_form(self, self.heads, together=True)
+        form = closed_form(self, self.heads, self.together)
         costs = sensitivities(self, form.sources, self.budget, self.heads)
         self.coordinates = self._coordinates(form.sources, costs)
         moments = self._moments(form.joint)

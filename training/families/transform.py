@@ -37,7 +37,7 @@ class TransformFit(CoefficientFit[TransformRecipe]):
     recipe_class = TransformRecipe
 
     def prepare(self) -> None:
-        options, form = self.task.recipe.transform, closed_form(self, self.heads, together=False)
+        options, form = self.task.recipe.transform, closed_form(self, self.heads, self.together)
         sources = form.sources
         if options.allocation != "output":
             widths = self._widths_by_rule(sources)
