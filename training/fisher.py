@@ -106,9 +106,9 @@ class _FeltAttention(torch.autograd.Function):
         with torch.enable_grad():
             query, keys, values, *tiles = leaves
             out = ctx.around.out(query, (keys, values), (tiles[0], tiles[1]))
-            found = torch.autograd.grad(out, leaves, slopes[0])
-        ctx.around.reading.sink(ctx.around.reading.number, *found[3:])
-        return None, *found[:3], None
+            gradients = torch.autograd.grad(out, leaves, slopes[0])
+        ctx.around.reading.sink(ctx.around.reading.number, *gradients[3:])
+        return None, *gradients[:3], None
 
 
 def each_gradient(
@@ -185,8 +185,8 @@ class Mixture:
             ConfigError: if the logits do not depend on what is coded.
         """
         measured = wanted = 0.0
-        for felt, baseline, spread in costs:
-            measured += float((felt * spread).sum())
+        for fisher, baseline, spread in costs:
+            measured += float((fisher * spread).sum())
             wanted += float((baseline * spread).sum())
         if not measured > 0:
             raise ConfigError(
@@ -195,5 +195,5 @@ class Mixture:
             )
         self.scale = wanted / measured
 
-    def metric(self, felt: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
-        return felt * self.scale + MIX * baseline
+    def metric(self, fisher: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+        return fisher * self.scale + MIX * baseline

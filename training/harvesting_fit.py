@@ -115,8 +115,8 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         for batch in self.batches(self.task.recipe.moment_batches, title):
             groups: list[tuple[int, Sequence[LayerTiles]]] = []
 
-            def visit(number: int, layers: list[LayerHarvest], found: Any = groups) -> None:
-                found.append((number, [LayerTiles(layer.keys, layer.values) for layer in layers]))
+            def visit(number: int, layers: list[LayerHarvest], into: Any = groups) -> None:
+                into.append((number, [LayerTiles(layer.keys, layer.values) for layer in layers]))
 
             self.stream(batch, visit)
             yield from groups

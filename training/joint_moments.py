@@ -39,16 +39,16 @@ class JointMoments(nn.Module):
             rows = rows_ETC.flatten(0, 1)
             for part in range(self.parts):
                 first = part * width
-                own = rows[:, first : first + width]
-                self.channels[group, first : first + width, first:].addmm_(own.transpose(0, 1), rows[:, first:])
+                part_rows = rows[:, first : first + width]
+                self.channels[group, first : first + width, first:].addmm_(part_rows.transpose(0, 1), rows[:, first:])
                 along = rows_ETC[..., first : first + width].transpose(0, 1).flatten(1)
                 self.tokens[part, group].addmm_(along, along.transpose(0, 1))
         self.count += len(parts[0])
 
     def part(self, index: int) -> Moments:
         """The moments of one part alone."""
-        own = slice(index * self.width, (index + 1) * self.width)
-        return _moments(self.total[:, :, own], self.tokens[index], self.channels[:, own, own], self.count)
+        columns = slice(index * self.width, (index + 1) * self.width)
+        return _moments(self.total[:, :, columns], self.tokens[index], self.channels[:, columns, columns], self.count)
 
     def mapped(self, into_PSWW: torch.Tensor, tokens_STT: torch.Tensor) -> Moments:
         """The moments of all parts side by side, in coordinates y = x into of each part.

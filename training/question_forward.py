@@ -43,9 +43,9 @@ class Surroundings(NamedTuple):
         new = self.place[:, None, :, None] >= 0
         index = self.place.clamp_min(0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         mixed = []
-        for own, rows in zip((keys, values), (self.rest.keys, self.rest.values), strict=True):
+        for tokens, rows in zip((keys, values), (self.rest.keys, self.rest.values), strict=True):
             assert isinstance(rows, torch.Tensor)
-            mixed.append(torch.where(new, own.gather(2, index), rows))
+            mixed.append(torch.where(new, tokens.gather(2, index), rows))
         return Segment(mixed[0], mixed[1], self.rest.owner, mask=self.rest.mask)
 
 
@@ -150,7 +150,9 @@ class _QuestionCache(CapsuleCache):
         recorder = Recorder(1)
         super().__init__(model.config, recorder)
         pairs = enumerate(zip(readings, around, strict=True))
-        self.layers = [_QuestionLayer(i, recorder, reading, own, before) for i, (reading, own) in pairs]
+        self.layers = [
+            _QuestionLayer(i, recorder, reading, surroundings, before) for i, (reading, surroundings) in pairs
+        ]
 
     def begin_forward(self, input_ids: torch.Tensor | None, attention_mask: Any, inputs: Mapping[str, Any]) -> None:
         """Nothing is recorded."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from kvcapsule.segments.segment import times_map
+from kvcapsule.segments.map_products import times_map
 
 from .harvest import LayerHarvest
 

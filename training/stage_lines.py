@@ -26,10 +26,10 @@ def with_lines(
     begun = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 1:
-            each = time.perf_counter() - begun
-            if each * count >= LONG:
+            seconds = time.perf_counter() - begun
+            if seconds * count >= LONG:
                 holds = "" if held is None else f", holding up to {shown_bytes(held)} beside the model and a batch"
-                show(f"{title}: {count} batches of {each:.1f} s, about {duration(each * count)} in all{holds}.")
+                show(f"{title}: {count} batches of {seconds:.1f} s, about {duration(seconds * count)} in all{holds}.")
         yield batch
 
 

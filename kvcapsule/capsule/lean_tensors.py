@@ -25,27 +25,27 @@ def lean(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def with_given(forms: Mapping[str, Form]) -> dict[str, Form]:
     """The forms of a file's tensors with those of the maps that are not in it."""
-    found = dict(forms)
+    complete = dict(forms)
     for name, form in forms.items():
         for encoder, decoder in _DECODERS.items():
-            if name.endswith(decoder) and (own := name.removesuffix(decoder) + encoder) not in forms:
-                turned = (*form.shape[:-2], *form.shape[:-3:-1])
-                found[own] = Form(form.dtype, turned if encoder == ".tokens_in" else form.shape)
-    return found
+            if name.endswith(decoder) and (missing := name.removesuffix(decoder) + encoder) not in forms:
+                shape = (*form.shape[:-2], *form.shape[:-3:-1])
+                complete[missing] = Form(form.dtype, shape if encoder == ".tokens_in" else form.shape)
+    return complete
 
 
 def restored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a file in fp32, and the maps that are not in it. They are taken out of `tensors` one by one, so
     that not all of them are in memory twice."""
-    found: dict[str, torch.Tensor] = {}
+    complete: dict[str, torch.Tensor] = {}
     for name in list(tensors):
         tensor = tensors.pop(name)
-        found[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
-    for name in list(found):
+        complete[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
+    for name in list(complete):
         for encoder, decoder in _DECODERS.items():
-            if name.endswith(decoder) and (own := name.removesuffix(decoder) + encoder) not in found:
-                found[own] = _turned(encoder, found[name]).clone(memory_format=torch.contiguous_format)
-    return found
+            if name.endswith(decoder) and (missing := name.removesuffix(decoder) + encoder) not in complete:
+                complete[missing] = _turned(encoder, complete[name]).clone(memory_format=torch.contiguous_format)
+    return complete
 
 
 def round_as_written(module: nn.Module) -> None:

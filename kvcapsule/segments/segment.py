@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from .map_products import times_map
 from .memo import Memo
 from .rotary_frame import Frame
 
@@ -274,14 +275,6 @@ class Segment:
         if self.out_map is not None:
             values = times_map(values, self.out_map.to(dtype))
         return keys, values
-
-
-def times_map(x_EHTM: torch.Tensor, map_HMN: torch.Tensor) -> torch.Tensor:
-    """Products [E, H, T, N] of all entries with a map that they share: one product a head, where a broadcast one would
-    copy the map for every entry."""
-    product: torch.Tensor = x_EHTM.transpose(0, 1).flatten(1, 2) @ map_HMN
-    entries: torch.Tensor = product.unflatten(1, (x_EHTM.shape[0], -1))
-    return entries.transpose(0, 1)
 
 
 def _owner_and_index(owner: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from ..harvest import LayerHarvest
 from ..joint_moments import JointMoments
 from ..losses import error_and_energy, full_output, require_finite
 from ..query_bank import QueryBank
+from ..question_forward import decoded
 from ..second_moments import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
 from .bit_budget import BitBudget
 from .coding_source import CodingSource
@@ -86,8 +87,8 @@ class Sums(nn.Module):
             if self.banks:
                 self.banks[i].add(layer, self.numbers)
             self.scale = layer.scale
-        for moments, own in self._sums_of(number, parts):
-            moments.add(own)
+        for moments, tiles_of_parts in self._sums_of(number, parts):
+            moments.add(tiles_of_parts)
 
     def _sums_of(self, number: int, parts: list[torch.Tensor]) -> list[tuple[JointMoments, list[torch.Tensor]]]:
         sums = [m for m in self.joint if isinstance(m, JointMoments)]
@@ -185,7 +186,7 @@ def sensitivities(fit: Fit, sources: Sequence[CodingSource], budget: BitBudget, 
             truth = full_output(layer)
             for source, keys in ((2 * i, True), (2 * i + 1, False)):
                 segment = read_back(codecs[i], layer, keys=keys, values=not keys)
-                errors, energy = error_and_energy(layer, segment, truth, sets)
+                errors, energy = error_and_energy(layer, decoded(segment), truth, sets)
                 sums.errors[source] += errors
                 sums.energy[source] += energy
 

@@ -11,7 +11,8 @@ from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.grouping import joint_layers, layer_groups
-from kvcapsule.segments.segment import Segment, times_map
+from kvcapsule.segments.map_products import times_map
+from kvcapsule.segments.segment import Segment
 
 from ..fisher import Mixture
 from ..harvest import LayerHarvest
@@ -74,16 +75,16 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
     def _second_code(self, moments: Callable[[int], Moments]) -> list[CodingSource]:
         """Sources in the bases of the Fisher information under the present layers' code; moments: of a group's parts in
         their coordinates."""
-        felt = self.fisher_sums([(c.into.shape[1], len(c.into) * c.into.shape[2]) for c in self.coordinates])
+        fisher = self.fisher_sums([(c.into.shape[1], len(c.into) * c.into.shape[2]) for c in self.coordinates])
         self.layers = nn.ModuleList()
 
         def identity(of: torch.Tensor) -> torch.Tensor:
             # In these coordinates, the metric by attention's output.
             return torch.eye(of.shape[1]).to(of).expand_as(of)
 
-        mixture = Mixture((f.total, identity(f.total), moments(n).spread()) for n, f in enumerate(felt))
+        mixture = Mixture((f.total, identity(f.total), moments(n).spread()) for n, f in enumerate(fisher))
         bases = []
-        for number, of_group in enumerate(felt):
+        for number, of_group in enumerate(fisher):
             metric = mixture.metric(of_group.total, identity(of_group.total))
             of_group.total = torch.empty(0)
             bases.append(moments(number).bases(metric).single())

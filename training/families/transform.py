@@ -111,13 +111,13 @@ class TransformFit(CoefficientFit[TransformRecipe]):
 
         relative: cost [S, 1, 1] of an error in each source, over the mean cost.
         """
-        felt = self.fisher_sums([(len(metric), metric.shape[1]) for metric in form.metrics])
+        fisher = self.fisher_sums([(len(metric), metric.shape[1]) for metric in form.metrics])
         baseline = [metric * cost.to(metric) for metric, cost in zip(form.metrics, relative, strict=True)]
-        costs = zip((f.total for f in felt), baseline, (m.spread() for m in form.moments), strict=True)
+        costs = zip((f.total for f in fisher), baseline, (m.spread() for m in form.moments), strict=True)
         mixture = Mixture(costs)
         bases = [
             moments.bases(mixture.metric(f.total, metric)).single()
-            for moments, f, metric in zip(form.moments, felt, baseline, strict=True)
+            for moments, f, metric in zip(form.moments, fisher, baseline, strict=True)
         ]
         return measured(self, bases, self.all_sources("variances under the Fisher metric"))
 
