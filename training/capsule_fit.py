@@ -2,50 +2,32 @@
 of its state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, NamedTuple
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel
 
-from kvcapsule.cli.progress import tracked
+from kvcapsule.capsule.lean_tensors import round_as_written
 from kvcapsule.cli.tables import ReportTable, print_report
 from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
-from kvcapsule.vlm.geometry import KVGeometry
 
-from .datamodule import Batch, Questions
-from .frozen_forward import divergence, logits_through
-from .harvest import LayerHarvest, harvest, harvest_with_logits
-from .harvest_memory import HARVEST_MEMORY, HarvestMemory
-from .harvest_store import HarvestStore
+from .datamodule import Batch
+from .frozen_forward import divergence
+from .harvest import LayerHarvest, harvest_with_logits
+from .harvesting_fit import HarvestingFit
 from .losses import full_output, output_error, unexplained
+from .question_forward import DecodedReading, Reading, SegmentReading, Surroundings, decoded
 from .recipe import Recipe
 from .run_state import load_closed_form, save_closed_form
+from .task import R
+from .task import Task as Task
 
 _ROWS_READ = "training_rows"
 """Key of a checkpoint."""
-R = TypeVar("R", bound=Recipe, covariant=True)
-
-
-@dataclass(frozen=True)
-class Task(Generic[R]):
-    """The recipe of a run and all that it names, loaded."""
-
-    recipe: R
-    model: PreTrainedModel
-    data: Questions
-    geometry: KVGeometry
-    tile: int
-    """Visual tokens of a tile."""
-    console: Console = field(default_factory=lambda: Console(stderr=True))
 
 
 class Read(NamedTuple):
@@ -61,7 +43,7 @@ Errors = dict[str, torch.Tensor]
 """Losses of a layer by name."""
 
 
-class CapsuleFit(L.LightningModule, ABC, Generic[R]):
+class CapsuleFit(HarvestingFit[R], ABC):
     """Trains the codecs of every layer at once.
 
     What is solved in closed form is solved in `setup`, on this rank's share of the batches; sums are added up over the
@@ -74,29 +56,8 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     """Whether a step may leave some parameters without a gradient, which DDP must then look for."""
     rate_option: ClassVar[str] = ""
     """The option of the learning rate, "transform.lr"; empty without a descent."""
-    reuses_harvests: ClassVar[bool] = False
-    """Whether `prepare` makes several passes over the same batches, whose harvests are then held in memory."""
     layers: nn.ModuleList
-
-    def __init__(self, task: Task[R]) -> None:
-        super().__init__()
-        # In a tuple, so that Lightning neither saves nor moves nor trains the model.
-        self._frozen = (task,)
-        recipe = task.recipe
-        self._store = (
-            None
-            if recipe.harvests is None
-            else HarvestStore(
-                Path(recipe.harvests), task.model, task.tile, recipe.codec.canonical_frame, lambda line: self.show(line)
-            )
-        )
-        self._memory = HarvestMemory(HARVEST_MEMORY if self.reuses_harvests else 0)
-        self.prepared = False
-
-    @property
-    def task(self) -> Task[R]:
-        """The recipe of the run and what it names, loaded: model, data, geometry."""
-        return self._frozen[0]
+    prepared = False
 
     has_kl = False
     """Whether the KL of the logits is measured on held-out questions."""
@@ -147,6 +108,12 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
     def finish(self) -> None:
         """Called once, when no step is left."""
 
+    def complete(self) -> None:
+        """No step is left: the codecs are finished, and are measured as they will be saved."""
+        self.finish()
+        for index in range(len(self.layers)):
+            round_as_written(self.codec(index))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_ROWS_READ] = self.task.data.rows_read.gather()
 
@@ -174,10 +141,10 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             to: Any = model.to
             to(self.trainer.strategy.root_device)
         self._prepare_or_restore()
-        self._memory.close()
+        self.harvests.close()
         self.prepared = True
         if not self.steps:
-            self.finish()
+            self.complete()
         print_report(self.derived(), console=self.task.console)
 
     def _prepare_or_restore(self) -> None:
@@ -192,63 +159,64 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
         if self.global_rank == 0 and recipe.work.is_dir():
             save_closed_form(recipe.work, asdict(self.codec_config()), self.layers.state_dict(), rows)
 
-    def batches(self, count: int, title: str) -> Iterator[Batch]:
-        """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
-        loader = self.task.data.first_epoch()
-        count = min(count, len(loader))
-        batches = self._memory.batches(loader, count)
-        return self.task.data.rows_read.noted(tracked(batches, title, count, self.task.console))
-
     def on_validation_end(self) -> None:
         self.task.data.rows_read.gather()
 
-    def numbers(self, step: int, count: int) -> list[int]:
-        """Of this rank's rows of a step among those of all ranks and steps: the same on any number of ranks."""
-        world = 1 if self._trainer is None else self.trainer.world_size
-        return [step * self.task.recipe.batch + self.global_rank + i * world for i in range(count)]
-
-    def harvest(self, batch: Batch) -> list[LayerHarvest]:
-        """Keys, values and queries of every layer: from memory or from disk where they are there, else by the frozen
-        VLM."""
-        return self._memory.harvest(batch, self._harvest)
-
-    def _harvest(self, batch: Batch) -> list[LayerHarvest]:
-        task = self.task
-        if self._store is None:
-            return harvest(task.model, batch.inputs, task.tile, task.recipe.codec.canonical_frame, batch.alignment)
-        return self._store.harvest(batch.inputs, batch.alignment)
+    def stored(self, number: int, layers: Sequence[LayerHarvest]) -> list[Segment]:
+        """A layer group's tiles as a capsule would store them."""
+        codec = self.codec(number)
+        pairs = [(layer.keys.float(), layer.values.float()) for layer in layers]
+        if isinstance(codec, LayerCodec):
+            encoded = [codec.encode(*pair) for pair in pairs]
+        else:
+            encoding = codec.start()
+            for place, pair in enumerate(pairs):
+                encoding.add(place, *pair)
+            encoded = encoding.finish(range(len(layers)))
+        return [one.segment(layer.owner, layer.frame) for one, layer in zip(encoded, layers, strict=True)]
 
     def read(self, batch: Batch, with_kl: bool) -> "Read":
-        """What the codecs make of a batch; with_kl: also run it through the frozen VLM with their segments in its
-        attention."""
+        """What the codecs make of a batch, differentiable in them; with_kl: also run it through the frozen VLM with
+        their segments in its attention."""
         if not with_kl:
             layers = self.harvest(batch)
             return Read(layers, self.segments(layers), None)
         task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
         layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last, batch.alignment)
         segments = self.segments(layers)
-        through = logits_through(task.model, batch.inputs, task.tile, canonical, segments, last, batch.alignment)
-        return Read(layers, segments, divergence(logits, through, batch.answers))
+        readings = [SegmentReading(segment) for segment in segments]
+        return Read(layers, segments, self._kl(batch, logits, readings, [Surroundings.of(x) for x in layers]))
 
-    @rank_zero_only
-    def show(self, what: object) -> None:
-        self.task.console.print(what, highlight=False)
-
-    def reduce(self, sums: nn.Module, greatest: bool = False) -> None:
-        """Add up the buffers of all ranks, or take the greatest of each."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            reduction = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
-            for buffer in sums.buffers():
-                torch.distributed.all_reduce(buffer, op=reduction)
+    def _kl(
+        self, batch: Batch, true: torch.Tensor, readings: Sequence[Reading], around: Sequence[Surroundings]
+    ) -> torch.Tensor:
+        """KL of the answers' logits through the frozen VLM that reads so, from the true ones."""
+        through = self.harvests.forward_of(batch, around)(readings, true.shape[1])
+        return divergence(true, through, batch.answers)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        read = self.read(batch, self.has_kl)
-        by_layer = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
+        by_layer: list[Errors] = []
+        readings: list[Reading] = []
+        around: list[Surroundings] = []
+
+        def visit(number: int, layers: list[LayerHarvest]) -> None:
+            for segment, layer in zip(self.stored(number, layers), layers, strict=True):
+                by_layer.append(self.errors(decoded(segment), layer))
+                if self.has_kl:
+                    readings.append(DecodedReading(segment))
+                    around.append(Surroundings.of(layer))
+
+        logits = self.harvests.stream(batch, visit, int(batch.answers.max()) + 1 if self.has_kl else 0)
         for index, errors in enumerate(by_layer):
             self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
         self.log_errors("validation", mean(by_layer), len(batch.answers))
-        if read.kl is not None:
-            self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)
+        if logits is not None:
+            self.log(
+                "validation/kl",
+                self._kl(batch, logits, readings, around),
+                batch_size=len(batch.answers),
+                sync_dist=True,
+            )
 
     def errors(self, segment: Segment, layer: LayerHarvest) -> Errors:
         """What one layer loses: of its keys, of its values (where a family rebuilds these token by token) and of

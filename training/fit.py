@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
-from kvcapsule.capsule.config import PACKAGE, CapsuleConfig
+from kvcapsule.capsule.config import LEAN_VERSION, PACKAGE, CapsuleConfig
 from kvcapsule.capsule.local_names import portable
 from kvcapsule.capsule.record import MODEL
 from kvcapsule.capsule.trained_with import record_of_data, write_places
@@ -23,7 +23,6 @@ from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 from kvcapsule.vlm.loading import load_vlm
 
 from .answers import longest_sequence
-from .capsule_fit import Task
 from .checkpoints import diverged
 from .datamodule import Questions
 from .families import fit_class
@@ -34,6 +33,7 @@ from .recipe import Recipe
 from .saved_recipe import to_save
 from .stored_size import stored_size
 from .summary import errors_table, summary
+from .task import Task
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Capsule:
@@ -122,8 +122,9 @@ def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: 
     """The fit of a run, after the checks that need no forward of the model."""
     images = first_images(model, data)
     tile = tile_of(images, recipe.codec.tile, recipe.codec.align)
-    task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, console)
+    task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, images.a_question, console)
     fit: AnyFit = fit_class(family)(task)
+    _ = fit.harvests  # Their folder is made now, or the run is refused.
     questions = min(recipe.moment_batches, len(data.first_epoch())) * min(recipe.batch, len(data.rows))
     fit.require_feasible(images.most_tiles(tile, questions))
     if line := raw_tokens_line(images, tile, recipe.compression, model.dtype.itemsize * 8):
@@ -167,6 +168,7 @@ def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeome
         geometry=geometry,
         base_model=portable(recipe.model),
         base_revision=commit_of(model) or recipe.revision,
+        format_version=LEAN_VERSION,
         metadata={
             **({} if package is None else {PACKAGE: package}),
             MODEL: record_of(recipe.model, model).to_dict(),

@@ -11,19 +11,19 @@ from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.cache_layer import CapsuleLayer
 from kvcapsule.inference.transformers_api import cache_argument
-from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
 
 from .harvest import AT_SPANS, Alignment, Recorder
+from .question_forward import Reading, SegmentReading
 
 
 class _ReadingLayer(CapsuleLayer):
-    """Cache layer in which tokens after the last image attend to segments, and all others to the full keys and
+    """Cache layer in which tokens after the last image read tiles as a reading says, and all others the full keys and
     values."""
 
-    def __init__(self, index: int, recorder: Recorder, tiles: Segment) -> None:
+    def __init__(self, index: int, recorder: Recorder, reading: Reading) -> None:
         super().__init__(index, recorder)
-        self.recorder, self.tiles = recorder, tiles
+        self.recorder, self.reading = recorder, reading
 
     @property
     def is_empty(self) -> bool:
@@ -37,7 +37,7 @@ class _ReadingLayer(CapsuleLayer):
         keys, values = (x.repeat_interleave(group, dim=1) for x in (prefill.keys, prefill.values))
         exact = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
         first = query.shape[2] - layer.query.shape[2]
-        read = attend(layer.query, [self.tiles, layer.rest], scale, layer.visible)
+        read = self.reading.read(layer.query, layer.rest, layer.visible, scale)
         return torch.cat(
             [exact[:, :, :first], torch.where(layer.reads[:, None, :, None], read, exact[:, :, first:])], dim=2
         )
@@ -54,10 +54,18 @@ def logits_through(
 ) -> torch.Tensor:
     """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs that read `segments`, the tiles of each
     layer."""
+    readings = [SegmentReading(segment) for segment in segments]
+    return logits_reading(model, inputs, Recorder(tile, canonical, alignment), readings, last)
+
+
+def logits_reading(
+    model: PreTrainedModel, inputs: BatchFeature, like: Recorder, readings: Sequence[Reading], last: int
+) -> torch.Tensor:
+    """The same of inputs that read as each layer's reading says; like: cuts tiles as they were cut in the harvest."""
     with attach(model):
-        cache = CapsuleCache(model.config, Recorder(tile, canonical, alignment))
+        cache = CapsuleCache(model.config, like)
         cache.layers = [
-            _ReadingLayer(i, Recorder(tile, canonical, alignment), segments[i])
+            _ReadingLayer(i, Recorder(like.tile, like.canonical, like.alignment), readings[i])
             if isinstance(layer, CapsuleLayer)
             else layer
             for i, layer in enumerate(cache.layers)

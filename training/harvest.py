@@ -55,6 +55,9 @@ class LayerHarvest:
     visible: torch.Tensor
     """[B, Q, R]: which tokens of `rest` each query sees."""
     scale: float
+    place: torch.Tensor | None = None
+    """[B, R] int64: the number among `query` of each token of `rest`; -1 for tokens in front of a row's queries that
+    read. None: not recorded."""
 
 
 class Recorder(Method):
@@ -86,6 +89,7 @@ class Recorder(Method):
         reads = prefill.valid[:, first:] & (positions[first:] >= torch.tensor(ends, device=positions.device)[:, None])
         rest, order = _rest(prefill, prefill.valid & ~tiled(prefill, self.tile, align))
         visible = order[:, None, :] <= positions[first:, None]
+        place = (order - first).where(order >= torch.tensor(ends, device=order.device)[:, None], -1)
         self.layers.append(
             LayerHarvest(
                 tiles.keys,
@@ -97,6 +101,7 @@ class Recorder(Method):
                 rest,
                 visible,
                 prefill.scale,
+                place,
             )
         )
         return Compressed([], [])

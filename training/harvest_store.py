@@ -23,8 +23,9 @@ from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.weights import ModelIdentity, UnreadableError
 
 from .harvest import AT_SPANS, Alignment, LayerHarvest, harvest
+from .tile_sample import LayerTiles
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format; part of every digest."""
 _SUFFIX = ".harvest.safetensors"
 _FRAME, _REST = ("frame.cos", "frame.sin"), ("rest.keys", "rest.values", "rest.owner", "rest.mask")
@@ -72,9 +73,7 @@ class HarvestStore:
             try:
                 return _read(path, self.model.device)
             except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew."
-                ) from error
+                raise _unreadable(path, error) from error
         layers = harvest(self.model, inputs, self.tile, self.canonical, alignment)
         try:
             _write(layers, path)
@@ -85,6 +84,18 @@ class HarvestStore:
             self.report(f"harvests are kept in {self.folder}: {size / questions:.1f} MiB a question")
             self.report = None
         return layers
+
+    def tiles(self, path: Path, layers: range) -> list[LayerTiles]:
+        """The tiles of some layers in a file that `harvest` wrote.
+
+        Raises:
+            InputError: if it cannot be read.
+        """
+        try:
+            with safe_open(path, "pt", device=str(self.model.device)) as file:
+                return [LayerTiles(*(file.get_tensor(f"{i}.{name}") for name in LayerTiles._fields)) for i in layers]
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
 
     def _refused(self, error: Exception) -> InputError:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
@@ -106,6 +117,10 @@ class HarvestStore:
         if alignment != AT_SPANS:
             _add(digest, "alignment", tuple(alignment))
         return self.folder / f"{digest.hexdigest()}{_SUFFIX}"
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"the harvest {path} cannot be read: {error}. Delete it, and it is made anew.")
 
 
 def _add(digest: Any, name: str, value: Any) -> None:
@@ -158,6 +173,6 @@ def _read(path: Path, device: torch.device) -> list[LayerHarvest]:
             )
             keys, values, owner, mask = map(get, _REST)
             rest = Segment(keys, values, owner, mask=mask)
-            plain = {name: get(name) for name in ("keys", "values", "owner", "query", "reads", "visible")}
+            plain = {name: get(name) for name in ("keys", "values", "owner", "query", "reads", "visible", "place")}
             layers.append(LayerHarvest(**plain, frame=frame, rest=rest, scale=float(scale)))
     return layers

@@ -23,6 +23,11 @@ class ImageTokens(NamedTuple):
     """Questions of the batch."""
 
     @property
+    def a_question(self) -> int:
+        """Visual tokens of a question, on average."""
+        return sum(self.lengths) // max(1, self.questions)
+
+    @property
     def one_size(self) -> int:
         """Visual tokens of each image where all have equally many; else 0."""
         return self.lengths[0] if len(set(self.lengths)) == 1 else 0

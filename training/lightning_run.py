@@ -68,7 +68,7 @@ def run(recipe: Recipe, fit: AnyFit, data: Questions) -> dict[str, float]:
         last = recipe.work / DESCENT_FILE
         resumed = last if recipe.resume and last.is_file() else None
         _interruptible(trainer, lambda: trainer.fit(fit, datamodule=data, ckpt_path=resumed, weights_only=True))
-        fit.finish()
+        fit.complete()
     (measured,) = _interruptible(trainer, lambda: trainer.validate(fit, datamodule=data, verbose=False))
     return dict(measured)
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from kvcapsule.segments.map_products import times_map
+
 from .harvest import LayerHarvest
 
 _FLOOR = 1e-4
@@ -26,7 +28,13 @@ class Bases(NamedTuple):
 
     def coefficients(self, x_EHTD: torch.Tensor) -> torch.Tensor:
         """[E, H, T, D]."""
-        return self.tokens.to(x_EHTD.dtype) @ x_EHTD @ self.channels_in.to(x_EHTD.dtype)
+        return self.tokens.to(x_EHTD.dtype) @ times_map(x_EHTD, self.channels_in.to(x_EHTD.dtype))
+
+    def single(self) -> "Bases":
+        """In fp32: solved in fp64, they are read in fp32."""
+        into = self.channels_in.float()
+        out = into if self.channels_out is self.channels_in else self.channels_out.float()
+        return Bases(self.tokens.float(), into, out)
 
 
 class Moments(nn.Module):
@@ -65,17 +73,17 @@ class Moments(nn.Module):
         """
         mean = self.total / self.count
         tokens, channels = self.tokens - self.count * mean @ mean.transpose(-1, -2), self.spread()
-        root, inverse = _root(channels if metric is None else metric, metric is None)
-        principal = torch.linalg.eigh(root @ channels @ root).eigenvectors.flip(-1)
-        axes = torch.linalg.eigh(tokens).eigenvectors.flip(-1).transpose(-1, -2)
-        return Bases(_signed(axes, -1), root @ _signed(principal, -2), inverse @ _signed(principal, -2))
+        axes = _signed(torch.linalg.eigh(tokens).eigenvectors.flip(-1).transpose(-1, -2), -1)
+        if metric is None:
+            principal = _signed(torch.linalg.eigh(channels).eigenvectors.flip(-1), -2)
+            return Bases(axes, principal, principal)
+        root, inverse = _root(metric)
+        principal = _signed(torch.linalg.eigh(root @ channels @ root).eigenvectors.flip(-1), -2)
+        return Bases(axes, root @ principal, inverse @ principal)
 
 
-def _root(metric: torch.Tensor, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _root(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The square root of a metric and its inverse."""
-    if plain:
-        one = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
-        return one, one
     values, vectors = torch.linalg.eigh(metric.double())
     values = values.clamp_min(values[..., -1:] * _FLOOR).sqrt()[:, None]
     return (vectors * values) @ vectors.transpose(-1, -2), (vectors / values) @ vectors.transpose(-1, -2)
@@ -105,8 +113,9 @@ class QueryMoments(nn.Module):
         q = q[layer.owner]
         if layer.frame is not None:
             q = layer.frame.unrotate(q)
-        q = q.double().unflatten(1, (heads, -1)).flatten(2, 3)
-        self.total += torch.einsum("ehqd,ehqf->hdf", q, q)
+        # A batch's own sum is of the queries' precision, and that of many batches in fp64.
+        rows = q.to(torch.promote_types(q.dtype, torch.float32)).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
+        self.total += rows.transpose(1, 2) @ rows
         self.count += layer.reads[layer.owner].sum()
 
     def metric(self) -> torch.Tensor:

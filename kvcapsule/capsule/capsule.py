@@ -19,8 +19,9 @@ from ..methods.method import Compressed, CompressionPass, LayerByLayerPass, Meth
 from ..vlm.geometry import KVGeometry
 from . import hub
 from .base_model import difference, unknown
-from .config import CapsuleConfig
+from .config import LEAN_VERSION, CapsuleConfig
 from .derived_values import DerivedValues
+from .lean_tensors import restored, with_given
 from .read import CONFIG_FILE, WEIGHTS_FILE, config_in, header_in, require_tensors
 from .runs import LayerGroupPass, canonical_tiles, require_copies
 from .training_rows import TrainingRows
@@ -129,11 +130,13 @@ class Capsule(nn.Module, Method):
                 format version, or the tensors are not those that the config asks for.
         """
         folder = hub.find(name, revision, force_download)
-        config, header = config_in(folder), header_in(folder)
+        config = config_in(folder)
+        header, is_lean = header_in(folder, config), config.format_version == LEAN_VERSION
         capsule = _empty(config, folder)
-        require_tensors(folder, header.forms, capsule.state_dict())
+        require_tensors(folder, with_given(header.forms) if is_lean else header.forms, capsule.state_dict())
         # assign keeps the dtypes of the file; a copy would turn a bfloat16 capsule into a float32 one.
-        capsule.load_state_dict(read_tensors(folder / WEIGHTS_FILE, header), assign=True)
+        tensors = read_tensors(folder / WEIGHTS_FILE, header)
+        capsule.load_state_dict(restored(tensors) if is_lean else tensors, assign=True)
         capsule.require_sound_tensors(folder)
         return capsule.to(device).eval().requires_grad_(False)
 

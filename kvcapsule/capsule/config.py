@@ -10,9 +10,10 @@ from ..vlm.geometry import KVGeometry
 from .limits import shortened
 from .record import ModelRecord, data_record
 
-FORMAT_VERSION = 1
-"""Raised whenever this code could not read, or would misread, what an earlier one wrote; a new family or field does not
-raise it."""
+FORMAT_VERSION, LEAN_VERSION = 1, 2
+"""Tensors as they are in memory, and in 16 bits without maps that others give (kvcapsule.capsule.lean_tensors): what
+training writes. A capsule keeps its version when it is saved again. A new number stands for whatever an earlier code
+could not read, or would misread; a new family or field does not raise it."""
 PACKAGE = "package"
 """Key of `metadata`: the installed package, "name version", that the family comes from."""
 
@@ -51,10 +52,10 @@ class CapsuleConfig:
     def from_dict(cls, values: dict[str, Any]) -> "CapsuleConfig":
         """Raises CapsuleError for another format version, an unknown family, or missing and unknown keys."""
         version = values.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool | float):
+        if type(version) is not int or version not in (FORMAT_VERSION, LEAN_VERSION):
             raise CapsuleError(
-                f"capsule format version {shortened(repr(version))}; this version of kvcapsule reads version"
-                f" {FORMAT_VERSION}. Upgrade kvcapsule, or train the capsule again."
+                f"capsule format version {shortened(repr(version))}; this version of kvcapsule reads versions"
+                f" {FORMAT_VERSION} and {LEAN_VERSION}. Upgrade kvcapsule, or train the capsule again."
             )
         family = values.get("family")
         metadata = values.get("metadata", {})
@@ -80,6 +81,7 @@ class CapsuleConfig:
                 geometry=KVGeometry.from_dict(values["geometry"]),
                 base_model=values["base_model"],
                 base_revision=values.get("base_revision"),
+                format_version=version,
                 metadata=metadata,
             )
             check_fields(config)

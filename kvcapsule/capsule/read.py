@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CapsuleError
-from .config import FORMAT_VERSION, CapsuleConfig
+from .config import CapsuleConfig
 from .limits import read_file, read_json, shortened
 from .tensor_bytes import Form
 from .training_rows import ROWS_FILE
@@ -28,8 +28,11 @@ REPORT_FILE = "report.html"
 OPTIONAL_FILES = (ROWS_FILE,)
 """Optional files, which are downloaded with the others; `REPORT_FILE` may lie beside them."""
 NEEDED_TO_LOAD = (CONFIG_FILE, WEIGHTS_FILE)
-WEIGHTS_METADATA = {"format": "kvcapsule", "format_version": str(FORMAT_VERSION)}
-"""Metadata of model.safetensors."""
+
+
+def weights_metadata(config: CapsuleConfig) -> dict[str, str]:
+    """Metadata of model.safetensors."""
+    return {"format": "kvcapsule", "format_version": str(config.format_version)}
 
 
 def missing_files(folder: Path, names: Iterable[str]) -> list[str]:
@@ -79,19 +82,19 @@ def card_in(folder: Path) -> str:
         raise CapsuleError(f"{folder / CARD_FILE} is no text in UTF-8 ({error}): write or save it again.") from error
 
 
-def header_in(folder: Path) -> Header:
-    """What the weights of the capsule in `folder` announce.
+def header_in(folder: Path, config: CapsuleConfig) -> Header:
+    """What the weights of the capsule in `folder` announce; config: of the same.
 
     Raises:
         CapsuleError: if the file is damaged or of another format version.
     """
     path = folder / WEIGHTS_FILE
     header = read_header(path)
-    for key, expected in WEIGHTS_METADATA.items():
+    for key, expected in weights_metadata(config).items():
         if (value := header.metadata.get(key)) != expected:
             raise CapsuleError(
-                f"{path} has {key} {shortened(repr(value))} in its metadata; this version of kvcapsule reads"
-                f" {expected!r}. The file is not a capsule's, or a newer kvcapsule wrote it."
+                f"{path} has {key} {shortened(repr(value))} in its metadata, where {CONFIG_FILE} asks for"
+                f" {expected!r}. The file is not this capsule's, or a newer kvcapsule wrote it."
             )
     return header
 

@@ -15,7 +15,8 @@ from .. import atomic_files
 from ..errors import CapsuleError
 from . import weights_file
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
-from .config import CapsuleConfig
+from .config import LEAN_VERSION, CapsuleConfig
+from .lean_tensors import lean
 from .limits import new_folder, read_json, restore
 from .read import (
     CARD_FILE,
@@ -26,9 +27,9 @@ from .read import (
     RECIPE_FILE,
     REPORT_FILE,
     WEIGHTS_FILE,
-    WEIGHTS_METADATA,
     card_in,
     require_files,
+    weights_metadata,
 )
 from .training_rows import ROWS_FILE, TrainingRows
 
@@ -131,7 +132,9 @@ def contents_of(
     )
     return {
         CONFIG_FILE: atomic_files.to_json(atomic_files.plain(config.to_dict(), "config")),
-        WEIGHTS_FILE: weights_file.write(tensors, WEIGHTS_METADATA),
+        WEIGHTS_FILE: weights_file.write(
+            lean(tensors) if config.format_version == LEAN_VERSION else tensors, weights_metadata(config)
+        ),
         CARD_FILE: model_card(config, plain_recipe, plain_metrics, name).encode(),
         RECIPE_FILE: atomic_files.to_yaml(plain_recipe).encode(),
         METRICS_FILE: atomic_files.to_json(plain_metrics),

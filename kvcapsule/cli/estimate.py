@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import estimate as closed_form
 from ..errors import InputError, KVCapsuleError
+from . import estimate_training as training
 from .counts import count, count_or_0
 from .errors import Parser, complain
 from .results import STDOUT, add_json_option, require_writable, write_json
@@ -50,6 +51,11 @@ class Options(argparse.Namespace):
     dtype: str
     weight_bits: int | None
     memory: float | None
+    train: bool
+    tile: int
+    train_batch: int
+    questions: int
+    family: str
     json: str | None
 
 
@@ -98,6 +104,11 @@ def estimated(options: Options) -> dict[str, Any]:
         "batch_full": closed_form.largest_batch(options.memory * _GIB, stored, full),
         "batch_capsule": closed_form.largest_batch(options.memory * _GIB, stored, capsule),
     }
+    size = training.sized(layers, geometry, element, visual, options)
+    if options.train and not size.visual:
+        raise InputError(f"--tile {options.tile}: {visual} visual tokens fill no tile. Give a smaller one.")
+    matrices = weights.read_matrices + weights.read_others
+    train = training.planned(size, matrices, visual + options.text) if options.train else None
     return {
         "model": options.model,
         "model_type": geometry.model_type,
@@ -122,6 +133,7 @@ def estimated(options: Options) -> dict[str, Any]:
         ],
         "speedup_limit": closed_form.speedup_limit(full, capsule),
         "memory": memory,
+        "train": train,
         "measured": False,
         "note": CAVEAT,
     }
@@ -130,6 +142,9 @@ def estimated(options: Options) -> dict[str, Any]:
 def _print_tables(result: dict[str, Any]) -> None:
     from .tables import NAME, Column, ReportTable, print_report
 
+    if result["train"]:
+        print_report(training.table(result["train"]), f"weights: {result['weight_bytes_held']:,} bytes", training.NOTE)
+        return
     counted = f"{result['full_attention_layers']} of {result['layers']} layers have full attention"
     sequence = ReportTable(
         [Column("a sequence's cache", NAME), Column("visual"), Column("text"), Column("total")],
@@ -210,6 +225,16 @@ def _parser() -> Parser:
         help="bits of the decoder layers' matrices; at 4, scales and minima add 0.25 (default: those of --dtype)",
     )
     add("--memory", metavar="GIB", type=_gib, help="also show the largest batch that fits beside the weights")
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--train",
+        action="store_true",
+        help="show instead what `kvcapsule train` would hold beside the model and run, stage by stage",
+    )
+    add("--family", choices=training.FAMILIES, default=training.FAMILIES[0], help="codec family (default: %(default)s)")
+    add("--tile", metavar="N", type=count_or_0, default=64, help="tokens of a tile; 0: all (default: %(default)s)")
+    add("--train-batch", metavar="N", type=count, default=16, help="questions of a batch (default: %(default)s)")
+    add("--questions", metavar="N", type=count, default=2048, help="of the data (default: %(default)s)")
     add_json_option(parser)
     return parser
 

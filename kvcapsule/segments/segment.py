@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from .map_products import times_map
 from .memo import Memo
 from .rotary_frame import Frame
 
@@ -264,7 +265,7 @@ class Segment:
         if self.score_map is not None:
             keys = _spread(self.score_map, keys.shape[1]).to(dtype) @ keys
         if self.q_map is not None:
-            keys = keys @ self.q_map.to(dtype).transpose(-1, -2)
+            keys = times_map(keys, self.q_map.to(dtype).transpose(-1, -2))
         if self.frame is not None:
             keys = self.frame.rotate(keys)
         if self.value_map is not None:
@@ -272,7 +273,7 @@ class Segment:
         if self.value_mean is not None:
             values = values + self.value_mean.to(dtype)[:, None]
         if self.out_map is not None:
-            values = values @ self.out_map.to(dtype)
+            values = times_map(values, self.out_map.to(dtype))
         return keys, values
 
 

@@ -78,7 +78,7 @@ def test_weights_of_another_config(saved: Path) -> None:
         ({"format": "pt"}, "has format 'pt'"),
         (
             {"format": "kvcapsule", "format_version": "2"},
-            "has format_version '2' in its metadata; this version of kvcapsule reads '1'",
+            "has format_version '2' in its metadata, where config.json asks for '1'",
         ),
     ],
 )
@@ -91,7 +91,10 @@ def test_weights_of_another_format(saved: Path, metadata: dict[str, str] | None,
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"format_version": 2}, r"config\.json: capsule format version 2; this version of kvcapsule reads version 1"),
+        (
+            {"format_version": 3},
+            r"config\.json: capsule format version 3; this version of kvcapsule reads versions 1 and 2",
+        ),
         ({"family": "wavelet"}, r"config\.json: unknown codec family 'wavelet'"),
         ({"family": ["kvcapsule"]}, r"config\.json: unknown codec family"),
         ({"geometry": {"layers": 2}}, r"config\.json: capsule config cannot be used"),

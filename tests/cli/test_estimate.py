@@ -268,3 +268,21 @@ def test_models_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no decoder-only model" in refused(capsys, "--model", str(tmp_path / "florence"), *tokens)
     AutoConfig.for_model("qwen2_5_vl", **tiny_families.qwen2_5_vl().settings).save_pretrained(tmp_path / "qwen")
     assert "Give --visual-tokens instead" in refused(capsys, "--model", str(tmp_path / "qwen"), "--resolution", "64x64")
+
+
+def test_training_is_counted_without_starting_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """pages-vlm: 4 layers of 2 KV heads of 32 channels, so one source of 512 channels."""
+    words = ["estimate", "--model", "pages-vlm", "--visual-tokens", "196", "--tile", "49", "--train", "--json", "-"]
+    assert main(words) == 0
+    train = json.loads(capsys.readouterr().out)["train"]
+    assert (train["tile"], train["visual_tokens"], train["batch"]) == (49, 196, 16)
+    assert [stage["batches"] for stage in train["stages"]] == [40, 2, 0, 12, 0, 4] and train["batches"] == 58
+    sums = 8 * (512**2 + 2 * 4 * (49 * 64 + 49**2))
+    tiles = 40 * 16 * 196 * 2 * 4 * 64 * 2
+    bases = next(stage for stage in train["stages"] if stage["title"] == "bases")
+    assert bases["bytes"] == sums + tiles + 2 * 2 * 4 * 512**2
+    assert train["peak_bytes"] == max(stage["bytes"] for stage in train["stages"])
+    assert main([*words[:-2], "--family", "transform"]) == 0
+    assert "what each layer costs" in capsys.readouterr().out
+    assert main([*words[:-2], "--tile", "500"]) == 2
+    assert "fill no tile" in capsys.readouterr().err

@@ -13,12 +13,12 @@ from support.run_vlm import tiny_gemma
 
 from kvcapsule.codec.bit_allocation import bits_for, water_fill
 from kvcapsule.codec.coefficient_transform import merge_heads
+from kvcapsule.codec.grouping import joint_heads, joint_layers, layer_groups
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.training.analysis.distortion import BITS
 from kvcapsule.training.analysis.layer import LayerStudy
 from kvcapsule.training.analysis.layer_group import LayerGroupStudy, layer_groups_of
 from kvcapsule.training.analysis.passes import Observer
-from kvcapsule.training.families.grouping import joint_heads, joint_layers, layer_groups
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.vlm.spans import VisualSpan
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kvcapsule.cli.results import write_whole
+from kvcapsule.codec import grouping
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.errors import InputError
 from kvcapsule.training.analysis import passes
@@ -25,7 +26,6 @@ from kvcapsule.training.analysis.passes import one_size
 from kvcapsule.training.analysis.plot import PICTURES
 from kvcapsule.training.analysis.report import heading, over_steps, tables
 from kvcapsule.training.analysis.study import _rounded
-from kvcapsule.training.families import grouping
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "analyze.md"
 QUICK = ["--device", "cpu", "--questions", "8", "--tile", "49"]

@@ -12,11 +12,13 @@ from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.segments.segment import Segment
 from kvcapsule.training.datamodule import Batch, Questions
-from kvcapsule.training.families.cross_layer import Coordinates, group_sources
-from kvcapsule.training.fisher import MIX, FisherSums, gradients, mixed, require_finite_gradients
-from kvcapsule.training.frozen_forward import answer_mask, logits_through
-from kvcapsule.training.harvest import LayerHarvest, harvest
+from kvcapsule.training.families.cross_layer import Coordinates, CrossLayerFit
+from kvcapsule.training.fisher import MIX, FisherSums, GradientSink, Mixture, each_gradient
+from kvcapsule.training.frozen_forward import answer_mask, logits_reading, logits_through
+from kvcapsule.training.harvest import LayerHarvest, Recorder, harvest
+from kvcapsule.training.question_forward import Surroundings, question_logits
 from kvcapsule.training.second_moments import Moments
+from kvcapsule.training.tile_sample import LayerTiles
 from kvcapsule.vlm.loading import load_vlm
 
 TILE = 28
@@ -42,10 +44,24 @@ def read(layers: list[LayerHarvest]) -> list[Segment]:
 
 
 def felt_by(
-    model: torch.nn.Module, batch: Batch, seeds: list[int], layers: list[LayerHarvest] | None = None
-) -> list[LayerHarvest]:
+    model: torch.nn.Module,
+    batch: Batch,
+    seeds: list[int],
+    layers: list[LayerHarvest] | None = None,
+    whole: bool = False,
+) -> list[LayerTiles]:
+    """Gradients in place of keys and values; whole: through a forward of all tokens."""
     layers = layers or harvest(model, batch.inputs, TILE)
-    return gradients(model, batch, TILE, True, layers, read(layers), seeds)
+    around, found = [Surroundings.of(layer) for layer in layers], {}
+
+    def forward(readings, last: int) -> torch.Tensor:
+        if whole:
+            return logits_reading(model, batch.inputs, Recorder(TILE), readings, last)
+        return question_logits(model, batch.inputs, readings, around, last)
+
+    sink = GradientSink([range(len(layers))], lambda number, own: found.update({number: own}))
+    each_gradient(forward, read(layers), batch.answers, seeds, sink.take)
+    return found[0]
 
 
 def test_gradients_are_how_the_drawn_tokens_log_probability_moves(model, batches) -> None:
@@ -82,8 +98,9 @@ def test_gradients_are_how_the_drawn_tokens_log_probability_moves(model, batches
 
 def test_a_row_has_the_same_gradients_in_any_batch(model, batches) -> None:
     several, one = felt_by(model, batches["all"], [5, 6, 7]), felt_by(model, batches["last"], [7])
+    owner = harvest(model, batches["all"].inputs, TILE)[0].owner
     for layer, alone in zip(several, one, strict=True):
-        own = layer.owner == 2
+        own = owner == 2
         for name in ("keys", "values"):
             torch.testing.assert_close(getattr(layer, name)[own], getattr(alone, name), atol=1e-4, rtol=1e-3)
 
@@ -121,12 +138,34 @@ def test_tokens_are_drawn_from_what_the_model_says(model, batches) -> None:
     )
 
 
-def test_gradients_that_are_no_numbers_are_named(model, batches) -> None:
-    found = felt_by(model, batches["last"], [0])
-    require_finite_gradients(found)
-    found[2].values[0, 0, 0, 0] = float("nan")
+def test_the_images_need_no_forward_of_their_own(model, batches) -> None:
+    """What stands before the questions is as it was harvested: gradients and logits are those of a whole forward."""
+    batch = batches["all"]
+    layers = harvest(model, batch.inputs, TILE)
+    worse = [replace(layer, values=0.8 * layer.values) for layer in layers]
+    found, wanted = (felt_by(model, batch, [5, 6, 7], worse, whole) for whole in (False, True))
+    for own, other in zip(found, wanted, strict=True):
+        for gradient, expected in zip(own, other, strict=True):
+            assert bool(expected.any())
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_that_are_no_numbers_are_named() -> None:
+    sink = GradientSink([range(2), range(2, 3)], lambda number, layers: None)
+    fine = rand(1, 1, 2, 2)
+    sink.take(1, fine, fine)
     with pytest.raises(ValueError, match="layer 2: gradients of its keys or values are NaN"):
-        require_finite_gradients(found)
+        sink.take(2, torch.full_like(fine, float("nan")), fine)
+
+
+def test_a_groups_gradients_are_handed_on_when_all_are_there() -> None:
+    done: list[tuple[int, list[float]]] = []
+    sink = GradientSink(
+        [range(2), range(2, 3)], lambda number, layers: done.append((number, [float(x.keys) for x in layers]))
+    )
+    for layer in (2, 1, 0):
+        sink.take(layer, torch.tensor(float(layer)), torch.tensor(0.0))
+    assert done == [(1, [2.0]), (0, [0.0, 1.0])]
 
 
 def test_nothing_is_left_of_them_on_the_model(model, batches) -> None:
@@ -151,7 +190,8 @@ def test_the_mixture_weighs_both_metrics_by_what_losing_everything_costs() -> No
         moments.append(own)
         felt.append(feel)
     usual = [torch.eye(width, dtype=torch.float64).expand(2, width, width) for width in (3, 6)]
-    found = mixed(felt, usual, moments)
+    mixture = Mixture((f.total, u, m.spread()) for f, u, m in zip(felt, usual, moments, strict=True))
+    found = [mixture.metric(f.total, u) for f, u in zip(felt, usual, strict=True)]
 
     def cost(metrics: list[torch.Tensor]) -> float:
         return sum(float((m * own.spread()).sum()) for m, own in zip(metrics, moments, strict=True))
@@ -166,27 +206,21 @@ def test_logits_that_feel_nothing_are_refused() -> None:
     own = Moments(1, 4, 3)
     own.add(rand(5, 1, 4, 3))
     with pytest.raises(ValueError, match="do not depend on the visual tokens"):
-        mixed([FisherSums(1, 3)], [torch.eye(3, dtype=torch.float64)[None]], [own])
+        Mixture([(FisherSums(1, 3).total, torch.eye(3, dtype=torch.float64)[None], own.spread())])
 
 
 def test_gradients_turn_the_other_way_than_what_they_are_of() -> None:
-    """In a stack's coordinates, too, a step along x adds g . x to what is felt."""
+    """In a layer group's coordinates, too, a step along x adds g . x to what is felt."""
     generator = torch.Generator().manual_seed(3)
-    into = torch.randn(1, 8, 8, generator=generator, dtype=torch.float64)
-    own = Coordinates(into, torch.linalg.inv(into).transpose(1, 2))
+    into = torch.randn(4, 1, 2, 2, generator=generator)
+    own = Coordinates(into, torch.linalg.inv(into).transpose(2, 3))
+    fit = SimpleNamespace(coordinates=[own], heads=1)
 
-    def layers(seed: int) -> list[SimpleNamespace]:
-        return [
-            SimpleNamespace(keys=rand(3, 1, 4, 2, seed=seed + i), values=rand(3, 1, 4, 2, seed=seed + 10 + i))
-            for i in range(2)
-        ]
+    def layers(seed: int) -> list[LayerTiles]:
+        return [LayerTiles(rand(3, 1, 4, 2, seed=seed + i), rand(3, 1, 4, 2, seed=seed + 10 + i)) for i in range(2)]
 
     step, slope = layers(0), layers(50)
-    ((_, x),) = group_sources(step, [range(2)], [own], heads=1)
-    ((_, g),) = group_sources(slope, [range(2)], [own], heads=1, gradients=True)
-    felt = sum(
-        (getattr(a, name) * getattr(b, name)).sum()
-        for a, b in zip(step, slope, strict=True)
-        for name in ("keys", "values")
-    )
-    torch.testing.assert_close((x * g).sum(), felt)
+    ((_, x),) = CrossLayerFit.sources(fit, 0, step)
+    ((_, g),) = CrossLayerFit.sources(fit, 0, slope, gradients=True)
+    felt = sum((a * b).sum() for one, two in zip(step, slope, strict=True) for a, b in zip(one, two, strict=True))
+    torch.testing.assert_close((x.double() * g.double()).sum(), felt.double(), atol=1e-5, rtol=1e-5)

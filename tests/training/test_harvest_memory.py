@@ -1,4 +1,4 @@
-"""Harvests in memory: the same ones at every pass, as many as fit, and the VLM run for the others."""
+"""Harvests in memory: the same ones at every pass where all fit, and none where they do not."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -33,13 +33,17 @@ def passes(limit: int, counts: list[int]) -> tuple[list[list[float]], list[int],
     """The keys of every pass, the batches that the VLM ran for, and how often the loader was begun."""
     memory, loader, ran = HarvestMemory(limit), Loader(), []
 
-    def run(batch: Any) -> list[LayerHarvest]:
+    def harvest(batch: Any) -> list[LayerHarvest]:
+        held = memory.held(batch)
+        if held is not None:
+            return held
         ran.append(batch.number)
-        return [layer(batch.number)]
+        recording, layers = memory.recording(batch), [layer(batch.number)]
+        recording.add(layers)
+        recording.end()
+        return layers
 
-    keys = [
-        [float(memory.harvest(batch, run)[0].keys.max()) for batch in memory.batches(loader, count)] for count in counts
-    ]
+    keys = [[float(harvest(batch)[0].keys.max()) for batch in memory.batches(loader, count)] for count in counts]
     return keys, ran, loader.passes
 
 
@@ -49,25 +53,32 @@ def test_each_batch_is_run_once_where_all_fit() -> None:
     assert ran == [0, 1, 2, 3, 4] and begun == 2
 
 
-def test_what_does_not_fit_is_run_again_and_nothing_is_held_without_a_limit() -> None:
+def test_nothing_is_held_where_not_all_fit() -> None:
+    """The first batch tells."""
     one = sum(t.nbytes for t in (layer(0).keys,) * 4) + 4 + 16 + 8
-    keys, ran, _ = passes(2 * one, [4, 4])
-    assert keys == [[0, 1, 2, 3]] * 2 and ran == [0, 1, 2, 3, 2, 3]
-    assert passes(0, [2, 2])[1] == [0, 1, 0, 1]
+    for limit in (0, 4 * one - 1):
+        keys, ran, begun = passes(limit, [4, 4])
+        assert keys == [[0, 1, 2, 3]] * 2 and ran == [0, 1, 2, 3] * 2 and begun == 2
+    assert passes(4 * one, [4, 4])[1] == [0, 1, 2, 3]
+
+
+def test_a_batch_is_let_go_as_soon_as_its_first_layers_are_too_large() -> None:
+    one = sum(t.nbytes for t in (layer(0).keys,) * 4) + 4 + 16 + 8
+    memory = HarvestMemory(2 * one)
+    recording = memory.recording(SimpleNamespace(number=0))
+    recording.add([layer(0)])
+    assert recording.layers is not None
+    recording.add([layer(1), layer(2)])
+    assert recording.layers is None and memory.limit == 0
+    recording.end()
+    assert memory.used == 0
 
 
 def test_a_closed_memory_holds_nothing() -> None:
-    memory, ran = HarvestMemory(2**20), []
-    batch: Any = SimpleNamespace(number=7)
-
-    def run(of: Any) -> list[LayerHarvest]:
-        ran.append(of.number)
-        return [layer(of.number)]
-
-    memory.harvest(batch, run)
-    memory.harvest(batch, run)
-    assert ran == [7]
-    memory.close()
-    memory.harvest(batch, run)
-    memory.harvest(batch, run)
-    assert ran == [7, 7, 7] and memory.used == 0
+    memory, batch = HarvestMemory(2**20), SimpleNamespace(number=7)
+    for held in (True, False):
+        recording = memory.recording(batch)
+        recording.add([layer(7)])
+        recording.end()
+        assert (memory.held(batch) is not None) == held == (memory.used > 0)
+        memory.close()

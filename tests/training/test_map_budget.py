@@ -4,8 +4,8 @@ import pytest
 
 from kvcapsule.codec.coefficient_transform import CellTransform
 from kvcapsule.codec.cross_layer import CrossLayerConfig
+from kvcapsule.codec.grouping import joint_heads, joint_layers
 from kvcapsule.codec.transform import TransformConfig
-from kvcapsule.training.families.grouping import joint_heads, joint_layers
 from kvcapsule.training.families.map_budget import default_limit, map_bytes, most_channels
 from kvcapsule.vlm.geometry import KVGeometry
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from kvcapsule.codec.bit_allocation import bits_for, water_fill
 from kvcapsule.codec.coefficient_transform import merge_heads
+from kvcapsule.codec.grouping import joint_heads, joint_layers, layer_groups
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
-from ..families.grouping import joint_heads, joint_layers, layer_groups
 from ..harvest import LayerHarvest
 from ..second_moments import Moments
 from .distortion import BITS, FULL_BITS

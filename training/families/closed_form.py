@@ -1,10 +1,11 @@
 """The closed form of a transform code: bases, coefficient statistics and costs of every layer's keys and values.
 
-Each function makes one pass over batches of the frozen VLM, with sums added up over the ranks of a run. E tiles, S sets
-of KV heads side by side (`head group`), T tokens of a tile, W channels of a source.
+One pass of the frozen VLM over batches gathers all sums, added up over the ranks of a run, and a sample of the tiles;
+what needs bases first is measured on the sample. E tiles, S sets of KV heads side by side (`head group`), T tokens of a
+tile, W channels of a source, P parts of a layer group.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,14 @@ from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.codec.transform import Transform, TransformKeys, TransformLayer, TransformValues
 from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
+from kvcapsule.training_footprint import HARVEST, PROBE
 
 from ..capsule_fit import CapsuleFit
 from ..harvest import LayerHarvest
+from ..joint_moments import JointMoments
 from ..losses import error_and_energy, full_output, require_finite
 from ..query_bank import QueryBank
+from ..question_forward import decoded
 from ..second_moments import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
 from .bit_budget import BitBudget
 from .coding_source import CodingSource
@@ -31,18 +35,20 @@ from .straight_through import coded
 _PROBE = 2.0
 """Most bits an element at which the allocation probes: with more, a layer's error is lost among rounding errors."""
 
-Tiles = Iterator[tuple[int, torch.Tensor]]
+Tiles = Iterable[tuple[int, torch.Tensor]]
 """The number and the tiles [E, S, T, W] of each source."""
-Sources = Callable[[Sequence[LayerHarvest]], Tiles]
-"""Cuts a harvest into sources."""
 Fit = CapsuleFit[CoefficientRecipe]
 
 
 class ClosedForm(NamedTuple):
-    """What one layer's keys and values alone tell: sources are the keys and the values of every layer in turn."""
+    """What one layer's keys and values alone tell, and the sums of all parts of each layer group."""
 
     sources: list[CodingSource]
+    """The keys and the values of every layer in turn."""
     moments: list[Moments]
+    """Of the same."""
+    joint: list[JointMoments]
+    """Of each layer group, for what is coded together."""
     metrics: list[torch.Tensor]
     """[S, W, W] of each source: how much a squared error in each direction of the channels matters to attention's
     scores (keys) or by itself (values)."""
@@ -50,62 +56,100 @@ class ClosedForm(NamedTuple):
     """[H, Q, D] of each layer: training queries times the scale of the scores; empty where tokens weigh alike."""
 
 
-def layer_sources(layers: Sequence[LayerHarvest], heads: int) -> Tiles:
-    """Keys and values of each layer in turn, the heads of a set side by side: [E, S, T, W]."""
-    for i, layer in enumerate(layers):
-        for part, x in enumerate((layer.keys, layer.values)):
-            yield 2 * i + part, merge_heads(x.double(), heads)
+class Sums(nn.Module):
+    """Sums of one pass over all batches."""
+
+    def __init__(self, fit: Fit, heads: int, together: bool) -> None:
+        """heads: KV heads of a set. together: whether all parts of a layer group are coded as one; else each alone."""
+        super().__init__()
+        geometry, options, seed = fit.task.geometry, fit.task.recipe.transform, fit.task.recipe.seed
+        sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
+        self.fit, self.heads, self.scale = (fit,), heads, 0.0
+        parts = [2 * len(group) for group in fit.groups] if together else [1] * (2 * geometry.layers)
+        device = fit.task.model.device
+        self.joint = nn.ModuleList(JointMoments(count, sets, fit.task.tile, width) for count in parts).to(device)
+        self.queries = nn.ModuleList(
+            QueryMoments(geometry.kv_heads, geometry.head_dim) for _ in range(geometry.layers)
+        ).to(device)
+        size = options.query_bank
+        self.banks = [QueryBank(size, seed + i) for i in range(geometry.layers)] if size else []
+        self.numbers: Sequence[int] = ()
+
+    def add(self, number: int, layers: Sequence[LayerHarvest]) -> None:
+        """Take in a layer group of a batch."""
+        group, parts = self.fit[0].groups[number], []
+        for i, layer in zip(group, layers, strict=True):
+            require_finite(layer, i)
+            parts += [merge_heads(layer.keys, self.heads), merge_heads(layer.values, self.heads)]
+            queries = self.queries[i]
+            assert isinstance(queries, QueryMoments)
+            queries.add(layer)
+            if self.banks:
+                self.banks[i].add(layer, self.numbers)
+            self.scale = layer.scale
+        for moments, tiles_of_parts in self._sums_of(number, parts):
+            moments.add(tiles_of_parts)
+
+    def _sums_of(self, number: int, parts: list[torch.Tensor]) -> list[tuple[JointMoments, list[torch.Tensor]]]:
+        sums = [m for m in self.joint if isinstance(m, JointMoments)]
+        if len(sums) == len(self.fit[0].groups):
+            return [(sums[number], parts)]
+        first = 2 * self.fit[0].groups[number].start
+        return [(sums[first + i], [part]) for i, part in enumerate(parts)]
+
+    def gather(self) -> None:
+        """Join those of all ranks.
+
+        Raises:
+            ConfigError: for too few queries.
+        """
+        for bank in self.banks:
+            bank.gather()
+            if bank.available < bank.size:
+                raise ConfigError(
+                    f"--transform.query-bank {bank.size}: only {bank.available} queries read the tiles of a KV head."
+                    " Look at more batches (--moment_batches), or ask for fewer."
+                )
+        for sums in (*self.joint, *self.queries):
+            self.fit[0].reduce(sums)
 
 
-def tiles(fit: Fit, batches: int, title: str, of: Sources) -> Tiles:
-    """Each source's number and its tiles of each of so many batches; title: of the progress bar."""
-    for batch in fit.batches(batches, title):
-        yield from of(fit.harvest(batch))
+def closed_form(fit: Fit, heads: int, together: bool) -> ClosedForm:
+    """Bases from one pass over the batches, variances and extremes of their coefficients from a sample of its tiles.
 
-
-def closed_form(fit: Fit, heads: int) -> ClosedForm:
-    """Bases from one pass, variances and extremes of their coefficients from a second; heads: KV heads of a set.
+    Args:
+        fit: whose closed form it is.
+        heads: KV heads of a set.
+        together: whether all parts of a layer group are coded as one.
 
     Raises:
         ConfigError: for too few tiles or queries.
     """
-    task, options, batches = fit.task, fit.task.recipe.transform, fit.task.recipe.moment_batches
-    geometry, device, seed = task.geometry, task.model.device, task.recipe.seed
-    sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
-    moments = [Moments(sets, task.tile, width).to(device) for _ in range(2 * geometry.layers)]
-    queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
-    banks = [QueryBank(options.query_bank, seed + i) for i in range(geometry.layers)] if options.query_bank else []
-    scale = 0.0
-    for step, batch in enumerate(fit.batches(batches, "moments of keys and values")):
-        numbers = fit.numbers(step, len(batch.answers))
-        for i, layer in enumerate(fit.harvest(batch)):
-            require_finite(layer, i)
-            moments[2 * i].add(merge_heads(layer.keys, heads))
-            moments[2 * i + 1].add(merge_heads(layer.values, heads))
-            queries[i].add(layer)
-            if banks:
-                banks[i].add(layer, numbers)
-            scale = layer.scale
-    for bank in banks:
-        bank.gather()
-        if bank.available < bank.size:
-            raise ConfigError(
-                f"--transform.query-bank {bank.size}: only {bank.available} queries read the tiles of a KV head. Look"
-                " at more batches (--moment_batches), or ask for fewer."
-            )
-    for sums in (*moments, *queries):
-        fit.reduce(sums)
+    task, options, sums = fit.task, fit.task.recipe.transform, Sums(fit, heads, together)
+    sets, width = task.geometry.kv_heads // heads, task.geometry.head_dim * heads
+    fit.harvest_pass(HARVEST, sums)
+    sums.gather()
+    joint = [m for m in sums.joint if isinstance(m, JointMoments)]
+    moments = [m.part(i) for m in joint for i in range(m.parts)]
     require_samples(int(moments[0].count), task.tile, width)
-    identity = torch.eye(width, dtype=torch.float64, device=device).expand(sets, width, width)
+    identity = torch.eye(width, dtype=torch.float64, device=task.model.device).expand(sets, width, width)
     metrics: list[torch.Tensor] = []
-    for query in queries:
+    for query in sums.queries:
+        assert isinstance(query, QueryMoments)
         blocks = query.metric().unflatten(0, (sets, heads))
         by_queries = torch.stack([torch.block_diag(*block) for block in blocks])
         metrics += [by_queries if options.query_metric else identity, identity]
-    bases = [m.bases(None if metric is identity else metric) for m, metric in zip(moments, metrics, strict=True)]
-    coefficients = tiles(fit, batches, "variances of their coefficients", lambda layers: layer_sources(layers, heads))
+    bases = [
+        m.bases(None if metric is identity else metric).single() for m, metric in zip(moments, metrics, strict=True)
+    ]
+    coefficients = (
+        (2 * i + part, merge_heads(x.float(), heads))
+        for number, layers in fit.tiles("variances of their coefficients")
+        for i, layer in zip(fit.groups[number], layers, strict=True)
+        for part, x in enumerate(layer)
+    )
     sources = measured(fit, bases, coefficients)
-    return ClosedForm(sources, moments, metrics, [bank.bank() * scale for bank in banks])
+    return ClosedForm(sources, moments, joint, metrics, [bank.bank() * sums.scale for bank in sums.banks])
 
 
 def measured(fit: Fit, bases: Sequence[Bases], tiles: Tiles) -> list[CodingSource]:
@@ -136,15 +180,19 @@ def sensitivities(fit: Fit, sources: Sequence[CodingSource], budget: BitBudget, 
         [s.transform(w, heads, task.geometry.head_dim) for s, w in zip(sources, probes, strict=True)]
     )
     sums = _OutputErrors(len(sources), sets).to(task.model.device)
+
+    def visit(number: int, layers: list[LayerHarvest]) -> None:
+        for i, layer in zip(fit.groups[number], layers, strict=True):
+            truth = full_output(layer)
+            for source, keys in ((2 * i, True), (2 * i + 1, False)):
+                segment = read_back(codecs[i], layer, keys=keys, values=not keys)
+                errors, energy = error_and_energy(layer, decoded(segment), truth, sets)
+                sums.errors[source] += errors
+                sums.energy[source] += energy
+
     with torch.no_grad():
-        for batch in fit.batches(task.recipe.transform.probe_batches, "what each layer costs"):
-            for i, (layer, codec) in enumerate(zip(fit.harvest(batch), codecs, strict=True)):
-                truth = full_output(layer)
-                for number, keys in ((2 * i, True), (2 * i + 1, False)):
-                    segment = read_back(codec, layer, keys=keys, values=not keys)
-                    errors, energy = error_and_energy(layer, segment, truth, sets)
-                    sums.errors[number] += errors
-                    sums.energy[number] += energy
+        for batch in fit.batches(task.recipe.transform.probe_batches, PROBE):
+            fit.stream(batch, visit)
     fit.reduce(sums)
     lost = [
         (source.cells.cpu() * distortion(probe)).sum((1, 2)).clamp_min(1e-12)

@@ -10,20 +10,24 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from kvcapsule.codec.coefficient_transform import CellTransform
+from kvcapsule.codec.grouping import joint_heads
 from kvcapsule.codec.noise_shaping import TokenWeighting
 from kvcapsule.errors import ConfigError
+from kvcapsule.segments.segment import Segment
+from kvcapsule.training_footprint import FISHER, TrainingSize
 
-from ..capsule_fit import CapsuleFit, Task, scheduled
+from ..capsule_fit import CapsuleFit, scheduled
 from ..datamodule import Batch
-from ..fisher import FisherSums, gradients, mixed, require_finite_gradients
+from ..fisher import FisherSums, GradientSink, each_gradient
 from ..harvest import LayerHarvest
 from ..losses import full_output, output_error
-from ..second_moments import Moments
+from ..question_forward import Surroundings
+from ..task import Task
+from ..tile_sample import LayerTiles
 from .bit_budget import BitBudget
 from .closed_form import Tiles, require_samples
 from .coding_source import LEAST_STEP
 from .coefficient_options import CoefficientRecipe
-from .grouping import joint_heads
 
 _COARSE = 0.8
 """Bits an element up to which the learning rate is the recipe's."""
@@ -37,6 +41,8 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
     """Closed forms, solved by `prepare`, then Adam on all that is continuous."""
 
     has_kl = True
+    together = False
+    """Whether the parts of a layer group are coded as one."""
     rate_option = "transform.lr"
     reuses_harvests = True
 
@@ -58,6 +64,29 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
             show=self.show,
         )
 
+    def held(self) -> dict[str, int]:
+        return {stage.title: stage.bytes for stage in self.size().stages()}
+
+    def size(self) -> TrainingSize:
+        """Of the run, for a question's images of the size of the first held-out ones."""
+        task, recipe, first = self.task, self.task.recipe, self.groups[0]
+        return TrainingSize(
+            layers=task.geometry.layers,
+            query_heads=task.geometry.query_heads,
+            kv_heads=task.geometry.kv_heads,
+            head_dim=task.geometry.head_dim,
+            tile=task.tile,
+            visual=task.visual // task.tile * task.tile,
+            batch=recipe.batch,
+            element=task.model.dtype.itemsize,
+            harvest_batches=recipe.moment_batches,
+            probe_batches=self.options.probe_batches,
+            fisher_batches=self.options.fisher_batches,
+            together=self.together,
+            group=len(first),
+            heads=self.heads,
+        )
+
     def require_feasible(self, tiles: int | None) -> None:
         self.require_budget()
         if tiles is not None:
@@ -68,12 +97,20 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         self.budget.code_bytes(2 * self.task.geometry.layers)
 
     @abstractmethod
-    def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:
-        """Number and tiles [E, S, T, W] of each source, in its coordinates.
+    def sources(self, number: int, layers: Sequence[LayerTiles], gradients: bool = False) -> Tiles:
+        """Number and tiles [E, S, T, W] of each source of a layer group, in its coordinates.
 
-        gradients: whether the layers hold gradients in place of keys and values: other coordinates map these by their
-            inverse transpose.
+        Args:
+            number: of the group.
+            layers: of the group.
+            gradients: whether the layers hold gradients in place of keys and values: other coordinates map these by
+                their inverse transpose.
         """
+
+    def all_sources(self, title: str) -> Tiles:
+        """The same of the tiles of all groups; title: of the progress where the frozen VLM has to run."""
+        for number, layers in self.tiles(title):
+            yield from self.sources(number, layers)
 
     @property
     def steps(self) -> int:
@@ -106,23 +143,31 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
                 if isinstance(codec, CellTransform):
                     codec.step.clamp_min_(LEAST_STEP)
 
-    def fisher_metrics(self, baseline: list[torch.Tensor], moments: list[Moments]) -> list[torch.Tensor]:
-        """Metrics [S, W, W] of the sources: the Fisher information of the answers' logits where the present layers'
-        code leaves keys and values, mixed with the baseline metrics."""
-        task, canonical = self.task, self.task.recipe.codec.canonical_frame
-        sums = [FisherSums(*metric.shape[:2]).to(metric.device) for metric in baseline]
-        for step, batch in enumerate(self.batches(self.options.fisher_batches, "Fisher information of the logits")):
-            layers = self.harvest(batch)
-            with torch.no_grad():
-                read = self.segments(layers)
+    def fisher_sums(self, sizes: Sequence[tuple[int, int]]) -> list[FisherSums]:
+        """The Fisher information of the answers' logits with respect to each source, where the present layers' code
+        leaves keys and values; sizes: S and W of each."""
+        task, device = self.task, self.task.model.device
+        sums = [FisherSums(*size).to(device) for size in sizes]
+        for step, batch in enumerate(self.batches(self.options.fisher_batches, FISHER)):
+            read: list[Segment] = []
+            around: list[Surroundings] = []
+
+            def visit(number: int, layers: list[LayerHarvest], read: Any = read, around: Any = around) -> None:
+                with torch.no_grad():
+                    read += self.stored(number, layers)
+                around += [Surroundings.of(layer) for layer in layers]
+
+            self.stream(batch, visit)
             seeds = [task.recipe.seed + n for n in self.numbers(step, len(batch.answers))]
-            slopes = gradients(task.model, batch, task.tile, canonical, layers, read, seeds)
-            require_finite_gradients(slopes)
-            for number, g in self.sources(slopes, gradients=True):
-                sums[number].add(g)
+            sink = GradientSink(self.groups, lambda n, layers: self._feel(sums, n, layers))
+            each_gradient(self.harvests.forward_of(batch, around), read, batch.answers, seeds, sink.take)
         for of_source in sums:
             self.reduce(of_source)
-        return mixed(sums, baseline, moments)
+        return sums
+
+    def _feel(self, sums: Sequence[FisherSums], number: int, layers: Sequence[LayerTiles]) -> None:
+        for source, g in self.sources(number, layers, gradients=True):
+            sums[source].add(g)
 
     def query_bank(self, queries: Sequence[torch.Tensor]) -> TokenWeighting | None:
         """The query bank of layers that one code serves, given the queries [H, Q, D] of each; None where there are

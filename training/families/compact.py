@@ -14,12 +14,13 @@ from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.methods.ratios import pyramid, retained
 
-from ..capsule_fit import CapsuleFit, Task, scheduled
+from ..capsule_fit import CapsuleFit, scheduled
 from ..datamodule import Batch
 from ..harvest import LayerHarvest
 from ..image_tokens import require_one_row
 from ..losses import require_finite
 from ..query_bank import QueryBank
+from ..task import Task
 from .compact_options import CompactRecipe
 from .token_selector import chosen_by_teacher, imitation_loss, initialise
 
@@ -32,11 +33,16 @@ class Banks(NamedTuple):
     scale: float
     """Of the scores; 0 for head_dim ** -0.5."""
     first: list[LayerHarvest]
-    """The harvest of the first batch."""
+    """The harvest of the first batch, where it was wanted."""
 
 
-def query_banks(fit: CapsuleFit[Any], size: int) -> Banks:
+def query_banks(fit: CapsuleFit[Any], size: int, keeps_first: bool = False) -> Banks:
     """Sample `size` queries of each KV head that read the tiles, from the batches of all ranks.
+
+    Args:
+        fit: whose batches they are.
+        size: of a bank.
+        keeps_first: whether the harvest of the first batch is wanted, all layers at once.
 
     Raises:
         DataError: if keys, values or queries are not finite.
@@ -45,15 +51,20 @@ def query_banks(fit: CapsuleFit[Any], size: int) -> Banks:
     geometry, seed = fit.task.geometry, fit.task.recipe.seed
     banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(geometry.layers)]
     first: list[LayerHarvest] = []
+    scale = default = geometry.head_dim**-0.5
+
+    def visit(number: int, layers: list[LayerHarvest]) -> None:
+        nonlocal scale
+        (layer,), scale = layers, layers[0].scale
+        require_finite(layer, number)
+        banks[number].add(layer)
+        if keeps_first and len(first) < geometry.layers:
+            first.append(layer)
+
     for batch in fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles"):
-        layers = fit.harvest(batch)
-        first = first or layers
-        for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
-            require_finite(layer, i)
-            bank.add(layer)
+        fit.stream(batch, visit)
     for bank in banks:
         bank.gather()
-    scale, default = first[0].scale, geometry.head_dim**-0.5
     scale = 0.0 if abs(scale - default) <= 1e-6 * default else scale
     return Banks([bank.bank() for bank in banks], scale, first)
 
@@ -88,14 +99,15 @@ class CompactFit(CapsuleFit[CompactRecipe]):
 
     def prepare(self) -> None:
         geometry, seed = self.task.geometry, self.task.recipe.seed
-        banks = query_banks(self, self.recipe.bank)
+        learned = self.recipe.selector == "learned"
+        banks = query_banks(self, self.recipe.bank, keeps_first=learned)
         self.config = replace(self.config, scale=banks.scale)
         self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
-        for index, (bank, layer) in enumerate(zip(banks.queries, banks.first, strict=True)):
+        for index, bank in enumerate(banks.queries):
             codec = self.codec(index)
             codec.bank.copy_(bank)
             if codec.selector is not None:
-                initialise(codec.selector, layer.keys, layer.values, seed)
+                initialise(codec.selector, banks.first[index].keys, banks.first[index].values, seed)
 
     def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
         assert isinstance(config, CompactConfig)

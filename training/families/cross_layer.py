@@ -1,7 +1,7 @@
 """Training of the cross-layer family: the cost of each layer's errors, one basis for a group of layers, then the
 Fisher information of the logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,29 +10,30 @@ from torch import nn
 from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
+from kvcapsule.codec.grouping import joint_layers, layer_groups
+from kvcapsule.segments.map_products import times_map
 from kvcapsule.segments.segment import Segment
 
-from ..capsule_fit import Task
+from ..fisher import Mixture
 from ..harvest import LayerHarvest
+from ..joint_moments import JointMoments
 from ..second_moments import Moments
-from .closed_form import Tiles, closed_form, measured, sensitivities, tiles
+from ..task import Task
+from ..tile_sample import LayerTiles
+from .closed_form import Tiles, closed_form, measured, sensitivities
 from .coding_source import CodingSource, used
 from .coefficient_fit import CoefficientFit
 from .cross_layer_options import CrossLayerRecipe
-from .grouping import joint_layers, layer_groups
 from .straight_through import coded
-
-_FIRST = 10
-"""Batches that show the variances of a first code, under which the Fisher information is measured."""
 
 
 class Coordinates(NamedTuple):
-    """Linear coordinates of a layer group's parts side by side: y = x into, x = y back^T."""
+    """Linear coordinates of each part of a layer group: y = x into, x = y back^T."""
 
     into: torch.Tensor
-    """[S, W, W]."""
+    """[P, S, W, W]."""
     back: torch.Tensor
-    """[S, W, W]."""
+    """[P, S, W, W]."""
 
 
 class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
@@ -45,36 +46,49 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
     """
 
     recipe_class = CrossLayerRecipe
+    together = True
 
     def __init__(self, task: Task[CrossLayerRecipe]) -> None:
         super().__init__(task)
         geometry, wanted = task.geometry, task.recipe.transform.joint_layers
         self.joint = min(geometry.layers, wanted or joint_layers(self.heads, geometry.head_dim))
-        self.groups = layer_groups(geometry.layers, self.joint)
+
+    @property
+    def groups(self) -> Sequence[range]:
+        return layer_groups(self.task.geometry.layers, self.joint)
 
     def prepare(self) -> None:
-        batches, fisher_batches = self.task.recipe.moment_batches, self.options.fisher_batches
-        form = closed_form(self, self.heads)
+        form = closed_form(self, self.heads, self.together)
         costs = sensitivities(self, form.sources, self.budget, self.heads)
         self.coordinates = self._coordinates(form.sources, costs)
-        moments = self._moments(batches)
-        first = min(batches, _FIRST) if fisher_batches else batches
-        sources = measured(
-            self,
-            [m.bases() for m in moments],
-            tiles(self, first, "variances of groups of layers", self.sources),
-        )
-        if fisher_batches:
+        moments = self._moments(form.joint)
+        numbers = range(len(self.groups))
+        bases = [moments(n).bases().single() for n in numbers]
+        sources = measured(self, bases, self.all_sources("variances of groups of layers"))
+        if self.options.fisher_batches:
             self.layers = self._codecs(sources)
-            # In these coordinates the metric by attention's output is the identity.
-            baseline = [
-                torch.eye(m.channels.shape[1], dtype=torch.float64, device=m.channels.device).expand_as(m.channels)
-                for m in moments
-            ]
-            metrics = self.fisher_metrics(baseline, moments)
-            bases = [m.bases(metric) for m, metric in zip(moments, metrics, strict=True)]
-            sources = measured(self, bases, tiles(self, batches, "variances under the Fisher metric", self.sources))
+            # Let go before the next ones are solved.
+            del bases, sources
+            sources = self._second_code(moments)
         self.layers = self._codecs(sources, form.queries)
+
+    def _second_code(self, moments: Callable[[int], Moments]) -> list[CodingSource]:
+        """Sources in the bases of the Fisher information under the present layers' code; moments: of a group's parts in
+        their coordinates."""
+        fisher = self.fisher_sums([(c.into.shape[1], len(c.into) * c.into.shape[2]) for c in self.coordinates])
+        self.layers = nn.ModuleList()
+
+        def identity(of: torch.Tensor) -> torch.Tensor:
+            # In these coordinates, the metric by attention's output.
+            return torch.eye(of.shape[1]).to(of).expand_as(of)
+
+        mixture = Mixture((f.total, identity(f.total), moments(n).spread()) for n, f in enumerate(fisher))
+        bases = []
+        for number, of_group in enumerate(fisher):
+            metric = mixture.metric(of_group.total, identity(of_group.total))
+            of_group.total = torch.empty(0)
+            bases.append(moments(number).bases(metric).single())
+        return measured(self, bases, self.all_sources("variances under the Fisher metric"))
 
     def codec_config(self) -> CrossLayerConfig:
         transforms, task = [self.codec(i).transform for i in range(len(self.layers))], self.task
@@ -146,22 +160,30 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         into = [source.bases.channels_in * root for source, root in zip(sources, roots, strict=True)]
         back = [source.bases.channels_out / root for source, root in zip(sources, roots, strict=True)]
 
-        def blocks(parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack([torch.block_diag(*heads) for heads in zip(*parts, strict=True)])
-
         parts = [slice(2 * group[0], 2 * group[-1] + 2) for group in self.groups]
-        return [Coordinates(blocks(into[part]), blocks(back[part])) for part in parts]
+        return [Coordinates(torch.stack(into[part]), torch.stack(back[part])) for part in parts]
 
-    def _moments(self, batches: int) -> list[Moments]:
-        moments = [Moments(len(c.into), self.task.tile, c.into.shape[1]).to(c.into.device) for c in self.coordinates]
-        for number, x in tiles(self, batches, "moments of groups of layers", self.sources):
-            moments[number].add(x)
-        for sums in moments:
+    def _moments(self, joint: Sequence[JointMoments]) -> Callable[[int], Moments]:
+        """The moments of a group's parts in their coordinates, given its number; made anew at every call."""
+        tile = self.task.tile
+        along = [_AlongTokens(len(c.into[0]), tile).to(c.into.device) for c in self.coordinates]
+        for number, x in self.all_sources("moments of groups of layers"):
+            along[number].add(x)
+        for sums in along:
             self.reduce(sums)
-        return moments
 
-    def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:
-        return group_sources(layers, self.groups, self.coordinates, self.heads, gradients)
+        def of(number: int) -> Moments:
+            # Of a sample, as if of all tiles.
+            tokens = along[number].tokens * (joint[number].count / along[number].count)
+            return joint[number].mapped(self.coordinates[number].into, tokens)
+
+        return of
+
+    def sources(self, number: int, layers: Sequence[LayerTiles], gradients: bool = False) -> Tiles:
+        basis = self.coordinates[number]
+        maps = basis.back if gradients else basis.into
+        parts = [merge_heads(x.float(), self.heads) for layer in layers for x in layer]
+        yield number, torch.cat([times_map(x, into) for x, into in zip(parts, maps, strict=True)], dim=3)
 
     def _codecs(self, sources: Sequence[CodingSource], queries: Sequence[torch.Tensor] = ()) -> nn.ModuleList:
         """The groups' codecs: each cell of each group has the bits that it is worth.
@@ -193,30 +215,27 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         ).to(source.variance.device)
         source.fill(built, widths)
         with torch.no_grad():
-            for axes, parts in (
-                (basis.into @ source.bases.channels_in, built.channels_in),
-                (basis.back @ source.bases.channels_out, built.channels_out),
+            for maps, axes, parts in (
+                (basis.into, source.bases.channels_in, built.channels_in),
+                (basis.back, source.bases.channels_out, built.channels_out),
             ):
-                parts.copy_(axes[:, :, :channels].unflatten(1, (2 * layers, -1)).transpose(0, 1))
+                parts.copy_(maps @ axes[:, :, :channels].unflatten(1, (2 * layers, -1)).transpose(0, 1))
         return built
 
 
-def group_sources(
-    layers: Sequence[LayerHarvest],
-    groups: Sequence[range],
-    coordinates: Sequence[Coordinates],
-    heads: int,
-    gradients: bool = False,
-) -> Tiles:
-    """Number and tiles [E, S, T, W] of each layer group in its coordinates, one after another, to hold one.
+class _AlongTokens(nn.Module):
+    """Sums of X X^T over tiles X of T tokens; buffers of several ranks can be added."""
 
-    Args:
-        layers: the harvest of all layers, or gradients in place of its keys and values.
-        groups: layers of each group.
-        coordinates: of each group.
-        heads: KV heads of a set.
-        gradients: whether the layers hold gradients, which the coordinates map by their inverse transpose.
-    """
-    for number, (group, basis) in enumerate(zip(groups, coordinates, strict=True)):
-        parts = [merge_heads(x.double(), heads) for i in group for x in (layers[i].keys, layers[i].values)]
-        yield number, torch.cat(parts, dim=3) @ (basis.back if gradients else basis.into)
+    tokens: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, head_groups: int, tile: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(head_groups, tile, tile, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def add(self, x_ESTW: torch.Tensor) -> None:
+        for group, total in enumerate(self.tokens):
+            rows = x_ESTW[:, group].double().transpose(0, 1).flatten(1)
+            total.addmm_(rows, rows.transpose(0, 1))
+        self.count += len(x_ESTW)

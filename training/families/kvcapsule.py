@@ -14,11 +14,12 @@ from kvcapsule.codec.kvcapsule import KVCapsuleConfig, PcaValues, RetainedKeys
 from kvcapsule.methods.ratios import retained
 from kvcapsule.vlm.geometry import KVGeometry
 
-from ..capsule_fit import CapsuleFit, Task, mean, scheduled
+from ..capsule_fit import CapsuleFit, mean, scheduled
 from ..datamodule import Batch
 from ..image_tokens import require_one_row
 from ..losses import unexplained
 from ..second_moments import TokenMoments, greedy_subset, principal_basis, ridge_reconstruction
+from ..task import Task
 from .kvcapsule_options import KVCapsuleRecipe, OptimOptions
 from .soft_mask import SoftKeys, soft_keys
 
@@ -105,8 +106,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
             for _ in range(geometry.layers)
         ]
         for batch in self.batches(batches, "moments of keys and values"):
-            for moment, layer in zip(moments, self.harvest(batch), strict=True):
-                moment.add(layer)
+            self.stream(batch, lambda number, layers: moments[number].add(layers[0]))
         for moment in moments:
             self.reduce(moment)
         self.layers = nn.ModuleList(

@@ -7,20 +7,21 @@ import torch
 from torch import nn
 
 from kvcapsule.cli.tables import Column, ReportTable
+from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.transform import Transform, TransformConfig, TransformLayer
 from kvcapsule.methods.ratios import pyramid
 from kvcapsule.segments.segment import Segment
 
+from ..fisher import Mixture
 from ..harvest import LayerHarvest
+from ..tile_sample import LayerTiles
 from .closed_form import (
     ClosedForm,
     Tiles,
     closed_form,
-    layer_sources,
     measured,
     read_back,
     sensitivities,
-    tiles,
     transform_layers,
 )
 from .coding_source import CodingSource
@@ -36,7 +37,7 @@ class TransformFit(CoefficientFit[TransformRecipe]):
     recipe_class = TransformRecipe
 
     def prepare(self) -> None:
-        options, form = self.task.recipe.transform, closed_form(self, self.heads)
+        options, form = self.task.recipe.transform, closed_form(self, self.heads, self.together)
         sources = form.sources
         if options.allocation != "output":
             widths = self._widths_by_rule(sources)
@@ -56,8 +57,9 @@ class TransformFit(CoefficientFit[TransformRecipe]):
         if self.task.recipe.transform.key_bits is None:
             super().require_budget()
 
-    def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:
-        return layer_sources(layers, self.heads)
+    def sources(self, number: int, layers: Sequence[LayerTiles], gradients: bool = False) -> Tiles:
+        for part, x in enumerate(layers[0]):
+            yield 2 * number + part, merge_heads(x.float(), self.heads)
 
     def codec_config(self) -> TransformConfig:
         task, transforms = self.task, [self._transforms(i) for i in range(len(self.layers))]
@@ -109,11 +111,15 @@ class TransformFit(CoefficientFit[TransformRecipe]):
 
         relative: cost [S, 1, 1] of an error in each source, over the mean cost.
         """
+        fisher = self.fisher_sums([(len(metric), metric.shape[1]) for metric in form.metrics])
         baseline = [metric * cost.to(metric) for metric, cost in zip(form.metrics, relative, strict=True)]
-        metrics = self.fisher_metrics(baseline, form.moments)
-        bases = [moments.bases(metric) for moments, metric in zip(form.moments, metrics, strict=True)]
-        title = "variances under the Fisher metric"
-        return measured(self, bases, tiles(self, self.task.recipe.moment_batches, title, self.sources))
+        costs = zip((f.total for f in fisher), baseline, (m.spread() for m in form.moments), strict=True)
+        mixture = Mixture(costs)
+        bases = [
+            moments.bases(mixture.metric(f.total, metric)).single()
+            for moments, f, metric in zip(form.moments, fisher, baseline, strict=True)
+        ]
+        return measured(self, bases, self.all_sources("variances under the Fisher metric"))
 
     def _code(
         self, sources: Sequence[CodingSource], widths: Sequence[torch.Tensor], queries: Sequence[torch.Tensor] = ()

@@ -1,0 +1,29 @@
+"""A training run's recipe and all that it names, loaded."""
+
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from kvcapsule.vlm.geometry import KVGeometry
+
+from .datamodule import Questions
+from .recipe import Recipe
+
+R = TypeVar("R", bound=Recipe, covariant=True)
+
+
+@dataclass(frozen=True)
+class Task(Generic[R]):
+    """The recipe of a run and all that it names, loaded."""
+
+    recipe: R
+    model: PreTrainedModel
+    data: Questions
+    geometry: KVGeometry
+    tile: int
+    """Visual tokens of a tile."""
+    visual: int = 0
+    """Visual tokens of a question, as far as the first held-out ones tell."""
+    console: Console = field(default_factory=lambda: Console(stderr=True))
