@@ -47,6 +47,11 @@ class Task(Generic[R]):
     """Visual tokens of a tile."""
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
+    @property
+    def layers(self) -> int:
+        """Number of layers that get codecs: those with full attention."""
+        return len(self.geometry.capsule_layers)
+
 
 class Read(NamedTuple):
     """A batch as the frozen VLM left it, and as the codecs would have it read."""
@@ -162,7 +167,7 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
             layers: the tensors of `layers`.
         """
         geometry = self.task.geometry
-        first = range(0, geometry.layers, max(1, config.layer_group))
+        first = range(0, self.task.layers, max(1, config.layer_group))
         self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first).to(self.task.model.device)
         self.layers.load_state_dict(layers)
 
@@ -242,10 +247,10 @@ class CapsuleFit(L.LightningModule, ABC, Generic[R]):
                 torch.distributed.all_reduce(buffer, op=reduction)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        read = self.read(batch, self.has_kl)
+        read, layers = self.read(batch, self.has_kl), self.task.geometry.capsule_layers
         by_layer = [self.errors(segment, layer) for segment, layer in zip(read.segments, read.layers, strict=True)]
         for index, errors in enumerate(by_layer):
-            self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
+            self.log_errors(f"validation/layer{layers[index]}", errors, len(batch.answers))
         self.log_errors("validation", mean(by_layer), len(batch.answers))
         if read.kl is not None:
             self.log("validation/kl", read.kl, batch_size=len(batch.answers), sync_dist=True)

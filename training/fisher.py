@@ -99,9 +99,10 @@ def sampled_log_likelihood(logits: torch.Tensor, answers: torch.Tensor, seeds: S
     return log_p.gather(1, chosen).sum()
 
 
-def require_finite_gradients(slopes: Sequence[LayerHarvest]) -> None:
-    """Raises ConfigError that names the first layer whose gradients are not all numbers."""
-    for i, layer in enumerate(slopes):
+def require_finite_gradients(slopes: Sequence[LayerHarvest], indices: Sequence[int]) -> None:
+    """Raises ConfigError that names the first layer whose gradients are not all numbers; indices: of the layers in the
+    model."""
+    for i, layer in zip(indices, slopes, strict=True):
         if not bool(layer.keys.isfinite().all() and layer.values.isfinite().all()):
             raise ConfigError(
                 f"layer {i}: gradients of its keys or values are NaN or infinite. Run the model in another precision"

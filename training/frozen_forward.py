@@ -53,15 +53,12 @@ def logits_through(
     alignment: Alignment = AT_SPANS,
 ) -> torch.Tensor:
     """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs that read `segments`, the tiles of each
-    layer."""
+    layer with full attention."""
     with attach(model):
         cache = CapsuleCache(model.config, Recorder(tile, canonical, alignment))
-        cache.layers = [
-            _ReadingLayer(i, Recorder(tile, canonical, alignment), segments[i])
-            if isinstance(layer, CapsuleLayer)
-            else layer
-            for i, layer in enumerate(cache.layers)
-        ]
+        for layer, of_layer in zip(cache.capsule_layers(), segments, strict=True):
+            recorder = Recorder(tile, canonical, alignment)
+            cache.layers[layer.index] = _ReadingLayer(layer.index, recorder, of_layer)
         logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
 

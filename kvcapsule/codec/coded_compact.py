@@ -183,10 +183,11 @@ class CodedCompactConfig(CompactConfig):
             raise ConfigError(f"key_channels and value_channels hold {wrong[0]}: a layer stores at least 1 channel.")
 
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
+        layers = len(geometry.capsule_layers)
         for name in ("ratios", "key_channels", "value_channels"):
-            if len(getattr(self, name)) != geometry.layers:
+            if len(getattr(self, name)) != layers:
                 raise ConfigError(
-                    f"{name} holds {len(getattr(self, name))} numbers for {geometry.layers} layers: give one for each."
+                    f"{name} holds {len(getattr(self, name))} numbers for {layers} layers: give one for each."
                 )
         channels = self.key_channels[layer], self.value_channels[layer]
         if max(channels) > geometry.head_dim:

@@ -276,8 +276,7 @@ class CompactConfig(CodecConfig):
             )
 
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec:
-        if len(self.ratios) != geometry.layers:
-            raise ConfigError(
-                f"{len(self.ratios)} retention ratios for {geometry.layers} layers: give one for each layer."
-            )
+        layers = len(geometry.capsule_layers)
+        if len(self.ratios) != layers:
+            raise ConfigError(f"{len(self.ratios)} retention ratios for {layers} layers: give one for each layer.")
         return CompactLayer(geometry.kv_heads, geometry.head_dim, retained(self.ratios[layer], self.tile), self)

@@ -123,10 +123,10 @@ def test_tokens_are_drawn_from_what_the_model_says(model, batches) -> None:
 
 def test_gradients_that_are_no_numbers_are_named(model, batches) -> None:
     found = felt_by(model, batches["last"], [0])
-    require_finite_gradients(found)
+    require_finite_gradients(found, range(len(found)))
     found[2].values[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="layer 2: gradients of its keys or values are NaN"):
-        require_finite_gradients(found)
+        require_finite_gradients(found, range(len(found)))
 
 
 def test_nothing_is_left_of_them_on_the_model(model, batches) -> None:

@@ -70,7 +70,7 @@ class BitBudget:
         """
         geometry, wanted = self.geometry, self.max_map_mib
         sources = [(len(c), c.shape[2]) for c in costs]
-        channels = geometry.layers * geometry.kv_heads * geometry.head_dim
+        channels = len(geometry.capsule_layers) * geometry.kv_heads * geometry.head_dim
         # The share of these sources in the maps of all.
         part = sum(len(c) * c.shape[2] for c in costs) / (2 * channels)
         limit = default_limit(channels, sources, self.tile) if wanted is None else wanted

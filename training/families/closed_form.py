@@ -72,14 +72,14 @@ def closed_form(fit: Fit, heads: int) -> ClosedForm:
     task, options, batches = fit.task, fit.task.recipe.transform, fit.task.recipe.moment_batches
     geometry, device, seed = task.geometry, task.model.device, task.recipe.seed
     sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
-    moments = [Moments(sets, task.tile, width).to(device) for _ in range(2 * geometry.layers)]
-    queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(geometry.layers)]
-    banks = [QueryBank(options.query_bank, seed + i) for i in range(geometry.layers)] if options.query_bank else []
+    moments = [Moments(sets, task.tile, width).to(device) for _ in range(2 * task.layers)]
+    queries = [QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for _ in range(task.layers)]
+    banks = [QueryBank(options.query_bank, seed + i) for i in range(task.layers)] if options.query_bank else []
     scale = 0.0
     for step, batch in enumerate(fit.batches(batches, "moments of keys and values")):
         numbers = fit.numbers(step, len(batch.answers))
         for i, layer in enumerate(fit.harvest(batch)):
-            require_finite(layer, i)
+            require_finite(layer, geometry.capsule_layers[i])
             moments[2 * i].add(merge_heads(layer.keys, heads))
             moments[2 * i + 1].add(merge_heads(layer.values, heads))
             queries[i].add(layer)

@@ -67,7 +67,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
     def __init__(self, task: Task[CodedCompactRecipe]) -> None:
         super().__init__(task)
         self.options = task.recipe.coded
-        self.config = self._config([1] * task.geometry.layers, [1] * task.geometry.layers, [1] * task.geometry.layers)
+        self.config = self._config([1] * task.layers, [1] * task.layers, [1] * task.layers)
 
     def _config(
         self, rows: Sequence[int], key_channels: Sequence[int], value_channels: Sequence[int], scale: float = 0.0
@@ -98,10 +98,10 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             max_map_mib=0,
             show=self.show,
         )
-        return bits.code_bytes(2 * task.geometry.layers)
+        return bits.code_bytes(2 * task.layers)
 
     def require_feasible(self, tiles: int | None) -> None:
-        layers = self.task.geometry.layers
+        layers = self.task.layers
         least = self._candidate(1, 1.0, (_flat(1), _flat(1))).bytes
         if self.budget < layers * least:
             raise ConfigError(
@@ -124,7 +124,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             canonical = recipe.codec.canonical_frame
             samples.append(sensitivities(self.task.model, batch, self.task.tile, canonical, seeds))
         axes, tried = [], []
-        for index in tracked(range(geometry.layers), "rows and bits of layers", geometry.layers, self.task.console):
+        for index in tracked(range(self.task.layers), "rows and bits of layers", self.task.layers, self.task.console):
             of_layer = [layers[index] for layers in samples]
             axes.append(self._axes(banks[index], scale, of_layer))
             tried.append(self._tried(banks[index], scale, axes[-1], of_layer))
@@ -135,7 +135,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             [len(c.values.widths) for c in chosen],
             scale,
         )
-        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
+        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(self.task.layers))
         for index, (bank, candidate, layer_axes) in enumerate(zip(banks, chosen, axes, strict=True)):
             codec = self.codec(index)
             codec.bank.copy_(bank)
@@ -179,7 +179,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
     def _rows(self) -> list[int]:
         """Numbers of rows that are tried: an even share of the budget gives their channels one to eight bits."""
         tile, geometry = self.task.tile, self.task.geometry
-        bits = 8 * self.budget / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+        bits = 8 * self.budget / (2 * self.task.layers * geometry.kv_heads * geometry.head_dim)
         rows = [count for count in _ROWS if count < tile and bits / 8 <= count <= max(bits, GROUP)]
         return rows or [max(1, tile // 2)]
 
@@ -187,7 +187,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         self, bank: torch.Tensor, scale: float, axes: LayerAxes, samples: Sequence[Sensitivity]
     ) -> list[Candidate]:
         """The candidates of a layer, with their errors on the batches."""
-        even = self.budget / self.task.geometry.layers
+        even = self.budget / self.task.layers
         smallest = self._candidate(1, 0.0, (_flat(1), _flat(1)))
         tried = self._measured(self._codec(bank, scale, 1), axes, [smallest], samples)
         for rows in self._rows():
@@ -230,10 +230,10 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         table = ReportTable(
             [*map(Column, names)], title=f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens"
         )
-        for index in range(self.task.geometry.layers):
+        for index, layer in enumerate(self.task.geometry.capsule_layers):
             codec = self.codec(index)
             shape = [text for part in ("key", "value") for text in _described(codec.coding(part).form.widths)]
-            table.add(str(index), str(codec.stored), str(self.task.tile), *shape)
+            table.add(str(layer), str(codec.stored), str(self.task.tile), *shape)
         return table
 
 

@@ -65,7 +65,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
 
     def require_budget(self) -> None:
         """Raises ConfigError if the compression leaves no byte for codes."""
-        self.budget.code_bytes(2 * self.task.geometry.layers)
+        self.budget.code_bytes(2 * self.task.layers)
 
     @abstractmethod
     def sources(self, layers: Sequence[LayerHarvest], gradients: bool = False) -> Tiles:
@@ -117,7 +117,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
                 read = self.segments(layers)
             seeds = [task.recipe.seed + n for n in self.numbers(step, len(batch.answers))]
             slopes = gradients(task.model, batch, task.tile, canonical, layers, read, seeds)
-            require_finite_gradients(slopes)
+            require_finite_gradients(slopes, task.geometry.capsule_layers)
             for number, g in self.sources(slopes, gradients=True):
                 sums[number].add(g)
         for of_source in sums:

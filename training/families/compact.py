@@ -43,13 +43,13 @@ def query_banks(fit: CapsuleFit[Any], size: int) -> Banks:
         ConfigError: if there are fewer queries.
     """
     geometry, seed = fit.task.geometry, fit.task.recipe.seed
-    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(geometry.layers)]
+    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(fit.task.layers)]
     first: list[LayerHarvest] = []
     for batch in fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles"):
         layers = fit.harvest(batch)
         first = first or layers
         for i, (bank, layer) in enumerate(zip(banks, layers, strict=True)):
-            require_finite(layer, i)
+            require_finite(layer, geometry.capsule_layers[i])
             bank.add(layer)
     for bank in banks:
         bank.gather()
@@ -71,7 +71,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
         self.config = CompactConfig(
             tile=task.tile,
             canonical_frame=task.recipe.codec.canonical_frame,
-            ratios=pyramid(task.recipe.retention, task.geometry.layers, task.recipe.codec.pyramid),
+            ratios=pyramid(task.recipe.retention, task.layers, task.recipe.codec.pyramid),
             bank=self.recipe.bank,
             ridge=self.recipe.ridge,
             selector=self.recipe.selector,
@@ -90,7 +90,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
         geometry, seed = self.task.geometry, self.task.recipe.seed
         banks = query_banks(self, self.recipe.bank)
         self.config = replace(self.config, scale=banks.scale)
-        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
+        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(self.task.layers))
         for index, (bank, layer) in enumerate(zip(banks.queries, banks.first, strict=True)):
             codec = self.codec(index)
             codec.bank.copy_(bank)
@@ -129,6 +129,6 @@ class CompactFit(CapsuleFit[CompactRecipe]):
             [*map(Column, ("layer", "rows", "of"))],
             title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries",
         )
-        for layer, ratio in enumerate(config.ratios):
+        for layer, ratio in zip(self.task.geometry.capsule_layers, config.ratios, strict=True):
             table.add(str(layer), str(retained(ratio, tile)), str(tile))
         return table

@@ -49,8 +49,8 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
     def __init__(self, task: Task[CrossLayerRecipe]) -> None:
         super().__init__(task)
         geometry, wanted = task.geometry, task.recipe.transform.joint_layers
-        self.joint = min(geometry.layers, wanted or joint_layers(self.heads, geometry.head_dim))
-        self.groups = layer_groups(geometry.layers, self.joint)
+        self.joint = min(task.layers, wanted or joint_layers(self.heads, geometry.head_dim))
+        self.groups = layer_groups(task.layers, self.joint)
 
     def prepare(self) -> None:
         batches, fisher_batches = self.task.recipe.moment_batches, self.options.fisher_batches
@@ -87,7 +87,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
             rows=tuple(t.tokens_in.shape[1] for t in transforms),
             channels=tuple(t.channels_in.shape[3] for t in transforms),
             readers=self.options.query_bank,
-            bits=round(coded_bytes * 8 / self.budget.elements(2 * task.geometry.layers), 4),
+            bits=round(coded_bytes * 8 / self.budget.elements(2 * task.layers), 4),
         )
 
     def codec(self, index: int) -> CrossLayerCodec:
@@ -125,8 +125,12 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         for group, t in zip(self.groups, transforms, strict=True):
             bits = int(t.widths.long().sum()) * 8 / self.budget.elements(2 * len(group))
             cells = f"{int((t.widths > 0).sum()):,} of {t.widths.numel():,}"
+            layers = self.task.geometry.capsule_layers
             table.add(
-                f"{group[0]} to {group[-1]}", f"{bits:.2f}", f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}", cells
+                f"{layers[group[0]]} to {layers[group[-1]]}",
+                f"{bits:.2f}",
+                f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}",
+                cells,
             )
         return table
 
@@ -168,7 +172,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
 
         queries: those of each layer's query bank, none for codecs without one.
         """
-        code_bytes = self.budget.code_bytes(2 * self.task.geometry.layers)
+        code_bytes = self.budget.code_bytes(2 * self.task.layers)
         widths = self.budget.allocate([source.cells for source in sources], code_bytes)
         parts = zip(sources, widths, self.coordinates, self.groups, strict=True)
         return nn.ModuleList(

@@ -94,10 +94,10 @@ class TransformFit(CoefficientFit[TransformRecipe]):
                 f" element, {maps:.1f} MiB of maps stored once"
             ),
         )
-        for i in range(len(self.layers)):
+        for i, layer in enumerate(task.geometry.capsule_layers):
             pair = self._transforms(i)
             bits = (f"{_bytes(t) * 8 / self.budget.elements(1):.2f}" for t in pair)
-            table.add(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
+            table.add(str(layer), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
         return table
 
     def _transforms(self, layer: int) -> tuple[Transform, Transform]:
