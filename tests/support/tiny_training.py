@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
-from transformers import BatchFeature, PreTrainedModel
+from transformers import BatchFeature
 
 from . import tiny_vlm
 from .tiny_vlm import Part, Tiny
@@ -52,11 +52,37 @@ def _decode(rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[st
     return [" ".join(str(int(token)) for token in row if token < _WORDS) for row in rows]
 
 
-class Trainable(NamedTuple):
-    """What `load_vlm` returns."""
+TILE, ROWS, HELD_OUT = 4, 40, 4
+FAMILY_OPTIONS = {
+    "transform": ["--compression", "2", "--transform.logit_batches", "2", "--transform.query_bank", "8"],
+    "cross-layer": ["--compression", "2", "--transform.logit_batches", "2", "--transform.steps", "2"],
+    "compact": ["--compression", "2", "--compact.bank", "16", "--compact.selector", "learned", "--compact.steps", "2"],
+    "coded-compact": ["--compression", "4", "--coded.bank", "16"],
+    "kvcapsule-paper": ["--compression", "2", "--optim.soft_steps", "2", "--optim.hard_steps", "2"],
+}
+"""What each recipe is given beside what all are."""
 
-    model: PreTrainedModel
-    processor: TinyProcessor
+
+def data_words(source: str) -> list[str]:
+    """Of any command that reads questions."""
+    return ["--model", "tiny", "--data.source", source, "--data.split", "all", "--batch", "4", "--threads", "1"]
+
+
+def trained(source: str, recipe: str, output: Path, *more: str) -> dict[str, Any]:
+    """`kvcapsule train` for the model that `load_vlm` was made to give; returns the metrics.
+
+    Args:
+        source: a file of `questions`, ROWS of them.
+        recipe: a key of FAMILY_OPTIONS.
+        output: folder of the capsule.
+        more: options.
+    """
+    from kvcapsule.training.main import main
+
+    words = [*data_words(source), "--output", str(output), "--codec.tile", str(TILE), "--held_out", str(HELD_OUT)]
+    assert main([recipe, *words, "--moment_batches", "6", "--device", "cpu", *FAMILY_OPTIONS[recipe], *more]) == 0
+    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())["train"]
+    return metrics
 
 
 def questions(folder: Path, count: int, first: int = 0) -> str:

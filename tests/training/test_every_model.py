@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import tiny_vlm
 from support.family_models import CASES, NEW, OPTIONS, Built, built
-from support.tiny_training import TinyProcessor, questions
+from support.tiny_training import FAMILY_OPTIONS, HELD_OUT, ROWS, TILE, TinyProcessor, data_words, questions, trained
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.data.source import load
@@ -27,19 +27,9 @@ from kvcapsule.training.analysis.main import main as analyze
 from kvcapsule.training.datamodule import Questions
 from kvcapsule.training.harvest import Recorder
 from kvcapsule.training.losses import full_output, output_error
-from kvcapsule.training.main import main as train
 from kvcapsule.vlm.families import FAMILIES
 from kvcapsule.vlm.geometry import full_attention_layers
 
-TILE, ROWS, HELD_OUT = 4, 40, 4
-FAMILY_OPTIONS = {
-    "transform": ["--compression", "2", "--transform.logit_batches", "2", "--transform.query_bank", "8"],
-    "cross-layer": ["--compression", "2", "--transform.logit_batches", "2", "--transform.steps", "2"],
-    "compact": ["--compression", "2", "--compact.bank", "16", "--compact.selector", "learned", "--compact.steps", "2"],
-    "coded-compact": ["--compression", "4", "--coded.bank", "16"],
-    "kvcapsule-paper": ["--compression", "2", "--optim.soft_steps", "2", "--optim.hard_steps", "2"],
-}
-"""What each recipe is given beside what all are."""
 HYBRID = [index for index, case in enumerate(CASES) if "the model's own" in case.family.note]
 NAMES = [f"{case.family.name}:{case.model_type}" for case in CASES]
 RUNS = [("transform", index) for index in range(len(CASES))]
@@ -72,18 +62,6 @@ def one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Buil
     for module in ("training.fit", "training.analysis.study", "eval.run"):
         monkeypatch.setattr(f"kvcapsule.{module}.load_vlm", lambda *_: loaded)
     return one
-
-
-def data(source: str) -> list[str]:
-    return ["--model", "tiny", "--data.source", source, "--data.split", "all", "--batch", "4", "--threads", "1"]
-
-
-def trained(source: str, recipe: str, output: Path, *more: str) -> dict[str, Any]:
-    """Train a capsule and return its metrics."""
-    words = [*data(source), "--output", str(output), "--codec.tile", str(TILE), "--held_out", str(HELD_OUT)]
-    assert train([recipe, *words, "--moment_batches", "6", "--device", "cpu", *FAMILY_OPTIONS[recipe], *more]) == 0
-    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())["train"]
-    return metrics
 
 
 class Answer(NamedTuple):
@@ -178,7 +156,10 @@ def test_hybrid_models_are_measured(one: Built, source: str, tmp_path: Path) -> 
     words = ["--capsule", str(tmp_path / "capsule"), "--max-new-tokens", "3", "--timing", "false", "--device", "cpu"]
     unseen = questions(tmp_path, 8, first=ROWS)
     assert (
-        evaluate([*data(unseen), *words, "--methods", "cross-layer,snapkv", "--json", str(tmp_path / "eval.json")]) == 0
+        evaluate(
+            [*data_words(unseen), *words, "--methods", "cross-layer,snapkv", "--json", str(tmp_path / "eval.json")]
+        )
+        == 0
     )
     rows = {row["method"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
     of_capsule = rows["cross-layer"]
@@ -186,6 +167,6 @@ def test_hybrid_models_are_measured(one: Built, source: str, tmp_path: Path) -> 
     assert rows["snapkv"]["kv_bytes"] == pytest.approx(of_capsule["kv_bytes"], rel=0.1)
 
     words = ["--tile", str(TILE), "--json", str(tmp_path / "analysis.json"), "--device", "cpu"]
-    assert analyze([*data(source), *words]) == 0
+    assert analyze([*data_words(source), *words]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert [layer["layer"] for layer in found["layers"]] == full_attention_layers(one.model.config)

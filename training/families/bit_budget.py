@@ -1,6 +1,6 @@
 """Bytes that the codes of one tile may take, and their split over cells within a limit of decoder maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -57,6 +57,16 @@ class BitBudget:
                 " --codec.tile."
             )
         return int(stored - overhead)
+
+    def channel_limits(self, widths: Sequence[torch.Tensor]) -> list[int | None]:
+        """Most channels of each source of a model within the limit of decoder maps that was asked for; None sets no
+        bound.
+
+        widths: of the cells [S, G, W] of all sources.
+        """
+        if not self.max_map_mib:
+            return [None] * len(widths)
+        return [*most_channels(self.max_map_mib, [(len(w), w.shape[2]) for w in widths], self.tile)]
 
     def allocate(self, costs: list[torch.Tensor], code_bytes: int) -> list[torch.Tensor]:
         """Bits of cells [S, G, W] of sources; none for the last channels, which matter least, where maps would exceed

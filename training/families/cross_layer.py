@@ -16,7 +16,7 @@ from ..capsule_fit import Task
 from ..harvest import LayerHarvest
 from ..second_moments import Moments
 from .closed_form import Tiles, closed_form, measured, sensitivities, tiles
-from .coding_source import CodingSource, used
+from .coding_source import CodingSource
 from .coefficient_fit import CoefficientFit
 from .cross_layer_options import CrossLayerRecipe
 from .grouping import joint_layers, layer_groups
@@ -174,32 +174,34 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         """
         code_bytes = self.budget.code_bytes(2 * self.task.layers)
         widths = self.budget.allocate([source.cells for source in sources], code_bytes)
-        parts = zip(sources, widths, self.coordinates, self.groups, strict=True)
+        limits = self.budget.channel_limits(widths)
+        parts = zip(sources, widths, limits, self.coordinates, self.groups, strict=True)
         return nn.ModuleList(
             CrossLayerCodec(
-                self._transform(source, w, basis, len(group)), self.query_bank(queries[group.start : group.stop])
+                self._transform(source, w, most, basis, len(group)), self.query_bank(queries[group.start : group.stop])
             )
-            for source, w, basis, group in parts
+            for source, w, most, basis, group in parts
         )
 
     def _transform(
-        self, source: CodingSource, widths: torch.Tensor, basis: Coordinates, layers: int
+        self, source: CodingSource, widths: torch.Tensor, most: int | None, basis: Coordinates, layers: int
     ) -> CrossLayerTransform:
-        rows, channels = used(widths)
+        held = source.held(widths, most)
+        channels = held.channels
         built = CrossLayerTransform(
             layers=layers,
             head_groups=len(widths),
             heads=self.heads,
             tile=self.task.tile,
             dim=self.task.geometry.head_dim,
-            rows=rows,
+            rows=held.rows,
             channels=channels,
         ).to(source.variance.device)
-        source.fill(built, widths)
+        source.fill(built, widths, held)
         with torch.no_grad():
             for axes, parts in (
-                (basis.into @ source.bases.channels_in, built.channels_in),
-                (basis.back @ source.bases.channels_out, built.channels_out),
+                (basis.into @ held.bases.channels_in, built.channels_in),
+                (basis.back @ held.bases.channels_out, built.channels_out),
             ):
                 parts.copy_(axes[:, :, :channels].unflatten(1, (2 * layers, -1)).transpose(0, 1))
         return built

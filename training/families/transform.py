@@ -120,7 +120,8 @@ class TransformFit(CoefficientFit[TransformRecipe]):
     ) -> nn.ModuleList:
         """The codes of all layers; queries: those of each layer's query bank, none for codes without one."""
         dim = self.task.geometry.head_dim
-        transforms = [s.transform(w, self.heads, dim) for s, w in zip(sources, widths, strict=True)]
+        parts = zip(sources, widths, self.budget.channel_limits(widths), strict=True)
+        transforms = [source.transform(w, self.heads, dim, most) for source, w, most in parts]
         return nn.ModuleList(transform_layers(transforms, [self.query_bank([of_layer]) for of_layer in queries]))
 
     def _widths(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:
