@@ -35,15 +35,16 @@ def canonical_tiles(
         prefill, config.tile, config.canonical_frame, derotated=True, borrowed=borrowed, align=config.align
     )
     visual = prefill.visual()
-    text = gather_kept(prefill, prefill.valid & ~visual)
+    text = gather_kept(prefill, prefill.valid & ~visual, alike="text")
     if tiles is None:
-        return None, Compressed(gather_kept(prefill, visual), text)
+        return None, Compressed(gather_kept(prefill, visual, alike="visual"), text)
     if config.canonical_frame and tiles.frame is None and geometry.rotary != "none":
         raise RuntimeError(
             "no rotation of the prompt's positions reached the capsule: run the model inside `with"
             " kvcapsule.attach(model, ...):`."
         )
-    return tiles, Compressed(gather_kept(prefill, visual & ~tiled(prefill, config.tile, config.align)), text)
+    untiled = visual & ~tiled(prefill, config.tile, config.align)
+    return tiles, Compressed(gather_kept(prefill, untiled, alike=f"untiled {config.tile} {config.align}"), text)
 
 
 def require_copies(codec: nn.Module, encoded: Iterable[Encoded], tiles: Tiles) -> None:

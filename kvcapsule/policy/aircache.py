@@ -87,7 +87,7 @@ class AirCache(SharedBudget[EliteAttention], Policy):
         text = _ranking_text(prefill)
         attention = torch.zeros(text.shape, device=text.device)
         # Rows whose text ends elsewhere have no weights in a chunk.
-        for chunk in attention_chunks(prefill, last_tokens(text, 1), text, causal=False):
+        for chunk in attention_chunks(prefill, last_tokens(text, 1), text, False, "the last that ranks"):
             attention = attention + chunk.weights.mean(dim=(1, 2)).sum(dim=1)
         return text & (attention >= self.alpha * attention.amax(dim=1, keepdim=True))
 
@@ -106,7 +106,7 @@ class AirCache(SharedBudget[EliteAttention], Policy):
         compressed = []
         for prefill, observation, counts in zip(prefills, observations, counts_LB, strict=True):
             kept = best_tokens(observation.importance, visual, torch.tensor(counts, device=visual.device))
-            text = gather_kept(prefill, prefill.valid & ~visual)
+            text = gather_kept(prefill, prefill.valid & ~visual, alike="text")
             compressed.append(Compressed(gather_kept(prefill, kept, PER_HEAD_PADDING), text))
         return compressed
 

@@ -42,8 +42,9 @@ class CellLayout:
 
     def __init__(self, widths: torch.Tensor) -> None:
         self.shape = widths.shape
-        flat = widths.flatten()
-        self.none = flat.nonzero()[:0, 0]
+        # On the host, so that it waits for an accelerator once.
+        flat, device = widths.detach().flatten().cpu(), widths.device
+        self.none = torch.zeros(0, dtype=torch.int64, device=device)
         """[0], indices of no cells."""
         if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
             raise ConfigError(
@@ -52,7 +53,7 @@ class CellLayout:
         self.classes: list[CellClass] = []
         self.size = 0
         for width in sorted(WIDTHS, reverse=True):
-            cells = (flat == width).nonzero()[:, 0]
+            cells = (flat == width).nonzero()[:, 0].to(device, non_blocking=True)
             if len(cells):
                 self.classes.append(CellClass(width, self.size, cells))
                 self.size += width * len(cells)

@@ -68,9 +68,9 @@ def with_means(
     if rows < tile:
         rotation, left = _rotation(mean[:, rows:, :channels].transpose(1, 2))
         more = int((left > bound).sum())
-        turned = rotation.transpose(1, 2)
-        tokens = torch.cat([tokens[:, :rows], turned.to(tokens) @ tokens[:, rows:]], 1)
-        mean = torch.cat([mean[:, :rows], turned @ mean[:, rows:]], 1)
+        rotated = rotation.transpose(1, 2)
+        tokens = torch.cat([tokens[:, :rows], rotated.to(tokens) @ tokens[:, rows:]], 1)
+        mean = torch.cat([mean[:, :rows], rotated @ mean[:, rows:]], 1)
         rows += -(-more // GROUP) * GROUP
     return Held(Bases(tokens, channels_in, channels_out), mean, rows, channels)
 
