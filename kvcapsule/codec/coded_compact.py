@@ -78,6 +78,7 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
             self.register_buffer(f"{part}_widths", torch.ones(count, dtype=torch.uint8))
             self.register_buffer(f"{part}_unit", torch.ones(heads, count))
             self.register_buffer(f"{part}_centre", torch.zeros(heads, count))
+        self._forms: dict[str, tuple[int, WidthForm]] = {}
 
     def check_tensors(self) -> None:
         for part in ("key", "value"):
@@ -89,7 +90,20 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
     def coding(self, part: str) -> RowCoding:
         """How "key" or "value" rows are coded."""
         into, out, *form = (self.get_buffer(f"{part}_{name}") for name in ("in", "out", "widths", "unit", "centre"))
-        return RowCoding(into, out, WidthForm(*form))
+        return RowCoding(into, out, self._form(part, *form))
+
+    def _form(self, part: str, widths: torch.Tensor, unit: torch.Tensor, centre: torch.Tensor) -> WidthForm:
+        """The form of the rows, kept with what it found out of the widths until tensors are replaced (loaded, moved,
+        cast) or the widths written to: an accelerator's are read once."""
+        version = 0 if widths.is_inference() else widths._version
+        known = self._forms.get(part)
+        if known is not None and known[0] == version:
+            form = known[1]
+            if form.widths is widths and form.unit is unit and form.centre is centre:
+                return form
+        form = WidthForm(widths, unit, centre)
+        self._forms[part] = version, form
+        return form
 
     def set_codings(self, keys: RowCoding, values: RowCoding) -> None:
         """Copy how keys and values are coded."""

@@ -100,9 +100,11 @@ class AirCache(SharedBudget[EliteAttention], Policy):
 
     def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[EliteAttention]) -> list[Compressed]:
         _, strengths, skews = zip(*observations, strict=True)
-        strength_BL, skew_BL = torch.stack(strengths, dim=1).tolist(), torch.stack(skews, dim=1).tolist()
-        visual = prefills[0].visual()
-        counts_LB = zip(*map(self.counts, strength_BL, skew_BL, visual.sum(dim=1).tolist()), strict=True)
+        strength_BL, skew_BL = torch.stack([torch.stack(of, dim=1) for of in (strengths, skews)]).tolist()
+        visual, tokens = prefills[0].visual(), [0] * len(prefills[0].valid)
+        for span in prefills[0].spans:
+            tokens[span.row] += span.length
+        counts_LB = zip(*map(self.counts, strength_BL, skew_BL, tokens), strict=True)
         compressed = []
         for prefill, observation, counts in zip(prefills, observations, counts_LB, strict=True):
             kept = best_tokens(observation.importance, visual, torch.tensor(counts, device=visual.device))

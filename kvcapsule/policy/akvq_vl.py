@@ -160,9 +160,7 @@ class AkvqVl(Policy, DecodeTimeMethod):
         salient = (of_text > of_visual) & (of_text > of_pivots)
         return pivot & ~salient, salient
 
-    def _store(
-        self, pivots: list[Segment], recent: list[Segment], others: list[Segment], bits: int
-    ) -> list[Segment]:
+    def _store(self, pivots: list[Segment], recent: list[Segment], others: list[Segment], bits: int) -> list[Segment]:
         """Segments of raw tokens as they are stored, with `bits` bits where they are coded."""
         return [
             *(replace(s, tag=PIVOT) for s in pivots),

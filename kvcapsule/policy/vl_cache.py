@@ -133,7 +133,7 @@ class VLCache(SharedBudget[RankedTokens], Policy):
 
     def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[RankedTokens]) -> list[Compressed]:
         sparsity_BL = torch.stack([o.sparsity for o in observations], dim=1).tolist()
-        tokens_B = prefills[0].valid.sum(dim=1).tolist()
+        tokens_B = prefills[0].tokens()
         counts_LB = zip(*map(self.counts, sparsity_BL, tokens_B), strict=True)
         layers = zip(prefills, observations, counts_LB, strict=True)
         return [self._keep(prefill, observation.scores, counts) for prefill, observation, counts in layers]

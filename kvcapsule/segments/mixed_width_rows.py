@@ -80,7 +80,7 @@ class WidthForm:
     @cached_property
     def total(self) -> int:
         """Bits of a row of one head."""
-        return int(self.widths.sum())
+        return sum((end - first) * bits for first, end, bits in self.runs)
 
     def levels(self, dtype: torch.dtype) -> torch.Tensor:
         """[1, C]: the greatest code of each channel."""
@@ -96,7 +96,10 @@ class WidthForm:
 
     def heads(self, heads: slice) -> "WidthForm":
         """The form of some heads."""
-        return WidthForm(self.widths, self.unit[heads], self.centre[heads])
+        form = WidthForm(self.widths, self.unit[heads], self.centre[heads])
+        # The widths are the same, and an accelerator's are read once.
+        vars(form).update(runs=self.runs, total=self.total)
+        return form
 
     def side(self, x_EHMC: torch.Tensor) -> torch.Tensor:
         """The bytes [E, H, 2, C] uint8 of the grids with the least squared error, of those that reach over all, or over

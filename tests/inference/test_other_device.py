@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import pretend_device, tiny_vlm
 from support.builders import EVERY_FAMILY
-from support.family_models import OPTIONS
+from support.family_models import OPTIONS as LONGER
 from support.pretend_device import DEVICE, MixedDevicesError, PretendTensor, pretended, to_device
 from support.tiny_llava import llava
 from support.tiny_vlm import Tiny
@@ -22,11 +22,12 @@ from kvcapsule.methods.method import Method
 from kvcapsule.policy import REGISTRY
 from kvcapsule.vlm.geometry import KVGeometry
 
-FEW, MANY = 2, 5
+OPTIONS = {**LONGER, "max_new_tokens": 3, "min_new_tokens": 3}
+FEW, MANY = 2, 4
 """Layers of two models, whose difference shows what a layer costs."""
 A_LAYER = 2
 """Waits of a layer's prefill, at most."""
-A_FORWARD = 14
+A_FORWARD = 16
 """Waits of a prefill beside its layers', at most, those of transformers (4) included."""
 SETTINGS: dict[str, dict[str, Any]] = {"quantized": {"bits": 4}, "hybridkv": {"budget": 0.5}}
 """Of policies that have no budget, or another name for it."""
