@@ -47,7 +47,10 @@ class LayerPrefill:
         return marked
 
     def tokens(self) -> list[int]:
-        """Tokens of each row that are no padding. The host waits for an accelerator in a forward's first layer alone."""
+        """Tokens of each row that are no padding.
+
+        The host waits for an accelerator in a forward's first layer alone.
+        """
         key = ("tokens", self.valid.shape[1])
         if key not in self.shared:
             self.shared[key] = self.valid.sum(dim=1).tolist()

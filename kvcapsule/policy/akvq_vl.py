@@ -142,7 +142,7 @@ class AkvqVl(Policy, DecodeTimeMethod):
             for mask in (chosen & pivot, chosen & ~pivot & recent, chosen & ~pivot & ~recent)
         ]
         rows = gather_apart(prefill, masks)
-        stored = [self._store(*rows[3 * i : 3 * i + 3], bits) for i, (_, bits) in enumerate(parts)]
+        stored = [self._store(bits, *rows[3 * i : 3 * i + 3]) for i, (_, bits) in enumerate(parts)]
         return Compressed(stored[0], stored[1] + stored[2])
 
     def _types(self, prefill: LayerPrefill, recent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +160,7 @@ class AkvqVl(Policy, DecodeTimeMethod):
         salient = (of_text > of_visual) & (of_text > of_pivots)
         return pivot & ~salient, salient
 
-    def _store(self, pivots: list[Segment], recent: list[Segment], others: list[Segment], bits: int) -> list[Segment]:
+    def _store(self, bits: int, pivots: list[Segment], recent: list[Segment], others: list[Segment]) -> list[Segment]:
         """Segments of raw tokens as they are stored, with `bits` bits where they are coded."""
         return [
             *(replace(s, tag=PIVOT) for s in pivots),

@@ -1,5 +1,5 @@
-"""A model on a device that is not the CPU (support/pretend_device.py): every method gives the CPU's tokens and bytes, no
-tensors of two devices meet, and the host waits for the device no more often than it must."""
+"""A model on a device that is not the CPU (support/pretend_device.py): every method gives the CPU's tokens and bytes,
+no tensors of two devices meet, and the host waits for the device no more often than it must."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,6 +15,8 @@ from support.tiny_llava import llava
 from support.tiny_vlm import Tiny
 from transformers import BatchFeature, PreTrainedModel
 
+from kvcapsule.capsule.capsule import Capsule
+from kvcapsule.capsule.stored_span import from_bytes, to_bytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.transformers_api import cache_argument
@@ -200,3 +202,33 @@ def test_the_models_own_cache(models: dict[int, Model], tiny: Tiny) -> None:
     expected, own = run(models[FEW].on_cpu, None, batch(tiny)), on_device(models[FEW], None, tiny)
     assert own.tokens == expected.tokens
     assert (own.prefill, own.step) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["transform", "cross-layer", "compact in 3 bits", "coded-compact", "kvcapsule in 4 bits"]
+)
+def test_bytes_of_an_image(name: str, models: dict[int, Model], tiny: Tiny) -> None:
+    """Given out of a cache on the device and taken into one there, they are those of the CPU's cache."""
+    model = models[FEW]
+    geometry, prompt = KVGeometry.from_config(model.on_cpu.config), [5, 6, tiny.picture(0), 7, 8]
+    capsule = EVERY_FAMILY[name](geometry, tile=8)
+    cache = CapsuleCache(model.on_cpu.config, capsule)
+    with attach(model.on_cpu, capsule):
+        model.on_cpu.generate(**tiny_vlm.batch(tiny, prompt), **cache_argument(cache), **OPTIONS)
+    (span,) = cache.stored_spans()
+    expected = to_bytes(span, capsule)
+    with pretended():
+        there = to_device(EVERY_FAMILY[name](geometry, tile=8))
+        assert isinstance(there, Capsule)
+        cache = CapsuleCache(model.on_device.config, there)
+        inputs = BatchFeature({key: x.to(DEVICE) for key, x in tiny_vlm.batch(tiny, prompt).items()})
+        with attach(model.on_device, there):
+            model.on_device.generate(**inputs, **cache_argument(cache), **OPTIONS)
+        (span,) = cache.stored_spans()
+        data = to_bytes(span, there)
+        assert len(data) == len(expected)
+        taken = CapsuleCache(model.on_device.config, there)
+        taken.take_in([from_bytes(data, there, DEVICE)])
+        assert taken.bytes().visual == cache.bytes().visual
+        (again,) = taken.stored_spans()
+        assert to_bytes(again, there) == data

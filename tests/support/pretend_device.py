@@ -180,9 +180,13 @@ def _count(name: str, args: Any) -> None:
         _wait("equal")
     elif name.startswith(_SIZED_BY_DATA):
         _wait(name.partition(".")[0])
-    elif name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
-        if any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-            _wait("boolean index")
+    elif name.startswith("index") and any(
+        isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
+        for part in args[1:2]
+        if isinstance(part, list | tuple)
+        for x in part
+    ):
+        _wait("boolean index")
 
 
 @contextmanager
