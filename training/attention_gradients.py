@@ -85,11 +85,11 @@ def sensitivities(
         probes = [layer.probe for layer in probed if layer.probe is not None]
         slopes = torch.autograd.grad(sampled_log_likelihood(logits, batch.answers, seeds), probes)
     costs = [slope.float().square().mean(-1) / 2 for slope in slopes]
-    for i, cost in enumerate(costs):
+    for layer, cost in zip(probed, costs, strict=True):
         if not bool(cost.isfinite().all()):
             raise ConfigError(
-                f"layer {i}: gradients of its attention are NaN or infinite. Run the model in another precision"
-                " (--dtype float32 or bfloat16)."
+                f"layer {layer.index}: gradients of its attention are NaN or infinite. Run the model in another"
+                " precision (--dtype float32 or bfloat16)."
             )
     if not any(bool(cost.any()) for cost in costs):
         raise ConfigError(

@@ -129,7 +129,7 @@ class CapsuleFit(HarvestingFit[R], ABC):
             layers: the tensors of `layers`.
         """
         geometry = self.task.geometry
-        first = range(0, geometry.layers, max(1, config.layer_group))
+        first = range(0, self.task.layers, max(1, config.layer_group))
         self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first).to(self.task.model.device)
         self.layers.load_state_dict(layers)
 
@@ -195,6 +195,7 @@ class CapsuleFit(HarvestingFit[R], ABC):
         return divergence(true, through, batch.answers)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        indices = self.task.geometry.capsule_layers
         by_layer: list[Errors] = []
         readings: list[Reading] = []
         around: list[Surroundings] = []
@@ -207,7 +208,7 @@ class CapsuleFit(HarvestingFit[R], ABC):
                     around.append(Surroundings.of(layer))
 
         logits = self.harvests.stream(batch, visit, int(batch.answers.max()) + 1 if self.has_kl else 0)
-        for index, errors in enumerate(by_layer):
+        for index, errors in zip(indices, by_layer, strict=True):
             self.log_errors(f"validation/layer{index}", errors, len(batch.answers))
         self.log_errors("validation", mean(by_layer), len(batch.answers))
         if logits is not None:

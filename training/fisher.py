@@ -159,15 +159,18 @@ def require_finite_gradients(number: int, keys: torch.Tensor, values: torch.Tens
 class GradientSink:
     """Gathers the gradients of a layer group, whose layers come one by one, the last one first."""
 
-    def __init__(self, groups: Sequence[range], done: Callable[[int, list[LayerTiles]], None]) -> None:
-        """done: takes the number of a group and the gradients in place of its layers' keys and values."""
-        self.groups, self.done = groups, done
+    def __init__(
+        self, groups: Sequence[range], indices: Sequence[int], done: Callable[[int, list[LayerTiles]], None]
+    ) -> None:
+        """indices: of the groups' layers in the model. done: takes the number of a group and the gradients in place of
+        its layers' keys and values."""
+        self.groups, self.indices, self.done = groups, indices, done
         self._number = {layer: number for number, group in enumerate(groups) for layer in group}
         self._waiting: dict[int, LayerTiles] = {}
 
     def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raises ConfigError if they are not all numbers."""
-        require_finite_gradients(layer, keys, values)
+        require_finite_gradients(self.indices[layer], keys, values)
         self._waiting[layer] = LayerTiles(keys, values)
         number = self._number[layer]
         if all(i in self._waiting for i in self.groups[number]):

@@ -18,8 +18,8 @@ from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import print_report
 from kvcapsule.codec import REGISTRY, CodecFamily
 from kvcapsule.data import source
-from kvcapsule.errors import ConfigError, GeometryError
-from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
+from kvcapsule.errors import ConfigError
+from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
 from .answers import longest_sequence
@@ -65,12 +65,6 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
     started = time.perf_counter()
     model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, recipe.device)
     geometry = KVGeometry.from_config(model.config)
-    full = full_attention_layers(model.config)
-    if len(full) != geometry.layers:
-        raise GeometryError(
-            f"{geometry.model_type}: {len(full)} of its {geometry.layers} layers have full attention, and training"
-            " needs all to have it. Use a model without sliding-window or linear-attention layers."
-        )
     rows = source.load(recipe.data)
     session.tell(console, rows.info.description)
     trained = recipe.trained_of(len(rows))

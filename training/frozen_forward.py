@@ -53,7 +53,7 @@ def logits_through(
     alignment: Alignment = AT_SPANS,
 ) -> torch.Tensor:
     """Logits [B, last, vocabulary] of the last tokens of teacher-forced inputs that read `segments`, the tiles of each
-    layer."""
+    layer with full attention."""
     readings = [SegmentReading(segment) for segment in segments]
     return logits_reading(model, inputs, Recorder(tile, canonical, alignment), readings, last)
 
@@ -64,12 +64,9 @@ def logits_reading(
     """The same of inputs that read as each layer's reading says; like: cuts tiles as they were cut in the harvest."""
     with attach(model):
         cache = CapsuleCache(model.config, like)
-        cache.layers = [
-            _ReadingLayer(i, Recorder(like.tile, like.canonical, like.alignment), readings[i])
-            if isinstance(layer, CapsuleLayer)
-            else layer
-            for i, layer in enumerate(cache.layers)
-        ]
+        for layer, reading in zip(cache.capsule_layers(), readings, strict=True):
+            recorder = Recorder(like.tile, like.canonical, like.alignment)
+            cache.layers[layer.index] = _ReadingLayer(layer.index, recorder, reading)
         logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
     return logits
 

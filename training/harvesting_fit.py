@@ -58,7 +58,7 @@ class HarvestingFit(L.LightningModule, Generic[R]):
     @property
     def groups(self) -> Sequence[range]:
         """Layers that are coded together: each by itself, unless a family has it otherwise."""
-        return [range(i, i + 1) for i in range(self.task.geometry.layers)]
+        return [range(i, i + 1) for i in range(self.task.layers)]
 
     @property
     def task(self) -> Task[R]:
@@ -100,7 +100,7 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         for `tiles`."""
         world = 1 if self._trainer is None else self.trainer.world_size
         count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
-        sample = TileSample(self.task.geometry.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
+        sample = TileSample(self.task.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
         for step, batch in enumerate(self.batches(count, title)):
             sums.numbers = self.numbers(step, len(batch.answers))
             self.harvests.sampled_stream(batch, sums.add, sample, sums.numbers)

@@ -39,5 +39,5 @@ def stored_size(capsule: Capsule, model: PreTrainedModel, inputs: BatchFeature, 
     with attach(model, capsule):
         cache = CapsuleCache(model.config, capsule)
         model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=1)
-    element = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
+    element = 2 * len(geometry.capsule_layers) * geometry.kv_heads * geometry.head_dim
     return StoredSize(cache.bytes().visual, tokens * element * REFERENCE_BITS // 8, len(spans))

@@ -27,3 +27,8 @@ class Task(Generic[R]):
     visual: int = 0
     """Visual tokens of a question, as far as the first held-out ones tell."""
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that get codecs: those with full attention."""
+        return len(self.geometry.capsule_layers)

@@ -48,7 +48,7 @@ def transform(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Ca
 
 
 def kvcapsule(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
-    ratios = (RETAINED,) * geometry.layers
+    ratios = (RETAINED,) * len(geometry.capsule_layers)
     capsule = _capsule("kvcapsule", KVCapsuleConfig(tile, key_ratios=ratios, value_ratios=ratios), geometry)
     for codec in capsule.layers:
         assert (
@@ -62,7 +62,7 @@ def kvcapsule(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Ca
 
 
 def compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
-    capsule = _capsule("compact", CompactConfig(tile, ratios=(KEPT,) * geometry.layers), geometry)
+    capsule = _capsule("compact", CompactConfig(tile, ratios=(KEPT,) * len(geometry.capsule_layers)), geometry)
     for codec in capsule.layers:
         assert isinstance(codec, CompactLayer)
         codec.bank.copy_(torch.randn(codec.bank.shape, generator=generator))
@@ -71,8 +71,8 @@ def compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Caps
 
 def coded_compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
     """A tenth of the rows as well, in 4 bits a channel on average."""
-    dim = geometry.head_dim
-    capsule = _capsule("coded-compact", CodedCompactConfig(tile, ratios=(KEPT,) * geometry.layers), geometry)
+    layers, dim = len(geometry.capsule_layers), geometry.head_dim
+    capsule = _capsule("coded-compact", CodedCompactConfig(tile, ratios=(KEPT,) * layers), geometry)
     widths = torch.tensor([7, 5, 4, 4, 3, 3, 3, 3], dtype=torch.uint8).repeat_interleave(-(-dim // 8))[:dim]
     for codec in capsule.layers:
         assert isinstance(codec, CodedCompactLayer)

@@ -61,7 +61,8 @@ def capsule(geometry: KVGeometry, tile: int, tile_bytes: int, generator: torch.G
     widths = allocate([v[None] for v in spectra], tile_bytes // geometry.kv_heads)
     chosen = [_used(w[0]) for w in widths]
     groups, channels = (
-        [(size,) * geometry.layers for size in sizes] for sizes in zip(*(w.shape for w in chosen), strict=True)
+        [(size,) * len(geometry.capsule_layers) for size in sizes]
+        for sizes in zip(*(w.shape for w in chosen), strict=True)
     )
     config = TransformConfig(
         tile,

@@ -30,14 +30,15 @@ from .write import contents_of, save_folder
 
 
 class Capsule(nn.Module, Method):
-    """Codecs for every layer, or every layer group, of a model. Pass it to `attach` or `CapsuleCache`."""
+    """Codecs for every layer with full attention of a model, or every group of such. Pass it to `attach` or
+    `CapsuleCache`."""
 
     def __init__(self, config: CapsuleConfig) -> None:
         super().__init__()
         self.config = config
         self.independent_layers = not config.codec.layer_group
-        first = range(0, config.geometry.layers, max(1, config.codec.layer_group))
-        self.layers = nn.ModuleList(config.codec.build(config.geometry, layer) for layer in first)
+        first = range(0, len(config.geometry.capsule_layers), max(1, config.codec.layer_group))
+        self.layers = nn.ModuleList(config.codec.build(config.geometry, place) for place in first)
         self.computed = DerivedValues()
         """What was computed from the tensors: the digest, and the codecs' maps (kvcapsule.capsule.span_form)."""
 
@@ -83,7 +84,7 @@ class Capsule(nn.Module, Method):
             raise ValueError(
                 f"layer {prefill.layer} has no codec of its own: all layers are compressed together, by `begin_pass`."
             )
-        codec = self.layers[prefill.layer]
+        codec = self.layers[self.config.geometry.place(prefill.layer)]
         assert isinstance(codec, LayerCodec)
         tiles, raw = canonical_tiles(prefill, config, self.config.geometry, codec.borrows_tiles)
         if tiles is None:

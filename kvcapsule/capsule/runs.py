@@ -35,15 +35,16 @@ def canonical_tiles(
         prefill, config.tile, config.canonical_frame, derotated=True, borrowed=borrowed, align=config.align
     )
     visual = prefill.visual()
-    text = gather_kept(prefill, prefill.valid & ~visual)
+    text = gather_kept(prefill, prefill.valid & ~visual, alike="text")
     if tiles is None:
-        return None, Compressed(gather_kept(prefill, visual), text)
+        return None, Compressed(gather_kept(prefill, visual, alike="visual"), text)
     if config.canonical_frame and tiles.frame is None and geometry.rotary != "none":
         raise RuntimeError(
             "no rotation of the prompt's positions reached the capsule: run the model inside `with"
             " kvcapsule.attach(model, ...):`."
         )
-    return tiles, Compressed(gather_kept(prefill, visual & ~tiled(prefill, config.tile, config.align)), text)
+    untiled = visual & ~tiled(prefill, config.tile, config.align)
+    return tiles, Compressed(gather_kept(prefill, untiled, alike=f"untiled {config.tile} {config.align}"), text)
 
 
 def require_copies(codec: nn.Module, encoded: Iterable[Encoded], tiles: Tiles) -> None:
@@ -76,14 +77,18 @@ class LayerGroupPass:
     ) -> None:
         """layers: all that will be added, by their index in the model and in their order."""
         self.codecs, self.config, self.geometry = codecs, config, geometry
-        # A model's layers with a window are not among them, so that the last of a group may be missing.
-        self.last = {layer // config.layer_group: layer for layer in layers}
+        # Not all layers need be among them, so that the last of a group may be missing.
+        self.last = {self._place(layer)[0]: layer for layer in layers}
         self.encoding: LayerGroupEncoding | None = None
         self.pending: list[_PendingLayer] = []
 
+    def _place(self, layer: int) -> tuple[int, int]:
+        """A layer's group, and its number in it."""
+        return divmod(self.geometry.place(layer), self.config.layer_group)
+
     @torch.no_grad()
     def add(self, prefill: LayerPrefill) -> Sequence[tuple[int, Compressed]]:
-        group, index = divmod(prefill.layer, self.config.layer_group)
+        group, index = self._place(prefill.layer)
         codec = self.codecs[group]
         tiles, raw = canonical_tiles(prefill, self.config, self.geometry, codec.borrows_tiles)
         if tiles is None:
@@ -93,7 +98,7 @@ class LayerGroupPass:
         self.pending.append(_PendingLayer(prefill.layer, tiles.owner, tiles.frame, raw))
         if prefill.layer != self.last[group]:
             return []
-        group_encoded = self.encoding.finish([of.layer % self.config.layer_group for of in self.pending])
+        group_encoded = self.encoding.finish([self._place(of.layer)[1] for of in self.pending])
         if codec.borrows_tiles:
             require_copies(codec, group_encoded, tiles)
         done = [

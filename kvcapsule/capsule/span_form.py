@@ -69,10 +69,10 @@ class SpanForm:
                 f"frame {header.frame!r} in the header of a stored span of {header.tiles} tiles does not fit the"
                 f" capsule, which {'stores tiles in canonical frames' if rotated else 'has no frames here'}."
             )
-        if header.layers[-1] >= config.geometry.layers:
+        if strange := [layer for layer in header.layers if layer not in config.geometry.capsule_layers]:
             raise CapsuleError(
-                f"layers in the header of a stored span go up to {header.layers[-1]}: the model has"
-                f" {config.geometry.layers}, counted from 0."
+                f"layer {strange[0]} in the header of a stored span: the capsule has codecs for the layers"
+                f" {list(config.geometry.capsule_layers)}."
             )
         template: dict[int, Segment] = {}
         if header.tiles:
@@ -184,11 +184,12 @@ def _template(
     # Maps made in inference mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         if config.layer_group:
-            for group in sorted({layer // config.layer_group for layer in layers}):
+            places = {layer: divmod(geometry.place(layer), config.layer_group) for layer in layers}
+            for group in sorted({group for group, _ in places.values()}):
                 codec = capsule.layers[group]
                 assert isinstance(codec, LayerGroupCodec)
-                present = [layer for layer in layers if layer // config.layer_group == group]
-                indices = [layer % config.layer_group for layer in present]
+                present = [layer for layer in layers if places[layer][0] == group]
+                indices = [places[layer][1] for layer in present]
                 keys, values = noise.to(_device(codec, device)).unbind()
                 encoding = codec.start()
                 for index in indices:
@@ -196,7 +197,7 @@ def _template(
                 encoded |= zip(present, encoding.finish(indices), strict=True)
         else:
             for layer in layers:
-                codec = capsule.layers[layer]
+                codec = capsule.layers[geometry.place(layer)]
                 assert isinstance(codec, LayerCodec)
                 keys, values = noise.to(_device(codec, device)).unbind()
                 one = codec.encode(keys, values)

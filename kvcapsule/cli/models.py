@@ -49,6 +49,7 @@ def _print_table(families: Sequence[Family], wide: bool) -> None:
         [
             Column("family", NAME),
             Column("status", NAME),
+            Column("trained", NAME),
             Column("model type", NAME),
             Column("positions", NAME, wide=True),
             Column("a span is", NAME, wide=True),
@@ -63,6 +64,7 @@ def _print_table(families: Sequence[Family], wide: bool) -> None:
         table.add(
             family.name,
             family.status,
+            "yes" if family.trained else "",
             types,
             _POSITIONS[family.positions],
             ", ".join(kind for kind in (family.span, family.video) if kind),

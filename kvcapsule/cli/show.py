@@ -69,7 +69,9 @@ def facts(capsule: "Overview") -> Iterator[tuple[str, str]]:
     g = config.geometry
     yield "family", shown_name(config.family)
     yield "model", f"{config.base_model}{revision}{f', {record.dtype}' if record.dtype else ''}{adapter}{licence}"
-    yield "KV geometry", f"{g.layers} layers, {g.kv_heads} KV heads of {g.head_dim} ({g.model_type}, rotary {g.rotary})"
+    some = f", full attention in {', '.join(map(str, g.full_attention))}" if g.full_attention else ""
+    shape = f"{g.layers} layers{some}, {g.kv_heads} KV heads of {g.head_dim}"
+    yield "KV geometry", f"{shape} ({g.model_type}, rotary {g.rotary})"
     yield "tile", f"{config.codec.tile} visual tokens"
     if capsule.compression is not None:
         yield "compression", f"{capsule.compression:.1f}x fewer bytes of visual tokens than a 16-bit cache"

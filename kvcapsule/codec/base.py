@@ -168,7 +168,8 @@ class CodecConfig(ABC):
 
     @abstractmethod
     def build(self, geometry: KVGeometry, layer: int) -> LayerCodec | LayerGroupCodec:
-        """The untrained codec of layer `layer`, or of the layer group that begins with it."""
+        """The untrained codec of the layer that is number `layer` of `geometry.capsule_layers`, or of the layer group
+        that begins with it."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -114,6 +114,7 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
             self.register_buffer(f"{part}_centre", torch.zeros(heads, dim))
         for name in ("value_in", "value_out"):
             self.register_buffer(name, torch.zeros(heads, dim, dim))
+        self._forms: dict[str, tuple[int, WidthForm]] = {}
 
     def check_tensors(self) -> None:
         for part in PARTS:
@@ -123,8 +124,22 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
 
     def codings(self) -> Codings:
         """How rows are coded."""
-        keys, values = (WidthForm(*(self.get_buffer(f"{part}_{name}") for name in FORM)) for part in PARTS)
+        keys, values = (self._form(part) for part in PARTS)
         return Codings(keys, values, self.value_in, self.value_out)
+
+    def _form(self, part: str) -> WidthForm:
+        """The form of the rows, kept with what it found out of the widths until tensors are replaced (loaded, moved,
+        cast) or the widths written to: an accelerator's are read once."""
+        widths, unit, centre = (self.get_buffer(f"{part}_{name}") for name in FORM)
+        version = 0 if widths.is_inference() else widths._version
+        known = self._forms.get(part)
+        if known is not None and known[0] == version:
+            form = known[1]
+            if form.widths is widths and form.unit is unit and form.centre is centre:
+                return form
+        form = WidthForm(widths, unit, centre)
+        self._forms[part] = version, form
+        return form
 
     def set_codings(self, codings: Codings) -> None:
         """Copy how rows are coded."""

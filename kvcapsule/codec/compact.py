@@ -279,13 +279,12 @@ class CompactConfig(CodecConfig):
         return CompactLayer(geometry.kv_heads, geometry.head_dim, self.stored_rows(geometry, layer), self)
 
     def stored_rows(self, geometry: KVGeometry, layer: int) -> int:
-        """Rows of a tile in one layer.
+        """Rows of a tile in one layer, numbered among those that get codecs.
 
         Raises:
-            ConfigError: unless there is a retention ratio for each layer.
+            ConfigError: unless there is a retention ratio for each of them.
         """
-        if len(self.ratios) != geometry.layers:
-            raise ConfigError(
-                f"{len(self.ratios)} retention ratios for {geometry.layers} layers: give one for each layer."
-            )
+        layers = len(geometry.capsule_layers)
+        if len(self.ratios) != layers:
+            raise ConfigError(f"{len(self.ratios)} retention ratios for {layers} layers: give one for each layer.")
         return retained(self.ratios[layer], self.tile)

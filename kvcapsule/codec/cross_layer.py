@@ -132,9 +132,8 @@ class CrossLayerConfig(CoefficientCodecConfig):
 
     def depths(self, geometry: KVGeometry) -> list[int]:
         """Number of layers in each layer group."""
-        return [
-            min(self.joint_layers, geometry.layers - first) for first in range(0, geometry.layers, self.joint_layers)
-        ]
+        layers = len(geometry.capsule_layers)
+        return [min(self.joint_layers, layers - first) for first in range(0, layers, self.joint_layers)]
 
     def build(self, geometry: KVGeometry, layer: int) -> CrossLayerCodec:
         depths, group = self.depths(geometry), layer // self.joint_layers

@@ -157,11 +157,11 @@ class KVCapsuleConfig(CodecConfig):
                 check_ratio(ratio, f"{name} retention ratio")
 
     def build(self, geometry: KVGeometry, layer: int) -> PairCodec:
-        heads = geometry.kv_heads
+        heads, layers = geometry.kv_heads, len(geometry.capsule_layers)
         for name, ratios in (("key", self.key_ratios), ("value", self.value_ratios)):
-            if len(ratios) != geometry.layers:
+            if len(ratios) != layers:
                 raise ConfigError(
-                    f"{len(ratios)} {name} retention ratios for {geometry.layers} layers: give one for each layer."
+                    f"{len(ratios)} {name} retention ratios for {layers} layers: give one for each layer."
                 )
         n_keys, n_values = (retained(r[layer], self.tile) for r in (self.key_ratios, self.value_ratios))
         mlp = self.key_decoder == "mlp"

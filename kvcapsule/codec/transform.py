@@ -127,11 +127,10 @@ class TransformConfig(CoefficientCodecConfig):
             self.check_sizes(f"{part}_rows", f"{part}_channels")
 
     def build(self, geometry: KVGeometry, layer: int) -> TransformLayer:
+        layers = len(geometry.capsule_layers)
         for name in ("key_rows", "key_channels", "value_rows", "value_channels"):
-            if len(getattr(self, name)) != geometry.layers:
-                raise ConfigError(
-                    f"{len(getattr(self, name))} {name} for {geometry.layers} layers: give one for each layer."
-                )
+            if len(getattr(self, name)) != layers:
+                raise ConfigError(f"{len(getattr(self, name))} {name} for {layers} layers: give one for each layer.")
         head_groups = self.head_groups(geometry)
 
         def transform(rows: Sequence[int], channels: Sequence[int]) -> Transform:

@@ -46,6 +46,17 @@ class LayerPrefill:
             marked[span.row, span.start : span.start + span.length] = True
         return marked
 
+    def tokens(self) -> list[int]:
+        """Tokens of each row that are no padding.
+
+        The host waits for an accelerator in a forward's first layer alone.
+        """
+        key = ("tokens", self.valid.shape[1])
+        if key not in self.shared:
+            self.shared[key] = self.valid.sum(dim=1).tolist()
+        known: list[int] = self.shared[key]
+        return known
+
     def position(self, span: VisualSpan) -> int:
         """Position of a span's first token in its row's sequence: padding does not count, tokens before this forward
         do."""

@@ -87,7 +87,7 @@ class AirCache(SharedBudget[EliteAttention], Policy):
         text = _ranking_text(prefill)
         attention = torch.zeros(text.shape, device=text.device)
         # Rows whose text ends elsewhere have no weights in a chunk.
-        for chunk in attention_chunks(prefill, last_tokens(text, 1), text, causal=False):
+        for chunk in attention_chunks(prefill, last_tokens(text, 1), text, False, "the last that ranks"):
             attention = attention + chunk.weights.mean(dim=(1, 2)).sum(dim=1)
         return text & (attention >= self.alpha * attention.amax(dim=1, keepdim=True))
 
@@ -100,13 +100,15 @@ class AirCache(SharedBudget[EliteAttention], Policy):
 
     def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[EliteAttention]) -> list[Compressed]:
         _, strengths, skews = zip(*observations, strict=True)
-        strength_BL, skew_BL = torch.stack(strengths, dim=1).tolist(), torch.stack(skews, dim=1).tolist()
-        visual = prefills[0].visual()
-        counts_LB = zip(*map(self.counts, strength_BL, skew_BL, visual.sum(dim=1).tolist()), strict=True)
+        strength_BL, skew_BL = torch.stack([torch.stack(of, dim=1) for of in (strengths, skews)]).tolist()
+        visual, tokens = prefills[0].visual(), [0] * len(prefills[0].valid)
+        for span in prefills[0].spans:
+            tokens[span.row] += span.length
+        counts_LB = zip(*map(self.counts, strength_BL, skew_BL, tokens), strict=True)
         compressed = []
         for prefill, observation, counts in zip(prefills, observations, counts_LB, strict=True):
             kept = best_tokens(observation.importance, visual, torch.tensor(counts, device=visual.device))
-            text = gather_kept(prefill, prefill.valid & ~visual)
+            text = gather_kept(prefill, prefill.valid & ~visual, alike="text")
             compressed.append(Compressed(gather_kept(prefill, kept, PER_HEAD_PADDING), text))
         return compressed
 

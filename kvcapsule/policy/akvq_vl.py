@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..errors import ConfigError, GeometryError
-from ..methods.kept_rows import gather_kept
+from ..methods.kept_rows import gather_apart
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, DecodeState, DecodeTimeMethod
 from ..segments.group_quantized_rows import GroupedRows
@@ -135,13 +135,15 @@ class AkvqVl(Policy, DecodeTimeMethod):
         pivot, salient = self._types(prefill, recent)
         visual = prefill.visual()
         text = prefill.valid & ~visual
-        return Compressed(
-            self._store(prefill, visual, pivot, recent, self.bits),
-            [
-                *self._store(prefill, text & salient, pivot, recent, self.text_bits),
-                *self._store(prefill, text & ~salient, pivot, recent, self.bits),
-            ],
-        )
+        parts = [(visual, self.bits), (text & salient, self.text_bits), (text & ~salient, self.bits)]
+        masks = [
+            mask
+            for chosen, _ in parts
+            for mask in (chosen & pivot, chosen & ~pivot & recent, chosen & ~pivot & ~recent)
+        ]
+        rows = gather_apart(prefill, masks)
+        stored = [self._store(bits, *rows[3 * i : 3 * i + 3]) for i, (_, bits) in enumerate(parts)]
+        return Compressed(stored[0], stored[1] + stored[2])
 
     def _types(self, prefill: LayerPrefill, recent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pivots of pivot-token-salient rows, [B, N] bool, and which rows are text-salient, [B, 1] bool."""
@@ -158,15 +160,12 @@ class AkvqVl(Policy, DecodeTimeMethod):
         salient = (of_text > of_visual) & (of_text > of_pivots)
         return pivot & ~salient, salient
 
-    def _store(
-        self, prefill: LayerPrefill, chosen: torch.Tensor, pivot: torch.Tensor, recent: torch.Tensor, bits: int
-    ) -> list[Segment]:
-        """Segments of the tokens that `chosen` [B, N] marks, whose codes have `bits` bits."""
-        rest = chosen & ~pivot
+    def _store(self, bits: int, pivots: list[Segment], recent: list[Segment], others: list[Segment]) -> list[Segment]:
+        """Segments of raw tokens as they are stored, with `bits` bits where they are coded."""
         return [
-            *(replace(s, tag=PIVOT) for s in gather_kept(prefill, chosen & pivot)),
-            *(replace(s, tag=bits) for s in gather_kept(prefill, rest & recent)),
-            *(self._coded(s, bits) for s in gather_kept(prefill, rest & ~recent)),
+            *(replace(s, tag=PIVOT) for s in pivots),
+            *(replace(s, tag=bits) for s in recent),
+            *(self._coded(s, bits) for s in others),
         ]
 
     def _coded(self, raw: Segment, bits: int) -> Segment:

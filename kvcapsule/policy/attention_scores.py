@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..methods.kept_rows import indices
 from ..methods.layer_prefill import LayerPrefill
 
 CHUNK = 256
@@ -38,7 +39,11 @@ def masked_softmax(
 
 
 def attention_chunks(
-    prefill: LayerPrefill, queries_BN: torch.Tensor, keys_BN: torch.Tensor | None = None, causal: bool = True
+    prefill: LayerPrefill,
+    queries_BN: torch.Tensor,
+    keys_BN: torch.Tensor | None = None,
+    causal: bool = True,
+    alike: str | None = None,
 ) -> Iterator[AttentionChunk]:
     """The attention of the queries that `queries_BN` marks, and of no others; chunks are of up to K = N keys.
 
@@ -47,13 +52,22 @@ def attention_chunks(
         queries_BN: bool.
         keys_BN: bool: the keys that the softmax is over; None: all that are no padding.
         causal: each query attends to keys up to its own position only.
+        alike: a name for the queries if they are the same in all layers of the forward: an accelerator is then asked
+            in the first layer alone which they are.
     """
     tokens = prefill.keys.shape[2]
     keys_BN = prefill.valid if keys_BN is None else keys_BN
     work = torch.promote_types(prefill.keys.dtype, torch.float32)
     keys_BHND, positions = prefill.keys.to(work), torch.arange(tokens, device=keys_BN.device)
-    selected = queries_BN.any(dim=0).nonzero()[:, 0]
-    ends = [position + 1 if causal else tokens for position in selected.tolist()]
+    key = ("positions of queries", alike, tokens)
+    chosen: list[int] | None = None if alike is None else prefill.shared.get(key)
+    if chosen is None:
+        marked: list[bool] = queries_BN.any(dim=0).tolist()
+        chosen = [position for position, is_marked in enumerate(marked) if is_marked]
+        if alike is not None:
+            prefill.shared[key] = chosen
+    selected = indices(chosen, queries_BN.device)
+    ends = [position + 1 if causal else tokens for position in chosen]
     for begin in range(0, len(ends), CHUNK):
         queries = selected[begin : begin + CHUNK]
         end = ends[begin + len(queries) - 1]
@@ -64,13 +78,13 @@ def attention_chunks(
         yield AttentionChunk(queries, visible, weights)
 
 
-def attention_from(prefill: LayerPrefill, queries_BN: torch.Tensor) -> torch.Tensor:
+def attention_from(prefill: LayerPrefill, queries_BN: torch.Tensor, alike: str | None = None) -> torch.Tensor:
     """[B, H, N]: causal attention that each token gets from the marked queries, summed over them and over the query
-    heads of a KV head."""
+    heads of a KV head; alike: see attention_chunks."""
     batch, heads, tokens, _ = prefill.keys.shape
     work = torch.promote_types(prefill.keys.dtype, torch.float32)
     received = torch.zeros(batch, heads, tokens, dtype=work, device=prefill.keys.device)
-    for chunk in attention_chunks(prefill, queries_BN):
+    for chunk in attention_chunks(prefill, queries_BN, alike=alike):
         received[:, :, : chunk.weights.shape[4]] += chunk.weights.sum(dim=(2, 3))
     return received
 
@@ -78,7 +92,7 @@ def attention_from(prefill: LayerPrefill, queries_BN: torch.Tensor) -> torch.Ten
 def attention_received(prefill: LayerPrefill, first: int) -> torch.Tensor:
     """[B, H, N]: as `attention_from`, of all queries from position `first` on that are no padding."""
     positions = torch.arange(prefill.valid.shape[1], device=prefill.valid.device)
-    return attention_from(prefill, prefill.valid & (positions >= first))
+    return attention_from(prefill, prefill.valid & (positions >= first), f"from {first} on")
 
 
 def behind_last_image(prefill: LayerPrefill) -> torch.Tensor:

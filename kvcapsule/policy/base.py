@@ -29,7 +29,7 @@ class VisualPolicy(Policy):
     @torch.no_grad()
     def compress(self, prefill: LayerPrefill) -> Compressed:
         visual = prefill.visual()
-        text = gather_kept(prefill, prefill.valid & ~visual)
+        text = gather_kept(prefill, prefill.valid & ~visual, alike="text")
         if not prefill.spans:
             return Compressed([], text)
         return self.compress_visual(prefill, text)

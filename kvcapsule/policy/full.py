@@ -14,4 +14,4 @@ class Full(VisualPolicy):
     """All visual tokens raw."""
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        return Compressed(gather_kept(prefill, prefill.visual()), text)
+        return Compressed(gather_kept(prefill, prefill.visual(), alike="visual"), text)

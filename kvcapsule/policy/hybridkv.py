@@ -212,10 +212,11 @@ def concentration(prefill: LayerPrefill, top: float) -> torch.Tensor:
     text = prefill.valid & ~prefill.visual()
     work = torch.promote_types(prefill.keys.dtype, torch.float32)
     mass = torch.zeros(batch, heads, prefill.query.shape[1] // heads, dtype=work, device=prefill.keys.device)
-    for chunk in attention_chunks(prefill, text):
+    for chunk in attention_chunks(prefill, text, alike="text"):
         # A product that is a whole number but for the last bit of a double is that number.
         most = (top * chunk.visible.sum(dim=2).double() - 1e-6).ceil().clamp_min(1)
-        best = chunk.weights.topk(int(most.max()), dim=-1).values
+        tokens = chunk.weights.shape[4]
+        best = chunk.weights.topk(max(1, ceil(top * tokens - 1e-6)), dim=-1).values
         counted = torch.arange(best.shape[-1], device=best.device) < most[..., None]
         mass += (best * counted[:, None, None]).sum(dim=(3, 4))
     return mass / text.sum(dim=1).clamp_min(1)[:, None, None]

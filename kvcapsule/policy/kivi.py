@@ -41,9 +41,8 @@ class Kivi(VisualPolicy):
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         visual = prefill.visual()
-        counts = visual.sum(dim=1)
         # Rows of each length by themselves: padding would get into the last group's range.
-        segments = [s for count in counts.unique() for s in gather_kept(prefill, visual & (counts == count)[:, None])]
+        segments = gather_kept(prefill, visual, max_padding=1, alike="visual")
         return Compressed([self._pack(segment) for segment in segments], text)
 
     def _pack(self, segment: Segment) -> Segment:

@@ -13,6 +13,7 @@
 What is kept, and what goes where, is each KV head's own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,14 +66,22 @@ class LookM(Policy):
     def compress(self, prefill: LayerPrefill) -> Compressed:
         kept = self.kept(prefill)
         visual = prefill.visual()[:, None]
+        images, text, evicted = kept & visual, kept & ~visual, visual & ~kept
+        of_images, of_text, lost = torch.stack([x.sum(dim=2) for x in (images, text, evicted)]).tolist()
         if self.merge != "none":
-            prefill = self.merged(prefill, kept, visual & ~kept)
-        return Compressed(gather_kept_per_head(prefill, kept & visual), gather_kept_per_head(prefill, kept & ~visual))
+            # Every head of a row keeps and evicts as many.
+            counts = [(a[0] + b[0], c[0]) for a, b, c in zip(of_images, of_text, lost, strict=True)]
+            prefill = self.merged(prefill, kept, evicted, counts)
+        return Compressed(
+            gather_kept_per_head(prefill, images, of_images), gather_kept_per_head(prefill, text, of_text)
+        )
 
     def kept(self, prefill: LayerPrefill) -> torch.Tensor:
         """[B, H, N] bool: what each head keeps."""
         valid, counts = prefill.valid, prefill.valid.sum(dim=1)
-        total = torch.tensor([max(1, round(self.budget * n)) if n else 0 for n in counts.tolist()], device=valid.device)
+        tokens = prefill.tokens()
+        total = torch.tensor([max(1, round(self.budget * n)) if n else 0 for n in tokens])
+        total = total.to(valid.device, non_blocking=True)
         recent = (self.recent * total).round().long()
         place = valid.cumsum(dim=1)
         last = valid & (place > (counts - recent)[:, None])
@@ -86,13 +95,23 @@ class LookM(Policy):
         first = torch.arange(valid.shape[1], device=valid.device) < total[:, None, None]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(2, ranked, first.expand(scores.shape))
 
-    def merged(self, prefill: LayerPrefill, kept_BHN: torch.Tensor, evicted_BHN: torch.Tensor) -> LayerPrefill:
-        """The prefill with every evicted token merged into the nearest of the kept ones; every head of a row keeps and
-        evicts as many."""
+    def merged(
+        self,
+        prefill: LayerPrefill,
+        kept_BHN: torch.Tensor,
+        evicted_BHN: torch.Tensor,
+        counts: Sequence[tuple[int, int]],
+    ) -> LayerPrefill:
+        """The prefill with every evicted token merged into the nearest of the kept ones; counts: of both for each row,
+        the same in every head."""
         keys, values = prefill.keys.clone(), prefill.values.clone()
-        for row in evicted_BHN.any(dim=2).any(dim=1).nonzero()[:, 0].tolist():
+        both = (kept_BHN, evicted_BHN)
+        for row, of_row in enumerate(counts):
+            if not of_row[1]:
+                continue
             kept, evicted = (
-                marked[row].nonzero()[:, 1].view(keys.shape[1], -1, 1) for marked in (kept_BHN, evicted_BHN)
+                torch.sort((~marked[row]).to(torch.int8), dim=1, stable=True).indices[:, :count, None]
+                for marked, count in zip(both, of_row, strict=True)
             )
             likeness, target = _nearest(prefill.keys[row], kept, evicted)
             for x_BHND in (keys, values):

@@ -23,4 +23,4 @@ class PostVisionAttention(TokenPruning):
     reads_question = True
 
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:
-        return attention_from(prefill, behind_last_image(prefill)).sum(dim=1)
+        return attention_from(prefill, behind_last_image(prefill), "behind the last image").sum(dim=1)

@@ -24,7 +24,7 @@ class Quantized(VisualPolicy):
         check_bits(self.bits)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        rows = gather_kept(prefill, prefill.visual())
+        rows = gather_kept(prefill, prefill.visual(), alike="visual")
         return Compressed([self._pack(segment) for segment in rows], text)
 
     def _pack(self, segment: Segment) -> Segment:

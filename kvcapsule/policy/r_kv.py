@@ -115,7 +115,7 @@ class RKV(VisualPolicy, DecodeTimeMethod):
         return Compressed(compressed.visual, [replace(segment, tag=PROMPT) for segment in compressed.text])
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        return Compressed(gather_kept(prefill, prefill.visual()), text)
+        return Compressed(gather_kept(prefill, prefill.visual(), alike="visual"), text)
 
     def decode_time(self) -> DecodeTimeMethod:
         return self

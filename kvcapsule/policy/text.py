@@ -61,7 +61,7 @@ class TextPruning(TextPolicy):
         text = prefill.valid & ~prefill.visual()
         counts = text.sum(dim=1)
         if self.retention == 1:
-            return gather_kept(prefill, text)
+            return gather_kept(prefill, text, alike="text")
         place = text.cumsum(dim=1)
         always = text & ((place <= self.sinks) | (place > (counts - self.recent)[:, None]))
         wanted = torch.tensor([retained(self.retention, n) if n else 0 for n in counts.tolist()], device=text.device)
@@ -91,7 +91,8 @@ class QuantizedText(TextPolicy):
         check_bits(self.bits)
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
-        return [self._pack(segment) for segment in gather_kept(prefill, prefill.valid & ~prefill.visual())]
+        text = prefill.valid & ~prefill.visual()
+        return [self._pack(segment) for segment in gather_kept(prefill, text, alike="text")]
 
     def _pack(self, segment: Segment) -> Segment:
         assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)

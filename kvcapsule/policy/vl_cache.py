@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ConfigError
-from ..methods.kept_rows import PER_HEAD_PADDING, gather_kept
+from ..methods.kept_rows import PER_HEAD_PADDING, gather_apart
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, Method
 from ..methods.ratios import check_budget, retained
@@ -59,7 +59,7 @@ def attention_of(prefill: LayerPrefill, queries_BN: torch.Tensor, threshold: flo
     received = torch.zeros(batch, heads, prefill.query.shape[1] // heads, tokens, dtype=work, device=device)
     dense = torch.zeros(batch, dtype=torch.int64, device=device)
     visible = torch.zeros_like(dense)
-    for chunk in attention_chunks(prefill, queries_BN):
+    for chunk in attention_chunks(prefill, queries_BN, alike="the text that ranks"):
         received[..., : chunk.weights.shape[4]] += chunk.weights.sum(dim=3)
         above = chunk.weights >= threshold * chunk.weights.amax(dim=-1, keepdim=True)
         dense += (above & chunk.visible[:, None, None]).sum(dim=(1, 2, 3, 4))
@@ -133,7 +133,7 @@ class VLCache(SharedBudget[RankedTokens], Policy):
 
     def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[RankedTokens]) -> list[Compressed]:
         sparsity_BL = torch.stack([o.sparsity for o in observations], dim=1).tolist()
-        tokens_B = prefills[0].valid.sum(dim=1).tolist()
+        tokens_B = prefills[0].tokens()
         counts_LB = zip(*map(self.counts, sparsity_BL, tokens_B), strict=True)
         layers = zip(prefills, observations, counts_LB, strict=True)
         return [self._keep(prefill, observation.scores, counts) for prefill, observation, counts in layers]
@@ -148,8 +148,7 @@ class VLCache(SharedBudget[RankedTokens], Policy):
         recent = last_tokens(prefill.valid, torch.tensor(recents, device=device)[:, None])
         kept = best_tokens(scores_BN, prefill.valid, torch.tensor(counts, device=device), recent)
         visual = prefill.visual()
-        parts = (kept & visual, kept & ~visual)
-        return Compressed(*(gather_kept(prefill, part, PER_HEAD_PADDING) for part in parts))
+        return Compressed(*gather_apart(prefill, (kept & visual, kept & ~visual), PER_HEAD_PADDING))
 
 
 def clipped_shares(density: Sequence[float], mean: float, least: float) -> list[float]:

@@ -42,7 +42,8 @@ class CellLayout:
 
     def __init__(self, widths: torch.Tensor) -> None:
         self.shape = widths.shape
-        flat = widths.flatten()
+        # On the host, so that it waits for an accelerator once.
+        flat, device = widths.detach().flatten().cpu(), widths.device
         if wrong := sorted(set(flat.unique().tolist()) - {0, *WIDTHS}):
             raise ConfigError(
                 f"cells of {', '.join(map(str, wrong))} bits: a cell has 0, {', '.join(map(str, WIDTHS))} bits."
@@ -50,7 +51,7 @@ class CellLayout:
         self.classes: list[CellClass] = []
         self.size = 0
         for width in sorted(WIDTHS, reverse=True):
-            cells = (flat == width).nonzero()[:, 0]
+            cells = (flat == width).nonzero()[:, 0].to(device, non_blocking=True)
             if len(cells):
                 self.classes.append(CellClass(width, self.size, cells))
                 self.size += width * len(cells)

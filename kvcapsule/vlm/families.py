@@ -1,8 +1,8 @@
 """Table of transformers' VLM families: which work, their position encoding, and what a visual span is in each.
 
-`kvcapsule models` prints the table, and tests/vlm/test_families.py builds a tiny model of every row, so every row is
-tested. A family that is not listed may work: `attach` checks the KV geometry and refuses a model that does not read the
-cache. It was not tried.
+`kvcapsule models` prints the table. tests/vlm/test_families.py builds a tiny model of every row and
+tests/training/test_every_model.py trains a capsule for it, so every row is tested. A family that is not listed may
+work: `attach` checks the KV geometry and refuses a model that does not read the cache. It was not tried.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ class Family:
     """transformers' model classes, one per model type, as AutoModelForImageTextToText builds them."""
     status: str
     """"works": an identity capsule gives the logits of the full cache. "refused": `attach` raises GeometryError."""
+    trained: bool = True
+    """Whether `kvcapsule train` makes capsules for it; tests/training/test_every_model.py does."""
     positions: str = ""
     """Rotary scheme of the keys, as in KVGeometry.rotary: "none", "1d", "mrope" (sections) or "mrope-interleaved"."""
     span: str = ""
@@ -256,6 +258,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("florence2",),
         classes=("Florence2ForConditionalGeneration",),
         status=REFUSED,
+        trained=False,
         note=_CROSS,
     ),
     Family(
@@ -263,6 +266,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("vision-encoder-decoder",),
         classes=("VisionEncoderDecoderModel",),
         status=REFUSED,
+        trained=False,
         note=_CROSS,
     ),
     Family(
@@ -270,6 +274,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("mllama",),
         classes=("MllamaForConditionalGeneration",),
         status=REFUSED,
+        trained=False,
         note=_CROSS,
     ),
     Family(
@@ -277,6 +282,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gemma3n", "gemma4"),
         classes=("Gemma3nForConditionalGeneration", "Gemma4ForConditionalGeneration"),
         status=REFUSED,
+        trained=False,
         note="read keys and values of earlier ones",
     ),
 )

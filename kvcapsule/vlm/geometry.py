@@ -1,6 +1,7 @@
 """KV geometry: the layers, KV heads, head dim and rotary scheme of a model's language part."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GeometryError
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 ROTARY_SCHEMES = ("none", "1d", "mrope", "mrope-interleaved")
 _MOST = {"layers": 4096, "query_heads": 65536, "kv_heads": 65536, "head_dim": 65536}
 """Far above any model; a file that asks for more is damaged."""
+_SOME = "full_attention"
+"""The field that a file has only where it says something."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,28 @@ class KVGeometry:
     head_dim: int
     rotary: str
     """Rotary scheme of their keys: "none", "1d", "mrope" (sections) or "mrope-interleaved"."""
+    full_attention: Sequence[int] = ()
+    """Indices of the layers with full attention in a model that has others too; empty: all layers have it."""
+
+    @property
+    def capsule_layers(self) -> Sequence[int]:
+        """Indices of the layers that capsules are for, in their order: those with full attention. A capsule's codecs
+        are numbered by their place among these."""
+        return self.full_attention or range(self.layers)
+
+    def place(self, layer: int) -> int:
+        """Number of a layer among the `capsule_layers`.
+
+        Raises:
+            GeometryError: for the index of another layer.
+        """
+        try:
+            return self.capsule_layers.index(layer)
+        except ValueError:
+            raise GeometryError(
+                f"layer {layer} holds no capsule: of its {self.layers} layers, {self.model_type} has full attention in"
+                f" {list(self.capsule_layers)}."
+            ) from None
 
     @property
     def group(self) -> int:
@@ -57,7 +82,8 @@ class KVGeometry:
             raise GeometryError(
                 f"{config.model_type}: its text config names no num_attention_heads, so it has no KV cache to compress."
             )
-        full = {_heads(text.per_layer_config[layer]) for layer in full_attention_layers(config)}
+        indices = full_attention_layers(config)
+        full = {_heads(text.per_layer_config[layer]) for layer in indices}
         if not full:
             raise GeometryError(
                 f"{config.model_type}: none of its {text.num_hidden_layers} layers has full attention, so what it"
@@ -69,9 +95,9 @@ class KVGeometry:
                 f" {sorted(full)}; a capsule is for layers that are alike."
             )
         query_heads, kv_heads, head_dim = full.pop()
-        return cls(
-            str(config.model_type), int(text.num_hidden_layers), query_heads, kv_heads, head_dim, _rotary_scheme(text)
-        )
+        layers = int(text.num_hidden_layers)
+        some = () if len(indices) == layers else tuple(indices)
+        return cls(str(config.model_type), layers, query_heads, kv_heads, head_dim, _rotary_scheme(text), some)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVGeometry":
@@ -82,10 +108,11 @@ class KVGeometry:
                 has.
         """
         names = [field.name for field in fields(cls)]
-        if wrong := sorted(set(values) ^ set(names)):
+        if wrong := sorted((set(values) ^ set(names)) - {_SOME}):
             raise GeometryError(f"geometry has {', '.join(names)}; unknown or missing: {', '.join(wrong)[:200]}.")
         geometry = cls(**values)
         check_fields(geometry)
+        geometry = replace(geometry, full_attention=tuple(geometry.full_attention))
         for name, most in _MOST.items():
             if not 1 <= getattr(geometry, name) <= most:
                 raise GeometryError(f"geometry.{name} {getattr(geometry, name)} is outside 1 to {most:,}.")
@@ -97,16 +124,27 @@ class KVGeometry:
             raise GeometryError(
                 f"geometry.rotary {repr(geometry.rotary)[:80]} is unknown; it is one of {', '.join(ROTARY_SCHEMES)}."
             )
+        some = geometry.full_attention
+        rising = all(one < other for one, other in zip((-1, *some), (*some, geometry.layers), strict=True))
+        if not rising or len(some) == geometry.layers or (_SOME in values and not some):
+            raise GeometryError(
+                f"geometry.{_SOME} {repr(list(some))[:80]} is to hold some of the layers 0 to {geometry.layers - 1},"
+                " each once and in order; where all have full attention the key is left out."
+            )
         return geometry
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as JSON has them; `full_attention` only where it says something."""
+        values = asdict(self)
+        some = values.pop(_SOME)
+        return {**values, _SOME: list(some)} if some else values
 
     def require(self, other: "KVGeometry", what: str = "capsule") -> None:
         """Raise GeometryError, with both geometries in the message, unless `other` (a model's) equals this one."""
         if self != other:
             capsule, model = self.to_dict(), other.to_dict()
-            differing = ", ".join(f"{k}: {capsule[k]} != {model[k]}" for k in capsule if capsule[k] != model[k])
+            both = ((name, capsule.get(name, "all"), model.get(name, "all")) for name in {**capsule, **model})
+            differing = ", ".join(f"{name}: {one} != {two}" for name, one, two in both if one != two)
             raise GeometryError(
                 f"this {what} was made for another KV geometry ({differing}).\n"
                 f"  {what}: {capsule}\n  model:   {model}\n"

@@ -333,7 +333,7 @@ class TestSpansThatAreNotWhatTheirHeaderSays:
             ({"frame": "none"}, "frame 'none' .* does not fit the capsule, which stores tiles in canonical frames"),
             ({"frame": "interleaved"}, "frame is half-split where the header says interleaved"),
             ({"layers": (0,)}, r"layers \[0, 1\] where the header names \[0\]"),
-            ({"layers": (0, 1, 2)}, "layers in the header of a stored span go up to 2: the model has 2"),
+            ({"layers": (0, 1, 2)}, "layer 2 in the header of a stored span: the capsule has codecs for the layers"),
             ({"capsule": "0" * 64}, "made by the capsule 0000"),
         ],
     )

@@ -85,7 +85,7 @@ def kv_capsule(
     geometry: KVGeometry, key_ratio: float = 0.25, value_ratio: float = 0.25, tile: int = TILE, **options: Any
 ) -> Capsule:
     """A KVCapsule whose maps are drawn at random; the values' basis is orthonormal."""
-    ratios = [(ratio,) * geometry.layers for ratio in (key_ratio, value_ratio)]
+    ratios = [(ratio,) * len(geometry.capsule_layers) for ratio in (key_ratio, value_ratio)]
     capsule = Capsule(CapsuleConfig("kvcapsule", KVCapsuleConfig(tile, True, *ratios, **options), geometry, "tiny"))
     generator = torch.Generator().manual_seed(0)
     for codec in capsule.layers:
@@ -105,7 +105,9 @@ def transform_capsule(
     """A capsule of the family "transform" whose parameters and widths are drawn at random; the same sizes in every
     layer."""
     sizes = {"key_rows": keys[0], "key_channels": keys[1], "value_rows": values[0], "value_channels": values[1]}
-    config = TransformConfig(tile, **{name: (size,) * geometry.layers for name, size in sizes.items()}, **options)
+    config = TransformConfig(
+        tile, **{name: (size,) * len(geometry.capsule_layers) for name, size in sizes.items()}, **options
+    )
     capsule = Capsule(CapsuleConfig("transform", config, geometry, "tiny"))
     generator = torch.Generator().manual_seed(0)
     for layer in capsule.layers:
@@ -124,7 +126,7 @@ def cross_layer_capsule(
 ) -> Capsule:
     """A capsule of the family "cross-layer" whose parameters and widths are drawn at random; the same sizes in every
     stack."""
-    stacks = -(-geometry.layers // joint_layers)
+    stacks = -(-len(geometry.capsule_layers) // joint_layers)
     config = CrossLayerConfig(
         tile, joint_layers=joint_layers, rows=(rows,) * stacks, channels=(channels,) * stacks, **options
     )
@@ -137,7 +139,7 @@ def cross_layer_capsule(
 
 def compact_capsule(geometry: KVGeometry = GEOMETRY, tile: int = TILE, ratio: float = 0.5, **options: Any) -> Capsule:
     """A capsule of the family "compact" whose query bank is drawn at random."""
-    config = CompactConfig(tile, ratios=(ratio,) * geometry.layers, bank=16, **options)
+    config = CompactConfig(tile, ratios=(ratio,) * len(geometry.capsule_layers), bank=16, **options)
     capsule = Capsule(CapsuleConfig("compact", config, geometry, "tiny"))
     generator = torch.Generator().manual_seed(0)
     for codec in capsule.layers:
@@ -150,8 +152,8 @@ def coded_compact_capsule(
 ) -> Capsule:
     """A capsule of the family "coded-compact": random banks and axes, keys of 7, 4 and 3 bits, values of all their
     channels but one in 4 bits."""
-    dim = geometry.head_dim
-    config = CodedCompactConfig(tile, ratios=(ratio,) * geometry.layers, bank=16, **options)
+    layers, dim = len(geometry.capsule_layers), geometry.head_dim
+    config = CodedCompactConfig(tile, ratios=(ratio,) * layers, bank=16, **options)
     capsule = Capsule(CapsuleConfig("coded-compact", config, geometry, "tiny"))
     generator = torch.Generator().manual_seed(0)
     for codec in capsule.layers:

@@ -1,6 +1,7 @@
 """The KV geometry of the usual families is read from their configs, and another one is refused with both in the
 message."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +23,15 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from kvcapsule.errors import GeometryError
+from kvcapsule.errors import ConfigError, GeometryError
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 INTERLEAVED = {**SECTIONS, "mrope_interleaved": True}
 
 
-def geometry(model_type: str, layers: int, query_heads: int, kv_heads: int, head_dim: int, rotary: str) -> KVGeometry:
-    return KVGeometry(model_type, layers, query_heads, kv_heads, head_dim, rotary)
+geometry = KVGeometry
+GEMMA = geometry("gemma3", 26, 8, 4, 256, "1d", (5, 11, 17, 23))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def geometry(model_type: str, layers: int, query_heads: int, kv_heads: int, head
             geometry("qwen3_vl", 32, 32, 32, 128, "mrope-interleaved"),
         ),
         (InternVLConfig(), geometry("internvl", 32, 32, 32, 128, "1d")),
-        (Gemma3Config(), geometry("gemma3", 26, 8, 4, 256, "1d")),
+        (Gemma3Config(), GEMMA),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )
@@ -129,4 +130,26 @@ def test_require_names_both_and_what_differs() -> None:
 
 def test_dict_and_back() -> None:
     mine = geometry("llava", 4, 4, 2, 32, "1d")
-    assert KVGeometry.from_dict(mine.to_dict()) == mine
+    assert "full_attention" not in mine.to_dict()
+    for one in (mine, GEMMA):
+        assert KVGeometry.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_layers_with_codecs_are_numbered() -> None:
+    assert list(geometry("llava", 4, 4, 2, 32, "1d").capsule_layers) == [0, 1, 2, 3]
+    assert [GEMMA.place(layer) for layer in GEMMA.capsule_layers] == [0, 1, 2, 3]
+    with pytest.raises(
+        GeometryError, match=r"layer 6 holds no capsule: of its 26 layers, gemma3 has full attention in"
+    ):
+        GEMMA.place(6)
+
+
+@pytest.mark.parametrize("some", [[], [1, 1], [3, 2], [-1, 2], [2, 26], list(range(26)), [True], ["5"], 5])
+def test_layers_that_no_model_has_are_refused(some: Any) -> None:
+    with pytest.raises((GeometryError, ConfigError), match="full_attention"):
+        KVGeometry.from_dict({**GEMMA.to_dict(), "full_attention": some})
+
+
+def test_other_full_attention_layers_are_refused() -> None:
+    with pytest.raises(GeometryError, match=r"\(full_attention: \[5, 11, 17, 23\] != all\)"):
+        GEMMA.require(replace(GEMMA, full_attention=()))

@@ -1,6 +1,6 @@
 """Bytes that the codes of one tile may take, and their split over cells within a limit of decoder maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -58,6 +58,16 @@ class BitBudget:
             )
         return int(stored - overhead)
 
+    def channel_limits(self, widths: Sequence[torch.Tensor]) -> list[int | None]:
+        """Most channels of each source of a model within the limit of decoder maps that was asked for; None sets no
+        bound.
+
+        widths: of the cells [S, G, W] of all sources.
+        """
+        if not self.max_map_mib:
+            return [None] * len(widths)
+        return [*most_channels(self.max_map_mib, [(len(w), w.shape[2]) for w in widths], self.tile)]
+
     def allocate(self, costs: list[torch.Tensor], code_bytes: int) -> list[torch.Tensor]:
         """Bits of cells [S, G, W] of sources; none for the last channels, which matter least, where maps would exceed
         their limit.
@@ -70,7 +80,7 @@ class BitBudget:
         """
         geometry, wanted = self.geometry, self.max_map_mib
         sources = [(len(c), c.shape[2]) for c in costs]
-        channels = geometry.layers * geometry.kv_heads * geometry.head_dim
+        channels = len(geometry.capsule_layers) * geometry.kv_heads * geometry.head_dim
         # The share of these sources in the maps of all.
         part = sum(len(c) * c.shape[2] for c in costs) / (2 * channels)
         limit = default_limit(channels, sources, self.tile) if wanted is None else wanted

@@ -65,21 +65,21 @@ class Sums(nn.Module):
         geometry, options, seed = fit.task.geometry, fit.task.recipe.transform, fit.task.recipe.seed
         sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
         self.fit, self.heads, self.scale = (fit,), heads, 0.0
-        parts = [2 * len(group) for group in fit.groups] if together else [1] * (2 * geometry.layers)
+        parts = [2 * len(group) for group in fit.groups] if together else [1] * (2 * fit.task.layers)
         device = fit.task.model.device
         self.joint = nn.ModuleList(JointMoments(count, sets, fit.task.tile, width) for count in parts).to(device)
         self.queries = nn.ModuleList(
-            QueryMoments(geometry.kv_heads, geometry.head_dim) for _ in range(geometry.layers)
+            QueryMoments(geometry.kv_heads, geometry.head_dim) for _ in range(fit.task.layers)
         ).to(device)
         size = options.query_bank
-        self.banks = [QueryBank(size, seed + i) for i in range(geometry.layers)] if size else []
+        self.banks = [QueryBank(size, seed + i) for i in range(fit.task.layers)] if size else []
         self.numbers: Sequence[int] = ()
 
     def add(self, number: int, layers: Sequence[LayerHarvest]) -> None:
         """Take in a layer group of a batch."""
-        group, parts = self.fit[0].groups[number], []
+        group, parts, indices = self.fit[0].groups[number], [], self.fit[0].task.geometry.capsule_layers
         for i, layer in zip(group, layers, strict=True):
-            require_finite(layer, i)
+            require_finite(layer, indices[i])
             parts += [merge_heads(layer.keys, self.heads), merge_heads(layer.values, self.heads)]
             queries = self.queries[i]
             assert isinstance(queries, QueryMoments)

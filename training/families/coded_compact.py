@@ -78,7 +78,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
     def __init__(self, task: Task[CodedCompactRecipe]) -> None:
         super().__init__(task)
         self.options = task.recipe.coded
-        self.config = self._config([1] * task.geometry.layers)
+        self.config = self._config([1] * task.layers)
 
     def _config(self, rows: Sequence[int], scale: float = 0.0) -> CodedCompactConfig:
         task = self.task
@@ -105,10 +105,10 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             max_map_mib=0,
             show=self.show,
         )
-        return bits.code_bytes(2 * task.geometry.layers)
+        return bits.code_bytes(2 * task.layers)
 
     def require_feasible(self, tiles: int | None) -> None:
-        layers, least = self.task.geometry.layers, 3 * self.task.geometry.kv_heads
+        layers, least = self.task.layers, 3 * self.task.geometry.kv_heads
         if self.budget < layers * least:
             raise ConfigError(
                 f"a compression of {self.task.recipe.compression:g} leaves {self.budget // layers} bytes of a tile and"
@@ -126,13 +126,13 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
             canonical = recipe.codec.canonical_frame
             samples.append(sensitivities(self.task.model, batch, self.task.tile, canonical, seeds))
         described, tried = [], []
-        for index in tracked(range(geometry.layers), "rows and bits of layers", geometry.layers, self.task.console):
+        for index in tracked(range(self.task.layers), "rows and bits of layers", self.task.layers, self.task.console):
             of_layer = [layers[index] for layers in samples]
             described.append(self._described(banks[index], scale, of_layer))
             tried.append(self._tried(banks[index], scale, described[-1], of_layer))
         chosen = choose(tried, self.budget)
         self.config = self._config([choice.rows for choice in chosen], scale)
-        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
+        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(self.task.layers))
         for index, (bank, choice, rows) in enumerate(zip(banks, chosen, described, strict=True)):
             codec = self.codec(index)
             codec.bank.copy_(bank)
@@ -171,7 +171,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
     def _rows(self) -> list[int]:
         """Numbers of rows that are tried."""
         tile, geometry = self.task.tile, self.task.geometry
-        bits = 8 * self.budget / (2 * geometry.layers * geometry.kv_heads * geometry.head_dim)
+        bits = 8 * self.budget / (2 * self.task.layers * geometry.kv_heads * geometry.head_dim)
         rows = [count for count in _ROWS if count < tile and bits / _MOST <= count <= bits / _FEWEST]
         return rows or [max(1, min(tile // 2, int(bits / _FEWEST)))]
 
@@ -182,7 +182,7 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         one = torch.zeros_like(described.weight, dtype=torch.uint8)
         one[:, 0] = 1
         tried = [self._measured(self._codec(bank, scale, 1), described, ([one], [one]), samples)]
-        most = _REACH * self.budget / self.task.geometry.layers
+        most = _REACH * self.budget / self.task.layers
         for rows in self._rows():
             keys, values = zip(*(described.widths(bits, rows) for bits in _BITS), strict=True)
             sizes = [[int(head_bytes(widths, rows).sum()) for widths in ways] for ways in (keys, values)]
@@ -238,11 +238,11 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         table = ReportTable(
             [*map(Column, names)], title=f"{self.task.recipe.model}: tiles of {self.task.tile} visual tokens"
         )
-        for index in range(self.task.geometry.layers):
+        for index, layer in enumerate(self.task.geometry.capsule_layers):
             codec = self.codec(index)
             codings = codec.codings()
             shape = [text for form in (codings.keys, codings.values) for text in _shown(form.widths)]
-            table.add(str(index), str(codec.stored), str(self.task.tile), *shape)
+            table.add(str(layer), str(codec.stored), str(self.task.tile), *shape)
         return table
 
 

@@ -4,6 +4,7 @@ answers' logits."""
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -71,7 +72,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         """Of the run, for a question's images of the size of the first held-out ones."""
         task, recipe, first = self.task, self.task.recipe, self.groups[0]
         return TrainingSize(
-            layers=task.geometry.layers,
+            layers=task.layers,
             query_heads=task.geometry.query_heads,
             kv_heads=task.geometry.kv_heads,
             head_dim=task.geometry.head_dim,
@@ -94,7 +95,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
 
     def require_budget(self) -> None:
         """Raises ConfigError if the compression leaves no byte for codes."""
-        self.budget.code_bytes(2 * self.task.geometry.layers)
+        self.budget.code_bytes(2 * self.task.layers)
 
     @abstractmethod
     def sources(self, number: int, layers: Sequence[LayerTiles], gradients: bool = False) -> Tiles:
@@ -159,7 +160,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
 
             self.stream(batch, visit)
             seeds = [task.recipe.seed + n for n in self.numbers(step, len(batch.answers))]
-            sink = GradientSink(self.groups, lambda n, layers: self._feel(sums, n, layers))
+            sink = GradientSink(self.groups, task.geometry.capsule_layers, partial(self._feel, sums))
             each_gradient(self.harvests.forward_of(batch, around), read, batch.answers, seeds, sink.take)
         for of_source in sums:
             self.reduce(of_source)

@@ -49,16 +49,16 @@ def query_banks(fit: CapsuleFit[Any], size: int, keeps_first: bool = False) -> B
         ConfigError: if there are fewer queries.
     """
     geometry, seed = fit.task.geometry, fit.task.recipe.seed
-    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(geometry.layers)]
+    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(fit.task.layers)]
     first: list[LayerHarvest] = []
     scale = default = geometry.head_dim**-0.5
 
     def visit(number: int, layers: list[LayerHarvest]) -> None:
         nonlocal scale
         (layer,), scale = layers, layers[0].scale
-        require_finite(layer, number)
+        require_finite(layer, geometry.capsule_layers[number])
         banks[number].add(layer)
-        if keeps_first and len(first) < geometry.layers:
+        if keeps_first and len(first) < fit.task.layers:
             first.append(layer)
 
     for batch in fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles"):
@@ -82,7 +82,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
         self.config = CompactConfig(
             tile=task.tile,
             canonical_frame=task.recipe.codec.canonical_frame,
-            ratios=pyramid(task.recipe.retention, task.geometry.layers, task.recipe.codec.pyramid),
+            ratios=pyramid(task.recipe.retention, task.layers, task.recipe.codec.pyramid),
             bank=self.recipe.bank,
             ridge=self.recipe.ridge,
             selector=self.recipe.selector,
@@ -102,7 +102,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
         learned = self.recipe.selector == "learned"
         banks = query_banks(self, self.recipe.bank, keeps_first=learned)
         self.config = replace(self.config, scale=banks.scale)
-        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(geometry.layers))
+        self.layers = nn.ModuleList(self.config.build(geometry, i) for i in range(self.task.layers))
         for index, bank in enumerate(banks.queries):
             codec = self.codec(index)
             codec.bank.copy_(bank)
@@ -141,6 +141,6 @@ class CompactFit(CapsuleFit[CompactRecipe]):
             [*map(Column, ("layer", "rows", "of"))],
             title=f"{self.task.recipe.model}: tiles of {tile} visual tokens, a bank of {config.bank} queries",
         )
-        for layer, ratio in enumerate(config.ratios):
+        for layer, ratio in zip(self.task.geometry.capsule_layers, config.ratios, strict=True):
             table.add(str(layer), str(retained(ratio, tile)), str(tile))
         return table

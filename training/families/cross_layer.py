@@ -21,7 +21,7 @@ from ..second_moments import Moments
 from ..task import Task
 from ..tile_sample import LayerTiles
 from .closed_form import Tiles, closed_form, measured, sensitivities
-from .coding_source import CodingSource, used
+from .coding_source import CodingSource
 from .coefficient_fit import CoefficientFit
 from .cross_layer_options import CrossLayerRecipe
 from .straight_through import coded
@@ -51,11 +51,11 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
     def __init__(self, task: Task[CrossLayerRecipe]) -> None:
         super().__init__(task)
         geometry, wanted = task.geometry, task.recipe.transform.joint_layers
-        self.joint = min(geometry.layers, wanted or joint_layers(self.heads, geometry.head_dim))
+        self.joint = min(task.layers, wanted or joint_layers(self.heads, geometry.head_dim))
 
     @property
     def groups(self) -> Sequence[range]:
-        return layer_groups(self.task.geometry.layers, self.joint)
+        return layer_groups(self.task.layers, self.joint)
 
     def prepare(self) -> None:
         form = closed_form(self, self.heads, self.together)
@@ -101,7 +101,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
             rows=tuple(t.tokens_in.shape[1] for t in transforms),
             channels=tuple(t.channels_in.shape[3] for t in transforms),
             readers=self.options.query_bank,
-            bits=round(coded_bytes * 8 / self.budget.elements(2 * task.geometry.layers), 4),
+            bits=round(coded_bytes * 8 / self.budget.elements(2 * task.layers), 4),
         )
 
     def codec(self, index: int) -> CrossLayerCodec:
@@ -139,8 +139,12 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         for group, t in zip(self.groups, transforms, strict=True):
             bits = int(t.widths.long().sum()) * 8 / self.budget.elements(2 * len(group))
             cells = f"{int((t.widths > 0).sum()):,} of {t.widths.numel():,}"
+            layers = self.task.geometry.capsule_layers
             table.add(
-                f"{group[0]} to {group[-1]}", f"{bits:.2f}", f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}", cells
+                f"{layers[group[0]]} to {layers[group[-1]]}",
+                f"{bits:.2f}",
+                f"{t.tokens_in.shape[1]} x {t.channels_in.shape[3]}",
+                cells,
             )
         return table
 
@@ -190,34 +194,36 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
 
         queries: those of each layer's query bank, none for codecs without one.
         """
-        code_bytes = self.budget.code_bytes(2 * self.task.geometry.layers)
+        code_bytes = self.budget.code_bytes(2 * self.task.layers)
         widths = self.budget.allocate([source.cells for source in sources], code_bytes)
-        parts = zip(sources, widths, self.coordinates, self.groups, strict=True)
+        limits = self.budget.channel_limits(widths)
+        parts = zip(sources, widths, limits, self.coordinates, self.groups, strict=True)
         return nn.ModuleList(
             CrossLayerCodec(
-                self._transform(source, w, basis, len(group)), self.query_bank(queries[group.start : group.stop])
+                self._transform(source, w, most, basis, len(group)), self.query_bank(queries[group.start : group.stop])
             )
-            for source, w, basis, group in parts
+            for source, w, most, basis, group in parts
         )
 
     def _transform(
-        self, source: CodingSource, widths: torch.Tensor, basis: Coordinates, layers: int
+        self, source: CodingSource, widths: torch.Tensor, most: int | None, basis: Coordinates, layers: int
     ) -> CrossLayerTransform:
-        rows, channels = used(widths)
+        held = source.held(widths, most)
+        channels = held.channels
         built = CrossLayerTransform(
             layers=layers,
             head_groups=len(widths),
             heads=self.heads,
             tile=self.task.tile,
             dim=self.task.geometry.head_dim,
-            rows=rows,
+            rows=held.rows,
             channels=channels,
         ).to(source.variance.device)
-        source.fill(built, widths)
+        source.fill(built, widths, held)
         with torch.no_grad():
             for maps, axes, parts in (
-                (basis.into, source.bases.channels_in, built.channels_in),
-                (basis.back, source.bases.channels_out, built.channels_out),
+                (basis.into, held.bases.channels_in, built.channels_in),
+                (basis.back, held.bases.channels_out, built.channels_out),
             ):
                 parts.copy_(maps @ axes[:, :, :channels].unflatten(1, (2 * layers, -1)).transpose(0, 1))
         return built

@@ -54,7 +54,7 @@ class LayerFit(nn.Module):
 
 def _config(task: Task[KVCapsuleRecipe]) -> KVCapsuleConfig:
     """The sizes of the codecs of a run."""
-    recipe, layers = task.recipe, task.geometry.layers
+    recipe, layers = task.recipe, task.layers
     keys, values = recipe.mean_ratios()
     return KVCapsuleConfig(
         tile=task.tile,
@@ -103,7 +103,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
         geometry, tile = self.task.geometry, self.task.tile
         moments = [
             TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device)
-            for _ in range(geometry.layers)
+            for _ in range(self.task.layers)
         ]
         for batch in self.batches(batches, "moments of keys and values"):
             self.stream(batch, lambda number, layers: moments[number].add(layers[0]))
@@ -162,8 +162,8 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
                 f" {values:.3f}"
             ),
         )
-        for layer in range(self.task.geometry.layers):
-            m_keys, m_values = retained(config.key_ratios[layer], tile), retained(config.value_ratios[layer], tile)
+        for i, layer in enumerate(self.task.geometry.capsule_layers):
+            m_keys, m_values = retained(config.key_ratios[i], tile), retained(config.value_ratios[i], tile)
             table.add(str(layer), str(m_keys), str(m_values), str(tile), f"{2 * tile / (m_keys + m_values):.2f}x")
         return table
 

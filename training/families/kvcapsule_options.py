@@ -104,7 +104,7 @@ class KVCapsuleRecipe(Recipe):
             return pyramid(mean, layers, self.codec.pyramid)
         if len(weights) != layers:
             raise ConfigError(
-                f"--codec.layer_weights has {len(weights)} numbers, but the model has {layers} layers: give one for"
-                " each."
+                f"--codec.layer_weights has {len(weights)} numbers, but {layers} layers of the model get a codec: give"
+                " one for each, or none (--codec.layer_weights null)."
             )
         return weighted(mean, weights)

@@ -96,10 +96,10 @@ class TransformFit(CoefficientFit[TransformRecipe]):
                 f" element, {maps:.1f} MiB of maps stored once"
             ),
         )
-        for i in range(len(self.layers)):
+        for i, layer in enumerate(task.geometry.capsule_layers):
             pair = self._transforms(i)
             bits = (f"{_bytes(t) * 8 / self.budget.elements(1):.2f}" for t in pair)
-            table.add(str(i), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
+            table.add(str(layer), *bits, *(f"{t.tokens_in.shape[1]} x {t.channels_in.shape[2]}" for t in pair))
         return table
 
     def _transforms(self, layer: int) -> tuple[Transform, Transform]:
@@ -126,7 +126,8 @@ class TransformFit(CoefficientFit[TransformRecipe]):
     ) -> nn.ModuleList:
         """The codes of all layers; queries: those of each layer's query bank, none for codes without one."""
         dim = self.task.geometry.head_dim
-        transforms = [s.transform(w, self.heads, dim) for s, w in zip(sources, widths, strict=True)]
+        parts = zip(sources, widths, self.budget.channel_limits(widths), strict=True)
+        transforms = [source.transform(w, self.heads, dim, most) for source, w, most in parts]
         return nn.ModuleList(transform_layers(transforms, [self.query_bank([of_layer]) for of_layer in queries]))
 
     def _widths(self, costs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -127,7 +127,7 @@ def make_capsule(folder: Path, family: str, tile: int, into: Path) -> None:
     if family == "transform":
         capsule = random_transform.capsule(geometry, tile, tile_bytes(geometry, tile), drawn)
     else:
-        config = CompactConfig(tile, ratios=(1 / COMPRESSION,) * geometry.layers)
+        config = CompactConfig(tile, ratios=(1 / COMPRESSION,) * len(geometry.capsule_layers))
         capsule = Capsule(CapsuleConfig("compact", config, geometry, "random")).requires_grad_(False)
         for bank in (buffer for name, buffer in capsule.named_buffers() if name.endswith("bank")):
             bank.copy_(torch.randn(bank.shape, generator=drawn))
