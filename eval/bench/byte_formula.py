@@ -13,6 +13,7 @@ from kvcapsule.codec.coded_compact import CodedCompactLayer
 from kvcapsule.codec.transform import TransformKeys, TransformValues
 from kvcapsule.methods.method import Method
 from kvcapsule.methods.ratios import retained
+from kvcapsule.segments.bit_packing import GROUP
 
 from .layer_data import TAIL, Cell
 from .random_methods import KEPT, RETAINED
