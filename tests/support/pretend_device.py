@@ -3,7 +3,8 @@
 Inside `pretended()` a tensor of the device "pretend" cannot meet one of the CPU's in an operation, unless that has a
 single element, as on CUDA. What makes the host wait for an accelerator is counted: a number that is read (item, tolist,
 bool, a comparison of tensors), an operation whose output has a size that the data decide (nonzero, unique, a boolean
-index), a copy to the host, an index from the host.
+index), a copy to the host, an index from the host. Other copies from the host are not counted, though CUDA waits for
+those that are not `non_blocking`.
 
 It stands on torch's registration of Python backends, which is experimental.
 """
