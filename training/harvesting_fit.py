@@ -1,9 +1,9 @@
 """What every fit reads: batches, and their harvests, which a frozen VLM gives that is no part of the fit's state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol
+from typing import ClassVar, Generic, Protocol
 
 import lightning as L
 import torch
@@ -97,7 +97,7 @@ class HarvestingFit(L.LightningModule, Generic[R]):
 
     def harvest_pass(self, title: str, sums: "SumsOfGroups") -> None:
         """Hand every layer group of the first batches (--moment_batches) to `sums`, and hold a sample of their tiles
-        for `tiles`."""
+        for `each_tiles`."""
         world = 1 if self._trainer is None else self.trainer.world_size
         count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
         sample = TileSample(self.task.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
@@ -105,21 +105,20 @@ class HarvestingFit(L.LightningModule, Generic[R]):
             sums.numbers = self.numbers(step, len(batch.answers))
             self.harvests.sampled_stream(batch, sums.add, sample, sums.numbers)
 
-    def tiles(self, title: str) -> Iterator[tuple[int, Sequence[LayerTiles]]]:
-        """The number of a layer group and the tiles of its layers, batch by batch of the sample that `harvest_pass`
-        held; all tiles by the frozen VLM where that holds too few."""
-        held = self.harvests.sampled()
-        if held is not None:
-            yield from held
+    def each_tiles(self, title: str, use: Callable[[int, Sequence[LayerTiles]], None]) -> None:
+        """Call `use` with the number of a layer group and the tiles of its layers, batch by batch of the sample that
+        `harvest_pass` held; where that holds too few, with all tiles, by the frozen VLM."""
+        sampled = self.harvests.sampled()
+        if sampled is not None:
+            for number, tiles in sampled:
+                use(number, tiles)
             return
+
+        def visit(number: int, layers: list[LayerHarvest]) -> None:
+            use(number, [LayerTiles(layer.keys, layer.values) for layer in layers])
+
         for batch in self.batches(self.task.recipe.moment_batches, title):
-            groups: list[tuple[int, Sequence[LayerTiles]]] = []
-
-            def visit(number: int, layers: list[LayerHarvest], into: Any = groups) -> None:
-                into.append((number, [LayerTiles(layer.keys, layer.values) for layer in layers]))
-
             self.stream(batch, visit)
-            yield from groups
 
     @rank_zero_only
     def show(self, what: object) -> None:

@@ -130,8 +130,9 @@ def test_too_few_tiles_are_read_anew(loaded: Any, nothing_held: None) -> None:
     fit, again = fit_of(loaded, TransformFit), fit_of(loaded, TransformFit)
     fit.prepare()
     assert fit.harvests.sampled() is None
-    titles = [number for number, _ in fit.tiles("again")]
-    assert titles == [0, 1, 2, 3] * BATCHES
+    numbers: list[int] = []
+    fit.each_tiles("again", lambda number, layers: numbers.append(number))
+    assert numbers == [0, 1, 2, 3] * BATCHES
     again.prepare()
     for one, other in zip(fit.layers.state_dict().values(), again.layers.state_dict().values(), strict=True):
         assert torch.equal(one, other)

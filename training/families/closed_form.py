@@ -5,7 +5,7 @@ what needs bases first is measured on the sample. E tiles, S sets of KV heads si
 tile, W channels of a source, P parts of a layer group.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from ..losses import error_and_energy, full_output, require_finite
 from ..query_bank import QueryBank
 from ..question_forward import decoded
 from ..second_moments import Bases, CoefficientMoments, Extremes, Moments, QueryMoments
+from ..tile_sample import LayerTiles
 from .bit_budget import BitBudget
 from .coding_source import CodingSource
 from .coefficient_options import CoefficientRecipe
@@ -37,6 +38,10 @@ _PROBE = 2.0
 
 Tiles = Iterable[tuple[int, torch.Tensor]]
 """The number and the tiles [E, S, T, W] of each source."""
+Use = Callable[[int, torch.Tensor], None]
+"""Takes the number and some tiles of a source."""
+EachTiles = Callable[[Use], None]
+"""Hands the tiles of all sources on, some at a time."""
 Fit = CapsuleFit[CoefficientRecipe]
 
 
@@ -142,25 +147,31 @@ def closed_form(fit: Fit, heads: int, together: bool) -> ClosedForm:
     bases = [
         m.bases(None if metric is identity else metric).single() for m, metric in zip(moments, metrics, strict=True)
     ]
-    coefficients = (
-        (2 * i + part, merge_heads(x.float(), heads))
-        for number, layers in fit.tiles("variances of their coefficients")
-        for i, layer in zip(fit.groups[number], layers, strict=True)
-        for part, x in enumerate(layer)
-    )
+
+    def coefficients(use: Use) -> None:
+        def of_group(number: int, layers: Sequence[LayerTiles]) -> None:
+            for i, layer in zip(fit.groups[number], layers, strict=True):
+                for part, x in enumerate(layer):
+                    use(2 * i + part, merge_heads(x.float(), heads))
+
+        fit.each_tiles("variances of their coefficients", of_group)
+
     sources = measured(fit, bases, coefficients)
     return ClosedForm(sources, moments, joint, metrics, [bank.bank() * sums.scale for bank in sums.banks])
 
 
-def measured(fit: Fit, bases: Sequence[Bases], tiles: Tiles) -> list[CodingSource]:
+def measured(fit: Fit, bases: Sequence[Bases], tiles: EachTiles) -> list[CodingSource]:
     """Sources with the variances and extremes of their coefficients in given bases, over all ranks."""
     sizes = [(*b.tokens.shape[:2], b.channels_in.shape[2]) for b in bases]
     moments = [CoefficientMoments(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
     extremes = [Extremes(*size).to(b.tokens.device) for size, b in zip(sizes, bases, strict=True)]
-    for number, x in tiles:
-        coefficients = bases[number].coefficients(x)
+
+    def add(number: int, x_ESTW: torch.Tensor) -> None:
+        coefficients = bases[number].coefficients(x_ESTW)
         moments[number].add(coefficients)
         extremes[number].add(coefficients)
+
+    tiles(add)
     for sums, ends in zip(moments, extremes, strict=True):
         fit.reduce(sums)
         fit.reduce(ends, greatest=True)

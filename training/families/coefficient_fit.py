@@ -26,7 +26,7 @@ from ..question_forward import Surroundings
 from ..task import Task
 from ..tile_sample import LayerTiles
 from .bit_budget import BitBudget
-from .closed_form import Tiles, require_samples
+from .closed_form import EachTiles, Tiles, Use, require_samples
 from .coding_source import LEAST_STEP
 from .coefficient_options import CoefficientRecipe
 
@@ -108,10 +108,17 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
                 their inverse transpose.
         """
 
-    def all_sources(self, title: str) -> Tiles:
+    def all_sources(self, title: str) -> EachTiles:
         """The same of the tiles of all groups; title: of the progress where the frozen VLM has to run."""
-        for number, layers in self.tiles(title):
-            yield from self.sources(number, layers)
+
+        def each(use: Use) -> None:
+            def of_group(number: int, layers: Sequence[LayerTiles]) -> None:
+                for source, x in self.sources(number, layers):
+                    use(source, x)
+
+            self.each_tiles(title, of_group)
+
+        return each
 
     @property
     def steps(self) -> int:

@@ -171,8 +171,7 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
         """The moments of a group's parts in their coordinates, given its number; made anew at every call."""
         tile = self.task.tile
         along = [_AlongTokens(len(c.into[0]), tile).to(c.into.device) for c in self.coordinates]
-        for number, x in self.all_sources("moments of groups of layers"):
-            along[number].add(x)
+        self.all_sources("moments of groups of layers")(lambda number, x: along[number].add(x))
         for sums in along:
             self.reduce(sums)
 
