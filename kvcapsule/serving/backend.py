@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from ..errors import ConfigError
 from .connector import CapsuleConnector
 from .manager import CapsuleSpec
+from .paged_cache import readable_isa
 from .worker_half import Batch, Held, WorkerHalf
 
 
@@ -38,7 +39,12 @@ class _Plan(NamedTuple):
 
 
 class CapsuleMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Keeps what it needs to make metadata for some of a step's rows."""
+    """Chooses kernels whose blocks can be read, and keeps what it needs to make metadata for some of a step's rows."""
+
+    def _set_isa_to_layers(self, layer_names: list[str]) -> None:
+        if CapsuleBackend.chosen:
+            self.isa = readable_isa(self.isa)
+        super()._set_isa_to_layers(layer_names)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

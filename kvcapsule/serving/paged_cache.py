@@ -51,9 +51,15 @@ class PagedCache:
         return keys, values
 
 
+def readable_isa(isa: str) -> str:
+    """The kernels of vLLM's CPU backend to use in place of `isa`: those for AMX lay out a block in an order of their
+    own, those for vectors in PagedCache's."""
+    return "vec" if isa == "amx" else isa
+
+
 def check_layout(dtype: torch.dtype, heads: int, block: int, dim: int) -> None:
     """Write numbered tokens into a block, and raise ModelError if PagedCache does not read them."""
-    isa = _get_attn_isa(dtype, block, dim, "auto")
+    isa = readable_isa(_get_attn_isa(dtype, block, dim, "auto"))
     numbers = torch.arange(2 * block * heads * dim, dtype=torch.float64) % 251
     keys, values = numbers.to(dtype).view(2, block, heads, dim)
     cache = torch.zeros(2, heads, block, 2 * dim, dtype=dtype)

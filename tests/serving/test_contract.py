@@ -141,6 +141,21 @@ def test_the_kernels_schedule_takes_these_arguments() -> None:
         assert f"{name}=" in source, name
 
 
+def test_the_builder_hands_its_kernels_to_the_layers_once_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm/v1/attention/backends/cpu_attn.py: CapsuleMetadataBuilder takes vectors' kernels in place of AMX's there."""
+    base = CapsuleMetadataBuilder.__mro__[1]
+    source = inspect.getsource(base.__init__)
+    assert source.index("self.isa = _get_attn_isa(") < source.index("self._set_isa_to_layers(layer_names)")
+    given = []
+    monkeypatch.setattr(base, "_set_isa_to_layers", lambda self, names: given.append(self.isa))
+    builder = CapsuleMetadataBuilder.__new__(CapsuleMetadataBuilder)
+    for chosen in (False, True):
+        monkeypatch.setattr(CapsuleBackend, "chosen", chosen)
+        builder.isa = "amx"
+        builder._set_isa_to_layers([])
+    assert given == ["amx", "vec"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "dim"), [(2, 32), (1, 64), (4, 128)])
 @pytest.mark.parametrize("block", [32, 64])
