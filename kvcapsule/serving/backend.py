@@ -41,6 +41,9 @@ class _Plan(NamedTuple):
 class CapsuleMetadataBuilder(CPUAttentionMetadataBuilder):
     """Chooses kernels whose blocks can be read, and keeps what it needs to make metadata for some of a step's rows."""
 
+    isa: str
+    """Set of kernels of vLLM's CPU backend."""
+
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
         if CapsuleBackend.chosen:
             self.isa = readable_isa(self.isa)
