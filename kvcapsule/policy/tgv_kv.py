@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import ConfigError
-from ..methods.kept_rows import PER_HEAD_PADDING, gather_kept
+from ..methods.kept_rows import PER_HEAD_PADDING, gather_apart
 from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed
 from ..methods.ratios import check_budget
 from ..methods.shared_budget import SharedBudget
-from .attention_scores import attention_chunks
+from .attention_scores import attention_chunks, attention_received
 from .base import Policy
 from .budgets import best_tokens, last_tokens, share_out
 from .vl_cache import WINDOW, ranking_queries
@@ -72,23 +73,23 @@ class TgvKV(SharedBudget[TextGuide], Policy):
 
     def observe(self, prefill: LayerPrefill) -> TextGuide:
         ranking, visual = ranking_queries(prefill, self.window), prefill.visual()
-        rows, attended = _attention(prefill, ranking)
-        weights = _text_weights(rows, ranking)
+        queries, rows = _attention(prefill, ranking)
+        weights = _text_weights(queries, rows, ranking)
+        attended = attention_received(prefill, 0).sum(dim=1) / prefill.query.shape[1]
         scores = torch.where(visual, (weights[:, None] @ rows)[:, 0], attended)
         return TextGuide(scores, (rows.sum(dim=1) * visual).sum(dim=1))
 
     def commit(self, prefills: Sequence[LayerPrefill], observations: Sequence[TextGuide]) -> list[Compressed]:
         valid, visual = prefills[0].valid, prefills[0].visual()
         strength_BL = torch.stack([o.strength for o in observations], dim=1).tolist()
-        counts_LB = zip(*map(self.counts, strength_BL, valid.sum(dim=1).tolist()), strict=True)
+        counts_LB = zip(*map(self.counts, strength_BL, prefills[0].tokens()), strict=True)
         always = (valid & (valid.cumsum(dim=1) <= self.sinks)) | last_tokens(valid, 1)
         compressed = []
         for prefill, observation, counts in zip(prefills, observations, counts_LB, strict=True):
             # Attention is at most the number of queries: text with this much more comes before all visual tokens.
             ranked = observation.scores + (valid.shape[1] + 1) * (valid & ~visual)
             kept = best_tokens(ranked, valid, torch.tensor(counts, device=valid.device), always)
-            parts = (kept & visual, kept & ~visual)
-            compressed.append(Compressed(*(gather_kept(prefill, part, PER_HEAD_PADDING) for part in parts)))
+            compressed.append(Compressed(*gather_apart(prefill, (kept & visual, kept & ~visual), PER_HEAD_PADDING)))
         return compressed
 
     def counts(self, strength: Sequence[float], tokens: int) -> list[int]:
@@ -98,28 +99,19 @@ class TgvKV(SharedBudget[TextGuide], Policy):
 
 
 def _attention(prefill: LayerPrefill, ranking: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over the heads of the attention of the ranking queries, a row of it for each token ([B, N, N] without the
-    rows of tokens that rank in no batch row: [B, P, N]), and what each token gets from all queries, [B, N]."""
-    batch, tokens = ranking.shape
-    selected = ranking.any(dim=0)
-    work = torch.promote_types(prefill.keys.dtype, torch.float32)
-    rows = torch.zeros(batch, int(selected.sum()), tokens, dtype=work, device=ranking.device)
-    attended = torch.zeros(batch, tokens, dtype=work, device=ranking.device)
-    begin = 0
-    for chunk in attention_chunks(prefill, prefill.valid):
+    """Positions [P] of the tokens that rank in some batch row, and the mean over the heads of their attention,
+    [B, P, N]: 0 where one ranks in another batch row alone."""
+    queries, rows = [], []
+    for chunk in attention_chunks(prefill, ranking, alike="text that ranks"):
         weights = chunk.weights.mean(dim=(1, 2))
-        attended[:, : weights.shape[2]] += weights.sum(dim=1)
-        of_text = weights[:, selected[chunk.queries]]
-        end = begin + of_text.shape[1]
-        rows[:, begin:end, : weights.shape[2]] = of_text * ranking[:, selected][:, begin:end, None]
-        begin = end
-    return rows, attended
+        queries.append(chunk.queries)
+        rows.append(F.pad(weights, (0, ranking.shape[1] - weights.shape[2])))
+    return torch.cat(queries), torch.cat(rows, dim=1)
 
 
-def _text_weights(rows_BPN: torch.Tensor, ranking: torch.Tensor) -> torch.Tensor:
+def _text_weights(queries: torch.Tensor, rows_BPN: torch.Tensor, ranking: torch.Tensor) -> torch.Tensor:
     """[B, P]: w of the tokens that rank, 0 where one ranks in another batch row alone."""
-    selected = ranking.any(dim=0)
-    among = ranking[:, selected]
+    among = ranking[:, queries]
     behind = among.flip(1).cumsum(dim=1).flip(1)
-    received = rows_BPN[:, :, selected].sum(dim=1)
+    received = rows_BPN[:, :, queries].sum(dim=1)
     return received / behind.clamp_min(1) * among

@@ -124,7 +124,7 @@ def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
         == (
             "model model_type dtype weight_bits images visual_tokens text_tokens batch compression16 compression layers"
             " full_attention_layers kv_bytes_per_token full capsule weight_bytes_read weight_bytes_held speedup_bound"
-            " speedup_limit memory measured note"
+            " speedup_limit memory train measured note"
         ).split()
     )
     assert found["memory"] is None

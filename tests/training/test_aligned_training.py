@@ -16,9 +16,9 @@ from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.segments.segment import Segment
 from kvcapsule.testbeds import pages
 from kvcapsule.training.datamodule import Batch, Questions
-from kvcapsule.training.fisher import gradients
-from kvcapsule.training.frozen_forward import logits_through
-from kvcapsule.training.harvest import AT_SPANS, Alignment, LayerHarvest, harvest, harvest_with_logits
+from kvcapsule.training.fisher import GradientSink, each_gradient
+from kvcapsule.training.frozen_forward import logits_reading, logits_through
+from kvcapsule.training.harvest import AT_SPANS, Alignment, LayerHarvest, Recorder, harvest, harvest_with_logits
 from kvcapsule.training.harvest_store import HarvestStore
 from kvcapsule.training.losses import full_output
 from kvcapsule.training.main import main
@@ -74,9 +74,11 @@ def test_queries_read_what_the_model_reads(model, batch) -> None:
 
 def test_gradients_are_taken_at_the_same_tiles(model, batch) -> None:
     layers = harvest(model, batch, TILE, alignment=AT_BLOCKS)
-    slopes = gradients(
-        model, Batch(batch, torch.tensor([2, 2, 2]), AT_BLOCKS), TILE, True, layers, exact(layers), [0, 1, 2]
-    )
+    found, like = {}, Recorder(TILE, True, AT_BLOCKS)
+    sink = GradientSink([range(len(layers))], range(len(layers)), lambda number, own: found.update({number: own}))
+    answers, seeds = torch.tensor([2, 2, 2]), [0, 1, 2]
+    each_gradient(lambda *read: logits_reading(model, batch, like, *read), exact(layers), answers, seeds, sink.take)
+    slopes = found[0]
     assert [slope.keys.shape for slope in slopes] == [layer.keys.shape for layer in layers]
     assert all(bool((slope.values.flatten(1).abs().sum(1) > 0).all()) for slope in slopes[:-1])
 

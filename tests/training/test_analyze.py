@@ -163,7 +163,8 @@ def test_contract_the_document_names_every_key(run) -> None:
             return set(value).union(*map(keys, value.values()))
         return set().union(*map(keys, value)) if isinstance(value, list) else set()
 
-    assert keys(run[0]) == named
+    # Only models with layers of several kinds have it.
+    assert keys(run[0]) | {"full_attention"} == named
 
 
 def test_contract_files_are_whole_and_alone(run) -> None:

@@ -68,7 +68,8 @@ def test_what_cannot_work_is_refused_before_the_model_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("kvcapsule.training.capsule_fit.harvest", lambda *_: pytest.fail("ran the model"))
+    for forward in ("harvest", "streamed"):
+        monkeypatch.setattr(f"kvcapsule.training.harvest_source.{forward}", lambda *_: pytest.fail("ran the model"))
     quick = ["--data.size", "24", "--held-out", "8", "--batch", "4", "--device", "cpu"]
     family = [] if "--family" in words else ["transform"]
     assert main([*family, "--model", vlm, "--output", str(tmp_path / "c"), *quick, *words]) == 2

@@ -220,7 +220,8 @@ def test_two_processes_solve_the_same_bases_as_one(
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         atol = tolerance * float(tensor.abs().max())
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        # Files hold 16 bits: numbers that are nearly equal may be rounded to neighbours.
+        torch.testing.assert_close(two[name], tensor, rtol=2**-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     if span_tolerance is not None:
         span, other = (
             torch.einsum(
