@@ -6,9 +6,14 @@ import sys
 
 
 def give_back() -> None:
-    """Let the C library return what it keeps of freed tensors: glibc holds it for later calls of the same sizes, and
-    the next stage asks for others. Elsewhere nothing is done."""
+    """Free what only cycles of references hold, and `trim`."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Let the C library return what it keeps of freed tensors: glibc holds it for later calls of the same sizes, and
+    few of those that come next are of them. Elsewhere nothing is done."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -1,6 +1,6 @@
 """What every fit reads: batches, and their harvests, which a frozen VLM gives that is no part of the fit's state."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol
@@ -14,7 +14,7 @@ from kvcapsule.cli.progress import tracked
 from kvcapsule.training_footprint import SAMPLE_BYTES
 
 from .datamodule import Batch
-from .freed_memory import give_back
+from .freed_memory import give_back, trim
 from .harvest import LayerHarvest
 from .harvest_memory import HarvestMemory
 from .harvest_source import HarvestSource
@@ -23,6 +23,13 @@ from .stage_lines import with_lines
 from .streamed import Cut, Visit
 from .task import R, Task
 from .tile_sample import LayerTiles, TileSample
+
+
+def trimmed(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; what one of them freed goes back to the system before the next."""
+    for batch in batches:
+        yield batch
+        trim()
 
 
 class SumsOfGroups(Protocol):
@@ -70,7 +77,7 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         give_back()
         loader = self.task.data.first_epoch()
         count = min(count, len(loader))
-        batches = self.harvests.memory.batches(loader, count)
+        batches = trimmed(self.harvests.memory.batches(loader, count))
         tracked_batches = tracked(batches, title, count, self.task.console)
         return with_lines(
             self.task.data.rows_read.noted(tracked_batches), title, count, self.held().get(title), self.show

@@ -111,14 +111,14 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
     def all_sources(self, title: str) -> EachTiles:
         """The same of the tiles of all groups; title: of the progress where the frozen VLM has to run."""
 
-        def each(use: Use) -> None:
+        def hand_on(use: Use) -> None:
             def of_group(number: int, layers: Sequence[LayerTiles]) -> None:
                 for source, x in self.sources(number, layers):
                     use(source, x)
 
             self.each_tiles(title, of_group)
 
-        return each
+        return hand_on
 
     @property
     def steps(self) -> int:
