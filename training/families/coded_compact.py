@@ -218,7 +218,9 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         of_keys, of_values = errors.total.cpu().split([len(keys), len(values)])
         least = _LEAST * torch.minimum(of_keys[:, None], of_values)
         error = torch.maximum(of_keys[:, None] + of_values - of_keys[len(keys) // 2], least)
-        return Candidates.of(codec.stored, torch.stack([*keys]), torch.stack([*values]), error)
+        # Choices are made on the host.
+        on_host = (torch.stack([*widths]).cpu() for widths in (keys, values))
+        return Candidates.of(codec.stored, *on_host, error)
 
     def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
         assert isinstance(config, CodedCompactConfig)
