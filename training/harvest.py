@@ -140,4 +140,6 @@ def harvest_with_logits(
     with attach(model):
         cache = CapsuleCache(model.config, recorder)
         out = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last)
-    return recorder.layers, out.logits
+    # A cache refers to itself, and lives until such cycles are looked for: what it recorded does not.
+    layers, recorder.layers = recorder.layers, []
+    return layers, out.logits

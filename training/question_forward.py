@@ -15,6 +15,7 @@ from transformers import BatchFeature, PreTrainedModel
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
 from kvcapsule.inference.cache_layer import CapsuleLayer
+from kvcapsule.inference.forward_context import ForwardContext
 from kvcapsule.inference.transformers_api import cache_argument, prompt_positions
 from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
@@ -124,6 +125,10 @@ class _QuestionLayer(CapsuleLayer):
     def __init__(self, index: int, recorder: Recorder, reading: Reading, around: Surroundings, before: int) -> None:
         super().__init__(index, recorder)
         self.reading, self.around, self.before = reading, around, before
+
+    def idle(self) -> ForwardContext:
+        """Without the layer itself, so that what it read is let go when the cache is."""
+        return super().idle()._replace(layers={})
 
     @property
     def is_empty(self) -> bool:

@@ -53,4 +53,10 @@ def streamed(model: PreTrainedModel, inputs: BatchFeature, recorder: GroupRecord
     with attach(model):
         cache = CapsuleCache(model.config, recorder)
         logits: torch.Tensor = model(**inputs.to(model.device), **cache_argument(cache), logits_to_keep=last).logits
+    # The cache, which lives until cycles of references are looked for, holds on to nothing that was visited.
+    recorder.visit = _nothing
     return logits
+
+
+def _nothing(number: int, layers: list[LayerHarvest]) -> None:
+    """In place of a visit."""

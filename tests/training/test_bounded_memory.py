@@ -15,7 +15,7 @@ from support.training_cost import SHAPES, build
 from kvcapsule.data import source
 from kvcapsule.data.source import SourceConfig
 from kvcapsule.eval.bench.peak_memory import LiveBytes
-from kvcapsule.segments.segment import storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.training import harvesting_fit, streamed
 from kvcapsule.training.datamodule import Questions
 from kvcapsule.training.families.coefficient_fit import CoefficientFit
@@ -23,8 +23,10 @@ from kvcapsule.training.families.cross_layer import CrossLayerFit
 from kvcapsule.training.families.cross_layer_options import CrossLayerRecipe
 from kvcapsule.training.families.transform import TransformFit
 from kvcapsule.training.families.transform_options import TransformRecipe
+from kvcapsule.training.fisher import GradientSink, each_gradient
 from kvcapsule.training.harvest import LayerHarvest
 from kvcapsule.training.losses import full_output, output_error
+from kvcapsule.training.question_forward import Surroundings
 from kvcapsule.training.stage_lines import LONG, duration, with_lines
 from kvcapsule.training.task import Task
 from kvcapsule.training_footprint import FISHER, HARVEST, PROBE
@@ -168,3 +170,31 @@ def test_files_of_harvests_serve_all_tiles(loaded: Any, tmp_path: Path, nothing_
     whole.prepare()
     for one, other in zip(fit.layers.state_dict().values(), whole.layers.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_batch_leaves_nothing_behind(loaded: Any, nothing_held: None) -> None:
+    """Without a look for cycles of references: neither what was harvested, nor what the questions read."""
+    fit = fit_of(loaded, TransformFit)
+    batch = next(iter(fit.task.data.first_epoch()))
+    remembered: list[weakref.ref[torch.Tensor]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        around: list[Surroundings] = []
+        tiles: list[Segment] = []
+
+        def visit(number: int, layers: list[LayerHarvest], around: Any = around, tiles: Any = tiles) -> None:
+            for layer in layers:
+                around.append(Surroundings.of(layer))
+                tiles.append(Segment(layer.keys, layer.values, layer.owner, frame=layer.frame))
+                remembered.extend(map(weakref.ref, (layer.keys, layer.values, layer.rest.keys, layer.query)))
+
+        fit.stream(batch, visit)
+        sink = GradientSink(fit.groups, lambda number, layers: remembered.append(weakref.ref(layers[0].keys)))
+        each_gradient(fit.harvests.forward_of(batch, around), tiles, batch.answers, [0] * BATCH, sink.take)
+        assert len(remembered) == 5 * 4 and any(of() is not None for of in remembered)
+        around.clear()
+        tiles.clear()
+        assert all(of() is None for of in remembered)
+    finally:
+        gc.enable()
