@@ -219,8 +219,8 @@ class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
         least = _LEAST * torch.minimum(of_keys[:, None], of_values)
         error = torch.maximum(of_keys[:, None] + of_values - of_keys[len(keys) // 2], least)
         # Choices are made on the host.
-        on_host = (torch.stack([*widths]).cpu() for widths in (keys, values))
-        return Candidates.of(codec.stored, *on_host, error)
+        on_host = [torch.stack([*widths]).cpu() for widths in (keys, values)]
+        return Candidates.of(codec.stored, on_host[0], on_host[1], error)
 
     def restore(self, config: CodecConfig, layers: Mapping[str, torch.Tensor]) -> None:
         assert isinstance(config, CodedCompactConfig)
