@@ -1,7 +1,8 @@
 """What training a transform or cross-layer code holds in memory beside the model and the forward of a batch, stage by
 stage, and how many batches go through the model: counted from sizes alone, nothing is measured.
 
-Bytes are those of the largest tensors that live at a time, at most; what a library's allocator keeps comes on top.
+Bytes are those of the largest tensors that live at a time. What an allocator keeps, and what operations need between
+their inputs and outputs, comes on top (docs/train.md says what was measured).
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ HARVEST, PROBE, FISHER, MEASURE = (
     "held-out batches",
 )
 """Titles of the stages in which batches go through the model, in order."""
+_MOST_HELD_OUT = 64
 _FP64, _FP32 = 8, 4
+
+
+def held_out_of(questions: int) -> int:
+    """How many of so many questions `kvcapsule train` holds out unless it is told: 64, or a fifth of fewer than 320."""
+    return max(1, min(_MOST_HELD_OUT, questions // 5))
 
 
 class Stage(NamedTuple):

@@ -283,3 +283,12 @@ def random_segment() -> Callable[..., Segment]:
         )
 
     return build
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """So small a model is slower on several threads, and far slower where other processes want them too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

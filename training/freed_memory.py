@@ -15,6 +15,6 @@ def trim() -> None:
     """Let the C library return what it keeps of freed tensors: glibc holds it for later calls of the same sizes, and
     few of those that come next are of them. Elsewhere nothing is done."""
     if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        of_glibc = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if of_glibc is not None:
+            of_glibc(0)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from kvcapsule.codec.blocks import require_whole_blocks
 from kvcapsule.data.source_config import SourceConfig
 from kvcapsule.errors import ConfigError, DataError
+from kvcapsule.training_footprint import held_out_of
 
 REFERENCE_BITS = 16
 """Bits of an element of the cache that compression is counted against, whatever precision the model runs in."""
@@ -147,7 +148,7 @@ class Recipe:
         Raises:
             DataError: if none is left to train on.
         """
-        held_out = max(1, min(64, questions // 5)) if self.held_out is None else self.held_out
+        held_out = held_out_of(questions) if self.held_out is None else self.held_out
         if questions <= held_out:
             counted = "1 question" if questions == 1 else f"{questions} questions"
             lower = f"lower --held_out to at most {questions - 1} or " if questions > 1 else ""

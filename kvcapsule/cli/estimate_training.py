@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..training_footprint import Stage, TrainingSize
+from ..training_footprint import Stage, TrainingSize, held_out_of
 
 if TYPE_CHECKING:
     from .tables import ReportTable
 
-HARVEST_BATCHES, HELD_OUT = 40, 64
-"""Defaults of `kvcapsule train`: --moment_batches and --held_out."""
+HARVEST_BATCHES = 40
+"""Default of `kvcapsule train`: --moment_batches."""
 FAMILIES = ("cross-layer", "transform")
 NOTE = (
-    "At most, beside the model and the forward of a batch; counted, not measured, and an allocator keeps more. The"
+    "Beside the model and the forward of a batch; counted, not measured, and a run holds more (docs/train.md). The"
     " gradients run over the text behind the images alone. Operations are those of the decoder's matrices; a device"
     " does a third to a half of its peak. `kvcapsule train` says how long each stage takes once a batch of it has run."
 )
@@ -54,7 +54,8 @@ def sized(layers: int, geometry: Any, element: int, visual: int, options: Any) -
         options: `tile`, `train_batch`, `questions` and `family` of the command.
     """
     tile = options.tile or visual
-    trained = max(1, (options.questions - HELD_OUT) // options.train_batch)
+    held_out = held_out_of(options.questions)
+    trained = max(1, (options.questions - held_out) // options.train_batch)
     return TrainingSize(
         layers=layers,
         query_heads=geometry.query_heads,
@@ -66,7 +67,7 @@ def sized(layers: int, geometry: Any, element: int, visual: int, options: Any) -
         element=element,
         harvest_batches=min(HARVEST_BATCHES, trained),
         fisher_batches=min(12, trained),
-        measure_batches=-(-HELD_OUT // options.train_batch),
+        measure_batches=-(-held_out // options.train_batch),
         together=options.family == FAMILIES[0],
     )
 

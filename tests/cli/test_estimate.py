@@ -282,6 +282,10 @@ def test_training_is_counted_without_starting_it(capsys: pytest.CaptureFixture[s
     bases = next(stage for stage in train["stages"] if stage["title"] == "bases")
     assert bases["bytes"] == sums + tiles + 2 * 2 * 4 * 512**2
     assert train["peak_bytes"] == max(stage["bytes"] for stage in train["stages"])
+    # Of 100 questions a fifth is held out: 80 are five batches.
+    assert main([*words, "--questions", "100"]) == 0
+    few = json.loads(capsys.readouterr().out)["train"]
+    assert [stage["batches"] for stage in few["stages"]] == [5, 2, 0, 5, 0, 2]
     assert main([*words[:-2], "--family", "transform"]) == 0
     assert "what each layer costs" in capsys.readouterr().out
     assert main([*words[:-2], "--tile", "500"]) == 2

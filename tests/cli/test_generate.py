@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
@@ -75,13 +74,7 @@ class Saved(NamedTuple):
         return str(self.folder / name)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So small a model is slower on several threads, and far slower where other processes want them too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

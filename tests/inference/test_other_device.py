@@ -2,7 +2,7 @@
 no tensors of two devices meet, and the host waits for the device no more often than it must."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,12 +79,7 @@ def models(tiny: Tiny) -> dict[int, Model]:
     return found
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch(tiny: Tiny) -> BatchFeature:

@@ -190,7 +190,8 @@ def test_a_batch_leaves_nothing_behind(loaded: Any, nothing_held: None) -> None:
                 remembered.extend(map(weakref.ref, (layer.keys, layer.values, layer.rest.keys, layer.query)))
 
         fit.stream(batch, visit)
-        sink = GradientSink(fit.groups, lambda number, layers: remembered.append(weakref.ref(layers[0].keys)))
+        indices = fit.task.geometry.capsule_layers
+        sink = GradientSink(fit.groups, indices, lambda number, layers: remembered.append(weakref.ref(layers[0].keys)))
         each_gradient(fit.harvests.forward_of(batch, around), tiles, batch.answers, [0] * BATCH, sink.take)
         assert len(remembered) == 5 * 4 and any(of() is not None for of in remembered)
         around.clear()

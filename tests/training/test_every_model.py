@@ -2,7 +2,6 @@
 kvcapsule.vlm.families, and the capsule attached to it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +39,7 @@ def test_the_table_says_so() -> None:
     assert {case.family.name for case in CASES} == {family.name for family in FAMILIES if family.trained}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So small a model is slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Question forward: the tokens behind the images alone, in every family of models that it covers."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,12 +15,7 @@ from kvcapsule.training.question_forward import SegmentReading, Surroundings, co
 NAMES = [f"{case.family.name}:{case.model_type}" for case in CASES]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=NAMES)

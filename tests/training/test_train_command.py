@@ -1,14 +1,17 @@
 """`kvcapsule train` as a person types it: spelling, one-line errors, help with the defaults that run."""
 
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from kvcapsule.cli.estimate_training import HARVEST_BATCHES
 from kvcapsule.cli.session import begin
 from kvcapsule.errors import ConfigError, DataError
 from kvcapsule.training.main import main
 from kvcapsule.training.options import parse, shipped_recipes
+from kvcapsule.training_footprint import TrainingSize
 
 BOMB = "a: &a [1, 1]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 6)}]\n" for m, n in pairwise("abcdefghij"))
 
@@ -58,6 +61,11 @@ def test_errors_are_one_line_that_names_the_option(
 )
 def test_few_questions_are_shared_out_without_an_option(questions: int, trained: int) -> None:
     assert read().trained_of(questions) == trained
+
+
+def test_what_estimate_counts_with_are_the_defaults() -> None:
+    fisher = next(field.default for field in fields(TrainingSize) if field.name == "fisher_batches")
+    assert (read().moment_batches, read().transform.fisher_batches) == (HARVEST_BATCHES, fisher)
 
 
 @pytest.mark.parametrize(

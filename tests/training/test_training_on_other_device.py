@@ -3,7 +3,6 @@ they do on the CPU, and no tensors of two devices meet."""
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,7 @@ def trainer(**options: Any) -> L.Trainer:
     return _TRAINER(**{**options, "accelerator": "auto", "strategy": strategy, "devices": 1}, inference_mode=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,7 @@ def expected(index: int) -> Any:
     return one.model.generate(**tiny_vlm.batch(one.tiny, *one.prompts), **OPTIONS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So small a model is slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 NAMES = [f"{case.family.name}:{case.model_type}" for case in CASES]

@@ -1,8 +1,7 @@
 """What kernels are given of a segment, as C structs, and which segments they cover: decided by form alone.
 
-Covered are fp32 keys and values of one kind (raw rows; `QuantizedRows`; `MixedWidthRows`;
-`CodedRows` behind maps), without gradients,
-with any of a segment's other parts. All else is the reference's.
+Covered are fp32 keys and values of one kind (raw rows; `QuantizedRows`; `MixedWidthRows`; `CodedRows` behind maps),
+without gradients, with any of a segment's other parts. All else is the reference's.
 """
 
 import ctypes

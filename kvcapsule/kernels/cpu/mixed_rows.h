@@ -133,10 +133,10 @@ class MixedRows {
 
     const Rows& rows_;
     const int64_t width_;
-    float *scale_, *minimum_, *reach_;  // of the channels of an entry; of a set: greatest code / 32
+    float *scale_, *minimum_, *reach_;  // of the channels of an entry; of a set: greatest code / 6
     uint8_t* side_;                     // an entry's bytes
     Block* blocks_;
-    int64_t first_ = 0, bytes_ = 0, coded_ = 0;  // of a set: its first byte in an entry, bytes of a row, first side byte
+    int64_t first_ = 0, bytes_ = 0, coded_ = 0;  // of a set: first byte in an entry, bytes of a row, first side byte
     bool all_ = false;                           // whether all channels of the set have bits
     const float *unit_ = nullptr, *centre_ = nullptr;
 };
