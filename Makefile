@@ -167,6 +167,8 @@ smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm):
 
 smol-vlm-later: $(VENV)/.smol-ready ## measure smol-vlm asked after the image was compressed (after make smol-vlm); trains the capsules that are missing
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm-later --json eval/results/smol-vlm-later.json --report docs/results-tables.md $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer-later --json eval/results/smol-transfer-later.json $(SUITE_FLAGS)
+	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer-later.json --report docs/results-tables.md --name smol-transfer-later
 
 $(VENV)/.smol-ready: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[smol-vlm]"
