@@ -46,7 +46,7 @@ BENCH_FLAGS ?=
 SOAK_FLAGS ?=
 
 .PHONY: help venv test fuzz kills test-lower test-newest test-range $(MINORS:%=test-%) test-vllm test-lmms test-peers serving-soak style format demo demo-vlm smol-vlm smol-vlm-training \
-	smol-vlm-results smol-vlm-later rate-distortion training-size aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages plots docs wheel clean
+	smol-vlm-results smol-vlm-later rate-distortion training-size precision aligned policies long-answer lmms-pages bench bench-engine bench-gpu gpu-check pages plots docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -181,6 +181,10 @@ rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the
 training-size: $(VENV)/.smol-ready ## train on 50 to 800 pictures and compare (after make smol-vlm); trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite training-size --json eval/results/training-size.json --report docs/results-tables.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-training-size --json eval/results/smol-training-size.json --report docs/results-tables.md $(SUITE_FLAGS)
+
+precision: $(READY) ## train and read codes in 32 bits, bfloat16 and float16; trains the capsules that are missing in runs/
+	for dtype in float32 bfloat16 float16; do \
+		HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite precision --dtype $$dtype --json eval/results/precision-$$dtype.json $(SUITE_FLAGS) || exit 1; done
 
 aligned: $(READY) ## compare tiles at an image's first token with tiles at blocks; trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite aligned --json eval/results/aligned.json --report docs/results-tables.md $(SUITE_FLAGS)
