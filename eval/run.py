@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import datasets
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
 from kvcapsule.cli.model_check import checked_models
+from kvcapsule.cli.progress import Stages
 from kvcapsule.cli.results import require_writable, shown_path
 from kvcapsule.data import source
 from kvcapsule.environment import machine, versions
@@ -79,10 +80,9 @@ def run(config: EvalConfig, console: Console, command: str) -> dict[str, Any]:
         raise DataError(f"{config.data.source} (split {config.data.split!r}) holds no questions.")
     shares = seen_shares(participants.capsules, questions, config.allow_seen, console)
     session.tell(console, questions.info.description)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         checked_models(participants.capsules.values(), model, config.strict, console),
-        Progress(*columns, console=console) as progress,
+        Stages(console) as progress,
     ):
         methods = participants.entries(model, processor, questions, progress)
         for entry in methods:

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import datasets
 from rich.console import Console
-from rich.progress import track
 
 from kvcapsule.capsule import hub
 from kvcapsule.capsule.training_rows import Seen, TrainingRows
+from kvcapsule.cli.progress import tracked
 from kvcapsule.data.batches import question_batches
 from kvcapsule.data.row_digest import row_digest
 from kvcapsule.errors import InputError
@@ -53,13 +53,8 @@ def seen_shares(
     shares: dict[str, float | None] = dict.fromkeys(capsules)
     if not recorded:
         return shares
-    batches = track(
-        question_batches(questions, _BATCH),
-        "comparing the questions with training rows",
-        total=-(-len(questions) // _BATCH),
-        console=console,
-        transient=True,
-    )
+    count = -(-len(questions) // _BATCH)
+    batches = tracked(question_batches(questions, _BATCH), "comparing the questions with training rows", count, console)
     digests = [row_digest(question) for batch in batches for question in batch]
     for row, place, rows in recorded:
         seen = rows.seen(digests)

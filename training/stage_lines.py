@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from kvcapsule.cli.progress import duration
 from kvcapsule.cli.sizes import shown_bytes
 
 LONG = 30.0
@@ -31,11 +32,3 @@ def with_lines(
                 holds = "" if held is None else f", holding up to {shown_bytes(held)} beside the model and a batch"
                 show(f"{title}: {count} batches of {seconds:.1f} s, about {duration(seconds * count)} in all{holds}.")
         yield batch
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that people would name."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from kvcapsule.cli import session
+from kvcapsule.cli.progress import Stages
 from kvcapsule.cli.results import require_writable
 from kvcapsule.environment import machine, versions
 from kvcapsule.errors import InputError
@@ -43,9 +44,8 @@ def run(config: BenchConfig, console: Console, command: str) -> dict[str, Any]:
     require_writable([config.json, config.plot, config.report])
     if config.report is not None:
         bench_page.require_places(Path(config.report), config.device, config.level)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "skipped": []}
-    with Progress(*columns, console=console) as progress:
+    with Stages(console) as progress:
         with_ceilings = progress.add_task("ceilings", total=1)
         ceiling = ceilings.measure(device_of(config), precision_of(config))
         progress.advance(with_ceilings)

@@ -7,13 +7,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from kvcapsule.capsule.measured import ROW_KEYS, evaluation_fault
 from kvcapsule.capsule.overview import Overview, overview
 from kvcapsule.capsule.read import METRICS_FILE
 from kvcapsule.cli import session
 from kvcapsule.cli.model_check import checked_models
+from kvcapsule.cli.progress import Stages
 from kvcapsule.data import source
 from kvcapsule.data.batches import encode_questions, read_question
 from kvcapsule.environment import versions
@@ -82,11 +82,10 @@ def gather(name: str, config: PageConfig, console: Console) -> PageContent:
     answering = Answering(
         1, config.max_new_tokens, Scorer(config.metric, config.data.source), replayable(model), config.protocol
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     ((_, loaded),) = participants.capsules.values()
     with (
         checked_models(participants.capsules.values(), model, False, console),
-        Progress(*columns, console=console) as progress,
+        Stages(console) as progress,
     ):
         entries = participants.entries(model, processor, rows, progress)
         examples = list(answered_examples(model, processor, rows, entries, answering, progress))

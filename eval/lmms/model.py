@@ -14,9 +14,10 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from kvcapsule.cli.errors import complain
+from kvcapsule.cli.progress import Stages
 from kvcapsule.errors import InputError, KVCapsuleError
 
 from .answers import Answerer
@@ -172,8 +173,7 @@ class CapsuleModel(lmms):
 
 
 def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    return Stages(Console(stderr=True)) if shown else Progress(disable=True)
 
 
 def _to_messages(request: Instance) -> Any:

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from kvcapsule.cli import session
+from kvcapsule.cli.progress import tracked
 from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data import source
@@ -80,7 +80,7 @@ def run(config: SparsityConfig, console: Console, command: str) -> dict[str, Any
     sparsities: dict[int, list[torch.Tensor]] = {}
     with attach(model, meter):
         steps, prompts = -(-len(questions) // config.batch), batches(questions, model, processor, config.batch)
-        for batch in track(prompts, "questions", total=steps, console=console):
+        for batch in tracked(prompts, "questions", steps, console):
             cast("Any", model).generate(**batch.inputs, max_new_tokens=1, do_sample=False)
             for layer, sparsity in meter.sparsity.items():
                 sparsities.setdefault(layer, []).append(sparsity.double().cpu())

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
+from kvcapsule.cli.progress import tracked
 from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data import source
@@ -86,7 +86,7 @@ def run(config: StoreConfig, console: Console, command: str) -> dict[str, Any]:
     answers: dict[str, list[str]] = {name: [] for name in METHODS}
     scores: dict[str, list[float]] = {name: [] for name in METHODS}
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    for index in track(range(len(table)), "questions", console=console):
+    for index in tracked(range(len(table)), "questions", len(table), console):
         question = read_question(table[index], index)
         inputs = encode(processor, [question.conversation()], model.dtype).to(model.device)
         store = ImageStore(None, max_bytes=_ROOM)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import datasets
 from lmms_eval.utils import load_yaml_config
 from rich.console import Console
-from rich.progress import Progress
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
+from kvcapsule.cli.progress import Stages
 from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data.source import SourceConfig
@@ -147,7 +147,7 @@ def _ours(config: LmmsConfig, questions: datasets.Dataset, console: Console) -> 
         if isinstance(method, Capsule):
             method.to(model.device)
         entries.append(Entry(word, method, word))
-    with Progress(console=console) as progress:
+    with Stages(console) as progress:
         answering = Answering(config.batch, _max_new_tokens(config), share_prefill=replayable(model))
         tallies = evaluate(model, processor, questions, entries, answering, progress)
     return {

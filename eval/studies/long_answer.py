@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
+from kvcapsule.cli.progress import Stages
 from kvcapsule.cli.results import STDOUT, shown_path, write_whole
 from kvcapsule.data import source
 from kvcapsule.data.batches import read_question
@@ -137,7 +138,7 @@ def run(config: LongAnswerConfig, console: Console, command: str) -> dict[str, A
     methods = entries(config, capsule.to(model.device))
     rows: list[dict[str, Any]] = []
     answer: torch.Tensor | None = None
-    with Progress(console=console) as progress:
+    with Stages(console) as progress:
         task = progress.add_task("tokens", total=len(methods) * config.tokens)
         for entry in methods:
             watch = Watch(new_cache(model, entry.method), batch, answer, progress, task)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.cli import session
+from kvcapsule.cli.progress import tracked
 from kvcapsule.cli.results import shown_path
 from kvcapsule.cli.tables import NAME, Column, ReportTable, print_report
 from kvcapsule.data import source
@@ -128,7 +128,8 @@ def run(config: PhasesConfig, console: Console, command: str) -> dict[str, Any]:
         (batch, study.answer(batch, None)) for batch in batches(questions, study.model, study.processor, config.batch)
     ]
     rows: list[dict[str, Any]] = []
-    for count in track(range(0, config.most or align, config.step), "tokens before", console=console):
+    before = range(0, config.most or align, config.step)
+    for count in tracked(before, "tokens before", len(before), console):
         # Other words for every number of them.
         text = words.roll(-(count * (count - 1) // 2))[:count]
         rows.append({"before": count, "n": len(questions), **study.at(prompts, text)})

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.read import CONFIG_FILE
+from kvcapsule.cli.progress import Stages
 from kvcapsule.cli.results import shown_path, write_whole
 from kvcapsule.errors import InputError
 
@@ -56,8 +56,7 @@ def open_trained(wanted: Sequence[Spec], folder: Path, config: EvalConfig, conso
 
 
 def _train_all(missing: Sequence[Spec], folder: Path, config: EvalConfig, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Stages(console) as progress:
         task = progress.add_task("", total=len(missing))
         for spec in missing:
             # What a training that was interrupted left beside the folder is replaced.

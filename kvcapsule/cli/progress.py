@@ -1,11 +1,20 @@
 """Progress on stderr: a bar where a person looks on, a line now and then where the output goes to a file or a pipe."""
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 EVERY_SECONDS = 10.0
 """Between two lines."""
@@ -60,3 +69,54 @@ def tracked(items: Iterable[T], title: str, total: int, console: Console) -> Ite
             bar.update(bar.done + 1)
     finally:
         bar.close()
+
+
+class Stages(Progress):
+    """Bars of several stages, one below the other; where nobody looks on, lines: every EVERY_SECONDS on the stage that
+    is under way, also while none of its items ends, and one when it has ended."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._shown: dict[int, str] = {}
+        """The last line of a stage, by its number."""
+        self._ended = threading.Event()
+        self._writer: threading.Thread | None = None
+
+    def start(self) -> None:
+        super().start()
+        if self.disable and self._writer is None:
+            self._writer = threading.Thread(target=self._write_lines, daemon=True)
+            self._writer.start()
+
+    def stop(self) -> None:
+        super().stop()
+        if self._writer is not None:
+            self._ended.set()
+            self._writer.join()
+            self._writer = None
+            self._write(self.tasks)
+
+    def _write_lines(self) -> None:
+        while not self._ended.wait(EVERY_SECONDS):
+            ended = [task for task in self.tasks if task.finished]
+            under_way = [task for task in self.tasks if not task.finished]
+            self._write([*ended, *under_way[-1:]])
+
+    def _write(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            done = f"{task.description}: {task.completed:.0f} of {task.total or 0:.0f}"
+            if task.finished and self._shown.get(task.id) == done:
+                continue
+            self._shown[task.id] = done
+            self.console.print(
+                f"{done}, {duration(task.elapsed or 0.0)}", highlight=False, markup=False, soft_wrap=True
+            )
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that people would name."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -5,9 +5,9 @@ from math import ceil
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
+from kvcapsule.cli.progress import Stages
 from kvcapsule.errors import InputError
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.cache import CapsuleCache
@@ -121,8 +121,7 @@ def two_passes(
         if joint:
             group_of[prefill.layer].second(tiles)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Stages(console) as progress:
         bar = progress.add_task("moments, similarity, drift", total=len(reader))
         for batch in reader.batches(answers=True):
             lengths.update(span.length for span in batch.spans)
