@@ -38,7 +38,7 @@ class PagesConfig:
 
 
 def _short(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
-    """The short table of a run with times."""
+    """The short table of a run."""
     return lambda page, result, file: _put_short(name, page, result, file)
 
 
@@ -46,10 +46,7 @@ def _put_short(name: str, page: Path, result: Mapping[str, Any], file: str) -> N
     note = markdown.paragraph(
         markdown.facts(result),
         *markdown.protocol_notes(result["rows"]),
-        "The task columns are accuracies, *same answers* the share of answers that equal the full cache's."
-        f" *Compression as run* is of elements of {markdown.element_bits(result['rows'])} bits; *compression vs 16 bit*"
-        " counts the full cache at 16 bits and the method as it was measured (pruned tokens, too, would take half the"
-        " bytes there). Times: full cache = 1.",
+        *markdown.short_note(result["rows"]),
     )
     command = markdown.command_block(page, result["command"], file)
     markdown.write_between_markers(page, name, "\n\n".join([markdown.short_table(result["rows"]), note, command]))
@@ -83,6 +80,7 @@ def _lmms(name: str) -> Callable[[Path, Mapping[str, Any], str], None]:
 
 PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "pages.json": ("README.md", _short("pages")),
+    "smol-vlm-later-560.json": ("README.md", _short("smol-vlm-560")),
     "pages-later.json": ("docs/results.md", _short("pages-later")),
     "rate-distortion.json": ("docs/results-tables.md", _suite("rate-distortion")),
     "aligned.json": ("docs/results-tables.md", _suite("aligned", picture=False)),

@@ -31,6 +31,8 @@ _LATER_NOTE = (
     "The questions were asked after the images were compressed (`--protocol ask-later`); bytes are those of the prompts"
     " up to the last image."
 )
+_FEW_TASKS = 4
+"""Tasks that a table of few columns has room for."""
 _LOSS_NOTE = "*Loss* is that of the mean accuracy against the full cache."
 
 
@@ -79,7 +81,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     tasks, wide = list(rows[0]["accuracy"]), is_wide(rows)
     later, timed, hosted = (
         asked_later(rows),
-        rows[0]["prefill_ratio"] is not None,
+        _timed(rows),
         any(row["host_kv_bytes"] for row in rows),
     )
     full_mean = mean(rows[0]["accuracy"].values())
@@ -121,23 +123,47 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A run with times as a table of few columns, the README's."""
-    tasks = list(rows[0]["accuracy"])
-    head = ["method", "visual KV bytes per question", "compression vs 16 bit", "compression as run", *tasks]
-    head += ["same answers", *_kl_heads(rows), "prefill time vs full", "tokens/s vs full"]
-    later = asked_later(rows)
+    """A run as a table of few columns, the README's: times where they were measured, and of many tasks the mean."""
+    tasks, later = list(rows[0]["accuracy"]), asked_later(rows)
+    times = {"prefill_ratio": "prefill time vs full", "tokens_per_s_ratio": "tokens/s vs full"} if _timed(rows) else {}
+    head = ["method", "visual KV bytes per question", "compression vs 16 bit", "compression as run"]
+    head += [*(tasks if len(tasks) <= _FEW_TASKS else ["accuracy"]), "same answers", *_kl_heads(rows), *times.values()]
     lines = [
         [
             shown_name(row["method"]),
             f"{row['visual_kv_bytes']:,}",
             *(f"{row[key]:.2f}x" for key in ("compression16", "compression")),
-            *(f"{row['accuracy'][task]:.3f}" for task in tasks),
+            *(f"{accuracy:.3f}" for accuracy in _accuracies(row)),
             *_closeness(row, later),
-            *(f"{row[key]:.2f}" for key in ("prefill_ratio", "tokens_per_s_ratio")),
+            *(f"{row[key]:.2f}" for key in times),
         ]
         for row in rows
     ]
     return grid([head, *lines])
+
+
+def short_note(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the columns of `short_table` mean."""
+    few = len(rows[0]["accuracy"]) <= _FEW_TASKS
+    tasks = "The task columns are accuracies" if few else "*Accuracy* is the mean over the tasks"
+    return [
+        f"{tasks}, *same answers* the share of answers that equal the full cache's."
+        f" *Compression as run* is of elements of {element_bits(rows)} bits; *compression vs 16 bit*"
+        " counts the full cache at 16 bits and the method as it was measured (pruned tokens, too, would take half the"
+        " bytes there).",
+        *(["Times: full cache = 1."] if _timed(rows) else []),
+    ]
+
+
+def _timed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether times were measured."""
+    return rows[0]["prefill_ratio"] is not None
+
+
+def _accuracies(row: Mapping[str, Any]) -> list[float]:
+    """By task, or of many tasks the mean."""
+    values = list(row["accuracy"].values())
+    return values if len(values) <= _FEW_TASKS else [mean(values)]
 
 
 def grid(lines: Sequence[Sequence[str]]) -> str:
@@ -167,7 +193,7 @@ def _block(path: Path, result: Mapping[str, Any], json: str | None, plot: str | 
     rows = result["rows"]
     facts_and_notes = paragraph(facts(result), *protocol_notes(rows), _LOSS_NOTE)
     parts = [table(rows), facts_and_notes, command_block(path, result["command"], json)]
-    if rows[0]["prefill_ratio"] is not None:
+    if _timed(rows):
         parts.append(paragraph(_TIME_NOTE))
     if is_wide(rows):
         parts.append(paragraph(_WIDE_NOTE.format(bits=element_bits(rows))))
