@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from kvcapsule.data.batches import Question, read_question
 from kvcapsule.data.row_digest import images_digest
 from kvcapsule.errors import InputError
-from kvcapsule.inference.transformers_api import cache_argument, keeps_last_logits
+from kvcapsule.inference.transformers_api import cache_argument, last_logits_argument
 from kvcapsule.methods.method import Method
 
 from .block import Ask, Block, TimedRun
@@ -138,7 +138,7 @@ class AskLater(Block):
 
     @torch.no_grad()
     def _read(self, model: PreTrainedModel, cache: Cache) -> None:
-        model(**self.prefixes.inputs, use_cache=True, **keeps_last_logits(model), **cache_argument(cache))
+        model(**self.prefixes.inputs, use_cache=True, **last_logits_argument(model), **cache_argument(cache))
 
 
 def _ask(
