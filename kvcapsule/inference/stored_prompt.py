@@ -152,7 +152,9 @@ class StoredPrompts:
             if tensor is not None:
                 arguments[name] = tensor[..., piece.start : piece.end].to(device)
         ids = prompt.input_ids[:, piece.start : piece.end]
-        self.model(input_ids=ids, use_cache=True, **arguments, **last_logits_argument(self.model), **cache_argument(cache))
+        self.model(
+            input_ids=ids, use_cache=True, **arguments, **last_logits_argument(self.model), **cache_argument(cache)
+        )
 
     def _put(self, key: StoreKey, span: StoredSpan) -> None:
         config = self.model.config
