@@ -58,7 +58,7 @@ class AskFirst(Block):
         yield ask
 
     def stored(self, model: PreTrainedModel, method: Method) -> int:
-        return sum(ask(1).held.total for ask in self.asks(model, method))
+        return sum(ask(1).stored.total for ask in self.asks(model, method))
 
     def timed_run(self, model: PreTrainedModel) -> TimedRun:
         return TimedRun(self.batch.inputs, None)

@@ -114,7 +114,7 @@ def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) ->
     )
 
 
-def held(cache: Cache) -> int:
+def cache_storage_bytes(cache: Cache) -> int:
     """Bytes of a cache's storages, with unused capacity and a capsule's maps: what a step may read."""
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()

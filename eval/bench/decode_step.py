@@ -58,7 +58,7 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
     fitting = [timed[rung.name] for rung in rungs if rung.name in timed]
     times = interleave(fitting, subject.model.device, steps, float("inf"), burst=0)
     return rows(
-        subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s
+        subject, size, times, {name: contenders.cache_storage_bytes(cache) for name, cache in caches.items()}, read_gb_s
     ), skipped
 
 

@@ -50,7 +50,7 @@ def measure(
         except torch.OutOfMemoryError:
             skipped.append(contenders.out_of_memory(LEVEL, subject, size, rung))
             continue
-        stored[rung.name] = contenders.held(cache)
+        stored[rung.name] = contenders.cache_storage_bytes(cache)
         if rung.compiled:
             # Nothing is compiled while memory is counted.
             _once(subject, rung, inputs, prompt, _MEASURED)

@@ -101,7 +101,7 @@ def _bytes_of(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
     cache = widened(prompts, count)
     with rung.on(subject.model):
         stepper(subject.model, rung, cache, count)()
-    return contenders.held(cache)
+    return contenders.cache_storage_bytes(cache)
 
 
 def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

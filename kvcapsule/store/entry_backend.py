@@ -22,7 +22,7 @@ class Evicted(NamedTuple):
 
 
 class EntryBackend(Protocol):
-    """Holds entries by name and evicts the least recently used first. All methods raise OSError where the system does."""
+    """Holds entries by name, and evicts the least recently used first. Methods raise OSError where the system does."""
 
     def open(self, digest: str) -> BinaryIO | None:
         """An entry's bytes as a file, to be closed by the caller; None if there is none."""

@@ -75,7 +75,7 @@ def test_the_ladder_leaves_the_model_as_it_was_and_computes_the_same(subject: Su
             assert text._attn_implementation == ("eager" if rung.name == contenders.L0 else "sdpa")
             seen[rung.name] = decode_step.stepper(subject.model, rung, cache, 2)()
         assert text._attn_implementation == "sdpa"
-        assert contenders.held(cache) == pytest.approx(
+        assert contenders.cache_storage_bytes(cache) == pytest.approx(
             2 * (PROMPT + (2 if rung.name == contenders.L2 else 1)) * TOKEN, abs=100
         )
     for logits in seen.values():
@@ -186,11 +186,11 @@ def test_nobody_serves_without_end() -> None:
 def test_a_widened_cache_is_in_memory_of_its_own(subject: Subject) -> None:
     for rung in contenders.rungs(subject, compiled=False)[1:]:
         prompts = decode_step.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 3))
-        before = contenders.held(prompts)
+        before = contenders.cache_storage_bytes(prompts)
         with rung.on(subject.model):
             two = decode_step.stepper(subject.model, rung, decode_step.widened(prompts, 2), 2)()
             five = decode_step.stepper(subject.model, rung, decode_step.widened(prompts, 5), 5)()
-        assert contenders.held(prompts) == before
+        assert contenders.cache_storage_bytes(prompts) == before
         torch.testing.assert_close(five[[0, 1]], two, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(five[[2, 3, 4]], two[[0, 1, 0]], atol=1e-5, rtol=1e-4)
 
@@ -258,4 +258,6 @@ def test_the_bytes_of_a_cache_are_its_storages(subject: Subject) -> None:
     cache: Any = decode_step.filled(subject, rung, subject.batch(2), rung.cache(0))
     segments = [s for layer in cache.layers for s in (*layer.visual, *layer.text)]
     kept: Callable[..., int] = storage_bytes
-    assert contenders.held(cache) == kept(t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors()))
+    assert contenders.cache_storage_bytes(cache) == kept(
+        t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())
+    )
