@@ -65,8 +65,8 @@ _AT_ONCE_ELSEWHERE = 2**27
 """The same on other devices, where calls cost more: a bound on memory."""
 
 
-class Choice(NamedTuple):
-    """Selected tokens of tiles."""
+class KeptTokens(NamedTuple):
+    """The tokens of tiles whose keys are kept."""
 
     kept: torch.Tensor
     """[E, H, M] indices, ascending."""
@@ -85,7 +85,7 @@ class Block(NamedTuple):
     """[H, E, T, D]."""
     values: torch.Tensor
     """[H, E, T, D]."""
-    choice: Choice
+    kept: KeptTokens
 
 
 class Selector(nn.Module, CheckedTensors):
@@ -143,7 +143,7 @@ class CompactLayer(LayerCodec):
         keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
         bias = keys.new_empty(keys.shape[:3])
         for block in self.blocks(k_EHTD, v_EHTD):
-            matched = self._matched(block.reading, block.keys, block.values, *block.choice)
+            matched = self._matched(block.reading, block.keys, block.values, *block.kept)
             for out, part in zip((keys, values, bias), matched, strict=True):
                 out[block.at] = part.transpose(0, 1)
         return Encoded(KeyPart(keys), ValuePart(values), bias)
@@ -170,8 +170,8 @@ class CompactLayer(LayerCodec):
             k, v = k_EHTD[at].transpose(0, 1), v_EHTD[at].transpose(0, 1)
             shape = (*k.shape[:2], tile, bank)
             reading = bank_attention(queries[at[1], None], k, workspace[:, : prod(shape)].view(2, *shape))
-            choice = self.choose(reading, k, v, None if ranking is None else ranking[at].transpose(0, 1))
-            yield Block(at, reading, k, v, choice)
+            kept = self.choose(reading, k, v, None if ranking is None else ranking[at].transpose(0, 1))
+            yield Block(at, reading, k, v, kept)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
         """The bank's queries times the scale of the scores, in fp32; in fp64 for keys of fp64.
@@ -192,19 +192,19 @@ class CompactLayer(LayerCodec):
 
     def choose(
         self, reading: BankAttention, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ranking: torch.Tensor | None = None
-    ) -> Choice:
+    ) -> KeptTokens:
         """Select the tokens to keep; ties go to the earlier token. ranking [E, H, T]: of the selector, if already
         computed."""
         if ranking is None:
             ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
         if not self.passes:
-            return Choice(top_tokens(ranking, self.stored))
+            return KeptTokens(top_tokens(ranking, self.stored))
         competing = min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1])
         among = top_tokens(ranking, competing) if competing < ranking.shape[-1] else None
         gram, target, shared = targets(reading, v_EHTD, among)
         ranking = marginal_gains(gram, target, ranking if among is None else ranking.gather(-1, among), self.passes)
         first = top_tokens(ranking, self.stored)
-        return Choice(first if among is None else among.gather(-1, first), gather_rows(shared, first))
+        return KeptTokens(first if among is None else among.gather(-1, first), gather_rows(shared, first))
 
     def fit(
         self,
