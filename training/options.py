@@ -58,7 +58,7 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     Raises:
         ConfigError, InputError: for options or files that cannot be used.
     """
-    chosen = choose(words)
+    chosen = chosen_recipe(words)
     options = recipe_class(chosen.family)
     parser = build_parser(chosen.family)
     configs = [_own_options(path, c, chosen.family, options, show) for path, c in chosen.files]
@@ -77,8 +77,8 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     return built
 
 
-class Choice(NamedTuple):
-    """What a command line says before its options are read."""
+class ChosenRecipe(NamedTuple):
+    """The family and the recipe files that a command line names, before its options are read."""
 
     family: str
     files: list[tuple[Path, dict[str, Any]]]
@@ -89,7 +89,7 @@ class Choice(NamedTuple):
     """RECIPE; where there is none, the shipped recipe of the family, None where it has none."""
 
 
-def choose(words: Sequence[str]) -> Choice:
+def chosen_recipe(words: Sequence[str]) -> ChosenRecipe:
     """Raises ConfigError, InputError: for a recipe that is missing or cannot be read."""
     require_current_words(words, _RENAMED)
     rest = normalized(words)
@@ -101,7 +101,7 @@ def choose(words: Sequence[str]) -> Choice:
     paths = [*([] if named is None else [find_recipe(named)]), *map(Path, _values_of("recipe", rest))]
     files = [(path, recipe_contents(path)) for path in paths]
     family = wanted or next((str(c["family"]) for _, c in reversed(files) if "family" in c), DEFAULT_RECIPE)
-    return Choice(family, files, rest, named)
+    return ChosenRecipe(family, files, rest, named)
 
 
 def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
