@@ -20,7 +20,7 @@ from .watched_generate import Generated, generate, new_cache, record
 
 
 class AskFirst(Block):
-    """A batch of whole prompts."""
+    """A block of one part: a batch of whole prompts."""
 
     first_token_exact = True
 

@@ -117,6 +117,7 @@ def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
 
 
 def shipped_recipes() -> list[str]:
+    """Names of the recipes in training/recipes/."""
     return sorted(
         p.name.removesuffix(".yaml") for p in files("kvcapsule.training.recipes").iterdir() if p.name.endswith(".yaml")
     )
@@ -137,11 +138,18 @@ def find_recipe(name: str) -> Path:
 
 
 def plain_parser(description: str) -> OptionParser:
+    """The command's parser without options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return OptionParser(prog="kvcapsule train", usage=_USAGE, description=description, exit_on_error=False)
 
 
 def recipe_contents(path: Path) -> dict[str, Any]:
+    """The options in a recipe file, with their names of today.
+
+    Raises:
+        ConfigError: if it has an option that was renamed, unless a run saved it.
+        InputError: if it cannot be read, or holds something else.
+    """
     try:
         contents = read_yaml(path) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -15,7 +15,7 @@ from ..watched_generate import StoredBytes, stored_bytes
 
 
 class BatchMeasure(NamedTuple):
-    """Of one batch."""
+    """What is measured of one batch of questions."""
 
     visual_tokens: list[int]
     """Of each question."""

@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=Options)
 
 @dataclass(frozen=True)
 class Study(Generic[Config]):
-    """The command of a study."""
+    """The command of a study: its options, what it measures, and how it shows the result."""
 
     prog: str
     config: type[Config]

@@ -34,7 +34,7 @@ _AGAIN = "Save, copy or download the capsule again."
 
 
 class Header(NamedTuple):
-    """What a file announces."""
+    """What the head of a weights file announces: metadata, tensors and where their data begins."""
 
     metadata: dict[str, str]
     forms: dict[str, Form]

@@ -51,7 +51,7 @@ class Codings(NamedTuple):
     """[H, D, D]: channels back to values, v = z out."""
 
     def heads(self, heads: slice) -> "Codings":
-        """Of some heads."""
+        """The codings of some heads."""
         return Codings(self.keys.heads(heads), self.values.heads(heads), self.into[heads], self.out[heads])
 
 
@@ -70,12 +70,12 @@ class Codes(NamedTuple):
         return cls(form.widths.new_empty(*shape, channels), form.widths.new_empty(*shape[:2], channels))
 
     def put(self, at: tuple[slice, slice], coded: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Those of some tiles and heads."""
+        """Write the codes and grids of some tiles and heads; at: these tiles and heads."""
         for out, part in zip(self, coded, strict=True):
             out[at] = part.to(torch.uint8)
 
     def rows(self, form: WidthForm) -> MixedWidthRows:
-        """Packed."""
+        """The codes packed, as a segment stores them."""
         return MixedWidthRows.of_codes(self.codes, self.side, form)
 
 

@@ -149,6 +149,6 @@ def index_of(segment: Segment, batch: int, heads: int) -> UnitIndex:
 
 @lru_cache(maxsize=64)
 def index_of_slots(slots: int, device: torch.device) -> UnitIndex:
-    """One unit for each slot."""
+    """The index of a segment that has one unit for each slot."""
     numbers = torch.arange(slots + 1, device=device)
     return UnitIndex(numbers[:-1], numbers)
