@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CapsuleError
+from ..errors import CapsuleError, shortened
 from .config import CapsuleConfig
-from .limits import read_file, read_json, shortened
+from .limits import read_file, read_json
 from .tensor_bytes import Form
 from .training_rows import ROWS_FILE
 from .weights_file import Header, read_header

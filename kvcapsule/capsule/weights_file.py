@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from ..errors import CapsuleError
-from .limits import plain_json, shortened
+from ..errors import CapsuleError, shortened
+from .limits import plain_json
 from .tensor_bytes import DTYPES, MOST_HEAD_BYTES, Form
 
 METADATA = "__metadata__"
