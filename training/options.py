@@ -6,7 +6,6 @@ told which.
 """
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from kvcapsule.cli.parse_errors import plain_line
 from kvcapsule.codec import REGISTRY
 from kvcapsule.errors import ConfigError, InputError
 from kvcapsule.methods.shown_names import known_name
+from kvcapsule.shipped_yaml import find_yaml, shipped_names
 from kvcapsule.yaml_files import LimitError, parse_yaml, read_yaml
 
 from .families import recipe_class, trainable
@@ -33,6 +33,7 @@ from .recipe import Recipe, flat, group_names, option_names
 from .saved_recipe import is_saved, upgraded
 
 DEFAULT_RECIPE = "cross-layer"
+_RECIPES = "kvcapsule.training.recipes"
 """Recipe of `kvcapsule train` without arguments."""
 _USAGE = "kvcapsule train [RECIPE] [--compression C] [--model ID_OR_PATH] [--output DIR] [options]"
 RECIPE_HELP = "YAML file of these options (the same as RECIPE)"
@@ -118,9 +119,7 @@ def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in training/recipes/."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in files("kvcapsule.training.recipes").iterdir() if p.name.endswith(".yaml")
-    )
+    return shipped_names(_RECIPES)
 
 
 def find_recipe(name: str) -> Path:
@@ -129,12 +128,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         InputError: if there is none.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    if name in shipped_recipes():
-        return Path(str(files("kvcapsule.training.recipes") / f"{name}.yaml"))
-    raise InputError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
+    return find_yaml(name, _RECIPES, "recipe")
 
 
 def plain_parser(description: str) -> OptionParser:
