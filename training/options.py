@@ -33,8 +33,8 @@ from .recipe import Recipe, flat, group_names, option_names
 from .saved_recipe import is_saved, upgraded
 
 DEFAULT_RECIPE = "cross-layer"
-_RECIPES = "kvcapsule.training.recipes"
 """Recipe of `kvcapsule train` without arguments."""
+_RECIPES = "kvcapsule.training.recipes"
 _USAGE = "kvcapsule train [RECIPE] [--compression C] [--model ID_OR_PATH] [--output DIR] [options]"
 RECIPE_HELP = "YAML file of these options (the same as RECIPE)"
 _RENAMED = {

@@ -53,18 +53,6 @@ def mixed() -> LayerPrefill:
     return tokens([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 60)
 
 
-def alone(of: LayerPrefill, row: int) -> LayerPrefill:
-    """A row by itself, its padding cut off."""
-    begin = int((~of.valid[row]).sum())
-    spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values, valid = (
-        t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
-    )
-    return LayerPrefill(
-        layer=of.layer, query=query, keys=keys, values=values, spans=spans, valid=valid[..., 0], scale=of.scale
-    )
-
-
 def places(segments: list[Segment], row: int, count: int) -> list[list[int]]:
     """The tokens that each head stores of a row, in the order in which they lie; its values are those of the same
     tokens."""
