@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from ..segments.segment import Packed, Segment
+from ..segments.packed_rows import Packed
+from ..segments.segment import Segment
 
 Pack = Callable[[torch.Tensor], Packed]
 """Makes packed rows of raw rows [E, H, M, D]."""

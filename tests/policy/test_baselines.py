@@ -28,7 +28,8 @@ from kvcapsule.policy import (
 from kvcapsule.policy.attention_scores import attention_received
 from kvcapsule.policy.pyramidkv import pyramid_counts
 from kvcapsule.segments.group_quantized_rows import GroupedRows
-from kvcapsule.segments.segment import Packed, Segment, storage_bytes
+from kvcapsule.segments.packed_rows import Packed
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 
 every_method = pytest.mark.parametrize("name", ALL)

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...segments.coefficient_rows import CodedRows
 from ...segments.mixed_width_rows import MixedWidthRows
+from ...segments.packed_rows import Rows
 from ...segments.quantized_rows import QuantizedRows
-from ...segments.segment import Rows, Segment
+from ...segments.segment import Segment
 from .arguments import TYPES
 
 MOST_ROWS = 64
