@@ -33,8 +33,6 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from ..errors import ConfigError
 from ..field_checks import check_least
@@ -51,8 +49,8 @@ from .attention_matching import (
     top_tokens,
 )
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
-from .checked_tensors import CheckedTensors, check_positive
 from .refit import assigned_shares, attention_of_kept_keys, attention_of_read_keys, fit_bias, refit_values
+from .token_selector import TokenSelector
 
 SELECTORS = ("attention", "learned")
 _SHORTLIST = 4
@@ -88,38 +86,6 @@ class Block(NamedTuple):
     kept: KeptTokens
 
 
-class Selector(nn.Module, CheckedTensors):
-    """Token selector: ranks a tile's tokens by a two-layer network over a token's key and value with a position
-    embedding, per KV head.
-
-    Its parameters are zero until it is trained (kvcapsule.training.query_bank).
-    """
-
-    mean: torch.Tensor
-    spread: torch.Tensor
-
-    def __init__(self, heads: int, tile: int, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(heads, 2 * dim))
-        self.register_buffer("spread", torch.ones(heads, 2 * dim))
-        self.inner = nn.Parameter(torch.zeros(heads, 2 * dim, hidden))
-        self.place = nn.Parameter(torch.zeros(heads, tile, hidden))
-        self.outer = nn.Parameter(torch.zeros(heads, hidden, 1))
-        self.place_bias = nn.Parameter(torch.zeros(heads, tile))
-
-    def check_tensors(self) -> None:
-        check_positive("spread", self.spread)
-
-    def forward(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
-        """Ranking of the tokens, [E, H, T], higher for tokens to keep."""
-        work = torch.promote_types(k_EHTD.dtype, torch.float32)
-        mean, spread, inner, place, outer, place_bias = (
-            p.to(work) for p in (self.mean, self.spread, self.inner, self.place, self.outer, self.place_bias)
-        )
-        token = (torch.cat([k_EHTD, v_EHTD], dim=-1).to(work) - mean[:, None]) / spread[:, None]
-        return (F.gelu(token @ inner + place) @ outer)[..., 0] + place_bias
-
-
 class CompactLayer(LayerCodec):
     """Compact codec of one layer: encodes keys and values together."""
 
@@ -131,7 +97,7 @@ class CompactLayer(LayerCodec):
         self.stored, self.ridge, self.passes, self.bits = stored, config.ridge, config.passes, config.latent_bits
         self.scale = config.scale or dim**-0.5
         self.register_buffer("bank", torch.zeros(heads, config.bank, dim))
-        self.selector = Selector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
+        self.selector = TokenSelector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
         """Encode tiles, some heads and tiles at a time; keys are in the frame of the bank's queries.
