@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcapsule.cli import main
+from kvcapsule.cli import main, serve_options
 from kvcapsule.serving import version
 
 WORDS = ["serve", "pages-vlm", "--capsule", "pages-vlm-blocks"]
