@@ -25,7 +25,7 @@ class Study(Generic[Config]):
     """Prints the result, where it does not go to stdout as JSON."""
     files: Sequence[str] = ("json",)
     """Options that name files it writes; they are checked before anything is measured."""
-    write: Callable[[Config, dict[str, Any]], None] = lambda *_: None
+    write: Callable[[dict[str, Any], Config], None] = lambda *_: None
     """Writes what is to be written beside the JSON."""
 
     def main(self, argv: list[str] | None) -> int:
@@ -39,7 +39,7 @@ class Study(Generic[Config]):
             self._parse,
             self.measure,
             lambda result, _: self.show(result),
-            lambda result, config: self.write(config, result),
+            self.write,
         ).main(argv)
 
     def _parse(self, words: list[str]) -> Config:

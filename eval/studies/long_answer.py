@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     ).main(argv)
 
 
-def _write(config: LongAnswerConfig, result: dict[str, Any]) -> None:
+def _write(result: dict[str, Any], config: LongAnswerConfig) -> None:
     """The picture and the page, where they are wanted."""
     if config.plot is not None:
         save_picture(picture(result), Path(config.plot))
