@@ -3,9 +3,8 @@
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from jsonargparse import ArgumentError
@@ -29,7 +28,7 @@ class FileCommand(Generic[Config]):
     description: str
     run: Callable[[Config], None]
     """Does it; what it raises as KVCapsuleError becomes one line on stderr."""
-    lists: Mapping[str, bool] = MappingProxyType({})
+    lists: Mapping[str, bool] = field(default_factory=dict)
     """See OptionParser."""
 
     def main(self, argv: list[str] | None) -> int:
