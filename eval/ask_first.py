@@ -20,7 +20,7 @@ from .watched_generate import Generated, generate, new_cache, record
 
 
 class AskFirst(Block):
-    """A batch of whole prompts."""
+    """A block of one part: a batch of whole prompts."""
 
     first_token_exact = True
 
@@ -58,7 +58,7 @@ class AskFirst(Block):
         yield ask
 
     def stored(self, model: PreTrainedModel, method: Method) -> int:
-        return sum(ask(1).held.total for ask in self.asks(model, method))
+        return sum(ask(1).stored.total for ask in self.asks(model, method))
 
     def timed_run(self, model: PreTrainedModel) -> TimedRun:
         return TimedRun(self.batch.inputs, None)

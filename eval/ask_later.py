@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from kvcapsule.data.batches import Question, read_question
 from kvcapsule.data.row_digest import images_digest
 from kvcapsule.errors import InputError
-from kvcapsule.inference.transformers_api import cache_argument, keeps_last_logits
+from kvcapsule.inference.transformers_api import cache_argument, last_logits_argument
 from kvcapsule.methods.method import Method
 
 from .block import Ask, Block, TimedRun
@@ -26,7 +26,7 @@ from .equal_bytes import Layout
 from .image_groups import bundles, image_groups, runs
 from .prefixes import CutPrompt, Prefixes, cut_prompts, encode_prefixes, questions_behind
 from .shared_prefill import Prefill, replayable, replaying
-from .watched_generate import Generated, generate, held_bytes, new_cache, recorded
+from .watched_generate import Generated, generate, new_cache, recorded, stored_bytes
 
 _ATTEND_AHEAD = {"paligemma"}
 """Types of models whose whole prompt attends to the whole prompt."""
@@ -124,7 +124,7 @@ class AskLater(Block):
 
     def stored(self, model: PreTrainedModel, method: Method) -> int:
         read = self._filled(model, method)
-        return sum(held_bytes(part.cache(read), part.layout).total for part in self._parts)
+        return sum(stored_bytes(part.cache(read), part.layout).total for part in self._parts)
 
     def timed_run(self, model: PreTrainedModel) -> TimedRun:
         return TimedRun(self._parts[0].inputs, partial(self._read, model))
@@ -138,13 +138,13 @@ class AskLater(Block):
 
     @torch.no_grad()
     def _read(self, model: PreTrainedModel, cache: Cache) -> None:
-        model(**self.prefixes.inputs, use_cache=True, **keeps_last_logits(model), **cache_argument(cache))
+        model(**self.prefixes.inputs, use_cache=True, **last_logits_argument(model), **cache_argument(cache))
 
 
 def _ask(
     model: PreTrainedModel, part: Part, cache: Cache, max_new_tokens: int, forced: torch.Tensor | None = None
 ) -> Generated:
     """Ask the questions of a part on a copy of a cache that holds their prefixes. Bytes are those of the prefixes."""
-    held = held_bytes(cache, part.layout)
+    stored = stored_bytes(cache, part.layout)
     answered = generate(model, part.inputs, copy.deepcopy(cache), part.layout, max_new_tokens, forced)
-    return answered._replace(held=held)
+    return answered._replace(stored=stored)

@@ -27,7 +27,7 @@ class Ask(Protocol):
 
 
 class TimedRun(NamedTuple):
-    """What the timing runs."""
+    """Prompts as the timing runs them."""
 
     inputs: BatchFeature
     """Of generate."""
@@ -67,4 +67,4 @@ class Block(ABC):
 
     @abstractmethod
     def timed_run(self, model: PreTrainedModel) -> TimedRun:
-        """What the timing runs, of a block made by `of`."""
+        """The prompts of the block as the timing runs them; for a block made by `of`."""

@@ -60,7 +60,7 @@ PRUNING, QUANTISATION = "token-pruning", "quantisation"
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of a run."""
+    """One of the methods that a run compares, with the name of its row."""
 
     name: str
     """Name of its row."""
@@ -101,6 +101,7 @@ def build(
 
 
 def family_of(name: str, among: Mapping[str, Any] = ALL) -> str:
+    """The family of a policy: PRUNING where it says how much it keeps, else QUANTISATION."""
     return QUANTISATION if among[name].budget_field is None else PRUNING
 
 

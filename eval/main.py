@@ -1,14 +1,13 @@
 """`kvcapsule eval`: capsules and training-free methods against the full cache, on the same questions, in one run."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
 
-from kvcapsule.cli.errors import complain
+from kvcapsule.cli.measuring import MeasuringCommand
 from kvcapsule.cli.options import OptionParser, instance, option_parser, require_current
-from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
+from kvcapsule.cli.results import json_file
 from kvcapsule.errors import InputError, KVCapsuleError
 
 from .eval_config import RENAMED, EvalConfig
@@ -21,22 +20,7 @@ _LISTS = {"capsule": False, "methods": True}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2, and one line on stderr, for input that cannot be used."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        config = _parse(words)
-        # --help and a mistyped option do not wait for torch.
-        from rich.console import Console
-
-        from .run import run
-
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            _show(result, config.wide)
-        write_json(config.json, result)
-        _write(result, config)
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return MeasuringCommand(PROG, _parse, _measure, _show, _write).main(argv)
 
 
 def build_parser() -> OptionParser:
@@ -87,12 +71,20 @@ def _parse(words: list[str]) -> EvalConfig:
     return instance(EvalConfig, parser, parser.read(words))
 
 
-def _show(result: dict[str, Any], wide: bool) -> None:
+def _measure(config: EvalConfig, command: str) -> dict[str, Any]:
+    from rich.console import Console
+
+    from .run import run
+
+    return run(config, Console(stderr=True), command)
+
+
+def _show(result: dict[str, Any], config: EvalConfig) -> None:
     from kvcapsule.cli.tables import print_report
 
     from .report.rows import tables
 
-    print_report(*tables(result["rows"], title_of(result)), wide=wide)
+    print_report(*tables(result["rows"], title_of(result)), wide=config.wide)
 
 
 def _write(result: dict[str, Any], config: EvalConfig) -> None:

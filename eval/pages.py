@@ -5,24 +5,19 @@ Nothing is measured. A run of `kvcapsule eval --report` or `kvcapsule bench --re
 is for a change of the tables' form, and its test holds that the documents show the numbers of the JSON files.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
-
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import write_whole
-from kvcapsule.errors import InputError, KVCapsuleError
 
 from .bench import bench_page
 from .bench.bench_config import LEVELS
 from .bench.engine import page as engine_page
 from .report import by_dataset, lmms, markdown
+from .report.file_command import FileCommand, read_result
 from .studies import long_answer
 
 PROG = "python -m kvcapsule.eval.pages"
@@ -101,17 +96,13 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        parser = option_parser(
-            PagesConfig,
-            PROG,
-            usage=f"{PROG} [--root DIR]",
-            description="Rewrite the generated tables of the documents from the committed results.",
-        )
-        rewrite(instance(PagesConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return FileCommand(
+        PROG,
+        PagesConfig,
+        usage="[--root DIR]",
+        description="Rewrite the generated tables of the documents from the committed results.",
+        run=rewrite,
+    ).main(argv)
 
 
 def rewrite(config: PagesConfig) -> None:
@@ -123,11 +114,7 @@ def rewrite(config: PagesConfig) -> None:
     root = Path(config.root)
     for name, (page, write) in PAGES.items():
         file = root / RESULTS / name
-        try:
-            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read: {error}.") from error
-        write(root / page, result, str(file))
+        write(root / page, read_result(file), str(file))
 
 
 if __name__ == "__main__":

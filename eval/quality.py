@@ -21,7 +21,7 @@ from .entries import FULL, Entry
 from .protocol_names import ASK_FIRST
 from .protocols import PROTOCOLS
 from .scores.scorer import Scorer
-from .watched_generate import Generated, Held
+from .watched_generate import Generated, StoredBytes
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Tally:
         """Questions answered."""
         return sum(map(len, self.scores.values()))
 
-    def add_bytes(self, held: Held) -> None:
-        self.visual += held.visual
-        self.total += held.total
-        self.host += held.host
-        self.parameters = max(self.parameters, held.parameters)
+    def add_bytes(self, stored: StoredBytes) -> None:
+        self.visual += stored.visual
+        self.total += stored.total
+        self.host += stored.host
+        self.parameters = max(self.parameters, stored.parameters)
 
 
 def prompt_bytes(model: PreTrainedModel, blocks: Sequence[Block], method: Method) -> int:
@@ -144,7 +144,7 @@ def _add_answers(
     reference: Generated,
     scorer: Scorer,
 ) -> None:
-    tally.add_bytes(generated.held)
+    tally.add_bytes(generated.stored)
     written = answered(generated.tokens, model.generation_config.eos_token_id)
     for question, ids, answer, full_answer in zip(
         questions,

@@ -22,8 +22,8 @@ GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None
 sampling."""
 
 
-class Held(NamedTuple):
-    """Bytes of a cache's storages, for a batch."""
+class StoredBytes(NamedTuple):
+    """Bytes that a cache stores of a batch."""
 
     visual: int
     total: int
@@ -40,7 +40,7 @@ class Generated(NamedTuple):
     """[B, A] the new tokens."""
     logits: Sequence[torch.Tensor]
     """A tensors [B, V]: the model's logits before any logits processor."""
-    held: Held
+    stored: StoredBytes
     """Measured right after the prefill."""
 
 
@@ -88,8 +88,8 @@ def generate(
             output_logits=True,
             **GREEDY,
         )
-    assert watch.held is not None
-    return Generated(output.sequences[:, inputs["input_ids"].shape[1] :], output.logits, watch.held)
+    assert watch.stored is not None
+    return Generated(output.sequences[:, inputs["input_ids"].shape[1] :], output.logits, watch.stored)
 
 
 def record(model: PreTrainedModel, inputs: BatchFeature, layout: Layout, hidden: bool) -> Prefill:
@@ -108,7 +108,7 @@ def recorded(model: PreTrainedModel, hidden: bool, run: Callable[[Cache], Any]) 
     return Prefill(keeper.layers, outputs[0])
 
 
-def held_bytes(cache: Cache, layout: Layout) -> Held:
+def stored_bytes(cache: Cache, layout: Layout) -> StoredBytes:
     """Measure a cache that holds the prompts of a batch.
 
     transformers' cache stores a layer's visual, text and padding tokens in one tensor; its visual bytes are that
@@ -116,12 +116,12 @@ def held_bytes(cache: Cache, layout: Layout) -> Held:
     """
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()
-        return Held(measured.visual, measured.total, measured.parameters, measured.host)
+        return StoredBytes(measured.visual, measured.total, measured.parameters, measured.host)
     visual = sum(span.length for span in layout.spans)
     total = storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
     growing = [layer for layer in cache.layers if type(layer) is DynamicLayer]
     growing_bytes = storage_bytes(t for layer in growing for t in (layer.keys, layer.values) if t is not None)
-    return Held(growing_bytes * visual // layout.valid.numel(), total, 0)
+    return StoredBytes(growing_bytes * visual // layout.valid.numel(), total, 0)
 
 
 class _AfterPrefill(LogitsProcessor):
@@ -129,11 +129,11 @@ class _AfterPrefill(LogitsProcessor):
 
     def __init__(self, cache: Cache, layout: Layout) -> None:
         self.cache, self.layout = cache, layout
-        self.held: Held | None = None
+        self.stored: StoredBytes | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.held is None:
-            self.held = held_bytes(self.cache, self.layout)
+        if self.stored is None:
+            self.stored = stored_bytes(self.cache, self.layout)
         return scores
 
 

@@ -30,10 +30,12 @@ _PROCESS = uuid4().hex[:8]
 
 
 def to_json(values: Any) -> bytes:
+    """JSON text in UTF-8 with a line end; raises ValueError for NaN and infinities."""
     return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text, keys in their order."""
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
@@ -207,6 +209,7 @@ def _lives(process: int, rest: str) -> bool:
 
 
 def write(path: Path, content: bytes) -> None:
+    """Write a file, not in one step, and wait until it is on disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -225,6 +228,7 @@ def _sync(folder: Path) -> None:
 
 
 def write_failure(target: Path, needed: int, error: OSError) -> str:
+    """The message for a capsule of `needed` bytes that could not be saved to `target`."""
     kept = "Nothing half written is left" + (", and what was there is untouched." if target.exists() else ".")
     if error.errno not in NO_SPACE:
         return (

@@ -1,7 +1,7 @@
 """The errors that kvcapsule raises for what a person can mend; all of them are KVCapsuleError, which is a ValueError.
 
 A command prints such an error as one line. Any other exception is a defect, of kvcapsule or of a library, and keeps its
-traceback.
+traceback. Long texts stand in messages as `shortened` gives them.
 """
 
 
@@ -44,3 +44,9 @@ class PackageError(KVCapsuleError):
 
 class ModelMismatchWarning(UserWarning):
     """A capsule is used with a model of the right geometry that is not the one that it was trained on."""
+
+
+def shortened(text: object) -> str:
+    """The text for a message, its middle left out if it is long."""
+    words = str(text)
+    return words if len(words) <= 200 else f"{words[:160]}...{words[-20:]}"

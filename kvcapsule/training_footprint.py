@@ -29,7 +29,7 @@ def held_out_of(questions: int) -> int:
 
 
 class Stage(NamedTuple):
-    """A part of a run."""
+    """A stage of a training run in which batches go through the model."""
 
     title: str
     batches: int
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingSize:
-    """Sizes of a run."""
+    """The sizes that the memory of a training run follows from: of the model, tiles, batches and code."""
 
     layers: int
     """With full attention."""

@@ -30,11 +30,12 @@ _ROWS_READ = "training_rows"
 """Key of a checkpoint."""
 
 
-class Read(NamedTuple):
-    """A batch as the frozen VLM left it, and as the codecs would have it read."""
+class CodedBatch(NamedTuple):
+    """A batch's harvest, and its tiles as the codecs code them."""
 
     layers: list[LayerHarvest]
     segments: list[Segment]
+    """The coded tiles of each layer, differentiable in the codecs."""
     kl: torch.Tensor | None
     """KL divergence of the answers' logits, where it was asked for."""
 
@@ -175,17 +176,17 @@ class CapsuleFit(HarvestingFit[R], ABC):
             encoded = encoding.finish(range(len(layers)))
         return [one.segment(layer.owner, layer.frame) for one, layer in zip(encoded, layers, strict=True)]
 
-    def read(self, batch: Batch, with_kl: bool) -> "Read":
-        """What the codecs make of a batch, differentiable in them; with_kl: also run it through the frozen VLM with
+    def code_batch(self, batch: Batch, with_kl: bool) -> CodedBatch:
+        """Harvest a batch and code its tiles; with_kl: also run it through the frozen VLM with
         their segments in its attention."""
         if not with_kl:
             layers = self.harvest(batch)
-            return Read(layers, self.segments(layers), None)
+            return CodedBatch(layers, self.segments(layers), None)
         task, canonical, last = self.task, self.task.recipe.codec.canonical_frame, int(batch.answers.max()) + 1
         layers, logits = harvest_with_logits(task.model, batch.inputs, task.tile, canonical, last, batch.alignment)
         segments = self.segments(layers)
         readings = [SegmentReading(segment) for segment in segments]
-        return Read(layers, segments, self._kl(batch, logits, readings, [Surroundings.of(x) for x in layers]))
+        return CodedBatch(layers, segments, self._kl(batch, logits, readings, [Surroundings.of(x) for x in layers]))
 
     def _kl(
         self, batch: Batch, true: torch.Tensor, readings: Sequence[Reading], around: Sequence[Surroundings]

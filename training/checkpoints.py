@@ -43,7 +43,7 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if not torch.isfinite(loss).all():
-            raise diverged(pl_module, f"the loss of step {step} is {float(loss):g}")
+            raise diverged_error(pl_module, f"the loss of step {step} is {float(loss):g}")
         late = trainer.world_size == 1 and time.monotonic() - self._saved_at > _EVERY_SECONDS
         if step % _EVERY_STEPS == 0 or step == trainer.max_steps or late or self._interrupted:
             trainer.save_checkpoint(self.path)
@@ -80,7 +80,7 @@ class WholeFiles(TorchCheckpointIO):
         write_whole(checkpoint, Path(path))
 
 
-def diverged(fit: L.LightningModule, what: str) -> ConfigError:
+def diverged_error(fit: L.LightningModule, what: str) -> ConfigError:
     """The error for a descent whose numbers are no longer finite.
 
     Args:

@@ -7,7 +7,15 @@ from typing import Any
 from kvcapsule.cli.options import OptionParser
 
 from .families import recipe_class, trainable
-from .options import RECIPE_HELP, build_parser, choose, find_recipe, plain_parser, recipe_contents, shipped_recipes
+from .options import (
+    RECIPE_HELP,
+    build_parser,
+    chosen_recipe,
+    find_recipe,
+    plain_parser,
+    recipe_contents,
+    shipped_recipes,
+)
 from .recipe import Recipe, flat, group_names, option_names
 
 HELP = ("-h", "--help")
@@ -21,7 +29,7 @@ def help_text(words: Sequence[str]) -> str:
         ConfigError, InputError: for a recipe that is missing or cannot be read.
     """
     words = [word for word in words if word not in HELP]
-    chosen = choose(words)
+    chosen = chosen_recipe(words)
     if not words:
         shared = plain_parser(build_parser().description or "")
         shared.add_argument("--recipe", action="config", help=RECIPE_HELP)

@@ -23,14 +23,14 @@ from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
 
 from .answers import longest_sequence
-from .checkpoints import diverged
+from .checkpoints import diverged_error
 from .datamodule import Questions
 from .families import fit_class
 from .image_tokens import first_images, raw_tokens_line, tile_of
 from .lightning_run import AnyFit, is_first_process, quiet, run
 from .output_folder import OutputFolder, output_folder
 from .recipe import Recipe
-from .saved_recipe import to_save
+from .saved_recipe import saved_options
 from .stored_size import stored_size
 from .summary import errors_table, summary
 from .task import Task
@@ -99,7 +99,7 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
         folder.require_unchanged()
         capsule.cpu().save_pretrained(
             folder.capsule,
-            recipe=to_save(recipe),
+            recipe=saved_options(recipe),
             metrics={"train": metrics},
             card_name=shown_path(str(folder.capsule)),
             training_rows=data.rows_read.training_rows(),
@@ -130,7 +130,7 @@ def _require_finite(capsule: Capsule, fit: AnyFit) -> None:
     """Raises ConfigError if a tensor of the capsule holds what is no number, as after a descent that diverged."""
     for name, tensor in capsule.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise diverged(fit, f"{name} holds numbers that are not finite")
+            raise diverged_error(fit, f"{name} holds numbers that are not finite")
 
 
 def _require_loadable(family: CodecFamily, given_as: str, console: Console) -> None:

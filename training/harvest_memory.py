@@ -72,7 +72,7 @@ class Recording:
             memory.close()
 
     def end(self) -> None:
-        """The last layer was added."""
+        """The last layer was added: keep the harvest, if it fits."""
         if self.layers:
             self.memory.keep(self.batch, self.layers, self.size)
 

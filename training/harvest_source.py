@@ -21,7 +21,7 @@ LEAST_TILES = 64
 
 
 class HarvestSource:
-    """Harvests of one model."""
+    """Gives the harvest of a batch: from memory, from disk, or by running the model."""
 
     def __init__(self, model: PreTrainedModel, cut: Cut, memory: HarvestMemory, store: HarvestStore | None) -> None:
         self.model, self.cut, self.memory, self.store = model, cut, memory, store

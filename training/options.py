@@ -6,7 +6,6 @@ told which.
 """
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from kvcapsule.cli.parse_errors import plain_line
 from kvcapsule.codec import REGISTRY
 from kvcapsule.errors import ConfigError, InputError
 from kvcapsule.methods.shown_names import known_name
+from kvcapsule.shipped_yaml import find_yaml, shipped_names
 from kvcapsule.yaml_files import LimitError, parse_yaml, read_yaml
 
 from .families import recipe_class, trainable
@@ -34,6 +34,7 @@ from .saved_recipe import is_saved, upgraded
 
 DEFAULT_RECIPE = "cross-layer"
 """Recipe of `kvcapsule train` without arguments."""
+_RECIPES = "kvcapsule.training.recipes"
 _USAGE = "kvcapsule train [RECIPE] [--compression C] [--model ID_OR_PATH] [--output DIR] [options]"
 RECIPE_HELP = "YAML file of these options (the same as RECIPE)"
 _RENAMED = {
@@ -58,7 +59,7 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     Raises:
         ConfigError, InputError: for options or files that cannot be used.
     """
-    chosen = choose(words)
+    chosen = chosen_recipe(words)
     options = recipe_class(chosen.family)
     parser = build_parser(chosen.family)
     configs = [_own_options(path, c, chosen.family, options, show) for path, c in chosen.files]
@@ -77,8 +78,8 @@ def parse(words: Sequence[str], show: Callable[[str], None]) -> Recipe:
     return built
 
 
-class Choice(NamedTuple):
-    """What a command line says before its options are read."""
+class ChosenRecipe(NamedTuple):
+    """The family and the recipe files that a command line names, before its options are read."""
 
     family: str
     files: list[tuple[Path, dict[str, Any]]]
@@ -89,7 +90,7 @@ class Choice(NamedTuple):
     """RECIPE; where there is none, the shipped recipe of the family, None where it has none."""
 
 
-def choose(words: Sequence[str]) -> Choice:
+def chosen_recipe(words: Sequence[str]) -> ChosenRecipe:
     """Raises ConfigError, InputError: for a recipe that is missing or cannot be read."""
     require_current_words(words, _RENAMED)
     rest = normalized(words)
@@ -101,7 +102,7 @@ def choose(words: Sequence[str]) -> Choice:
     paths = [*([] if named is None else [find_recipe(named)]), *map(Path, _values_of("recipe", rest))]
     files = [(path, recipe_contents(path)) for path in paths]
     family = wanted or next((str(c["family"]) for _, c in reversed(files) if "family" in c), DEFAULT_RECIPE)
-    return Choice(family, files, rest, named)
+    return ChosenRecipe(family, files, rest, named)
 
 
 def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
@@ -117,9 +118,8 @@ def build_parser(family: str = DEFAULT_RECIPE) -> OptionParser:
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(
-        p.name.removesuffix(".yaml") for p in files("kvcapsule.training.recipes").iterdir() if p.name.endswith(".yaml")
-    )
+    """Names of the recipes in training/recipes/."""
+    return shipped_names(_RECIPES)
 
 
 def find_recipe(name: str) -> Path:
@@ -128,20 +128,22 @@ def find_recipe(name: str) -> Path:
     Raises:
         InputError: if there is none.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    if name in shipped_recipes():
-        return Path(str(files("kvcapsule.training.recipes") / f"{name}.yaml"))
-    raise InputError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
+    return find_yaml(name, _RECIPES, "recipe")
 
 
 def plain_parser(description: str) -> OptionParser:
+    """The command's parser without options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return OptionParser(prog="kvcapsule train", usage=_USAGE, description=description, exit_on_error=False)
 
 
 def recipe_contents(path: Path) -> dict[str, Any]:
+    """The options in a recipe file, with their names of today.
+
+    Raises:
+        ConfigError: if it has an option that was renamed, unless a run saved it.
+        InputError: if it cannot be read, or holds something else.
+    """
     try:
         contents = read_yaml(path) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

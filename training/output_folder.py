@@ -19,7 +19,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from kvcapsule import atomic_files
-from kvcapsule.capsule.limits import restore
+from kvcapsule.capsule.capsule_folder import restore
 from kvcapsule.capsule.trained_with import PLACES_FILE
 from kvcapsule.capsule.write import require_replaceable
 from kvcapsule.errors import ConfigError, InputError

@@ -43,7 +43,7 @@ def upgraded(contents: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return renamed
 
 
-def to_save(recipe: Recipe) -> dict[str, Any]:
+def saved_options(recipe: Recipe) -> dict[str, Any]:
     """All options of a run; folders and files are named by their last part."""
     values = asdict(recipe)
     for name in ("model", "output", "harvests"):

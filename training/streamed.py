@@ -17,7 +17,7 @@ from .harvest import Alignment, LayerHarvest, Recorder
 
 
 class Cut(NamedTuple):
-    """How harvests are cut."""
+    """How a harvest is cut into tiles and layer groups."""
 
     tile: int
     """Visual tokens of a tile."""

@@ -29,6 +29,7 @@ class Yardstick(NamedTuple):
 
 
 def errors_table(metrics: Mapping[str, Any]) -> ReportTable:
+    """What each layer loses on held-out questions, and their mean."""
     columns = [*map(Column, ("layer", "keys\nunexplained", "values\nunexplained", "attention\noutput error"))]
     table = ReportTable(columns, title=f"on {metrics['questions']} held-out questions")
     names = ("keys_unexplained", "values_unexplained", "output_error")

@@ -22,7 +22,7 @@ _OWNER = 8
 
 
 def full(cell: Cell) -> float:
-    """2 B H N D s."""
+    """The full cache: 2 B H N D s."""
     return cell.full_bytes
 
 

@@ -31,8 +31,8 @@ Measured = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 """JSON rows, and entries of `skipped`."""
 
 
-class Rung(NamedTuple):
-    """One way to decode."""
+class DecodeSetup(NamedTuple):
+    """One way to decode: a cache, the attention that reads it, and whether the step is compiled."""
 
     name: str
     cache: Callable[[int], Cache]
@@ -43,7 +43,7 @@ class Rung(NamedTuple):
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within the block, the model uses the attention of this rung."""
+        """Within the block, the model uses the attention of this setup."""
         before = str(model.config.get_text_config(decoder=True)._attn_implementation)
         if self.attention != before:
             model.set_attn_implementation(self.attention)
@@ -75,7 +75,7 @@ def _everywhere() -> Any:
     return config
 
 
-def rungs(subject: Subject, compiled: bool) -> list[Rung]:
+def setups(subject: Subject, compiled: bool) -> list[DecodeSetup]:
     """The full caches, then the methods of a subject."""
     model: Any = subject.model
     text = model.config.get_text_config(decoder=True)
@@ -84,14 +84,14 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
         return StaticCache(config=text, max_cache_len=tokens)
 
     result = [
-        Rung(L0, lambda tokens: new_cache(model, None), attention="eager"),
-        Rung(L1, lambda tokens: new_cache(model, None)),
-        Rung(L2, static),
+        DecodeSetup(L0, lambda tokens: new_cache(model, None), attention="eager"),
+        DecodeSetup(L1, lambda tokens: new_cache(model, None)),
+        DecodeSetup(L2, static),
     ]
     result += [_of_method(model, name, method) for name, method in subject.methods.items()]
     if compiled:
         prompt = subject.batch(1)["input_ids"].shape[1]
-        result.append(Rung(L2_COMPILED, static, compiled=True))
+        result.append(DecodeSetup(L2_COMPILED, static, compiled=True))
         result += [
             _compiled(model, name, method, prompt)
             for name, method in subject.methods.items()
@@ -100,13 +100,13 @@ def rungs(subject: Subject, compiled: bool) -> list[Rung]:
     return result
 
 
-def _of_method(model: PreTrainedModel, name: str, method: Method) -> Rung:
-    return Rung(name, lambda tokens: new_cache(model, method), method)
+def _of_method(model: PreTrainedModel, name: str, method: Method) -> DecodeSetup:
+    return DecodeSetup(name, lambda tokens: new_cache(model, method), method)
 
 
-def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) -> Rung:
+def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) -> DecodeSetup:
     """A method whose tail has a fixed size, for the tokens after the prompt."""
-    return Rung(
+    return DecodeSetup(
         f"{name}-static-compiled",
         lambda tokens: CapsuleCache(model.config, method, tail_capacity=tokens - prompt),
         method,
@@ -114,7 +114,7 @@ def _compiled(model: PreTrainedModel, name: str, method: Method, prompt: int) ->
     )
 
 
-def held(cache: Cache) -> int:
+def cache_storage_bytes(cache: Cache) -> int:
     """Bytes of a cache's storages, with unused capacity and a capsule's maps: what a step may read."""
     if isinstance(cache, CapsuleCache):
         measured = cache.bytes()
@@ -122,13 +122,13 @@ def held(cache: Cache) -> int:
     return storage_bytes(t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
 
 
-def out_of_memory(level: str, subject: Subject, size: int, rung: Rung) -> dict[str, Any]:
+def out_of_memory(level: str, subject: Subject, size: int, setup: DecodeSetup) -> dict[str, Any]:
     """The entry of `skipped` for a contender that did not fit into the device's memory."""
     return {
         "level": level,
         "geometry": subject.name,
         "batch": size,
         "visual_tokens": subject.visual,
-        "method": rung.name,
+        "method": setup.name,
         "reason": "did not fit into the device's memory",
     }

@@ -13,6 +13,7 @@ _ROWS = 3
 
 
 def rows(batch: int) -> list[int]:
+    """Which sequences of a batch of so many are compared."""
     return sorted({0, batch // 2, batch - 1})[:_ROWS]
 
 

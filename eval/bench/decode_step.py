@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from kvcapsule.inference.transformers_api import cache_argument
 
 from . import contenders
-from .contenders import BASELINES, Rung
+from .contenders import BASELINES, DecodeSetup
 from .interleaved_timing import Contender, Times, interleave
 from .models import Subject, weight_bytes
 
@@ -44,28 +44,28 @@ def measure(subject: Subject, size: int, steps: int, compiled: bool, read_gb_s: 
     caches: dict[str, Cache] = {}
     timed: dict[str, Contender] = {}
     skipped = []
-    rungs = contenders.rungs(subject, compiled)
+    setups = contenders.setups(subject, compiled)
     # Where memory is short, the methods come first, then the baselines, and eager attention last.
-    for rung in reversed(rungs):
+    for setup in reversed(setups):
         try:
-            cache = widened(filled(subject, rung, prompts, rung.cache(tokens)), size)
+            cache = widened(filled(subject, setup, prompts, setup.cache(tokens)), size)
         except torch.OutOfMemoryError:
-            skipped.append(contenders.out_of_memory(LEVEL, subject, size, rung))
+            skipped.append(contenders.out_of_memory(LEVEL, subject, size, setup))
             continue
-        caches[rung.name] = cache
-        step = stepper(subject.model, rung, cache, size)
-        timed[rung.name] = Contender(rung.name, [step], partial(rung.on, subject.model), graph=False)
-    fitting = [timed[rung.name] for rung in rungs if rung.name in timed]
+        caches[setup.name] = cache
+        step = stepper(subject.model, setup, cache, size)
+        timed[setup.name] = Contender(setup.name, [step], partial(setup.on, subject.model), graph=False)
+    fitting = [timed[setup.name] for setup in setups if setup.name in timed]
     times = interleave(fitting, subject.model.device, steps, float("inf"), burst=0)
     return rows(
-        subject, size, times, {name: contenders.held(cache) for name, cache in caches.items()}, read_gb_s
+        subject, size, times, {name: contenders.cache_storage_bytes(cache) for name, cache in caches.items()}, read_gb_s
     ), skipped
 
 
-def filled(subject: Subject, rung: Rung, inputs: BatchFeature, cache: Cache) -> Cache:
+def filled(subject: Subject, setup: DecodeSetup, inputs: BatchFeature, cache: Cache) -> Cache:
     """A cache that holds the prompts of a batch. Prefill is the model's own in any case, so it need not be eager."""
     model: Any = subject.model
-    with rung._replace(attention="sdpa").on(subject.model), torch.no_grad():
+    with setup._replace(attention="sdpa").on(subject.model), torch.no_grad():
         model(**inputs, **cache_argument(cache), logits_to_keep=1)
     return cache
 
@@ -77,9 +77,9 @@ def widened(prompts: Cache, size: int) -> Cache:
     return cache  # type: ignore[no-any-return]
 
 
-def stepper(model: PreTrainedModel, rung: Rung, cache: Cache, size: int) -> Callable[[], Any]:
+def stepper(model: PreTrainedModel, setup: DecodeSetup, cache: Cache, size: int) -> Callable[[], Any]:
     """A decode step of the whole batch; the cache grows by a token each time."""
-    token, call = torch.full((size, 1), _TOKEN, device=model.device), rung.call(model)
+    token, call = torch.full((size, 1), _TOKEN, device=model.device), setup.call(model)
 
     @torch.no_grad()
     def step() -> Any:

@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from ..timing import Seconds, run_timed
 from . import contenders
-from .contenders import BASELINES, Rung
+from .contenders import BASELINES, DecodeSetup
 from .interleaved_timing import LEAST, Times, now
 from .models import Subject, weight_bytes
 from .peak_memory import peak_bytes
@@ -40,34 +40,34 @@ def measure(
     spent: dict[str, float] = defaultdict(float)
     stored, peaks, skipped = {}, {}, []
     fitting = []
-    for rung in contenders.rungs(subject, compiled):
-        cache = rung.cache(prompt + steps + 1)
+    for setup in contenders.setups(subject, compiled):
+        cache = setup.cache(prompt + steps + 1)
         try:
-            with rung.on(subject.model):
-                peaks[rung.name] = peak_bytes(
-                    partial(run_timed, subject.model, inputs, cache, _MEASURED, **rung.options()), subject.model.device
+            with setup.on(subject.model):
+                peaks[setup.name] = peak_bytes(
+                    partial(run_timed, subject.model, inputs, cache, _MEASURED, **setup.options()), subject.model.device
                 )
         except torch.OutOfMemoryError:
-            skipped.append(contenders.out_of_memory(LEVEL, subject, size, rung))
+            skipped.append(contenders.out_of_memory(LEVEL, subject, size, setup))
             continue
-        stored[rung.name] = contenders.held(cache)
-        if rung.compiled:
+        stored[setup.name] = contenders.cache_storage_bytes(cache)
+        if setup.compiled:
             # Nothing is compiled while memory is counted.
-            _once(subject, rung, inputs, prompt, _MEASURED)
-        fitting.append(rung)
+            _once(subject, setup, inputs, prompt, _MEASURED)
+        fitting.append(setup)
     for turn in range(rounds):
         start = turn % len(fitting)
-        for rung in [*fitting[start:], *fitting[:start]]:
-            if len(times[rung.name]) == turn and (turn < LEAST or spent[rung.name] < seconds):
+        for setup in [*fitting[start:], *fitting[:start]]:
+            if len(times[setup.name]) == turn and (turn < LEAST or spent[setup.name] < seconds):
                 started = now(subject.model.device)
-                times[rung.name].append(_once(subject, rung, inputs, prompt, steps))
-                spent[rung.name] += now(subject.model.device) - started
+                times[setup.name].append(_once(subject, setup, inputs, prompt, steps))
+                spent[setup.name] += now(subject.model.device) - started
     return rows(subject, size, steps, times, stored, peaks), skipped
 
 
-def _once(subject: Subject, rung: Rung, inputs: BatchFeature, prompt: int, steps: int) -> Seconds:
-    with rung.on(subject.model):
-        return run_timed(subject.model, inputs, rung.cache(prompt + steps + 1), steps, **rung.options())
+def _once(subject: Subject, setup: DecodeSetup, inputs: BatchFeature, prompt: int, steps: int) -> Seconds:
+    with setup.on(subject.model):
+        return run_timed(subject.model, inputs, setup.cache(prompt + steps + 1), steps, **setup.options())
 
 
 def rows(

@@ -25,7 +25,7 @@ _UNKNOWN_CACHE = 64 * 2**20
 
 
 class Contender(NamedTuple):
-    """What is timed."""
+    """Calls that are timed under one name."""
 
     name: str
     calls: Sequence[Callable[[], Any]]

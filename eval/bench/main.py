@@ -1,15 +1,12 @@
 """`kvcapsule bench`: attention over segments, decode steps, generation and serving, against the full cache."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
-
-from kvcapsule.cli.errors import complain
+from kvcapsule.cli.measuring import MeasuringCommand
 from kvcapsule.cli.options import OptionParser, instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, json_file, write_json
-from kvcapsule.errors import InputError, KVCapsuleError
+from kvcapsule.cli.results import json_file
+from kvcapsule.errors import InputError
 
 from .bench_config import LEVELS, QUICK, BenchConfig
 
@@ -19,22 +16,7 @@ _LISTS = {name: True for name in ("level", "geometry", "visual_tokens", "batch",
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2, and one line on stderr, for input that cannot be used."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        config = parse(words)
-        # --help and a mistyped option do not wait for torch.
-        from rich.console import Console
-
-        from .run import run
-
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            _show(result, config.wide)
-        write_json(config.json, result)
-        _write(result, config)
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return MeasuringCommand(PROG, parse, _measure, _show, _write).main(argv)
 
 
 def build_parser() -> OptionParser:
@@ -66,12 +48,20 @@ def parse(words: list[str]) -> BenchConfig:
     return instance(BenchConfig, parser, values)
 
 
-def _show(result: dict[str, Any], wide: bool) -> None:
+def _measure(config: BenchConfig, command: str) -> dict[str, Any]:
+    from rich.console import Console
+
+    from .run import run
+
+    return run(config, Console(stderr=True), command)
+
+
+def _show(result: dict[str, Any], config: BenchConfig) -> None:
     from kvcapsule.cli.tables import print_report
 
     from .level_tables import tables
 
-    print_report(*tables(result), wide=wide)
+    print_report(*tables(result), wide=config.wide)
 
 
 def _write(result: dict[str, Any], config: BenchConfig) -> None:

@@ -36,7 +36,7 @@ _IMAGE, _PATCH = 5, 4
 
 
 class Subject(NamedTuple):
-    """A model that decodes."""
+    """A model that is timed, with its inputs and the methods that are compared on it."""
 
     name: str
     model: PreTrainedModel

@@ -10,10 +10,12 @@ from .shapes import Shape
 
 
 def device_of(config: BenchConfig) -> torch.device:
+    """The device that a run measures."""
     return torch.device(config.device)
 
 
 def precision_of(config: BenchConfig) -> torch.dtype:
+    """The precision that a run measures in; by default float32 on a CPU and bfloat16 elsewhere."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     return torch.float32 if device_of(config).type == "cpu" else torch.bfloat16

@@ -48,6 +48,7 @@ def transform(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Ca
 
 
 def kvcapsule(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
+    """A capsule of the family kvcapsule that retains RETAINED of the rows of keys and values."""
     ratios = (RETAINED,) * len(geometry.capsule_layers)
     capsule = _capsule("kvcapsule", KVCapsuleConfig(tile, key_ratios=ratios, value_ratios=ratios), geometry)
     for codec in capsule.layers:
@@ -62,6 +63,7 @@ def kvcapsule(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Ca
 
 
 def compact(geometry: KVGeometry, tile: int, generator: torch.Generator) -> Capsule:
+    """A compact capsule that keeps KEPT of the rows, with a random query bank."""
     capsule = _capsule("compact", CompactConfig(tile, ratios=(KEPT,) * len(geometry.capsule_layers)), geometry)
     for codec in capsule.layers:
         assert isinstance(codec, CompactLayer)

@@ -39,7 +39,8 @@ KEYS, VALUES = Decay(0.7, 16.0, 0.5), Decay(0.7, 7.0, 1.0)
 
 
 def variance(tile: int, channels: int, decay: Decay) -> torch.Tensor:
-    """[G, C]: mean variance in each cell of eight token components of a channel; their sum is the decay's weight."""
+    """[G, C]: mean variance in each cell of eight token components of a channel, falling as `decay` says; all
+    together they are `decay.weight`."""
     rows = torch.arange(1, -(-tile // GROUP) * GROUP + 1, dtype=torch.float64) ** -decay.tokens
     rows[tile:] = 0.0
     cells = (

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from . import contenders
-from .contenders import BASELINES, Rung
+from .contenders import BASELINES, DecodeSetup
 from .decode_step import PROMPTS, filled, stepper, widened
 from .interleaved_timing import Contender, interleave
 from .models import Subject
@@ -37,21 +37,21 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
     budget, device = int(budget_mib * 2**20), subject.model.device
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    for rung in contenders.rungs(subject, compiled=False):
-        if rung.name == contenders.L0:
+    for setup in contenders.setups(subject, compiled=False):
+        if setup.name == contenders.L0:
             continue
         tokens = subject.batch(1)["input_ids"].shape[1] + steps
-        prompts = filled(subject, rung, subject.batch(PROMPTS), rung.cache(tokens))
-        size, stored = largest(partial(_bytes_of, subject, rung, prompts), budget)
+        prompts = filled(subject, setup, subject.batch(PROMPTS), setup.cache(tokens))
+        size, stored = largest(partial(_bytes_of, subject, setup, prompts), budget)
         if size == 0:
-            skipped.append(_skipped(subject, rung, budget_mib, stored))
+            skipped.append(_skipped(subject, setup, budget_mib, stored))
             continue
         cache = widened(prompts, size)
         # Two steps are taken before the first that is timed.
         contender = Contender(
-            rung.name, [stepper(subject.model, rung, cache, size)], partial(rung.on, subject.model), graph=False
+            setup.name, [stepper(subject.model, setup, cache, size)], partial(setup.on, subject.model), graph=False
         )
-        time = interleave([contender], device, steps - 2, float("inf"), burst=0)[rung.name]
+        time = interleave([contender], device, steps - 2, float("inf"), burst=0)[setup.name]
         rows.append(
             {
                 "level": LEVEL,
@@ -59,7 +59,7 @@ def measure(subject: Subject, budget_mib: float, steps: int) -> tuple[list[dict[
                 "shape": subject.shape,
                 "batch": size,
                 "visual_tokens": subject.visual,
-                "method": rung.name,
+                "method": setup.name,
                 "budget_mib": budget_mib,
                 "bytes": stored,
                 "seconds": time.median,
@@ -97,11 +97,11 @@ def largest(bytes_of: Callable[[int], int], limit: int) -> tuple[int, int]:
     return low, size_of_low
 
 
-def _bytes_of(subject: Subject, rung: Rung, prompts: Cache, count: int) -> int:
+def _bytes_of(subject: Subject, setup: DecodeSetup, prompts: Cache, count: int) -> int:
     cache = widened(prompts, count)
-    with rung.on(subject.model):
-        stepper(subject.model, rung, cache, count)()
-    return contenders.held(cache)
+    with setup.on(subject.model):
+        stepper(subject.model, setup, cache, count)()
+    return contenders.cache_storage_bytes(cache)
 
 
 def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,12 +116,12 @@ def _related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _skipped(subject: Subject, rung: Rung, budget_mib: float, stored: int) -> dict[str, Any]:
+def _skipped(subject: Subject, setup: DecodeSetup, budget_mib: float, stored: int) -> dict[str, Any]:
     return {
         "level": LEVEL,
         "geometry": subject.name,
         "batch": 1,
         "visual_tokens": subject.visual,
-        "method": rung.name,
+        "method": setup.name,
         "reason": f"one sequence takes {stored / 2**20:.1f} MiB, and --memory-mib allows {budget_mib:g}",
     }

@@ -11,17 +11,17 @@ from transformers.cache_utils import Cache
 from kvcapsule.vlm.geometry import KVGeometry, full_attention_layers
 
 from ..equal_bytes import Layout
-from ..watched_generate import Held, held_bytes
+from ..watched_generate import StoredBytes, stored_bytes
 
 
 class BatchMeasure(NamedTuple):
-    """Of one batch."""
+    """What is measured of one batch of questions."""
 
     visual_tokens: list[int]
     """Of each question."""
     new_tokens: list[int]
     """Of each answer, the end token included."""
-    held: Held
+    stored: StoredBytes
     """Bytes of the cache after the prefill."""
     full_visual: int
     """Bytes of the visual tokens in the full cache, once for each beam."""
@@ -40,15 +40,15 @@ class PrefillWatch(LogitsProcessor):
 
     def __init__(self, model: PreTrainedModel, cache: Cache, layout: Layout) -> None:
         self.device, self.cache, self.layout = model.device, cache, layout
-        self.held: Held | None = None
+        self.stored: StoredBytes | None = None
         self.beams = 1
         self.begin = self.first = self._now()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.held is None:
+        if self.stored is None:
             self.first = self._now()
             self.beams = len(input_ids) // len(self.layout.valid)
-            self.held = held_bytes(self.cache, self.layout)
+            self.stored = stored_bytes(self.cache, self.layout)
             # Counting bytes is no part of decoding.
             self.begin += self._now() - self.first
             self.first = self._now()
@@ -57,12 +57,12 @@ class PrefillWatch(LogitsProcessor):
     def measure(self, new_tokens: Sequence[int], token_bytes: int) -> BatchMeasure:
         """After generate. `token_bytes`: of a token in the full cache."""
         end = self._now()
-        assert self.held is not None
+        assert self.stored is not None
         counts = [0] * len(self.layout.valid)
         for span in self.layout.spans:
             counts[span.row] += span.length
         full = sum(counts) * self.beams * token_bytes
-        return BatchMeasure(counts, list(new_tokens), self.held, full, self.first - self.begin, end - self.first)
+        return BatchMeasure(counts, list(new_tokens), self.stored, full, self.first - self.begin, end - self.first)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -81,9 +81,9 @@ def means(batches: Sequence[BatchMeasure]) -> dict[str, float]:
     questions = sum(batch.questions for batch in batches)
     sums = {
         "visual_tokens": sum(sum(batch.visual_tokens) for batch in batches),
-        "visual_kv_bytes": sum(batch.held.visual for batch in batches),
+        "visual_kv_bytes": sum(batch.stored.visual for batch in batches),
         "full_visual_kv_bytes": sum(batch.full_visual for batch in batches),
-        "kv_bytes": sum(batch.held.total for batch in batches),
+        "kv_bytes": sum(batch.stored.total for batch in batches),
         "prefill_seconds": sum(batch.prefill for batch in batches),
         "decode_seconds": sum(batch.decode for batch in batches),
     }

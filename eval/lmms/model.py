@@ -181,7 +181,7 @@ def _to_messages(request: Instance) -> Any:
 
 
 def _counts(measure: BatchMeasure) -> list[AnswerCounts]:
-    share = measure.held.visual // measure.questions
+    share = measure.stored.visual // measure.questions
     return [
         AnswerCounts(output_tokens=new, visual_tokens=visual, visual_kv_bytes=share)
         for new, visual in zip(measure.new_tokens, measure.visual_tokens, strict=True)

@@ -71,11 +71,12 @@ def _lookup(pair: Sequence[Page], rng: np.random.Generator) -> tuple[str, str]:
 
 
 def images(row: Mapping[str, Any]) -> list[Image.Image]:
-    """Of a row, as RGB."""
+    """The images of a row, as RGB."""
     return images_of({"image": row["images"] if "images" in row else row["image"]}, "a row")
 
 
 def prompt(row: Mapping[str, Any]) -> str:
+    """The question of a row."""
     return str(row["prompt"])
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Rounds:
-    """One question of such a task, with the answers so far."""
+    """One question of a task of several rounds, with the answers so far."""
 
     def __init__(self, row: Mapping[str, Any], to_messages: Callable[..., Any]) -> None:
         """Begin.

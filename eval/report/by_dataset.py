@@ -4,7 +4,6 @@
 Tasks of the source "pictures" begin with the data set's name; a data set's accuracy is the mean over its tasks.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,16 +11,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jsonargparse import ArgumentError
-
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.data.source import PICTURES
-from kvcapsule.errors import InputError, KVCapsuleError
+from kvcapsule.errors import InputError
 from kvcapsule.methods.shown_names import shown_name
 
 from ..entries import FULL
 from . import markdown
+from .file_command import FileCommand, read_result
 
 PROG = "python -m kvcapsule.eval.report.by_dataset"
 
@@ -90,17 +86,13 @@ def _cell(accuracy: float, full: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        parser = option_parser(
-            ByDatasetConfig,
-            PROG,
-            usage=f"{PROG} --json FILE --report FILE.md --name NAME",
-            description="Write a table of accuracy by data set, of a result of `kvcapsule eval` on several data sets.",
-        )
-        update_table(instance(ByDatasetConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return FileCommand(
+        PROG,
+        ByDatasetConfig,
+        usage="--json FILE --report FILE.md --name NAME",
+        description="Write a table of accuracy by data set, of a result of `kvcapsule eval` on several data sets.",
+        run=update_table,
+    ).main(argv)
 
 
 def update_table(config: ByDatasetConfig) -> None:
@@ -109,11 +101,7 @@ def update_table(config: ByDatasetConfig) -> None:
     Raises:
         InputError: if a file cannot be read, has other tasks, or has no place for the table.
     """
-    try:
-        result: dict[str, Any] = json.loads(Path(config.json).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{config.json} cannot be read: {error}.") from error
-    refresh(Path(config.report), config.name, result, config.json)
+    refresh(Path(config.report), config.name, read_result(Path(config.json)), config.json)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,20 @@ The rows of a slow model can thus be measured in several processes. Every run an
 row of the full cache, which shows whether the runs belong together.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
-
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import json_file, require_writable, write_json
-from kvcapsule.errors import InputError, KVCapsuleError
+from kvcapsule.errors import InputError
 
 from ..entries import FULL
 from ..suite.shipped import name_of
 from ..suite.suite import load
 from . import markdown, rate_curves
+from .file_command import FileCommand, read_result
 from .picture import save_picture
 from .title import title_of
 
@@ -92,18 +88,14 @@ def _full(part: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        parser = option_parser(
-            MergeConfig,
-            PROG,
-            usage=f"{PROG} --suite NAME --parts A.json,B.json --json FILE [options]",
-            description="Merge results of several runs of a suite, each with some of its rows, into one result.",
-            lists={"parts": True},
-        )
-        merge_files(instance(MergeConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return FileCommand(
+        PROG,
+        MergeConfig,
+        usage="--suite NAME --parts A.json,B.json --json FILE [options]",
+        description="Merge results of several runs of a suite, each with some of its rows, into one result.",
+        run=merge_files,
+        lists={"parts": True},
+    ).main(argv)
 
 
 def merge_files(config: MergeConfig) -> None:
@@ -116,20 +108,12 @@ def merge_files(config: MergeConfig) -> None:
         raise InputError("--parts: give two files or more, as in --parts a.json,b.json.")
     require_writable([config.json, config.plot, config.report])
     order = [FULL, *(spec.name for spec in load(config.suite).specs)]
-    result = merge([_read(Path(part)) for part in config.parts], order, config.replace)
+    result = merge([read_result(Path(part)) for part in config.parts], order, config.replace)
     write_json(config.json, result)
     if config.plot is not None:
         save_picture(rate_curves.picture(result["rows"], title_of(result)), Path(config.plot))
     if config.report is not None:
         markdown.refresh(Path(config.report), name_of(config.suite), result, json_file(config.json), config.plot)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    return result
 
 
 if __name__ == "__main__":

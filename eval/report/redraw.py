@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
 from matplotlib.figure import Figure
 
-from kvcapsule.cli.errors import complain
-from kvcapsule.cli.options import instance, option_parser
 from kvcapsule.cli.results import require_writable
-from kvcapsule.errors import InputError, KVCapsuleError
+from kvcapsule.errors import InputError
 
 from . import rate_curves, scatter
+from .file_command import FileCommand
 from .picture import save_picture
 from .picture_name import require_picture_name
 from .title import title_of
@@ -40,17 +38,13 @@ class RedrawConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        parser = option_parser(
-            RedrawConfig,
-            PROG,
-            usage=f"{PROG} --json RESULT.json --plot PICTURE.png",
-            description="Draw the picture of a result of kvcapsule eval again; nothing is measured.",
-        )
-        redraw(instance(RedrawConfig, parser, parser.read(sys.argv[1:] if argv is None else argv)))
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return FileCommand(
+        PROG,
+        RedrawConfig,
+        usage="--json RESULT.json --plot PICTURE.png",
+        description="Draw the picture of a result of kvcapsule eval again; nothing is measured.",
+        run=redraw,
+    ).main(argv)
 
 
 def redraw(config: RedrawConfig) -> None:

@@ -26,11 +26,12 @@ def anls(answer: str, target: Target) -> float:
 
 
 def character_score(answer: str, target: Target) -> float:
+    """1 - edits per character of the nearest accepted answer, at least 0."""
     return max(max(0.0, 1.0 - error_rate(answer.strip(), right)) for right in target.accepted)
 
 
 def word_score(answer: str, target: Target) -> float:
-    """Words are what white space separates."""
+    """1 - edits per word of the nearest accepted answer, at least 0; words are what white space separates."""
     return max(max(0.0, 1.0 - error_rate(answer.split(), right.split())) for right in target.accepted)
 
 

@@ -16,6 +16,7 @@ _GROUPS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?%?")
 
 
 def relaxed_accuracy(answer: str, target: Target) -> float:
+    """1 if the answer agrees with one that is accepted, else 0."""
     return float(any(_agree(answer.strip(), right) for right in target.accepted))
 
 

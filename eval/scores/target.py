@@ -16,4 +16,5 @@ class Target(NamedTuple):
 
 
 def target_of(question: Question) -> Target:
+    """What the answers to a question are judged by."""
     return Target(tuple(answer.strip() for answer in question.answers), question.choices, question.task)

@@ -40,7 +40,7 @@ from ..entries import Entry, capsule_settings, full_entry
 from ..report import markdown
 from ..report.picture import new_picture, save_picture
 from ..report.picture_name import require_picture_name
-from ..watched_generate import GREEDY, held_bytes, new_cache
+from ..watched_generate import GREEDY, new_cache, stored_bytes
 from .command import Study
 
 _MODULE = "kvcapsule.eval.studies.long_answer"
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     ).main(argv)
 
 
-def _write(config: LongAnswerConfig, result: dict[str, Any]) -> None:
+def _write(result: dict[str, Any], config: LongAnswerConfig) -> None:
     """The picture and the page, where they are wanted."""
     if config.plot is not None:
         save_picture(picture(result), Path(config.plot))
@@ -186,7 +186,7 @@ class Watch(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = len(self.bytes)
-        self.bytes.append(held_bytes(self.cache, self.batch.layout).total)
+        self.bytes.append(stored_bytes(self.cache, self.batch.layout).total)
         self.likeliest.append(scores.argmax(dim=-1))
         self.progress.advance(self.task)
         if self.answer is None:

@@ -104,10 +104,9 @@ def run(config: ServingStoreConfig, command: str) -> dict[str, Any]:
     }
 
 
-def _measure(config: ServingStoreConfig, store: str | None) -> dict[str, Any]:
-    """The two passes of one engine, and the sizes of what is stored."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
+def _engine(config: ServingStoreConfig, store: str | None) -> Any:
+    """vLLM's engine with the capsule; store: folder of its image store, or None."""
+    from vllm import LLM
 
     from kvcapsule.serving.settings import CONNECTOR, SCHEDULER
 
@@ -115,7 +114,7 @@ def _measure(config: ServingStoreConfig, store: str | None) -> dict[str, Any]:
     if store is not None:
         extra |= {"store": store, "store_max_bytes": _ROOM}
     options: dict[str, Any] = {} if store is None else {"scheduler_cls": SCHEDULER}
-    llm = LLM(
+    return LLM(
         model=str(shipped(config.model) or config.model),
         model_impl="transformers",
         dtype="float32",
@@ -134,6 +133,14 @@ def _measure(config: ServingStoreConfig, store: str | None) -> dict[str, Any]:
         },
         **options,
     )
+
+
+def _measure(config: ServingStoreConfig, store: str | None) -> dict[str, Any]:
+    """The two passes of one engine, and the sizes of what is stored."""
+    from vllm import SamplingParams
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    llm = _engine(config, store)
     core = llm.llm_engine.engine_core.engine_core
     encoded = _watched(core.model_executor.driver_worker.worker.model_runner.model)
     known, writer = core.scheduler.connector.known, get_kv_transfer_group().worker.store

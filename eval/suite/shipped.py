@@ -1,16 +1,15 @@
 """Where suites are: files of people, and those that come with the package."""
 
-from importlib.resources import files
 from pathlib import Path
 
-from kvcapsule.errors import InputError
+from kvcapsule.shipped_yaml import find_yaml, shipped_names
 
 _PACKAGE = "kvcapsule.eval.suites"
 
 
 def shipped_suites() -> list[str]:
     """Names of the suites that come with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files(_PACKAGE).iterdir() if path.name.endswith(".yaml"))
+    return shipped_names(_PACKAGE)
 
 
 def name_of(suite: str) -> str:
@@ -24,9 +23,4 @@ def find_suite(name: str) -> Path:
     Raises:
         InputError: if there is none.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    if name not in shipped_suites():
-        raise InputError(f"no suite {name!r}: give a YAML file, or one of {', '.join(shipped_suites())}.")
-    return Path(str(files(_PACKAGE) / f"{name}.yaml"))
+    return find_yaml(name, _PACKAGE, "suite")

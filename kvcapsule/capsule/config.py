@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..codec import REGISTRY, CodecConfig
-from ..errors import CapsuleError, ConfigError
+from ..errors import CapsuleError, ConfigError, shortened
 from ..field_checks import check_fields
 from ..vlm.geometry import KVGeometry
-from .limits import shortened
 from .record import ModelRecord, data_record
 
 FORMAT_VERSION, LEAN_VERSION = 1, 2

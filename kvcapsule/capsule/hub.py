@@ -11,12 +11,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 
 from .._version import __version__
-from ..errors import CapsuleError
+from ..errors import CapsuleError, shortened
+from .capsule_folder import existing_folder
 from .card import LIBRARY
 from .config import CapsuleConfig
 from .hub_cache import mended
 from .hub_errors import download_errors, upload_errors
-from .limits import existing_folder, shortened
 from .read import (
     CONFIG_FILE,
     FILES,

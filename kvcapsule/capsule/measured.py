@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .limits import shortened
+from ..errors import shortened
 
 _NUMBER = (int, float)
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CapsuleError
+from ..errors import CapsuleError, shortened
 from .config import CapsuleConfig
-from .limits import read_file, read_json, shortened
+from .limits import read_file, read_json
 from .tensor_bytes import Form
 from .training_rows import ROWS_FILE
 from .weights_file import Header, read_header
@@ -36,11 +36,13 @@ def weights_metadata(config: CapsuleConfig) -> dict[str, str]:
 
 
 def missing_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that are no files of the folder."""
     # Not Path.is_file, which raises for a folder that may not be entered.
     return [name for name in names if not os.path.isfile(folder / name)]
 
 
 def require_files(folder: Path, names: Iterable[str]) -> None:
+    """Raises CapsuleError that names the files that a folder lacks."""
     missing = missing_files(folder, names)
     if missing:
         raise CapsuleError(

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import CapsuleError
+from ..errors import CapsuleError, shortened
 from ..vlm.fingerprint import Fingerprint
-from .limits import shortened
 
 MODEL, DATA = "model", "data"
 """Keys of `metadata`."""

@@ -14,8 +14,9 @@ import torch
 from ..codec import Encoded, LayerCodec, LayerGroupCodec
 from ..codec.base import TILES
 from ..errors import CapsuleError
+from ..segments.packed_rows import Rows, read_sets, stored_tensors
 from ..segments.rotary_frame import Frame
-from ..segments.segment import Rows, Segment, read_sets, stored
+from ..segments.segment import Segment
 from ..segments.storable_rows import storable, with_stored
 from .capsule import Capsule
 from .span_header import SpanHeader
@@ -96,7 +97,7 @@ class SpanForm:
         header = self.header
         forms: dict[str, Form] = {}
         for name, _, _, rows in self.coded():
-            for index, tensor in enumerate(stored(rows)):
+            for index, tensor in enumerate(stored_tensors(rows)):
                 forms[f"{name}.{index}"] = Form(tensor.dtype, (header.tiles, *tensor.shape[1:]))
         for layer, segment in self.template.items():
             if segment.bias is not None:
@@ -141,7 +142,9 @@ class SpanForm:
         parts: dict[int, dict[str, Rows]] = {layer: {} for layer in header.layers}
         for name, layer, part, template in self.coded():
             if name not in rows:
-                rows[name] = with_stored(template, [tensors[f"{name}.{i}"] for i in range(len(stored(template)))])
+                rows[name] = with_stored(
+                    template, [tensors[f"{name}.{i}"] for i in range(len(stored_tensors(template)))]
+                )
             parts[layer][part] = rows[name]
         owner: torch.Tensor | None = None
         visual: dict[int, list[Segment]] = {}
@@ -150,7 +153,9 @@ class SpanForm:
             if header.tiles:
                 template_of = self.template[layer]
                 if owner is None:
-                    owner = torch.zeros(header.tiles, dtype=torch.int64, device=stored(parts[layer]["keys"])[0].device)
+                    owner = torch.zeros(
+                        header.tiles, dtype=torch.int64, device=stored_tensors(parts[layer]["keys"])[0].device
+                    )
                 keys, values = parts[layer]["keys"], parts[layer]["values"]
                 bias = tensors.get(f"layers.{layer}.bias")
                 tiles = replace(template_of, keys=keys, values=values, owner=owner, bias=bias, frame=frame)
@@ -263,5 +268,5 @@ def _built_alike(rows: Rows, template: Rows, tokens: int) -> bool:
     if type(rows).__module__.partition(".")[0] == __name__.partition(".")[0]:
         return True
     # Of another package's rows it is not known what they hold beside tensors.
-    rebuilt = with_stored(template, stored(rows))
+    rebuilt = with_stored(template, stored_tensors(rows))
     return torch.equal(read_sets(rows, torch.float32), read_sets(rebuilt, torch.float32))

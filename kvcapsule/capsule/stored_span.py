@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CapsuleError
+from ..segments.packed_rows import Rows, stored_tensors
 from ..segments.rotary_frame import Frame
-from ..segments.segment import Rows, Segment, stored
+from ..segments.segment import Segment
 from . import tensor_bytes
 from .capsule import Capsule
 from .digest import capsule_digest
@@ -149,7 +150,7 @@ def _tensors(span: StoredSpan, form: SpanForm) -> dict[str, torch.Tensor]:
             raise CapsuleError(
                 f"the {part} of layer {layer} differ from {name}, which the family {header.family} shares."
             )
-        tensors |= {f"{name}.{index}": tensor for index, tensor in enumerate(stored(rows))}
+        tensors |= {f"{name}.{index}": tensor for index, tensor in enumerate(stored_tensors(rows))}
     frames = [segment.frame for segment in tiles.values()]
     if tiles and (frame := _common(frames, header)) is not None:
         tensors |= {COS: frame.cos, SIN: frame.sin}
@@ -158,7 +159,8 @@ def _tensors(span: StoredSpan, form: SpanForm) -> dict[str, torch.Tensor]:
 
 def _equal(one: Rows, other: Rows) -> bool:
     return one is other or all(
-        a is b or torch.equal(a, b.to(a.device)) for a, b in zip(stored(one), stored(other), strict=True)
+        a is b or torch.equal(a, b.to(a.device))
+        for a, b in zip(stored_tensors(one), stored_tensors(other), strict=True)
     )
 
 

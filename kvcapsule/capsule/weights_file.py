@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from ..errors import CapsuleError
-from .limits import plain_json, shortened
+from ..errors import CapsuleError, shortened
+from .limits import plain_json
 from .tensor_bytes import DTYPES, MOST_HEAD_BYTES, Form
 
 METADATA = "__metadata__"
@@ -34,7 +34,7 @@ _AGAIN = "Save, copy or download the capsule again."
 
 
 class Header(NamedTuple):
-    """What a file announces."""
+    """What the head of a weights file announces: metadata, tensors and where their data begins."""
 
     metadata: dict[str, str]
     forms: dict[str, Form]

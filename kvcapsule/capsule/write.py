@@ -14,10 +14,11 @@ import torch
 from .. import atomic_files
 from ..errors import CapsuleError
 from . import weights_file
+from .capsule_folder import new_folder, restore
 from .card import CARD_LOADS, CARD_MEASURED, MEASURED_TITLE, measured_section, model_card
 from .config import LEAN_VERSION, CapsuleConfig
 from .lean_tensors import lean
-from .limits import new_folder, read_json, restore
+from .limits import read_json
 from .read import (
     CARD_FILE,
     CONFIG_FILE,

@@ -80,20 +80,13 @@ def estimated(options: Options) -> dict[str, Any]:
         InputError, GeometryError, ModelError: if the model is not found or has no cache that capsules cover, or if its
             processor cannot take images of this size.
     """
-    from ..model_counts import count_visual_tokens, count_weights, read_config
+    from ..model_counts import count_weights, read_config
     from ..vlm.geometry import KVGeometry, full_attention_layers
 
     config = read_config(options.model, options.revision)
     geometry = KVGeometry.from_config(config)
     weights = count_weights(config, options.model)
-    if options.visual_tokens is None:
-        if options.images > _MOST_IMAGES:
-            raise InputError(
-                f"--resolution with --images above {_MOST_IMAGES:,}: give --visual-tokens of an image instead."
-            )
-        visual = count_visual_tokens(config, options.model, options.revision, options.images, options.resolution)
-    else:
-        visual = options.images * options.visual_tokens
+    visual = _visual_tokens(config, options)
     element, layers = ELEMENT_BYTES[options.dtype], len(full_attention_layers(config))
     token = 2 * layers * geometry.kv_heads * geometry.head_dim * element
     full = closed_form.full_cache(token, visual, options.text)
@@ -137,6 +130,19 @@ def estimated(options: Options) -> dict[str, Any]:
         "measured": False,
         "note": CAVEAT,
     }
+
+
+def _visual_tokens(config: Any, options: Options) -> int:
+    """Visual tokens of a sequence: given, or those that the model makes of images of the given size."""
+    from ..model_counts import count_visual_tokens
+
+    if options.visual_tokens is not None:
+        return options.images * options.visual_tokens
+    if options.images > _MOST_IMAGES:
+        raise InputError(
+            f"--resolution with --images above {_MOST_IMAGES:,}: give --visual-tokens of an image instead."
+        )
+    return count_visual_tokens(config, options.model, options.revision, options.images, options.resolution)
 
 
 def _print_tables(result: dict[str, Any]) -> None:

@@ -73,6 +73,7 @@ def sized(layers: int, geometry: Any, element: int, visual: int, options: Any) -
 
 
 def table(train: dict[str, Any]) -> "ReportTable":
+    """The stages of a training run, with the batches that go through the model and the memory that each holds."""
     from .tables import NAME, Column, ReportTable
 
     shown = ReportTable(

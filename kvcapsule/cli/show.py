@@ -87,6 +87,7 @@ def facts(capsule: "Overview") -> Iterator[tuple[str, str]]:
 
 
 def facts_table(capsule: "Overview") -> "ReportTable":
+    """What a capsule is, a fact a row."""
     from .tables import NAME, TEXT, Column, ReportTable
 
     table = ReportTable([Column("capsule", NAME), Column(capsule.name, TEXT)])

@@ -43,7 +43,9 @@ class Row(NamedTuple):
     cells: tuple[str, ...]
     """Of all columns; in a pipe the lines of a cell are joined."""
     is_strong: bool = False
+    """In bold, on a terminal."""
     ends_section: bool = False
+    """A line is drawn below it, on a terminal."""
 
 
 @dataclass

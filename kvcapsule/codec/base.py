@@ -10,9 +10,10 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..field_checks import check_fields
+from ..segments.packed_rows import Rows, stored_tensors
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.rotary_frame import Frame
-from ..segments.segment import Rows, Segment, stored
+from ..segments.segment import Segment
 from ..vlm.geometry import KVGeometry
 from .blocks import require_whole_blocks
 
@@ -69,7 +70,7 @@ class Encoded(NamedTuple):
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What is stored of the tiles."""
-        yield from (*stored(self.keys.keys), *stored(self.values.values))
+        yield from (*stored_tensors(self.keys.keys), *stored_tensors(self.values.values))
         if self.bias is not None:
             yield self.bias
 

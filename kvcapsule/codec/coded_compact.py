@@ -51,7 +51,7 @@ class Codings(NamedTuple):
     """[H, D, D]: channels back to values, v = z out."""
 
     def heads(self, heads: slice) -> "Codings":
-        """Of some heads."""
+        """The codings of some heads."""
         return Codings(self.keys.heads(heads), self.values.heads(heads), self.into[heads], self.out[heads])
 
 
@@ -70,17 +70,17 @@ class Codes(NamedTuple):
         return cls(form.widths.new_empty(*shape, channels), form.widths.new_empty(*shape[:2], channels))
 
     def put(self, at: tuple[slice, slice], coded: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Those of some tiles and heads."""
+        """Write the codes and grids of some tiles and heads; at: these tiles and heads."""
         for out, part in zip(self, coded, strict=True):
             out[at] = part.to(torch.uint8)
 
     def rows(self, form: WidthForm) -> MixedWidthRows:
-        """Packed."""
+        """The codes packed, as a segment stores them."""
         return MixedWidthRows.of_codes(self.codes, self.side, form)
 
 
-class Read(NamedTuple):
-    """A block's keys as they are read; heads first, but for the codes."""
+class CodedKeys(NamedTuple):
+    """A block's kept keys in codes, with the biases and values that go with them; heads first, but for the codes."""
 
     codes: tuple[torch.Tensor, torch.Tensor]
     """As Codes.put takes them."""
@@ -170,11 +170,11 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
             for way in ways
         ]
         for block in self.blocks(k_EHTD, v_EHTD):
-            target, read = self._target(block), dict[int, Read]()
+            target, read = self._target(block), dict[int, CodedKeys]()
             for way, (keys, values, bias) in zip(ways, stored, strict=True):
                 mine = way.heads(block.at[1])
                 if id(way.keys) not in read:
-                    read[id(way.keys)] = self._read(block, target, mine.keys, metrics[id(way.keys)])
+                    read[id(way.keys)] = self._coded_keys(block, target, mine.keys, metrics[id(way.keys)])
                 of_keys = read[id(way.keys)]
                 keys.put(block.at, of_keys.codes)
                 values.put(block.at, _coded_values(of_keys.refit, mine))
@@ -197,7 +197,7 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
         return ChannelMetric.of(gram, keys.unit.to(gram.dtype) * keys.levels[:, 0].clamp_min(1))
 
     def _target(self, block: Block) -> Target:
-        kept, shared = block.choice
+        kept, shared = block.kept
         rows = gather_rows(block.reading.attention, kept)
         return Target(
             gather_rows(block.keys, kept).to(rows.dtype),
@@ -205,7 +205,7 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
             full_outputs(block.reading, block.values),
         )
 
-    def _read(self, block: Block, target: Target, form: WidthForm, metric: ChannelMetric) -> "Read":
+    def _coded_keys(self, block: Block, target: Target, form: WidthForm, metric: ChannelMetric) -> CodedKeys:
         """The keys of a block as they are read, and the biases and values that go with them."""
         reading, work = block.reading, target.share.dtype
         side = form.side(target.keys.transpose(0, 1))
@@ -215,7 +215,7 @@ class CodedCompactLayer(CompactLayer, CheckedTensors):
         bias = (fit_bias(attention, target.share) / BIAS_UNIT).round().clamp(-128, 127)
         weights = (attention.scores + (bias * BIAS_UNIT)[..., None]).softmax(-2)
         refit = refit_values(weights, target.share, block.values, weights @ target.outputs, self.ridge)
-        return Read((codes.transpose(0, 1), side), bias, refit)
+        return CodedKeys((codes.transpose(0, 1), side), bias, refit)
 
 
 def _coded_values(refit: Refit, way: Codings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,8 +33,6 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from ..errors import ConfigError
 from ..field_checks import check_least
@@ -51,8 +49,8 @@ from .attention_matching import (
     top_tokens,
 )
 from .base import CodecConfig, Encoded, KeyPart, LayerCodec, ValuePart
-from .checked_tensors import CheckedTensors, check_positive
 from .refit import assigned_shares, attention_of_kept_keys, attention_of_read_keys, fit_bias, refit_values
+from .token_selector import TokenSelector
 
 SELECTORS = ("attention", "learned")
 _SHORTLIST = 4
@@ -65,8 +63,8 @@ _AT_ONCE_ELSEWHERE = 2**27
 """The same on other devices, where calls cost more: a bound on memory."""
 
 
-class Choice(NamedTuple):
-    """Selected tokens of tiles."""
+class KeptTokens(NamedTuple):
+    """The tokens of tiles whose keys are kept."""
 
     kept: torch.Tensor
     """[E, H, M] indices, ascending."""
@@ -85,39 +83,7 @@ class Block(NamedTuple):
     """[H, E, T, D]."""
     values: torch.Tensor
     """[H, E, T, D]."""
-    choice: Choice
-
-
-class Selector(nn.Module, CheckedTensors):
-    """Token selector: ranks a tile's tokens by a two-layer network over a token's key and value with a position
-    embedding, per KV head.
-
-    Its parameters are zero until it is trained (kvcapsule.training.query_bank).
-    """
-
-    mean: torch.Tensor
-    spread: torch.Tensor
-
-    def __init__(self, heads: int, tile: int, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(heads, 2 * dim))
-        self.register_buffer("spread", torch.ones(heads, 2 * dim))
-        self.inner = nn.Parameter(torch.zeros(heads, 2 * dim, hidden))
-        self.place = nn.Parameter(torch.zeros(heads, tile, hidden))
-        self.outer = nn.Parameter(torch.zeros(heads, hidden, 1))
-        self.place_bias = nn.Parameter(torch.zeros(heads, tile))
-
-    def check_tensors(self) -> None:
-        check_positive("spread", self.spread)
-
-    def forward(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> torch.Tensor:
-        """Ranking of the tokens, [E, H, T], higher for tokens to keep."""
-        work = torch.promote_types(k_EHTD.dtype, torch.float32)
-        mean, spread, inner, place, outer, place_bias = (
-            p.to(work) for p in (self.mean, self.spread, self.inner, self.place, self.outer, self.place_bias)
-        )
-        token = (torch.cat([k_EHTD, v_EHTD], dim=-1).to(work) - mean[:, None]) / spread[:, None]
-        return (F.gelu(token @ inner + place) @ outer)[..., 0] + place_bias
+    kept: KeptTokens
 
 
 class CompactLayer(LayerCodec):
@@ -131,7 +97,7 @@ class CompactLayer(LayerCodec):
         self.stored, self.ridge, self.passes, self.bits = stored, config.ridge, config.passes, config.latent_bits
         self.scale = config.scale or dim**-0.5
         self.register_buffer("bank", torch.zeros(heads, config.bank, dim))
-        self.selector = Selector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
+        self.selector = TokenSelector(heads, config.tile, dim, config.hidden) if config.selector == "learned" else None
 
     def encode(self, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor) -> Encoded:
         """Encode tiles, some heads and tiles at a time; keys are in the frame of the bank's queries.
@@ -143,7 +109,7 @@ class CompactLayer(LayerCodec):
         keys, values = (x.new_empty(entries, heads, self.stored, x.shape[3]) for x in (k_EHTD, v_EHTD))
         bias = keys.new_empty(keys.shape[:3])
         for block in self.blocks(k_EHTD, v_EHTD):
-            matched = self._matched(block.reading, block.keys, block.values, *block.choice)
+            matched = self._matched(block.reading, block.keys, block.values, *block.kept)
             for out, part in zip((keys, values, bias), matched, strict=True):
                 out[block.at] = part.transpose(0, 1)
         return Encoded(KeyPart(keys), ValuePart(values), bias)
@@ -170,8 +136,8 @@ class CompactLayer(LayerCodec):
             k, v = k_EHTD[at].transpose(0, 1), v_EHTD[at].transpose(0, 1)
             shape = (*k.shape[:2], tile, bank)
             reading = bank_attention(queries[at[1], None], k, workspace[:, : prod(shape)].view(2, *shape))
-            choice = self.choose(reading, k, v, None if ranking is None else ranking[at].transpose(0, 1))
-            yield Block(at, reading, k, v, choice)
+            kept = self.choose(reading, k, v, None if ranking is None else ranking[at].transpose(0, 1))
+            yield Block(at, reading, k, v, kept)
 
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
         """The bank's queries times the scale of the scores, in fp32; in fp64 for keys of fp64.
@@ -192,19 +158,19 @@ class CompactLayer(LayerCodec):
 
     def choose(
         self, reading: BankAttention, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, ranking: torch.Tensor | None = None
-    ) -> Choice:
+    ) -> KeptTokens:
         """Select the tokens to keep; ties go to the earlier token. ranking [E, H, T]: of the selector, if already
         computed."""
         if ranking is None:
             ranking = reading.energy if self.selector is None else self.selector(k_EHTD, v_EHTD)
         if not self.passes:
-            return Choice(top_tokens(ranking, self.stored))
+            return KeptTokens(top_tokens(ranking, self.stored))
         competing = min(max(_SHORTLIST * self.stored, _SHORTEST), ranking.shape[-1])
         among = top_tokens(ranking, competing) if competing < ranking.shape[-1] else None
         gram, target, shared = targets(reading, v_EHTD, among)
         ranking = marginal_gains(gram, target, ranking if among is None else ranking.gather(-1, among), self.passes)
         first = top_tokens(ranking, self.stored)
-        return Choice(first if among is None else among.gather(-1, first), gather_rows(shared, first))
+        return KeptTokens(first if among is None else among.gather(-1, first), gather_rows(shared, first))
 
     def fit(
         self,

@@ -20,7 +20,8 @@ from .attention_matching import gather_columns, gather_rows
 
 
 class ChannelMetric(NamedTuple):
-    """The metric of a head's channels, and the order in which they are rounded: from the last to the first."""
+    """What an error in the channels of a head's rows costs (G above), factored for rounding, and the order of rounding:
+    from the last to the first."""
 
     order: torch.Tensor
     """[H, C] int64: the channels, that with the most to lose last."""
@@ -39,7 +40,7 @@ class ChannelMetric(NamedTuple):
         return cls(order, (root / size[..., None])[0], weight)
 
     def heads(self, heads: slice) -> "ChannelMetric":
-        """Of some heads."""
+        """The metric of some heads."""
         return ChannelMetric(*(tensor[heads] for tensor in self))
 
 

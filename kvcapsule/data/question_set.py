@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import DataError
 from . import shares
 from .batches import ROW, read_question
-from .formats.base import Format, Reading, text_of
+from .formats.base import Format, ParsedRow, text_of
 from .image_files import WITHIN, ImageFile, content_digest, located
 from .places import numbered_places, require_places
 from .source_config import SourceConfig
@@ -30,7 +30,7 @@ class _Row(NamedTuple):
     """A row, read."""
 
     number: int
-    reading: Reading
+    parsed: ParsedRow
     task: str
     images: list[ImageFile] | None
     """None: they stay in the table's image column."""
@@ -50,11 +50,11 @@ def question_set(table: Table, form: Format, config: SourceConfig) -> "datasets.
     # In the table's order, so that the first row that is refused is its first.
     for index in _progress(sorted(chosen), "reading questions"):
         try:
-            reading, task = _read(texts[index], form, config)
-            images = None if pictures is None else list(_located(reading, pictures[index], form, table.folder, places))
+            parsed, task = _read(texts[index], form, config)
+            images = None if pictures is None else list(_located(parsed, pictures[index], form, table.folder, places))
             if images is not None:
-                require_places(numbered_places(reading.prompt, len(images)), len(images))
-            readable[index] = _Row(index, reading, task, images)
+                require_places(numbered_places(parsed.prompt, len(images)), len(images))
+            readable[index] = _Row(index, parsed, task, images)
         except DataError as error:
             broken.append(f"{table.label(index)}: {error}")
             if not config.skip_broken:
@@ -124,12 +124,12 @@ def _digests(texts: Mapping[str, Any], pictures: Mapping[str, Any], form: Format
     return [content_digest(image, folder) for image in images or [dict(texts)]]
 
 
-def _read(row: Mapping[str, Any], form: Format, config: SourceConfig) -> tuple[Reading, str]:
-    reading = form.read(row)
+def _read(row: Mapping[str, Any], form: Format, config: SourceConfig) -> tuple[ParsedRow, str]:
+    parsed = form.read(row)
     task = row.get(config.task)
     if task is not None:
-        return reading, text_of(task, "task")
-    return reading, reading.task or Path(config.source).stem
+        return parsed, text_of(task, "task")
+    return parsed, parsed.task or Path(config.source).stem
 
 
 def _images_stay(table: Table, form: Format, chosen: Sequence[int]) -> bool:
@@ -147,10 +147,10 @@ def _images_stay(table: Table, form: Format, chosen: Sequence[int]) -> bool:
 
 
 def _located(
-    reading: Reading, row: Mapping[str, Any], form: Format, folder: Path | None, places: Counter[str]
+    parsed: ParsedRow, row: Mapping[str, Any], form: Format, folder: Path | None, places: Counter[str]
 ) -> Iterator[ImageFile]:
     """The row's images; where each is, is counted in `places`."""
-    images = list(reading.images or _values(row, form))
+    images = list(parsed.images or _values(row, form))
     if not images:
         raise DataError("there is no image, expected one or more.")
     for image in images:
@@ -173,13 +173,13 @@ def _data_set(table: Table, form: Format, rows: Sequence[_Row]) -> "datasets.Dat
     }
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for row in rows:
-        reading = row.reading
+        parsed = row.parsed
         values = (
-            reading.prompt,
-            reading.answers[0],
+            parsed.prompt,
+            parsed.answers[0],
             row.task,
-            list(reading.answers),
-            list(reading.choices),
+            list(parsed.answers),
+            list(parsed.choices),
             table.label(row.number),
         )
         for name, value in zip(columns, values, strict=True):
@@ -220,7 +220,7 @@ def _description(
         f"read as: {form.name} ({', '.join((*form.columns, *form.images))})",
         " and ".join(places or [WITHIN]),
         f"{count:,} of {len(table):,} rows{share}",
-        form.note([row.reading for row in rows]),
+        form.note([row.parsed for row in rows]),
     ]
     if broken:
         more = f", and {len(broken) - _SHOWN:,} more" if len(broken) > _SHOWN else ""

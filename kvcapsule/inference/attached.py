@@ -19,7 +19,7 @@ from .stored_prompt import StoredPrompts
 
 
 class Attached(NamedTuple):
-    """What generate uses."""
+    """What a thread attached to a model, which its generate then uses."""
 
     method: Method | None
     """None: it is given no cache."""

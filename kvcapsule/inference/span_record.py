@@ -74,7 +74,7 @@ class SpanRecord:
             self._arriving = StoredForward.of(spans, valid, batch, before)
 
     def arrive(self) -> None:
-        """The forward ended."""
+        """The forward ended: the cache holds its spans."""
         if self._arriving is not None:
             self.forwards.append(self._arriving)
             self._arriving = None

@@ -24,7 +24,7 @@ from ..vlm.weights import Identity, ModelIdentity, UnreadableError
 from .cache import CapsuleCache
 from .cache_layer import CapsuleLayer
 from .prompt_pieces import GRIDS, MASK, PIXELS, SIZES, TOKEN_TYPES, Piece, PiecedPrompt, UnservedError, pieced_prompt
-from .transformers_api import cache_argument, keeps_last_logits, prompt_positions, set_cache
+from .transformers_api import cache_argument, last_logits_argument, prompt_positions, set_cache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
 """Kinds of rotary positions whose frequencies change with the prompt's length."""
@@ -152,7 +152,9 @@ class StoredPrompts:
             if tensor is not None:
                 arguments[name] = tensor[..., piece.start : piece.end].to(device)
         ids = prompt.input_ids[:, piece.start : piece.end]
-        self.model(input_ids=ids, use_cache=True, **arguments, **keeps_last_logits(self.model), **cache_argument(cache))
+        self.model(
+            input_ids=ids, use_cache=True, **arguments, **last_logits_argument(self.model), **cache_argument(cache)
+        )
 
     def _put(self, key: StoreKey, span: StoredSpan) -> None:
         config = self.model.config

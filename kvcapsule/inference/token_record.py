@@ -37,7 +37,7 @@ class TokenRecord:
         self._fill_up(past, len(input_ids) if input_ids is not None else None)
 
     def end(self) -> None:
-        """The forward ended."""
+        """The forward ended: the cache holds its tokens."""
         if self._arriving is not None:
             _, ids, mask = self._arriving
             if ids is not None:

@@ -73,7 +73,7 @@ def prompt_positions(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Ma
     return positions
 
 
-def keeps_last_logits(model: PreTrainedModel) -> dict[str, int]:
+def last_logits_argument(model: PreTrainedModel) -> dict[str, int]:
     """The argument that makes a forward compute the logits of the last token alone, if the model takes it."""
     return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 

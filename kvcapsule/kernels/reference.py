@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..segments.segment import AffineRows, Packed, Rows, Segment, read_sets
+from ..segments.packed_rows import AffineRows, Packed, Rows, read_sets
+from ..segments.segment import Segment
 
 _AT_ONCE = 2**21
 """Elements that packed rows of many entries are unpacked to at once."""

@@ -78,15 +78,22 @@ def places_of(kept: torch.Tensor, counts: list[int], max_padding: float = MAX_PA
 def _places(kept: torch.Tensor, rows: list[int], counts: list[int]) -> Places:
     index = indices(rows, kept.device)
     chosen = kept if len(rows) == len(kept) else kept[index]
-    longest = max(counts[row] for row in rows)
-    order = torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices[:, :longest]
-    mask = None
-    if any(counts[row] < longest for row in rows):
-        mask = torch.arange(longest, device=kept.device) < chosen.sum(dim=1)[:, None]
-        # The padding repeats a token of the row's own: what is measured over a row (a range, a mean) then sees no
-        # stranger.
-        order = torch.where(mask, order, order[:, :1])
+    order, mask = _order(chosen, [counts[row] for row in rows])
     return Places(index, order, mask, len(rows) == len(kept))
+
+
+def _order(chosen: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Indices [R, M] of the tokens that `chosen` [R, N] marks, M those of the longest row, and which of them are no
+    padding, [R, M] bool; None: all. counts: of each row.
+
+    The padding repeats a token of the row's own: what is measured over a row (a range, a mean) then sees no stranger.
+    """
+    longest = max(counts)
+    order = torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices[:, :longest]
+    if min(counts) == longest:
+        return order, None
+    mask = torch.arange(longest, device=chosen.device) < chosen.sum(dim=1)[:, None]
+    return torch.where(mask, order, order[:, :1]), mask
 
 
 def indices(values: list[int], device: torch.device) -> torch.Tensor:
@@ -153,12 +160,7 @@ def gather_kept_per_head(
 def _gather_heads(prefill: LayerPrefill, kept: torch.Tensor, pairs: list[int], counts: list[int]) -> Segment:
     heads, index = kept.shape[1], indices(pairs, kept.device)
     chosen = kept.flatten(0, 1)[index]
-    longest = max(counts[pair] for pair in pairs)
-    order = torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices[:, :longest]
-    mask = None
-    if any(counts[pair] < longest for pair in pairs):
-        mask = torch.arange(longest, device=kept.device) < chosen.sum(dim=1)[:, None]
-        order = torch.where(mask, order, order[:, :1])
+    order, mask = _order(chosen, [counts[pair] for pair in pairs])
     keys, values = (
         x.flatten(0, 1)[index[:, None], order][:, None].contiguous() for x in (prefill.keys, prefill.values)
     )

@@ -23,8 +23,9 @@ from ..methods.layer_prefill import LayerPrefill
 from ..methods.method import Compressed, DecodeState, DecodeTimeMethod
 from ..segments.group_quantized_rows import GroupedRows
 from ..segments.hadamard import hadamard
+from ..segments.packed_rows import Rows
 from ..segments.quantized_rows import check_bits
-from ..segments.segment import Rows, Segment
+from ..segments.segment import Segment
 from ..vlm.geometry import KVGeometry
 from .attention_scores import attention_received
 from .base import Policy

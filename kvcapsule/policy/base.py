@@ -40,8 +40,8 @@ class VisualPolicy(Policy):
 
 
 @dataclass(frozen=True)
-class TokenPruning(VisualPolicy):
-    """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
+class SpanPruning(VisualPolicy):
+    """Keeps the same share of the tokens of every visual span."""
 
     budget_field = "retention"
 
@@ -51,12 +51,21 @@ class TokenPruning(VisualPolicy):
     def __post_init__(self) -> None:
         check_ratio(self.retention)
 
+    def count(self, length: int) -> int:
+        """Kept tokens of a span of `length`."""
+        return max(1, round(self.retention * length))
+
+
+@dataclass(frozen=True)
+class TokenPruning(SpanPruning):
+    """Keeps the same share of every visual span's tokens, those with the highest scores, raw and at their positions."""
+
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
         kept = torch.zeros_like(prefill.valid)
         for span in prefill.spans:
             run = slice(span.start, span.start + span.length)
-            best = scores[span.row, run].topk(max(1, round(self.retention * span.length))).indices
+            best = scores[span.row, run].topk(self.count(span.length)).indices
             kept[span.row, span.start + best] = True
         return Compressed(gather_kept(prefill, kept), text)
 
@@ -66,21 +75,13 @@ class TokenPruning(VisualPolicy):
 
 
 @dataclass(frozen=True)
-class HeadPruning(VisualPolicy):
+class HeadPruning(SpanPruning):
     """Keeps the same number of every visual span's tokens in every KV head, each head its own, raw and at their
     positions.
 
     Rows of different tokens lie side by side, [E, H, M, D]: keys carry their rotation and attention needs no more, so
     which tokens they are is stored nowhere.
     """
-
-    budget_field = "retention"
-
-    retention: float
-    """Kept visual tokens / visual tokens, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        check_ratio(self.retention)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
         scores = self.scores(prefill)
@@ -97,10 +98,6 @@ class HeadPruning(VisualPolicy):
             kept[span.row, span.start : span.start + count] = True
         moved = replace(prefill, keys=_take(prefill.keys, source), values=_take(prefill.values, source))
         return Compressed(gather_kept(moved, kept), text)
-
-    def count(self, length: int) -> int:
-        """Kept tokens of a span of `length`."""
-        return max(1, round(self.retention * length))
 
     @abstractmethod
     def scores(self, prefill: LayerPrefill) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """fp8: every visual token in eight bits of floating point (e4m3), as vLLM's `--kv-cache-dtype fp8` has all
 tokens."""
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
+from functools import partial
 
 from ..errors import ConfigError
 from ..methods.kept_rows import gather_kept
@@ -12,6 +11,7 @@ from ..methods.method import Compressed
 from ..segments.float8_rows import Float8Rows
 from ..segments.segment import Segment
 from .base import VisualPolicy
+from .packed_segments import packed
 
 SCALES = ("none", "token-head")
 
@@ -34,13 +34,5 @@ class Fp8(VisualPolicy):
             raise ConfigError(f"scales {self.scales!r} is neither {' nor '.join(map(repr, SCALES))}.")
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        return Compressed([self._pack(segment) for segment in gather_kept(prefill, prefill.visual())], text)
-
-    def _pack(self, segment: Segment) -> Segment:
-        assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-        scaled = self.scales == "token-head"
-        return replace(
-            segment,
-            keys=Float8Rows.pack(segment.keys, scaled),
-            values=Float8Rows.pack(segment.values, scaled),
-        )
+        pack = partial(Float8Rows.pack, scaled=self.scales == "token-head")
+        return Compressed(packed(gather_kept(prefill, prefill.visual()), pack, pack), text)

@@ -5,9 +5,8 @@
 A group is 32 consecutive tokens of one channel of the keys, or 32 consecutive channels of one token of the values.
 """
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
+from functools import partial
 
 from ..errors import ConfigError
 from ..methods.kept_rows import gather_kept
@@ -17,6 +16,7 @@ from ..segments.group_quantized_rows import GroupedRows
 from ..segments.quantized_rows import check_bits
 from ..segments.segment import Segment
 from .base import VisualPolicy
+from .packed_segments import packed
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,5 @@ class Kivi(VisualPolicy):
         visual = prefill.visual()
         # Rows of each length by themselves: padding would get into the last group's range.
         segments = gather_kept(prefill, visual, max_padding=1, alike="visual")
-        return Compressed([self._pack(segment) for segment in segments], text)
-
-    def _pack(self, segment: Segment) -> Segment:
-        assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-        return replace(
-            segment,
-            keys=GroupedRows.pack(segment.keys, self.bits, self.group, along_tokens=True),
-            values=GroupedRows.pack(segment.values, self.bits, self.group, along_tokens=False),
-        )
+        pack = partial(GroupedRows.pack, bits=self.bits, group=self.group)
+        return Compressed(packed(segments, partial(pack, along_tokens=True), partial(pack, along_tokens=False)), text)

@@ -1,8 +1,7 @@
 """Keep every visual token, in few bits."""
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
+from functools import partial
 
 from ..methods.kept_rows import gather_kept
 from ..methods.layer_prefill import LayerPrefill
@@ -10,6 +9,7 @@ from ..methods.method import Compressed
 from ..segments.quantized_rows import QuantizedRows, check_bits
 from ..segments.segment import Segment
 from .base import VisualPolicy
+from .packed_segments import packed
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,5 @@ class Quantized(VisualPolicy):
         check_bits(self.bits)
 
     def compress_visual(self, prefill: LayerPrefill, text: list[Segment]) -> Compressed:
-        rows = gather_kept(prefill, prefill.visual(), alike="visual")
-        return Compressed([self._pack(segment) for segment in rows], text)
-
-    def _pack(self, segment: Segment) -> Segment:
-        assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-        return replace(
-            segment,
-            keys=QuantizedRows.pack(segment.keys, self.bits),
-            values=QuantizedRows.pack(segment.values, self.bits),
-        )
+        pack = partial(QuantizedRows.pack, bits=self.bits)
+        return Compressed(packed(gather_kept(prefill, prefill.visual(), alike="visual"), pack, pack), text)

@@ -1,7 +1,8 @@
 """Policies for the text alone, to be combined with a method for the visual tokens (kvcapsule.policy.combine)."""
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from ..segments.segment import Segment
 from .attention_scores import attention_received
 from .base import Policy
 from .budgets import best_tokens
+from .packed_segments import packed
 
 OBSERVED = 16
 """The prompt's last queries that rank its text."""
@@ -92,12 +94,5 @@ class QuantizedText(TextPolicy):
 
     def compress_text(self, prefill: LayerPrefill) -> list[Segment]:
         text = prefill.valid & ~prefill.visual()
-        return [self._pack(segment) for segment in gather_kept(prefill, text, alike="text")]
-
-    def _pack(self, segment: Segment) -> Segment:
-        assert isinstance(segment.keys, torch.Tensor) and isinstance(segment.values, torch.Tensor)
-        return replace(
-            segment,
-            keys=QuantizedRows.pack(segment.keys, self.bits),
-            values=QuantizedRows.pack(segment.values, self.bits),
-        )
+        pack = partial(QuantizedRows.pack, bits=self.bits)
+        return packed(gather_kept(prefill, text, alike="text"), pack, pack)

@@ -206,7 +206,7 @@ class MixedWidthRows:
         return torch.Size((len(self.packed), heads, self.rows, channels))
 
     def codes(self) -> torch.Tensor:
-        """[E, H, M, C] int32."""
+        """The codes, unpacked: [E, H, M, C] int32."""
         form, heads, first = self.form, [], 0
         for head, size in enumerate(form.row_bytes):
             row = self.packed[:, first : first + self.rows * size].unflatten(1, (self.rows, size))
@@ -218,11 +218,11 @@ class MixedWidthRows:
         return torch.stack(heads, dim=1)
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """[E, H, M, C]."""
+        """The rows that the codes stand for, [E, H, M, C]."""
         return self.grid(dtype).values(self.codes().to(dtype))
 
     def grid(self, dtype: torch.dtype) -> Grid:
-        """The grid of each entry."""
+        """The grid of each entry, head and channel."""
         side = self.side.new_full((len(self.side), self.form.widths.numel()), 16 * MINIMUM_MIDDLE)
         side[:, self.form.coded] = self.side
         return self.form.grid(side.unflatten(1, self.form.widths.shape), dtype)

@@ -7,81 +7,16 @@ M stored rows, D head dim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 
 from .map_products import times_map
 from .memo import Memo
+from .packed_rows import Rows, read_rows, stored_tensors
 from .rotary_frame import Frame
-
-
-@runtime_checkable
-class Packed(Protocol):
-    """Interface of packed rows: rows whose stored form is not the tensor that attention multiplies."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """[E, H, M, D], the shape of the unpacked rows."""
-
-    def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """Unpacked rows [E, H, M, D]; or [E, S, M, D] if neighbouring heads share rows, stored once per group."""
-
-    def select(self, index: torch.Tensor) -> "Packed":
-        """The rows of the entries `index`."""
-
-    def to(self, device: torch.device | str) -> "Packed":
-        """The rows with their own tensors on `device`; shared parameters stay where they are."""
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The tensors stored for these rows alone."""
-
-    def shared(self) -> tuple[torch.Tensor, ...]:
-        """The parameters that unpacking needs, shared by all sequences."""
-
-
-@runtime_checkable
-class AffineRows(Packed, Protocol):
-    """Interface of packed rows with elements scale * code + midpoint, where scale and midpoint are per channel.
-
-    A product can then be taken with the codes, and scale and midpoint applied to its operand and result. Codes are
-    centred on 0, so that their sums keep precision beside the midpoint.
-    """
-
-    scale: torch.Tensor
-    """[E, H, 1, D]."""
-    midpoint: torch.Tensor
-    """[E, H, 1, D]."""
-    lanes: int
-    """P: number of code planes."""
-
-    def planes(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The codes as P planes [E, H, D, n]: token t is column t // P of plane t % P; columns after the last token are
-        padding."""
-
-
-Rows = torch.Tensor | Packed
 
 BIAS_UNIT = 1 / 16
 """What 1 stands for in a bias of int8, in nats: the masses of rows are then right to 3 %, from e^-8 to e^7.9."""
-
-
-def read(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-    """Rows as a tensor [E, H, M, D], unpacked if need be."""
-    by_set = read_sets(rows, dtype)
-    return (
-        by_set.repeat_interleave(rows.shape[1] // by_set.shape[1], dim=1) if by_set.shape[1] < rows.shape[1] else by_set
-    )
-
-
-def read_sets(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-    """Rows as a tensor [E, S, M, D]: rows that neighbouring heads share appear once."""
-    return rows.to(dtype) if isinstance(rows, torch.Tensor) else rows.read(dtype)
-
-
-def stored(rows: Rows) -> tuple[torch.Tensor, ...]:
-    """The tensors stored for these rows alone."""
-    return (rows,) if isinstance(rows, torch.Tensor) else rows.tensors()
 
 
 @dataclass(frozen=True)
@@ -238,7 +173,7 @@ class Segment:
 
     def entry_tensors(self) -> Iterator[torch.Tensor]:
         """The tensors stored for the sequences themselves."""
-        yield from (*stored(self.keys), *stored(self.values), self.owner)
+        yield from (*stored_tensors(self.keys), *stored_tensors(self.values), self.owner)
         yield from (t for t in (self.bias, self.mask, self.head) if t is not None)
         if self.frame is not None:
             yield from self.frame.tensors()
@@ -261,7 +196,7 @@ class Segment:
     def materialize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Full keys and values, [E, H, N, D] each, as ordinary attention would read them. For training, debugging and
         tests only."""
-        keys, values = read(self.keys, dtype), read(self.values, dtype)
+        keys, values = read_rows(self.keys, dtype), read_rows(self.values, dtype)
         if self.score_map is not None:
             keys = _spread(self.score_map, keys.shape[1]).to(dtype) @ keys
         if self.q_map is not None:

@@ -5,7 +5,7 @@ from typing import Protocol, Self, runtime_checkable
 
 import torch
 
-from .segment import Packed, Rows, stored
+from .packed_rows import Packed, Rows, stored_tensors
 
 
 @runtime_checkable
@@ -23,7 +23,7 @@ def storable(rows: Rows) -> bool:
 
 
 def with_stored(rows: Rows, tensors: Sequence[torch.Tensor]) -> Rows:
-    """Rows like `rows` of other stored tensors, in the order of kvcapsule.segments.segment.stored.
+    """Rows like `rows` of other stored tensors, in the order of kvcapsule.segments.packed_rows.stored_tensors.
 
     Raises:
         TypeError: unless they are `storable`.
@@ -42,4 +42,4 @@ def join_rows(pieces: Sequence[Rows]) -> Rows:
     Raises:
         TypeError: unless they are `storable`.
     """
-    return with_stored(pieces[0], [torch.cat(parts) for parts in zip(*map(stored, pieces), strict=True)])
+    return with_stored(pieces[0], [torch.cat(parts) for parts in zip(*map(stored_tensors, pieces), strict=True)])

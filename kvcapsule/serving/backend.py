@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from .connector import CapsuleConnector
 from .manager import CapsuleSpec
 from .paged_cache import readable_isa
-from .worker_half import Batch, Held, WorkerHalf
+from .worker_half import Batch, RequestCapsules, WorkerHalf
 
 
 class _Plan(NamedTuple):
@@ -34,7 +34,7 @@ class _Plan(NamedTuple):
     """For vLLM's kernel; None where it has nothing to read."""
     batch: Batch | None
     """Rows with capsules and one new token."""
-    single: list[tuple[int, Held, int, int, int]]
+    single: list[tuple[int, RequestCapsules, int, int, int]]
     """Rows with capsules and several: row, what is held, first and last token among those of the step, length."""
 
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory is divided into."""
+    """Sizes of what memory is divided into: blocks, and slots of tiles."""
 
     block: int
     """Tokens of a block."""
@@ -47,11 +47,11 @@ class Form:
         return self.blocks(sizes) - self.tiles(sizes) * sizes.tile // sizes.block
 
     def bytes(self, sizes: Sizes) -> int:
-        """Without capsules."""
+        """Bytes that it takes without capsules."""
         return self.blocks(sizes) * sizes.block_bytes
 
     def bytes_left(self, sizes: Sizes) -> int:
-        """With capsules: blocks and slots."""
+        """Bytes that it takes with capsules: blocks and slots."""
         return self.blocks_left(sizes) * sizes.block_bytes + self.tiles(sizes) * sizes.slot_bytes
 
 

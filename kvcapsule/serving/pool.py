@@ -1,4 +1,7 @@
-"""CapsulePool: the tiles of all requests in slots of fixed size, layer by layer, as segments that attention reads."""
+"""CapsulePool: the tiles of all requests in slots of fixed size, layer by layer, as segments that attention reads.
+
+How many slots there are is decided in kvcapsule.serving.budget (`divide`) or set (kvcapsule.serving.settings).
+"""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any

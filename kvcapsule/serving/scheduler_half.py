@@ -242,5 +242,5 @@ def images_of(request: Any) -> list[tuple[int, int]]:
 
 
 def parts_of(feature: Any) -> list[tuple[int, int]]:
-    """The same of one image."""
+    """(first token, number of tokens) of each part of one image."""
     return [(begin, end + 1 - begin) for begin, end in feature.mm_position.extract_embeds_range()]

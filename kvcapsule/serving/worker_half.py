@@ -24,8 +24,8 @@ from .stats import Tally
 from .store_writer import StoreWriter
 
 
-class Held(NamedTuple):
-    """What is compressed of a request."""
+class RequestCapsules(NamedTuple):
+    """The tiles of a request that are in slots of the pool."""
 
     runs: list[TileBlocks]
     slots: list[int]
@@ -62,7 +62,7 @@ class WorkerHalf:
         """form: of a tile (one_tile); block: tokens of a block."""
         self.capsule, self.layers, self.rotary, self.block = capsule, list(layers), rotary, block
         self.pool = CapsulePool(form, slots)
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, RequestCapsules] = {}
         self.caches: dict[int, PagedCache] = {}
         self.spans = SpanBytes(capsule, self.layers, self.pool, self.caches, block)
         self.index: dict[str, int] = {}
@@ -93,7 +93,7 @@ class WorkerHalf:
         """The step's tokens are about to be computed: put what comes from the store where attention reads it."""
         for job in self.step.load:
             with self.tally.seconds("store_seconds"):
-                blocks, slots, held = self._blocks(job.request), list(job.slots), Held([], [])
+                blocks, slots, held = self._blocks(job.request), list(job.slots), RequestCapsules([], [])
                 for image, data in zip(job.images, job.data, strict=True):
                     tiles = image.run.tiles if image.run is not None else 0
                     span = from_bytes(data, self.capsule)
@@ -140,7 +140,7 @@ class WorkerHalf:
         segments = compress_tiles(self.capsule, self.layers, lambda layer: self.caches[layer].read(blocks), rotation)
         self.pool.put([slot for job in jobs for slot in job.slots], segments)
         for job in jobs:
-            held = self.held.setdefault(job.request, Held([], []))
+            held = self.held.setdefault(job.request, RequestCapsules([], []))
             held.runs.append(job.run)
             held.slots.extend(job.slots)
 
@@ -157,14 +157,16 @@ class WorkerHalf:
         positions: torch.Tensor = self.runner.requests[request].mrope_positions[:, first:last]
         return positions
 
-    def rows(self, count: int) -> list[tuple[int, Held]]:
+    def rows(self, count: int) -> list[tuple[int, RequestCapsules]]:
         """The first `count` rows of the step's batch that have something compressed."""
         if not self.held:
             return []
         names = self.runner.input_batch.req_ids[:count]
         return [(row, self.held[name]) for row, name in enumerate(names) if name in self.held]
 
-    def batch(self, rows: Sequence[tuple[int, Held]], lengths: Sequence[int], starts: Sequence[int]) -> Batch:
+    def batch(
+        self, rows: Sequence[tuple[int, RequestCapsules]], lengths: Sequence[int], starts: Sequence[int]
+    ) -> Batch:
         """What rows with one new token each read.
 
         Args:
@@ -195,7 +197,7 @@ class WorkerHalf:
         return attend(query[:, :, None], segments, scale)[:, :, 0]
 
     def attend_row(
-        self, layer: str, query: torch.Tensor, row: int, held: Held, length: int, scale: float
+        self, layer: str, query: torch.Tensor, row: int, held: RequestCapsules, length: int, scale: float
     ) -> torch.Tensor:
         """Attention of a row with several new tokens, its last: [Q, heads, D] to the same.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 from uuid import uuid4
 
-from .shelf import Evicted, Stored, surplus
+from .entry_backend import Evicted, StoredEntry, surplus
 
 try:
     import fcntl
@@ -73,7 +73,7 @@ class Folder:
     def remove(self, digest: str) -> None:
         self._file(digest).unlink(missing_ok=True)
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[StoredEntry]:
         stored = []
         with os.scandir(self.path) as files:
             for file in files:
@@ -84,7 +84,7 @@ class Folder:
                 with suppress(FileNotFoundError):
                     status = file.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
-                        stored.append(Stored(match[1], status.st_size, status.st_mtime_ns))
+                        stored.append(StoredEntry(match[1], status.st_size, status.st_mtime_ns))
         return sorted(stored, key=lambda entry: (entry.last_used, entry.digest))
 
     def evict(self, max_bytes: int) -> Evicted:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from .entry import DamagedEntryError, Header, StoreKey, encode, read_entry, read_header
+from .entry_backend import EntryBackend, Evicted
 from .folder import Folder
 from .memory import Memory
-from .shelf import Evicted, Shelf
 
 _log = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ class ImageStore:
         self.statistics = Statistics()
         self._lock = Lock()
         self._logged: set[str] = set()
-        self._shelf: Shelf = Memory() if self.path is None else Folder(_made(self.path))
+        self._backend: EntryBackend = Memory() if self.path is None else Folder(_made(self.path))
 
     def get(self, key: StoreKey) -> bytes | None:
         """The data under a key; None, a miss, if there is none or any doubt about it. A damaged entry is removed."""
         data = self._read(key)
         self.count("misses" if data is None else "hits")
         if data is not None:
-            self._shelf.touch(key.digest)
+            self._backend.touch(key.digest)
         return data
 
     def put(self, key: StoreKey, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
@@ -101,7 +101,7 @@ class ImageStore:
             self.count("refused")
             return False
         try:
-            evicted = self._shelf.write(key.digest, content, self.max_bytes)
+            evicted = self._backend.write(key.digest, content, self.max_bytes)
         except OSError as error:
             self.log_once("write", f"nothing can be stored in {self.path}: {error.strerror or error}")
             self.count("refused")
@@ -119,7 +119,7 @@ class ImageStore:
     def touch(self, keys: Iterable[StoreKey]) -> None:
         """Make entries the most recently used, the last key's above all."""
         for key in keys:
-            self._shelf.touch(key.digest)
+            self._backend.touch(key.digest)
 
     def total_bytes(self) -> int:
         """Of all entries, headers included.
@@ -127,14 +127,14 @@ class ImageStore:
         Raises:
             OSError: if the folder cannot be read; so do the methods below.
         """
-        return sum(entry.bytes for entry in self._shelf.stored())
+        return sum(entry.bytes for entry in self._backend.stored())
 
     def entries(self) -> list[Entry]:
         """All entries with their headers, most recently used first."""
         entries = []
-        for digest, size, last_used in reversed(self._shelf.stored()):
+        for digest, size, last_used in reversed(self._backend.stored()):
             try:
-                file = self._shelf.open(digest)
+                file = self._backend.open(digest)
                 if file is None:
                     continue
                 with file:
@@ -151,9 +151,9 @@ class ImageStore:
             remove: also remove these.
         """
         damages = []
-        for digest, *_ in self._shelf.stored():
+        for digest, *_ in self._backend.stored():
             try:
-                file = self._shelf.open(digest)
+                file = self._backend.open(digest)
                 if file is None:
                     continue
                 with file:
@@ -165,12 +165,12 @@ class ImageStore:
             else:
                 continue
             if remove:
-                self._shelf.remove(digest)
+                self._backend.remove(digest)
         return damages
 
     def prune(self, max_bytes: int) -> Evicted:
         """Remove the least recently used entries until all are at most `max_bytes`, and what killed writers left."""
-        evicted = self._shelf.evict(max_bytes)
+        evicted = self._backend.evict(max_bytes)
         self.count("evictions", evicted.entries)
         return evicted
 
@@ -189,7 +189,7 @@ class ImageStore:
 
     def _read(self, key: StoreKey) -> bytes | None:
         try:
-            file = self._shelf.open(key.digest)
+            file = self._backend.open(key.digest)
             if file is None:
                 return None
             with file:
@@ -208,7 +208,7 @@ class ImageStore:
     def _discard(self, digest: str) -> None:
         self.count("damaged")
         try:
-            self._shelf.remove(digest)
+            self._backend.remove(digest)
         except OSError as error:
             self.log_once("remove", f"an entry of {self.path} cannot be removed: {error.strerror or error}")
 

@@ -5,7 +5,7 @@ import time
 from threading import RLock
 from typing import BinaryIO
 
-from .shelf import Evicted, Stored, surplus
+from .entry_backend import Evicted, StoredEntry, surplus
 
 
 class Memory:
@@ -37,9 +37,9 @@ class Memory:
         with self._lock:
             self._entries.pop(digest, None)
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[StoredEntry]:
         with self._lock:
-            return [Stored(digest, len(content), used) for digest, (content, used) in self._entries.items()]
+            return [StoredEntry(digest, len(content), used) for digest, (content, used) in self._entries.items()]
 
     def evict(self, max_bytes: int) -> Evicted:
         with self._lock:

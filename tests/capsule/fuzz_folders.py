@@ -9,16 +9,13 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,13 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.capsule_files import CODECS, METRICS, RECIPE, fixed_capsule, loadable
+from support.fuzz_report import FuzzReport, HangError, peak_bytes
 
 from kvcapsule import Capsule, CapsuleError
 from kvcapsule.capsule import hub
 from kvcapsule.capsule.write import update_metrics
 from kvcapsule.checkpoints import HERE
 from kvcapsule.codec.compact import CompactConfig
-from kvcapsule.environment import machine, versions
 from kvcapsule.kernels import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.vlm.spans import VisualSpan
@@ -47,23 +44,6 @@ NAMES = ("~nobodyhere/x", "x" * 5000, "a\0b", "\udcff", "x/" * 3000, "", "..", "
 FILES = ("config.json", "model.safetensors", "README.md", "recipe.yaml", "metrics.json")
 LONGEST = 5.0
 """Seconds that one folder may take."""
-
-
-class HangError(Exception):
-    pass
-
-
-@dataclass
-class Report:
-    """What became of the folders."""
-
-    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
-    """By kind of mutation: how many were refused, loaded, and of these ran."""
-    failures: list[str] = field(default_factory=list)
-    slowest: float = 0.0
-    """Seconds."""
-    peak: int = 0
-    """Bytes of memory at the peak, above those before the first folder."""
 
 
 def originals(folder: Path) -> list[Path]:
@@ -273,9 +253,9 @@ def other_readers(folder: Path) -> None:
             read_yaml(folder / "recipe.yaml")
 
 
-def fuzz(count: int, seed: int, sample: float = 1.0) -> Report:
+def fuzz(count: int, seed: int, sample: float = 1.0) -> FuzzReport:
     """Draw `count` folders; sample: share of the capsules that are used after they loaded."""
-    report, before = Report(), _peak()
+    report, before = FuzzReport(), peak_bytes()
 
     def hang(*_: object) -> None:
         raise HangError
@@ -307,7 +287,7 @@ def fuzz(count: int, seed: int, sample: float = 1.0) -> Report:
                 begin = time.process_time()
                 result = outcome(folder_or_name, draw, sample)
                 other_readers(folder)
-                report.outcomes.setdefault(kinds[-1], Counter())[result] += 1
+                report.add(kinds[-1], result)
             except (Exception, HangError) as error:
                 report.failures.append(f"{what}: {type(error).__name__}: {error}"[:500])
             finally:
@@ -317,12 +297,8 @@ def fuzz(count: int, seed: int, sample: float = 1.0) -> Report:
             report.slowest = max(report.slowest, seconds)
             if seconds > LONGEST:
                 report.failures.append(f"{what}: took {seconds:.1f} s")
-    report.peak = _peak() - before
+    report.peak = peak_bytes() - before
     return report
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> int:
@@ -333,21 +309,9 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = fuzz(options.count, options.seed)
-    total: Counter[str] = sum(report.outcomes.values(), Counter())
-    result = {
-        "command": f"python tests/capsule/fuzz_folders.py --count {options.count} --seed {options.seed}",
-        "count": options.count,
-        "seed": options.seed,
-        "outcomes": {kind: dict(counts) for kind, counts in sorted(report.outcomes.items())},
-        "total": dict(total),
-        "failures": report.failures,
-        "slowest_s": round(report.slowest, 3),
-        "peak_bytes_above_start": report.peak,
-        "versions": versions(),
-        "machine": machine(),
-    }
+    result = report.result("tests/capsule/fuzz_folders.py", options.count, options.seed, "slowest_s")
     Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{dict(total)}, {len(report.failures)} failures, slowest {report.slowest:.2f} s, {report.peak:,} bytes")
+    print(report.line())
     print("\n".join(report.failures[:20]))
     return 1 if report.failures else 0
 

@@ -19,7 +19,8 @@ from kvcapsule.capsule.stored_span import StoredSpan, from_bytes, read_header, t
 from kvcapsule.codec import CodecConfig, KeyCodec, KeyPart, PairCodec, ValueCodec, ValuePart
 from kvcapsule.codec.identity import IdentityConfig, IdentityKeys, IdentityValues
 from kvcapsule.errors import CapsuleError
-from kvcapsule.segments.segment import Segment, stored
+from kvcapsule.segments.packed_rows import stored_tensors
+from kvcapsule.segments.segment import Segment
 from kvcapsule.vlm.geometry import KVGeometry
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -129,7 +130,7 @@ class TestBytesAndBack:
         capsule = transform_capsule(GEOMETRY)
         span = stored_span(capsule)
         tensors = load(to_bytes(span, capsule))
-        assert torch.equal(tensors["layers.1.values.0"], stored(span.visual[1][0].values)[0])
+        assert torch.equal(tensors["layers.1.values.0"], stored_tensors(span.visual[1][0].values)[0])
         assert torch.equal(tensors["layers.0.text.keys"], span.text[0][0].keys)
         assert torch.equal(tensors["frame.cos"], span.visual[0][0].frame.cos)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcapsule.cli import main, serve
+from kvcapsule.cli import main, serve_options
 from kvcapsule.serving import version
 
 WORDS = ["serve", "pages-vlm", "--capsule", "pages-vlm-blocks"]
@@ -132,4 +132,4 @@ def test_without_vllm_it_says_what_to_install(
     ("text", "number"), [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5G", 1_500_000_000), ("7", 7), ("2kib", 2048)]
 )
 def test_bytes(text: str, number: int) -> None:
-    assert serve._bytes(text) == number
+    assert serve_options._bytes(text) == number

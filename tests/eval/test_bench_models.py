@@ -69,14 +69,14 @@ def test_weights_that_a_step_reads(subject: Subject) -> None:
 def test_the_ladder_leaves_the_model_as_it_was_and_computes_the_same(subject: Subject) -> None:
     text, seen = subject.model.config.get_text_config(decoder=True), {}
     inputs = subject.batch(2)
-    for rung in contenders.rungs(subject, compiled=False)[:3]:
-        cache = decode_step.filled(subject, rung, inputs, rung.cache(PROMPT + 2))
-        with rung.on(subject.model):
-            assert text._attn_implementation == ("eager" if rung.name == contenders.L0 else "sdpa")
-            seen[rung.name] = decode_step.stepper(subject.model, rung, cache, 2)()
+    for setup in contenders.setups(subject, compiled=False)[:3]:
+        cache = decode_step.filled(subject, setup, inputs, setup.cache(PROMPT + 2))
+        with setup.on(subject.model):
+            assert text._attn_implementation == ("eager" if setup.name == contenders.L0 else "sdpa")
+            seen[setup.name] = decode_step.stepper(subject.model, setup, cache, 2)()
         assert text._attn_implementation == "sdpa"
-        assert contenders.held(cache) == pytest.approx(
-            2 * (PROMPT + (2 if rung.name == contenders.L2 else 1)) * TOKEN, abs=100
+        assert contenders.cache_storage_bytes(cache) == pytest.approx(
+            2 * (PROMPT + (2 if setup.name == contenders.L2 else 1)) * TOKEN, abs=100
         )
     for logits in seen.values():
         torch.testing.assert_close(logits, seen[contenders.L1], atol=1e-5, rtol=1e-4)
@@ -120,7 +120,7 @@ def test_compiled_steps_are_asked_for() -> None:
         def get_compiled_call(self, config: Any) -> tuple[str, bool]:
             return "compiled", config._compile_all_devices
 
-    plain, compiled = (contenders.Rung("x", lambda room: None, compiled=yes) for yes in (False, True))
+    plain, compiled = (contenders.DecodeSetup("x", lambda room: None, compiled=yes) for yes in (False, True))
     assert plain.options() == {"disable_compile": True} and compiled.options()["compile_config"]._compile_all_devices
     model: Any = Model()
     assert plain.call(model) is model and compiled.call(model) == ("compiled", True)
@@ -128,14 +128,14 @@ def test_compiled_steps_are_asked_for() -> None:
 
 def test_compiled_methods_write_into_a_room(subject: Subject) -> None:
     """Of what comes behind the prompt; a batch that was widened goes on as the growing tail does."""
-    rungs = {rung.name: rung for rung in contenders.rungs(subject, compiled=True)}
-    grown, fixed = rungs["kept-10%"], rungs["kept-10%-static-compiled"]
+    setups = {setup.name: setup for setup in contenders.setups(subject, compiled=True)}
+    grown, fixed = setups["kept-10%"], setups["kept-10%-static-compiled"]
     assert fixed.compiled and not grown.compiled
     seen = []
-    for rung in (grown, fixed._replace(compiled=False)):
-        cache = decode_step.widened(decode_step.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 5)), 3)
-        with rung.on(subject.model):
-            step = decode_step.stepper(subject.model, rung, cache, 3)
+    for setup in (grown, fixed._replace(compiled=False)):
+        cache = decode_step.widened(decode_step.filled(subject, setup, subject.batch(2), setup.cache(PROMPT + 5)), 3)
+        with setup.on(subject.model):
+            step = decode_step.stepper(subject.model, setup, cache, 3)
             seen.append([step(), step()][1])
     assert cache.layers[0].tail_capacity == 5 and cache.layers[0].tail.keys.shape[:3] == (3, 2, 5)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
@@ -184,13 +184,13 @@ def test_nobody_serves_without_end() -> None:
 
 
 def test_a_widened_cache_is_in_memory_of_its_own(subject: Subject) -> None:
-    for rung in contenders.rungs(subject, compiled=False)[1:]:
-        prompts = decode_step.filled(subject, rung, subject.batch(2), rung.cache(PROMPT + 3))
-        before = contenders.held(prompts)
-        with rung.on(subject.model):
-            two = decode_step.stepper(subject.model, rung, decode_step.widened(prompts, 2), 2)()
-            five = decode_step.stepper(subject.model, rung, decode_step.widened(prompts, 5), 5)()
-        assert contenders.held(prompts) == before
+    for setup in contenders.setups(subject, compiled=False)[1:]:
+        prompts = decode_step.filled(subject, setup, subject.batch(2), setup.cache(PROMPT + 3))
+        before = contenders.cache_storage_bytes(prompts)
+        with setup.on(subject.model):
+            two = decode_step.stepper(subject.model, setup, decode_step.widened(prompts, 2), 2)()
+            five = decode_step.stepper(subject.model, setup, decode_step.widened(prompts, 5), 5)()
+        assert contenders.cache_storage_bytes(prompts) == before
         torch.testing.assert_close(five[[0, 1]], two, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(five[[2, 3, 4]], two[[0, 1, 0]], atol=1e-5, rtol=1e-4)
 
@@ -254,8 +254,10 @@ def test_encoding_is_the_methods_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bytes_of_a_cache_are_its_storages(subject: Subject) -> None:
-    rung = next(r for r in contenders.rungs(subject, compiled=False) if r.name == "transform-20x")
-    cache: Any = decode_step.filled(subject, rung, subject.batch(2), rung.cache(0))
+    setup = next(r for r in contenders.setups(subject, compiled=False) if r.name == "transform-20x")
+    cache: Any = decode_step.filled(subject, setup, subject.batch(2), setup.cache(0))
     segments = [s for layer in cache.layers for s in (*layer.visual, *layer.text)]
     kept: Callable[..., int] = storage_bytes
-    assert contenders.held(cache) == kept(t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors()))
+    assert contenders.cache_storage_bytes(cache) == kept(
+        t for s in segments for t in (*s.entry_tensors(), *s.parameter_tensors())
+    )

@@ -11,7 +11,7 @@ from kvcapsule.eval.batches import Batch, batches
 from kvcapsule.eval.divergence import divergence
 from kvcapsule.eval.entries import FULL, Entry, full_entry
 from kvcapsule.eval.quality import Answering, Tally, answered, evaluate, prompt_bytes
-from kvcapsule.eval.watched_generate import generate, held_bytes, new_cache
+from kvcapsule.eval.watched_generate import generate, new_cache, stored_bytes
 from kvcapsule.inference.attach import attach
 from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.policy import Full
@@ -81,7 +81,7 @@ def test_full_cache_counts_visual_positions_and_nothing_else(model, batch) -> No
     cache = new_cache(model, None)
     with torch.no_grad():
         model(**batch.inputs, **cache_argument(cache))
-    held = held_bytes(cache, batch.layout)
+    held = stored_bytes(cache, batch.layout)
     marked = int((batch.inputs["input_ids"] == model.config.image_token_id).sum())
     assert held.visual == LAYERS * marked * TOKEN_BYTES
     assert held.total == LAYERS * batch.inputs["input_ids"].numel() * TOKEN_BYTES

@@ -50,7 +50,7 @@ def test_a_batch_of_several_lengths_equals_its_rows(answerer: Answerer) -> None:
         single = [answerer.answer([chat], SETTINGS)[0][0] for chat in chats]
     assert together == single and together[0].startswith(page("test", 0).text[:8])
     assert measure.visual_tokens == [196, 392, 0, 392]
-    assert measure.held.visual == measure.full_visual == 980 * TOKEN_BYTES
+    assert measure.stored.visual == measure.full_visual == 980 * TOKEN_BYTES
     assert measure.prefill > 0 and measure.decode > 0 and measure.new_tokens[0] == 24
 
 
@@ -60,7 +60,7 @@ def test_a_method_is_what_answers() -> None:
     with answerer.attached():
         answers, measure = answerer.answer([asked(IMAGES[0], "Read line 2.")] * 2, SETTINGS)
     assert answers == [" ".join(page("test", 0).lines[1])] * 2
-    assert measure.held.visual == 2 * 10_035 and measure.full_visual == 2 * 401_408
+    assert measure.stored.visual == 2 * 10_035 and measure.full_visual == 2 * 401_408
 
 
 def test_beams_are_those_of_generate(answerer: Answerer) -> None:
@@ -69,7 +69,7 @@ def test_beams_are_those_of_generate(answerer: Answerer) -> None:
     inputs = encode(answerer.processor, [one_image(IMAGES[:1], "Transcribe the page.")])
     expected = answerer.model.generate(**inputs, **{**GREEDY, **settings})[:, inputs["input_ids"].shape[1] :]
     assert answers == [answerer.processor.decode(expected[0], skip_special_tokens=True)]
-    assert measure.held.visual == measure.full_visual == 3 * 401_408
+    assert measure.stored.visual == measure.full_visual == 3 * 401_408
 
 
 def test_sampling_is_that_of_generate(answerer: Answerer) -> None:

@@ -55,7 +55,7 @@ def _run(model, mixed: BatchFeature, layout: Layout, method: Method | None, **op
 
 def _same(own: Generated, shared: Generated) -> None:
     assert torch.equal(own.tokens, shared.tokens)
-    assert own.held == shared.held
+    assert own.stored == shared.stored
     for ours, theirs in zip(own.logits, shared.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 

@@ -8,7 +8,7 @@ from kvcapsule.eval.entries import chosen
 from kvcapsule.eval.report.rate_curves import curves
 from kvcapsule.eval.report.rows import tables
 from kvcapsule.methods.shown_names import shown_name
-from kvcapsule.training.options import choose
+from kvcapsule.training.options import chosen_recipe
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_tables_and_pictures_show_them() -> None:
 
 def test_either_name_may_be_typed() -> None:
     assert chosen(["token-subset", "int4"], ["kvcapsule"]) == ["kvcapsule", "int4"]
-    assert choose(["token-subset"]).family == choose(["--family", "token-subset"]).family == "kvcapsule"
+    assert chosen_recipe(["token-subset"]).family == chosen_recipe(["--family", "token-subset"]).family == "kvcapsule"

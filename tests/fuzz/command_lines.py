@@ -13,7 +13,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -21,10 +20,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +33,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from command_words import command_line, mutate_files, options, write_files
+from support.fuzz_report import FuzzReport, HangError, peak_bytes
 
 from kvcapsule.checkpoints import HERE
 from kvcapsule.cli import COMMANDS, main
-from kvcapsule.environment import machine, versions
 from kvcapsule.testbeds import pages
 from kvcapsule.vlm import loading
 
@@ -64,23 +61,6 @@ LOADERS = ("training.fit", "training.analysis.study", "eval.run", "eval.capsule_
 
 class Started(BaseException):
     """Raised in place of the work, past all that a command catches."""
-
-
-class HangError(BaseException):
-    pass
-
-
-@dataclass
-class Report:
-    """What became of the command lines."""
-
-    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
-    """By command: how many were refused, ended, or went on to their work."""
-    failures: list[str] = field(default_factory=list)
-    slowest: float = 0.0
-    """Seconds of CPU."""
-    peak: int = 0
-    """Bytes of memory at the peak, above those before the first command line."""
 
 
 def start(*_: object, **__: object) -> None:
@@ -189,10 +169,10 @@ def _belongs(path: Path, to: Path) -> bool:
     return beside or path.is_relative_to(to) or to.is_relative_to(path)
 
 
-def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> Report:
+def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> FuzzReport:
     """Run `count` command lines; progress: called with a line now and then."""
     global _writes
-    report, known = Report(), options()
+    report, known = FuzzReport(), options()
     _install_audit()
 
     def hang(*_: object) -> None:
@@ -220,7 +200,7 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
             ["report", "pages-vlm-cross-layer"],
         ):
             outcome(words)
-        memory = _peak()
+        memory = peak_bytes()
         for number in range(count):
             draw = random.Random(f"{seed} {number}")
             words = command_line(draw, known)
@@ -232,7 +212,7 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
             try:
                 result, _ = outcome(words)
                 command = words[0] if words[0] in COMMANDS else "(none)"
-                report.outcomes.setdefault(command, Counter())[result] += 1
+                report.add(command, result)
                 if strange := strange_writes(place, words):
                     report.failures.append(f"wrote to {strange[:5]} ({what})"[:1000])
             except (Exception, HangError) as error:
@@ -255,13 +235,9 @@ def fuzz(count: int, seed: int, progress: Callable[[str], None] = lambda line: N
             os.chdir(place / "work")
             if (number + 1) % 100 == 0:
                 progress(f"{number + 1} of {count}: {len(report.failures)} failures, slowest {report.slowest:.1f} s")
-        report.peak = _peak() - memory
+        report.peak = peak_bytes() - memory
     signal.signal(signal.SIGALRM, before)
     return report
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def command() -> int:
@@ -273,22 +249,10 @@ def command() -> int:
     file = None if chosen.json is None else Path(chosen.json).resolve()
     torch.set_num_threads(1)
     report = fuzz(chosen.count, chosen.seed, partial(print, file=sys.stderr, flush=True))
-    total: Counter[str] = sum(report.outcomes.values(), Counter())
-    result = {
-        "command": f"python tests/fuzz/command_lines.py --count {chosen.count} --seed {chosen.seed}",
-        "count": chosen.count,
-        "seed": chosen.seed,
-        "outcomes": {name: dict(counts) for name, counts in sorted(report.outcomes.items())},
-        "total": dict(total),
-        "failures": report.failures,
-        "slowest_cpu_s": round(report.slowest, 3),
-        "peak_bytes_above_start": report.peak,
-        "versions": versions(),
-        "machine": machine(),
-    }
+    result = report.result("tests/fuzz/command_lines.py", chosen.count, chosen.seed, "slowest_cpu_s")
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{dict(total)}, {len(report.failures)} failures, slowest {report.slowest:.2f} s, {report.peak:,} bytes")
+    print(report.line())
     print("\n".join(report.failures))
     return 1 if report.failures else 0
 

@@ -16,8 +16,9 @@ from kvcapsule.kernels import reference
 from kvcapsule.kernels.triton import arguments, plan, row_launch
 from kvcapsule.kernels.triton import attend as kernels
 from kvcapsule.policy.kivi import GroupedRows
+from kvcapsule.segments.packed_rows import Rows
 from kvcapsule.segments.rotary_frame import Frame
-from kvcapsule.segments.segment import Rows, Segment
+from kvcapsule.segments.segment import Segment
 
 SINGLE, HALF = 1e-5, 2e-3
 

@@ -48,7 +48,7 @@ def test_a_video_has_as_many_frames_as_asked(vlm: str, video: str, frames: dict[
     assert len(answers) == 2 and measure.visual_tokens == [16 * steps] * 2 and measure.new_tokens == [4, 4]
     geometry = KVGeometry.from_config(answerer.model.config)
     token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * 4
-    assert measure.full_visual == 2 * 16 * steps * token and measure.held.visual < 0.5 * measure.full_visual
+    assert measure.full_visual == 2 * 16 * steps * token and measure.stored.visual < 0.5 * measure.full_visual
 
 
 def test_a_file_that_is_no_video_is_named(vlm: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from kvcapsule.environment import machine, versions
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import H2O, AdaKV, Kivi, MixKV, Policy, PostVisionAttention, PyramidKV, SnapKV, StreamingLLM
 from kvcapsule.policy.pyramidkv import pyramid_counts
-from kvcapsule.segments.segment import read
+from kvcapsule.segments.packed_rows import read_rows
 from kvcapsule.vlm.spans import VisualSpan
 
 ROWS, HEADS, GROUP, DIM, TOKENS, WINDOW, LAYERS = 2, 4, 2, 32, 160, 8, 6
@@ -75,7 +75,7 @@ def ours(policy: Policy, seed: int, text: int = WINDOW) -> Kept:
     for segment in visual:
         for entry, row in enumerate(segment.owner.tolist()):
             there = slice(None) if segment.mask is None else segment.mask[entry]
-            stored = read(segment.values, torch.float32)[entry, :, there, 0].long().tolist()
+            stored = read_rows(segment.values, torch.float32)[entry, :, there, 0].long().tolist()
             for place, head in enumerate(range(HEADS) if segment.head is None else [int(segment.head[entry])]):
                 kept[row][head] |= set(stored[place])
     return kept
@@ -305,7 +305,7 @@ def kivi(seeds: range) -> list[Result]:
             (segment,) = Kivi(bits, 32).compress(prefill(query, keys, values, spans)).visual
             for mine, other, raw in zip((segment.keys, segment.values), peer, (keys, values), strict=True):
                 result.compared += other.numel()
-                result.differ += int(((read(mine, torch.float32) - other).abs() > 1e-5 * raw.abs().max()).sum())
+                result.differ += int(((read_rows(mine, torch.float32) - other).abs() > 1e-5 * raw.abs().max()).sum())
         results.append(result)
     return results
 

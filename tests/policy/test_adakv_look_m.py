@@ -13,7 +13,8 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.methods.layer_prefill import LayerPrefill
 from kvcapsule.policy import AdaKV, LookM, SnapKV
 from kvcapsule.policy import look_m as lookm_module
-from kvcapsule.segments.segment import Segment, read, storage_bytes
+from kvcapsule.segments.packed_rows import read_rows
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 
 HEADS, GROUP, DIM = 2, 2, 8
@@ -41,8 +42,8 @@ def rows_of(segments: list[Segment], row: int, head: int) -> tuple[list[list[flo
                 continue
             there = slice(None) if segment.mask is None else segment.mask[entry]
             place = head if segment.head is None else 0
-            keys += read(segment.keys, torch.float64)[entry, place, there].tolist()
-            values += read(segment.values, torch.float64)[entry, place, there].tolist()
+            keys += read_rows(segment.keys, torch.float64)[entry, place, there].tolist()
+            values += read_rows(segment.values, torch.float64)[entry, place, there].tolist()
     return keys, values
 
 
@@ -217,7 +218,7 @@ def test_half_precision_merges_in_single() -> None:
     )
     visual, _ = LookM(0.02, merge="averaged").compress(half)
     assert visual and all(
-        torch.equal(read(s.values, torch.float16), torch.full(tuple(s.values.shape), 3.0).half()) for s in visual
+        torch.equal(read_rows(s.values, torch.float16), torch.full(tuple(s.values.shape), 3.0).half()) for s in visual
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.akvq_vl_by_hand import DIM, GROUP, HEADS, POLICY, alone, mixed, tokens
+from support.akvq_vl_by_hand import DIM, GROUP, HEADS, POLICY, mixed, tokens
 from support.builders import rand
+from support.prefills import alone
 
 from kvcapsule.errors import GeometryError
 from kvcapsule.kernels.reference import attend

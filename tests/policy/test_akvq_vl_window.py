@@ -10,7 +10,6 @@ from support.akvq_vl_by_hand import (
     GROUP,
     HEADS,
     POLICY,
-    alone,
     bits_of,
     expected,
     held,
@@ -20,6 +19,7 @@ from support.akvq_vl_by_hand import (
     tokens,
 )
 from support.builders import rand
+from support.prefills import alone
 from transformers import BatchFeature, LlavaForConditionalGeneration
 
 from kvcapsule import attach

@@ -28,7 +28,8 @@ from kvcapsule.policy import (
 from kvcapsule.policy.attention_scores import attention_received
 from kvcapsule.policy.pyramidkv import pyramid_counts
 from kvcapsule.segments.group_quantized_rows import GroupedRows
-from kvcapsule.segments.segment import Packed, Segment, storage_bytes
+from kvcapsule.segments.packed_rows import Packed
+from kvcapsule.segments.segment import Segment, storage_bytes
 from kvcapsule.vlm.spans import VisualSpan
 
 every_method = pytest.mark.parametrize("name", ALL)
@@ -51,18 +52,6 @@ def tokens(spans: list[tuple[int, int, int]], padding: list[int], count: int, la
 def mixed() -> LayerPrefill:
     """Left padding; one image, two with text between, none; spans of unlike length."""
     return tokens([(0, 12, 40), (1, 2, 40), (1, 44, 9)], [9, 0, 50], 60)
-
-
-def alone(of: LayerPrefill, row: int) -> LayerPrefill:
-    """A row by itself, its padding cut off."""
-    begin = int((~of.valid[row]).sum())
-    spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values, valid = (
-        t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
-    )
-    return LayerPrefill(
-        layer=of.layer, query=query, keys=keys, values=values, spans=spans, valid=valid[..., 0], scale=of.scale
-    )
 
 
 def places(segments: list[Segment], row: int, count: int) -> list[list[int]]:

@@ -310,7 +310,7 @@ def test_bytes_of_both_sides_are_reported(model: Model, make_batch: Batch, greed
     tallies = {}
     for entry in entries:
         with attach(model):
-            held = generate(model, batch, new_cache(model, entry.method), layout, max_new_tokens=2).held
+            held = generate(model, batch, new_cache(model, entry.method), layout, max_new_tokens=2).stored
         tallies[entry.name] = tally = Tally(same=4, positions=4)
         tally.scores["count"] = [1.0] * 4
         tally.add_bytes(held)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.builders import rand
+from support.prefills import alone
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 from kvcapsule import attach
@@ -121,22 +122,6 @@ def compressed(method: Method, of: Sequence[LayerPrefill]) -> list[Compressed]:
     run = method.begin_pass([p.layer for p in of])
     done = dict(pair for prefill in of for pair in run.add(prefill))
     return [done[p.layer] for p in of]
-
-
-def alone(of: LayerPrefill, row: int) -> LayerPrefill:
-    """A row by itself, its padding cut off."""
-    begin = int((~of.valid[row]).sum())
-    spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values = (t[row : row + 1, :, begin:] for t in (of.query, of.keys, of.values))
-    return LayerPrefill(
-        layer=of.layer,
-        query=query,
-        keys=keys,
-        values=values,
-        spans=spans,
-        valid=of.valid[row : row + 1, begin:],
-        scale=of.scale,
-    )
 
 
 def read(layer: Compressed, query: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,8 +7,8 @@ from support.builders import LADDER, random_widths
 
 from kvcapsule.segments.bit_packing import GROUP, WIDTHS
 from kvcapsule.segments.coefficient_rows import CellLayout, CodedRows, Coding
-from kvcapsule.segments.segment import Packed, storage_bytes
-from kvcapsule.segments.segment import read as read_rows
+from kvcapsule.segments.packed_rows import Packed, read_rows
+from kvcapsule.segments.segment import storage_bytes
 
 SETS, GROUPS, CHANNELS, ENTRIES = 2, 3, 5, 4
 ROWS = GROUPS * GROUP

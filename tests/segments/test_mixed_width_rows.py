@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvcapsule.segments.mixed_width_rows import MixedWidthRows, WidthForm
-from kvcapsule.segments.segment import stored
+from kvcapsule.segments.packed_rows import stored_tensors
 from kvcapsule.segments.storable_rows import join_rows
 
 WIDTHS = ((7, 4, 0, 3, 2, 1), (5, 0, 6, 1, 0, 0))
@@ -67,7 +67,7 @@ def test_more_bits_are_nearer() -> None:
 def test_a_row_is_its_codes_in_whole_bytes_and_a_channel_with_bits_a_byte() -> None:
     """By hand: 17 bits are three bytes a row, 12 are two; five channels of one head have bits, three of the other."""
     packed = MixedWidthRows.encode(rows(3, 21), form())
-    sizes = [t.numel() * t.element_size() for t in stored(packed)]
+    sizes = [t.numel() * t.element_size() for t in stored_tensors(packed)]
     assert sizes == [3 * 21 * (3 + 2), 3 * (5 + 3)]
 
 

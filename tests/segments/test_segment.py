@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kvcapsule.kernels.reference import attend
+from kvcapsule.segments.packed_rows import Packed
 from kvcapsule.segments.rotary_frame import Frame
-from kvcapsule.segments.segment import Packed, Segment, storage_bytes
+from kvcapsule.segments.segment import Segment, storage_bytes
 
 
 def query(batch: int) -> torch.Tensor:

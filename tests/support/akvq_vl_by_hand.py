@@ -47,24 +47,6 @@ def mixed() -> LayerPrefill:
     return of
 
 
-def alone(of: LayerPrefill, row: int) -> LayerPrefill:
-    """A row by itself, its padding cut off."""
-    begin = int((~of.valid[row]).sum())
-    assert of.hidden is not None
-    spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values, hidden = (t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.hidden))
-    return LayerPrefill(
-        layer=of.layer,
-        query=query,
-        keys=keys,
-        values=values,
-        spans=spans,
-        valid=of.valid[row : row + 1, begin:],
-        scale=of.scale,
-        hidden=hidden,
-    )
-
-
 # Worked out independently, with loops
 
 

@@ -10,10 +10,11 @@ from kvcapsule.codec.kvcapsule import MlpKeys, MlpRows
 from kvcapsule.segments.bit_packing import WIDTHS
 from kvcapsule.segments.coefficient_rows import CodedRows, Coding
 from kvcapsule.segments.group_quantized_rows import GroupedRows
+from kvcapsule.segments.packed_rows import Rows
 from kvcapsule.segments.pooled_segment import PooledSegment
 from kvcapsule.segments.quantized_rows import QuantizedRows
 from kvcapsule.segments.rotary_frame import Frame
-from kvcapsule.segments.segment import Rows, Segment
+from kvcapsule.segments.segment import Segment
 from support.builders import random_widths
 
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -63,11 +63,16 @@ def alone(of: LayerPrefill, row: int) -> LayerPrefill:
     """A row by itself, its padding cut off."""
     begin = int((~of.valid[row]).sum())
     spans = [s._replace(row=0, start=s.start - begin) for s in of.spans if s.row == row]
-    query, keys, values, valid = (
-        t[row : row + 1, ..., begin:, :] for t in (of.query, of.keys, of.values, of.valid[..., None])
-    )
+    query, keys, values = (t[row : row + 1, :, begin:] for t in (of.query, of.keys, of.values))
     return LayerPrefill(
-        layer=of.layer, query=query, keys=keys, values=values, spans=spans, valid=valid[..., 0], scale=of.scale
+        layer=of.layer,
+        query=query,
+        keys=keys,
+        values=values,
+        spans=spans,
+        valid=of.valid[row : row + 1, begin:],
+        scale=of.scale,
+        hidden=None if of.hidden is None else of.hidden[row : row + 1, begin:],
     )
 
 

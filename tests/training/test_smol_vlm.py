@@ -17,7 +17,7 @@ from kvcapsule.training.testbeds.smol_vlm.language import IMAGE_TOKEN, SmolError
 from kvcapsule.training.testbeds.smol_vlm.run import SmolVlmConfig, train
 from kvcapsule.training.testbeds.smol_vlm.tower import IMAGE_MEAN, IMAGE_STD, build_tower
 from kvcapsule.training.testbeds.smol_vlm.turns import IGNORE, TASKS, NameCollator, TurnCollator, token_classes
-from kvcapsule.training.testbeds.smol_vlm.weights import CONNECTOR, LORA, add_lora, put_on, save_trained
+from kvcapsule.training.testbeds.smol_vlm.weights import CONNECTOR, LORA, add_lora, load_trained, save_trained
 from kvcapsule.vlm.loading import load_vlm
 
 pytestmark = pytest.mark.filterwarnings(
@@ -173,7 +173,7 @@ def test_training_goes_on_where_it_was_stopped_and_ships_what_it_learned(halves,
     whole, stopped = tmp_path / "whole" / "out", tmp_path / "stopped" / "out"
     for name in (CONNECTOR, f"{LORA}/adapter_model.safetensors"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
-    made = put_on(fresh()[0], whole)
+    made = load_trained(fresh()[0], whole)
     after = dict(made.named_parameters())
     moved = {name for name, p in before.items() if not torch.equal(after[name], p)}
     assert any("multi_modal_projector" in name for name in moved) and any("q_proj" in name for name in moved)
@@ -194,7 +194,7 @@ def test_shipped_weights_make_the_model_that_was_trained(halves, tmp_path) -> No
     assert len(get_peft_model_state_dict(lora)) == 2 * 7 * 2
     save_trained(vlm, lora, tmp_path)
     language, tokenizer = language_model()
-    made = put_on(
+    made = load_trained(
         join(language, tokenizer, build_tower(published_tower(), EfficientNetLiteConfig(**TOWER)))[0], tmp_path
     )
     assert not any("lora_" in name for name, _ in made.named_parameters())
@@ -206,13 +206,13 @@ def test_shipped_weights_make_the_model_that_was_trained(halves, tmp_path) -> No
 def test_a_missing_or_foreign_connector_is_refused(halves, tmp_path) -> None:
     vlm, _ = halves
     with pytest.raises(SmolError, match="make smol-vlm-training"):
-        put_on(vlm, tmp_path)
+        load_trained(vlm, tmp_path)
     save_trained(vlm, None, tmp_path)
     language, tokenizer = language_model()
     wider = EfficientNetLiteConfig(**(TOWER | {"position_waves": 4}))
     other, _ = join(language, tokenizer, build_tower(published_tower(), wider))
     with pytest.raises(SmolError, match="another model"):
-        put_on(other, tmp_path)
+        load_trained(other, tmp_path)
     with pytest.raises(ValueError, match="multiple of at_once"):
         SmolVlmConfig(batch=3, at_once=2)
     with pytest.raises(ValueError, match="lora_steps 30 must be a multiple of every 50"):

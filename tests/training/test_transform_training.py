@@ -23,7 +23,8 @@ from kvcapsule.codec.bit_allocation import (
     distortion,
 )
 from kvcapsule.codec.transform import Transform
-from kvcapsule.segments.segment import Segment, read
+from kvcapsule.segments.packed_rows import read_rows
+from kvcapsule.segments.segment import Segment
 from kvcapsule.training.families.coding_source import CodingSource
 from kvcapsule.training.families.straight_through import coded
 from kvcapsule.training.frozen_forward import divergence
@@ -164,7 +165,7 @@ def test_straight_through_is_what_reading_the_codes_gives_and_moves_every_parame
         transform.widths.copy_(torch.tensor([[0, 1, 2, 3, 8]]).expand(2, 1, 5))
     x = rand(3, 4, 12, 6, seed=3).float()
     rows = coded(transform, transform.coefficients(x))
-    torch.testing.assert_close(rows, read(transform.encode(x), torch.float32))
+    torch.testing.assert_close(rows, read_rows(transform.encode(x), torch.float32))
     rows.square().sum().backward()
     for name in ("tokens_in", "channels_in", "offset", "step"):
         gradient = getattr(transform, name).grad

@@ -1,15 +1,11 @@
 """`kvcapsule analyze`: the compression to expect for a model and a data set, before any training."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
-
-from kvcapsule.cli.errors import complain
+from kvcapsule.cli.measuring import MeasuringCommand
 from kvcapsule.cli.options import OptionParser, instance, option_parser
-from kvcapsule.cli.results import STDOUT, command_line, require_writable, write_json
-from kvcapsule.errors import KVCapsuleError
+from kvcapsule.cli.results import require_writable
 
 from .config import AnalyzeConfig
 
@@ -18,27 +14,7 @@ PROG = "kvcapsule analyze"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code; 2, with one line on stderr, for unusable input."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = build_parser()
-        config = instance(AnalyzeConfig, parser, parser.read(words))
-        require_writable([config.json], [config.plots])
-        # --help and a mistyped option do not wait for torch.
-        from rich.console import Console
-
-        from .study import run
-
-        result = run(config, Console(stderr=True), command_line(PROG, words))
-        if config.json != STDOUT:
-            _show(result, config.wide)
-        write_json(config.json, result)
-        if config.plots is not None:
-            from .plot import draw
-
-            draw(result, Path(config.plots))
-    except (ArgumentError, KVCapsuleError) as error:
-        return complain(PROG, error)
-    return 0
+    return MeasuringCommand(PROG, _parse, _measure, _show, _write).main(argv)
 
 
 def build_parser() -> OptionParser:
@@ -55,9 +31,32 @@ def build_parser() -> OptionParser:
     )
 
 
-def _show(result: dict[str, Any], wide: bool) -> None:
+def _parse(words: list[str]) -> AnalyzeConfig:
+    parser = build_parser()
+    config = instance(AnalyzeConfig, parser, parser.read(words))
+    require_writable([config.json], [config.plots])
+    return config
+
+
+def _measure(config: AnalyzeConfig, command: str) -> dict[str, Any]:
+    from rich.console import Console
+
+    from .study import run
+
+    return run(config, Console(stderr=True), command)
+
+
+def _show(result: dict[str, Any], config: AnalyzeConfig) -> None:
     from kvcapsule.cli.tables import print_report
 
     from .report import heading, tables
 
-    print_report(heading(result), *tables(result), wide=wide)
+    print_report(heading(result), *tables(result), wide=config.wide)
+
+
+def _write(result: dict[str, Any], config: AnalyzeConfig) -> None:
+    """Draw the figures where they are wanted."""
+    if config.plots is not None:
+        from .plot import draw
+
+        draw(result, Path(config.plots))

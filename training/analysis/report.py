@@ -27,6 +27,7 @@ def heading(result: Mapping[str, Any]) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> list[ReportTable]:
+    """The tables that `kvcapsule analyze` prints of its result."""
     return [
         _similarity(result),
         _spectra(result),

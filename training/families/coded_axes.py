@@ -23,7 +23,7 @@ class Channels(NamedTuple):
     """Of all rows of all tiles."""
 
     def form(self, widths_HC: torch.Tensor) -> WidthForm:
-        """Of these widths."""
+        """How channels of these widths are coded."""
         widths = widths_HC.to(self.range.device)
         levels = (2.0 ** widths.to(self.range.dtype) - 1).clamp_min(1)
         centre = torch.where(widths > 0, self.low, self.mean)
@@ -62,7 +62,7 @@ class RowSums(nn.Module):
         self.tiles += len(rows)
 
     def channels(self) -> Channels:
-        """Of the rows' own channels."""
+        """Statistics of the rows along the channels that they have."""
         mean = self.first / self.rows
         energy = self.second.diagonal(dim1=1, dim2=2) / self.rows - mean.square()
         variance, log_range, low = self.within / self.rows, self.log_range / self.tiles, self.low / self.tiles

@@ -49,7 +49,7 @@ class Errors(nn.Module):
 
 
 class LayerRows(NamedTuple):
-    """What the rows of one layer are like."""
+    """Statistics of the stored rows of one layer, from which the bits of its channels follow."""
 
     keys: Channels
     values: Channels
@@ -65,13 +65,13 @@ class LayerRows(NamedTuple):
         return allocate_widths(*keys, bits, rows), allocate_widths(self.values.energy, self.values.variance, bits, rows)
 
     def codings(self, keys: torch.Tensor, values: torch.Tensor) -> Codings:
-        """Of these widths."""
+        """How the layer is coded, given the widths [H, C] of the channels of its keys and of its values."""
         axes = self.axes.float()
         return Codings(self.keys.form(keys), self.values.form(values), axes, axes.transpose(1, 2))
 
 
 class CodedCompactFit(CapsuleFit[CodedCompactRecipe]):
-    """Nothing descends: `prepare` does it all."""
+    """Trains coded compact codecs: `prepare` makes the query banks and chooses rows and bits; there is no descent."""
 
     recipe_class = CodedCompactRecipe
 

@@ -95,19 +95,19 @@ class Candidates(NamedTuple):
         sizes = [torch.stack([head_bytes(widths, rows) for widths in ways]) for ways in (keys, values)]
         return cls(rows, keys, values, sizes[0][:, None] + sizes[1] + rows, error)
 
-    def best(self, price: float) -> "Choice":
+    def best(self, price: float) -> "LayerCoding":
         """Of each head the way with the least error + price * bytes."""
         cost = (self.error + price * self.bytes).flatten(0, 1)
         of_keys, of_values = torch.unravel_index(cost.argmin(0), self.error.shape[:2])
         heads = torch.arange(cost.shape[1])
         at = of_keys, of_values, heads
         widths = self.keys[of_keys, heads], self.values[of_values, heads]
-        return Choice(self.rows, *widths, int(self.bytes[at].sum()), float(self.error[at].sum()))
+        return LayerCoding(self.rows, *widths, int(self.bytes[at].sum()), float(self.error[at].sum()))
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a layer is coded."""
+class LayerCoding:
+    """How a layer is coded: its rows, and the bits of each channel."""
 
     rows: int
     keys: torch.Tensor
@@ -120,7 +120,7 @@ class Choice:
     """Expected KL in nats that the layer alone adds."""
 
 
-def choose(layers: Sequence[Sequence[Candidates]], budget: int) -> list[Choice]:
+def choose(layers: Sequence[Sequence[Candidates]], budget: int) -> list[LayerCoding]:
     """One choice for each layer, with the least sum of errors for at most `budget` bytes, by Lagrangian relaxation: the
     best one on the convex hull.
 
@@ -128,7 +128,7 @@ def choose(layers: Sequence[Sequence[Candidates]], budget: int) -> list[Choice]:
         ValueError: if the smallest choices take more.
     """
 
-    def at(price: float) -> list[Choice]:
+    def at(price: float) -> list[LayerCoding]:
         ways = [[candidates.best(price) for candidates in layer] for layer in layers]
         return [min(layer, key=lambda c: c.error + price * c.bytes) for layer in ways]
 

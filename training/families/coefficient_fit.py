@@ -126,7 +126,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         options, loss = self.options, torch.zeros((), device=self.device)
-        layers, segments, kl = self.read(batch, options.kl_weight > 0)
+        layers, segments, kl = self.code_batch(batch, options.kl_weight > 0)
         if options.output_weight:
             error = torch.stack(
                 [output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]

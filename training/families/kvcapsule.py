@@ -197,7 +197,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
         return (lost + self.optim.mask_weight * mask + self.optim.retention_weight * ratio) / n
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
-        layers, segments, kl = self.read(batch, self.has_kl)
+        layers, segments, kl = self.code_batch(batch, self.has_kl)
         errors = mean([self.errors(segment, layer) for segment, layer in zip(segments, layers, strict=True)])
         self.log_errors("train", errors, len(batch.answers))
         loss = errors["keys_unexplained"] + self.optim.output_weight * errors["output_error"]

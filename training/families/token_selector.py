@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from kvcapsule.codec.attention_matching import BankAttention, targets
-from kvcapsule.codec.compact import CompactLayer, Selector
+from kvcapsule.codec.compact import CompactLayer
+from kvcapsule.codec.token_selector import TokenSelector
 
 _CHUNK = 32
 """Tiles whose choice is made at once."""
@@ -52,14 +53,14 @@ def chosen_by_teacher(codec: CompactLayer, k_EHTD: torch.Tensor, v_EHTD: torch.T
 
 
 def imitation_loss(
-    selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, chosen_EHT: torch.Tensor
+    selector: TokenSelector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, chosen_EHT: torch.Tensor
 ) -> torch.Tensor:
     """Binary cross-entropy of the selector's scores to the teacher's choice."""
     scores = selector(k_EHTD, v_EHTD)
     return F.binary_cross_entropy_with_logits(scores, chosen_EHT.to(scores.dtype))
 
 
-def initialise(selector: Selector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, seed: int = 0) -> None:
+def initialise(selector: TokenSelector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, seed: int = 0) -> None:
     """Take the selector's mean and spread from tiles, and draw its weights."""
     random = torch.Generator().manual_seed(seed)
     tokens = torch.cat([k_EHTD, v_EHTD], dim=-1).float()

@@ -18,7 +18,7 @@ back when those before them grow."""
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured."""
+    """An engine and the requests that it answers."""
 
     model: str
     """pages-vlm or random-llava."""
@@ -136,6 +136,7 @@ class _Watch:
 
 
 def main() -> int:
+    """Run the cell in the file that the command line names, write the result there, and return the exit code."""
     file = Path(sys.argv[1])
     result = run(Cell(**json.loads(file.read_text())))
     file.write_text(json.dumps(result))

@@ -13,8 +13,8 @@ PROMPTS, ANSWERS, IMAGES = ("question", "query"), ("answers",), ("images",)
 _NUMBERED = re.compile(r"image_\d+")
 
 
-class Reading(NamedTuple):
-    """A row, read."""
+class ParsedRow(NamedTuple):
+    """What a row holds, in whichever format."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -50,16 +50,16 @@ class Format(ABC):
         """The format of a data set with these columns and this first row; None if it is of another form."""
 
     @abstractmethod
-    def read(self, row: Mapping[str, Any]) -> Reading:
+    def read(self, row: Mapping[str, Any]) -> ParsedRow:
         """A row with the columns `columns`.
 
         Raises:
             DataError: if a text is missing or is none; the caller names the row.
         """
 
-    def note(self, readings: Sequence[Reading]) -> str:
+    def note(self, parsed_rows: Sequence[ParsedRow]) -> str:
         """What should be known about how rows were read; empty if there is nothing to say."""
-        turns = max(reading.turns for reading in readings)
+        turns = max(parsed.turns for parsed in parsed_rows)
         return f"first question of up to {turns} learned" if turns > 1 else ""
 
 

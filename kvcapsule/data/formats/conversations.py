@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from ...errors import DataError
 from ..places import IMAGE
 from ..source_config import SourceConfig
-from .base import Format, Reading, has_keys, image_columns, items_of, text_of
+from .base import Format, ParsedRow, has_keys, image_columns, items_of, text_of
 
 _USER, _ASSISTANT = ("human", "user"), ("gpt", "assistant", "model")
 _PLACE = "image"
@@ -38,7 +38,7 @@ class Llava(Format):
     def columns(self) -> tuple[str, ...]:
         return (self.turns,)
 
-    def read(self, row: Mapping[str, Any]) -> Reading:
+    def read(self, row: Mapping[str, Any]) -> ParsedRow:
         turns = items_of(row[self.turns], self.turns)
         roles = [str(turn.get(self.role)).lower() for turn in turns]
         place = next((i for i, role in enumerate(roles) if role in _USER), None)
@@ -52,7 +52,7 @@ class Llava(Format):
         prompt = "\n\n".join([*before, self._text(turns[place], "prompt", within)])
         answer = self._text(turns[place + 1], "answer", [])
         questions = sum(role in _USER for role in roles)
-        return Reading(prompt, (answer,), images=tuple(within) or None, turns=questions)
+        return ParsedRow(prompt, (answer,), images=tuple(within) or None, turns=questions)
 
     def _text(self, turn: Mapping[str, Any], what: str, within: list[Any]) -> str:
         """The text of a turn with <image> where images stand; those that lie within it are added to `within`."""
@@ -111,11 +111,11 @@ class Cauldron(Format):
     def columns(self) -> tuple[str, ...]:
         return (self.texts,)
 
-    def read(self, row: Mapping[str, Any]) -> Reading:
+    def read(self, row: Mapping[str, Any]) -> ParsedRow:
         turns = items_of(row[self.texts], self.texts)
         source = turns[0].get("source")
         prompt, answer = text_of(turns[0].get("user"), "prompt"), text_of(turns[0].get("assistant"), "answer")
-        return Reading(prompt, (answer,), task=source if isinstance(source, str) else None, turns=len(turns))
+        return ParsedRow(prompt, (answer,), task=source if isinstance(source, str) else None, turns=len(turns))
 
 
 def _image(item: Mapping[str, Any]) -> Any:

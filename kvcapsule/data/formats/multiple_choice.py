@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from ...errors import DataError
 from ..source_config import SourceConfig
-from .base import ANSWERS, PROMPTS, Format, Reading, column, image_columns, text_of, texts_of
+from .base import ANSWERS, PROMPTS, Format, ParsedRow, column, image_columns, text_of, texts_of
 
 _OPTIONS = ("options", "choices")
 ASK = "Answer with the option's letter."
@@ -46,13 +46,13 @@ class MultipleChoice(Format):
     def columns(self) -> tuple[str, ...]:
         return self.prompt, self.answer, *self.options
 
-    def read(self, row: Mapping[str, Any]) -> Reading:
+    def read(self, row: Mapping[str, Any]) -> ParsedRow:
         prompt, options = text_of(row[self.prompt], "prompt"), self._options(row)
         if not options:
-            return Reading(prompt, texts_of(row[self.answer], "answer"))
+            return ParsedRow(prompt, texts_of(row[self.answer], "answer"))
         lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
         letter = ascii_uppercase[right_option(options, row[self.answer])]
-        return Reading("\n".join([prompt, *lines, ASK]), (letter,), options)
+        return ParsedRow("\n".join([prompt, *lines, ASK]), (letter,), options)
 
     def _options(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         if len(self.options) > 1:
@@ -73,7 +73,7 @@ class MultipleChoice(Format):
             raise DataError(f"there are {len(value)} options, and at most {len(ascii_uppercase)} have letters.")
         return texts_of(value, "options") if value else ()
 
-    def note(self, readings: Sequence[Reading]) -> str:
+    def note(self, parsed_rows: Sequence[ParsedRow]) -> str:
         return "the option's letter learned; numbers count options from 0"
 
 

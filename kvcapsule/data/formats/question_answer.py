@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from ...errors import DataError
 from ..source_config import SourceConfig
-from .base import ANSWERS, PROMPTS, Format, Reading, column, image_columns, text_of, texts_of
+from .base import ANSWERS, PROMPTS, Format, ParsedRow, column, image_columns, text_of, texts_of
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class QuestionAnswer(Format):
     def columns(self) -> tuple[str, ...]:
         return self.prompt, self.answer
 
-    def read(self, row: Mapping[str, Any]) -> Reading:
+    def read(self, row: Mapping[str, Any]) -> ParsedRow:
         prompt, answer = text_of(row[self.prompt], "prompt"), row[self.answer]
         if isinstance(answer, list | dict):
             raise DataError(
                 "the answer is a list or an object, expected text; --data.format question-answers has both."
             )
-        return Reading(prompt, (text_of(answer, "answer"),))
+        return ParsedRow(prompt, (text_of(answer, "answer"),))
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class QuestionAnswers(QuestionAnswer):
     name = "question-answers"
     needs = "image, prompt (or question), answers: a list of texts"
 
-    def read(self, row: Mapping[str, Any]) -> Reading:
-        return Reading(text_of(row[self.prompt], "prompt"), texts_of(row[self.answer], "answer"))
+    def read(self, row: Mapping[str, Any]) -> ParsedRow:
+        return ParsedRow(text_of(row[self.prompt], "prompt"), texts_of(row[self.answer], "answer"))
 
-    def note(self, readings: Sequence[Reading]) -> str:
-        return f"first answer of up to {max(len(reading.answers) for reading in readings)} learned, all accepted"
+    def note(self, parsed_rows: Sequence[ParsedRow]) -> str:
+        return f"first answer of up to {max(len(parsed.answers) for parsed in parsed_rows)} learned, all accepted"

@@ -46,7 +46,7 @@ CStrided, CRows, CSegment, CCall = (_STRUCTS[name] for name in ("Strided", "Rows
 
 
 class Arguments(NamedTuple):
-    """A covered segment."""
+    """What the kernels are given of a covered segment."""
 
     struct: ctypes.Structure
     work: int

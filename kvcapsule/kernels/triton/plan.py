@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...segments.coefficient_rows import CodedRows
 from ...segments.mixed_width_rows import MixedWidthRows
+from ...segments.packed_rows import Rows
 from ...segments.quantized_rows import QuantizedRows
-from ...segments.segment import Rows, Segment
+from ...segments.segment import Segment
 from .arguments import TYPES
 
 MOST_ROWS = 64
@@ -149,6 +150,6 @@ def index_of(segment: Segment, batch: int, heads: int) -> UnitIndex:
 
 @lru_cache(maxsize=64)
 def index_of_slots(slots: int, device: torch.device) -> UnitIndex:
-    """One unit for each slot."""
+    """The index of a segment that has one unit for each slot."""
     numbers = torch.arange(slots + 1, device=device)
     return UnitIndex(numbers[:-1], numbers)

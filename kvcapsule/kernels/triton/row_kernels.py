@@ -214,7 +214,7 @@ def attend_rows(
     table, segments, last_tokens, split, scale, queries, derotated, visible, out, lse,
     SHAPE: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One item: its tokens' part of out [P, R, value channels] and lse [P, R].
+    """Attention over the tokens of one work item: its part of out [P, R, value channels] and lse [P, R].
 
     Args:
         table: [segments, fields of Line] int64.

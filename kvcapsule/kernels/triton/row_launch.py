@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ...segments.packed_rows import Rows
 from ...segments.quantized_rows import QuantizedRows
-from ...segments.segment import Rows, Segment
+from ...segments.segment import Segment
 from .arguments import INTERPRETED, TYPES, Queries, as_bytes, block
 from .call import Call, Part, Producer
 from .loads import BOTH, LOG2E, QUANTISED, RAW

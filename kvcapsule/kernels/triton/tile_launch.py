@@ -4,8 +4,9 @@ import torch
 
 from ...segments.coefficient_rows import CodedRows
 from ...segments.mixed_width_rows import MixedWidthRows
+from ...segments.packed_rows import Rows
 from ...segments.quantized_rows import QuantizedRows
-from ...segments.segment import Rows, Segment
+from ...segments.segment import Segment
 from .arguments import Map, MapSizes, Product, Queries, Rotation, RowFormat, StoredRows, as_bytes, block
 from .call import Call, Part, Producer
 from .loads import CODED, LOG2E, MIXED, QUANTISED, RAW

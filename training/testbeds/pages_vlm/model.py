@@ -65,6 +65,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
+    """The processor of pages-vlm: images of SIDE x SIDE pixels, and the tokenizer."""
     size = {"height": SIDE, "width": SIDE}
     # SigLIP's processor crops nothing; vLLM counts an image's tokens by its crop_size.
     images = SiglipImageProcessorPil(size=size, crop_size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])

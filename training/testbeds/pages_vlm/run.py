@@ -79,6 +79,7 @@ def _fit(stage: Stage, samples: NumberedSamples, work: Path) -> None:
 
 
 def save(vlm: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
+    """Write the model and its processor to a folder."""
     output.mkdir(parents=True, exist_ok=True)
     vlm.save_pretrained(output)
     processor.save_pretrained(output)

@@ -11,7 +11,7 @@ from kvcapsule.errors import PackageError
 
 from .assemble import pretrained_halves, save
 from .language import SmolError
-from .weights import put_on, require_trained
+from .weights import load_trained, require_trained
 
 
 @dataclass
@@ -35,7 +35,7 @@ def main(config: MakeConfig) -> None:
         require_trained(Path(config.trained))
     vlm, processor = pretrained_halves()
     if config.trained is not None:
-        vlm = put_on(vlm, Path(config.trained))
+        vlm = load_trained(vlm, Path(config.trained))
     save(vlm, processor, Path(config.output))
     print(f"smol-vlm is in {config.output}: kvcapsule eval --model {config.output} --data.source emoji")
 

@@ -45,7 +45,7 @@ def require_trained(trained: Path) -> Path:
     return path
 
 
-def put_on(vlm: LlavaForConditionalGeneration, trained: Path) -> LlavaForConditionalGeneration:
+def load_trained(vlm: LlavaForConditionalGeneration, trained: Path) -> LlavaForConditionalGeneration:
     """Load the trained connector into the VLM, and merge the LoRA into its weights if there is one.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Where a store's entries lie: the interface that a folder and the host's memory share."""
+"""The storage of an image store: the interface that a folder and the host's memory share."""
 
 from typing import BinaryIO, NamedTuple, Protocol
 
 
-class Stored(NamedTuple):
-    """An entry as it lies there, unread."""
+class StoredEntry(NamedTuple):
+    """An entry in a backend, unread."""
 
     digest: str
     """Its name: StoreKey.digest."""
@@ -15,14 +15,14 @@ class Stored(NamedTuple):
 
 
 class Evicted(NamedTuple):
-    """What had to go."""
+    """How much was removed to keep within a limit."""
 
     entries: int
     bytes: int
 
 
-class Shelf(Protocol):
-    """Entries by their name, least recently used first to go. All methods raise OSError where the system does."""
+class EntryBackend(Protocol):
+    """Holds entries by name, and evicts the least recently used first. Methods raise OSError where the system does."""
 
     def open(self, digest: str) -> BinaryIO | None:
         """An entry's bytes as a file, to be closed by the caller; None if there is none."""
@@ -36,14 +36,14 @@ class Shelf(Protocol):
     def remove(self, digest: str) -> None:
         """Remove an entry, if it is there."""
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[StoredEntry]:
         """All entries, least recently used first."""
 
     def evict(self, max_bytes: int) -> Evicted:
         """Remove the least recently used entries until all are at most `max_bytes`."""
 
 
-def surplus(stored: list[Stored], max_bytes: int, spared: str = "") -> list[Stored]:
+def surplus(stored: list[StoredEntry], max_bytes: int, spared: str = "") -> list[StoredEntry]:
     """The entries to remove, of a list with the least recently used first, so that at most `max_bytes` remain; not the
     one named `spared`."""
     total, chosen = sum(entry.bytes for entry in stored), []
