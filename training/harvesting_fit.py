@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar, Generic, Protocol
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -19,6 +18,7 @@ from .harvest import LayerHarvest
 from .harvest_memory import HarvestMemory
 from .harvest_source import HarvestSource
 from .harvest_store import HarvestStore
+from .processes import add_up, keep_greatest
 from .stage_lines import with_lines
 from .streamed import Cut, Visit
 from .task import R, Task
@@ -105,9 +105,8 @@ class HarvestingFit(L.LightningModule, Generic[R]):
     def harvest_pass(self, title: str, sums: "SumsOfGroups") -> None:
         """Hand every layer group of the first batches (--moment_batches) to `sums`, and hold a sample of their tiles
         for `each_tiles`."""
-        world = 1 if self._trainer is None else self.trainer.world_size
         count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
-        sample = TileSample(self.task.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
+        sample = TileSample(self.task.layers, count, SAMPLE_BYTES, self.task.recipe.seed)
         for step, batch in enumerate(self.batches(count, title)):
             sums.numbers = self.numbers(step, len(batch.answers))
             self.harvests.sampled_stream(batch, sums.add, sample, sums.numbers)
@@ -133,7 +132,4 @@ class HarvestingFit(L.LightningModule, Generic[R]):
 
     def reduce(self, sums: nn.Module, greatest: bool = False) -> None:
         """Add up the buffers of all ranks, or take the greatest of each."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            reduction = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
-            for buffer in sums.buffers():
-                torch.distributed.all_reduce(buffer, op=reduction)
+        (keep_greatest if greatest else add_up)(*sums.buffers())

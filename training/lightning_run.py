@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -86,12 +87,13 @@ def _interruptible(trainer: L.Trainer, stage: Callable[[], T]) -> T:
         raise KeyboardInterrupt from error
 
 
-def _strategy(recipe: Recipe, fit: AnyFit) -> str:
+def _strategy(recipe: Recipe, fit: AnyFit) -> str | DDPStrategy:
     """Lightning's strategy; DDP looks for parameters without a gradient where a fit has some."""
     wanted = recipe.trainer.strategy
-    several = recipe.trainer.devices * recipe.trainer.num_nodes != 1
-    plain = wanted == "ddp" or (wanted == "auto" and several)
-    return "ddp_find_unused_parameters_true" if plain and fit.has_unused_parameters else wanted
+    if wanted == "ddp" or (wanted == "auto" and recipe.trainer.processes > 1):
+        # Buffers are the same sums in all processes: they need not be sent at each step.
+        return DDPStrategy(find_unused_parameters=fit.has_unused_parameters, broadcast_buffers=False)
+    return wanted
 
 
 def quiet() -> None:

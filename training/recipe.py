@@ -54,6 +54,11 @@ class TrainerOptions:
     strategy: str = "auto"
     """Lightning's strategy: auto or ddp."""
 
+    @property
+    def processes(self) -> int:
+        """On all machines."""
+        return self.devices * self.num_nodes
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -49,19 +49,21 @@ def query_banks(fit: CapsuleFit[Any], size: int, keeps_first: bool = False) -> B
         ConfigError: if there are fewer queries.
     """
     geometry, seed = fit.task.geometry, fit.task.recipe.seed
-    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(fit.task.layers)]
+    banks = [QueryBank(size, seed + i) for i in range(fit.task.layers)]
     first: list[LayerHarvest] = []
     scale = default = geometry.head_dim**-0.5
+    numbers: list[int] = []
 
     def visit(number: int, layers: list[LayerHarvest]) -> None:
         nonlocal scale
         (layer,), scale = layers, layers[0].scale
         require_finite(layer, geometry.capsule_layers[number])
-        banks[number].add(layer)
+        banks[number].add(layer, numbers)
         if keeps_first and len(first) < fit.task.layers:
             first.append(layer)
 
-    for batch in fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles"):
+    for step, batch in enumerate(fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles")):
+        numbers = fit.numbers(step, len(batch.answers))
         fit.stream(batch, visit)
     for bank in banks:
         bank.gather()

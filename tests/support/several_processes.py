@@ -1,0 +1,104 @@
+"""Trains a capsule of each kind in one process or in several of torchrun, and writes the codecs before their numbers
+are rounded to a file's 16 bits.
+
+    torchrun --nproc-per-node 2 tests/support/several_processes.py FOLDER SOURCE CASE,CASE
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import tiny_vlm
+from support.tiny_llava import llava
+from support.tiny_training import HELD_OUT, TILE, TinyProcessor, data_words
+
+_CODES = ["--compression", "2", "--transform.logit_batches", "2", "--transform.query_bank", "8"]
+_MASKS = ["--compression", "2", "--optim.soft_steps", "2", "--optim.hard_steps", "2"]
+_BANK = ["--compression", "2", "--compact.bank", "16"]
+CASES: dict[str, list[str]] = {
+    "transform": ["transform", *_CODES],
+    "transform, descent": ["transform", *_CODES, "--transform.steps", "3"],
+    "cross-layer": ["cross-layer", *_CODES],
+    "cross-layer, descent": ["cross-layer", *_CODES, "--transform.steps", "3"],
+    "compact": ["compact", *_BANK],
+    "compact, learned selector": ["compact", *_BANK, "--compact.selector", "learned", "--compact.steps", "3"],
+    "coded-compact": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
+    "kvcapsule": ["kvcapsule", *_MASKS, "--optim.train_values", "true", "--optim.kl_weight", "1"],
+    "kvcapsule, mlp": ["kvcapsule-mlp", *_MASKS],
+}
+"""Recipe and options of what is trained."""
+
+
+class Trained:
+    """What one process saw of a run."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        """Of the codecs."""
+        self.gradients = 0
+        """Bytes that data-parallel training gave to the other processes."""
+        self.sums = 0
+        """Bytes that everything else gave."""
+
+
+def words(case: str, source: str, output: Path, processes: int) -> list[str]:
+    shared = ["--codec.tile", str(TILE), "--held_out", str(HELD_OUT), "--moment_batches", "6", "--device", "cpu"]
+    more = ["--trainer.devices", str(processes), "--output", str(output)]
+    return [*CASES[case], *data_words(source), *shared, *more]
+
+
+def train(case: str, source: str, output: Path, processes: int = 1) -> Trained:
+    """Train a case for a tiny LLaVA. In double precision: in fp32 a batch of another size has other rounding errors,
+    which bases of nearly equal weight follow."""
+    from unittest import mock
+
+    from kvcapsule.training import capsule_fit, fit
+    from kvcapsule.training.options import parse
+    from kvcapsule.training.processes import EXCHANGED
+
+    result, before = Trained(), EXCHANGED.bytes
+    loaded = tiny_vlm.build("llava", llava()).double(), TinyProcessor(llava())
+    with (
+        mock.patch.object(fit, "load_vlm", lambda *_: loaded),
+        mock.patch.object(capsule_fit, "round_as_written", lambda codec: None),
+        mock.patch("torch.nn.parallel.DistributedDataParallel.__init__", _counting(result)),
+    ):
+        capsule = fit.train(parse(words(case, source, output, processes), lambda line: None))
+    result.tensors, result.sums = dict(capsule.state_dict()), EXCHANGED.bytes - before
+    return result
+
+
+def _counting(result: Trained) -> Any:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    init = torch.nn.parallel.DistributedDataParallel.__init__
+
+    def hook(state: Any, bucket: Any) -> Any:
+        result.gradients += bucket.buffer().numel() * bucket.buffer().element_size()
+        return allreduce_hook(state, bucket)
+
+    def built(self: Any, *args: Any, **options: Any) -> None:
+        assert options["broadcast_buffers"] is False
+        init(self, *args, **options)
+        self.register_comm_hook(None, hook)
+
+    return built
+
+
+def main() -> None:
+    folder, source, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split("; ")
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for case in cases:
+        result = train(case, source, folder / case / "capsule", world)
+        torch.save(vars(result), folder / case / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
