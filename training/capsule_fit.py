@@ -130,8 +130,14 @@ class CapsuleFit(HarvestingFit[R], ABC):
         """
         geometry = self.task.geometry
         first = range(0, self.task.layers, max(1, config.layer_group))
-        self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first).to(self.task.model.device)
+        self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first)
         self.layers.load_state_dict(layers)
+        self.move_beside_layers()
+
+    def move_beside_layers(self) -> None:
+        """Move each codec to the device of the layers that it codes."""
+        for group, codec in zip(self.groups, self.layers, strict=True):
+            codec.to(self.devices[group[0]])
 
     def setup(self, stage: str) -> None:
         if self.prepared:
@@ -240,7 +246,12 @@ class CapsuleFit(HarvestingFit[R], ABC):
 def mean(errors: Sequence[Errors]) -> Errors:
     """Over the layers, of what is known of all."""
     common = [name for name in errors[0] if all(name in of_layer for of_layer in errors)]
-    return {name: torch.stack([of_layer[name] for of_layer in errors]).mean() for name in common}
+    return {name: on_one_device([of_layer[name] for of_layer in errors]).mean() for name in common}
+
+
+def on_one_device(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Numbers of several layers side by side, on the device of the first."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def scheduled(

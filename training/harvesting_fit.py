@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import ClassVar, Generic, Protocol
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from kvcapsule.cli.progress import tracked
 from kvcapsule.training_footprint import SAMPLE_BYTES
+from kvcapsule.vlm.placement import on_several_devices
 
 from .datamodule import Batch
 from .freed_memory import give_back, trim
@@ -72,11 +74,21 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         """The recipe of the run and what it names, loaded: model, data, geometry."""
         return self._frozen[0]
 
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Where the keys of each layer lie, and so its sums and its codec."""
+        model, found = self.task.model, list[torch.device]()
+        if not on_several_devices(model):
+            return [model.device] * self.task.layers
+        batch = next(iter(self.task.data.first_epoch()))
+        self.stream(batch, lambda number, layers: found.extend(layer.keys.device for layer in layers))
+        return found
+
     def batches(self, count: int, title: str) -> Iterator[Batch]:
         """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
         give_back()
         loader = self.task.data.first_epoch()
-        count = min(count, len(loader))
+        count = min(count, self.task.data.epoch_steps)
         batches = trimmed(self.harvests.memory.batches(loader, count))
         tracked_batches = tracked(batches, title, count, self.task.console)
         return with_lines(
@@ -105,7 +117,7 @@ class HarvestingFit(L.LightningModule, Generic[R]):
     def harvest_pass(self, title: str, sums: "SumsOfGroups") -> None:
         """Hand every layer group of the first batches (--moment_batches) to `sums`, and hold a sample of their tiles
         for `each_tiles`."""
-        count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
+        count = min(self.task.recipe.moment_batches, self.task.data.epoch_steps)
         sample = TileSample(self.task.layers, count, SAMPLE_BYTES, self.task.recipe.seed)
         for step, batch in enumerate(self.batches(count, title)):
             sums.numbers = self.numbers(step, len(batch.answers))

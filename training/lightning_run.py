@@ -8,10 +8,14 @@ from typing import TypeVar
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
+from kvcapsule.cli.sizes import shown_bytes
+from kvcapsule.vlm.placement import on_several_devices
+
+from . import processes
 from .capsule_fit import CapsuleFit
 from .checkpoints import Checkpoints, WholeFiles
 from .datamodule import Questions
@@ -87,9 +91,32 @@ def _interruptible(trainer: L.Trainer, stage: Callable[[], T]) -> T:
         raise KeyboardInterrupt from error
 
 
-def _strategy(recipe: Recipe, fit: AnyFit) -> str | DDPStrategy:
+def exchanged_line(fit: AnyFit) -> str:
+    """What each process of a run gave to the others; empty for one process."""
+    if processes.count() == 1:
+        return ""
+    gradients = sum(p.numel() * p.element_size() for p in fit.parameters() if p.requires_grad)
+    of_steps = f", and {shown_bytes(gradients)} of gradients in each of {fit.steps} steps" if fit.steps else ""
+    return (
+        f"{processes.count()} processes, each of which gave the others {shown_bytes(processes.EXCHANGED.bytes)} of sums"
+        f" and samples{of_steps}."
+    )
+
+
+class BesideLayers(SingleDeviceStrategy):
+    """For a model on several devices: each codec lies where the layers that it codes do."""
+
+    def model_to_device(self) -> None:
+        fit = self.lightning_module
+        assert isinstance(fit, CapsuleFit)
+        fit.move_beside_layers()
+
+
+def _strategy(recipe: Recipe, fit: AnyFit) -> str | Strategy:
     """Lightning's strategy; DDP looks for parameters without a gradient where a fit has some."""
-    wanted = recipe.trainer.strategy
+    wanted, model = recipe.trainer.strategy, fit.task.model
+    if on_several_devices(model):
+        return BesideLayers(model.device)
     if wanted == "ddp" or (wanted == "auto" and recipe.trainer.processes > 1):
         # Buffers are the same sums in all processes: they need not be sent at each step.
         return DDPStrategy(find_unused_parameters=fit.has_unused_parameters, broadcast_buffers=False)

@@ -3,8 +3,6 @@
 Of a run in one process all of it is what it is given. Every process must make these calls in the same order.
 """
 
-import os
-
 import torch
 from torch import distributed
 
@@ -12,7 +10,10 @@ from torch import distributed
 class Exchanged:
     """Bytes of tensors that this process gave to the others, whatever a backend sends for them."""
 
-    def __init__(self) -> None:
+    bytes = 0
+
+    def begin(self) -> None:
+        """Count from here on."""
         self.bytes = 0
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -20,17 +21,12 @@ class Exchanged:
 
 
 EXCHANGED = Exchanged()
-"""Of this process, since it began."""
+"""By this process, in its present run."""
 
 
 def count() -> int:
     """Processes of the run."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def local_number() -> int:
-    """The number of this process among those of its machine, as its environment says; known before they have met."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def add_up(*tensors: torch.Tensor) -> None:

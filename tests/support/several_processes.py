@@ -20,6 +20,7 @@ from support.tiny_training import HELD_OUT, TILE, TinyProcessor, data_words
 
 _CODES = ["--compression", "2", "--transform.logit_batches", "2", "--transform.query_bank", "8"]
 _MASKS = ["--compression", "2", "--optim.soft_steps", "2", "--optim.hard_steps", "2"]
+_LEARNED = ["--optim.train_values", "true", "--optim.output_weight", "1", "--optim.kl_weight", "1"]
 _BANK = ["--compression", "2", "--compact.bank", "16"]
 CASES: dict[str, list[str]] = {
     "transform": ["transform", *_CODES],
@@ -29,7 +30,7 @@ CASES: dict[str, list[str]] = {
     "compact": ["compact", *_BANK],
     "compact, learned selector": ["compact", *_BANK, "--compact.selector", "learned", "--compact.steps", "3"],
     "coded-compact": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
-    "kvcapsule": ["kvcapsule", *_MASKS, "--optim.train_values", "true", "--optim.kl_weight", "1"],
+    "kvcapsule": ["kvcapsule-paper", *_MASKS, *_LEARNED],
     "kvcapsule, mlp": ["kvcapsule-mlp", *_MASKS],
 }
 """Recipe and options of what is trained."""
@@ -62,7 +63,7 @@ def train(case: str, source: str, output: Path, processes: int = 1) -> Trained:
     from kvcapsule.training.options import parse
     from kvcapsule.training.processes import EXCHANGED
 
-    result, before = Trained(), EXCHANGED.bytes
+    result = Trained()
     loaded = tiny_vlm.build("llava", llava()).double(), TinyProcessor(llava())
     with (
         mock.patch.object(fit, "load_vlm", lambda *_: loaded),
@@ -70,16 +71,17 @@ def train(case: str, source: str, output: Path, processes: int = 1) -> Trained:
         mock.patch("torch.nn.parallel.DistributedDataParallel.__init__", _counting(result)),
     ):
         capsule = fit.train(parse(words(case, source, output, processes), lambda line: None))
-    result.tensors, result.sums = dict(capsule.state_dict()), EXCHANGED.bytes - before
+    result.tensors, result.sums = dict(capsule.state_dict()), EXCHANGED.bytes
     return result
 
 
 def _counting(result: Trained) -> Any:
+    from torch.distributed import GradBucket
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     init = torch.nn.parallel.DistributedDataParallel.__init__
 
-    def hook(state: Any, bucket: Any) -> Any:
+    def hook(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         result.gradients += bucket.buffer().numel() * bucket.buffer().element_size()
         return allreduce_hook(state, bucket)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import several_processes
 from support.several_processes import CASES, Trained
 from support.tiny_training import ROWS, questions

@@ -14,7 +14,7 @@ from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.methods.ratios import pyramid, retained
 
-from ..capsule_fit import CapsuleFit, scheduled
+from ..capsule_fit import CapsuleFit, on_one_device, scheduled
 from ..datamodule import Batch
 from ..harvest import LayerHarvest
 from ..image_tokens import require_one_row
@@ -130,7 +130,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
             codec, keys, values = self.codec(index), layer.keys.float(), layer.values.float()
             assert codec.selector is not None
             losses.append(imitation_loss(codec.selector, keys, values, chosen_by_teacher(codec, keys, values)))
-        loss = torch.stack(losses).mean()
+        loss = on_one_device(losses).mean()
         self.log("train/imitation", loss, prog_bar=True)
         return loss
 

@@ -101,10 +101,7 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
     def _build(self, batches: int) -> None:
         """Layers from the moments of so many batches."""
         geometry, tile = self.task.geometry, self.task.tile
-        moments = [
-            TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device)
-            for _ in range(self.task.layers)
-        ]
+        moments = [TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(device) for device in self.devices]
         for batch in self.batches(batches, "moments of keys and values"):
             self.stream(batch, lambda number, layers: moments[number].add(layers[0]))
         for moment in moments:
@@ -179,22 +176,20 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def _soft_loss(self, batch: Batch) -> torch.Tensor:
         temperature = self.temperature()
-        lost = mask = ratio = torch.zeros((), device=self.device)
+        by_layer = []
         for index, layer in enumerate(self.harvest(batch)):
             soft = self._layer(index).soft
-            lost = lost + unexplained(soft(layer.keys.float(), temperature), layer.keys)
-            mask = mask + soft.mask_loss(temperature)
-            ratio = ratio + soft.ratio_loss(temperature)
-        n = len(self.layers)
-        self.log_dict(
-            {
-                "train/keys_unexplained": lost / n,
-                "train/mask": mask / n,
-                "train/ratio": ratio / n,
-                "temperature": temperature,
-            }
-        )
-        return (lost + self.optim.mask_weight * mask + self.optim.retention_weight * ratio) / n
+            by_layer.append(
+                {
+                    "keys_unexplained": unexplained(soft(layer.keys.float(), temperature), layer.keys),
+                    "mask": soft.mask_loss(temperature),
+                    "ratio": soft.ratio_loss(temperature),
+                }
+            )
+        losses = mean(by_layer)
+        self.log_dict({**{f"train/{name}": loss for name, loss in losses.items()}, "temperature": temperature})
+        weighted = self.optim.mask_weight * losses["mask"] + self.optim.retention_weight * losses["ratio"]
+        return losses["keys_unexplained"] + weighted
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
         layers, segments, kl = self.read(batch, self.has_kl)

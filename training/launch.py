@@ -1,0 +1,45 @@
+"""The processes of a run before they have met: how many were started, and which device is each one's."""
+
+import os
+
+import torch
+
+from kvcapsule.errors import ConfigError
+
+from .recipe import Recipe
+
+_AUTO = "auto"
+"""--device that splits a model over the devices of a machine."""
+_STRATEGIES = ("auto", "ddp")
+
+
+def require_processes(recipe: Recipe) -> None:
+    """Check that a run's processes can work together.
+
+    Raises:
+        ConfigError: if torchrun started another number of them than the options say, or they cannot share the model out
+            as is asked for.
+    """
+    trainer, started = recipe.trainer, int(os.environ.get("WORLD_SIZE", "1"))
+    if trainer.strategy not in _STRATEGIES:
+        raise ConfigError(
+            f"--trainer.strategy {trainer.strategy}: choose {' or '.join(_STRATEGIES)}. Every process holds the frozen"
+            " model as a whole; one that is larger than a device is split over several by --device auto."
+        )
+    if torch.distributed.is_torchelastic_launched() and started != trainer.processes:
+        raise ConfigError(
+            f"torchrun started {started} processes, and --trainer.devices {trainer.devices} on --trainer.num-nodes"
+            f" {trainer.num_nodes} are {trainer.processes}: give those of one machine, and the machines."
+        )
+    if recipe.device == _AUTO and trainer.processes > 1:
+        raise ConfigError(
+            "--device auto splits the model over all devices of a machine, for one process: leave out"
+            " --trainer.devices and --trainer.num-nodes, or --device."
+        )
+
+
+def own_device() -> str | None:
+    """Where this process loads the model unless it is told otherwise: each on a GPU of its own. None: as the loader
+    chooses."""
+    local = os.environ.get("LOCAL_RANK")
+    return None if local is None or not torch.cuda.is_available() else f"cuda:{local}"
