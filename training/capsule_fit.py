@@ -14,6 +14,7 @@ from kvcapsule.capsule.lean_tensors import round_as_written
 from kvcapsule.cli.tables import ReportTable, print_report
 from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.placement import on_several_devices
 
 from .datamodule import Batch
 from .frozen_forward import divergence
@@ -23,6 +24,7 @@ from .losses import full_output, output_error, unexplained
 from .question_forward import DecodedReading, Reading, SegmentReading, Surroundings, decoded
 from .recipe import Recipe
 from .run_state import load_closed_form, save_closed_form
+from .sharded_model import share_out
 from .task import R
 from .task import Task as Task
 
@@ -142,16 +144,21 @@ class CapsuleFit(HarvestingFit[R], ABC):
     def setup(self, stage: str) -> None:
         if self.prepared:
             return
-        model = self.task.model
-        if not getattr(model, "hf_device_map", None):
-            to: Any = model.to
-            to(self.trainer.strategy.root_device)
+        self._place_model(self.trainer.strategy.root_device)
         self._prepare_or_restore()
         self.harvests.close()
         self.prepared = True
         if not self.steps:
             self.complete()
         print_report(self.derived(), console=self.task.console)
+
+    def _place_model(self, device: torch.device) -> None:
+        model = self.task.model
+        if self.task.sharded:
+            share_out(model, device)
+        elif not on_several_devices(model):
+            to: Any = model.to
+            to(device)
 
     def _prepare_or_restore(self) -> None:
         recipe = self.task.recipe

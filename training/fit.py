@@ -12,7 +12,7 @@ from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import LEAN_VERSION, PACKAGE, CapsuleConfig
 from kvcapsule.capsule.local_names import portable
-from kvcapsule.capsule.record import MODEL
+from kvcapsule.capsule.record import MODEL, ModelRecord
 from kvcapsule.capsule.trained_with import record_of_data, write_places
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
@@ -22,7 +22,6 @@ from kvcapsule.data import source
 from kvcapsule.errors import ConfigError
 from kvcapsule.vlm.geometry import KVGeometry
 from kvcapsule.vlm.loading import load_vlm
-from kvcapsule.vlm.placement import on_several_devices
 
 from .answers import longest_sequence
 from .checkpoints import diverged
@@ -69,19 +68,22 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
     started = time.perf_counter()
     require_processes(recipe)
     EXCHANGED.begin()
-    model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, recipe.device or own_device())
+    model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, own_device(recipe))
     geometry = KVGeometry.from_config(model.config)
     data = _questions(recipe, processor, model, console)
     fit = _planned(recipe, family, model, data, console)
     if folder is not None:
         folder.start()
+    # Before the model is moved, or shared out.
+    record = record_of(recipe.model, model)
     measured = run(recipe, fit, data)
     if line := exchanged_line(fit):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    capsule = _capsule(recipe, family, fit, geometry)
+    capsule = _capsule(recipe, family, fit, record)
     _require_finite(capsule, fit)
+    # In every process, as none may hold the whole model.
+    size = stored_size(capsule, model, next(iter(data.val_dataloader())).inputs, geometry)
     if folder is not None:
-        size = stored_size(capsule, model, next(iter(data.val_dataloader())).inputs, geometry)
         seconds = time.perf_counter() - started
         metrics = {
             **{k.removeprefix("validation/"): v for k, v in measured.items()},
@@ -133,8 +135,6 @@ def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: 
     images = first_images(model, data)
     tile = tile_of(images, recipe.codec.tile, recipe.codec.align)
     task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, images.a_question, console)
-    if on_several_devices(model) and recipe.harvests is not None:
-        raise ConfigError("--harvests keeps what one device computes: leave it out with --device auto.")
     fit: AnyFit = fit_class(family)(task)
     _ = fit.harvests  # Their folder is made now, or the run is refused.
     questions = min(recipe.moment_batches, data.epoch_steps) * min(recipe.batch, data.count)
@@ -171,19 +171,19 @@ def _require_loadable(family: CodecFamily, given_as: str, console: Console) -> N
     )
 
 
-def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeometry) -> Capsule:
+def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, record: ModelRecord) -> Capsule:
     package, model = REGISTRY.package_of(family.name), fit.task.model
     config = CapsuleConfig(
         family=family.name,
         # Where tiles begin is the recipe's, whatever the family.
         codec=replace(fit.codec_config(), align=recipe.codec.align),
-        geometry=geometry,
+        geometry=fit.task.geometry,
         base_model=portable(recipe.model),
         base_revision=commit_of(model) or recipe.revision,
         format_version=LEAN_VERSION,
         metadata={
             **({} if package is None else {PACKAGE: package}),
-            MODEL: record_of(recipe.model, model).to_dict(),
+            MODEL: record.to_dict(),
             **record_of_data(recipe.data),
         },
     )

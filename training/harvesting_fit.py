@@ -61,7 +61,8 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         canonical, store = recipe.codec.canonical_frame, None
         if recipe.harvests is not None:
             store = HarvestStore(Path(recipe.harvests), task.model, task.tile, canonical, lambda line: self.show(line))
-        memory = HarvestMemory(SAMPLE_BYTES if self.reuses_harvests else 0)
+        # Processes that share a model out run it equally often, whatever would fit into the memory of one.
+        memory = HarvestMemory(SAMPLE_BYTES if self.reuses_harvests and not task.sharded else 0)
         return HarvestSource(task.model, Cut(task.tile, canonical, self.groups), memory, store)
 
     @property

@@ -6,11 +6,10 @@ import torch
 
 from kvcapsule.errors import ConfigError
 
-from .recipe import Recipe
+from .recipe import FSDP, STRATEGIES, Recipe
 
 _AUTO = "auto"
 """--device that splits a model over the devices of a machine."""
-_STRATEGIES = ("auto", "ddp")
 
 
 def require_processes(recipe: Recipe) -> None:
@@ -21,11 +20,8 @@ def require_processes(recipe: Recipe) -> None:
             as is asked for.
     """
     trainer, started = recipe.trainer, int(os.environ.get("WORLD_SIZE", "1"))
-    if trainer.strategy not in _STRATEGIES:
-        raise ConfigError(
-            f"--trainer.strategy {trainer.strategy}: choose {' or '.join(_STRATEGIES)}. Every process holds the frozen"
-            " model as a whole; one that is larger than a device is split over several by --device auto."
-        )
+    if trainer.strategy not in STRATEGIES:
+        raise ConfigError(f"--trainer.strategy {trainer.strategy}: choose {', '.join(STRATEGIES)}.")
     if torch.distributed.is_torchelastic_launched() and started != trainer.processes:
         raise ConfigError(
             f"torchrun started {started} processes, and --trainer.devices {trainer.devices} on --trainer.num-nodes"
@@ -36,10 +32,16 @@ def require_processes(recipe: Recipe) -> None:
             "--device auto splits the model over all devices of a machine, for one process: leave out"
             " --trainer.devices and --trainer.num-nodes, or --device."
         )
+    if recipe.harvests is not None and (recipe.device == _AUTO or trainer.strategy == FSDP):
+        raise ConfigError("--harvests is for a model that lies on one device: leave it out, or split the model not.")
 
 
-def own_device() -> str | None:
-    """Where this process loads the model unless it is told otherwise: each on a GPU of its own. None: as the loader
-    chooses."""
+def own_device(recipe: Recipe) -> str | None:
+    """Where this process loads the model: where it is told to, else each on a GPU of its own; one that is shared out
+    afterwards in the host's memory. None: as the loader chooses."""
+    if recipe.trainer.strategy == FSDP:
+        return "cpu"
     local = os.environ.get("LOCAL_RANK")
+    if recipe.device is not None:
+        return recipe.device
     return None if local is None or not torch.cuda.is_available() else f"cuda:{local}"

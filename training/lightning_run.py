@@ -21,7 +21,7 @@ from .checkpoints import Checkpoints, WholeFiles
 from .datamodule import Questions
 from .output_folder import CSV_FOLDER, TENSORBOARD_FOLDER
 from .progress import StepBar
-from .recipe import Recipe
+from .recipe import FSDP, Recipe
 from .run_state import DESCENT_FILE
 
 AnyFit = CapsuleFit[Recipe]
@@ -117,7 +117,7 @@ def _strategy(recipe: Recipe, fit: AnyFit) -> str | Strategy:
     wanted, model = recipe.trainer.strategy, fit.task.model
     if on_several_devices(model):
         return BesideLayers(model.device)
-    if wanted == "ddp" or (wanted == "auto" and recipe.trainer.processes > 1):
+    if wanted in ("ddp", FSDP) or (wanted == "auto" and recipe.trainer.processes > 1):
         # Buffers are the same sums in all processes: they need not be sent at each step.
         return DDPStrategy(find_unused_parameters=fit.has_unused_parameters, broadcast_buffers=False)
     return wanted

@@ -32,6 +32,8 @@ CASES: dict[str, list[str]] = {
     "coded-compact": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
     "kvcapsule": ["kvcapsule-paper", *_MASKS, *_LEARNED],
     "kvcapsule, mlp": ["kvcapsule-mlp", *_MASKS],
+    "transform, model shared out": ["transform", *_CODES, "--transform.steps", "3"],
+    "coded-compact, model shared out": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
 }
 """Recipe and options of what is trained."""
 
@@ -46,11 +48,15 @@ class Trained:
         """Bytes that data-parallel training gave to the other processes."""
         self.sums = 0
         """Bytes that everything else gave."""
+        self.share = 1.0
+        """Of the model's weights that the process holds in the end."""
 
 
 def words(case: str, source: str, output: Path, processes: int) -> list[str]:
     shared = ["--codec.tile", str(TILE), "--held_out", str(HELD_OUT), "--moment_batches", "6", "--device", "cpu"]
     more = ["--trainer.devices", str(processes), "--output", str(output)]
+    if case.endswith("shared out") and processes > 1:
+        more += ["--trainer.strategy", "fsdp"]
     return [*CASES[case], *data_words(source), *shared, *more]
 
 
@@ -59,19 +65,23 @@ def train(case: str, source: str, output: Path, processes: int = 1) -> Trained:
     which bases of nearly equal weight follow."""
     from unittest import mock
 
+    from torch.distributed.tensor import DTensor
+
     from kvcapsule.training import capsule_fit, fit
     from kvcapsule.training.options import parse
     from kvcapsule.training.processes import EXCHANGED
 
     result = Trained()
-    loaded = tiny_vlm.build("llava", llava()).double(), TinyProcessor(llava())
+    model = tiny_vlm.build("llava", llava()).double()
     with (
-        mock.patch.object(fit, "load_vlm", lambda *_: loaded),
+        mock.patch.object(fit, "load_vlm", lambda *_: (model, TinyProcessor(llava()))),
         mock.patch.object(capsule_fit, "round_as_written", lambda codec: None),
         mock.patch("torch.nn.parallel.DistributedDataParallel.__init__", _counting(result)),
     ):
         capsule = fit.train(parse(words(case, source, output, processes), lambda line: None))
     result.tensors, result.sums = dict(capsule.state_dict()), EXCHANGED.bytes
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    result.share = sum(map(torch.Tensor.numel, held)) / sum(p.numel() for p in model.parameters())
     return result
 
 

@@ -2,9 +2,11 @@
 is trained is what one device trains, and the capsule gives the same tokens."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from accelerate.utils import send_to_device
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
+from kvcapsule.training import lightning_run
 from kvcapsule.training.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +56,12 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return questions(tmp_path_factory.mktemp("data"), ROWS)
+
+
+@pytest.fixture(autouse=True)
+def no_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the pretended device does not know."""
+    monkeypatch.setattr(lightning_run.L, "Trainer", partial(L.Trainer, inference_mode=False))
 
 
 def load(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:

@@ -187,7 +187,9 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
                 }
             )
         losses = mean(by_layer)
-        self.log_dict({**{f"train/{name}": loss for name, loss in losses.items()}, "temperature": temperature})
+        # As the errors of the hard mask, some of which have the same names.
+        self.log_errors("train", losses, len(batch.answers))
+        self.log("temperature", temperature)
         weighted = self.optim.mask_weight * losses["mask"] + self.optim.retention_weight * losses["ratio"]
         return losses["keys_unexplained"] + weighted
 
