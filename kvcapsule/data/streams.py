@@ -37,6 +37,7 @@ def open_stream(config: SourceConfig) -> Stream:
         DataError: for a share of a split, or a source without splits of which not all is wanted: what of it is in a
             share is known only when all images are read.
     """
+    require_named(config)
     share, path = parse(config.split), Path(config.source)
     if not share.complete:
         raise DataError(f"--data.streaming has no shares such as {config.split}: name a whole split, or leave it out.")
@@ -50,6 +51,12 @@ def open_stream(config: SourceConfig) -> Stream:
         return _of_folder(datasets, config, share, folder)
 
     return Stream(lambda: _of_datasets(config, opened), folder)
+
+
+def require_named(config: SourceConfig) -> None:
+    """Raises DataError if no source is named."""
+    if not config.source.strip():
+        raise DataError("--data.source is empty: name a built-in source, a file, a folder or a data set on the Hub.")
 
 
 def shuffled(rows: Iterator[Any], random: np.random.Generator) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from ..errors import DataError
 from . import text_files
 from .shares import Share, parse
 from .source_config import SourceConfig
-from .streams import guarded, open_stream
+from .streams import guarded, open_stream, require_named
 
 if TYPE_CHECKING:
     import datasets
@@ -46,8 +46,7 @@ def open_table(config: SourceConfig) -> Table:
     Raises:
         DataError: if there is no such source, subset or split, or if it is damaged or empty.
     """
-    if not config.source.strip():
-        raise DataError("--data.source is empty: name a built-in source, a file, a folder or a data set on the Hub.")
+    require_named(config)
     share, path = parse(config.split), Path(config.source)
     if config.streaming:
         table = _first_of_stream(config, share)

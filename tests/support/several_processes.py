@@ -47,7 +47,9 @@ class Trained:
         self.gradients = 0
         """Bytes that data-parallel training gave to the other processes."""
         self.sums = 0
-        """Bytes that everything else gave."""
+        """Bytes that everything else gave, as the run counted them."""
+        self.line = ""
+        """What the run says of both."""
         self.share = 1.0
         """Of the model's weights that the process holds in the end."""
 
@@ -67,18 +69,26 @@ def train(case: str, source: str, output: Path, processes: int = 1) -> Trained:
 
     from torch.distributed.tensor import DTensor
 
-    from kvcapsule.training import capsule_fit, fit
+    from kvcapsule.training import capsule_fit, fit, lightning_run
     from kvcapsule.training.options import parse
     from kvcapsule.training.processes import EXCHANGED
 
     result = Trained()
     model = tiny_vlm.build("llava", llava()).double()
+    lines: list[str] = []
+
+    def exchanged_line(of: Any) -> str:
+        lines.append(lightning_run.exchanged_line(of))
+        return lines[-1]
+
     with (
         mock.patch.object(fit, "load_vlm", lambda *_: (model, TinyProcessor(llava()))),
+        mock.patch.object(fit, "exchanged_line", exchanged_line),
         mock.patch.object(capsule_fit, "round_as_written", lambda codec: None),
         mock.patch("torch.nn.parallel.DistributedDataParallel.__init__", _counting(result)),
     ):
         capsule = fit.train(parse(words(case, source, output, processes), lambda line: None))
+    (result.line,) = lines
     result.tensors, result.sums = dict(capsule.state_dict()), EXCHANGED.bytes
     held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     result.share = sum(map(torch.Tensor.numel, held)) / sum(p.numel() for p in model.parameters())
