@@ -90,8 +90,10 @@ def test_training(
     with pretended():
         there = trained(source, recipe, tmp_path / "there", *more, "--device", "auto")
     for name, value in on_cpu.items():
-        if name != "seconds":
+        # Frames and owners of tiles lie on each of the devices: a large part of what so small a model stores.
+        if name not in ("seconds", "compression"):
             assert there[name] == pytest.approx(value, rel=0.1, abs=1e-6), name
+    assert 0.8 * on_cpu["compression"] < there["compression"] <= on_cpu["compression"]
 
     # One file of weights, on whatever devices a model lies.
     capsule = Capsule.from_pretrained(tmp_path / "there")
