@@ -33,7 +33,10 @@ def require_processes(recipe: Recipe) -> None:
             " --trainer.devices and --trainer.num-nodes, or --device."
         )
     if recipe.harvests is not None and (recipe.device == _AUTO or trainer.strategy == FSDP):
-        raise ConfigError("--harvests is for a model that lies on one device: leave it out, or split the model not.")
+        raise ConfigError(
+            "--harvests is for a model that lies on one device: leave it out, or --device auto and --trainer.strategy"
+            " fsdp."
+        )
 
 
 def own_device(recipe: Recipe) -> str | None:

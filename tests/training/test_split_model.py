@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from support import tiny_vlm
 from support.pretend_device import DEVICE, pretended, to_device
 from support.tiny_llava import llava
-from support.tiny_training import FAMILY_OPTIONS, ROWS, TinyProcessor, questions, trained
+from support.tiny_training import FAMILY_OPTIONS, ROWS, TinyProcessor, data_words, questions, trained
 from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
@@ -22,6 +22,9 @@ from kvcapsule.training import lightning_run
 from kvcapsule.training.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TILES, HEAD_DIM = 4, 8
+FULL = 2 * 2 * TILES * 4 * 2 * HEAD_DIM * 2
+"""Bytes of an image of 4 tiles of 4 tokens in 16 bits: keys and values of 2 layers with 2 KV heads."""
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 
@@ -69,31 +72,28 @@ def load(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
 
 
 def devices(capsule: torch.nn.Module) -> list[str]:
-    return [next(layer.state_dict().values().__iter__()).device.type for layer in capsule.layers]
+    return [next(iter(layer.state_dict().values())).device.type for layer in capsule.layers]
 
 
-@pytest.mark.parametrize("recipe", [*FAMILY_OPTIONS, "cross-layer, one layer a group"])
+ONE_LAYER = ["--transform.joint-layers", "1"]
+
+
+@pytest.mark.parametrize("recipe", FAMILY_OPTIONS)
 def test_training(
     recipe: str, model: PreTrainedModel, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, *more = recipe.split(",")
-    more = ["--transform.joint-layers", "1"] if more else []
+    more = ONE_LAYER if recipe == "cross-layer" else []
     load(monkeypatch, model)
-    if recipe == "cross-layer" and not more:
-        load(monkeypatch, split(model))
-        words = ["--output", str(tmp_path / "there"), "--data.source", source, "--data.split", "all", "--held_out", "4"]
-        with pretended():
-            assert main(["cross-layer", *words, "--codec.tile", "4", "--batch", "4", "--device", "auto"]) == 2
-        return
     on_cpu = trained(source, recipe, tmp_path / "cpu", *more)
     load(monkeypatch, there_model := split(model))
     with pretended():
         there = trained(source, recipe, tmp_path / "there", *more, "--device", "auto")
     for name, value in on_cpu.items():
-        # Frames and owners of tiles lie on each of the devices: a large part of what so small a model stores.
         if name not in ("seconds", "compression"):
             assert there[name] == pytest.approx(value, rel=0.1, abs=1e-6), name
-    assert 0.8 * on_cpu["compression"] < there["compression"] <= on_cpu["compression"]
+    # Frames and owners of tiles lie on each of the devices.
+    sizes = [FULL / metrics["compression"] for metrics in (on_cpu, there)]
+    assert sizes[1] - sizes[0] == pytest.approx(TILES * (8 + 4 * HEAD_DIM))
 
     # One file of weights, on whatever devices a model lies.
     capsule = Capsule.from_pretrained(tmp_path / "there")
@@ -104,3 +104,18 @@ def test_training(
         found = there_model.generate(**inputs, **OPTIONS)
     assert found.tolist() == expected.tolist()
     assert devices(capsule) == ["cpu", DEVICE.type]
+
+
+def test_a_layer_group_on_two_devices_is_refused(
+    model: PreTrainedModel,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load(monkeypatch, split(model))
+    words = [*data_words(source), "--held_out", "4", "--codec.tile", "4", "--compression", "2", "--device", "auto"]
+    with pretended():
+        assert main(["cross-layer", *words, "--output", str(tmp_path / "there")]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "layers 0 to 1 are coded together and lie on several devices: give another --transform.joint-layers" in error
