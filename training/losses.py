@@ -30,7 +30,7 @@ def output_error(layer: LayerHarvest, visual: Segment, truth: torch.Tensor) -> t
     """Squared error of attention's output under the queries after the image, relative to the squared output, of all
     processes."""
     errors, energy = error_and_energy(layer, visual, truth, 1)
-    return ratio(errors.sum(), energy.clamp_min(1e-12))
+    return ratio(errors.sum(), energy.clamp_min(1e-12)).float()
 
 
 def error_and_energy(
@@ -51,8 +51,9 @@ def error_and_energy(
     error = (
         (attend(layer.query, [visual, layer.rest], layer.scale, layer.visible) - truth).float().masked_fill(unread, 0.0)
     )
-    squares = error.square().unflatten(1, (head_groups, -1)).sum((0, 2, 3, 4))
-    return squares, truth.float().masked_fill(unread, 0.0).square().sum()
+    # In fp64, so that sums of several processes are those of one.
+    squares = error.square().unflatten(1, (head_groups, -1)).sum((0, 2, 3, 4), dtype=torch.float64)
+    return squares, truth.float().masked_fill(unread, 0.0).square().sum(dtype=torch.float64)
 
 
 def require_finite(layer: LayerHarvest, index: int) -> None:

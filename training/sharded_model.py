@@ -25,5 +25,5 @@ def share_out(model: PreTrainedModel, device: torch.device) -> None:
     for module in model.modules():
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
-    # What is in no layer, such as embeddings.
-    fully_shard(model, mesh=mesh)
+    # What is in no layer, such as embeddings, is given back after each forward, too.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -4,12 +4,14 @@ are rounded to a file's 16 bits.
     torchrun --nproc-per-node 2 tests/support/several_processes.py FOLDER SOURCE CASE,CASE
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,6 +38,7 @@ CASES: dict[str, list[str]] = {
     "coded-compact, model shared out": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
 }
 """Recipe and options of what is trained."""
+_THINGS = "cat dog owl hen fox bee ant cow".split()
 
 
 class Trained:
@@ -52,6 +55,22 @@ class Trained:
         """What the run says of both."""
         self.share = 1.0
         """Of the model's weights that the process holds in the end."""
+
+
+def questions(folder: Path, count: int = 40) -> str:
+    """Write questions about one or two pictures, all with equally many tokens: without padding, a row's keys do not
+    depend on the batch that it is in, but rows fill tiles unevenly. Returns the file's path."""
+    lines, of_picture = [], len(llava().picture(0).tokens)
+    for index in range(count):
+        path = folder / f"{index}.png"
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+        two = index % 3 == 0
+        begin = "<image> and <image>" if two else " ".join(["<image> and", *["fox"] * of_picture])
+        prompt, answer = f"{begin} what is {_THINGS[index % 8]}", f"it is a {_THINGS[index * 3 % 7]}"
+        lines.append({"image": [str(path)] * (1 + two), "prompt": prompt, "answer": answer})
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return str(file)
 
 
 def words(case: str, source: str, output: Path, processes: int) -> list[str]:

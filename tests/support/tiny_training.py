@@ -85,24 +85,15 @@ def trained(source: str, recipe: str, output: Path, *more: str) -> dict[str, Any
     return metrics
 
 
-def questions(folder: Path, count: int, first: int = 0, pairs: int = 0) -> str:
-    """Write so many questions, each about a picture of its own, from number `first` on; returns the file's path.
-
-    pairs: every so manieth is about two pictures; 0 for none.
-    """
+def questions(folder: Path, count: int, first: int = 0) -> str:
+    """Write so many questions, each about a picture of its own, from number `first` on; returns the file's path."""
     lines = []
     for index in range(first, first + count):
         path = folder / f"{index}.png"
         Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
         thing, other = _THINGS[index % 8], _THINGS[index * 3 % 7]
         prompt = f"{' '.join(_THINGS[: index % 4])} <image> what is the {thing}"
-        answer = f"the {thing} is a {other}"
-        if not pairs:
-            lines.append({"image": str(path), "prompt": prompt, "answer": answer})
-        else:
-            two = index % pairs == 0
-            prompt = prompt.replace("<image>", "<image> and <image>") if two else prompt
-            lines.append({"image": [str(path)] * (1 + two), "prompt": prompt, "answer": answer})
+        lines.append({"image": str(path), "prompt": prompt, "answer": f"the {thing} is a {other}"})
     file = folder / f"questions-{first}.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     return str(file)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from support import several_processes
 from support.several_processes import CASES, Trained
-from support.tiny_training import ROWS, questions
 
 from kvcapsule.cli.sizes import shown_bytes
 
@@ -29,8 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prompts of several lengths, and images one or two a row, so that the shares of a step are uneven."""
-    return questions(tmp_path_factory.mktemp("data"), ROWS, pairs=3)
+    return several_processes.questions(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +103,8 @@ def require_same(case: str, alone: Alone, launched: Launched) -> None:
     )
     if path := os.environ.get("FIGURES"):
         worst = max(apart(one.tensors, first.tensors).items(), key=lambda pair: pair[1])
-        with open(path, "a") as file:
-            print(case, len(runs[case]), worst, first.sums, first.gradients, first.share, first.line, file=file)
+        with open(path, "a") as figures:
+            print(case, len(runs[case]), worst, first.sums, first.gradients, first.share, first.line, file=figures)
     for other in others:
         assert max(apart(first.tensors, other.tensors).values()) == 0
     for name, off in apart(one.tensors, first.tensors).items():

@@ -23,20 +23,31 @@ from ..task import Task
 from .kvcapsule_options import KVCapsuleRecipe, OptimOptions
 from .soft_mask import SoftKeys, soft_keys
 
+_SEEDS = 1_000_003
+"""Between the seeds of two runs: more than there are layers."""
+
 
 class LayerFit(nn.Module):
     """One layer's codecs, their relaxed form and the moments behind them."""
 
     def __init__(
-        self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimOptions
+        self,
+        config: KVCapsuleConfig,
+        geometry: KVGeometry,
+        layer: int,
+        moments: TokenMoments,
+        optim: OptimOptions,
+        seed: int,
     ) -> None:
+        """seed: of this layer's draws, the same in every process."""
         super().__init__()
+        random = torch.Generator().manual_seed(seed)
         self.codec = config.build(geometry, layer)
         self.moments, self.ridge, self.refit = moments, optim.ridge, optim.refit
         stored = retained(config.key_ratios[layer], config.tile)
-        initial = _initial(optim.mask_init, moments.key_gram, stored)
+        initial = _initial(optim.mask_init, moments.key_gram, stored, random)
         theta = ridge_reconstruction(moments.key_gram, initial, optim.ridge)
-        self.soft: SoftKeys = soft_keys(config, geometry, layer, initial, theta)
+        self.soft: SoftKeys = soft_keys(config, geometry, layer, initial, theta, random)
         values = self.codec.values
         assert isinstance(values, PcaValues)
         values.basis.requires_grad_(optim.train_values)
@@ -100,14 +111,15 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def _build(self, batches: int) -> None:
         """Layers from the moments of so many batches."""
-        geometry, tile = self.task.geometry, self.task.tile
+        geometry, tile, seed = self.task.geometry, self.task.tile, self.task.recipe.seed
         moments = [TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(device) for device in self.devices]
         for batch in self.batches(batches, "moments of keys and values"):
             self.stream(batch, lambda number, layers: moments[number].add(layers[0]))
         for moment in moments:
             self.reduce(moment)
         self.layers = nn.ModuleList(
-            LayerFit(self.config, geometry, i, moment, self.optim) for i, moment in enumerate(moments)
+            LayerFit(self.config, geometry, i, moment, self.optim, seed * _SEEDS + i)
+            for i, moment in enumerate(moments)
         )
 
     def codec_config(self) -> KVCapsuleConfig:
@@ -204,10 +216,10 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
         return loss
 
 
-def _initial(how: str, gram: torch.Tensor, stored: int) -> torch.Tensor:
+def _initial(how: str, gram: torch.Tensor, stored: int, random: torch.Generator) -> torch.Tensor:
     tile = gram.shape[-1]
     if how == "greedy":
         return greedy_subset(gram, stored)
     if how == "random":
-        return torch.randperm(tile, device=gram.device)[:stored].sort().values
+        return torch.randperm(tile, generator=random)[:stored].sort().values.to(gram.device)
     return ((torch.arange(stored, device=gram.device) + 0.5) * tile / stored).long()
