@@ -78,12 +78,12 @@ class HarvestingFit(L.LightningModule, Generic[R]):
     @cached_property
     def devices(self) -> list[torch.device]:
         """Where the keys of each layer lie, and so its sums and its codec."""
-        model, found = self.task.model, list[torch.device]()
+        model, devices = self.task.model, list[torch.device]()
         if not on_several_devices(model):
             return [model.device] * self.task.layers
         batch = next(iter(self.task.data.first_epoch()))
-        self.stream(batch, lambda number, layers: found.extend(layer.keys.device for layer in layers))
-        return found
+        self.stream(batch, lambda number, layers: devices.extend(layer.keys.device for layer in layers))
+        return devices
 
     def batches(self, count: int, title: str) -> Iterator[Batch]:
         """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""

@@ -57,12 +57,12 @@ def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [of_one.to(tensor.device) for of_one in of_all]
 
 
-def ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The scalar part / whole, both summed over all processes, as a number whose mean over the processes is that.
+def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """The scalar numerator / denominator, both summed over all processes: the mean of what the processes get is that.
 
     So the mean of its gradients, which data-parallel training takes, is the gradient that one process with all rows
-    would have. `whole` gets no gradient.
+    would have. The denominator gets no gradient.
     """
-    whole = whole.detach().to(part.device, copy=True)
-    add_up(whole)
-    return part * count() / whole
+    total = denominator.detach().to(numerator.device, copy=True)
+    add_up(total)
+    return numerator * count() / total

@@ -37,8 +37,8 @@ class RowsRead:
 
     def gather(self) -> list[int]:
         """The digests of all processes of the run, ascending; every process must call it."""
-        own = torch.tensor(sorted(self._digests), dtype=torch.int64)
-        self._digests = set(torch.cat(gathered(own)).tolist())
+        digests = torch.tensor(sorted(self._digests), dtype=torch.int64)
+        self._digests = set(torch.cat(gathered(digests)).tolist())
         return sorted(self._digests)
 
     def training_rows(self) -> TrainingRows:

@@ -61,8 +61,8 @@ def require_copies(codec: nn.Module, encoded: Iterable[Encoded], tiles: Tiles) -
 def move_beside(codec: nn.Module, keys: torch.Tensor) -> None:
     """Move a codec to where its layer's keys lie, if it lies elsewhere: layers of one model may lie on several
     devices."""
-    own = next(chain(codec.parameters(), codec.buffers()), keys)
-    if own.device != keys.device:
+    tensor = next(chain(codec.parameters(), codec.buffers()), keys)
+    if tensor.device != keys.device:
         codec.to(keys.device)
 
 

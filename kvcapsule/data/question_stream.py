@@ -62,17 +62,17 @@ class QuestionStream:
 
     def _questions(self) -> Iterator[Row]:
         """From the first on, in the order of the stream; where broken ones are skipped, their images are read."""
-        found = 0
+        number = 0
         for label, values in self._stream.rows():
-            if found == self.config.size:
+            if number == self.config.size:
                 return
             try:
                 question = question_of(values, label, self._format, self.config, self._stream.folder, self._places)
                 if self.config.skip_broken:
-                    read_question(question, found)
+                    read_question(question, number)
             except DataError:
                 if self.config.skip_broken:
                     continue
                 raise
-            yield {**question, "index": found}
-            found += 1
+            yield {**question, "index": number}
+            number += 1
