@@ -14,6 +14,7 @@ from kvcapsule.capsule.lean_tensors import round_as_written
 from kvcapsule.cli.tables import ReportTable, print_report
 from kvcapsule.codec import REGISTRY, CodecConfig, LayerCodec, LayerGroupCodec
 from kvcapsule.segments.segment import Segment
+from kvcapsule.vlm.placement import on_several_devices
 
 from .datamodule import Batch
 from .frozen_forward import divergence
@@ -23,6 +24,7 @@ from .losses import full_output, output_error, unexplained
 from .question_forward import DecodedReading, Reading, SegmentReading, Surroundings, decoded
 from .recipe import Recipe
 from .run_state import load_closed_form, save_closed_form
+from .sharded_model import share_out
 from .task import R
 from .task import Task as Task
 
@@ -131,22 +133,33 @@ class CapsuleFit(HarvestingFit[R], ABC):
         """
         geometry = self.task.geometry
         first = range(0, self.task.layers, max(1, config.layer_group))
-        self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first).to(self.task.model.device)
+        self.layers = nn.ModuleList(config.build(geometry, layer) for layer in first)
         self.layers.load_state_dict(layers)
+        self.move_beside_layers()
+
+    def move_beside_layers(self) -> None:
+        """Move each codec to the device of the layers that it codes."""
+        for group, codec in zip(self.groups, self.layers, strict=True):
+            codec.to(self.devices[group[0]])
 
     def setup(self, stage: str) -> None:
         if self.prepared:
             return
-        model = self.task.model
-        if not getattr(model, "hf_device_map", None):
-            to: Any = model.to
-            to(self.trainer.strategy.root_device)
+        self._place_model(self.trainer.strategy.root_device)
         self._prepare_or_restore()
         self.harvests.close()
         self.prepared = True
         if not self.steps:
             self.complete()
         print_report(self.derived(), console=self.task.console)
+
+    def _place_model(self, device: torch.device) -> None:
+        model = self.task.model
+        if self.task.sharded:
+            share_out(model, device)
+        elif not on_several_devices(model):
+            to: Any = model.to
+            to(device)
 
     def _prepare_or_restore(self) -> None:
         recipe = self.task.recipe
@@ -241,7 +254,12 @@ class CapsuleFit(HarvestingFit[R], ABC):
 def mean(errors: Sequence[Errors]) -> Errors:
     """Over the layers, of what is known of all."""
     common = [name for name in errors[0] if all(name in of_layer for of_layer in errors)]
-    return {name: torch.stack([of_layer[name] for of_layer in errors]).mean() for name in common}
+    return {name: on_one_device([of_layer[name] for of_layer in errors]).mean() for name in common}
+
+
+def on_one_device(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Numbers of several layers side by side, on the device of the first."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def scheduled(

@@ -1,26 +1,24 @@
 """Batches of questions with their answers, as a frozen VLM's inputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import datasets
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import BatchFeature, ProcessorMixin
 
 from kvcapsule.data.batches import read_question
 from kvcapsule.data.places import words_alone
 from kvcapsule.data.prompts import encode
+from kvcapsule.data.question_stream import QuestionStream
 from kvcapsule.data.row_digest import row_digest
-from kvcapsule.errors import ConfigError
 
 from .answers import lengths_behind_prompts, marked_lengths, marks_answers, require_readable
 from .harvest import AT_SPANS, Alignment
 from .rows_read import RowsRead
-
-_SEEDS = 1_000_003
-"""Between the random numbers of two seeds."""
+from .step_rows import SEEDS, Shares, Steps, StreamShares
 
 
 class Batch(NamedTuple):
@@ -35,6 +33,10 @@ class Batch(NamedTuple):
     """Of its rows (kvcapsule.data.row_digest)."""
 
 
+Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
+"""Questions with the columns of `kvcapsule.data.source.load`."""
+
+
 class Questions(L.LightningDataModule):
     """Training and held-out rows of one source, each an image, a prompt and the right answer.
 
@@ -43,8 +45,8 @@ class Questions(L.LightningDataModule):
 
     def __init__(
         self,
-        rows: datasets.Dataset,
-        held_out: datasets.Dataset,
+        rows: Rows,
+        held_out: Rows,
         processor: ProcessorMixin,
         *,
         batch: int,
@@ -72,20 +74,37 @@ class Questions(L.LightningDataModule):
         self.align, self.words_before, self.longest = align, words_before, longest
         return self
 
+    @property
+    def count(self) -> int:
+        """Training questions, at most."""
+        return len(self.rows)
+
+    def shares(self, rank: int, world: int) -> Steps:
+        """One rank's training rows of every step of an epoch."""
+        return Shares(len(self.rows), self.batch, self.seed, rank, world, self.fixed)
+
+    def numbered(self) -> Any:
+        """What gives a row for each item of `shares`."""
+        return _Indexed(self.rows)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch, at most."""
+        return self.shares(*self._rank()).epoch_steps
+
     def first_epoch(self) -> DataLoader[Any]:
         """This rank's share of every step of the first epoch, shuffled."""
-        return self._loader(self.rows, self._shares())
+        return self._loader(self.numbered(), self.shares(*self._rank()))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's share of every step that the trainer has left; without a trainer, the first epoch."""
-        shares = self._shares()
+        shares = self.shares(*self._rank())
         if self.trainer is not None and self.trainer.max_steps > 0:
             shares.run(self.trainer.global_step, self.trainer.max_steps)
-        return self._loader(self.rows, shares)
+        return self._loader(self.numbered(), shares)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(self.held_out, Shares(len(self.held_out), self.batch, None, rank, world))
+        return self._loader(_Indexed(self.held_out), Shares(len(self.held_out), self.batch, None, *self._rank()))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Called by Lightning before each step."""
@@ -126,85 +145,24 @@ class Questions(L.LightningDataModule):
         return " ".join(words[:count])
 
     def _random(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * _SEEDS + number)
+        return torch.Generator().manual_seed(self.seed * SEEDS + number)
 
-    def _shares(self) -> "Shares":
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Shares(len(self.rows), self.batch, self.seed, rank, world, self.fixed)
+    def _rank(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, rows: datasets.Dataset, shares: "Shares") -> DataLoader[Any]:
-        indexed = _Indexed(rows)
-        return DataLoader(indexed, batch_sampler=shares, collate_fn=self.collate, num_workers=self.workers)  # type: ignore[arg-type]
+    def _loader(self, rows: Any, shares: Steps) -> DataLoader[Any]:
+        return DataLoader(rows, batch_sampler=shares, collate_fn=self.collate, num_workers=self.workers)
 
 
 def _drawn(below: int, random: torch.Generator) -> int:
     return int(torch.randint(below, (), generator=random))
 
 
-class Shares(Sampler[list[int]]):
-    """One rank's rows of every step: of each `batch` rows in order, every world-th; those of one epoch, or of a run.
-
-    Whole steps only where the order is shuffled, so that all ranks take as many steps; the last step of a fixed order
-    may be short. What a step's rows are depends on its number alone, so that a resumed run goes on with the rows that
-    an uninterrupted one would have had.
-    """
-
-    def __init__(
-        self, length: int, batch: int, seed: int | None, rank: int = 0, world: int = 1, fixed: bool = False
-    ) -> None:
-        """seed: of the shuffle; None keeps the order. fixed: later epochs have the first one's steps, in another
-        order."""
-        if batch % world:
-            raise ConfigError(
-                f"--batch {batch} cannot be shared out among {world} processes: choose a multiple of {world}."
-            )
-        self.length, self.batch, self.seed, self.rank, self.world, self.fixed = length, batch, seed, rank, world, fixed
-        steps = length // batch if seed is not None else -(-length // batch)
-        self.epoch_steps = max(1, steps)
-        self.first, self.steps = 0, self.epoch_steps
-
-    def run(self, first: int, steps: int) -> None:
-        """Give the steps of a run from here on, epoch after epoch, and not those of one epoch.
-
-        Args:
-            first: number of the next step.
-            steps: of the whole run, those that are done included.
-        """
-        self.first, self.steps = first, steps
-
-    def __len__(self) -> int:
-        """Steps of the epoch, or of the whole run: Lightning counts those that are done itself."""
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        known = -1
-        for number in range(self.first, self.steps):
-            epoch, index = divmod(number, self.epoch_steps)
-            if epoch != known:
-                order, steps = self._order(epoch)
-                known = epoch
-            step = steps[index]
-            share = order[step * self.batch : (step + 1) * self.batch][self.rank :: self.world]
-            # A rank that the last rows do not reach measures one of them again, so that no rank waits for another.
-            yield share or [order[-1]]
-
-    def _order(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Of the rows, and of the steps that they are cut into."""
-        order, steps = torch.arange(self.length), torch.arange(self.epoch_steps)
-        if self.seed is not None:
-            order = self._shuffled(self.length, 0 if self.fixed else epoch)
-            steps = self._shuffled(self.epoch_steps, epoch) if self.fixed and epoch else steps
-        return order.tolist(), steps.tolist()
-
-    def _shuffled(self, count: int, epoch: int) -> torch.Tensor:
-        assert self.seed is not None
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * _SEEDS + epoch))
-
-
 class _Indexed:
     """Rows that know their number, so that a bad one can be named."""
 
-    def __init__(self, rows: datasets.Dataset) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -212,3 +170,29 @@ class _Indexed:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {**self.rows[i], "index": i}
+
+
+class StreamedQuestions(Questions):
+    """Those of a stream, which are read as steps take them; words before images are those of held-out questions."""
+
+    def __init__(self, stream: QuestionStream, processor: ProcessorMixin, **options: Any) -> None:
+        """options: those of Questions."""
+        super().__init__(stream.first, stream.first, processor, **options)
+        self.stream = stream
+
+    @property
+    def count(self) -> int:
+        return len(self.stream)
+
+    def shares(self, rank: int, world: int) -> Steps:
+        return StreamShares(self.stream, self.batch, rank, world, self.fixed)
+
+    def numbered(self) -> Any:
+        return _AsTheyAre()
+
+
+class _AsTheyAre:
+    """Rows that a sampler holds itself: the process that reads the stream, from which workers get them."""
+
+    def __getitem__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row

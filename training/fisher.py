@@ -44,10 +44,11 @@ class FisherSums(nn.Module):
         self.register_buffer("total", torch.zeros(head_groups, width, width, dtype=torch.float64))
 
     def add(self, g_ESTW: torch.Tensor) -> None:
-        """Take in gradients. A batch's own sum is of their precision: it needs no more, unlike that of many batches."""
+        """Take in gradients. One head group's are held in fp64 at a time: in what order they are summed, and so in how
+        many processes, is not to be seen in bases of nearly equal weight."""
         for group, total in enumerate(self.total):
-            g = g_ESTW[:, group].flatten(0, 1)
-            total += g.transpose(0, 1) @ g
+            g = g_ESTW[:, group].double().flatten(0, 1)
+            total.addmm_(g.transpose(0, 1), g)
 
 
 Sink = Callable[[int, torch.Tensor, torch.Tensor], None]

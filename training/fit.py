@@ -2,16 +2,17 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from kvcapsule.capsule.base_model import commit_of, record_of
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.capsule.config import LEAN_VERSION, PACKAGE, CapsuleConfig
 from kvcapsule.capsule.local_names import portable
-from kvcapsule.capsule.record import MODEL
+from kvcapsule.capsule.record import MODEL, ModelRecord
 from kvcapsule.capsule.trained_with import record_of_data, write_places
 from kvcapsule.cli import session
 from kvcapsule.cli.results import shown_path
@@ -24,11 +25,13 @@ from kvcapsule.vlm.loading import load_vlm
 
 from .answers import longest_sequence
 from .checkpoints import diverged_error
-from .datamodule import Questions
+from .datamodule import Questions, StreamedQuestions
 from .families import fit_class
 from .image_tokens import first_images, raw_tokens_line, tile_of
-from .lightning_run import AnyFit, is_first_process, quiet, run
+from .launch import own_device, require_processes
+from .lightning_run import AnyFit, exchanged_line, is_first_process, quiet, run
 from .output_folder import OutputFolder, output_folder
+from .processes import EXCHANGED
 from .recipe import Recipe
 from .saved_recipe import saved_options
 from .stored_size import stored_size
@@ -63,37 +66,29 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
     session.begin(console, threads=recipe.threads, seed=recipe.seed, device=recipe.device)
     L.seed_everything(recipe.seed, verbose=False)
     started = time.perf_counter()
-    model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, recipe.device)
+    require_processes(recipe)
+    EXCHANGED.begin()
+    model, processor = load_vlm(recipe.model, recipe.revision, recipe.dtype, own_device(recipe))
     geometry = KVGeometry.from_config(model.config)
-    rows = source.load(recipe.data)
-    session.tell(console, rows.info.description)
-    trained = recipe.trained_of(len(rows))
-    held_out = rows.select(range(trained, len(rows)))
-    # Whole batches are cached on disk: those of later epochs are then the same ones.
-    fixed = recipe.harvests is not None
-    data = Questions(
-        rows.select(range(trained)),
-        held_out,
-        processor,
-        batch=recipe.batch,
-        workers=recipe.workers,
-        seed=recipe.seed,
-        dtype=model.dtype,
-        fixed=fixed,
-    ).served(recipe.codec.align, recipe.words_before, longest_sequence(model.config))
+    data = _questions(recipe, processor, model, console)
     fit = _planned(recipe, family, model, data, console)
     if folder is not None:
         folder.start()
+    # Before the model is moved, or shared out.
+    record = record_of(recipe.model, model)
     measured = run(recipe, fit, data)
-    capsule = _capsule(recipe, family, fit, geometry)
+    if line := exchanged_line(fit):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    capsule = _capsule(recipe, family, fit, record)
     _require_finite(capsule, fit)
+    # In every process, as none may hold the whole model.
+    size = stored_size(capsule, model, next(iter(data.val_dataloader())).inputs, geometry)
     if folder is not None:
-        size = stored_size(capsule, model, next(iter(data.val_dataloader())).inputs, geometry)
         seconds = time.perf_counter() - started
         metrics = {
             **{k.removeprefix("validation/"): v for k, v in measured.items()},
             "seconds": seconds,
-            "questions": len(held_out),
+            "questions": len(data.held_out),
             "compression": size.compression,
         }
         folder.require_unchanged()
@@ -112,6 +107,29 @@ def _train(recipe: Recipe, family: CodecFamily, console: Console, folder: Output
     return capsule
 
 
+def _questions(recipe: Recipe, processor: ProcessorMixin, model: PreTrainedModel, console: Console) -> Questions:
+    """The questions of a run, those of a stream read as they are needed."""
+    options: dict[str, Any] = {
+        "batch": recipe.batch,
+        "workers": recipe.workers,
+        "seed": recipe.seed,
+        "dtype": model.dtype,
+        # Whole batches are cached on disk: those of later epochs are then the same ones.
+        "fixed": recipe.harvests is not None,
+    }
+    if recipe.data.streaming:
+        size = recipe.data.size
+        stream = source.stream(recipe.data, size - recipe.trained_of(size))
+        session.tell(console, stream.description)
+        data: Questions = StreamedQuestions(stream, processor, **options)
+    else:
+        rows = source.load(recipe.data)
+        session.tell(console, rows.info.description)
+        trained = recipe.trained_of(len(rows))
+        data = Questions(rows.select(range(trained)), rows.select(range(trained, len(rows))), processor, **options)
+    return data.served(recipe.codec.align, recipe.words_before, longest_sequence(model.config))
+
+
 def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: Questions, console: Console) -> AnyFit:
     """The fit of a run, after the checks that need no forward of the model."""
     images = first_images(model, data)
@@ -119,7 +137,7 @@ def _planned(recipe: Recipe, family: CodecFamily, model: PreTrainedModel, data: 
     task = Task(recipe, model, data, KVGeometry.from_config(model.config), tile, images.a_question, console)
     fit: AnyFit = fit_class(family)(task)
     _ = fit.harvests  # Their folder is made now, or the run is refused.
-    questions = min(recipe.moment_batches, len(data.first_epoch())) * min(recipe.batch, len(data.rows))
+    questions = min(recipe.moment_batches, data.epoch_steps) * min(recipe.batch, data.count)
     fit.require_feasible(images.most_tiles(tile, questions))
     if line := raw_tokens_line(images, tile, recipe.compression, model.dtype.itemsize * 8):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -153,19 +171,19 @@ def _require_loadable(family: CodecFamily, given_as: str, console: Console) -> N
     )
 
 
-def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, geometry: KVGeometry) -> Capsule:
+def _capsule(recipe: Recipe, family: CodecFamily, fit: AnyFit, record: ModelRecord) -> Capsule:
     package, model = REGISTRY.package_of(family.name), fit.task.model
     config = CapsuleConfig(
         family=family.name,
         # Where tiles begin is the recipe's, whatever the family.
         codec=replace(fit.codec_config(), align=recipe.codec.align),
-        geometry=geometry,
+        geometry=fit.task.geometry,
         base_model=portable(recipe.model),
         base_revision=commit_of(model) or recipe.revision,
         format_version=LEAN_VERSION,
         metadata={
             **({} if package is None else {PACKAGE: package}),
-            MODEL: record_of(recipe.model, model).to_dict(),
+            MODEL: record.to_dict(),
             **record_of_data(recipe.data),
         },
     )

@@ -14,6 +14,7 @@ from kvcapsule.inference.transformers_api import cache_argument
 from kvcapsule.segments.segment import Segment
 
 from .harvest import AT_SPANS, Alignment, Recorder
+from .processes import ratio
 from .question_forward import Reading, SegmentReading
 
 
@@ -78,7 +79,7 @@ def answer_mask(answers: torch.Tensor, last: int) -> torch.Tensor:
 
 
 def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Mean KL(true || through) in nats over the predictions of answer tokens.
+    """Mean KL(true || through) in nats over the predictions of answer tokens of all processes.
 
     Args:
         true, through: logits [B, last, vocabulary] of the last tokens.
@@ -86,4 +87,5 @@ def divergence(true: torch.Tensor, through: torch.Tensor, answers: torch.Tensor)
     """
     predict = answer_mask(answers, true.shape[1])
     log_true, log_through = true[predict].float().log_softmax(-1), through[predict].float().log_softmax(-1)
-    return (log_true.exp() * (log_true - log_through)).sum(-1).mean()
+    of_tokens = (log_true.exp() * (log_true - log_through)).sum(-1)
+    return ratio(of_tokens.sum(), predict.sum())

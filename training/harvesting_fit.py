@@ -12,6 +12,7 @@ from torch import nn
 
 from kvcapsule.cli.progress import tracked
 from kvcapsule.training_footprint import SAMPLE_BYTES
+from kvcapsule.vlm.placement import on_several_devices
 
 from .datamodule import Batch
 from .freed_memory import give_back, trim
@@ -19,6 +20,7 @@ from .harvest import LayerHarvest
 from .harvest_memory import HarvestMemory
 from .harvest_source import HarvestSource
 from .harvest_store import HarvestStore
+from .processes import add_up, keep_greatest
 from .stage_lines import with_lines
 from .streamed import Cut, Visit
 from .task import R, Task
@@ -59,7 +61,8 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         canonical, store = recipe.codec.canonical_frame, None
         if recipe.harvests is not None:
             store = HarvestStore(Path(recipe.harvests), task.model, task.tile, canonical, lambda line: self.show(line))
-        memory = HarvestMemory(SAMPLE_BYTES if self.reuses_harvests else 0)
+        # Processes that share a model out run it equally often, whatever would fit into the memory of one.
+        memory = HarvestMemory(SAMPLE_BYTES if self.reuses_harvests and not task.sharded else 0)
         return HarvestSource(task.model, Cut(task.tile, canonical, self.groups), memory, store)
 
     @property
@@ -72,11 +75,21 @@ class HarvestingFit(L.LightningModule, Generic[R]):
         """The recipe of the run and what it names, loaded: model, data, geometry."""
         return self._frozen[0]
 
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Where the keys of each layer lie, and so its sums and its codec."""
+        model, devices = self.task.model, list[torch.device]()
+        if not on_several_devices(model):
+            return [model.device] * self.task.layers
+        batch = next(iter(self.task.data.first_epoch()))
+        self.stream(batch, lambda number, layers: devices.extend(layer.keys.device for layer in layers))
+        return devices
+
     def batches(self, count: int, title: str) -> Iterator[Batch]:
         """This rank's share of the first steps' rows, those of an epoch at most: the same batches at every call."""
         give_back()
         loader = self.task.data.first_epoch()
-        count = min(count, len(loader))
+        count = min(count, self.task.data.epoch_steps)
         batches = trimmed(self.harvests.memory.batches(loader, count))
         tracked_batches = tracked(batches, title, count, self.task.console)
         return with_lines(
@@ -105,9 +118,8 @@ class HarvestingFit(L.LightningModule, Generic[R]):
     def harvest_pass(self, title: str, sums: "SumsOfGroups") -> None:
         """Hand every layer group of the first batches (--moment_batches) to `sums`, and hold a sample of their tiles
         for `each_tiles`."""
-        world = 1 if self._trainer is None else self.trainer.world_size
-        count = min(self.task.recipe.moment_batches, len(self.task.data.first_epoch()))
-        sample = TileSample(self.task.layers, count * world, SAMPLE_BYTES, self.task.recipe.seed)
+        count = min(self.task.recipe.moment_batches, self.task.data.epoch_steps)
+        sample = TileSample(self.task.layers, count, SAMPLE_BYTES, self.task.recipe.seed)
         for step, batch in enumerate(self.batches(count, title)):
             sums.numbers = self.numbers(step, len(batch.answers))
             self.harvests.sampled_stream(batch, sums.add, sample, sums.numbers)
@@ -133,7 +145,4 @@ class HarvestingFit(L.LightningModule, Generic[R]):
 
     def reduce(self, sums: nn.Module, greatest: bool = False) -> None:
         """Add up the buffers of all ranks, or take the greatest of each."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            reduction = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
-            for buffer in sums.buffers():
-                torch.distributed.all_reduce(buffer, op=reduction)
+        (keep_greatest if greatest else add_up)(*sums.buffers())

@@ -8,15 +8,20 @@ from typing import TypeVar
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
+from kvcapsule.cli.sizes import shown_bytes
+from kvcapsule.vlm.placement import on_several_devices
+
+from . import processes
 from .capsule_fit import CapsuleFit
 from .checkpoints import Checkpoints, WholeFiles
 from .datamodule import Questions
 from .output_folder import CSV_FOLDER, TENSORBOARD_FOLDER
 from .progress import StepBar
-from .recipe import Recipe
+from .recipe import FSDP, Recipe
 from .run_state import DESCENT_FILE
 
 AnyFit = CapsuleFit[Recipe]
@@ -86,12 +91,36 @@ def _interruptible(trainer: L.Trainer, stage: Callable[[], T]) -> T:
         raise KeyboardInterrupt from error
 
 
-def _strategy(recipe: Recipe, fit: AnyFit) -> str:
+def exchanged_line(fit: AnyFit) -> str:
+    """What each process of a run gave to the others; empty for one process."""
+    if processes.count() == 1:
+        return ""
+    gradients = sum(p.numel() * p.element_size() for p in fit.parameters() if p.requires_grad)
+    of_steps = f", and {shown_bytes(gradients)} of gradients in each of {fit.steps} steps" if fit.steps else ""
+    return (
+        f"{processes.count()} processes, each of which gave the others {shown_bytes(processes.EXCHANGED.bytes)} of sums"
+        f" and samples{of_steps}."
+    )
+
+
+class BesideLayers(SingleDeviceStrategy):
+    """For a model on several devices: each codec lies where the layers that it codes do."""
+
+    def model_to_device(self) -> None:
+        fit = self.lightning_module
+        assert isinstance(fit, CapsuleFit)
+        fit.move_beside_layers()
+
+
+def _strategy(recipe: Recipe, fit: AnyFit) -> str | Strategy:
     """Lightning's strategy; DDP looks for parameters without a gradient where a fit has some."""
-    wanted = recipe.trainer.strategy
-    several = recipe.trainer.devices * recipe.trainer.num_nodes != 1
-    plain = wanted == "ddp" or (wanted == "auto" and several)
-    return "ddp_find_unused_parameters_true" if plain and fit.has_unused_parameters else wanted
+    wanted, model = recipe.trainer.strategy, fit.task.model
+    if on_several_devices(model):
+        return BesideLayers(model.device)
+    if wanted in ("ddp", FSDP) or (wanted == "auto" and recipe.trainer.processes > 1):
+        # Buffers are the same sums in all processes: they need not be sent at each step.
+        return DDPStrategy(find_unused_parameters=fit.has_unused_parameters, broadcast_buffers=False)
+    return wanted
 
 
 def quiet() -> None:

@@ -7,14 +7,17 @@ from kvcapsule.kernels.reference import attend
 from kvcapsule.segments.segment import Segment
 
 from .harvest import LayerHarvest
+from .processes import add_up, ratio
 
 
 def unexplained(rebuilt: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """Fraction of variance unexplained over [E, H, T, D]; the variance is about each head's mean over tiles and
-    tokens."""
+    """Fraction of variance unexplained over [E, H, T, D] of all processes; the variance is about each head's mean over
+    tiles and tokens."""
     rebuilt, true = rebuilt.float(), true.float()
-    spread = (true - true.mean(dim=(0, 2), keepdim=True)).square().sum()
-    return (rebuilt - true).square().sum() / spread.clamp_min(1e-12)
+    sums = torch.cat([true.sum(dim=(0, 2)).flatten(), true.new_tensor([true.shape[0] * true.shape[2]])]).double()
+    add_up(sums)
+    mean = (sums[:-1] / sums[-1]).view(true.shape[1], 1, -1).to(true.dtype)
+    return ratio((rebuilt - true).square().sum(), (true - mean).square().sum().clamp_min(1e-12))
 
 
 def full_output(layer: LayerHarvest) -> torch.Tensor:
@@ -24,9 +27,10 @@ def full_output(layer: LayerHarvest) -> torch.Tensor:
 
 
 def output_error(layer: LayerHarvest, visual: Segment, truth: torch.Tensor) -> torch.Tensor:
-    """Squared error of attention's output under the queries after the image, relative to the squared output."""
+    """Squared error of attention's output under the queries after the image, relative to the squared output, of all
+    processes."""
     errors, energy = error_and_energy(layer, visual, truth, 1)
-    return errors.sum() / energy.clamp_min(1e-12)
+    return ratio(errors.sum(), energy.clamp_min(1e-12)).float()
 
 
 def error_and_energy(
@@ -47,8 +51,9 @@ def error_and_energy(
     error = (
         (attend(layer.query, [visual, layer.rest], layer.scale, layer.visible) - truth).float().masked_fill(unread, 0.0)
     )
-    squares = error.square().unflatten(1, (head_groups, -1)).sum((0, 2, 3, 4))
-    return squares, truth.float().masked_fill(unread, 0.0).square().sum()
+    # In fp64, so that sums of several processes are those of one.
+    squares = error.square().unflatten(1, (head_groups, -1)).sum((0, 2, 3, 4), dtype=torch.float64)
+    return squares, truth.float().masked_fill(unread, 0.0).square().sum(dtype=torch.float64)
 
 
 def require_finite(layer: LayerHarvest, index: int) -> None:

@@ -1,7 +1,6 @@
 """A query bank: a weighted sample of the training queries that read one layer's tiles."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -9,6 +8,7 @@ from kvcapsule.errors import ConfigError
 from kvcapsule.kernels.reference import segment_scores
 from kvcapsule.segments.segment import Segment
 
+from . import processes
 from .harvest import LayerHarvest
 
 _SEEDS = 1_000_003
@@ -28,7 +28,7 @@ class QueryBank:
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        """seed: another one for every layer and rank."""
+        """seed: another one for every layer."""
         self.size, self.seed, self.seen = size, seed, 0
         self.queries: torch.Tensor | None = None
         """[H, Q, D], Q <= size."""
@@ -75,18 +75,13 @@ class QueryBank:
 
     def gather(self) -> None:
         """Join the samples of all ranks."""
-        if (
-            not (torch.distributed.is_available() and torch.distributed.is_initialized())
-            or torch.distributed.get_world_size() == 1
-        ):
+        if processes.count() == 1:
             return
         assert self.queries is not None and self.priority is not None
-        samples: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(samples, (self.queries.cpu(), self.priority.cpu()))
-        device = self.queries.device
-        for rank, (queries, priority) in enumerate(samples):
-            if rank != torch.distributed.get_rank():
-                self.merge(queries.to(device), priority.to(device))
+        samples = zip(processes.gathered(self.queries), processes.gathered(self.priority), strict=True)
+        self.queries = self.priority = None
+        for queries, priority in samples:
+            self.merge(queries, priority)
 
     @property
     def available(self) -> int:

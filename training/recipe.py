@@ -43,6 +43,11 @@ class PyramidOptions(TileOptions):
     between; 0: all alike."""
 
 
+FSDP = "fsdp"
+"""--trainer.strategy that shares the frozen model out among processes."""
+STRATEGIES = ("auto", "ddp", FSDP)
+
+
 @dataclass(frozen=True)
 class TrainerOptions:
     """Devices and processes of Lightning."""
@@ -52,7 +57,13 @@ class TrainerOptions:
     num_nodes: int = 1
     """Number of machines."""
     strategy: str = "auto"
-    """Lightning's strategy: auto or ddp."""
+    """What each process holds: auto or ddp, the frozen model as a whole; fsdp, a share of it, for one that is larger
+    than a device."""
+
+    @property
+    def processes(self) -> int:
+        """On all machines."""
+        return self.devices * self.num_nodes
 
 
 @dataclass(frozen=True)

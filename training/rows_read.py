@@ -7,6 +7,8 @@ import torch
 
 from kvcapsule.capsule.training_rows import TrainingRows
 
+from .processes import gathered
+
 
 class Digested(Protocol):
     """A batch that knows the digests of its rows."""
@@ -35,10 +37,8 @@ class RowsRead:
 
     def gather(self) -> list[int]:
         """The digests of all processes of the run, ascending; every process must call it."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            of_processes: list[set[int]] = [set()] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(of_processes, self._digests)
-            self._digests = set().union(*of_processes)
+        digests = torch.tensor(sorted(self._digests), dtype=torch.int64)
+        self._digests = set(torch.cat(gathered(digests)).tolist())
         return sorted(self._digests)
 
     def training_rows(self) -> TrainingRows:

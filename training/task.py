@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from kvcapsule.vlm.geometry import KVGeometry
 
 from .datamodule import Questions
-from .recipe import Recipe
+from .recipe import FSDP, Recipe
 
 R = TypeVar("R", bound=Recipe, covariant=True)
 
@@ -27,6 +27,11 @@ class Task(Generic[R]):
     visual: int = 0
     """Visual tokens of a question, as far as the first held-out ones tell."""
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each of several processes holds but a share of the model."""
+        return self.recipe.trainer.strategy == FSDP and self.recipe.trainer.processes > 1
 
     @property
     def layers(self) -> int:

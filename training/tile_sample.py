@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .harvest import LayerHarvest
+from .processes import add_up
 
 _HALF = 2
 """Bytes of an element in 16 bits."""
@@ -30,7 +31,7 @@ class TileSample:
     """Tiles of the batches of one pass, group by group."""
 
     def __init__(self, layers: int, batches: int, limit: int, seed: int = 0) -> None:
-        """layers: of the model. batches: of the pass, times the ranks that share each. limit: bytes."""
+        """layers: of the model. batches: of the pass, on each rank. limit: bytes, of all ranks together."""
         self.layers, self.batches, self.limit, self.seed = layers, batches, limit, seed
         self.share: float | None = None
         """Of the tiles that are held; known from the first batch on."""
@@ -70,8 +71,12 @@ class TileSample:
         yield from self._groups.get(number, ())
 
     def _plan(self, layer: LayerHarvest) -> None:
-        elements = (layer.keys.numel() + layer.values.numel()) * self.layers * self.batches
-        self._all, width = len(layer.keys) * self.batches, layer.keys.dtype.itemsize
+        # Of the first batch on all ranks, so that they hold the same share.
+        sizes = [layer.keys.numel() + layer.values.numel(), len(layer.keys)]
+        first = torch.tensor(sizes, dtype=torch.int64, device=layer.keys.device)
+        add_up(first)
+        elements, self._all = (count * self.batches for count in first.tolist())
+        elements, width = elements * self.layers, layer.keys.dtype.itemsize
         self.half = elements * width > self.limit and width > _HALF
         self.share = min(1.0, self.limit / (elements * (_HALF if self.half else width)))
 

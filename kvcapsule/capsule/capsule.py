@@ -23,7 +23,7 @@ from .config import LEAN_VERSION, CapsuleConfig
 from .derived_values import DerivedValues
 from .lean_tensors import restored, with_given
 from .read import CONFIG_FILE, WEIGHTS_FILE, config_in, header_in, require_tensors
-from .runs import LayerGroupPass, canonical_tiles, require_copies
+from .runs import LayerGroupPass, canonical_tiles, move_beside, require_copies
 from .training_rows import TrainingRows
 from .weights_file import read_tensors
 from .write import contents_of, save_folder
@@ -89,6 +89,7 @@ class Capsule(nn.Module, Method):
         tiles, raw = canonical_tiles(prefill, config, self.config.geometry, codec.borrows_tiles)
         if tiles is None:
             return raw
+        move_beside(codec, tiles.keys)
         encoded = codec.encode(tiles.keys, tiles.values)
         if codec.borrows_tiles:
             require_copies(codec, [encoded], tiles)

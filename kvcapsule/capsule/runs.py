@@ -1,6 +1,7 @@
 """Compression passes of a capsule: tiles in canonical frames, and layer groups that are coded at their last layer."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ def require_copies(codec: nn.Module, encoded: Iterable[Encoded], tiles: Tiles) -
         )
 
 
+def move_beside(codec: nn.Module, keys: torch.Tensor) -> None:
+    """Move a codec to where its layer's keys lie, if it lies elsewhere: layers of one model may lie on several
+    devices."""
+    tensor = next(chain(codec.parameters(), codec.buffers()), keys)
+    if tensor.device != keys.device:
+        codec.to(keys.device)
+
+
 class _PendingLayer(NamedTuple):
     """What is held of a layer until its group is done."""
 
@@ -93,7 +102,9 @@ class LayerGroupPass:
         tiles, raw = canonical_tiles(prefill, self.config, self.geometry, codec.borrows_tiles)
         if tiles is None:
             return [(prefill.layer, raw)]
-        self.encoding = self.encoding or codec.start()
+        if self.encoding is None:
+            move_beside(codec, tiles.keys)
+            self.encoding = codec.start()
         self.encoding.add(index, tiles.keys, tiles.values)
         self.pending.append(_PendingLayer(prefill.layer, tiles.owner, tiles.frame, raw))
         if prefill.layer != self.last[group]:

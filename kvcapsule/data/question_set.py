@@ -132,6 +132,43 @@ def _read(row: Mapping[str, Any], form: Format, config: SourceConfig) -> tuple[P
     return parsed, parsed.task or Path(config.source).stem
 
 
+def question_of(
+    row: Mapping[str, Any], label: str, form: Format, config: SourceConfig, folder: Path | None, places: Counter[str]
+) -> dict[str, Any]:
+    """A row as `source.load` describes it, its images undecoded.
+
+    Args:
+        row: with the columns that it came with.
+        label: how the user counts it.
+        form: its format.
+        config: the options.
+        folder: where relative paths of images begin.
+        places: counts where images are.
+
+    Raises:
+        DataError: naming the row, if it cannot be used.
+    """
+    try:
+        parsed, task = _read(row, form, config)
+        images = list(_located(parsed, row, form, folder, places))
+        require_places(numbered_places(parsed.prompt, len(images)), len(images))
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from error
+    return {"image": images, **_texts(parsed, task, label)}
+
+
+def _texts(parsed: ParsedRow, task: str, label: str) -> dict[str, Any]:
+    """The columns of a question beside its image."""
+    return {
+        "prompt": parsed.prompt,
+        "answer": parsed.answers[0],
+        "task": task,
+        "answers": list(parsed.answers),
+        "choices": list(parsed.choices),
+        ROW: label,
+    }
+
+
 def _images_stay(table: Table, form: Format, chosen: Sequence[int]) -> bool:
     """Whether images are read from the table's own column when they are needed: where it holds them, and not paths."""
     import datasets
@@ -173,16 +210,7 @@ def _data_set(table: Table, form: Format, rows: Sequence[_Row]) -> "datasets.Dat
     }
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for row in rows:
-        parsed = row.parsed
-        values = (
-            parsed.prompt,
-            parsed.answers[0],
-            row.task,
-            list(parsed.answers),
-            list(parsed.choices),
-            table.label(row.number),
-        )
-        for name, value in zip(columns, values, strict=True):
+        for name, value in _texts(row.parsed, row.task, table.label(row.number)).items():
             columns[name].append(value)
     if not rows or rows[0].images is not None:
         images = [row.images for row in rows]

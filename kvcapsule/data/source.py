@@ -8,6 +8,7 @@ from ..testbeds import easy_vqa, emoji, pages, words
 from ..testbeds.digits import SPLITS
 from .formats import format_of
 from .question_set import question_set
+from .question_stream import QuestionStream
 from .source_config import PAGES as PAGES
 from .source_config import SourceConfig as SourceConfig
 from .table import open_table
@@ -45,20 +46,43 @@ def load(config: SourceConfig) -> "datasets.Dataset":
         DataError: if the source, its subset or its split is not there, if it is of no known format, or if a row cannot
             be used; the message names what there is.
     """
-    if config.size < 1:
-        raise DataError(f"data size {config.size}: at least one question is needed.")
+    _require_size(config)
     if is_built_in(config.source):
         return _built_in(config)
     table = open_table(config)
     return question_set(table, format_of(table.columns, table.rows[0], config), config)
 
 
-def _built_in(config: SourceConfig) -> "datasets.Dataset":
-    if config.split not in SPLITS:
-        raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
+def stream(config: SourceConfig, held_out: int) -> QuestionStream:
+    """The same questions, read one after the other: no more of them is in memory than a shuffle's buffer.
+
+    held_out: how many of the first ones are held out.
+
+    Raises:
+        DataError: as `load`, at once for what the first rows show, else when the row is read.
+    """
+    _require_size(config)
+    if is_built_in(config.source):
+        _refuse_options(config)
+    return QuestionStream(config, held_out)
+
+
+def _require_size(config: SourceConfig) -> None:
+    if config.size < 1:
+        raise DataError(f"data size {config.size}: at least one question is needed.")
+
+
+def _refuse_options(config: SourceConfig) -> None:
+    """Raises DataError for what built-in data do not have."""
     for option, value in (("subset", config.subset), ("format", config.format), ("streaming", config.streaming)):
         if value:
             raise DataError(f"--data.{option} is for other data: {config.source} is built in.")
+
+
+def _built_in(config: SourceConfig) -> "datasets.Dataset":
+    if config.split not in SPLITS:
+        raise DataError(f"{config.source} has no split {config.split!r}; it has {', '.join(SPLITS)}.")
+    _refuse_options(config)
     if config.size > MOST_DRAWN:
         raise DataError(f"--data.size {config.size}: at most {MOST_DRAWN:,} questions of {config.source} are drawn.")
     if config.source in pages.HEIGHTS:

@@ -33,8 +33,9 @@ class SourceConfig:
     subset: str | None = None
     """Configuration of a data set that has several, such as the subsets of the_cauldron."""
     streaming: bool = False
-    """Take --data.size rows of a data set on the Hub without downloading all of it; they are shuffled within a
-    buffer."""
+    """Read at most --data.size rows one after the other, of a data set on the Hub without downloading all of it; they
+    are shuffled within a buffer. train reads them as its steps take them, and holds out the first ones; other commands
+    hold them in memory. For whole splits; of a source without splits, such as a file, for all of it."""
     format: str | None = None
     """How the columns are read: question-answer, question-answers, multiple-choice, llava, messages or cauldron.
     Default: recognised by the columns and the first row."""

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,12 @@ from ..errors import DataError
 from . import text_files
 from .shares import Share, parse
 from .source_config import SourceConfig
+from .streams import guarded, open_stream, require_named
 
 if TYPE_CHECKING:
     import datasets
 
 _PARQUET = ".parquet"
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-BUFFER = 1_000
-"""Rows among which a stream is shuffled."""
 _ENDINGS = (*text_files.READERS, _PARQUET)
 
 
@@ -47,11 +46,10 @@ def open_table(config: SourceConfig) -> Table:
     Raises:
         DataError: if there is no such source, subset or split, or if it is damaged or empty.
     """
-    if not config.source.strip():
-        raise DataError("--data.source is empty: name a built-in source, a file, a folder or a data set on the Hub.")
+    require_named(config)
     share, path = parse(config.split), Path(config.source)
     if config.streaming:
-        table = _stream(config, share, path)
+        table = _first_of_stream(config, share)
     elif os.path.isfile(path):
         table = _file(config, share, path)
     elif any(os.path.isfile(path / name) for name in ("dataset_info.json", "dataset_dict.json")):
@@ -61,6 +59,14 @@ def open_table(config: SourceConfig) -> Table:
     if not len(table):
         raise DataError(f"{config.source} (split {config.split!r}) holds no rows.")
     return table
+
+
+def _first_of_stream(config: SourceConfig, share: Share) -> Table:
+    """As many rows of a stream as are wanted, in memory."""
+    stream = open_stream(config)
+    rows = list(islice(stream.rows(), config.size))
+    columns = tuple(rows[0].values) if rows else ()
+    return Table([row.values for row in rows], columns, lambda i: rows[i].label, share, stream.folder)
 
 
 def _file(config: SourceConfig, share: Share, path: Path) -> Table:
@@ -74,7 +80,7 @@ def _file(config: SourceConfig, share: Share, path: Path) -> Table:
         return Table(values, columns, lambda i: f"{rows[i].label} of {path.name}", share, path.parent, unsplit=True)
     if path.suffix.lower() != _PARQUET:
         raise DataError(f"{path}: data files end in {', '.join(_ENDINGS)}; for a folder of images, name the folder.")
-    rows = _guarded(config, lambda datasets: datasets.Dataset.from_parquet(str(path)))
+    rows = guarded(config, lambda datasets: datasets.Dataset.from_parquet(str(path)))
     return _arrow(rows, share, lambda i: f"row {i + 1} of {path.name}", path.parent, unsplit=True)
 
 
@@ -82,7 +88,7 @@ def _of_datasets(config: SourceConfig, share: Share, opened: Callable[[Any], Any
     """A `datasets.Dataset`, or the wanted one of a DatasetDict."""
     import datasets
 
-    rows, folder = _guarded(config, opened), Path(config.source)
+    rows, folder = guarded(config, opened), Path(config.source)
 
     def label(index: int) -> str:
         return f"row {index + 1} of {config.source}"
@@ -108,7 +114,7 @@ def _load(datasets: Any, config: SourceConfig, path: Path, share: Share) -> Any:
     if not os.path.isdir(path):
         return datasets.load_dataset(config.source, config.subset, split=share.split)
     cache = str(_cache(datasets, path))
-    if any(any(path.rglob(name)) for name in _METADATA):
+    if any(any(path.rglob(name)) for name in text_files.METADATA):
         return datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache)
     return datasets.load_dataset(str(path), config.subset, cache_dir=cache)
 
@@ -119,21 +125,6 @@ def _cache(datasets: Any, folder: Path) -> Path:
     states = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*"))
     digest = hashlib.blake2b(repr((str(folder.resolve()), states)).encode(), digest_size=16).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE) / "kvcapsule" / digest
-
-
-def _stream(config: SourceConfig, share: Share, path: Path) -> Table:
-    """As many rows of a stream as are wanted, in memory."""
-    if os.path.isfile(path) or not share.complete:
-        what = f"{path} is a file" if os.path.isfile(path) else f"a stream has no shares such as {config.split}"
-        raise DataError(f"--data.streaming is for whole splits of data sets on the Hub: {what}.")
-
-    def first_rows(datasets: Any) -> list[dict[str, Any]]:
-        stream = datasets.load_dataset(config.source, config.subset, split=share.split, streaming=True)
-        return list(stream.decode(False).shuffle(seed=config.seed, buffer_size=BUFFER).take(config.size))
-
-    rows = _guarded(config, first_rows)
-    columns = tuple(rows[0]) if rows else ()
-    return Table(rows, columns, lambda i: f"row {i + 1} of the stream of {config.source}", share, None)
 
 
 def _arrow(
@@ -158,27 +149,3 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, datasets.Image) or binary or encoded:
         return datasets.Image(decode=False)
     return None
-
-
-def _guarded(config: SourceConfig, opened: Callable[[Any], Any]) -> Any:
-    """What `opened` returns, called with the package `datasets`, whose errors become one line."""
-    import datasets
-
-    try:
-        return opened(datasets)
-    except DataError:
-        raise
-    # A builder raises whatever its format's library does.
-    except Exception as error:
-        root: BaseException = error
-        while isinstance(root, datasets.exceptions.DatasetGenerationError) and root.__cause__ is not None:
-            root = root.__cause__
-        reason = " ".join(str(root).split()) or type(root).__name__
-        if not os.path.exists(config.source) and "Config name is missing" not in reason:
-            reason = (
-                f"there is no file or folder {os.path.abspath(config.source)}, and as a data set on the Hub: {reason}"
-            )
-        raise DataError(
-            f"cannot load data from {config.source!r} (split {config.split!r}): {reason}"
-            + (" Name one of them with --data.subset." if "Config name is missing" in reason else "")
-        ) from error

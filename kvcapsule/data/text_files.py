@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError
 
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""What names the images of a folder of them."""
 _ENCODING = "utf-8-sig"
 """UTF-8, with or without the mark that spreadsheets write in front."""
 

@@ -20,6 +20,7 @@ from ..methods.method import Method
 from ..store.entry import StoreKey
 from ..store.image_store import ImageStore
 from ..store.keys import image_keys
+from ..vlm.placement import on_several_devices
 from ..vlm.weights import Identity, ModelIdentity, UnreadableError
 from .cache import CapsuleCache
 from .cache_layer import CapsuleLayer
@@ -92,7 +93,7 @@ class StoredPrompts:
         if torch.is_autocast_enabled(model.device.type):
             raise UnservedError("autocast")
         devices = {str(parameter.device) for parameter in model.parameters()}
-        if len(devices) > 1 or len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
+        if len(devices) > 1 or on_several_devices(model):
             raise UnservedError("a model on several devices")
         if _ROPE_BY_LENGTH & set(_rope_types(model.config.get_text_config(decoder=True))):
             raise UnservedError("rotations that depend on the prompt's length")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,8 +301,8 @@ def test_what_is_no_source(source: str) -> None:
 def test_subsets_and_streams(tmp_path: Path, write: Write) -> None:
     source = write(2)
     assert "is a file, which has no subsets" in refused(source, subset="easy")
-    assert "for whole splits of data sets on the Hub" in refused(source, streaming=True)
-    assert "for whole splits of data sets on the Hub" in refused(str(tmp_path), streaming=True, split="train[:50%]")
+    assert "has no splits, and a share of its images is known" in refused(source, streaming=True, split="train")
+    assert "--data.streaming has no shares such as train" in refused(str(tmp_path), streaming=True, split="train[:50%]")
     assert "--data.format is for other data: pages is built in" in refused("pages", split="test", format="llava")
 
 
@@ -319,9 +320,10 @@ def test_two_folders_of_one_name(tmp_path: Path) -> None:
 
 def test_a_stream_stops_at_size(tmp_path: Path) -> None:
     asked([i % 12 for i in range(60)]).to_parquet(str(tmp_path / "train.parquet"))
-    drawn = [load(SourceConfig(str(tmp_path), size=7, seed=seed, streaming=True))["prompt"][:] for seed in (0, 0, 1)]
+    source = SourceConfig(str(tmp_path), "all", size=7, streaming=True)
+    drawn = [load(replace(source, seed=seed))["prompt"][:] for seed in (0, 0, 1)]
     assert len(set(drawn[0])) == 7 and drawn[0] == drawn[1] != drawn[2]
-    labels = load(SourceConfig(str(tmp_path), size=3, streaming=True))[ROW][:]
+    labels = load(replace(source, size=3))[ROW][:]
     assert {label.split(" of ")[0] for label in labels} == {"row 1", "row 2", "row 3"}
 
 

@@ -71,11 +71,14 @@ class Sums(nn.Module):
         sets, width = geometry.kv_heads // heads, geometry.head_dim * heads
         self.fit, self.heads, self.scale = (fit,), heads, 0.0
         parts = [2 * len(group) for group in fit.groups] if together else [1] * (2 * fit.task.layers)
-        device = fit.task.model.device
-        self.joint = nn.ModuleList(JointMoments(count, sets, fit.task.tile, width) for count in parts).to(device)
+        firsts = [group[0] for group in fit.groups] if together else [i // 2 for i in range(len(parts))]
+        self.joint = nn.ModuleList(
+            JointMoments(count, sets, fit.task.tile, width).to(fit.devices[layer])
+            for count, layer in zip(parts, firsts, strict=True)
+        )
         self.queries = nn.ModuleList(
-            QueryMoments(geometry.kv_heads, geometry.head_dim) for _ in range(fit.task.layers)
-        ).to(device)
+            QueryMoments(geometry.kv_heads, geometry.head_dim).to(device) for device in fit.devices
+        )
         size = options.query_bank
         self.banks = [QueryBank(size, seed + i) for i in range(fit.task.layers)] if size else []
         self.numbers: Sequence[int] = ()
@@ -137,16 +140,15 @@ def closed_form(fit: Fit, heads: int, together: bool) -> ClosedForm:
     joint = [m for m in sums.joint if isinstance(m, JointMoments)]
     moments = [m.part(i) for m in joint for i in range(m.parts)]
     require_samples(int(moments[0].count), task.tile, width)
-    identity = torch.eye(width, dtype=torch.float64, device=task.model.device).expand(sets, width, width)
     metrics: list[torch.Tensor] = []
-    for query in sums.queries:
+    bases: list[Bases] = []
+    for query, of_keys, of_values in zip(sums.queries, moments[::2], moments[1::2], strict=True):
         assert isinstance(query, QueryMoments)
         blocks = query.metric().unflatten(0, (sets, heads))
         by_queries = torch.stack([torch.block_diag(*block) for block in blocks])
+        identity = torch.eye(width).to(by_queries).expand_as(by_queries)
         metrics += [by_queries if options.query_metric else identity, identity]
-    bases = [
-        m.bases(None if metric is identity else metric).single() for m, metric in zip(moments, metrics, strict=True)
-    ]
+        bases += [of_keys.bases(by_queries if options.query_metric else None).single(), of_values.bases().single()]
 
     def coefficients(use: Use) -> None:
         def of_group(number: int, layers: Sequence[LayerTiles]) -> None:
@@ -198,8 +200,8 @@ def sensitivities(fit: Fit, sources: Sequence[CodingSource], budget: BitBudget, 
             for source, keys in ((2 * i, True), (2 * i + 1, False)):
                 segment = read_back(codecs[i], layer, keys=keys, values=not keys)
                 errors, energy = error_and_energy(layer, decoded(segment), truth, sets)
-                sums.errors[source] += errors
-                sums.energy[source] += energy
+                sums.errors[source] += errors.to(sums.errors.device)
+                sums.energy[source] += energy.to(sums.energy.device)
 
     with torch.no_grad():
         for batch in fit.batches(task.recipe.transform.probe_batches, PROBE):

@@ -17,7 +17,7 @@ from kvcapsule.errors import ConfigError
 from kvcapsule.segments.segment import Segment
 from kvcapsule.training_footprint import FISHER, TrainingSize
 
-from ..capsule_fit import CapsuleFit, scheduled
+from ..capsule_fit import CapsuleFit, on_one_device, scheduled
 from ..datamodule import Batch
 from ..fisher import FisherSums, GradientSink, each_gradient
 from ..harvest import LayerHarvest
@@ -125,17 +125,18 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
         return self.options.steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        options, loss = self.options, torch.zeros((), device=self.device)
+        options, losses = self.options, list[torch.Tensor]()
         layers, segments, kl = self.code_batch(batch, options.kl_weight > 0)
         if options.output_weight:
-            error = torch.stack(
+            error = on_one_device(
                 [output_error(x, s, full_output(x)) for x, s in zip(layers, segments, strict=True)]
             ).mean()
             self.log("train/output_error", error, prog_bar=True)
-            loss = loss + options.output_weight * error * len(layers)
+            losses.append(options.output_weight * error * len(layers))
         if kl is not None:
             self.log("train/kl", kl, prog_bar=True)
-            loss = loss + options.kl_weight * kl
+            losses.append(options.kl_weight * kl)
+        loss = on_one_device(losses).sum()
         self.log("train/loss", loss)
         return loss
 
@@ -154,8 +155,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
     def fisher_sums(self, sizes: Sequence[tuple[int, int]]) -> list[FisherSums]:
         """The Fisher information of the answers' logits with respect to each source, where the present layers' code
         leaves keys and values; sizes: S and W of each."""
-        task, device = self.task, self.task.model.device
-        sums = [FisherSums(*size).to(device) for size in sizes]
+        task, sums = self.task, [FisherSums(*size) for size in sizes]
         for step, batch in enumerate(self.batches(self.options.fisher_batches, FISHER)):
             read: list[Segment] = []
             around: list[Surroundings] = []
@@ -175,7 +175,7 @@ class CoefficientFit(CapsuleFit[C], Generic[C]):
 
     def _feel(self, sums: Sequence[FisherSums], number: int, layers: Sequence[LayerTiles]) -> None:
         for source, g in self.sources(number, layers, gradients=True):
-            sums[source].add(g)
+            sums[source].to(g.device).add(g)
 
     def query_bank(self, queries: Sequence[torch.Tensor]) -> TokenWeighting | None:
         """The query bank of layers that one code serves, given the queries [H, Q, D] of each; None where there are

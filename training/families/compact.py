@@ -14,7 +14,7 @@ from kvcapsule.codec import CodecConfig
 from kvcapsule.codec.compact import CompactConfig, CompactLayer
 from kvcapsule.methods.ratios import pyramid, retained
 
-from ..capsule_fit import CapsuleFit, scheduled
+from ..capsule_fit import CapsuleFit, on_one_device, scheduled
 from ..datamodule import Batch
 from ..harvest import LayerHarvest
 from ..image_tokens import require_one_row
@@ -49,19 +49,21 @@ def query_banks(fit: CapsuleFit[Any], size: int, keeps_first: bool = False) -> B
         ConfigError: if there are fewer queries.
     """
     geometry, seed = fit.task.geometry, fit.task.recipe.seed
-    banks = [QueryBank(size, seed + 1000 * fit.global_rank + i) for i in range(fit.task.layers)]
+    banks = [QueryBank(size, seed + i) for i in range(fit.task.layers)]
     first: list[LayerHarvest] = []
     scale = default = geometry.head_dim**-0.5
+    numbers: list[int] = []
 
     def visit(number: int, layers: list[LayerHarvest]) -> None:
         nonlocal scale
         (layer,), scale = layers, layers[0].scale
         require_finite(layer, geometry.capsule_layers[number])
-        banks[number].add(layer)
+        banks[number].add(layer, numbers)
         if keeps_first and len(first) < fit.task.layers:
             first.append(layer)
 
-    for batch in fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles"):
+    for step, batch in enumerate(fit.batches(fit.task.recipe.moment_batches, "queries that read the tiles")):
+        numbers = fit.numbers(step, len(batch.answers))
         fit.stream(batch, visit)
     for bank in banks:
         bank.gather()
@@ -128,7 +130,7 @@ class CompactFit(CapsuleFit[CompactRecipe]):
             codec, keys, values = self.codec(index), layer.keys.float(), layer.values.float()
             assert codec.selector is not None
             losses.append(imitation_loss(codec.selector, keys, values, chosen_by_teacher(codec, keys, values)))
-        loss = torch.stack(losses).mean()
+        loss = on_one_device(losses).mean()
         self.log("train/imitation", loss, prog_bar=True)
         return loss
 

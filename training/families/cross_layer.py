@@ -11,6 +11,7 @@ from kvcapsule.cli.tables import Column, ReportTable
 from kvcapsule.codec.coefficient_transform import merge_heads
 from kvcapsule.codec.cross_layer import CrossLayerCodec, CrossLayerConfig, CrossLayerTransform
 from kvcapsule.codec.grouping import joint_layers, layer_groups
+from kvcapsule.errors import ConfigError
 from kvcapsule.segments.map_products import times_map
 from kvcapsule.segments.segment import Segment
 
@@ -57,7 +58,19 @@ class CrossLayerFit(CoefficientFit[CrossLayerRecipe]):
     def groups(self) -> Sequence[range]:
         return layer_groups(self.task.layers, self.joint)
 
+    def _require_one_device(self) -> None:
+        """Raises ConfigError if layers that are coded together lie on several devices."""
+        for group in self.groups:
+            first, *others = (self.devices[i] for i in group)
+            if any(device != first for device in others):
+                layers = [self.task.geometry.capsule_layers[i] for i in group]
+                raise ConfigError(
+                    f"layers {layers[0]} to {layers[-1]} are coded together and lie on several devices: give another"
+                    " --transform.joint-layers, or train the transform family, which codes every layer by itself."
+                )
+
     def prepare(self) -> None:
+        self._require_one_device()
         form = closed_form(self, self.heads, self.together)
         costs = sensitivities(self, form.sources, self.budget, self.heads)
         self.coordinates = self._coordinates(form.sources, costs)

@@ -23,20 +23,31 @@ from ..task import Task
 from .kvcapsule_options import KVCapsuleRecipe, OptimOptions
 from .soft_mask import SoftKeys, soft_keys
 
+_SEEDS = 1_000_003
+"""Between the seeds of two runs: more than there are layers."""
+
 
 class LayerFit(nn.Module):
     """One layer's codecs, their relaxed form and the moments behind them."""
 
     def __init__(
-        self, config: KVCapsuleConfig, geometry: KVGeometry, layer: int, moments: TokenMoments, optim: OptimOptions
+        self,
+        config: KVCapsuleConfig,
+        geometry: KVGeometry,
+        layer: int,
+        moments: TokenMoments,
+        optim: OptimOptions,
+        seed: int,
     ) -> None:
+        """seed: of this layer's draws, the same in every process."""
         super().__init__()
+        random = torch.Generator().manual_seed(seed)
         self.codec = config.build(geometry, layer)
         self.moments, self.ridge, self.refit = moments, optim.ridge, optim.refit
         stored = retained(config.key_ratios[layer], config.tile)
-        initial = _initial(optim.mask_init, moments.key_gram, stored)
+        initial = _initial(optim.mask_init, moments.key_gram, stored, random)
         theta = ridge_reconstruction(moments.key_gram, initial, optim.ridge)
-        self.soft: SoftKeys = soft_keys(config, geometry, layer, initial, theta)
+        self.soft: SoftKeys = soft_keys(config, geometry, layer, initial, theta, random)
         values = self.codec.values
         assert isinstance(values, PcaValues)
         values.basis.requires_grad_(optim.train_values)
@@ -100,17 +111,15 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def _build(self, batches: int) -> None:
         """Layers from the moments of so many batches."""
-        geometry, tile = self.task.geometry, self.task.tile
-        moments = [
-            TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(self.task.model.device)
-            for _ in range(self.task.layers)
-        ]
+        geometry, tile, seed = self.task.geometry, self.task.tile, self.task.recipe.seed
+        moments = [TokenMoments(geometry.kv_heads, tile, geometry.head_dim).to(device) for device in self.devices]
         for batch in self.batches(batches, "moments of keys and values"):
             self.stream(batch, lambda number, layers: moments[number].add(layers[0]))
         for moment in moments:
             self.reduce(moment)
         self.layers = nn.ModuleList(
-            LayerFit(self.config, geometry, i, moment, self.optim) for i, moment in enumerate(moments)
+            LayerFit(self.config, geometry, i, moment, self.optim, seed * _SEEDS + i)
+            for i, moment in enumerate(moments)
         )
 
     def codec_config(self) -> KVCapsuleConfig:
@@ -179,22 +188,22 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
 
     def _soft_loss(self, batch: Batch) -> torch.Tensor:
         temperature = self.temperature()
-        lost = mask = ratio = torch.zeros((), device=self.device)
+        by_layer = []
         for index, layer in enumerate(self.harvest(batch)):
             soft = self._layer(index).soft
-            lost = lost + unexplained(soft(layer.keys.float(), temperature), layer.keys)
-            mask = mask + soft.mask_loss(temperature)
-            ratio = ratio + soft.ratio_loss(temperature)
-        n = len(self.layers)
-        self.log_dict(
-            {
-                "train/keys_unexplained": lost / n,
-                "train/mask": mask / n,
-                "train/ratio": ratio / n,
-                "temperature": temperature,
-            }
-        )
-        return (lost + self.optim.mask_weight * mask + self.optim.retention_weight * ratio) / n
+            by_layer.append(
+                {
+                    "keys_unexplained": unexplained(soft(layer.keys.float(), temperature), layer.keys),
+                    "mask": soft.mask_loss(temperature),
+                    "ratio": soft.ratio_loss(temperature),
+                }
+            )
+        losses = mean(by_layer)
+        # As the errors of the hard mask, some of which have the same names.
+        self.log_errors("train", losses, len(batch.answers))
+        self.log("temperature", temperature)
+        weighted = self.optim.mask_weight * losses["mask"] + self.optim.retention_weight * losses["ratio"]
+        return losses["keys_unexplained"] + weighted
 
     def _hard_loss(self, batch: Batch) -> torch.Tensor:
         layers, segments, kl = self.code_batch(batch, self.has_kl)
@@ -207,10 +216,10 @@ class KVCapsuleFit(CapsuleFit[KVCapsuleRecipe]):
         return loss
 
 
-def _initial(how: str, gram: torch.Tensor, stored: int) -> torch.Tensor:
+def _initial(how: str, gram: torch.Tensor, stored: int, random: torch.Generator) -> torch.Tensor:
     tile = gram.shape[-1]
     if how == "greedy":
         return greedy_subset(gram, stored)
     if how == "random":
-        return torch.randperm(tile, device=gram.device)[:stored].sort().values
+        return torch.randperm(tile, generator=random)[:stored].sort().values.to(gram.device)
     return ((torch.arange(stored, device=gram.device) + 0.5) * tile / stored).long()

@@ -81,11 +81,13 @@ class SoftLinear(SoftKeys):
 class SoftMlp(SoftKeys):
     """Two layers along tokens, T -> hidden -> T, per head."""
 
-    def __init__(self, heads: int, tile: int, stored: int, hidden: int, initial: torch.Tensor) -> None:
+    def __init__(
+        self, heads: int, tile: int, stored: int, hidden: int, initial: torch.Tensor, random: torch.Generator
+    ) -> None:
         super().__init__(tile, stored, initial)
-        self.inner = nn.Parameter(torch.randn(heads, hidden, tile) / tile**0.5)
+        self.inner = nn.Parameter(torch.randn(heads, hidden, tile, generator=random) / tile**0.5)
         self.inner_bias = nn.Parameter(torch.zeros(heads, hidden, 1))
-        self.outer = nn.Parameter(torch.randn(heads, tile, hidden) / hidden**0.5)
+        self.outer = nn.Parameter(torch.randn(heads, tile, hidden, generator=random) / hidden**0.5)
         self.outer_bias = nn.Parameter(torch.zeros(heads, tile, 1))
 
     def rebuild(self, masked_EHTD: torch.Tensor) -> torch.Tensor:
@@ -103,10 +105,15 @@ class SoftMlp(SoftKeys):
 
 
 def soft_keys(
-    config: KVCapsuleConfig, geometry: KVGeometry, layer: int, initial: torch.Tensor, theta: torch.Tensor
+    config: KVCapsuleConfig,
+    geometry: KVGeometry,
+    layer: int,
+    initial: torch.Tensor,
+    theta: torch.Tensor,
+    random: torch.Generator,
 ) -> SoftKeys:
-    """The relaxed form of one layer's keys."""
+    """The relaxed form of one layer's keys; random: draws what has no closed form."""
     stored = retained(config.key_ratios[layer], config.tile)
     if config.key_decoder == "mlp":
-        return SoftMlp(geometry.kv_heads, config.tile, stored, config.hidden, initial)
+        return SoftMlp(geometry.kv_heads, config.tile, stored, config.hidden, initial, random)
     return SoftLinear(config.tile, stored, initial, theta)

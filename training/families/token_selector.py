@@ -7,6 +7,8 @@ from kvcapsule.codec.attention_matching import BankAttention, targets
 from kvcapsule.codec.compact import CompactLayer
 from kvcapsule.codec.token_selector import TokenSelector
 
+from ..processes import add_up, ratio
+
 _CHUNK = 32
 """Tiles whose choice is made at once."""
 
@@ -55,18 +57,25 @@ def chosen_by_teacher(codec: CompactLayer, k_EHTD: torch.Tensor, v_EHTD: torch.T
 def imitation_loss(
     selector: TokenSelector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, chosen_EHT: torch.Tensor
 ) -> torch.Tensor:
-    """Binary cross-entropy of the selector's scores to the teacher's choice."""
+    """Binary cross-entropy of the selector's scores to the teacher's choice, over the tiles of all processes."""
     scores = selector(k_EHTD, v_EHTD)
-    return F.binary_cross_entropy_with_logits(scores, chosen_EHT.to(scores.dtype))
+    lost = F.binary_cross_entropy_with_logits(scores, chosen_EHT.to(scores.dtype), reduction="sum")
+    return ratio(lost, torch.tensor(float(scores.numel()), device=scores.device))
 
 
 def initialise(selector: TokenSelector, k_EHTD: torch.Tensor, v_EHTD: torch.Tensor, seed: int = 0) -> None:
-    """Take the selector's mean and spread from tiles, and draw its weights."""
+    """Take the selector's mean and spread from tiles of all processes, and draw its weights."""
     random = torch.Generator().manual_seed(seed)
-    tokens = torch.cat([k_EHTD, v_EHTD], dim=-1).float()
+    tokens = torch.cat([k_EHTD, v_EHTD], dim=-1).double()
+    count = torch.tensor(float(tokens.shape[0] * tokens.shape[2]), dtype=torch.float64, device=tokens.device)
+    total = tokens.sum((0, 2))
+    add_up(count, total)
+    mean = total / count
+    squares = (tokens - mean[:, None]).square().sum((0, 2))
+    add_up(squares)
     with torch.no_grad():
-        selector.mean.copy_(tokens.mean((0, 2)))
-        selector.spread.copy_(tokens.std((0, 2)).clamp_min(1e-6))
+        selector.mean.copy_(mean)
+        selector.spread.copy_((squares / (count - 1)).sqrt().clamp_min(1e-6))
         for weights in (selector.inner, selector.outer):
             weights.copy_(torch.randn(weights.shape, generator=random) * weights.shape[1] ** -0.5)
         for weights in (selector.place, selector.place_bias):
