@@ -1,9 +1,12 @@
 """What a run records in its capsule: the model, the data, the rows that were read, and no path of this machine."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from support.own_data import jsonl_of_pages
 
 from kvcapsule import Capsule, attach
@@ -13,7 +16,7 @@ from kvcapsule.data import source
 from kvcapsule.data.batches import question_batches
 from kvcapsule.data.row_digest import row_digest
 from kvcapsule.data.source import SourceConfig
-from kvcapsule.errors import InputError
+from kvcapsule.errors import InputError, ModelMismatchWarning
 from kvcapsule.testbeds import pages
 from kvcapsule.training.families.kvcapsule import KVCapsuleFit
 from kvcapsule.training.main import main
@@ -52,6 +55,24 @@ def test_no_file_names_a_place(trained: Path, vlm: str) -> None:
 
 def test_its_own_model_is_taken_in_strict(trained: Path, vlm: str) -> None:
     with attach(load_vlm(vlm)[0], Capsule.from_pretrained(trained), strict=True):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_model_with_an_active_adapter_is_recorded_with_it(vlm: str, tmp_path: Path) -> None:
+    """transformers loads the adapter in a model's folder with the model."""
+    torch.manual_seed(0)
+    folder = shutil.copytree(vlm, tmp_path / "vlm")
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
+    get_peft_model(load_vlm(vlm)[0], lora).save_pretrained(str(folder))
+    capsule = Capsule.from_pretrained(train(tmp_path / "c", "--model", str(folder), "--data.size", "40"))
+    assert capsule.config.metadata["model"]["adapter"]
+    with attach(load_vlm(str(folder))[0], capsule, strict=True):
+        pass
+    with (
+        pytest.warns(ModelMismatchWarning, match="with an adapter, and none is active"),
+        attach(load_vlm(vlm)[0], capsule),
+    ):
         pass
 
 
