@@ -1,7 +1,7 @@
 """Batches of questions with their answers, as a frozen VLM's inputs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import datasets
 import lightning as L
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     """Of its rows (kvcapsule.data.row_digest)."""
 
 
-Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
 """Questions with the columns of `kvcapsule.data.source.load`."""
 
 

@@ -34,6 +34,7 @@ CASES: dict[str, list[str]] = {
     "coded-compact": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
     "kvcapsule": ["kvcapsule-paper", *_MASKS, *_LEARNED],
     "kvcapsule, mlp": ["kvcapsule-mlp", *_MASKS],
+    "transform, streamed": ["transform", *_CODES, "--transform.steps", "3", "--data.streaming", "true"],
     "transform, model shared out": ["transform", *_CODES, "--transform.steps", "3"],
     "coded-compact, model shared out": ["coded-compact", "--compression", "4", "--coded.bank", "16"],
 }

@@ -23,7 +23,11 @@ Alone = Callable[[str], tuple[Trained, Path]]
 Launched = tuple[dict[str, list[Trained]], Path]
 """What each process saw of each case, and the folder of the capsules."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # A capsule does not record weights in double precision.
+    pytest.mark.filterwarnings("ignore::kvcapsule.errors.ModelMismatchWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +102,6 @@ def test_four_processes_train_what_one_does(cases: list[str], alone: Alone, sour
 def require_same(case: str, alone: Alone, launched: Launched) -> None:
     (one, file), (runs, folder) = alone(case), launched
     first, *others = runs[case]
-    print(
-        case, len(runs[case]), max(apart(one.tensors, first.tensors).values()), first.sums, first.gradients, first.share
-    )
-    if path := os.environ.get("FIGURES"):
-        worst = max(apart(one.tensors, first.tensors).items(), key=lambda pair: pair[1])
-        with open(path, "a") as figures:
-            print(case, len(runs[case]), worst, first.sums, first.gradients, first.share, first.line, file=figures)
     for other in others:
         assert max(apart(first.tensors, other.tensors).values()) == 0
     for name, off in apart(one.tensors, first.tensors).items():
@@ -116,14 +113,12 @@ def require_same(case: str, alone: Alone, launched: Launched) -> None:
 
     # What a run says that it exchanged is what went out.
     assert one.line == "" and one.sums == one.gradients == 0
-    steps = 4 if case.startswith("kvcapsule") else 3 if first.gradients else 0
+    steps = 4 if case.startswith("kvcapsule") else 3 if "3" in CASES[case] else 0
+    assert first.sums > 0 and bool(first.gradients) == bool(steps)
     gradients = f", and {shown_bytes(first.gradients // steps)} of gradients in each of {steps} steps" if steps else ""
     assert first.line == (
         f"{len(runs[case])} processes, each of which gave the others {shown_bytes(first.sums)} of sums and"
         f" samples{gradients}."
-    )
-    assert first.sums > 0 and bool(steps) == (
-        "descent" in case or "learned" in case or "kvcapsule" in case or case == "transform, model shared out"
     )
     share = 1 / len(runs[case]) if case.endswith("shared out") else 1.0
     assert first.share == pytest.approx(share, abs=0.02)
