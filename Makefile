@@ -178,7 +178,7 @@ rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite rate-distortion --json eval/results/rate-distortion.json \
 		--plot eval/results/rate-distortion.png --report docs/results-tables.md $(SUITE_FLAGS)
 
-training-size: $(VENV)/.smol-ready ## train on 50 to 800 pictures and compare (after make smol-vlm); trains the capsules that are missing in runs/
+training-size: $(VENV)/.smol-ready ## train on 100 to 800 pictures and compare (after make smol-vlm); trains the capsules that are missing in runs/
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite training-size --json eval/results/training-size.json --report docs/results-tables.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-training-size --json eval/results/smol-training-size.json --report docs/results-tables.md $(SUITE_FLAGS)
 
