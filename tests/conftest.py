@@ -286,6 +286,16 @@ def random_segment() -> Callable[..., Segment]:
 
 
 @pytest.fixture(scope="module")
+def quick_streams() -> Iterator[None]:
+    """`datasets` sleeps for five seconds behind each stream, for the threads of disks that are far away."""
+    import datasets
+
+    before, datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN, 0
+    yield
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = before
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """So small a model is slower on several threads, and far slower where other processes want them too."""
     before = torch.get_num_threads()

@@ -16,6 +16,8 @@ from kvcapsule.training.analysis.questions import Reader
 from kvcapsule.training.datamodule import Questions
 from kvcapsule.vlm.spans import find_spans
 
+pytestmark = pytest.mark.usefixtures("quick_streams")
+
 BATCH = 4
 
 

@@ -19,6 +19,8 @@ from kvcapsule.eval.eval_config import EvalConfig
 from kvcapsule.training.analysis.config import AnalyzeConfig
 from kvcapsule.training.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("quick_streams")
+
 Write = Callable[..., str]
 
 

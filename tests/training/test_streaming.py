@@ -22,7 +22,7 @@ from kvcapsule.training.main import main
 from kvcapsule.training.step_rows import StreamShares
 
 ROWS, HELD_OUT = 30, 4
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_streams")
 
 
 @pytest.fixture(scope="module")
