@@ -55,7 +55,8 @@ TEXT: Selection[type[Policy], type[Policy]] = Selection(
 BY_DEFAULT = ("post-vision-attention", "evenly-spaced", "int4")
 """The training-free rows of a run without --methods."""
 PRUNING, QUANTISATION = "token-pruning", "quantisation"
-"""Families of the policies in RIVALS and of all others; the family of a capsule is that of its codec."""
+"""Families of the policies that drop tokens, and of those that keep all in fewer bits; the family of a capsule is that
+of its codec."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def build(
 
 
 def family_of(name: str, among: Mapping[str, Any] = ALL) -> str:
-    """The family of a policy: PRUNING where it says how much it keeps, else QUANTISATION."""
-    return QUANTISATION if among[name].budget_field is None else PRUNING
+    """The family of a policy: PRUNING where it says how much it keeps or drops tokens otherwise, else QUANTISATION."""
+    policy = among[name]
+    return PRUNING if policy.budget_field is not None or policy.drops_tokens else QUANTISATION
 
 
 def open_capsules(names: Sequence[str]) -> dict[str, tuple[str, Capsule]]:
@@ -179,7 +181,7 @@ def full_entry() -> Entry:
 def fixed_entry(row: str, name: str, settings: Mapping[str, Any]) -> Entry:
     """The entry of a policy whose bytes cannot be chosen."""
     policy = build(name, settings)
-    return Entry(row, policy, QUANTISATION, policy_settings(name, policy))
+    return Entry(row, policy, family_of(name), policy_settings(name, policy))
 
 
 def capsule_settings(name: str, capsule: Capsule) -> dict[str, Any]:

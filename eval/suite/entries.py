@@ -230,7 +230,7 @@ class Fixed(Spec):
     def entry(self, context: EntryContext) -> Entry:
         policy, settings = FIXED.get(self.method, (self.method, {}))
         entry = fixed_entry(self.name, policy, {**settings, **self.settings})
-        return replace(entry, settings={"family": QUANTISATION, **entry.settings})
+        return replace(entry, settings={"family": entry.family, **entry.settings})
 
 
 def share_of(compression: float | None, retention: float | None, budget: float | None) -> float | None:

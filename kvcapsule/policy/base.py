@@ -19,6 +19,8 @@ class Policy(Method):
 
     compresses_text: ClassVar[bool] = True
     """Whether it acts on the text too, so that it can be the text's method beside a capsule (see Combined)."""
+    drops_tokens: ClassVar[bool] = False
+    """Whether it drops tokens though it has no budget setting; a policy with one always does."""
 
 
 class VisualPolicy(Policy):

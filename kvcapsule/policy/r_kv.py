@@ -50,6 +50,7 @@ class RKV(VisualPolicy, DecodeTimeMethod):
     """
 
     compresses_text = True
+    drops_tokens = True
 
     budget_tokens: int = 128
     """Rows a KV head keeps, the observed ones included; 128 is the code's example, the paper tries 128 to 4096."""

@@ -8,7 +8,7 @@ import pytest
 from kvcapsule.cli.results import command_line, shown_path
 from kvcapsule.errors import InputError
 from kvcapsule.eval import main as command
-from kvcapsule.eval.entries import FIXED, FULL, RIVALS, TEXT, build, chosen, entries, open_capsules
+from kvcapsule.eval.entries import FIXED, FULL, RIVALS, TEXT, build, chosen, entries, family_of, open_capsules
 from kvcapsule.eval.equal_bytes import PerLayer
 from kvcapsule.methods.method import Method
 from kvcapsule.policy import POLICIES
@@ -54,6 +54,19 @@ def test_settings_of_the_entries(make_capsule) -> None:
     assert made["snapkv"] == {**snapkv, "matched_to": "kvcapsule"}
     assert made["int4"] == {"policy": "quantized", "bits": 4}
     assert made["kivi4"] == {"policy": "kivi", "bits": 4, "group": 32}
+
+
+def test_a_policy_that_drops_tokens_is_pruning_with_and_without_a_budget_setting() -> None:
+    names = ["int8", "kivi2", "fp8", "turboquant2", "akvq-vl", "r-kv"]
+    families = {entry.name: entry.family for entry in entries(names, {}, no_rival, None)}
+    assert families.pop("r-kv") == "token-pruning"
+    assert families == {FULL: FULL, **dict.fromkeys(names[:-1], "quantisation")}
+    assert {family_of(name) for name in RIVALS} == {"token-pruning"}
+    assert [family_of(name, TEXT) for name in ("text-pruning", "quantized-text")] == ["token-pruning", "quantisation"]
+
+
+def no_rival(name: str) -> Method:
+    raise AssertionError(f"{name} has a budget setting")
 
 
 def test_every_policy_can_be_named() -> None:

@@ -20,9 +20,12 @@ from kvcapsule.policy import POLICIES
 def test_a_suite_may_name_the_baselines(vlm, tmp_path, suite_file) -> None:
     """Also the one that has to know the number of the model's layers."""
     pruning = ["random", "streaming-llm", "snapkv", "h2o", "pyramidkv"]
-    entries = [*({"method": name, "compression": 4} for name in pruning), {"method": "kivi4"}, {"method": "kivi2"}]
+    entries = [
+        *({"method": name, "compression": 4} for name in pruning),
+        *({"method": name} for name in ("kivi4", "kivi2", "r-kv")),
+    ]
     rows = rows_of(vlm, tmp_path, "--suite", suite_file(entries))
-    assert list(rows) == ["full", *(f"{name}-4x" for name in pruning), "kivi4", "kivi2"]
+    assert list(rows) == ["full", *(f"{name}-4x" for name in pruning), "kivi4", "kivi2", "r-kv"]
     for name in pruning:
         assert rows[f"{name}-4x"]["compression"] == pytest.approx(4, rel=0.01), name
         settings = rows[f"{name}-4x"]["settings"]
@@ -30,6 +33,7 @@ def test_a_suite_may_name_the_baselines(vlm, tmp_path, suite_file) -> None:
         assert set(settings) == {"family", "policy", *(field.name for field in fields(POLICIES[name]))}
     assert rows["kivi2"]["settings"] == {"family": "quantisation", "policy": "kivi", "bits": 2, "group": 32}
     assert rows["kivi2"]["compression"] > rows["kivi4"]["compression"] > 4
+    assert rows["r-kv"]["family"] == rows["r-kv"]["settings"]["family"] == "token-pruning"
 
 
 def test_rows_of_a_suite(vlm, tmp_path, suite_file, put_capsule) -> None:
