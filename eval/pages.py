@@ -81,7 +81,6 @@ PAGES: dict[str, tuple[str, Callable[[Path, Mapping[str, Any], str], None]]] = {
     "aligned.json": ("docs/results-tables.md", _suite("aligned", picture=False)),
     "smol-vlm.json": ("docs/results-tables.md", _suite("smol-vlm")),
     "smol-vlm-later.json": ("docs/results-tables.md", _suite("smol-vlm-later", picture=False)),
-    "smol-vlm-later-2026.json": ("docs/results-tables.md", _suite("smol-vlm-later-2026", picture=False)),
     "smol-transfer.json": ("docs/results-tables.md", _data_sets),
     "policies.json": ("docs/policies-tables.md", _suite("policies")),
     "policies-2026.json": ("docs/policies-tables.md", _suite("policies-2026", picture=False)),
