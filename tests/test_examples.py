@@ -33,7 +33,7 @@ PRINTED: dict[str, list[str]] = {
     "single_image.py": [*_FIRST_PAGE, "image: 10,043 bytes; cache: 157,531; full cache: 491,520"],
     "threads.py": [
         "pages-vlm-cross-layer: 'asp 8536', 10,043 bytes of visual KV",
-        "pages-vlm-transform: 'asp 8536', 10,043 bytes of visual KV",
+        "pages-vlm-transform: 'asp 8536', 10,041 bytes of visual KV",
     ],
     "train_jsonl.py": ["runs/example/capsule: transform, for pages-vlm"],
 }

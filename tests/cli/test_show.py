@@ -16,7 +16,7 @@ def test_what_a_shipped_capsule_is(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("cross-layer", "196 visual tokens", "20.0x fewer bytes", "pages, split train", "800 questions"):
         assert text in out
     row = next(line for line in out.splitlines() if line.startswith("cross-layer"))
-    assert row.split() == ["cross-layer", "20.0x", "0.996", "0.00013", "0.953"]
+    assert row.split() == ["cross-layer", "20.0x", "0.998", "3.8e-05", "0.954"]
     assert "kvcapsule eval --capsule pages-vlm-cross-layer" in out and "transcribe" not in out
     assert main(["show", "pages-vlm-cross-layer", "--wide"]) == 0
     assert "transcribe" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcapsule.capsule.capsule import Capsule
 from kvcapsule.inference.attach import attach
+from kvcapsule.inference.transformers_api import CACHE_NAMES
 from kvcapsule.training import lightning_run
 from kvcapsule.training.main import main
 
@@ -32,7 +33,7 @@ def placed(module: torch.nn.Module, device: torch.device) -> None:
     """What it is given comes to its device first, as under accelerate's hooks."""
 
     def bring(_: Any, args: Any, kwargs: Any) -> Any:
-        skipped = {name: kwargs.pop(name) for name in ("past_key_values",) if name in kwargs}
+        skipped = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
         return send_to_device((args, kwargs), device)[0], {**send_to_device(kwargs, device), **skipped}
 
     module.register_forward_pre_hook(bring, with_kwargs=True)
