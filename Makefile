@@ -168,7 +168,6 @@ smol-vlm-results: $(VENV)/.smol-ready ## measure smol-vlm (after make smol-vlm):
 smol-vlm-later: $(VENV)/.smol-ready ## measure smol-vlm asked after the image was compressed (after make smol-vlm); trains the capsules that are missing
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-vlm-later --json eval/results/smol-vlm-later.json --report docs/results-tables.md $(SUITE_FLAGS)
 	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-transfer-later --json eval/results/smol-transfer-later.json $(SUITE_FLAGS)
-	$(BIN)/python -m kvcapsule.eval.report.by_dataset --json eval/results/smol-transfer-later.json --report docs/results-tables.md --name smol-transfer-later
 
 $(VENV)/.smol-ready: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[smol-vlm]"
@@ -179,8 +178,8 @@ rate-distortion: $(READY) ## compare codec families from 2.4x to 80x; trains the
 		--plot eval/results/rate-distortion.png --report docs/results-tables.md $(SUITE_FLAGS)
 
 training-size: $(VENV)/.smol-ready ## train on 100 to 800 pictures and compare (after make smol-vlm); trains the capsules that are missing in runs/
-	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite training-size --json eval/results/training-size.json --report docs/results-tables.md $(SUITE_FLAGS)
-	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-training-size --json eval/results/smol-training-size.json --report docs/results-tables.md $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite training-size --json eval/results/training-size.json $(SUITE_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/kvcapsule eval --suite smol-training-size --json eval/results/smol-training-size.json $(SUITE_FLAGS)
 
 precision: $(READY) ## train and read codes in 32 bits, bfloat16 and float16; trains the capsules that are missing in runs/
 	for dtype in float32 bfloat16 float16; do \
